@@ -1,0 +1,43 @@
+# Retort: distil a large language model into a small one, from a cache of its distributions.
+#
+#   snakemake --cores 8 --resources gpu=8          everything the config asks for, on one machine
+#   snakemake -n                                   what would run, and why
+#   snakemake --cores 2 --configfile mine.yaml     with your own config instead of the demo's
+#
+# Every path holds a digest of what is in it, so existence is all that matters: inputs are ancient(), and nothing
+# is ever re-made because of a date. docs/design.md tells the whole story.
+from snakemake.utils import min_version
+
+min_version("9.27")
+
+
+# A config given on the command line replaces the demo's; it is not merged into it.
+if not workflow.overwrite_configfiles:
+
+    configfile: "config/config.yaml"
+
+
+# Nothing runs in a container unless asked to (--sdm apptainer).
+container: "docker://python:3.12"
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/corpus.smk"
+include: "workflow/rules/teacher.smk"
+include: "workflow/rules/student.smk"
+include: "workflow/rules/evaluation.smk"
+include: "workflow/rules/report.smk"
+
+
+localrules:
+    all,
+    check_inputs,
+    index_tokens,
+    plan,
+    report,
+    resolve_teacher,
+
+
+rule all:
+    input:
+        REPORT,

@@ -1,0 +1,287 @@
+"""What a config makes: every artefact's identity and place, known when the Snakefile is parsed.
+
+An id is a digest of the config keys that define the artefact, of the ids it is made from, and of the
+`REVISIONS` number of the code that makes it; keys left at their default do not count, so that a key added
+later renames nothing. Corpora, student configs and student checkpoints count by content, not by path. So a
+path says what is in the file: existence is all that the workflow has to look at, going to another setting
+and back costs nothing, and no setting ever continues another's work.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from retort.config import Config, Dataset, Teacher, identity
+from retort.corpus import corpus_files
+from retort.provenance import digest, digest_file, fingerprint_weights, read_json
+
+# Raise a number when the code makes other bytes from the same input: that, and only that, re-makes results.
+# tests/unit/test_golden.py fails when bytes change and the number does not.
+REVISIONS = {
+    "corpus": 1,
+    "teacher": 1,
+    "tokens": 1,
+    "logits": 1,
+    "validation": 1,
+    "run": 1,
+    "evaluation": 1,
+    "report": 1,
+}
+
+# Keys of `dataset` that say how documents become sequences; the others say which documents there are.
+_TOKENIZING_KEYS = ("tokenizer", "append_eos", "max_length", "long_documents", "streaming_chunk_size")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The documents of one `dataset` section; `is_drawn` when a rule writes them to `folder` first."""
+
+    id: str
+    folder: Path
+    dataset: Dataset
+    is_drawn: bool
+
+
+@dataclass(frozen=True)
+class TeacherModel:
+    """One teacher; `folder` holds the record of its fingerprint and, for the demo's, the model itself."""
+
+    id: str
+    folder: Path
+    section: Teacher
+    corpus: Corpus | None  # the text that the demo's teacher is trained on
+
+    @property
+    def model_path(self) -> str:
+        """A folder or Hub id that transformers can load."""
+        return str(self.folder / "model") if self.corpus else str(self.section.model_path)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The sequences that one tokenizer makes of one corpus."""
+
+    id: str
+    folder: Path
+    corpus: Corpus
+    teacher: TeacherModel | None  # the teacher whose tokenizer is used; None: dataset.tokenizer names it
+
+    @property
+    def tokenizer(self) -> str:
+        """A folder or Hub id of the tokenizer."""
+        return self.teacher.model_path if self.teacher else str(self.corpus.dataset.tokenizer)
+
+
+@dataclass(frozen=True)
+class Logits:
+    """The cache of one teacher's distributions over one set of sequences."""
+
+    id: str
+    folder: Path
+    tokens: Tokens
+    teacher: TeacherModel
+    config: Config
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What one teacher says of the held-out sequences, at full precision."""
+
+    id: str
+    folder: Path
+    tokens: Tokens
+    teacher: TeacherModel
+    config: Config
+
+
+@dataclass(frozen=True)
+class Run:
+    """One student trained, and its evaluation."""
+
+    name: str
+    id: str
+    evaluation_id: str
+    folder: Path
+    config: Config
+    tokens: Tokens
+    teacher: TeacherModel | None
+    logits: Logits | None
+    validation: Validation | None
+
+    @property
+    def metrics_path(self) -> Path:
+        """The file that `evaluate` writes and `report` reads."""
+        return self.folder / "evaluation" / self.evaluation_id / "metrics.json"
+
+
+@dataclass(frozen=True)
+class Project:
+    """Everything a config makes, each artefact once, however many runs share it; dicts are keyed by id."""
+
+    runs: dict[str, Run]
+    check_id: str
+    report_id: str
+    corpora: dict[str, Corpus] = field(default_factory=dict)
+    teachers: dict[str, TeacherModel] = field(default_factory=dict)
+    tokens: dict[str, Tokens] = field(default_factory=dict)
+    logits: dict[str, Logits] = field(default_factory=dict)
+    validations: dict[str, Validation] = field(default_factory=dict)
+
+
+def plan_project(configs: Mapping[str, Config]) -> Project:
+    """Name every artefact that the runs' configs make.
+
+    Raises ValueError where a local corpus or student config is missing, or where the weights under a local
+    teacher's path are not those that its recorded results were made with.
+    """
+    runs = {name: _plan_run(name, config) for name, config in configs.items()}
+    everything = list(runs.values())
+    teachers = [r.teacher for r in everything if r.teacher] + [
+        r.tokens.teacher for r in everything if r.tokens.teacher
+    ]
+    for teacher in {t.id: t for t in teachers}.values():
+        refuse_other_weights(teacher)
+    corpora = [r.tokens.corpus for r in everything] + [t.corpus for t in teachers if t.corpus]
+    evaluations = [[r.name, r.id, r.evaluation_id] for r in everything]
+    return Project(
+        runs=runs,
+        check_id=digest(["check", evaluations]),
+        report_id=digest(["report", REVISIONS["report"], evaluations]),
+        corpora={c.id: c for c in corpora},
+        teachers={t.id: t for t in teachers},
+        tokens={r.tokens.id: r.tokens for r in everything},
+        logits={r.logits.id: r.logits for r in everything if r.logits},
+        validations={r.validation.id: r.validation for r in everything if r.validation},
+    )
+
+
+def refuse_other_weights(teacher: TeacherModel) -> None:
+    """Raise ValueError when a local teacher's weights are not those recorded in its folder."""
+    record = teacher.folder / "fingerprint.json"
+    local = Path(str(teacher.section.model_path))
+    if teacher.corpus or not record.exists() or not local.is_dir():
+        return
+    recorded, found = read_json(record)["weights"], fingerprint_weights(local)
+    if recorded != found:
+        raise ValueError(
+            f"teacher.model_path {str(local)!r} holds other weights than before: fingerprint {found}, but "
+            f"results were made with {recorded} (recorded in {record}). Put the old weights back, or set "
+            f"teacher.generation.force_regenerate to a new value (a date, say): it makes a new cache from "
+            "the new weights and leaves the old one where it is."
+        )
+
+
+def _plan_run(name: str, config: Config) -> Run:
+    results = Path(config.output.results_dir)
+    training = config.training
+    teacher = _plan_teacher(config) if config.teacher.model_path else None
+    tokens = _plan_tokens(config, teacher)
+    needs_teacher = teacher is not None and training.distillation_type != "output"
+    logits = _plan_logits(config, tokens, teacher) if teacher and needs_teacher and training.use_cached_logits else None
+    validation = _plan_validation(config, tokens, teacher) if teacher else None
+    keys = identity(training) | {"alpha": training.alpha}
+    if training.distillation_type == "output":
+        keys = {k: v for k, v in keys.items() if k not in ("temperature", "use_cached_logits")}
+    signal = logits.id if logits else teacher.id if teacher and needs_teacher else None
+    run_id = digest(["run", REVISIONS["run"], tokens.id, signal, keys, _student_content(config)])
+    evaluation_id = digest(
+        ["evaluation", REVISIONS["evaluation"], validation.id if validation else None, identity(config.evaluation)]
+    )
+    return Run(
+        name=name,
+        id=run_id,
+        evaluation_id=evaluation_id,
+        folder=results / "runs" / name / run_id,
+        config=config,
+        tokens=tokens,
+        teacher=teacher,
+        logits=logits,
+        validation=validation,
+    )
+
+
+def _plan_corpus(config: Config) -> Corpus:
+    dataset = config.dataset
+    keys = {k: v for k, v in identity(dataset).items() if k not in (*_TOKENIZING_KEYS, "data_files")}
+    memo = Path(config.output.results_dir) / ".digests.json"
+    content = [digest_file(path, memo=memo) for path in corpus_files(dataset)]
+    corpus_id = digest(["corpus", REVISIONS["corpus"], keys, content])
+    is_drawn = dataset.streaming or dataset.name == "demo"
+    return Corpus(corpus_id, _cache_root(config) / "corpora" / corpus_id, dataset, is_drawn)
+
+
+def _plan_teacher(config: Config) -> TeacherModel:
+    section = config.teacher
+    keys = {k: v for k, v in identity(section).items() if k != "generation"}
+    keys["model_path"] = section.model_path
+    keys["force_regenerate"] = section.generation.force_regenerate
+    corpus = None
+    prefix = ""
+    if section.model_path == "demo":
+        corpus = _plan_corpus(config)
+        prefix = "demo-"
+        keys |= {"corpus": corpus.id, "max_length": config.dataset.max_length}
+    teacher_id = prefix + digest(["teacher", REVISIONS["teacher"], keys])
+    folder = Path(config.output.results_dir) / "teachers" / teacher_id
+    return TeacherModel(teacher_id, folder, section, corpus)
+
+
+def _plan_tokens(config: Config, teacher: TeacherModel | None) -> Tokens:
+    dataset = config.dataset
+    if dataset.tokenizer is not None or teacher is None:
+        owner, source = None, [dataset.tokenizer]
+    elif teacher.corpus is not None:
+        owner, source = teacher, [teacher.id]
+    else:
+        section = teacher.section
+        owner, source = teacher, [section.model_path, section.revision, section.generation.force_regenerate]
+    corpus = _plan_corpus(config)
+    keys = {k: v for k, v in identity(dataset).items() if k in _TOKENIZING_KEYS}
+    tokens_id = digest(["tokens", REVISIONS["tokens"], corpus.id, source, keys])
+    return Tokens(tokens_id, _cache_root(config) / "tokens" / tokens_id, corpus, owner)
+
+
+def _plan_logits(config: Config, tokens: Tokens, teacher: TeacherModel) -> Logits:
+    generation = {k: v for k, v in identity(config.teacher.generation).items() if k != "force_regenerate"}
+    logits_id = digest(
+        ["logits", REVISIONS["logits"], tokens.id, teacher.id, identity(config.cache), generation]
+    )
+    return Logits(logits_id, _cache_root(config) / "logits" / logits_id, tokens, teacher, config)
+
+
+def _plan_validation(config: Config, tokens: Tokens, teacher: TeacherModel) -> Validation:
+    positions = {k: v for k, v in identity(config.evaluation).items() if k.endswith("_positions")}
+    validation_id = digest(["validation", REVISIONS["validation"], tokens.id, teacher.id, positions])
+    return Validation(
+        validation_id, _cache_root(config) / "validation" / validation_id, tokens, teacher, config
+    )
+
+
+def _student_content(config: Config) -> Any:
+    """What the student starts from, by content: a parsed JSON config, or a checkpoint's weights."""
+    student = config.student
+    if student.model_path is not None:
+        folder = Path(student.model_path)
+        return fingerprint_weights(folder) if folder.is_dir() else student.model_path
+    path = Path(str(student.config))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"student.config {str(path)!r} does not exist (looked in {Path.cwd()}). Give the path of a "
+            "transformers config as JSON; config/students/ holds some to start from."
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"student.config {str(path)!r} is not JSON: {error}. Mend the file.") from None
+    if not isinstance(content, dict) or "model_type" not in content:
+        raise ValueError(
+            f"student.config {str(path)!r} has no 'model_type': expected a transformers config such as "
+            '{"model_type": "llama", "hidden_size": 512, ...}; config/students/ holds some to start from.'
+        )
+    return content
+
+
+def _cache_root(config: Config) -> Path:
+    return Path(config.output.cache_dir or config.output.results_dir)

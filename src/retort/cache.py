@@ -1,0 +1,335 @@
+"""The logit cache: write a part, verify it, merge parts into one file, read either.
+
+A part and a merged cache are the same kind of HDF5 file (docs/cache-format.md): the sequences with their content
+keys, one encoded record per sequence, a checksum per record, and a header that says which teacher, tokenizer,
+tokens and codec made it. Both are written in one canonical order, so equal content gives equal bytes whatever
+happened on the way. A reader maps the columns into memory: nothing is loaded before it is asked for, and
+DataLoader workers may fork.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from retort.codec import Codec, SparseTargets, decode, encode
+from retort.provenance import digest
+from retort.shards import TokenIndex, open_h5, write_h5
+from retort.tokens import SequenceTable, content_key
+
+CACHE_FORMAT = "retort-logits"
+CACHE_VERSION = 1
+CACHE_FILE = "teacher_logits.h5"
+# Columns checked whole when a file is opened; ids, masks and segments are checked by each sequence's content
+# key, and records by their own checksums, when they are read.
+_CHECKED_COLUMNS = (
+    "offsets",
+    "segment_offsets",
+    "keys",
+    "documents",
+    "labels",
+    "record_offsets",
+    "record_checksums",
+)
+_TABLE_COLUMNS = tuple(f.name for f in fields(SequenceTable) if f.name != "label_names")
+
+
+@dataclass(frozen=True)
+class CacheHeader:
+    """What made a cache; two files may be merged only when their headers are equal."""
+
+    teacher: str  # fingerprint of the weights
+    tokenizer: str  # fingerprint of the tokenizer's files
+    tokens: str  # content digest of the token index
+    codec: Codec
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the header as it is stored."""
+        return {
+            "teacher": self.teacher,
+            "tokenizer": self.tokenizer,
+            "tokens": self.tokens,
+            "codec": self.codec.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, entry: dict[str, Any]) -> "CacheHeader":
+        """Read a stored header."""
+        return cls(entry["teacher"], entry["tokenizer"], entry["tokens"], Codec.from_json(entry["codec"]))
+
+    def require(self, expected: "CacheHeader", *, source: Path) -> None:
+        """Raise ValueError naming the first entry in which this header is not the expected one."""
+        mine, theirs = self.to_json(), expected.to_json()
+        for name in mine:
+            if mine[name] != theirs[name]:
+                raise ValueError(
+                    f"{source} was made with another {name}: it holds {mine[name]!r}, expected {theirs[name]!r}. "
+                    "It does not belong to this cache: move it away and run the same command again."
+                )
+
+
+def part_path(folder: Path, part_name: str, header: CacheHeader) -> Path:
+    """Return where the part of that name lies: the file name says what is in it and what made it."""
+    return folder / f"{digest([part_name, header.to_json(), CACHE_VERSION])}.h5"
+
+
+def write_part(path: Path, table: SequenceTable, targets: SparseTargets, header: CacheHeader) -> None:
+    """Write one part atomically. `targets` holds the table's counted positions in order, [P] rows."""
+    assert len(targets) == table.num_positions, (len(targets), table.num_positions)
+    bounds = table.position_offsets
+    records = [
+        encode(targets[int(bounds[i]) : int(bounds[i + 1])], header.codec) for i in range(len(table))
+    ]
+    columns = {name: getattr(table, name) for name in _TABLE_COLUMNS}
+    columns["record_offsets"] = np.cumsum([0, *map(len, records)], dtype=np.int64)
+    columns["record_checksums"] = np.array([xxhash.xxh3_64_intdigest(r) for r in records], dtype=np.uint64)
+    columns["records"] = np.frombuffer(b"".join(records), dtype=np.uint8)
+
+    def fill(file: h5py.File) -> None:
+        for name, column in columns.items():
+            file.create_dataset(name, data=_plain(column))
+        _write_header(file, header, table.label_names, {n: _checksum(columns[n]) for n in _CHECKED_COLUMNS})
+
+    write_h5(path, fill)
+
+
+def _write_header(
+    file: h5py.File, header: CacheHeader, label_names: Any, checksums: dict[str, str]
+) -> None:
+    file.attrs["format"] = CACHE_FORMAT
+    file.attrs["version"] = CACHE_VERSION
+    content = header.to_json() | {"label_names": label_names, "checksums": checksums}
+    text = json.dumps(content, sort_keys=True)
+    file.attrs["header"] = text
+    file.attrs["header_checksum"] = xxhash.xxh3_64_hexdigest(text.encode())
+
+
+def _plain(column: NDArray[Any]) -> NDArray[Any]:
+    return column.astype(np.uint8) if column.dtype == np.bool_ else column
+
+
+def _checksum(column: NDArray[Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(_plain(column)).tobytes())
+
+
+def _map_column(path: Path, dataset: h5py.Dataset) -> NDArray[Any]:
+    """Map a contiguous dataset's bytes; 0.7-1.05x the time of a plain memmap, 3-5x faster than h5py's reads."""
+    if dataset.size == 0:
+        return np.empty(dataset.shape, dataset.dtype)
+    offset = dataset.id.get_offset()
+    if offset is None:
+        raise ValueError(f"{path}: column {dataset.name} is not contiguous; it was not written by Retort.")
+    return np.memmap(path, dtype=dataset.dtype, mode="r", offset=offset, shape=dataset.shape)
+
+
+class LogitCache:
+    """A part or a merged cache, opened for reading; random access by sequence, safe to fork and to pickle.
+
+    Opening checks the header and the small columns; reading a sequence checks its content key and its record's
+    checksum. Every refusal is a ValueError of one sentence.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with open_h5(path, expected_format=CACHE_FORMAT, version=CACHE_VERSION) as file:
+            text = str(file.attrs["header"])
+            if xxhash.xxh3_64_hexdigest(text.encode()) != file.attrs["header_checksum"]:
+                raise ValueError(f"{path}: the header does not match its checksum: the file is damaged.")
+            entry = json.loads(text)
+            columns = {name: _map_column(path, file[name]) for name in file}
+        for name, expected in entry["checksums"].items():
+            found = _checksum(columns[name])
+            if found != expected:
+                raise ValueError(
+                    f"{path}: column {name} has checksum {found}, expected {expected}: the file is damaged. "
+                    "Delete it and run the same command again."
+                )
+        self.header = CacheHeader.from_json(entry)
+        self._record_offsets = columns.pop("record_offsets")
+        self._record_checksums = columns.pop("record_checksums")
+        self._records = columns.pop("records")
+        columns["loss_mask"] = columns["loss_mask"].view(np.bool_)
+        names = tuple((c, lang) for c, lang in entry["label_names"])
+        self.table = SequenceTable(**columns, label_names=names)
+
+    def __reduce__(self) -> tuple[type["LogitCache"], tuple[Path]]:
+        return LogitCache, (self.path,)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of all records."""
+        return int(self._record_offsets[-1])
+
+    @property
+    def record_checksums(self) -> NDArray[np.uint64]:
+        """One xxh3-64 per record, [S]."""
+        return self._record_checksums
+
+    def read_record(self, index: int) -> bytes:
+        """Return one sequence's record as stored, checked against its checksum."""
+        start, stop = int(self._record_offsets[index]), int(self._record_offsets[index + 1])
+        record = self._records[start:stop].tobytes()
+        if xxhash.xxh3_64_intdigest(record) != int(self._record_checksums[index]):
+            raise ValueError(
+                f"{self.path}: the record of sequence {index} does not match its checksum: the file is damaged. "
+                "Delete it and run the same command again."
+            )
+        return record
+
+    def read_targets(self, index: int) -> SparseTargets:
+        """Return the teacher's distributions at the counted positions of one sequence, in order."""
+        row = self.table[index]
+        if content_key(row.ids, row.loss_mask, row.segment_starts) != row.key:
+            raise ValueError(
+                f"{self.path}: sequence {index} does not hold the tokens that its content key names, so its "
+                "distributions may belong to others: the file is damaged. Delete it and run the same command "
+                "again."
+            )
+        return decode(self.read_record(index), self.header.codec, num_positions=row.num_positions)
+
+    def verify(self) -> None:
+        """Read everything once and check it."""
+        for index in range(len(self)):
+            self.read_targets(index)
+
+
+def find_missing_parts(
+    index: TokenIndex, folder: Path, header: CacheHeader
+) -> list[tuple[int, dict[str, Any]]]:
+    """Return (place, part) of the parts that have no file yet. A file that is there is whole: it was renamed."""
+    return [
+        (place, part)
+        for place, part in enumerate(index.parts)
+        if not part_path(folder, part["name"], header).exists()
+    ]
+
+
+def merge_parts(index: TokenIndex, folder: Path, header: CacheHeader, out: Path) -> None:
+    """Copy all parts into one file, in the index's order, each checked while it is copied.
+
+    Raises ValueError naming every part that is missing, damaged or foreign. The parts stay where they are.
+    """
+    paths = [part_path(folder, part["name"], header) for part in index.parts]
+    _refuse_unfit_parts(index, paths, header)
+    names = sorted({n for p in paths for n in LogitCache(p).table.label_names} | {("", "")})
+
+    def fill(file: h5py.File) -> None:
+        sizes = _column_sizes(paths)
+        checksums = {}
+        for name in (*_TABLE_COLUMNS, "record_offsets", "record_checksums", "records"):
+            first = LogitCache(paths[0])
+            column = first._records if name == "records" else _column(first, name)
+            shape = (sizes[name], *column.shape[1:])
+            dataset = file.create_dataset(name, shape=shape, dtype=_plain(column[:0]).dtype)
+            state = xxhash.xxh3_128()
+            start = 0
+            for block in _merged_blocks(paths, name, tuple(names)):
+                dataset[start : start + len(block)] = block
+                state.update(np.ascontiguousarray(block).tobytes())
+                start += len(block)
+            assert start == sizes[name], (name, start, sizes[name])
+            if name in _CHECKED_COLUMNS:
+                checksums[name] = state.hexdigest()
+        _write_header(file, header, names, checksums)
+
+    write_h5(out, fill)
+
+
+def _refuse_unfit_parts(index: TokenIndex, paths: list[Path], header: CacheHeader) -> None:
+    """Raise one ValueError that names every part that cannot be merged, with the reason."""
+    faults = []
+    for part, path in zip(index.parts, paths, strict=True):
+        try:
+            if not path.exists():
+                raise ValueError(f"{path} is missing (part {part['name']})")
+            cache = LogitCache(path)
+            cache.header.require(header, source=path)
+            if xxhash.xxh3_128_hexdigest(cache.table.keys.tobytes()) != part["name"]:
+                raise ValueError(f"{path} holds other sequences than part {part['name']} of the index")
+            cache.verify()
+        except ValueError as error:
+            faults.append(str(error))
+    if faults:
+        raise ValueError(
+            f"{len(faults)} of {len(paths)} parts cannot be merged; delete the damaged ones and run the same "
+            "snakemake command again to make them:\n  " + "\n  ".join(faults)
+        )
+
+
+def _column(cache: LogitCache, name: str) -> NDArray[Any]:
+    if name == "record_offsets":
+        return cache._record_offsets
+    if name == "record_checksums":
+        return cache._record_checksums
+    column: NDArray[Any] = getattr(cache.table, name)
+    return column
+
+
+def _column_sizes(paths: list[Path]) -> dict[str, int]:
+    """Rows of every merged column; offsets have one more row than the sequences they bound."""
+    sizes: dict[str, int] = {}
+    for path in paths:
+        cache = LogitCache(path)
+        for name in (*_TABLE_COLUMNS, "record_offsets", "record_checksums"):
+            rows = len(_column(cache, name)) - name.endswith("offsets")
+            sizes[name] = sizes.get(name, 0) + rows
+        sizes["records"] = sizes.get("records", 0) + cache.record_bytes
+    return {name: size + name.endswith("offsets") for name, size in sizes.items()}
+
+
+def _merged_blocks(
+    paths: list[Path], name: str, label_names: tuple[tuple[str, str], ...]
+) -> Iterator[NDArray[Any]]:
+    """Yield one column of the merged file, part by part: offsets shifted, labels renumbered."""
+    shift = 0
+    if name.endswith("offsets"):
+        yield np.zeros(1, dtype=np.int64)
+    for path in paths:
+        cache = LogitCache(path)
+        if name == "records":
+            yield np.asarray(cache._records)
+        elif name.endswith("offsets"):
+            column = _column(cache, name)
+            yield column[1:] + shift
+            shift += int(column[-1])
+        elif name == "labels":
+            places = np.array([label_names.index(n) for n in cache.table.label_names], dtype=np.int32)
+            yield places[cache.table.labels]
+        else:
+            yield _plain(_column(cache, name))
+
+
+def is_merged(path: Path, header: CacheHeader) -> bool:
+    """Say whether the merged cache is there; refuses one that something else made."""
+    if not path.exists():
+        return False
+    LogitCache(path).header.require(header, source=path)
+    return True
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove the parts of a merged cache, and the claims of the workers that made them."""
+    for path in sorted(folder.iterdir()) if folder.exists() else []:
+        if path.suffix in (".h5", ".claim", ".tmp"):
+            path.unlink(missing_ok=True)
+    if folder.exists() and not any(folder.iterdir()):
+        os.rmdir(folder)
+
+
+def cache_digest(cache: LogitCache) -> str:
+    """Return 64 hex digits (sha256) that name a cache's whole content, over its checksums and keys."""
+    state = hashlib.sha256(json.dumps(cache.header.to_json(), sort_keys=True).encode())
+    state.update(np.ascontiguousarray(cache.record_checksums).tobytes())
+    state.update(np.ascontiguousarray(cache.table.keys).tobytes())
+    return state.hexdigest()

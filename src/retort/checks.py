@@ -1,0 +1,110 @@
+"""What can be checked cheaply before any expensive job: folders, corpora, models, vocabularies, context lengths.
+
+Each check raises ValueError with the value found, what was expected and what to do; nothing here needs a GPU.
+"""
+
+import tempfile
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from retort.config import Config
+from retort.corpus import check_corpus
+from retort.demo import DEMO_TEACHER, DemoTokenizer
+from retort.models import load_model_config, load_tokenizer, output_width, student_config
+from retort.provenance import fingerprint_weights
+
+
+def check_project(configs: Mapping[str, Config]) -> dict[str, Any]:
+    """Check every run's inputs; return what was found, with `notes` in the words of a person.
+
+    Raises ValueError for the first mistake.
+    """
+    notes: list[str] = []
+    for name, config in configs.items():
+        _check_writable(config.output.results_dir)
+        if config.output.cache_dir:
+            _check_writable(config.output.cache_dir)
+        notes.append(_check_corpus(config))
+        tokenizer, width, note = _check_teacher(config)
+        notes.append(note)
+        notes.append(f"run {name}: {_check_student(config, tokenizer, width)}")
+    return {"runs": list(configs), "notes": list(dict.fromkeys(notes))}
+
+
+@cache
+def _check_writable(folder: str) -> None:
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to {str(Path(folder).resolve())!r} ({error.strerror}): free space or change its rights, or "
+            "set output.results_dir and output.cache_dir to folders of yours."
+        ) from None
+
+
+def _check_corpus(config: Config) -> str:
+    found = check_corpus(config.dataset)
+    files = found.get("files") or []
+    size = f", {len(files)} files, {found['bytes'] / 1e6:,.1f} MB" if files else ""
+    return f"corpus: {config.dataset.name}{size}"
+
+
+def _check_teacher(config: Config) -> tuple[Any, int, str]:
+    """Return (tokenizer, ids that a student must be able to predict, note)."""
+    section, dataset = config.teacher, config.dataset
+    if section.model_path == "demo":
+        return DemoTokenizer(), DEMO_TEACHER.vocabulary, "teacher: the demo's own, trained first"
+    if section.model_path is None:
+        tokenizer = load_tokenizer(str(dataset.tokenizer), revision=dataset.revision)
+        return tokenizer, len(tokenizer), f"no teacher; tokenizer of {len(tokenizer):,} tokens"
+    model = load_model_config(
+        section.model_path, revision=section.revision, trust_remote_code=section.trust_remote_code
+    )
+    if Path(section.model_path).is_dir():
+        fingerprint_weights(Path(section.model_path))
+    if type(model) not in AutoModelForCausalLM._model_mapping and not section.trust_remote_code:
+        raise ValueError(
+            f"teacher.model_path {section.model_path!r} is a {model.model_type!r} model, which is no causal language "
+            "model: it gives no distribution for the next token. Choose one that AutoModelForCausalLM loads."
+        )
+    tokenizer = load_tokenizer(
+        dataset.tokenizer or section.model_path,
+        revision=section.revision if dataset.tokenizer is None else None,
+        trust_remote_code=section.trust_remote_code,
+    )
+    width = output_width(model)
+    if len(tokenizer) > width:
+        raise ValueError(
+            f"the tokenizer {dataset.tokenizer or section.model_path!r} has {len(tokenizer)} tokens, but the output "
+            f"layer of teacher {section.model_path!r} only {width}: they do not belong together. Leave "
+            "dataset.tokenizer out to use the teacher's own."
+        )
+    _check_context(model, dataset.max_length, f"teacher {section.model_path!r}")
+    beyond = f" ({width - len(tokenizer)} ids beyond its tokenizer get probability zero)" if width > len(tokenizer) else ""
+    return tokenizer, width, f"teacher: {section.model_path}, {model.model_type}, {width:,} ids{beyond}"
+
+
+def _check_context(model: PretrainedConfig, max_length: int, name: str) -> None:
+    limit = getattr(model.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and 0 < limit < max_length:
+        raise ValueError(
+            f"dataset.max_length is {max_length}, but {name} was made for at most {limit} positions "
+            f"(max_position_embeddings). Set dataset.max_length: {limit} or less."
+        )
+
+
+def _check_student(config: Config, tokenizer: Any, width: int) -> str:
+    model = student_config(config.student, vocabulary=width, tokenizer=tokenizer)
+    _check_context(model, config.dataset.max_length, f"the student ({config.student.config or config.student.model_path})")
+    with torch.device("meta"):
+        parameters = AutoModelForCausalLM.from_config(model).num_parameters()
+    training = config.training
+    return f"student of {parameters:,} parameters, {training.distillation_type}, alpha {training.alpha}"
+

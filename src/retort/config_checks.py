@@ -1,0 +1,289 @@
+"""What keys of the config say about each other, and the features still to come: refused here.
+
+The checks take a complete config as a flat mapping from the dotted key that users write to its
+value, and raise one `ConfigError`: value found, what was expected, what to do.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from retort.config_schema import ConfigError, show
+
+Flat = Mapping[str, Any]
+
+DEFAULT_ALPHA = {"output": 1.0, "logit": 0.0, "hybrid": 0.5}
+LOADERS = ("text", "json", "parquet", "csv")
+
+
+class Later(NamedTuple):
+    """A feature still to come: which values ask for it, its name, what to use meanwhile."""
+
+    is_wanted: Callable[[Any], bool]
+    what: str
+    meanwhile: str
+
+
+def _is_set(value: Any) -> bool:
+    return value is not None
+
+
+def _is_own_sharding(value: str) -> bool:
+    return value == "files" or ":" in value
+
+
+_BRING_OWN = "leave synthesis out, and bring prompts with responses as dataset.data_files."
+LATER = {
+    "dataset.sharding": Later(
+        _is_own_sharding,
+        "sharding by files or by a function",
+        "use interleaved or contiguous.",
+    ),
+    "cache.method": Later(
+        lambda v: v != "top_k", "top_p and sampled", "use top_k, with cache.top_k (64, say)."
+    ),
+    "merge.mode": Later(lambda v: v != "copy", "virtual merging", "use copy."),
+    "training.gpus": Later(
+        lambda v: v > 1,
+        "training on several GPUs",
+        "use 1; several runs train on several GPUs at once.",
+    ),
+    "training.strategy": Later(
+        lambda v: v != "ddp", "fsdp", "leave it out, and training.gpus at 1."
+    ),
+    "evaluation.benchmarks": Later(
+        bool,
+        "benchmarks",
+        "leave it [] and give a run's final/ folder to a benchmark harness of your own.",
+    ),
+    "evaluation.allow_code_execution": Later(bool, "benchmarks that run code", "leave it false."),
+    "synthesis.provider": Later(_is_set, "synthesis", _BRING_OWN),
+    "synthesis.model": Later(_is_set, "synthesis", _BRING_OWN),
+    "synthesis.base_url": Later(_is_set, "synthesis", _BRING_OWN),
+    "synthesis.num_examples": Later(_is_set, "synthesis", _BRING_OWN),
+    "synthesis.output": Later(_is_set, "synthesis", _BRING_OWN),
+}
+
+_DIALS = {
+    "top_k": "cache.top_k",
+    "top_p": "cache.min_probability",
+    "sampled": "cache.head_probability",
+}
+_GPU_ID = re.compile(r"\d+|(GPU|MIG)-[A-Za-z0-9/-]+")
+
+
+def check_config(c: Flat, defaults: Flat) -> None:
+    """Raise ConfigError for the first contradiction in a complete config."""
+    _check_streaming(c)
+    _check_documents(c, defaults)
+    _check_validation(c, defaults)
+    _check_teacher(c)
+    _check_gpus(c)
+    _check_dials(c, defaults)
+    _check_student(c)
+    _check_alpha(c)
+    _check_training(c)
+    _refuse_later_features(c)
+
+
+def _check_streaming(c: Flat) -> None:
+    if c["dataset.streaming"] and c["dataset.max_samples"] is None:
+        raise ConfigError(
+            "dataset.streaming is true and dataset.max_samples is null, so the stream would never "
+            "end and the teacher would run for ever. Set dataset.max_samples to the number of "
+            "documents to use, for instance 100000."
+        )
+    if c["dataset.streaming"] and c["dataset.sharding"] == "contiguous":
+        raise ConfigError(
+            "dataset.sharding is contiguous and dataset.streaming is true, but a stream has no "
+            "known size to cut into runs. Use dataset.sharding: interleaved, or "
+            "dataset.streaming: false."
+        )
+
+
+def _check_documents(c: Flat, defaults: Flat) -> None:
+    name, files = c["dataset.name"], c["dataset.data_files"]
+    if name in LOADERS and files is None:
+        raise ConfigError(
+            f"dataset.name is {show(name)}, a loader of local files, but dataset.data_files is "
+            "null. Set dataset.data_files to a path or glob, for instance data/train.jsonl."
+        )
+    if name == "demo" and files is not None:
+        raise ConfigError(
+            f"dataset.data_files is {show(files)}, but dataset.name is 'demo', which reads no "
+            "files of yours. Set dataset.name to the loader of your files: one of "
+            f"{', '.join(LOADERS)}."
+        )
+    prompt, response = c["dataset.prompt_column"], c["dataset.response_column"]
+    if (prompt is None) != (response is None):
+        given, missing = ("prompt", "response") if response is None else ("response", "prompt")
+        raise ConfigError(
+            f"dataset.{given}_column is {show(prompt or response)}, but dataset.{missing}_column "
+            f"is null; the two go together. Set dataset.{missing}_column too, or use "
+            "dataset.text_column alone for plain text."
+        )
+    if prompt is not None and c["dataset.text_column"] != defaults["dataset.text_column"]:
+        raise ConfigError(
+            f"dataset.text_column is {show(c['dataset.text_column'])} and dataset.prompt_column is "
+            f"{show(prompt)}: a document is either text or prompt + response. Remove one of the "
+            "two."
+        )
+
+
+def _check_validation(c: Flat, defaults: Flat) -> None:
+    fraction, split = c["dataset.validation_fraction"], c["dataset.validation_split"]
+    if split is None:
+        if fraction == 0:
+            raise ConfigError(
+                "dataset.validation_fraction is 0 and dataset.validation_split is null, so "
+                "nothing would be held out to measure the students on. Set "
+                "dataset.validation_fraction above 0, for instance 0.01, or name a "
+                "dataset.validation_split."
+            )
+        return
+    if split == c["dataset.split"]:
+        raise ConfigError(
+            f"dataset.validation_split is {show(split)}, the same as dataset.split: students would "
+            "be measured on what they were trained on. Name another split, or set "
+            "dataset.validation_split: null to hold out dataset.validation_fraction of the "
+            "documents."
+        )
+    if fraction not in (0, defaults["dataset.validation_fraction"]):
+        raise ConfigError(
+            f"dataset.validation_fraction is {show(fraction)} and dataset.validation_split is "
+            f"{show(split)}, but only one of them can say what is held out. Remove "
+            "dataset.validation_fraction to use the split, or dataset.validation_split to use the "
+            "fraction."
+        )
+
+
+def _check_teacher(c: Flat) -> None:
+    teacher, tokenizer = c["teacher.model_path"], c["dataset.tokenizer"]
+    kind = c["training.distillation_type"]
+    if teacher is None and kind != "output":
+        raise ConfigError(
+            f"training.distillation_type is {kind}, which learns from a teacher, but "
+            "teacher.model_path is null. Set teacher.model_path to a model, or use "
+            "training.distillation_type: output."
+        )
+    if teacher is None and tokenizer is None:
+        raise ConfigError(
+            "teacher.model_path and dataset.tokenizer are both null, so nothing says how text "
+            "becomes tokens. Set dataset.tokenizer to a Hub id or a folder with a tokenizer, for "
+            "instance gpt2."
+        )
+    if teacher == "demo" and tokenizer is not None:
+        raise ConfigError(
+            f"dataset.tokenizer is {show(tokenizer)}, but teacher.model_path is 'demo', and that "
+            "teacher is trained with a tokenizer of its own. Set dataset.tokenizer: null, or name "
+            "another teacher."
+        )
+
+
+def _check_gpus(c: Flat) -> None:
+    gpus, per_model = c["teacher.generation.gpus"], c["teacher.generation.gpus_per_model"]
+    if gpus is None:
+        return
+    key = "teacher.generation.gpus"
+    ids = [
+        part.strip()
+        for group in ([gpus] if isinstance(gpus, str) else gpus)
+        for part in group.split(",")
+    ]
+    if bad := [i for i in ids if not _GPU_ID.fullmatch(i)]:
+        raise ConfigError(
+            f"{key} is {show(gpus)}, where {show(bad[0])} is no GPU id. Write ids as nvidia-smi "
+            "shows them, with "
+            'commas between, such as "0,1,2,3", or groups of them, such as ["0", "1", "2,3"].'
+        )
+    if twice := sorted({i for i in ids if ids.count(i) > 1}):
+        raise ConfigError(
+            f"{key} is {show(gpus)}, where GPU {', '.join(twice)} stands more than once; each GPU "
+            "holds one copy of the teacher at most. List every GPU once."
+        )
+    if not isinstance(gpus, str) and per_model != 1:
+        raise ConfigError(
+            f"teacher.generation.gpus_per_model is {per_model}, but {key} is {show(gpus)}, a list "
+            "of explicit groups, which says already how many GPUs hold a model. Remove "
+            "teacher.generation.gpus_per_model, or "
+            f'write the GPUs as one text to be cut into groups: "{",".join(ids)}".'
+        )
+    if per_model > len(ids):
+        raise ConfigError(
+            f"teacher.generation.gpus_per_model is {per_model}, but {key} lists {len(ids)}: "
+            f"{','.join(ids)}. List at least {per_model} GPUs, or lower "
+            "teacher.generation.gpus_per_model."
+        )
+    if c["teacher.device"] == "cpu":
+        raise ConfigError(
+            f"teacher.device is cpu, but {key} is {show(gpus)}. Remove {key} to run the teacher on "
+            "the CPU, or set teacher.device: auto."
+        )
+
+
+def _check_dials(c: Flat, defaults: Flat) -> None:
+    method = c["cache.method"]
+    for owner, dial in _DIALS.items():
+        if owner != method and c[dial] != defaults[dial]:
+            raise ConfigError(
+                f"{dial} is {show(c[dial])}, but cache.method is {method}, which has the dial "
+                f"{_DIALS[method]} only; {dial} belongs to {owner}. Remove {dial}, or set "
+                f"cache.method: {owner}."
+            )
+
+
+def _check_student(c: Flat) -> None:
+    config, weights = c["student.config"], c["student.model_path"]
+    if config is None and weights is None:
+        raise ConfigError(
+            "student.config and student.model_path are both null, so there is no student. Set "
+            "student.config to a transformers config as JSON (config/students/ holds some), or "
+            "student.model_path to a model to start from."
+        )
+    if config is not None and weights is not None:
+        raise ConfigError(
+            f"student.config is {show(config)} and student.model_path is {show(weights)}, but a "
+            "student starts either from random weights or from given ones. Set one of the two to "
+            "null."
+        )
+
+
+def _check_alpha(c: Flat) -> None:
+    kind, alpha = c["training.distillation_type"], c["training.alpha"]
+    if alpha is None or kind == "hybrid" or alpha == DEFAULT_ALPHA[kind]:
+        return
+    learns = "the corpus" if kind == "output" else "the teacher"
+    raise ConfigError(
+        f"training.alpha is {alpha}, but training.distillation_type is {kind}, which learns from "
+        f"{learns} alone: its alpha is {DEFAULT_ALPHA[kind]}. Set training.alpha: null, or "
+        "training.distillation_type: hybrid to learn from both (alpha is the weight of the hard "
+        "loss)."
+    )
+
+
+def _check_training(c: Flat) -> None:
+    length = c["training.max_seq_length"]
+    if length not in (None, c["dataset.max_length"]):
+        raise ConfigError(
+            f"training.max_seq_length is {length}, but dataset.max_length is "
+            f"{c['dataset.max_length']}: the student must see the very sequences that the teacher "
+            "saw. Set dataset.max_length to the length you want, and leave "
+            "training.max_seq_length out."
+        )
+    temperature, stored = c["training.temperature"], list(c["cache.temperatures"])
+    uses_cache = c["training.use_cached_logits"] and c["training.distillation_type"] != "output"
+    if uses_cache and c["cache.top_k"] != "full" and temperature not in stored:
+        raise ConfigError(
+            f"training.temperature is {temperature}, but the cache stores the mass outside its "
+            f"kept tokens at cache.temperatures {stored} only. Add it, cache.temperatures: "
+            f"{sorted([*stored, temperature])} (a new cache is made), or use one of {stored}."
+        )
+
+
+def _refuse_later_features(c: Flat) -> None:
+    for key, feature in LATER.items():
+        if feature.is_wanted(c[key]):
+            raise ConfigError(
+                f"{key} is {show(c[key])}: {feature.what} will come with a later version. "
+                f"Until then, {feature.meanwhile}"
+            )

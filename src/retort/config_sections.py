@@ -1,0 +1,215 @@
+"""The sections of the config as frozen records; a test holds their fields to the schema's keys."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where results go."""
+
+    results_dir: str
+    cache_dir: str | None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The corpus, and how its documents become sequences."""
+
+    name: str
+    config_name: str | None
+    split: str
+    data_files: str | tuple[str, ...] | None
+    text_column: str
+    prompt_column: str | None
+    response_column: str | None
+    category_column: str | None
+    language_column: str | None
+    tokenizer: str | None
+    revision: str | None
+    append_eos: bool
+    streaming: bool
+    max_samples: int | None
+    max_length: int
+    long_documents: str
+    shuffle: bool
+    streaming_buffer_size: int
+    streaming_chunk_size: int
+    num_proc: int
+    num_shards: int
+    sharding: str
+    seed: int
+    validation_fraction: float
+    validation_split: str | None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How the workers make the teacher's logits."""
+
+    num_workers: int | None
+    batch_size: int
+    gpus_per_model: int
+    gpus: str | tuple[str, ...] | None
+    force_regenerate: bool | int | float | str
+    cpu_threads: int
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The model to learn from."""
+
+    model_path: str | None
+    revision: str | None
+    dtype: str
+    attn_implementation: str | None
+    trust_remote_code: bool
+    device: str
+    generation: Generation
+
+
+@dataclass(frozen=True)
+class Cache:
+    """What is kept of the teacher's distribution per position; `top_k` is a number or "full"."""
+
+    method: str
+    top_k: int | str
+    min_probability: float | None
+    head_probability: float | None
+    temperatures: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Merge:
+    """How the parts become one cache."""
+
+    mode: str
+
+
+@dataclass(frozen=True)
+class Student:
+    """The model to train: a config with random weights, or a model to start from."""
+
+    config: str | None
+    model_path: str | None
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a student is trained; `alpha` is never None in a config that load_runs returned."""
+
+    distillation_type: str
+    alpha: float | None
+    temperature: float
+    use_cached_logits: bool
+    learning_rate: float
+    lr_scheduler_type: str
+    warmup_steps: int
+    weight_decay: float
+    max_grad_norm: float
+    max_steps: int | None
+    num_epochs: float
+    batch_size: int
+    gradient_accumulation_steps: int
+    max_seq_length: int | None
+    seed: int
+    dataloader_num_workers: int
+    use_gradient_checkpointing: bool
+    use_mixed_precision: bool
+    mixed_precision_dtype: str
+    logging_steps: int
+    save_steps: int
+    save_total_limit: int
+    resume_from_checkpoint: str | None
+    gpus: int
+    strategy: str
+    device: str
+    cpu_threads: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How students are measured on the held-out documents."""
+
+    batch_size: int
+    max_positions: int
+    fidelity_positions: int
+    benchmarks: tuple[str, ...]
+    allow_code_execution: bool
+
+
+@dataclass(frozen=True)
+class Synthesis:
+    """Responses from a provider or a local teacher, made into a corpus."""
+
+    provider: str | None
+    model: str | None
+    base_url: str | None
+    num_examples: int | None
+    output: str | None
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """Where the training metrics are shown while it runs."""
+
+    use_wandb: bool
+    wandb_project: str | None
+    wandb_run_name: str | None
+    use_tensorboard: bool
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that one run is made from."""
+
+    output: Output
+    dataset: Dataset
+    teacher: Teacher
+    cache: Cache
+    merge: Merge
+    student: Student
+    training: Training
+    evaluation: Evaluation
+    synthesis: Synthesis
+    tracking: Tracking
+
+
+SECTIONS: dict[str, type[Any]] = {
+    "output": Output,
+    "dataset": Dataset,
+    "teacher": Teacher,
+    "teacher.generation": Generation,
+    "cache": Cache,
+    "merge": Merge,
+    "student": Student,
+    "training": Training,
+    "evaluation": Evaluation,
+    "synthesis": Synthesis,
+    "tracking": Tracking,
+}
+
+
+def build_section(section: str, values: Mapping[str, Any]) -> Any:
+    """Return a section's record from its complete values, lists as tuples."""
+    ready = {key: freeze(value) for key, value in values.items()}
+    if section == "teacher":
+        ready["generation"] = build_section("teacher.generation", values["generation"])
+    return SECTIONS[section](**ready)
+
+
+def section_name(record: Any) -> str:
+    """Return the section that a record is of: "training", "teacher.generation"."""
+    return next(name for name, kind in SECTIONS.items() if type(record) is kind)
+
+
+def freeze(value: Any) -> Any:
+    """Return a list as a tuple, anything else as it is."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def is_default(value: Any, schema: Mapping[str, Any]) -> bool:
+    """Say whether a record's value is its schema's default; 0 is not false."""
+    default = freeze(schema["default"])
+    return type(value) is type(default) and bool(value == default)

@@ -1,0 +1,209 @@
+"""The teacher on held-out text, exactly: its last hidden states and its head, scored once per teacher.
+
+A full distribution over V tokens is head(hidden state): keeping D numbers a position and the head once keeps the
+whole distribution, at full precision, for D / V of its size. Ten students are compared with one teacher without
+loading it again. The same file holds the hidden states at a sample of *training* positions, re-scored in other
+batches than the cache's were: against them `merge_h5` measures the fidelity of the cache.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from retort.config import Evaluation, Teacher
+from retort.models import CausalLM, Head, load_recorded_teacher
+from retort.provenance import read_json, temporary_name
+from retort.shards import TokenIndex
+from retort.teacher import score_features
+from retort.tokens import SequenceTable
+
+FEATURES_FORMAT = "retort-features"
+FEATURES_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TeacherFeatures:
+    """What one teacher says of two tables of sequences.
+
+    features: {"val": [P, D], "train": [P, D]} at the tables' counted positions, in order; `train_sequences`: the
+    places of the "train" table's sequences among all training sequences; ids >= num_tokens have probability 0.
+    """
+
+    features: dict[str, Tensor]
+    train_sequences: NDArray[np.int64]
+    head: Head
+    num_tokens: int
+    teacher: str
+    num_parameters: int
+    keys: dict[str, str]
+
+    def logprobs(self, split: str, rows: slice) -> Tensor:
+        """Return the teacher's float32 logprobs [P, V] at some of the counted positions of a split."""
+        logits_PV = self.head.logits(self.features[split][rows])
+        if self.num_tokens < logits_PV.shape[1]:
+            logits_PV[:, self.num_tokens :] = -torch.inf
+        return logits_PV.log_softmax(dim=-1)
+
+    def require(self, split: str, table: SequenceTable, *, source: Path) -> None:
+        """Raise ValueError unless `table` holds the very sequences that were scored."""
+        found = digest_keys(table)
+        if found != self.keys[split]:
+            raise ValueError(
+                f"{source} was scored on other {split} sequences (content {self.keys[split]}) than these "
+                f"({found}). Delete it and run the same command again."
+            )
+
+
+def digest_keys(table: SequenceTable) -> str:
+    """Return a digest of a table's content keys, in order."""
+    return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(table.keys).tobytes())
+
+
+def collect_features(
+    teacher: CausalLM, table: SequenceTable, *, batch_size: int, on_batch: Callable[[int], None]
+) -> Tensor:
+    """Return the features [P, D] at all counted positions of a table, in the table's order, on the CPU."""
+    pieces: list[Tensor] = [torch.empty(0)] * len(table)
+    for index, features_PD in score_features(teacher, table, batch_size=batch_size, on_batch=on_batch):
+        pieces[index] = features_PD.cpu()
+    return torch.cat(pieces) if pieces else torch.empty((0, 0))
+
+
+def write_features(path: Path, found: TeacherFeatures) -> None:
+    """Write the file atomically."""
+    tensors = {f"features.{split}": value.contiguous() for split, value in found.features.items()}
+    tensors["train_sequences"] = torch.from_numpy(found.train_sequences)
+    head = found.head
+    if head.weight is not None:
+        tensors["head.weight"] = head.weight.detach().cpu().contiguous()
+    if head.bias is not None:
+        tensors["head.bias"] = head.bias.detach().cpu().contiguous()
+    about = {
+        "format": FEATURES_FORMAT,
+        "version": FEATURES_VERSION,
+        "scale": head.scale,
+        "softcap": head.softcap,
+        "num_tokens": found.num_tokens,
+        "teacher": found.teacher,
+        "num_parameters": found.num_parameters,
+        "keys": found.keys,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    save_file(tensors, temporary, metadata={"retort": json.dumps(about, sort_keys=True)})
+    temporary.replace(path)
+
+
+def read_features(path: Path) -> TeacherFeatures:
+    """Read the file. Raises ValueError when it is damaged, foreign or newer."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            about: dict[str, Any] = json.loads((file.metadata() or {}).get("retort", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except Exception as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}): delete it and run the same command again."
+        ) from error
+    if (about.get("format"), about.get("version")) != (FEATURES_FORMAT, FEATURES_VERSION):
+        raise ValueError(
+            f"{path} is {about.get('format')!r} version {about.get('version')!r}; this Retort reads "
+            f"{FEATURES_FORMAT!r} version {FEATURES_VERSION}."
+        )
+    return TeacherFeatures(
+        features={split: tensors[f"features.{split}"] for split in ("val", "train")},
+        train_sequences=tensors["train_sequences"].numpy(),
+        head=Head(
+            tensors.get("head.weight"), tensors.get("head.bias"), float(about["scale"]), about["softcap"]
+        ),
+        num_tokens=about["num_tokens"],
+        teacher=about["teacher"],
+        num_parameters=about["num_parameters"],
+        keys=about["keys"],
+    )
+
+
+def score_tables(
+    teacher: CausalLM,
+    *,
+    fingerprint: str,
+    num_tokens: int,
+    validation: SequenceTable,
+    training: SequenceTable,
+    train_sequences: NDArray[np.int64],
+    batch_size: int,
+    say: Callable[[str], None] = print,
+) -> TeacherFeatures:
+    """Score the held-out sequences and the sample of training sequences."""
+    tables = {"val": validation, "train": training}
+    total = sum(len(t.ids) for t in tables.values())
+    seen = 0
+
+    def on_batch(tokens: int) -> None:
+        nonlocal seen
+        before, seen = seen, seen + tokens
+        if before * 10 // max(1, total) != seen * 10 // max(1, total):
+            say(f"scored {seen:,} of {total:,} tokens")
+
+    features = {
+        split: collect_features(teacher, table, batch_size=batch_size, on_batch=on_batch)
+        for split, table in tables.items()
+    }
+    return TeacherFeatures(
+        features=features,
+        train_sequences=train_sequences,
+        head=teacher.head,
+        num_tokens=num_tokens,
+        teacher=fingerprint,
+        num_parameters=teacher.num_parameters,
+        keys={split: digest_keys(table) for split, table in tables.items()},
+    )
+
+
+def iterate_rows(count: int, *, rows: int) -> Iterator[slice]:
+    """Yield slices of at most `rows` that cover range(count)."""
+    for start in range(0, count, rows):
+        yield slice(start, min(start + rows, count))
+
+
+def score_validation(
+    out: Path,
+    *,
+    index_path: Path,
+    teacher_path: str,
+    fingerprint_path: Path,
+    section: Teacher,
+    evaluation: Evaluation,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Score the held-out sequences, and an evenly spaced sample of the training sequences, with one teacher."""
+    torch.set_num_threads(section.generation.cpu_threads)
+    index = TokenIndex.read(index_path)
+    validation = index.read_split("val", max_positions=evaluation.max_positions)
+    if validation.num_positions == 0:
+        raise ValueError(
+            "no document is held out, so no student could be measured: raise dataset.validation_fraction, or give "
+            f"more documents ({index.content['train']['documents']} are there to train on)."
+        )
+    places, training = index.read_sample(num_positions=evaluation.fidelity_positions)
+    say(f"{validation.num_positions:,} held-out positions, {training.num_positions:,} to measure the cache with")
+    found = score_tables(
+        load_recorded_teacher(teacher_path, section, record_path=fingerprint_path),
+        fingerprint=read_json(fingerprint_path)["weights"],
+        num_tokens=int(index.content["tokenizer"]["size"]),
+        validation=validation,
+        training=training,
+        train_sequences=places,
+        batch_size=section.generation.batch_size,
+        say=say,
+    )
+    write_features(out, found)

@@ -1,0 +1,275 @@
+"""Figures of runs: held-out loss and KL per run, and learning curves; equal inputs give equal bytes.
+
+A run has one colour, marker and dash in every figure. Figures for the page are SVG with real text, whose colours
+are CSS variables (--ink, --muted, --grid, --series0 ...): one drawing serves light and dark.
+"""
+
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from retort.provenance import write_atomically
+from retort.records import Record, TrainingLog, find_teachers, group_runs
+
+# (light, dark). Drawn in the light colours; `_to_page` turns those into CSS variables.
+INKS = {"ink": ("#1a2027", "#e8ebee"), "muted": ("#5b6672", "#a3adb8"), "grid": ("#dfe3e8", "#363d45")}
+# Hues after Okabe and Ito, which colour-blind readers tell apart, at a contrast of 3 or more with the ground.
+SERIES = (
+    ("#0072b2", "#5ab4f0"),
+    ("#d55e00", "#ff9a5c"),
+    ("#008a65", "#3ccfa3"),
+    ("#b4558c", "#eaa3cb"),
+    ("#7a6a00", "#e6d24a"),
+    ("#4b4fa8", "#a9adff"),
+)
+_MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+_DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
+_DRAWING = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "retort",
+    "text.parse_math": False,
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.edgecolor": INKS["muted"][0],
+    "axes.labelcolor": INKS["muted"][0],
+    "xtick.color": INKS["muted"][0],
+    "ytick.color": INKS["muted"][0],
+    "text.color": INKS["ink"][0],
+    "grid.color": INKS["grid"][0],
+}
+_PANEL_INCHES = 4.4  # a panel fills a phone; a wide screen shows two side by side
+_CURVE_POINTS = 400  # about as many as a panel has pixels
+
+_Draw = Callable[[Axes], None]
+
+
+def save_comparison_figure(records: Sequence[Record], path: Path) -> None:
+    """Write held-out loss and KL to the teacher of one group as .png or .svg, on white (for a README).
+
+    Raises ValueError when the runs were evaluated on different validation sets, or for another suffix.
+    """
+    groups = group_runs(records)
+    if len(groups) != 1:
+        raise ValueError(
+            f"{len(groups)} different validation sets, but a figure compares runs of one: give fewer runs."
+        )
+    formats: dict[str, dict[str, None]] = {
+        ".svg": {"Date": None, "Creator": None},
+        ".png": {"Software": None},
+    }
+    if path.suffix not in formats:
+        raise ValueError(f"figure {str(path)!r} has suffix {path.suffix!r}, expected .png or .svg.")
+    panels = _comparison_panels(records, range(len(records)))
+    size = (_PANEL_INCHES * len(panels), _dots_height(len(records)))
+    content = io.BytesIO()
+    with matplotlib.rc_context(_DRAWING):
+        figure = Figure(figsize=size, layout="constrained", facecolor="white")
+        for axes, (_, draw) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            draw(axes)
+        figure.savefig(content, format=path.suffix[1:], dpi=200, metadata=formats[path.suffix])
+    write_atomically(path, content.getvalue())
+
+
+def draw_comparison(records: Sequence[Record], styles: Sequence[int], *, key: str) -> list[str]:
+    """Return figure 1 of one group, an SVG per panel; `styles` are the runs' places in the whole report.
+
+    `key` must be unique in the page: ids inside the SVGs begin with it.
+    """
+    height = _dots_height(len(records))
+    return [
+        _to_page(draw, (_PANEL_INCHES, height), label=label, key=f"{key}{number}")
+        for number, (label, draw) in enumerate(_comparison_panels(records, styles))
+    ]
+
+
+def draw_curves(logs: Sequence[TrainingLog | None], *, key: str) -> list[str]:
+    """Return figure 2, hard loss over steps: all steps, and the second half; empty without logs."""
+    if not any(logs):
+        return []
+    longest = max(len(log.steps) for log in logs if log)
+    halves = {"all steps": 0.0} | ({"the second half of the steps": 0.5} if longest >= 20 else {})
+    return [
+        _to_page(
+            lambda axes, since=since: _draw_curves(axes, logs, since=since),  # type: ignore[misc]
+            (_PANEL_INCHES, 3.1),
+            label=f"learning curves, {words}",
+            key=f"{key}{number}",
+        )
+        for number, (words, since) in enumerate(halves.items())
+    ]
+
+
+def draw_swatch(style: int, *, key: str) -> str:
+    """Return a short piece of a run's curve, for a legend."""
+
+    def draw(axes: Axes) -> None:
+        colour, marker, dashes = _style(style)
+        axes.set_axis_off()
+        axes.set_xlim(0, 1)
+        axes.plot([0, 1], [0, 0], color=colour, linestyle=dashes, linewidth=1.8)
+        axes.plot([0.5], [0], color=colour, marker=marker, markersize=6)
+
+    return _to_page(draw, (0.5, 0.16), label="", key=key)
+
+
+def _to_page(draw: _Draw, size: tuple[float, float], *, label: str, key: str) -> str:
+    """Return a drawing as an <svg> element: own ids, CSS variables for colours, no size, no metadata."""
+    text = io.StringIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with matplotlib.rc_context(_DRAWING):
+        figure = Figure(figsize=size, layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)  # type: ignore[union-attr, call-arg]
+        draw(figure.subplots())
+        figure.savefig(text, format="svg", transparent=True, metadata=nothing)
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{key}-", svg)
+    hidden = f'role="img" aria-label="{label}"' if label else 'aria-hidden="true"'
+    svg = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg {hidden} viewBox="\1">', svg, count=1)
+    for colour, variable in _variables().items():
+        svg = svg.replace(colour, f"var(--{variable})")
+    return svg.replace("xlink:href", "href")
+
+
+def _variables() -> Mapping[str, str]:
+    """Return the CSS variable of each light colour."""
+    inks = {light: name for name, (light, _) in INKS.items()}
+    return inks | {light: f"series{index}" for index, (light, _) in enumerate(SERIES)}
+
+
+def _style(index: int) -> tuple[str, str, Any]:
+    """Return (colour, marker, dashes) of a run; no two of the first 42 look alike."""
+    dashes = _DASHES[index // len(SERIES) % len(_DASHES)]
+    return SERIES[index % len(SERIES)][0], _MARKERS[index % len(_MARKERS)], dashes
+
+
+def _dots_height(num_runs: int) -> float:
+    return 0.95 + 0.42 * num_runs
+
+
+def _comparison_panels(group: Sequence[Record], styles: Sequence[int]) -> list[tuple[str, _Draw]]:
+    """Return the panels of figure 1: losses, and KL where any run has it."""
+    teachers = [t.teacher_loss for t in find_teachers(group) if t.teacher_loss is not None]
+    names = [r.name for r in group]
+
+    def draw_losses(axes: Axes) -> None:
+        _draw_dots(axes, names, styles, [r.loss for r in group], teachers=teachers)
+        axes.set_xlabel("held-out loss, nats/token")
+
+    def draw_divergences(axes: Axes) -> None:
+        _draw_dots(axes, names, styles, [r.kl_to_teacher for r in group], from_zero=True)
+        axes.set_xlabel("KL to teacher, nats/token")
+
+    panels: list[tuple[str, _Draw]] = [("held-out loss of each run", draw_losses)]
+    if any(r.kl_to_teacher is not None for r in group):
+        panels.append(("KL to the teacher of each run", draw_divergences))
+    return panels
+
+
+def _draw_dots(
+    axes: Axes,
+    names: Sequence[str],
+    styles: Sequence[int],
+    values: Sequence[float | None],
+    *,
+    teachers: Sequence[float] = (),
+    from_zero: bool = False,
+) -> None:
+    """Draw a dot per run under its name; a stem only where the axis begins at zero and zero means something."""
+    known = [v for v in values if v is not None] + list(teachers)
+    low, high = (0.0 if from_zero else min(known)), max(known)
+    room = max(high - low, 1e-3 * max(1.0, abs(high)))
+    axes.set_xlim(low - (0 if from_zero else 0.08 * room), high + 0.25 * room)
+    axes.set_ylim(len(names) - 0.55, -0.8)
+    axes.set_yticks([])
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.grid(axis="x", linewidth=0.8)
+    axes.set_axisbelow(True)
+    left = axes.get_yaxis_transform()
+    for row, (name, value) in enumerate(zip(names, values, strict=True)):
+        colour, marker, _ = _style(styles[row])
+        axes.text(0.01, row - 0.24, _clip(name), transform=left, va="bottom")
+        if value is None:
+            axes.text(0.01, row, "not defined", transform=left, va="center", color=INKS["muted"][0])
+            continue
+        if from_zero:
+            axes.hlines(row, 0, value, color=colour, linewidth=2)
+        axes.plot([value], [row], color=colour, marker=marker, markersize=8, linestyle="none", clip_on=False)
+        axes.annotate(
+            f"{value:.3f}", (value, row), xytext=(9, 0), textcoords="offset points", va="center"
+        )
+    for level, loss in enumerate(teachers):
+        _draw_teacher(axes, loss, level=level, is_left=loss < low + room / 2)
+
+
+def _draw_teacher(axes: Axes, loss: float, *, level: int, is_left: bool) -> None:
+    """Draw a teacher's loss as a line, named above the panel; `level` stacks the names of several."""
+    axes.axvline(loss, color=INKS["ink"][0], linewidth=1.3, linestyle=(0, (4, 3)))
+    axes.annotate(
+        f"teacher {loss:.3f}",
+        (loss, 1),
+        xycoords=axes.get_xaxis_transform(),
+        xytext=(-3 if is_left else 3, 3 + 12 * level),
+        textcoords="offset points",
+        ha="left" if is_left else "right",
+    )
+
+
+def _clip(name: str, *, longest: int = 44) -> str:
+    """Return a name that fits in a figure; the tables have it whole."""
+    half = (longest - 3) // 2
+    return name if len(name) <= longest else f"{name[:half]}...{name[-half:]}"
+
+
+def _draw_curves(axes: Axes, logs: Sequence[TrainingLog | None], *, since: float) -> None:
+    """Draw the curves from `since` (a share of the steps) on: as logged, faint, and the running mean."""
+    last = max(log.steps[-1] for log in logs if log)
+    shown: list[float] = []
+    for index, log in enumerate(logs):
+        if log is None:
+            continue
+        thinned = _thin(log)
+        smooth = _smooth(thinned.hard_loss)
+        colour, marker, dashes = _style(index)
+        every = max(1, len(smooth) // 10)
+        marks = {"marker": marker, "markersize": 5, "markevery": (index % every, every)}
+        axes.plot(thinned.steps, thinned.hard_loss, color=colour, linewidth=0.8, alpha=0.3)
+        axes.plot(thinned.steps, smooth, color=colour, linewidth=1.6, linestyle=dashes, **marks)
+        shown += [y for x, y in zip(thinned.steps, smooth, strict=True) if x >= since * last]
+    room = max(max(shown) - min(shown), 1e-3)
+    axes.set_xlim(since * last, last * 1.01 + 1e-9)
+    axes.set_ylim(min(shown) - 0.08 * room, max(shown) + 0.08 * room)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.grid(linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0)
+    axes.set_xlabel("step")
+    axes.set_title("hard loss, nats/token", loc="left", fontsize=10, color=INKS["muted"][0])
+
+
+def _thin(log: TrainingLog) -> TrainingLog:
+    """Return a curve of at most _CURVE_POINTS points, each the mean of equally many logged ones."""
+    size = math.ceil(len(log.steps) / _CURVE_POINTS)
+    blocks = [slice(start, start + size) for start in range(0, len(log.steps), size)]
+    means = tuple(sum(log.hard_loss[b]) / len(log.hard_loss[b]) for b in blocks)
+    return TrainingLog(tuple(log.steps[b][-1] for b in blocks), means)
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Return the running mean over a twentieth of the curve, centred: it never lags."""
+    reach = len(values) // 40
+    windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]

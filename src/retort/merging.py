@@ -1,0 +1,124 @@
+"""Parts become one cache: merged in the index's order, measured against the live teacher, described in a manifest."""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retort.cache import (
+    CACHE_FILE,
+    LogitCache,
+    cache_digest,
+    is_merged,
+    merge_parts,
+    remove_parts,
+)
+from retort.config import Cache
+from retort.features import TeacherFeatures, read_features
+from retort.provenance import describe_run, read_json, write_json
+from retort.shards import TokenIndex
+from retort.teacher import build_header
+
+
+def merge_h5(
+    manifest_path: Path,
+    *,
+    index_path: Path,
+    fingerprint_path: Path,
+    features_path: Path | None,
+    cache: Cache,
+) -> str:
+    """Merge parts/ beside the manifest into teacher_logits.h5, measure it, write manifest.json; return its line.
+
+    The parts are removed last. Killed at any point, the same call finishes the work: a merged file is only ever
+    there whole, and parts are only removed once it is.
+    """
+    started = time.monotonic()
+    index = TokenIndex.read(index_path)
+    header = build_header(index, read_json(fingerprint_path), cache, source=fingerprint_path)
+    folder = manifest_path.parent
+    out = folder / CACHE_FILE
+    if not is_merged(out, header):
+        merge_parts(index, folder / "parts", header, out)
+    merged = LogitCache(out)
+    merged.verify()
+    receipts = [read_json(path) for path in sorted(folder.glob("metadata_worker*.json"))]
+    manifest = describe_cache(merged, index) | read_fidelity(merged, features_path)
+    about = describe_run(section=asdict(cache), seed=None, device="cpu", seconds=time.monotonic() - started)
+    write_json(folder / "run.json", about | {"workers": receipts})
+    write_json(manifest_path, manifest)
+    remove_parts(folder / "parts")
+    return (
+        f"cache: {manifest['positions']:,} positions, {manifest['bytes_per_position']:.1f} bytes each, tail mass "
+        f"{manifest['tail_mass']:.3f}; KL(live teacher || cache) {manifest['fidelity_kl']:.2e} nats on "
+        f"{manifest['fidelity_positions']:,} positions"
+    )
+
+
+def describe_cache(cache: LogitCache, index: TokenIndex) -> dict[str, Any]:
+    """Return the manifest's facts: they depend on the content alone, not on who made it or when."""
+    positions = cache.table.num_positions
+    assert positions == index.content["train"]["positions"], (positions, index.content["train"])
+    return {
+        "file": cache.path.name,
+        "file_bytes": cache.path.stat().st_size,
+        "sha256": cache_digest(cache),
+        "sequences": len(cache),
+        "tokens": len(cache.table.ids),
+        "positions": positions,
+        "bytes_per_position": cache.record_bytes / max(1, positions),
+        "method": cache.header.codec.method,
+        "top_k": cache.header.codec.top_k,
+        "header": cache.header.to_json(),
+    }
+
+
+def read_fidelity(cache: LogitCache, features_path: Path | None) -> dict[str, Any]:
+    """Return the measured fidelity, checked to be on the very sequences that were re-scored."""
+    if features_path is None:
+        return {"fidelity_positions": 0, "fidelity_kl": None, "fidelity_agreement": None, "tail_mass": None}
+    teacher = read_features(features_path)
+    if teacher.teacher != cache.header.teacher:
+        raise ValueError(
+            f"{features_path} was scored by teacher {teacher.teacher}, the cache by {cache.header.teacher}. Delete "
+            "the former and run the same command again."
+        )
+    return measure_fidelity(cache, teacher)
+
+
+@torch.inference_mode()
+def measure_fidelity(cache: LogitCache, teacher: TeacherFeatures) -> dict[str, Any]:
+    """Compare the cache with the live teacher at the re-scored training positions.
+
+    fidelity_kl: KL(live || cache) in nats over the kept tokens and one bucket for the tail, so that it shows
+    what storing (and scoring in other batches) changed; what cutting the tail loses is `tail_mass`.
+    """
+    place, kl, agree, tail = 0, 0.0, 0, 0.0
+    for index in teacher.train_sequences.tolist():
+        targets = cache.read_targets(index)
+        live_PV = teacher.logprobs("train", slice(place, place + len(targets)))
+        place += len(targets)
+        ids_PK = torch.from_numpy(targets.top_k_ids).long()
+        cached = torch.cat([torch.from_numpy(targets.top_k_logprobs), _tail(targets.tail_logprobs, cache)], 1)
+        outside_PV = live_PV.scatter(1, ids_PK, -torch.inf)
+        live = torch.cat([live_PV.gather(1, ids_PK), outside_PV.logsumexp(dim=-1, keepdim=True)], 1)
+        terms = live.exp() * (live - cached)
+        kl += float(terms.masked_fill(live == -torch.inf, 0.0).double().sum())
+        agree += int((live_PV.argmax(dim=-1) == ids_PK[:, 0]).sum())
+        tail += float(cached[:, -1].exp().double().sum())
+    assert place == len(teacher.features["train"]), (place, len(teacher.features["train"]))
+    n = max(1, place)
+    return {
+        "fidelity_positions": place,
+        "fidelity_kl": kl / n,
+        "fidelity_agreement": agree / n,
+        "tail_mass": tail / n,
+    }
+
+
+def _tail(tail_logprobs: Any, cache: LogitCache) -> Tensor:
+    """Return the tail's logprob at temperature 1, [P, 1]."""
+    return torch.from_numpy(tail_logprobs)[:, [cache.header.codec.temperatures.index(1.0)]]

@@ -1,0 +1,314 @@
+"""Load a teacher, build a student: the only room that knows transformers' model classes.
+
+A causal LM is used in two halves: its *body*, token ids -> hidden states, and its *head*, hidden states -> logits,
+so that the head (most of the work at a large vocabulary) runs only where a prediction counts.
+"""
+
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import logging as transformers_logging
+
+from retort.config import Student, Teacher
+from retort.provenance import (
+    digest,
+    fingerprint_tokenizer,
+    fingerprint_weights,
+    read_json,
+    write_json,
+)
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+# How far head(body(x)) may be from the model's own logits, relative to the largest logit, in float32.
+_PROBE_TOLERANCE = 1e-4
+
+
+def choose_device(device: str) -> torch.device:
+    """Return the torch device for `auto`, `cpu` or `cuda`.
+
+    Raises ValueError for `cuda` where torch sees none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device 'cuda' was asked for, but this PyTorch ({torch.__version__}) sees no GPU. Use device: auto "
+            "or cpu, or install the CUDA build of the same PyTorch version."
+        )
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Return the torch dtype; `auto` is bfloat16 on a GPU that has it, else float32."""
+    if dtype != "auto":
+        chosen: torch.dtype = getattr(torch, dtype)
+        return chosen
+    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if has_bfloat16 else torch.float32
+
+
+def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """Load a tokenizer from a folder or a Hub id. Raises ValueError with the next step when it cannot."""
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, and tokenizers' own
+        raise ValueError(_cannot_load("tokenizer", path, error)) from error
+
+
+def load_model_config(
+    path: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PretrainedConfig:
+    """Load a model's config from a folder or a Hub id. Raises ValueError with the next step when it cannot."""
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            path, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:
+        raise ValueError(_cannot_load("model", path, error)) from error
+    return config
+
+
+def _cannot_load(what: str, path: str, error: Exception) -> str:
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if Path(path).is_dir():
+        advice = "the folder must hold what save_pretrained() writes (config.json, weights, tokenizer.json)"
+    elif path.startswith((".", "/", "~")) or path.count("/") > 1:
+        advice = f"there is no such folder (looked from {Path.cwd()})"
+    else:
+        advice = (
+            "for a Hub id this machine must reach huggingface.co (or have it in its cache, with HF_HUB_OFFLINE=1); "
+            "for a gated one, log in with `hf auth login`"
+        )
+    return f"cannot load the {what} {path!r}: {advice}. transformers says: {first_line}"
+
+
+def fingerprint_model(path: str, *, revision: str | None = None) -> dict[str, Any]:
+    """Return {"weights", "revision"}: of a local folder its content, of a Hub id its resolved commit."""
+    folder = Path(path)
+    if folder.is_dir():
+        return {"weights": fingerprint_weights(folder), "revision": None}
+    commit = getattr(load_model_config(path, revision=revision), "_commit_hash", None)
+    return {"weights": digest([path, commit]), "revision": commit}
+
+
+def fingerprint_of_tokenizer(path: str, tokenizer: Any) -> dict[str, Any]:
+    """Return {"fingerprint", "size"} of a tokenizer: of its files where it is local, else of its vocabulary."""
+    folder = Path(path)
+    if folder.is_dir():
+        fingerprint = fingerprint_tokenizer(folder)
+    else:
+        fingerprint = digest([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template])
+    return {"fingerprint": fingerprint, "size": len(tokenizer)}
+
+
+@dataclass(frozen=True)
+class Head:
+    """Hidden states -> logits: `weight` [V, D], with the models' own extras; weight None: already logits."""
+
+    weight: Tensor | None
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, features_PD: Tensor) -> Tensor:
+        """Return float32 logits [P, V]."""
+        if self.weight is None:
+            return features_PD.float()
+        logits_PV = nn.functional.linear(features_PD.to(self.weight.dtype), self.weight, self.bias).float()
+        logits_PV = logits_PV * self.scale if self.scale != 1.0 else logits_PV
+        if self.softcap is not None:
+            logits_PV = self.softcap * torch.tanh(logits_PV / self.softcap)
+        return logits_PV
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    """A model in two halves. `is_split` is False where the halves do not reproduce the model: then the body
+    returns the model's own logits and the head passes them on."""
+
+    model: PreTrainedModel
+    head: Head
+    vocabulary: int  # V, width of the output layer
+    is_split: bool
+
+    def features(self, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
+        """Return hidden states [B, T, D], or logits [B, T, V] of a model that cannot be split."""
+        inputs = {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT}
+        if not self.is_split:
+            logits: Tensor = self.model(**inputs, use_cache=False).logits
+            return logits
+        hidden: Tensor = self.model.base_model(**inputs, use_cache=False).last_hidden_state
+        return hidden
+
+    @property
+    def device(self) -> torch.device:
+        """Where the input ids go."""
+        device: torch.device = self.model.get_input_embeddings().weight.device  # type: ignore[assignment]
+        return device
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters, tied ones once."""
+        return int(self.model.num_parameters())
+
+
+def split_model(model: PreTrainedModel) -> CausalLM:
+    """Split a causal LM into body and head, and prove on eight tokens that the halves make the whole."""
+    config = model.config.get_text_config()
+    layer = model.get_output_embeddings()
+    vocabulary = int(layer.weight.shape[0]) if layer is not None else int(config.vocab_size)
+    whole = CausalLM(model, Head(weight=None), vocabulary, is_split=False)
+    if layer is None or not hasattr(model, "base_model") or model.base_model is model:
+        return whole
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    head = Head(layer.weight.detach(), getattr(layer, "bias", None), scale, softcap)
+    split = CausalLM(model, head, vocabulary, is_split=True)
+    ids = torch.arange(1, 9, device=split.device)[None] % vocabulary
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        try:
+            expected = model(input_ids=ids, use_cache=False).logits.float()
+            found = head.logits(split.features(ids, torch.ones_like(ids))).to(expected.device)
+        except (TypeError, AttributeError, RuntimeError):
+            return whole
+        finally:
+            model.train(was_training)
+        error = (found - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
+    tolerance = _PROBE_TOLERANCE if expected.dtype == torch.float32 and model.dtype == torch.float32 else 2e-2
+    if found.shape != expected.shape or not bool(error <= tolerance):
+        print(f"{type(model).__name__}: its head is of an unknown form; the whole model is run at every position.")
+        return whole
+    return split
+
+
+def load_teacher(path: str, section: Teacher) -> CausalLM:
+    """Load a teacher, frozen, on its device: spread over all visible GPUs where there are several."""
+    device = choose_device(section.device)
+    options: dict[str, Any] = {
+        "revision": section.revision,
+        "dtype": choose_dtype(section.dtype, device),
+        "trust_remote_code": section.trust_remote_code,
+    }
+    if section.attn_implementation is not None:
+        options["attn_implementation"] = section.attn_implementation
+    if device.type == "cuda":
+        options["device_map"] = "auto"
+    return split_model(load_pretrained(path, **options).eval().requires_grad_(False))
+
+
+def load_pretrained(path: str, **options: Any) -> PreTrainedModel:
+    """Load a causal LM from a folder or a Hub id. Raises ValueError with the next step when it cannot."""
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise ValueError(_cannot_load("model", path, error)) from error
+    return model
+
+
+def student_config(section: Student, *, vocabulary: int, tokenizer: Any) -> PretrainedConfig:
+    """Return the student's transformers config; `vocab_size` and special ids are filled in where absent.
+
+    Raises ValueError when the student's vocabulary is smaller than `vocabulary`, the ids it must predict.
+    """
+    if section.model_path is not None:
+        config = load_model_config(section.model_path)
+    else:
+        path = Path(str(section.config))
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        model_type = content.pop("model_type")
+        content.setdefault("vocab_size", vocabulary)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            content.setdefault(name, getattr(tokenizer, name))
+        try:
+            config = AutoConfig.for_model(model_type, **content)
+        except Exception as error:
+            raise ValueError(
+                f"student.config {str(path)!r} is no valid transformers {model_type!r} config: {error}"
+            ) from error
+    size = int(config.get_text_config().vocab_size)
+    if size < vocabulary:
+        source = section.config or section.model_path
+        raise ValueError(
+            f"the student's vocab_size is {size} ({source}), smaller than the {vocabulary} ids it must predict. "
+            f"Set vocab_size: {vocabulary}, or leave it out of the JSON to have it filled in."
+        )
+    return config
+
+
+def build_student(section: Student, *, vocabulary: int, tokenizer: Any, seed: int) -> PreTrainedModel:
+    """Build the student in float32: from a config with weights drawn by `seed`, or from a checkpoint."""
+    config = student_config(section, vocabulary=vocabulary, tokenizer=tokenizer)
+    if section.model_path is not None:
+        return load_pretrained(section.model_path, dtype=torch.float32)
+    torch.manual_seed(seed)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model
+
+
+def describe_device(device: torch.device) -> str:
+    """Return the device in words, for run.json."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} x {torch.cuda.device_count()}"
+    return f"cpu, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
+
+
+def record_teacher(path: Path, section: Teacher) -> None:
+    """Write fingerprint.json of a teacher: what its weights and tokenizer are, and the width of its output."""
+    source = str(section.model_path)
+    tokenizer = load_tokenizer(
+        source, revision=section.revision, trust_remote_code=section.trust_remote_code
+    )
+    config = load_model_config(
+        source, revision=section.revision, trust_remote_code=section.trust_remote_code
+    )
+    record = fingerprint_model(source, revision=section.revision) | {
+        "model_path": source,
+        "tokenizer": fingerprint_of_tokenizer(source, tokenizer),
+        "vocabulary": output_width(config),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, record)
+
+
+def output_width(config: PretrainedConfig) -> int:
+    """Return V, the width of a causal LM's output layer; often more than its tokenizer has tokens."""
+    return int(config.get_text_config().vocab_size)
+
+
+def require_weights(record: dict[str, Any], path: str, *, source: Path) -> None:
+    """Raise ValueError when a local model is not the one whose fingerprint was recorded."""
+    if Path(path).is_dir() and (found := fingerprint_weights(Path(path))) != record["weights"]:
+        raise ValueError(
+            f"{path} holds other weights (fingerprint {found}) than {source} records ({record['weights']}). Put "
+            "the old weights back, or set teacher.generation.force_regenerate to a new value (a date, say)."
+        )
+
+
+def load_recorded_teacher(path: str, section: Teacher, *, record_path: Path) -> CausalLM:
+    """Load a teacher after checking that it is the recorded one, at the recorded revision."""
+    record = read_json(record_path)
+    require_weights(record, path, source=record_path)
+    if not Path(path).is_dir():
+        section = replace(section, revision=record["revision"])
+    teacher = load_teacher(path, section)
+    assert teacher.vocabulary == record["vocabulary"], (teacher.vocabulary, record["vocabulary"])
+    return teacher

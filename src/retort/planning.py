@@ -1,0 +1,59 @@
+"""What a cache will cost, known before the first GPU starts: positions, bytes, and whether the disk holds them."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from retort.codec import build_codec, bytes_per_position
+from retort.config import Cache
+
+# Stored bytes of one sequence beside its records: ids, mask, key, offsets, checksum.
+_BYTES_PER_TOKEN = 5
+_BYTES_PER_SEQUENCE = 64
+
+
+@dataclass(frozen=True)
+class CacheCost:
+    """The cost of one cache, from the token index and the config alone. `record_bytes` is an upper bound."""
+
+    positions: int
+    parts: int
+    record_bytes: int
+    total_bytes: int
+    disk_free_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of plan.json."""
+        return vars(self)
+
+
+def plan_cache(index: dict[str, Any], cache: Cache, *, vocabulary: int, folder: Path) -> CacheCost:
+    """Return what the cache will take. While parts are merged they and the merged file lie side by side.
+
+    Raises ValueError when the disk holding `folder` has not enough room.
+    """
+    train = index["train"]
+    record_bytes = train["positions"] * bytes_per_position(build_codec(cache, vocabulary=vocabulary))
+    total = 2 * (
+        record_bytes + _BYTES_PER_TOKEN * train["tokens"] + _BYTES_PER_SEQUENCE * train["sequences"]
+    )
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if total > free:
+        raise ValueError(
+            f"the cache of {train['positions']:,} positions needs up to {total / 1e9:.1f} GB while its parts are "
+            f"merged, but {existing} has {free / 1e9:.1f} GB free. Lower cache.top_k (now {cache.top_k}) or "
+            "dataset.max_samples, or set output.cache_dir to a larger disk."
+        )
+    return CacheCost(train["positions"], len(index["parts"]), record_bytes, total, free)
+
+
+def describe_cost(cost: CacheCost) -> str:
+    """Return the cost in one line."""
+    per_position = cost.record_bytes / max(1, cost.positions)
+    return (
+        f"cache: {cost.positions:,} positions in {cost.parts} parts, at most {per_position:.0f} bytes each "
+        f"({cost.record_bytes / 1e9:.2f} GB); room needed while merging {cost.total_bytes / 1e9:.2f} GB, "
+        f"free {cost.disk_free_bytes / 1e9:.1f} GB"
+    )

@@ -1,0 +1,187 @@
+"""Where a result comes from: digests of values, files and weights, and the run.json beside every output.
+
+Two kinds of name are kept apart. An *identity* is a digest of the config keys that define an artefact; it is
+known when the Snakefile is parsed and names the artefact's folder (room `artefacts`). A *fingerprint* is a
+digest of what was really found on disk (a teacher's weights, a tokenizer's files, a corpus); it is recorded
+inside the artefact and compared again whenever the artefact is used.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+_BLOCK_BYTES = 1 << 20
+# Weights above this size are fingerprinted by their header and evenly spaced blocks: two different trainings
+# differ in every block, and a 140 GB teacher must not be read whole each time a Snakefile is parsed.
+_WHOLE_FILE_BYTES = 16 << 20
+_SAMPLED_BLOCKS = 32
+# Corpora are hashed whole (an edit may touch one byte); above this size the digest is remembered by the
+# file's size and modification time, so that only the first parse pays.
+_MEMO_BYTES = 16 << 20
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+
+
+def digest(value: Any) -> str:
+    """Return 12 hex digits that name a JSON-like value; equal values give equal names on every machine."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def digest_file(path: Path, *, memo: Path | None = None) -> str:
+    """Return 32 hex digits (xxh3-128) of a file's bytes.
+
+    `memo` names a JSON file in which digests of large files are remembered by size and modification time.
+    """
+    status = path.stat()
+    if memo is None or status.st_size < _MEMO_BYTES:
+        return _hash_whole(path)
+    key = str(path.resolve())
+    stamp = [status.st_size, status.st_mtime_ns]
+    known = read_json(memo) if memo.exists() else {}
+    if known.get(key, [None])[:2] != stamp:
+        known[key] = [*stamp, _hash_whole(path)]
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        write_json(memo, known)
+    return str(known[key][2])
+
+
+def _hash_whole(path: Path) -> str:
+    state = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            state.update(block)
+    return state.hexdigest()
+
+
+def _hash_sampled(path: Path) -> str:
+    size = path.stat().st_size
+    if size <= _WHOLE_FILE_BYTES:
+        return _hash_whole(path)
+    state = xxhash.xxh3_128(str(size).encode())
+    with path.open("rb") as file:
+        for block in range(_SAMPLED_BLOCKS):
+            file.seek((size - _BLOCK_BYTES) * block // (_SAMPLED_BLOCKS - 1))
+            state.update(file.read(_BLOCK_BYTES))
+    return state.hexdigest()
+
+
+def fingerprint_weights(folder: Path) -> str:
+    """Return the fingerprint of the weights and the architecture in a model folder.
+
+    Raises ValueError when the folder holds no weights.
+    """
+    weights = sorted(p for p in folder.iterdir() if p.suffix in WEIGHT_SUFFIXES) if folder.is_dir() else []
+    if not weights:
+        raise ValueError(
+            f"no model weights in {str(folder)!r}: expected a folder with config.json and *.safetensors "
+            "(or *.bin), as save_pretrained() writes it. Give such a folder or a Hub id."
+        )
+    files = [folder / "config.json", *weights]
+    return digest([[p.name, _hash_sampled(p)] for p in files if p.exists()])
+
+
+def fingerprint_tokenizer(folder: Path) -> str:
+    """Return the fingerprint of the tokenizer in a folder (its files' bytes, not just its size)."""
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
+    if not files:
+        raise ValueError(
+            f"no tokenizer in {str(folder)!r}: expected tokenizer.json or another of "
+            f"{', '.join(TOKENIZER_FILES)}."
+        )
+    return digest([[p.name, _hash_whole(p)] for p in files])
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically: a reader finds the old file or the new one, never half of one."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    write_atomically(path, text.encode())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write bytes under a temporary name, flush them to the disk, rename."""
+    temporary = temporary_name(path)
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def temporary_name(path: Path) -> Path:
+    """Return a name beside `path` that no other process on any node uses."""
+    return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
+
+
+def remove_stale_temporaries(folder: Path, *, older_than_s: float = 3600.0) -> None:
+    """Remove what writers that were killed left in `folder`; younger files may still be in use."""
+    now = time.time()
+    for path in folder.glob(".*.tmp"):
+        if now - path.stat().st_mtime > older_than_s:
+            path.unlink(missing_ok=True)
+
+
+def describe_run(*, section: Mapping[str, Any], seed: int | None, device: str, seconds: float) -> dict[str, Any]:
+    """Return what run.json says of one output: who made it, from what, with which versions, where, how long."""
+    commit, is_dirty = _git_state()
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "commit": commit,
+        "uncommitted_changes": is_dirty,
+        "config": dict(section),
+        "seed": seed,
+        "device": device,
+        "seconds": round(seconds, 3),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "python": platform.python_version(),
+        "versions": _versions(("torch", "transformers", "tokenizers", "datasets", "numpy", "h5py", "snakemake")),
+    }
+
+
+def _git_state() -> tuple[str | None, bool | None]:
+    """Return (commit, has uncommitted changes) of the checkout that this package lies in, or (None, None)."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+
+
+def _versions(packages: Iterable[str]) -> dict[str, str]:
+    found = {}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,262 @@
+"""Runs as they were measured: metrics.json and training_log.csv -> typed records, and what may be compared.
+
+A *group* is the runs evaluated on the same held-out positions: only within a group are losses compared. The
+*baseline* of a distilled run is the cross-entropy run (`output`) of its group with the same student size, seed
+and steps. What a run does not define is None.
+"""
+
+import csv
+import io
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class CacheFacts:
+    """What a run's logit cache costs and keeps: bytes and probability per position, KL in nats."""
+
+    method: str
+    top_k: str
+    positions: int
+    bytes_per_position: float
+    tail_mass: float
+    fidelity_kl: float
+    fidelity_agreement: float
+
+
+@dataclass(frozen=True)
+class Record:
+    """One metrics.json. Losses and KL: nats per token over the held-out positions; None = not defined."""
+
+    path: Path
+    name: str
+    id: str
+    distillation_type: str
+    alpha: float | None
+    temperature: float | None
+    seed: int
+    student_parameters: int
+    teacher: str | None
+    teacher_parameters: int | None
+    steps: int
+    trained_tokens: int
+    training_seconds: float
+    device: str
+    positions: int
+    documents: int
+    loss: float
+    perplexity: float
+    kl_to_teacher: float | None
+    agreement: float | None
+    teacher_loss: float | None
+    teacher_perplexity: float | None
+    cache: CacheFacts | None
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder, in which final/ and training_log.csv lie (the metrics may lie deeper)."""
+        above = [p.parent for p in self.path.parents if p.name == "evaluation"]
+        return above[0] if above else self.path.parent
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether the teacher's distributions are part of the loss."""
+        return self.distillation_type != "output"
+
+
+@dataclass(frozen=True)
+class TrainingLog:
+    """One run's learning curve: optimizer steps, and the hard loss (nats/token) of each logging interval."""
+
+    steps: tuple[int, ...]
+    hard_loss: tuple[float, ...]
+
+
+def load_metrics(paths: Sequence[Path]) -> list[Record]:
+    """Read the metrics.json of each run, in the order given; equal names get their id behind them.
+
+    Raises ValueError where there is nothing to read, a number is missing or not finite, or a run comes twice.
+    """
+    records = [_read_record(Path(path)) for path in paths]
+    if not records:
+        raise ValueError("no runs to report on: give the metrics.json of one run at least.")
+    times = Counter(r.name for r in records)
+    records = [replace(r, name=f"{r.name} {r.id[:6]}") if times[r.name] > 1 else r for r in records]
+    for name, count in Counter(r.name for r in records).items():
+        if count > 1:
+            places = ", ".join(str(r.path) for r in records if r.name == name)
+            raise ValueError(f"run {name!r} is given {count} times: {places}. Give each run once.")
+    return records
+
+
+def _read_record(path: Path) -> Record:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no readable metrics in {path} ({error}): evaluate the run again.") from None
+    read = _Reader(path, raw)
+    return Record(
+        path=path,
+        name=read.text("run"),
+        id=read.text("id"),
+        distillation_type=read.text("distillation_type"),
+        alpha=read.number_or_none("alpha"),
+        temperature=read.number_or_none("temperature"),
+        seed=read.count("seed"),
+        student_parameters=read.count("student_parameters"),
+        teacher=None if read("teacher") is None else read.text("teacher"),
+        teacher_parameters=(
+            None if read("teacher_parameters") is None else read.count("teacher_parameters")
+        ),
+        steps=read.count("steps"),
+        trained_tokens=read.count("trained_tokens"),
+        training_seconds=read.number("training_seconds"),
+        device=read.text("device"),
+        positions=read.count("validation", "positions"),
+        documents=read.count("validation", "documents"),
+        loss=read.number("validation", "loss"),
+        perplexity=read.number("validation", "perplexity"),
+        kl_to_teacher=read.number_or_none("validation", "kl_to_teacher"),
+        agreement=read.number_or_none("validation", "agreement"),
+        teacher_loss=read.number_or_none("teacher_validation", "loss"),
+        teacher_perplexity=read.number_or_none("teacher_validation", "perplexity"),
+        cache=None if read("cache") is None else _read_cache(read),
+    )
+
+
+def _read_cache(read: "_Reader") -> CacheFacts:
+    return CacheFacts(
+        method=read.text("cache", "method"),
+        top_k=str(read("cache", "top_k")),
+        positions=read.count("cache", "positions"),
+        bytes_per_position=read.number("cache", "bytes_per_position"),
+        tail_mass=read.number("cache", "tail_mass"),
+        fidelity_kl=read.number("cache", "fidelity_kl"),
+        fidelity_agreement=read.number("cache", "fidelity_agreement"),
+    )
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Looks keys up in one metrics.json, and says which key of which file is wrong."""
+
+    path: Path
+    raw: Any
+
+    def __call__(self, *keys: str) -> Any:
+        """Return the value under nested keys; None where it, or what should hold it, is null."""
+        value = self.raw
+        for depth, key in enumerate(keys):
+            if value is None and depth:
+                return None
+            if not isinstance(value, Mapping) or key not in value:
+                raise ValueError(f"{self.path} has no {'.'.join(keys)!r}: evaluate the run again.")
+            value = value[key]
+        return value
+
+    def _checked(self, keys: tuple[str, ...], types: tuple[type, ...], expected: str) -> Any:
+        value = self(*keys)
+        if not isinstance(value, types) or isinstance(value, bool):
+            found = f"{self.path}: {'.'.join(keys)} is {value!r}"
+            raise ValueError(f"{found}, expected {expected}. Evaluate the run again.")
+        return value
+
+    def text(self, *keys: str) -> str:
+        return str(self._checked(keys, (str,), "a text"))
+
+    def count(self, *keys: str) -> int:
+        return int(self._checked(keys, (int,), "a whole number"))
+
+    def number(self, *keys: str) -> float:
+        value = float(self._checked(keys, (int, float), "a number"))
+        if not math.isfinite(value):
+            raise ValueError(
+                f"{self.path}: {'.'.join(keys)} is {value}, expected a finite number. The run diverged: "
+                "lower training.learning_rate or raise training.warmup_steps, and train it again."
+            )
+        return value
+
+    def number_or_none(self, *keys: str) -> float | None:
+        return None if self(*keys) is None else self.number(*keys)
+
+
+def load_logs(records: Sequence[Record]) -> list[TrainingLog | None]:
+    """Read each run's training_log.csv; None where there is none, or no row in it.
+
+    Raises ValueError where a log is not what `train` writes, or holds NaN.
+    """
+    return [_read_log(record.folder / "training_log.csv") for record in records]
+
+
+def _read_log(path: Path) -> TrainingLog | None:
+    if not path.exists():
+        return None
+    try:
+        rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
+        points = [(int(row["step"]), float(row["hard_loss"])) for row in rows if row["hard_loss"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no training log as `train` writes it: {error!r}.") from None
+    for step, loss in points:
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"{path}: hard_loss is {loss} at step {step}, expected a finite number. The run diverged: "
+                "lower training.learning_rate, and train it again."
+            )
+    return TrainingLog(tuple(s for s, _ in points), tuple(x for _, x in points)) if points else None
+
+
+def group_runs(records: Sequence[Record]) -> list[list[Record]]:
+    """Return the runs by held-out positions; groups, and runs within them, in the order given."""
+    groups: dict[tuple[int, int], list[Record]] = {}
+    for record in records:
+        groups.setdefault((record.positions, record.documents), []).append(record)
+    return list(groups.values())
+
+
+def find_baseline(
+    record: Record, records: Sequence[Record], *, baseline: str | None = None
+) -> Record | None:
+    """Return the cross-entropy run that `record` may be compared with: the first one, or only the one named."""
+
+    def conditions(r: Record) -> tuple[int, ...]:
+        return (r.positions, r.documents, r.student_parameters, r.seed, r.steps)
+
+    alike = [
+        r
+        for r in records
+        if not r.is_distilled and conditions(r) == conditions(record) and baseline in (None, r.name)
+    ]
+    return alike[0] if alike and record.is_distilled else None
+
+
+def find_teachers(group: Sequence[Record]) -> list[Record]:
+    """Return one record of the group for each teacher in it; equal but for rounding is equal."""
+    found: list[Record] = []
+    for record in group:
+        if record.teacher is None:
+            continue
+        if not any(_has_same_teacher(record, other) for other in found):
+            found.append(record)
+    return found
+
+
+def _has_same_teacher(one: Record, other: Record) -> bool:
+    if (one.teacher, one.teacher_parameters) != (other.teacher, other.teacher_parameters):
+        return False
+    if one.teacher_loss is None or other.teacher_loss is None:
+        return one.teacher_loss is other.teacher_loss
+    return math.isclose(one.teacher_loss, other.teacher_loss, abs_tol=1e-3)
+
+
+def find_caches(records: Sequence[Record]) -> list[tuple[str, CacheFacts]]:
+    """Return each cache once, with the names of the runs that learned from it."""
+    users: dict[CacheFacts, list[str]] = {}
+    for record in records:
+        if record.cache is not None:
+            users.setdefault(record.cache, []).append(record.name)
+    return [(", ".join(names), cache) for cache, names in users.items()]

@@ -1,0 +1,333 @@
+"""Sequences on disk: the token shard file, and the index that lists all shards and the parts of teacher work.
+
+A *shard* is a slice of the corpus for tokenizing. A *part* is a fixed group of training sequences, those of
+`streaming_chunk_size` documents of one shard: the unit of resumable teacher work, named by its content keys.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from retort.config import Dataset
+from retort.corpus import Counts, read_documents, read_drawn
+from retort.provenance import digest, read_json, temporary_name, write_json
+from retort.tokens import (
+    SPLITS,
+    SequenceTable,
+    TokenCounts,
+    concatenate_tables,
+    tokenize_documents,
+)
+
+TOKENS_FORMAT = "retort-tokens"
+TOKENS_VERSION = 1
+
+
+def write_h5(path: Path, fill: Callable[[h5py.File], None]) -> None:
+    """Write an HDF5 file atomically (temporary name, fsync, rename); equal content gives equal bytes.
+
+    libver "earliest" because files of "latest" carry a consistency flag that a SIGKILL leaves set.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    try:
+        with h5py.File(temporary, "w", libver="earliest") as file:
+            fill(file)
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_table(group: h5py.Group, table: SequenceTable) -> None:
+    """Write the table's columns as datasets of `group`."""
+    for field in fields(table):
+        value = getattr(table, field.name)
+        if field.name == "label_names":
+            group.attrs["label_names"] = json.dumps(value)
+        else:
+            group.create_dataset(field.name, data=value.astype("u1") if value.dtype == np.bool_ else value)
+
+
+def read_table(group: h5py.Group) -> SequenceTable:
+    """Read a table written by `write_table`."""
+    columns = {f.name: group[f.name][()] for f in fields(SequenceTable) if f.name != "label_names"}
+    columns["loss_mask"] = columns["loss_mask"].astype(np.bool_)
+    names = tuple((str(c), str(lang)) for c, lang in json.loads(group.attrs["label_names"]))
+    return SequenceTable(**columns, label_names=names)
+
+
+def write_token_shard(
+    path: Path, tables: dict[str, SequenceTable], *, counts: dict[str, Any], tokenizer: dict[str, Any]
+) -> None:
+    """Write one shard: a group for each split, the counts and the tokenizer's fingerprint as attributes."""
+
+    def fill(file: h5py.File) -> None:
+        file.attrs["format"] = TOKENS_FORMAT
+        file.attrs["version"] = TOKENS_VERSION
+        file.attrs["counts"] = json.dumps(counts, sort_keys=True)
+        file.attrs["tokenizer"] = json.dumps(tokenizer, sort_keys=True)
+        for split in SPLITS:
+            write_table(file.create_group(split), tables[split])
+
+    write_h5(path, fill)
+
+
+def read_token_shard(path: Path, split: str) -> SequenceTable:
+    """Read one split of a shard and verify its content keys. Raises ValueError on any other file."""
+    with open_h5(path, expected_format=TOKENS_FORMAT, version=TOKENS_VERSION) as file:
+        table = read_table(file[split])
+    table.verify_keys(source=str(path))
+    return table
+
+
+def open_h5(path: Path, *, expected_format: str, version: int) -> h5py.File:
+    """Open an HDF5 file of ours for reading; one sentence when it is missing, torn, foreign or newer."""
+    try:
+        file = h5py.File(path, "r")
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist: run the same snakemake command again to make it.") from None
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be read as HDF5 ({error}): it was cut short or damaged. Delete it and run the "
+            "same command again."
+        ) from None
+    found = (file.attrs.get("format"), int(file.attrs.get("version", 0)))
+    if found[0] != expected_format:
+        file.close()
+        raise ValueError(f"{path} is no {expected_format} file: its format attribute is {found[0]!r}.")
+    if found[1] != version:
+        file.close()
+        raise ValueError(
+            f"{path} has format version {found[1]}, this Retort reads {version}: use the Retort that wrote it, "
+            "or make the file again with this one."
+        )
+    return file
+
+
+def build_index(shard_paths: list[Path], *, streaming_chunk_size: int) -> dict[str, Any]:
+    """Return the content of index.json: totals, counts that reconcile, and the parts of teacher work.
+
+    A part is `streaming_chunk_size` documents of one shard, named by a digest of its content keys.
+    Raises ValueError when no sequence is left for training, or shards were made with different tokenizers.
+    """
+    shards, parts, all_keys = [], [], []
+    totals = {split: {"documents": 0, "sequences": 0, "tokens": 0, "positions": 0} for split in SPLITS}
+    tokenizers: dict[str, Any] = {}
+    counts: list[dict[str, Any]] = []
+    for place, path in enumerate(shard_paths):
+        with open_h5(path, expected_format=TOKENS_FORMAT, version=TOKENS_VERSION) as file:
+            tokenizers[file.attrs["tokenizer"]] = json.loads(file.attrs["tokenizer"])
+            counts.append(json.loads(file.attrs["counts"]))
+        for split in SPLITS:
+            table = read_token_shard(path, split)
+            totals[split]["documents"] += len(np.unique(table.documents))
+            totals[split]["sequences"] += len(table)
+            totals[split]["tokens"] += len(table.ids)
+            totals[split]["positions"] += table.num_positions
+            if split == "train":
+                parts += _list_parts(table, shard=place, documents_per_part=streaming_chunk_size)
+                all_keys.append(table.keys.tobytes())
+        shards.append(path.name)
+    if len(tokenizers) > 1:
+        raise ValueError(
+            f"the token shards were made with {len(tokenizers)} different tokenizers "
+            f"({', '.join(t['fingerprint'] for t in tokenizers.values())}): the tokenizer's files changed while "
+            f"the shards were written. Delete {shard_paths[0].parent} and run the same command again."
+        )
+    summary = _sum_counts(counts)
+    if totals["train"]["positions"] == 0:
+        raise ValueError(
+            f"no document of the corpus is left for training: {summary['documents']}. Every document was empty, "
+            "skipped or held out. Look at the column names, dataset.validation_fraction and the files."
+        )
+    return {
+        "format": TOKENS_FORMAT,
+        "version": TOKENS_VERSION,
+        "tokenizer": next(iter(tokenizers.values())),
+        "content": digest([xxhash.xxh3_128_hexdigest(keys) for keys in all_keys]),
+        "counts": summary,
+        **totals,
+        "shards": shards,
+        "parts": parts,
+    }
+
+
+def _list_parts(table: SequenceTable, *, shard: int, documents_per_part: int) -> list[dict[str, Any]]:
+    """Cut one shard's training sequences at every `documents_per_part` documents."""
+    if len(table) == 0:
+        return []
+    is_new = np.concatenate([[True], np.diff(table.documents) != 0])
+    part_of_sequence = (np.cumsum(is_new) - 1) // documents_per_part
+    starts = np.flatnonzero(np.concatenate([[True], np.diff(part_of_sequence) != 0])).tolist()
+    parts = []
+    for first, stop in zip(starts, [*starts[1:], len(table)], strict=True):
+        piece = table.slice(first, stop)
+        parts.append(
+            {
+                "name": xxhash.xxh3_128_hexdigest(piece.keys.tobytes()),
+                "shard": shard,
+                "first": first,
+                "sequences": len(piece),
+                "tokens": len(piece.ids),
+                "positions": piece.num_positions,
+            }
+        )
+    return parts
+
+
+def _sum_counts(counts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Add up nested dictionaries of numbers."""
+    total: dict[str, Any] = {}
+    for shard in counts:
+        for key, value in shard.items():
+            if isinstance(value, dict):
+                total[key] = _sum_counts([total.get(key, {}), value])
+            else:
+                total[key] = total.get(key, 0) + value
+    return total
+
+
+def write_index(path: Path, shard_paths: list[Path], *, streaming_chunk_size: int) -> dict[str, Any]:
+    """Build and write index.json beside the shards."""
+    index = build_index(shard_paths, streaming_chunk_size=streaming_chunk_size)
+    write_json(path, index)
+    return index
+
+
+@dataclass(frozen=True)
+class TokenIndex:
+    """index.json and the folder that it lies in."""
+
+    path: Path
+    content: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> "TokenIndex":
+        """Read index.json. Raises ValueError when it is missing or of another version."""
+        if not path.exists():
+            raise ValueError(f"{path} does not exist: run the same snakemake command again to make it.")
+        content = read_json(path)
+        if (content.get("format"), content.get("version")) != (TOKENS_FORMAT, TOKENS_VERSION):
+            raise ValueError(
+                f"{path} is {content.get('format')!r} version {content.get('version')!r}; this Retort reads "
+                f"{TOKENS_FORMAT!r} version {TOKENS_VERSION}."
+            )
+        return cls(path, content)
+
+    @property
+    def parts(self) -> list[dict[str, Any]]:
+        """The parts of teacher work, in their canonical order."""
+        parts: list[dict[str, Any]] = self.content["parts"]
+        return parts
+
+    def read_part(self, part: dict[str, Any]) -> SequenceTable:
+        """Read the sequences of one part, and verify that they are those that its name says."""
+        path = self.path.parent / self.content["shards"][part["shard"]]
+        table = read_token_shard(path, "train").slice(part["first"], part["first"] + part["sequences"])
+        if xxhash.xxh3_128_hexdigest(table.keys.tobytes()) != part["name"]:
+            raise ValueError(
+                f"{path} no longer holds the sequences that {self.path} lists (part {part['name']}): the shard "
+                "was made again from other text. Delete index.json and run the same command again."
+            )
+        return table
+
+    def read_split(self, split: str, *, max_positions: int | None = None) -> SequenceTable:
+        """Read all sequences of a split in index order; stop after the sequence that reaches max_positions."""
+        tables: list[SequenceTable] = []
+        positions = 0
+        for name in self.content["shards"]:
+            table = read_token_shard(self.path.parent / name, split)
+            if max_positions is not None:
+                room = max(0, max_positions - positions)
+                keep = int(np.searchsorted(table.position_offsets[:-1], room, side="left"))
+                table = table.slice(0, keep)
+            positions += table.num_positions
+            tables.append(table)
+        return concatenate_tables(tables)
+
+    def read_sample(self, *, num_positions: int) -> tuple[NDArray[np.int64], SequenceTable]:
+        """Return evenly spaced training sequences with about `num_positions` counted positions.
+
+        Their places are counted over all training sequences in index order, which is a merged cache's order.
+        """
+        train = self.content["train"]
+        total = train["sequences"]
+        count = min(total, max(1, round(num_positions * total / max(1, train["positions"]))))
+        places = np.unique(np.linspace(0, total - 1, count).astype(np.int64))
+        tables, first = [], 0
+        for name in self.content["shards"]:
+            table = read_token_shard(self.path.parent / name, "train")
+            inside = places[(places >= first) & (places < first + len(table))] - first
+            tables += [table.slice(int(i), int(i) + 1) for i in inside]
+            first += len(table)
+        return places, concatenate_tables(tables)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The rules' work
+
+
+def tokenize_shard(
+    out: Path,
+    dataset: Dataset,
+    tokenizer: Any,
+    *,
+    fingerprint: dict[str, Any],
+    shard: int,
+    drawn: Path | None,
+) -> str:
+    """Tokenize one shard of the corpus (of a drawn one where `drawn` names its folder); return what was counted."""
+    started = time.monotonic()
+    documents, counts = Counts(), TokenCounts()
+    source = (
+        read_drawn(drawn, shard=shard, counts=documents)
+        if drawn
+        else read_documents(dataset, shard=shard, num_shards=dataset.num_shards, counts=documents)
+    )
+    by_split: dict[str, list[Any]] = {split: [] for split in SPLITS}
+    for document in source:
+        by_split[document.split].append(document)
+    tables = {s: tokenize_documents(by_split[s], tokenizer, dataset, counts=counts) for s in SPLITS}
+    documents.reconcile()
+    counted = {"documents": documents.to_json(), "tokens": asdict(counts)}
+    write_token_shard(out, tables, counts=counted, tokenizer=fingerprint)
+    seconds = time.monotonic() - started
+    return (
+        f"shard {shard}: {documents.read:,} documents, {counts.stored:,} tokens in "
+        f"{sum(len(t) for t in tables.values()):,} sequences, {counts.read / max(seconds, 1e-9):,.0f} tokens/s"
+    )
+
+
+def describe_index(index: dict[str, Any]) -> str:
+    """Return in a few lines what became of the corpus: every document and every token."""
+    documents, tokens = index["counts"]["documents"], index["counts"]["tokens"]
+    lines = []
+    for split, words in (("train", "to train on"), ("val", "held out")):
+        found = index[split]
+        lines.append(
+            f"{words}: {found['documents']:,} documents, {found['sequences']:,} sequences, "
+            f"{found['positions']:,} positions"
+        )
+    skipped = ", ".join(f"{n:,} {reason}" for reason, n in documents["skipped"].items()) or "none"
+    cleaned = ", ".join(f"{n:,} {reason}" for reason, n in documents["cleaned"].items()) or "none"
+    lines.append(
+        f"documents: {documents['read']:,} read = {documents['used']:,} used + skipped ({skipped}); "
+        f"cleaned: {cleaned}"
+    )
+    lines.append(
+        f"tokens: {tokens['read']:,} read = {tokens['stored']:,} stored + {tokens['truncated']:,} truncated + "
+        f"{tokens['without_loss']:,} of prompts alone + {tokens['too_short']:,} in documents of one token; "
+        f"{tokens['documents_split']:,} long documents split"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,207 @@
+# What the rules share: the plan of artefacts, and get_* functions from wildcards to inputs, flags and resources.
+# Every node parses this file again for every job it runs: nothing here may import torch.
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from retort.artefacts import plan_project
+from retort.config import load_runs, section_flags
+from retort.gpus import detect_gpus, num_workers, parse_groups
+from snakemake.exceptions import WorkflowError
+
+try:
+    PROJECT = plan_project(load_runs(config))
+except ValueError as error:
+    raise WorkflowError(str(error)) from None
+
+OUTPUT = next(iter(PROJECT.runs.values())).config.output
+RESULTS = OUTPUT.results_dir
+CACHE = OUTPUT.cache_dir or RESULTS
+CHECK = f"{RESULTS}/checks/{PROJECT.check_id}.json"
+REPORT = f"{RESULTS}/reports/{PROJECT.report_id}/report.html"
+SCRIPTS = f"{shlex.quote(sys.executable)} {shlex.quote(str(Path(workflow.basedir) / 'workflow' / 'scripts'))}"
+
+
+wildcard_constraints:
+    corpus="[0-9a-f]{12}",
+    teacher="(demo-)?[0-9a-f]{12}",
+    tokens="[0-9a-f]{12}",
+    logits="[0-9a-f]{12}",
+    validation="[0-9a-f]{12}",
+    id="[0-9a-f]{12}",
+    evaluation="[0-9a-f]{12}",
+    run="[A-Za-z0-9][A-Za-z0-9._-]*",
+    shard="[0-9]{5}",
+    worker="[0-9]+",
+
+
+def flags(*sections):
+    """The command-line flags of config sections, quoted for the shell."""
+    return " ".join(shlex.quote(word) for section in sections for word in section_flags(section))
+
+
+def check_unless(made):
+    """An input function: the check of all inputs, for as long as `made` is not there.
+
+    The check is of the whole config; what an earlier config has made must not wait for it, or be made again.
+    """
+
+    def get_check(wildcards):
+        return [] if Path(made.format(**wildcards)).exists() else [ancient(CHECK)]
+
+    return get_check
+
+
+def get_corpus(wildcards):
+    """The corpus of a draw_corpus, demo_teacher or tokenize_shard job, as input; none where nothing is drawn."""
+    if "tokens" in wildcards.keys():
+        corpus = PROJECT.tokens[wildcards.tokens].corpus
+    else:
+        corpus = PROJECT.teachers[wildcards.teacher].corpus
+    return [f"{corpus.folder}/corpus.json"] if corpus.is_drawn else []
+
+
+def get_draw_flags(wildcards):
+    return flags(PROJECT.corpora[wildcards.corpus].dataset)
+
+
+def get_tokenize_flags(wildcards):
+    tokens = PROJECT.tokens[wildcards.tokens]
+    corpus = f" --corpus {shlex.quote(str(tokens.corpus.folder))}" if tokens.corpus.is_drawn else ""
+    trust = " --trust-remote-code" if tokens.teacher and tokens.teacher.section.trust_remote_code else ""
+    return f"--tokenizer {shlex.quote(tokens.tokenizer)} {flags(tokens.corpus.dataset)}{corpus}{trust}"
+
+
+def get_tokenizer(wildcards):
+    """The record of the teacher whose tokenizer is used, as input."""
+    teacher = PROJECT.tokens[wildcards.tokens].teacher
+    return [f"{teacher.folder}/fingerprint.json"] if teacher else []
+
+
+def get_shards(wildcards):
+    num_shards = PROJECT.tokens[wildcards.tokens].corpus.dataset.num_shards
+    return [f"{CACHE}/tokens/{wildcards.tokens}/shard_{s:05d}.h5" for s in range(num_shards)]
+
+
+def get_chunk_size(wildcards):
+    return PROJECT.tokens[wildcards.tokens].corpus.dataset.streaming_chunk_size
+
+
+def get_resolve_flags(wildcards):
+    return flags(PROJECT.teachers[wildcards.teacher].section)
+
+
+def get_demo_flags(wildcards):
+    teacher = PROJECT.teachers[wildcards.teacher]
+    return f"--corpus {shlex.quote(str(teacher.corpus.folder))} {flags(teacher.corpus.dataset)}"
+
+
+def get_index(wildcards):
+    return f"{artefact(wildcards).tokens.folder}/index.json"
+
+
+def get_fingerprint(wildcards):
+    return f"{artefact(wildcards).teacher.folder}/fingerprint.json"
+
+
+def artefact(wildcards):
+    """The cache, validation or run that a job's wildcards name."""
+    if "logits" in wildcards.keys():
+        return PROJECT.logits[wildcards.logits]
+    if "validation" in wildcards.keys():
+        return PROJECT.validations[wildcards.validation]
+    return PROJECT.runs[wildcards.run]
+
+
+def get_teacher_flags(wildcards):
+    found = artefact(wildcards)
+    path = shlex.quote(found.teacher.model_path)
+    return f"--teacher {path} {flags(found.config.teacher, found.config.teacher.generation)}"
+
+
+def get_cache_flags(wildcards):
+    return flags(PROJECT.logits[wildcards.logits].config.cache)
+
+
+def get_evaluation_flags(wildcards):
+    config = artefact(wildcards).config
+    return f"{flags(config.evaluation)} --device {config.training.device} --cpu-threads {get_cpu_threads(wildcards)}"
+
+
+def get_sample_flags(wildcards):
+    return flags(artefact(wildcards).config.evaluation)
+
+
+def get_num_workers(wildcards):
+    """How many workers share a cache's parts. It names nothing, so it may differ between machines and runs."""
+    generation = PROJECT.logits[wildcards.logits].config.teacher.generation
+    groups = parse_groups(
+        generation.gpus, gpus_per_model=generation.gpus_per_model, detected=detect_gpus()
+    )
+    return num_workers(generation.num_workers, groups)
+
+
+def get_receipts(wildcards):
+    folder = f"{CACHE}/logits/{wildcards.logits}"
+    return [f"{folder}/metadata_worker{w}.json" for w in range(get_num_workers(wildcards))]
+
+
+def get_features(wildcards):
+    """The teacher's exact distributions on held-out text, for a cache (its fidelity) or a run (its metrics)."""
+    if "logits" in wildcards.keys():
+        logits = PROJECT.logits[wildcards.logits]
+        pairs = (logits.tokens.id, logits.teacher.id)
+        found = [v for v in PROJECT.validations.values() if (v.tokens.id, v.teacher.id) == pairs]
+        return f"{found[0].folder}/teacher_validation.safetensors"
+    validation = PROJECT.runs[wildcards.run].validation
+    return [f"{validation.folder}/teacher_validation.safetensors"] if validation else []
+
+
+def get_manifest(wildcards):
+    """What a run learns from: the merged cache, or the live teacher's record; nothing but text for `output`."""
+    run = PROJECT.runs[wildcards.run]
+    if run.logits:
+        return [f"{run.logits.folder}/manifest.json"]
+    return [f"{run.teacher.folder}/fingerprint.json"] if run.teacher else []
+
+
+def get_train_flags(wildcards):
+    run = PROJECT.runs[wildcards.run]
+    config = run.config
+    words = [flags(config.student, config.training, config.tracking)]
+    words.append(f"--tokenizer {shlex.quote(run.tokens.tokenizer)}")
+    if run.logits:
+        words.append(f"--cache {shlex.quote(str(run.logits.folder / 'teacher_logits.h5'))}")
+    elif run.teacher and config.training.distillation_type != "output":
+        words.append(f"--teacher {shlex.quote(run.teacher.model_path)} {flags(config.teacher)}")
+    if run.teacher:
+        words.append(f"--fingerprint {shlex.quote(str(run.teacher.folder / 'fingerprint.json'))}")
+    return " ".join(words)
+
+
+def get_cpu_threads(wildcards):
+    """The threads that the config fixes (another number changes bits); Snakemake may run fewer at once."""
+    found = artefact(wildcards)
+    is_run = hasattr(found, "evaluation_id")
+    return found.config.training.cpu_threads if is_run else found.config.teacher.generation.cpu_threads
+
+
+def get_teacher_gpus(wildcards):
+    return artefact(wildcards).config.teacher.generation.gpus_per_model
+
+
+def get_training_gpus(wildcards):
+    return PROJECT.runs[wildcards.run].config.training.gpus
+
+
+def get_all_metrics(wildcards):
+    return [str(run.metrics_path) for run in PROJECT.runs.values()]
+
+
+def point_to_report():
+    """Let results/report.html be the report of the config that was asked for last."""
+    link, report = Path(RESULTS) / "report.html", Path(REPORT)
+    if report.exists():
+        link.unlink(missing_ok=True)
+        link.symlink_to(report.relative_to(RESULTS))

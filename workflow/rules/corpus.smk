@@ -1,0 +1,65 @@
+# Text becomes sequences of tokens: check_inputs -> draw_corpus -> tokenize_shard -> index_tokens.
+
+
+rule check_inputs:
+    output:
+        CHECK,
+    log:
+        f"logs/check_inputs/{PROJECT.check_id}.log",
+    params:
+        config=lambda wildcards: json.dumps(config, sort_keys=True),
+    message:
+        "Checking the inputs: models, vocabularies, corpora, folders"
+    shell:
+        "{SCRIPTS}/check_inputs.py --config {params.config:q} --output {output}"
+        " >> {log} 2> >(tee -a {log} >&2)"
+
+
+rule draw_corpus:
+    input:
+        check=check_unless(CACHE + "/corpora/{corpus}/corpus.json"),
+    output:
+        CACHE + "/corpora/{corpus}/corpus.json",
+    log:
+        "logs/draw_corpus/{corpus}.log",
+    params:
+        flags=get_draw_flags,
+    message:
+        "Drawing the corpus {wildcards.corpus}"
+    shell:
+        "{SCRIPTS}/draw_corpus.py --output {output} {params.flags}"
+        " >> {log} 2> >(tee -a {log} >&2)"
+
+
+rule tokenize_shard:
+    input:
+        check=check_unless(CACHE + "/tokens/{tokens}/shard_{shard}.h5"),
+        corpus=ancient(get_corpus),
+        tokenizer=ancient(get_tokenizer),
+    output:
+        CACHE + "/tokens/{tokens}/shard_{shard}.h5",
+    log:
+        "logs/tokenize_shard/{tokens}_{shard}.log",
+    params:
+        flags=get_tokenize_flags,
+    message:
+        "Tokenizing shard {wildcards.shard}"
+    shell:
+        "{SCRIPTS}/tokenize_shard.py --shard {wildcards.shard} --output {output} {params.flags}"
+        " >> {log} 2> >(tee -a {log} >&2)"
+
+
+rule index_tokens:
+    input:
+        ancient(get_shards),
+    output:
+        CACHE + "/tokens/{tokens}/index.json",
+    log:
+        "logs/index_tokens/{tokens}.log",
+    params:
+        chunk_size=get_chunk_size,
+    message:
+        "Listing the parts of teacher work in {output}"
+    shell:
+        "{SCRIPTS}/index_tokens.py --shards {input} --streaming-chunk-size {params.chunk_size}"
+        " --output {output} >> {log} 2> >(tee -a {log} >&2)"

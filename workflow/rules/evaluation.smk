@@ -1,0 +1,24 @@
+# A student is compared with its teacher on held-out text.
+
+
+rule evaluate:
+    input:
+        training=ancient(rules.train.output[0]),
+        index=ancient(get_index),
+        features=ancient(get_features),
+        signal=ancient(get_manifest),
+    output:
+        RESULTS + "/runs/{run}/{id}/evaluation/{evaluation}/metrics.json",
+    log:
+        "logs/evaluate/{run}_{id}_{evaluation}.log",
+    threads: get_cpu_threads
+    resources:
+        gpu=get_training_gpus,
+    params:
+        flags=get_evaluation_flags,
+    message:
+        "Evaluating the student {wildcards.run}"
+    shell:
+        "{SCRIPTS}/evaluate.py --index {input.index} --training {input.training}"
+        " --features {input.features} --signal {input.signal} --output {output} {params.flags}"
+        " >> {log} 2> >(tee -a {log} >&2)"

@@ -1,0 +1,21 @@
+# All runs side by side: a table for the terminal, a page for people.
+
+
+rule report:
+    input:
+        ancient(get_all_metrics),
+    output:
+        html=REPORT,
+        table=REPORT.replace("report.html", "summary.csv"),
+        text=REPORT.replace("report.html", "summary.txt"),
+    log:
+        f"logs/report/{PROJECT.report_id}.log",
+    message:
+        "Writing the report"
+    shell:
+        "{SCRIPTS}/report.py --metrics {input} --output {output.html}"
+        " >> {log} 2> >(tee -a {log} >&2)"
+
+
+onsuccess:
+    point_to_report()

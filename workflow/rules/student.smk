@@ -1,0 +1,22 @@
+# A student learns, from the text, from the cache, or from both.
+
+
+rule train:
+    input:
+        index=ancient(get_index),
+        signal=ancient(get_manifest),
+        check=check_unless(RESULTS + "/runs/{run}/{id}/training.json"),
+    output:
+        RESULTS + "/runs/{run}/{id}/training.json",
+    log:
+        "logs/train/{run}_{id}.log",
+    threads: get_cpu_threads
+    resources:
+        gpu=get_training_gpus,
+    params:
+        flags=get_train_flags,
+    message:
+        "Training the student {wildcards.run}"
+    shell:
+        "{SCRIPTS}/train.py --name {wildcards.run} --index {input.index} --output {output}"
+        " {params.flags} >> {log} 2> >(tee -a {log} >&2)"

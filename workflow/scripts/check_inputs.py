@@ -1,0 +1,33 @@
+"""Check everything that can be checked cheaply, before any expensive job: models, vocabularies, corpora, folders.
+
+    python workflow/scripts/check_inputs.py --config config/config.yaml --output results/checks/mine.json
+"""
+
+import argparse
+from pathlib import Path
+
+import yaml
+
+from retort.commands import run_script, say
+from retort.config import load_runs
+from retort.provenance import write_json
+
+
+def main() -> None:
+    """Read the config (a file, or its text as Snakemake has it) and check it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a YAML file, or the config itself as JSON")
+    parser.add_argument("--output", required=True, type=Path, help="what was found, as JSON")
+    args = parser.parse_args()
+    text = args.config if args.config.lstrip().startswith("{") else Path(args.config).read_text()
+    from retort.checks import check_project
+
+    found = check_project(load_runs(yaml.safe_load(text) or {}))
+    for line in found["notes"]:
+        say(line)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(args.output, found)
+
+
+if __name__ == "__main__":
+    run_script(main)

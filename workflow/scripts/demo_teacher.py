@@ -1,0 +1,27 @@
+"""Train the demo's teacher, a small causal LM with its own BPE tokenizer, on the corpus' training documents.
+
+    python workflow/scripts/demo_teacher.py --corpus results/corpora/mine --dataset-name demo \\
+        --output results/teachers/mine/fingerprint.json
+"""
+
+import argparse
+from pathlib import Path
+
+from retort.commands import run_script
+from retort.config import add_section_flags, section_from_args
+
+
+def main() -> None:
+    """Write model/ and fingerprint.json; an interrupted training goes on where it was."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=Path, help="folder of a drawn corpus, where there is one")
+    parser.add_argument("--output", required=True, type=Path, help="fingerprint.json; model/ lies beside it")
+    add_section_flags(parser, "dataset")
+    args = parser.parse_args()
+    from retort.demo import make_demo_teacher
+
+    make_demo_teacher(args.output, section_from_args(args, "dataset"), drawn=args.corpus)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,47 @@
+"""One worker of the teacher's pass: does parts of the index until all of them have a file.
+
+    python workflow/scripts/generate_logits.py --index results/tokens/mine/index.json --teacher models/teacher \\
+        --fingerprint results/teachers/mine/fingerprint.json --worker 0 --num-workers 1 \\
+        --output results/logits/mine/metadata_worker0.json
+"""
+
+import argparse
+from pathlib import Path
+
+from retort.commands import run_script, say
+from retort.config import add_section_flags, section_from_args
+from retort.gpus import lease_teacher
+
+
+def main() -> None:
+    """Hold one GPU group, do parts, write the receipt."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--index", required=True, type=Path, help="index.json of the tokens")
+    parser.add_argument("--fingerprint", required=True, type=Path, help="fingerprint.json of the teacher")
+    parser.add_argument("--teacher", required=True, help="folder or Hub id of the teacher")
+    parser.add_argument("--worker", type=int, default=0, help="which worker this is, from 0")
+    parser.add_argument("--num-workers", type=int, default=1, help="how many share the parts; names nothing")
+    parser.add_argument("--output", required=True, type=Path, help="the receipt; parts/ lies beside it")
+    for section in ("teacher", "teacher.generation", "cache"):
+        add_section_flags(parser, section)
+    args = parser.parse_args()
+    section = section_from_args(args, "teacher")
+    tell = say if args.worker == 0 else print
+    with lease_teacher(section.generation, worker=args.worker, say=tell):
+        from retort.teacher import generate_logits
+
+        generate_logits(
+            args.output,
+            index_path=args.index,
+            teacher_path=args.teacher,
+            fingerprint_path=args.fingerprint,
+            section=section,
+            cache=section_from_args(args, "cache"),
+            worker=args.worker,
+            num_workers=args.num_workers,
+            say=tell,
+        )
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,26 @@
+"""List all shards of a corpus and the parts of teacher work in one index.json.
+
+    python workflow/scripts/index_tokens.py --shards results/tokens/mine/shard_*.h5 \\
+        --output results/tokens/mine/index.json
+"""
+
+import argparse
+from pathlib import Path
+
+from retort.commands import run_script, say
+from retort.shards import describe_index, write_index
+
+
+def main() -> None:
+    """Verify the shards, write the index, say what the corpus is made of."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shards", required=True, type=Path, nargs="+", help="all shards, in order")
+    parser.add_argument("--streaming-chunk-size", type=int, default=1000, help="documents in a part")
+    parser.add_argument("--output", required=True, type=Path, help="index.json, in the shards' folder")
+    args = parser.parse_args()
+    index = write_index(args.output, args.shards, streaming_chunk_size=args.streaming_chunk_size)
+    say(describe_index(index))
+
+
+if __name__ == "__main__":
+    run_script(main)

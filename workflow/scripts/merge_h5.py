@@ -1,0 +1,36 @@
+"""Merge the parts of a cache into one file, in the index's order; measure its fidelity; remove the parts.
+
+    python workflow/scripts/merge_h5.py --index results/tokens/mine/index.json \\
+        --fingerprint results/teachers/mine/fingerprint.json --output results/logits/mine/manifest.json
+"""
+
+import argparse
+from pathlib import Path
+
+from retort.commands import run_script, say
+from retort.config import add_section_flags, section_from_args
+
+
+def main() -> None:
+    """Write teacher_logits.h5 and manifest.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--index", required=True, type=Path, help="index.json of the tokens")
+    parser.add_argument("--fingerprint", required=True, type=Path, help="fingerprint.json of the teacher")
+    parser.add_argument("--features", type=Path, help="teacher_validation.safetensors, to measure the fidelity")
+    parser.add_argument("--output", required=True, type=Path, help="manifest.json; the cache lies beside it")
+    add_section_flags(parser, "cache")
+    args = parser.parse_args()
+    from retort.merging import merge_h5
+
+    line = merge_h5(
+        args.output,
+        index_path=args.index,
+        fingerprint_path=args.fingerprint,
+        features_path=args.features,
+        cache=section_from_args(args, "cache"),
+    )
+    say(line)
+
+
+if __name__ == "__main__":
+    run_script(main)

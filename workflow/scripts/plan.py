@@ -1,0 +1,36 @@
+"""Say what a cache will cost before the teacher starts, and refuse one that the disk cannot hold.
+
+    python workflow/scripts/plan.py --index results/tokens/mine/index.json \\
+        --fingerprint results/teachers/mine/fingerprint.json --output results/logits/mine/plan.json
+"""
+
+import argparse
+from pathlib import Path
+
+from retort.commands import run_script, say
+from retort.config import add_section_flags, section_from_args
+from retort.planning import describe_cost, plan_cache
+from retort.provenance import read_json, write_json
+
+
+def main() -> None:
+    """Write plan.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--index", required=True, type=Path, help="index.json of the tokens")
+    parser.add_argument("--fingerprint", required=True, type=Path, help="fingerprint.json of the teacher")
+    parser.add_argument("--output", required=True, type=Path, help="plan.json")
+    add_section_flags(parser, "cache")
+    args = parser.parse_args()
+    cost = plan_cache(
+        read_json(args.index),
+        section_from_args(args, "cache"),
+        vocabulary=read_json(args.fingerprint)["vocabulary"],
+        folder=args.output.parent.resolve(),
+    )
+    say(describe_cost(cost))
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(args.output, cost.to_json())
+
+
+if __name__ == "__main__":
+    run_script(main)

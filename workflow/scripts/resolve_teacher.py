@@ -1,0 +1,27 @@
+"""Record a teacher's fingerprint: of a folder the weights' digest, of a Hub id the commit that it means today.
+
+    python workflow/scripts/resolve_teacher.py --teacher-model-path models/teacher \\
+        --output results/teachers/mine/fingerprint.json
+"""
+
+import argparse
+from pathlib import Path
+
+from retort.commands import run_script
+from retort.config import add_section_flags, section_from_args
+
+
+def main() -> None:
+    """Write fingerprint.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", required=True, type=Path, help="fingerprint.json")
+    add_section_flags(parser, "teacher")
+    add_section_flags(parser, "teacher.generation")
+    args = parser.parse_args()
+    from retort.models import record_teacher
+
+    record_teacher(args.output, section_from_args(args, "teacher"))
+
+
+if __name__ == "__main__":
+    run_script(main)

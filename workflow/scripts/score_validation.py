@@ -1,0 +1,41 @@
+"""The teacher reads the held-out sequences once, and a sample of the training sequences again.
+
+    python workflow/scripts/score_validation.py --index results/tokens/mine/index.json --teacher models/teacher \\
+        --fingerprint results/teachers/mine/fingerprint.json --output results/validation/mine/teacher_validation.safetensors
+"""
+
+import argparse
+from pathlib import Path
+
+from retort.commands import run_script, say
+from retort.config import add_section_flags, section_from_args
+from retort.gpus import lease_teacher
+
+
+def main() -> None:
+    """Write the teacher's exact distributions: hidden states and head."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--index", required=True, type=Path, help="index.json of the tokens")
+    parser.add_argument("--fingerprint", required=True, type=Path, help="fingerprint.json of the teacher")
+    parser.add_argument("--teacher", required=True, help="folder or Hub id of the teacher")
+    parser.add_argument("--output", required=True, type=Path, help="teacher_validation.safetensors")
+    for section in ("teacher", "teacher.generation", "evaluation"):
+        add_section_flags(parser, section)
+    args = parser.parse_args()
+    section = section_from_args(args, "teacher")
+    with lease_teacher(section.generation, worker=0, say=say):
+        from retort.features import score_validation
+
+        score_validation(
+            args.output,
+            index_path=args.index,
+            teacher_path=args.teacher,
+            fingerprint_path=args.fingerprint,
+            section=section,
+            evaluation=section_from_args(args, "evaluation"),
+            say=say,
+        )
+
+
+if __name__ == "__main__":
+    run_script(main)

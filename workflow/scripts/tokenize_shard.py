@@ -1,0 +1,45 @@
+"""Turn one shard of the corpus into sequences of tokens.
+
+    python workflow/scripts/tokenize_shard.py --shard 0 --tokenizer gpt2 --dataset-name text \\
+        --dataset-data-files book.txt --output results/tokens/mine/shard_00000.h5
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from retort.commands import run_script, say
+from retort.config import add_section_flags, section_from_args
+
+
+def main() -> None:
+    """Read the shard's documents, tokenize them, write the shard, say what was counted."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shard", required=True, type=int, help="which shard, from 0")
+    parser.add_argument("--tokenizer", required=True, help="folder or Hub id")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run a tokenizer's own code")
+    parser.add_argument("--corpus", type=Path, help="folder of a drawn corpus, where there is one")
+    parser.add_argument("--output", required=True, type=Path, help="the token shard")
+    add_section_flags(parser, "dataset")
+    args = parser.parse_args()
+    dataset = section_from_args(args, "dataset")
+    os.environ["RAYON_NUM_THREADS"] = str(dataset.num_proc)
+    from retort.models import fingerprint_of_tokenizer, load_tokenizer
+    from retort.shards import tokenize_shard
+
+    tokenizer = load_tokenizer(
+        args.tokenizer, revision=dataset.revision, trust_remote_code=args.trust_remote_code
+    )
+    line = tokenize_shard(
+        args.output,
+        dataset,
+        tokenizer,
+        fingerprint=fingerprint_of_tokenizer(args.tokenizer, tokenizer),
+        shard=args.shard,
+        drawn=args.corpus,
+    )
+    say(line)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,50 @@
+"""Train one student: from the text (output), from the teacher's distributions (logit), or from both (hybrid).
+
+    python workflow/scripts/train.py --name mine --index results/tokens/mine/index.json --tokenizer models/teacher \\
+        --student-config config/students/llama_100m.json --distillation-type hybrid --alpha 0.5 \\
+        --cache results/logits/mine/teacher_logits.h5 --output results/runs/mine/training.json
+"""
+
+import argparse
+from pathlib import Path
+
+from retort.commands import run_script, say
+from retort.config import add_section_flags, section_from_args
+from retort.gpus import lease_training
+
+
+def main() -> None:
+    """Write checkpoint-*/, final/, training_log.csv and training.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--name", default="student", help="the run's name, for its log lines")
+    parser.add_argument("--index", required=True, type=Path, help="index.json of the tokens")
+    parser.add_argument("--tokenizer", required=True, help="folder or Hub id of the tokens' tokenizer")
+    parser.add_argument("--cache", type=Path, help="teacher_logits.h5, for logit and hybrid")
+    parser.add_argument("--teacher", help="folder or Hub id of a live teacher, instead of --cache")
+    parser.add_argument("--fingerprint", type=Path, help="fingerprint.json of the teacher, where there is one")
+    parser.add_argument("--output", required=True, type=Path, help="training.json; the student lies beside it")
+    for section in ("student", "training", "tracking", "teacher"):
+        add_section_flags(parser, section)
+    args = parser.parse_args()
+    training = section_from_args(args, "training")
+    with lease_training(training.gpus, say=say):
+        from retort.training import train_run
+
+        train_run(
+            args.output,
+            name=args.name,
+            index_path=args.index,
+            tokenizer_path=args.tokenizer,
+            cache_path=args.cache,
+            teacher_path=args.teacher,
+            fingerprint_path=args.fingerprint,
+            student=section_from_args(args, "student"),
+            training=training,
+            tracking=section_from_args(args, "tracking"),
+            teacher_section=section_from_args(args, "teacher"),
+            say=say,
+        )
+
+
+if __name__ == "__main__":
+    run_script(main)
