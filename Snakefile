@@ -41,3 +41,11 @@ localrules:
 rule all:
     input:
         REPORT,
+
+
+onstart:
+    greet()
+
+
+onsuccess:
+    point_to_report()

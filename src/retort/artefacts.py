@@ -31,7 +31,13 @@ REVISIONS = {
 }
 
 # Keys of `dataset` that say how documents become sequences; the others say which documents there are.
-_TOKENIZING_KEYS = ("tokenizer", "append_eos", "max_length", "long_documents", "streaming_chunk_size")
+_TOKENIZING_KEYS = (
+    "tokenizer",
+    "append_eos",
+    "max_length",
+    "long_documents",
+    "streaming_chunk_size",
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,9 @@ class Tokens:
     id: str
     folder: Path
     corpus: Corpus
-    teacher: TeacherModel | None  # the teacher whose tokenizer is used; None: dataset.tokenizer names it
+    teacher: (
+        TeacherModel | None
+    )  # the teacher whose tokenizer is used; None: dataset.tokenizer names it
 
     @property
     def tokenizer(self) -> str:
@@ -179,7 +187,11 @@ def _plan_run(name: str, config: Config) -> Run:
     teacher = _plan_teacher(config) if config.teacher.model_path else None
     tokens = _plan_tokens(config, teacher)
     needs_teacher = teacher is not None and training.distillation_type != "output"
-    logits = _plan_logits(config, tokens, teacher) if teacher and needs_teacher and training.use_cached_logits else None
+    logits = (
+        _plan_logits(config, tokens, teacher)
+        if teacher and needs_teacher and training.use_cached_logits
+        else None
+    )
     validation = _plan_validation(config, tokens, teacher) if teacher else None
     keys = identity(training) | {"alpha": training.alpha}
     if training.distillation_type == "output":
@@ -187,7 +199,12 @@ def _plan_run(name: str, config: Config) -> Run:
     signal = logits.id if logits else teacher.id if teacher and needs_teacher else None
     run_id = digest(["run", REVISIONS["run"], tokens.id, signal, keys, _student_content(config)])
     evaluation_id = digest(
-        ["evaluation", REVISIONS["evaluation"], validation.id if validation else None, identity(config.evaluation)]
+        [
+            "evaluation",
+            REVISIONS["evaluation"],
+            validation.id if validation else None,
+            identity(config.evaluation),
+        ]
     )
     return Run(
         name=name,
@@ -204,7 +221,9 @@ def _plan_run(name: str, config: Config) -> Run:
 
 def _plan_corpus(config: Config) -> Corpus:
     dataset = config.dataset
-    keys = {k: v for k, v in identity(dataset).items() if k not in (*_TOKENIZING_KEYS, "data_files")}
+    keys = {
+        k: v for k, v in identity(dataset).items() if k not in (*_TOKENIZING_KEYS, "data_files")
+    }
     memo = Path(config.output.results_dir) / ".digests.json"
     content = [digest_file(path, memo=memo) for path in corpus_files(dataset)]
     corpus_id = digest(["corpus", REVISIONS["corpus"], keys, content])
@@ -230,13 +249,18 @@ def _plan_teacher(config: Config) -> TeacherModel:
 
 def _plan_tokens(config: Config, teacher: TeacherModel | None) -> Tokens:
     dataset = config.dataset
+    owner: TeacherModel | None
+    source: list[Any]
     if dataset.tokenizer is not None or teacher is None:
         owner, source = None, [dataset.tokenizer]
     elif teacher.corpus is not None:
         owner, source = teacher, [teacher.id]
     else:
         section = teacher.section
-        owner, source = teacher, [section.model_path, section.revision, section.generation.force_regenerate]
+        owner, source = (
+            teacher,
+            [section.model_path, section.revision, section.generation.force_regenerate],
+        )
     corpus = _plan_corpus(config)
     keys = {k: v for k, v in identity(dataset).items() if k in _TOKENIZING_KEYS}
     tokens_id = digest(["tokens", REVISIONS["tokens"], corpus.id, source, keys])
@@ -244,7 +268,9 @@ def _plan_tokens(config: Config, teacher: TeacherModel | None) -> Tokens:
 
 
 def _plan_logits(config: Config, tokens: Tokens, teacher: TeacherModel) -> Logits:
-    generation = {k: v for k, v in identity(config.teacher.generation).items() if k != "force_regenerate"}
+    generation = {
+        k: v for k, v in identity(config.teacher.generation).items() if k != "force_regenerate"
+    }
     logits_id = digest(
         ["logits", REVISIONS["logits"], tokens.id, teacher.id, identity(config.cache), generation]
     )
@@ -253,7 +279,9 @@ def _plan_logits(config: Config, tokens: Tokens, teacher: TeacherModel) -> Logit
 
 def _plan_validation(config: Config, tokens: Tokens, teacher: TeacherModel) -> Validation:
     positions = {k: v for k, v in identity(config.evaluation).items() if k.endswith("_positions")}
-    validation_id = digest(["validation", REVISIONS["validation"], tokens.id, teacher.id, positions])
+    validation_id = digest(
+        ["validation", REVISIONS["validation"], tokens.id, teacher.id, positions]
+    )
     return Validation(
         validation_id, _cache_root(config) / "validation" / validation_id, tokens, teacher, config
     )
@@ -274,7 +302,9 @@ def _student_content(config: Config) -> Any:
             "transformers config as JSON; config/students/ holds some to start from."
         ) from None
     except ValueError as error:
-        raise ValueError(f"student.config {str(path)!r} is not JSON: {error}. Mend the file.") from None
+        raise ValueError(
+            f"student.config {str(path)!r} is not JSON: {error}. Mend the file."
+        ) from None
     if not isinstance(content, dict) or "model_type" not in content:
         raise ValueError(
             f"student.config {str(path)!r} has no 'model_type': expected a transformers config such as "

@@ -9,7 +9,6 @@ DataLoader workers may fork.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -63,7 +62,9 @@ class CacheHeader:
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> "CacheHeader":
         """Read a stored header."""
-        return cls(entry["teacher"], entry["tokenizer"], entry["tokens"], Codec.from_json(entry["codec"]))
+        return cls(
+            entry["teacher"], entry["tokenizer"], entry["tokens"], Codec.from_json(entry["codec"])
+        )
 
     def require(self, expected: "CacheHeader", *, source: Path) -> None:
         """Raise ValueError naming the first entry in which this header is not the expected one."""
@@ -81,22 +82,29 @@ def part_path(folder: Path, part_name: str, header: CacheHeader) -> Path:
     return folder / f"{digest([part_name, header.to_json(), CACHE_VERSION])}.h5"
 
 
-def write_part(path: Path, table: SequenceTable, targets: SparseTargets, header: CacheHeader) -> None:
+def write_part(
+    path: Path, table: SequenceTable, targets: SparseTargets, header: CacheHeader
+) -> None:
     """Write one part atomically. `targets` holds the table's counted positions in order, [P] rows."""
     assert len(targets) == table.num_positions, (len(targets), table.num_positions)
     bounds = table.position_offsets
     records = [
-        encode(targets[int(bounds[i]) : int(bounds[i + 1])], header.codec) for i in range(len(table))
+        encode(targets[int(bounds[i]) : int(bounds[i + 1])], header.codec)
+        for i in range(len(table))
     ]
     columns = {name: getattr(table, name) for name in _TABLE_COLUMNS}
     columns["record_offsets"] = np.cumsum([0, *map(len, records)], dtype=np.int64)
-    columns["record_checksums"] = np.array([xxhash.xxh3_64_intdigest(r) for r in records], dtype=np.uint64)
+    columns["record_checksums"] = np.array(
+        [xxhash.xxh3_64_intdigest(r) for r in records], dtype=np.uint64
+    )
     columns["records"] = np.frombuffer(b"".join(records), dtype=np.uint8)
 
     def fill(file: h5py.File) -> None:
         for name, column in columns.items():
             file.create_dataset(name, data=_plain(column))
-        _write_header(file, header, table.label_names, {n: _checksum(columns[n]) for n in _CHECKED_COLUMNS})
+        _write_header(
+            file, header, table.label_names, {n: _checksum(columns[n]) for n in _CHECKED_COLUMNS}
+        )
 
     write_h5(path, fill)
 
@@ -126,7 +134,9 @@ def _map_column(path: Path, dataset: h5py.Dataset) -> NDArray[Any]:
         return np.empty(dataset.shape, dataset.dtype)
     offset = dataset.id.get_offset()
     if offset is None:
-        raise ValueError(f"{path}: column {dataset.name} is not contiguous; it was not written by Retort.")
+        raise ValueError(
+            f"{path}: column {dataset.name} is not contiguous; it was not written by Retort."
+        )
     return np.memmap(path, dtype=dataset.dtype, mode="r", offset=offset, shape=dataset.shape)
 
 
@@ -142,7 +152,9 @@ class LogitCache:
         with open_h5(path, expected_format=CACHE_FORMAT, version=CACHE_VERSION) as file:
             text = str(file.attrs["header"])
             if xxhash.xxh3_64_hexdigest(text.encode()) != file.attrs["header_checksum"]:
-                raise ValueError(f"{path}: the header does not match its checksum: the file is damaged.")
+                raise ValueError(
+                    f"{path}: the header does not match its checksum: the file is damaged."
+                )
             entry = json.loads(text)
             columns = {name: _map_column(path, file[name]) for name in file}
         for name, expected in entry["checksums"].items():
@@ -256,7 +268,9 @@ def _refuse_unfit_parts(index: TokenIndex, paths: list[Path], header: CacheHeade
             cache = LogitCache(path)
             cache.header.require(header, source=path)
             if xxhash.xxh3_128_hexdigest(cache.table.keys.tobytes()) != part["name"]:
-                raise ValueError(f"{path} holds other sequences than part {part['name']} of the index")
+                raise ValueError(
+                    f"{path} holds other sequences than part {part['name']} of the index"
+                )
             cache.verify()
         except ValueError as error:
             faults.append(str(error))
@@ -304,7 +318,9 @@ def _merged_blocks(
             yield column[1:] + shift
             shift += int(column[-1])
         elif name == "labels":
-            places = np.array([label_names.index(n) for n in cache.table.label_names], dtype=np.int32)
+            places = np.array(
+                [label_names.index(n) for n in cache.table.label_names], dtype=np.int32
+            )
             yield places[cache.table.labels]
         else:
             yield _plain(_column(cache, name))
@@ -324,7 +340,7 @@ def remove_parts(folder: Path) -> None:
         if path.suffix in (".h5", ".claim", ".tmp"):
             path.unlink(missing_ok=True)
     if folder.exists() and not any(folder.iterdir()):
-        os.rmdir(folder)
+        folder.rmdir()
 
 
 def cache_digest(cache: LogitCache) -> str:

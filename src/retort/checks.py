@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from retort.config import Config
 from retort.corpus import check_corpus
 from retort.demo import DEMO_TEACHER, DemoTokenizer
-from retort.models import load_model_config, load_tokenizer, output_width, student_config
+from retort.models import load_model_config, output_width, student_config
 from retort.provenance import fingerprint_weights
+from retort.tokens import load_tokenizer
 
 
 def check_project(configs: Mapping[str, Config]) -> dict[str, Any]:
@@ -87,8 +88,16 @@ def _check_teacher(config: Config) -> tuple[Any, int, str]:
             "dataset.tokenizer out to use the teacher's own."
         )
     _check_context(model, dataset.max_length, f"teacher {section.model_path!r}")
-    beyond = f" ({width - len(tokenizer)} ids beyond its tokenizer get probability zero)" if width > len(tokenizer) else ""
-    return tokenizer, width, f"teacher: {section.model_path}, {model.model_type}, {width:,} ids{beyond}"
+    beyond = (
+        f" ({width - len(tokenizer)} ids beyond its tokenizer get probability zero)"
+        if width > len(tokenizer)
+        else ""
+    )
+    return (
+        tokenizer,
+        width,
+        f"teacher: {section.model_path}, {model.model_type}, {width:,} ids{beyond}",
+    )
 
 
 def _check_context(model: PretrainedConfig, max_length: int, name: str) -> None:
@@ -102,9 +111,12 @@ def _check_context(model: PretrainedConfig, max_length: int, name: str) -> None:
 
 def _check_student(config: Config, tokenizer: Any, width: int) -> str:
     model = student_config(config.student, vocabulary=width, tokenizer=tokenizer)
-    _check_context(model, config.dataset.max_length, f"the student ({config.student.config or config.student.model_path})")
+    _check_context(
+        model,
+        config.dataset.max_length,
+        f"the student ({config.student.config or config.student.model_path})",
+    )
     with torch.device("meta"):
         parameters = AutoModelForCausalLM.from_config(model).num_parameters()
     training = config.training
     return f"student of {parameters:,} parameters, {training.distillation_type}, alpha {training.alpha}"
-

@@ -45,7 +45,9 @@ class Codec:
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> "Codec":
         """Read a header's entry."""
-        return cls(entry["method"], entry["top_k"], tuple(entry["temperatures"]), entry["vocabulary"])
+        return cls(
+            entry["method"], entry["top_k"], tuple(entry["temperatures"]), entry["vocabulary"]
+        )
 
     @property
     def id_dtype(self) -> np.dtype[Any]:
@@ -69,7 +71,9 @@ class SparseTargets:
         return len(self.top_k_ids)
 
     def __getitem__(self, rows: slice) -> "SparseTargets":
-        return SparseTargets(self.top_k_ids[rows], self.top_k_logprobs[rows], self.tail_logprobs[rows])
+        return SparseTargets(
+            self.top_k_ids[rows], self.top_k_logprobs[rows], self.tail_logprobs[rows]
+        )
 
 
 def encode(targets: SparseTargets, codec: Codec) -> bytes:
@@ -81,7 +85,9 @@ def encode(targets: SparseTargets, codec: Codec) -> bytes:
         np.maximum(targets.top_k_logprobs, _LOGPROB_FLOOR).astype("<f2"),
         np.maximum(targets.tail_logprobs, _LOGPROB_FLOOR).astype("<f4"),
     )
-    return zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(b"".join(c.tobytes() for c in columns))
+    return zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(
+        b"".join(c.tobytes() for c in columns)
+    )
 
 
 def decode(payload: bytes, codec: Codec, *, num_positions: int) -> SparseTargets:

@@ -4,7 +4,6 @@ Nothing is shipped and nothing downloaded: the corpus is the documentation found
 this room makes from its training documents what a user would otherwise bring. It never sees the held-out ones.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,9 +18,9 @@ from retort.config_schema import fill_defaults, section_schema
 from retort.config_sections import build_section
 from retort.corpus import read_documents, read_drawn
 from retort.documents import Counts, Document
-from retort.models import fingerprint_model, fingerprint_of_tokenizer
+from retort.models import fingerprint_model
 from retort.provenance import describe_run, write_json
-from retort.tokens import TokenCounts, tokenize_documents
+from retort.tokens import TokenCounts, fingerprint_of_tokenizer, tokenize_documents
 from retort.training import train_student
 
 END_OF_TEXT = "<|endoftext|>"
@@ -35,7 +34,7 @@ class DemoTeacher:
     hidden_size: int = 128
     num_layers: int = 4
     num_heads: int = 4
-    max_steps: int = 700
+    max_steps: int = 400
     batch_size: int = 16
     learning_rate: float = 4e-3
     cpu_threads: int = 2
@@ -82,14 +81,17 @@ def make_demo_teacher(
         )
         model = folder / "model"
         if not model.exists():
-            os.symlink("final", model)
+            model.symlink_to("final")
         record = fingerprint_model(str(model)) | {
-            "model_path": str(model),
+            "name": "demo",
             "tokenizer": fingerprint_of_tokenizer(str(model), tokenizer),
             "vocabulary": len(tokenizer),
         }
         about = describe_run(
-            section=asdict(DEMO_TEACHER), seed=0, device=summary["device"], seconds=summary["seconds"]
+            section=asdict(DEMO_TEACHER),
+            seed=0,
+            device=summary["device"],
+            seconds=summary["seconds"],
         )
         write_json(folder / "run.json", about)
         write_json(record_path, record)
@@ -101,14 +103,18 @@ def _read_training_documents(dataset: Dataset, drawn: Path | None) -> Iterator[D
         documents = (
             read_drawn(drawn, shard=shard, counts=Counts())
             if drawn
-            else read_documents(dataset, shard=shard, num_shards=dataset.num_shards, counts=Counts())
+            else read_documents(
+                dataset, shard=shard, num_shards=dataset.num_shards, counts=Counts()
+            )
         )
         yield from (document for document in documents if document.split == "train")
 
 
 def train_tokenizer(documents: Iterator[Document]) -> Any:
     """Train a byte-level BPE tokenizer of DEMO_TEACHER.vocabulary tokens on the first documents."""
-    texts = (d.text for d, _ in zip(documents, range(DEMO_TEACHER.tokenizer_documents), strict=False))
+    texts = (
+        d.text for d, _ in zip(documents, range(DEMO_TEACHER.tokenizer_documents), strict=False)
+    )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -120,7 +126,10 @@ def train_tokenizer(documents: Iterator[Document]) -> Any:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
     )
 
 

@@ -20,10 +20,10 @@ from torch.nn import functional as F
 
 from retort.config import Evaluation
 from retort.features import TeacherFeatures, iterate_rows, read_features
+from retort.losses import perplexity
 from retort.models import CausalLM, choose_device, load_pretrained, split_model
 from retort.provenance import read_json, write_json
 from retort.shards import TokenIndex
-from retort.losses import perplexity
 from retort.teacher import score_features
 from retort.tokens import SequenceTable
 
@@ -157,7 +157,7 @@ def evaluate_run(
         "trained_tokens": record["trained_positions"],
         "training_seconds": record["seconds"],
         "teacher_parameters": teacher.num_parameters if teacher else None,
-        "teacher": teacher.teacher if teacher else None,
+        "teacher": teacher.name if teacher else None,
         **found,
         "cache": {name: manifest[name] for name in METRICS_FROM_MANIFEST} if manifest else None,
     }
@@ -165,6 +165,8 @@ def evaluate_run(
     write_json(out, metrics)
     scores = found["validation"]
     against = (
-        f", KL to the teacher {scores['kl_to_teacher']:.4f}, agreement {scores['agreement']:.1%}" if teacher else ""
+        f", KL to the teacher {scores['kl_to_teacher']:.4f}, agreement {scores['agreement']:.1%}"
+        if teacher
+        else ""
     )
     return f"evaluate {record['run']}  held-out loss {scores['loss']:.4f} nats/token{against}"

@@ -43,7 +43,8 @@ class TeacherFeatures:
     train_sequences: NDArray[np.int64]
     head: Head
     num_tokens: int
-    teacher: str
+    teacher: str  # fingerprint of the weights
+    name: str  # the path or Hub id that it was loaded from
     num_parameters: int
     keys: dict[str, str]
 
@@ -74,7 +75,9 @@ def collect_features(
 ) -> Tensor:
     """Return the features [P, D] at all counted positions of a table, in the table's order, on the CPU."""
     pieces: list[Tensor] = [torch.empty(0)] * len(table)
-    for index, features_PD in score_features(teacher, table, batch_size=batch_size, on_batch=on_batch):
+    for index, features_PD in score_features(
+        teacher, table, batch_size=batch_size, on_batch=on_batch
+    ):
         pieces[index] = features_PD.cpu()
     return torch.cat(pieces) if pieces else torch.empty((0, 0))
 
@@ -95,6 +98,7 @@ def write_features(path: Path, found: TeacherFeatures) -> None:
         "softcap": head.softcap,
         "num_tokens": found.num_tokens,
         "teacher": found.teacher,
+        "name": found.name,
         "num_parameters": found.num_parameters,
         "keys": found.keys,
     }
@@ -123,10 +127,14 @@ def read_features(path: Path) -> TeacherFeatures:
         features={split: tensors[f"features.{split}"] for split in ("val", "train")},
         train_sequences=tensors["train_sequences"].numpy(),
         head=Head(
-            tensors.get("head.weight"), tensors.get("head.bias"), float(about["scale"]), about["softcap"]
+            tensors.get("head.weight"),
+            tensors.get("head.bias"),
+            float(about["scale"]),
+            about["softcap"],
         ),
         num_tokens=about["num_tokens"],
         teacher=about["teacher"],
+        name=about["name"],
         num_parameters=about["num_parameters"],
         keys=about["keys"],
     )
@@ -136,6 +144,7 @@ def score_tables(
     teacher: CausalLM,
     *,
     fingerprint: str,
+    name: str,
     num_tokens: int,
     validation: SequenceTable,
     training: SequenceTable,
@@ -164,6 +173,7 @@ def score_tables(
         head=teacher.head,
         num_tokens=num_tokens,
         teacher=fingerprint,
+        name=name,
         num_parameters=teacher.num_parameters,
         keys={split: digest_keys(table) for split, table in tables.items()},
     )
@@ -194,11 +204,15 @@ def score_validation(
             "no document is held out, so no student could be measured: raise dataset.validation_fraction, or give "
             f"more documents ({index.content['train']['documents']} are there to train on)."
         )
+    record = read_json(fingerprint_path)
     places, training = index.read_sample(num_positions=evaluation.fidelity_positions)
-    say(f"{validation.num_positions:,} held-out positions, {training.num_positions:,} to measure the cache with")
+    say(
+        f"{validation.num_positions:,} held-out positions, {training.num_positions:,} to measure the cache with"
+    )
     found = score_tables(
         load_recorded_teacher(teacher_path, section, record_path=fingerprint_path),
-        fingerprint=read_json(fingerprint_path)["weights"],
+        fingerprint=record["weights"],
+        name=record["name"],
         num_tokens=int(index.content["tokenizer"]["size"]),
         validation=validation,
         training=training,

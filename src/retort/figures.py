@@ -1,7 +1,7 @@
-"""Figures of runs: held-out loss and KL per run, and learning curves; equal inputs give equal bytes.
+"""Figures of runs: held-out loss and KL, and learning curves. Equal inputs give equal bytes.
 
-A run has one colour, marker and dash in every figure. Figures for the page are SVG with real text, whose colours
-are CSS variables (--ink, --muted, --grid, --series0 ...): one drawing serves light and dark.
+A run has one colour, marker and dash in every figure. Figures for the page are SVG with real text,
+whose colours are CSS variables (--ink, --muted, --grid, --series0 ...): one serves light and dark.
 """
 
 import io
@@ -20,8 +20,12 @@ from retort.provenance import write_atomically
 from retort.records import Record, TrainingLog, find_teachers, group_runs
 
 # (light, dark). Drawn in the light colours; `_to_page` turns those into CSS variables.
-INKS = {"ink": ("#1a2027", "#e8ebee"), "muted": ("#5b6672", "#a3adb8"), "grid": ("#dfe3e8", "#363d45")}
-# Hues after Okabe and Ito, which colour-blind readers tell apart, at a contrast of 3 or more with the ground.
+INKS = {
+    "ink": ("#1a2027", "#e8ebee"),
+    "muted": ("#5b6672", "#a3adb8"),
+    "grid": ("#dfe3e8", "#363d45"),
+}
+# Hues after Okabe and Ito, which colour-blind readers tell apart, at a contrast of 3 or more.
 SERIES = (
     ("#0072b2", "#5ab4f0"),
     ("#d55e00", "#ff9a5c"),
@@ -32,7 +36,7 @@ SERIES = (
 )
 _MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
-_DRAWING = {
+_DRAWING: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "retort",
     "text.parse_math": False,
@@ -55,14 +59,15 @@ _Draw = Callable[[Axes], None]
 
 
 def save_comparison_figure(records: Sequence[Record], path: Path) -> None:
-    """Write held-out loss and KL to the teacher of one group as .png or .svg, on white (for a README).
+    """Write held-out loss and KL to the teacher of one group, .png or .svg, on white (README).
 
-    Raises ValueError when the runs were evaluated on different validation sets, or for another suffix.
+    Raises ValueError when the runs have different validation sets, or for another suffix.
     """
     groups = group_runs(records)
     if len(groups) != 1:
         raise ValueError(
-            f"{len(groups)} different validation sets, but a figure compares runs of one: give fewer runs."
+            f"{len(groups)} different validation sets, but a figure compares runs of one: "
+            "give the runs of one."
         )
     formats: dict[str, dict[str, None]] = {
         ".svg": {"Date": None, "Creator": None},
@@ -75,14 +80,16 @@ def save_comparison_figure(records: Sequence[Record], path: Path) -> None:
     content = io.BytesIO()
     with matplotlib.rc_context(_DRAWING):
         figure = Figure(figsize=size, layout="constrained", facecolor="white")
-        for axes, (_, draw) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for axes, (_, draw) in zip(
+            figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+        ):
             draw(axes)
         figure.savefig(content, format=path.suffix[1:], dpi=200, metadata=formats[path.suffix])
     write_atomically(path, content.getvalue())
 
 
 def draw_comparison(records: Sequence[Record], styles: Sequence[int], *, key: str) -> list[str]:
-    """Return figure 1 of one group, an SVG per panel; `styles` are the runs' places in the whole report.
+    """Return figure 1 of one group, an SVG per panel; `styles` are the runs' places in the report.
 
     `key` must be unique in the page: ids inside the SVGs begin with it.
     """
@@ -124,7 +131,7 @@ def draw_swatch(style: int, *, key: str) -> str:
 
 
 def _to_page(draw: _Draw, size: tuple[float, float], *, label: str, key: str) -> str:
-    """Return a drawing as an <svg> element: own ids, CSS variables for colours, no size, no metadata."""
+    """Return a drawing as <svg>: own ids, CSS variables for colours, no size, no metadata."""
     text = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with matplotlib.rc_context(_DRAWING):
@@ -137,7 +144,9 @@ def _to_page(draw: _Draw, size: tuple[float, float], *, label: str, key: str) ->
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{key}-", svg)
     hidden = f'role="img" aria-label="{label}"' if label else 'aria-hidden="true"'
-    svg = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg {hidden} viewBox="\1">', svg, count=1)
+    svg = re.sub(
+        r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg {hidden} viewBox="\1">', svg, count=1
+    )
     for colour, variable in _variables().items():
         svg = svg.replace(colour, f"var(--{variable})")
     return svg.replace("xlink:href", "href")
@@ -187,7 +196,7 @@ def _draw_dots(
     teachers: Sequence[float] = (),
     from_zero: bool = False,
 ) -> None:
-    """Draw a dot per run under its name; a stem only where the axis begins at zero and zero means something."""
+    """Draw a dot per run under its name, and a stem only where the axis begins at zero."""
     known = [v for v in values if v is not None] + list(teachers)
     low, high = (0.0 if from_zero else min(known)), max(known)
     room = max(high - low, 1e-3 * max(1.0, abs(high)))
@@ -206,7 +215,15 @@ def _draw_dots(
             continue
         if from_zero:
             axes.hlines(row, 0, value, color=colour, linewidth=2)
-        axes.plot([value], [row], color=colour, marker=marker, markersize=8, linestyle="none", clip_on=False)
+        axes.plot(
+            [value],
+            [row],
+            color=colour,
+            marker=marker,
+            markersize=8,
+            linestyle="none",
+            clip_on=False,
+        )
         axes.annotate(
             f"{value:.3f}", (value, row), xytext=(9, 0), textcoords="offset points", va="center"
         )
@@ -215,7 +232,7 @@ def _draw_dots(
 
 
 def _draw_teacher(axes: Axes, loss: float, *, level: int, is_left: bool) -> None:
-    """Draw a teacher's loss as a line, named above the panel; `level` stacks the names of several."""
+    """Draw a teacher's loss as a line, named above; `level` stacks the names of several."""
     axes.axvline(loss, color=INKS["ink"][0], linewidth=1.3, linestyle=(0, (4, 3)))
     axes.annotate(
         f"teacher {loss:.3f}",
@@ -234,7 +251,7 @@ def _clip(name: str, *, longest: int = 44) -> str:
 
 
 def _draw_curves(axes: Axes, logs: Sequence[TrainingLog | None], *, since: float) -> None:
-    """Draw the curves from `since` (a share of the steps) on: as logged, faint, and the running mean."""
+    """Draw the curves from `since` (a share of the steps) on: as logged (faint), and smoothed."""
     last = max(log.steps[-1] for log in logs if log)
     shown: list[float] = []
     for index, log in enumerate(logs):
@@ -244,7 +261,11 @@ def _draw_curves(axes: Axes, logs: Sequence[TrainingLog | None], *, since: float
         smooth = _smooth(thinned.hard_loss)
         colour, marker, dashes = _style(index)
         every = max(1, len(smooth) // 10)
-        marks = {"marker": marker, "markersize": 5, "markevery": (index % every, every)}
+        marks: dict[str, Any] = {
+            "marker": marker,
+            "markersize": 5,
+            "markevery": (index % every, every),
+        }
         axes.plot(thinned.steps, thinned.hard_loss, color=colour, linewidth=0.8, alpha=0.3)
         axes.plot(thinned.steps, smooth, color=colour, linewidth=1.6, linestyle=dashes, **marks)
         shown += [y for x, y in zip(thinned.steps, smooth, strict=True) if x >= since * last]

@@ -47,7 +47,9 @@ def merge_h5(
     merged.verify()
     receipts = [read_json(path) for path in sorted(folder.glob("metadata_worker*.json"))]
     manifest = describe_cache(merged, index) | read_fidelity(merged, features_path)
-    about = describe_run(section=asdict(cache), seed=None, device="cpu", seconds=time.monotonic() - started)
+    about = describe_run(
+        section=asdict(cache), seed=None, device="cpu", seconds=time.monotonic() - started
+    )
     write_json(folder / "run.json", about | {"workers": receipts})
     write_json(manifest_path, manifest)
     remove_parts(folder / "parts")
@@ -79,7 +81,12 @@ def describe_cache(cache: LogitCache, index: TokenIndex) -> dict[str, Any]:
 def read_fidelity(cache: LogitCache, features_path: Path | None) -> dict[str, Any]:
     """Return the measured fidelity, checked to be on the very sequences that were re-scored."""
     if features_path is None:
-        return {"fidelity_positions": 0, "fidelity_kl": None, "fidelity_agreement": None, "tail_mass": None}
+        return {
+            "fidelity_positions": 0,
+            "fidelity_kl": None,
+            "fidelity_agreement": None,
+            "tail_mass": None,
+        }
     teacher = read_features(features_path)
     if teacher.teacher != cache.header.teacher:
         raise ValueError(
@@ -102,7 +109,9 @@ def measure_fidelity(cache: LogitCache, teacher: TeacherFeatures) -> dict[str, A
         live_PV = teacher.logprobs("train", slice(place, place + len(targets)))
         place += len(targets)
         ids_PK = torch.from_numpy(targets.top_k_ids).long()
-        cached = torch.cat([torch.from_numpy(targets.top_k_logprobs), _tail(targets.tail_logprobs, cache)], 1)
+        cached = torch.cat(
+            [torch.from_numpy(targets.top_k_logprobs), _tail(targets.tail_logprobs, cache)], 1
+        )
         outside_PV = live_PV.scatter(1, ids_PK, -torch.inf)
         live = torch.cat([live_PV.gather(1, ids_PK), outside_PV.logsumexp(dim=-1, keepdim=True)], 1)
         terms = live.exp() * (live - cached)

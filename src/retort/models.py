@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -24,11 +23,11 @@ from transformers.utils import logging as transformers_logging
 from retort.config import Student, Teacher
 from retort.provenance import (
     digest,
-    fingerprint_tokenizer,
     fingerprint_weights,
     read_json,
     write_json,
 )
+from retort.tokens import cannot_load, fingerprint_of_tokenizer, load_tokenizer
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -61,14 +60,6 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
-def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """Load a tokenizer from a folder or a Hub id. Raises ValueError with the next step when it cannot."""
-    try:
-        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError, and tokenizers' own
-        raise ValueError(_cannot_load("tokenizer", path, error)) from error
-
-
 def load_model_config(
     path: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PretrainedConfig:
@@ -78,22 +69,8 @@ def load_model_config(
             path, revision=revision, trust_remote_code=trust_remote_code
         )
     except Exception as error:
-        raise ValueError(_cannot_load("model", path, error)) from error
+        raise ValueError(cannot_load("model", path, error)) from error
     return config
-
-
-def _cannot_load(what: str, path: str, error: Exception) -> str:
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if Path(path).is_dir():
-        advice = "the folder must hold what save_pretrained() writes (config.json, weights, tokenizer.json)"
-    elif path.startswith((".", "/", "~")) or path.count("/") > 1:
-        advice = f"there is no such folder (looked from {Path.cwd()})"
-    else:
-        advice = (
-            "for a Hub id this machine must reach huggingface.co (or have it in its cache, with HF_HUB_OFFLINE=1); "
-            "for a gated one, log in with `hf auth login`"
-        )
-    return f"cannot load the {what} {path!r}: {advice}. transformers says: {first_line}"
 
 
 def fingerprint_model(path: str, *, revision: str | None = None) -> dict[str, Any]:
@@ -103,16 +80,6 @@ def fingerprint_model(path: str, *, revision: str | None = None) -> dict[str, An
         return {"weights": fingerprint_weights(folder), "revision": None}
     commit = getattr(load_model_config(path, revision=revision), "_commit_hash", None)
     return {"weights": digest([path, commit]), "revision": commit}
-
-
-def fingerprint_of_tokenizer(path: str, tokenizer: Any) -> dict[str, Any]:
-    """Return {"fingerprint", "size"} of a tokenizer: of its files where it is local, else of its vocabulary."""
-    folder = Path(path)
-    if folder.is_dir():
-        fingerprint = fingerprint_tokenizer(folder)
-    else:
-        fingerprint = digest([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template])
-    return {"fingerprint": fingerprint, "size": len(tokenizer)}
 
 
 @dataclass(frozen=True)
@@ -128,7 +95,9 @@ class Head:
         """Return float32 logits [P, V]."""
         if self.weight is None:
             return features_PD.float()
-        logits_PV = nn.functional.linear(features_PD.to(self.weight.dtype), self.weight, self.bias).float()
+        logits_PV = nn.functional.linear(
+            features_PD.to(self.weight.dtype), self.weight, self.bias
+        ).float()
         logits_PV = logits_PV * self.scale if self.scale != 1.0 else logits_PV
         if self.softcap is not None:
             logits_PV = self.softcap * torch.tanh(logits_PV / self.softcap)
@@ -191,9 +160,15 @@ def split_model(model: PreTrainedModel) -> CausalLM:
         finally:
             model.train(was_training)
         error = (found - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
-    tolerance = _PROBE_TOLERANCE if expected.dtype == torch.float32 and model.dtype == torch.float32 else 2e-2
+    tolerance = (
+        _PROBE_TOLERANCE
+        if expected.dtype == torch.float32 and model.dtype == torch.float32
+        else 2e-2
+    )
     if found.shape != expected.shape or not bool(error <= tolerance):
-        print(f"{type(model).__name__}: its head is of an unknown form; the whole model is run at every position.")
+        print(
+            f"{type(model).__name__}: its head is of an unknown form; the whole model is run at every position."
+        )
         return whole
     return split
 
@@ -220,7 +195,7 @@ def load_pretrained(path: str, **options: Any) -> PreTrainedModel:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        raise ValueError(_cannot_load("model", path, error)) from error
+        raise ValueError(cannot_load("model", path, error)) from error
     return model
 
 
@@ -254,7 +229,9 @@ def student_config(section: Student, *, vocabulary: int, tokenizer: Any) -> Pret
     return config
 
 
-def build_student(section: Student, *, vocabulary: int, tokenizer: Any, seed: int) -> PreTrainedModel:
+def build_student(
+    section: Student, *, vocabulary: int, tokenizer: Any, seed: int
+) -> PreTrainedModel:
     """Build the student in float32: from a config with weights drawn by `seed`, or from a checkpoint."""
     config = student_config(section, vocabulary=vocabulary, tokenizer=tokenizer)
     if section.model_path is not None:
@@ -281,7 +258,7 @@ def record_teacher(path: Path, section: Teacher) -> None:
         source, revision=section.revision, trust_remote_code=section.trust_remote_code
     )
     record = fingerprint_model(source, revision=section.revision) | {
-        "model_path": source,
+        "name": source,
         "tokenizer": fingerprint_of_tokenizer(source, tokenizer),
         "vocabulary": output_width(config),
     }

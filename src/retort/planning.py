@@ -34,7 +34,9 @@ def plan_cache(index: dict[str, Any], cache: Cache, *, vocabulary: int, folder: 
     Raises ValueError when the disk holding `folder` has not enough room.
     """
     train = index["train"]
-    record_bytes = train["positions"] * bytes_per_position(build_codec(cache, vocabulary=vocabulary))
+    record_bytes = train["positions"] * bytes_per_position(
+        build_codec(cache, vocabulary=vocabulary)
+    )
     total = 2 * (
         record_bytes + _BYTES_PER_TOKEN * train["tokens"] + _BYTES_PER_SEQUENCE * train["sequences"]
     )

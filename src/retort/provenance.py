@@ -91,7 +91,11 @@ def fingerprint_weights(folder: Path) -> str:
 
     Raises ValueError when the folder holds no weights.
     """
-    weights = sorted(p for p in folder.iterdir() if p.suffix in WEIGHT_SUFFIXES) if folder.is_dir() else []
+    weights = (
+        sorted(p for p in folder.iterdir() if p.suffix in WEIGHT_SUFFIXES)
+        if folder.is_dir()
+        else []
+    )
     if not weights:
         raise ValueError(
             f"no model weights in {str(folder)!r}: expected a folder with config.json and *.safetensors "
@@ -146,7 +150,9 @@ def remove_stale_temporaries(folder: Path, *, older_than_s: float = 3600.0) -> N
             path.unlink(missing_ok=True)
 
 
-def describe_run(*, section: Mapping[str, Any], seed: int | None, device: str, seconds: float) -> dict[str, Any]:
+def describe_run(
+    *, section: Mapping[str, Any], seed: int | None, device: str, seconds: float
+) -> dict[str, Any]:
     """Return what run.json says of one output: who made it, from what, with which versions, where, how long."""
     commit, is_dirty = _git_state()
     return {
@@ -159,7 +165,9 @@ def describe_run(*, section: Mapping[str, Any], seed: int | None, device: str, s
         "seconds": round(seconds, 3),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "python": platform.python_version(),
-        "versions": _versions(("torch", "transformers", "tokenizers", "datasets", "numpy", "h5py", "snakemake")),
+        "versions": _versions(
+            ("torch", "transformers", "tokenizers", "datasets", "numpy", "h5py", "snakemake")
+        ),
     }
 
 
@@ -169,7 +177,9 @@ def _git_state() -> tuple[str | None, bool | None]:
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(root), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
 
     try:
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))

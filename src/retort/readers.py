@@ -198,8 +198,8 @@ def _pair(header: Sequence[str], values: Sequence[str]) -> Mapping[str, str]:
 
 
 def _read_parquet(path: Path, columns: Columns) -> Iterator[Row]:
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
+    import pyarrow
+    import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:

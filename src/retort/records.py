@@ -1,8 +1,8 @@
-"""Runs as they were measured: metrics.json and training_log.csv -> typed records, and what may be compared.
+"""Measured runs: metrics.json and training_log.csv -> records, and what may be compared.
 
-A *group* is the runs evaluated on the same held-out positions: only within a group are losses compared. The
-*baseline* of a distilled run is the cross-entropy run (`output`) of its group with the same student size, seed
-and steps. What a run does not define is None.
+A *group* is the runs evaluated on the same held-out positions: only within a group are losses
+compared. The *baseline* of a distilled run is the cross-entropy run (`output`) of its group with
+the same student size, seed and steps. What a run does not define is None.
 """
 
 import csv
@@ -11,7 +11,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ class CacheFacts:
 
 @dataclass(frozen=True)
 class Record:
-    """One metrics.json. Losses and KL: nats per token over the held-out positions; None = not defined."""
+    """One metrics.json. Losses and KL: nats per token, held-out positions; None = not defined."""
 
     path: Path
     name: str
@@ -59,7 +59,7 @@ class Record:
 
     @property
     def folder(self) -> Path:
-        """The run's folder, in which final/ and training_log.csv lie (the metrics may lie deeper)."""
+        """The run's folder: final/ and training_log.csv lie in it (the metrics may lie deeper)."""
         above = [p.parent for p in self.path.parents if p.name == "evaluation"]
         return above[0] if above else self.path.parent
 
@@ -71,7 +71,7 @@ class Record:
 
 @dataclass(frozen=True)
 class TrainingLog:
-    """One run's learning curve: optimizer steps, and the hard loss (nats/token) of each logging interval."""
+    """One run's learning curve: steps, and the hard loss (nats/token) of each logging interval."""
 
     steps: tuple[int, ...]
     hard_loss: tuple[float, ...]
@@ -80,7 +80,8 @@ class TrainingLog:
 def load_metrics(paths: Sequence[Path]) -> list[Record]:
     """Read the metrics.json of each run, in the order given; equal names get their id behind them.
 
-    Raises ValueError where there is nothing to read, a number is missing or not finite, or a run comes twice.
+    Raises ValueError where there is nothing to read, a number is missing or not finite, or a run
+    comes twice.
     """
     records = [_read_record(Path(path)) for path in paths]
     if not records:
@@ -98,7 +99,9 @@ def _read_record(path: Path) -> Record:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"no readable metrics in {path} ({error}): evaluate the run again.") from None
+        raise ValueError(
+            f"no readable metrics in {path} ({error}): evaluate the run again."
+        ) from None
     read = _Reader(path, raw)
     return Record(
         path=path,
@@ -176,8 +179,9 @@ class _Reader:
         value = float(self._checked(keys, (int, float), "a number"))
         if not math.isfinite(value):
             raise ValueError(
-                f"{self.path}: {'.'.join(keys)} is {value}, expected a finite number. The run diverged: "
-                "lower training.learning_rate or raise training.warmup_steps, and train it again."
+                f"{self.path}: {'.'.join(keys)} is {value}, expected a finite number. The run "
+                "diverged: lower training.learning_rate or raise training.warmup_steps, and train "
+                "it again."
             )
         return value
 
@@ -204,8 +208,8 @@ def _read_log(path: Path) -> TrainingLog | None:
     for step, loss in points:
         if not math.isfinite(loss):
             raise ValueError(
-                f"{path}: hard_loss is {loss} at step {step}, expected a finite number. The run diverged: "
-                "lower training.learning_rate, and train it again."
+                f"{path}: hard_loss is {loss} at step {step}, expected a finite number. The run "
+                "diverged: lower training.learning_rate, and train it again."
             )
     return TrainingLog(tuple(s for s, _ in points), tuple(x for _, x in points)) if points else None
 
@@ -221,7 +225,7 @@ def group_runs(records: Sequence[Record]) -> list[list[Record]]:
 def find_baseline(
     record: Record, records: Sequence[Record], *, baseline: str | None = None
 ) -> Record | None:
-    """Return the cross-entropy run that `record` may be compared with: the first one, or only the one named."""
+    """Return the cross-entropy run to compare `record` with: the first fit, or the one named."""
 
     def conditions(r: Record) -> tuple[int, ...]:
         return (r.positions, r.documents, r.student_parameters, r.seed, r.steps)
@@ -260,3 +264,23 @@ def find_caches(records: Sequence[Record]) -> list[tuple[str, CacheFacts]]:
         if record.cache is not None:
             users.setdefault(record.cache, []).append(record.name)
     return [(", ".join(names), cache) for cache, names in users.items()]
+
+
+def render_csv(records: Sequence[Record]) -> str:
+    """Return the table of runs with all digits; an empty cell is not defined."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    skipped = {"path", "cache"}
+    plain = [f.name for f in fields(Record) if f.name not in skipped]
+    cached = [f.name for f in fields(CacheFacts)]
+    writer.writerow([*plain, "margin", *(f"cache_{name}" for name in cached)])
+    for record in records:
+        other = find_baseline(record, records)
+        margin = None if other is None else record.loss - other.loss
+        facts = (
+            [getattr(record.cache, name) for name in cached]
+            if record.cache
+            else [None] * len(cached)
+        )
+        writer.writerow([*(getattr(record, name) for name in plain), margin, *facts])
+    return text.getvalue()

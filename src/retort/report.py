@@ -1,15 +1,13 @@
 """Records of runs -> the table at the end of a run, and a page that opens without network.
 
-The *margin* of a distilled run is its held-out loss minus its baseline's (room `records`): negative is better.
-What is not defined is a dash. Equal inputs give equal bytes.
+The *margin* of a distilled run is its held-out loss minus its baseline's (see `records`): negative
+is better. What is not defined is a dash. Equal inputs give equal bytes.
 """
 
-import csv
-import io
 import math
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
@@ -35,6 +33,7 @@ from retort.records import (
     group_runs,
     load_logs,
     load_metrics,
+    render_csv,
 )
 
 WIDTH = 100  # columns of the terminal's table
@@ -69,7 +68,7 @@ class Row:
 def make_report(metrics_paths: Sequence[Path], out_html: Path) -> str:
     """Write the page, and beside it summary.csv and summary.txt; return the latter's text.
 
-    Raises ValueError where a file is missing, is not what `evaluate` and `train` write, or holds NaN.
+    Raises ValueError where a file is missing, is not what `evaluate` or `train` writes, or has NaN.
     """
     records = load_metrics(metrics_paths)
     write_report(records, load_logs(records), out_html, out_html.with_name("summary.csv"))
@@ -91,13 +90,17 @@ def describe_outcome(group: Sequence[Record], *, baseline: str | None = None) ->
         return f"{best.name}: held-out loss {best.loss:.3f} nats/token, {why}{teacher}."
     run, other, margin = min(margins, key=lambda m: m[2])
     against = f"cross-entropy ({other.name}, {other.loss:.3f})"
-    worse = [f"{r.name} is {_distance(m)} it" for r, _, m in margins if _rounded(m) >= 0 and r != run]
+    worse = [
+        f"{r.name} is {_distance(m)} it" for r, _, m in margins if _rounded(m) >= 0 and r != run
+    ]
     if _rounded(margin) < 0:
-        sentence = f"{run.name}: held-out loss {run.loss:.3f}, {_distance(margin)} {against}{teacher}."
+        sentence = (
+            f"{run.name}: held-out loss {run.loss:.3f}, {_distance(margin)} {against}{teacher}."
+        )
         return sentence + (f" Not every distilled run gained: {', '.join(worse)}." if worse else "")
     return (
-        f"Distillation did not beat cross-entropy: the best distilled run, {run.name}, has held-out "
-        f"loss {run.loss:.3f}, {_distance(margin)} {against}{teacher}."
+        f"Distillation did not beat cross-entropy: the best distilled run, {run.name}, has "
+        f"held-out loss {run.loss:.3f}, {_distance(margin)} {against}{teacher}."
     )
 
 
@@ -120,23 +123,26 @@ def find_warnings(
     if len(groups) > 1:
         sizes = ", ".join(f"{g[0].positions:,}" for g in groups)
         found.append(
-            f"The runs were evaluated on {len(groups)} different validation sets ({sizes} positions): "
-            "losses are compared only within a set."
+            f"The runs were evaluated on {len(groups)} different validation sets ({sizes} "
+            "positions): losses are compared only within a set."
         )
     beaten = [r for r in records if r.teacher_loss is not None and r.teacher_loss > r.loss]
     if beaten:
-        pairs = ", ".join(f"{r.name} ({r.loss:.3f}; its teacher {r.teacher_loss:.3f})" for r in beaten)
+        pairs = ", ".join(
+            f"{r.name} ({r.loss:.3f}; its teacher {r.teacher_loss:.3f})" for r in beaten
+        )
         found.append(
-            f"The teacher's held-out loss is worse than a student's: {pairs}. On this text such a teacher "
-            "has little to teach."
+            f"The teacher's held-out loss is worse than a student's: {pairs}. On this text such "
+            "a teacher has little to teach."
         )
     for names, cache in find_caches(records):
         found += _warn_of_cache(names, cache)
     for group in groups:
         if group[0].positions < FEW_POSITIONS:
             found.append(
-                f"Only {group[0].positions:,} held-out positions: too few to tell runs apart. Raise "
-                f"dataset.validation_fraction until there are {FEW_POSITIONS:,} or more."
+                f"Only {group[0].positions:,} held-out positions: too few to tell runs apart. "
+                "Raise dataset.validation_fraction or evaluation.max_positions until there are "
+                f"{FEW_POSITIONS:,} or more."
             )
     found += _warn_of_comparisons(records, baseline)
     missing = [r.name for r, log in zip(records, logs, strict=True) if log is None]
@@ -150,12 +156,13 @@ def _warn_of_cache(names: str, cache: CacheFacts) -> list[str]:
     if cache.tail_mass > HIGH_TAIL_MASS:
         found.append(
             f"Tail mass {cache.tail_mass:.3f} is high: the cache of {names} leaves more than "
-            f"{HIGH_TAIL_MASS:.0%} of the teacher's probability outside the tokens it keeps. Raise cache.top_k."
+            f"{HIGH_TAIL_MASS:.0%} of the teacher's probability outside the tokens it "
+            "keeps. Raise cache.top_k."
         )
     if cache.fidelity_kl > HIGH_FIDELITY_KL:
         found.append(
-            f"Fidelity KL {cache.fidelity_kl:.3f} nats is high (expected: below {HIGH_FIDELITY_KL}): the "
-            f"cache of {names} does not say what its teacher says. Make it again."
+            f"Fidelity KL {cache.fidelity_kl:.3f} nats is high (expected: below {HIGH_FIDELITY_KL}): "
+            f"the cache of {names} does not say what its teacher says. Make it again."
         )
     return found
 
@@ -166,8 +173,8 @@ def _warn_of_comparisons(records: Sequence[Record], baseline: str | None) -> lis
     alone = [r.name for r, other in pairs if r.is_distilled and other is None]
     if alone:
         found.append(
-            f"No margin for {', '.join(alone)}: no run of type output shares the validation set, student "
-            "size, seed and steps."
+            f"No margin for {', '.join(alone)}: no run of type output shares the validation set, "
+            "student size, seed and steps."
         )
     unequal = [
         f"{r.name} ({r.trained_tokens:,} tokens; {other.name} {other.trained_tokens:,})"
@@ -179,14 +186,14 @@ def _warn_of_comparisons(records: Sequence[Record], baseline: str | None) -> lis
     seeds = len({r.seed for r in records})
     if seeds == 1:
         found.append(
-            "One seed gives no interval: a small margin may be chance. Train with other seeds to know."
+            "One seed gives no interval: a small margin may be chance. Other seeds would tell."
         )
     else:
         found.append(f"{seeds} seeds, but each row is one run, not a mean: no interval is given.")
     return found
 
 
-# The table --------------------------------------------------------------------------------------------------
+# The table ----------------------------------------------------------------------------------------
 
 
 def build_rows(group: Sequence[Record], *, baseline: str | None = None) -> list[Row]:
@@ -269,8 +276,9 @@ def render_summary(
 ) -> str:
     """Return the text at the end of a run: the table, what it means, and where to look next.
 
-    `baseline` names the cross-entropy run of the margins; by default the first that fits each run. Lines fit
-    in WIDTH columns, but for paths, which are not broken. Raises ValueError when `baseline` is no such run.
+    `baseline` names the cross-entropy run of the margins; by default the first that fits each run.
+    Lines fit in WIDTH columns, but for paths, which are not broken. Raises ValueError when
+    `baseline` is no such run.
     """
     plain = [r.name for r in records if not r.is_distilled]
     if baseline is not None and baseline not in plain:
@@ -279,10 +287,12 @@ def render_summary(
     parts = [_render_group(group, baseline) for group in group_runs(records)]
     facts = [f"cache of {names}: {describe_cache(cache)}" for names, cache in find_caches(records)]
     facts.append(
-        "margin: held-out loss minus that of the cross-entropy run with the same student size, seed and "
-        "steps; negative is better. Losses and KL in nats/token."
+        "margin: held-out loss minus that of the cross-entropy run with the same student size, "
+        "seed and steps; negative is better. Losses and KL in nats/token."
     )
-    notes = [f"note: {text}" for text in find_warnings(records, load_logs(records), baseline=baseline)]
+    notes = [
+        f"note: {text}" for text in find_warnings(records, load_logs(records), baseline=baseline)
+    ]
     places = [f"  report    {report_path}"]
     for record in records:
         places.append(f"  student   {record.folder / 'final'}/")
@@ -315,13 +325,17 @@ def describe_group(group: Sequence[Record]) -> str:
     students = f"{len(group)} student{'' if len(group) == 1 else 's'}"
     teachers = ", ".join(str(t.teacher) for t in find_teachers(group))
     names = f"; teacher: {teachers}" if teachers else ""
-    return f"{students} on {group[0].positions:,} held-out positions of {group[0].documents:,} documents{names}"
+    heldout = f"{group[0].positions:,} held-out positions of {group[0].documents:,} documents"
+    return f"{students} on {heldout}{names}"
 
 
 def _align(name: str, cells: Sequence[str], name_width: int) -> str:
     """Return one line: the name and the type to the left, numbers to the right of their columns."""
     widths = [width for _, _, width in COLUMNS]
-    kind, numbers = cells[0].ljust(widths[0]), [c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True)]
+    kind, numbers = (
+        cells[0].ljust(widths[0]),
+        [c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True)],
+    )
     return "  ".join([name.ljust(name_width), kind, *numbers]).rstrip()
 
 
@@ -329,13 +343,13 @@ def _wrap(text: str) -> str:
     return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
 
 
-# The page ---------------------------------------------------------------------------------------------------
+# The page -----------------------------------------------------------------------------------------
 
 
 def write_report(
     records: Sequence[Record], logs: Sequence[TrainingLog | None], out_html: Path, summary_csv: Path
 ) -> None:
-    """Write the page (one file that fetches nothing) and the table with all digits, one line per run."""
+    """Write the page (one file that fetches nothing) and a table of the runs with all digits."""
     source = resources.files("retort").joinpath("report.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -345,10 +359,14 @@ def write_report(
     page = environment.from_string(source).render(
         records=records,
         columns=[" ".join(filter(None, (head, sub))) for head, sub, _ in COLUMNS],
-        groups=[_page_group(group, records, key=f"g{n}-") for n, group in enumerate(group_runs(records))],
+        groups=[
+            _page_group(group, records, key=f"g{n}-") for n, group in enumerate(group_runs(records))
+        ],
         curves=[Markup(svg) for svg in draw_curves(logs, key="c")],
         legend=[
-            (r.name, Markup(draw_swatch(i, key=f"s{i}"))) for i, r in enumerate(records) if logs[i] is not None
+            (r.name, Markup(draw_swatch(i, key=f"s{i}")))
+            for i, r in enumerate(records)
+            if logs[i] is not None
         ],
         caches=find_caches(records),
         warnings=find_warnings(records, logs),
@@ -358,10 +376,12 @@ def write_report(
         series=SERIES,
     )
     write_atomically(out_html, page.encode())
-    write_atomically(summary_csv, _render_csv(records).encode())
+    write_atomically(summary_csv, render_csv(records).encode())
 
 
-def _page_group(group: Sequence[Record], records: Sequence[Record], *, key: str) -> dict[str, object]:
+def _page_group(
+    group: Sequence[Record], records: Sequence[Record], *, key: str
+) -> dict[str, object]:
     """Return what the template shows of one group."""
     styles = [index for index, record in enumerate(records) if record in group]
     return {
@@ -391,19 +411,3 @@ def _settings(records: Sequence[Record]) -> dict[str, list[str]]:
         "cache": [f"{r.cache.method}, k = {r.cache.top_k}" if r.cache else "-" for r in records],
         "device": [r.device for r in records],
     }
-
-
-def _render_csv(records: Sequence[Record]) -> str:
-    """Return the table of runs with all digits; an empty cell is not defined."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    skipped = {"path", "cache"}
-    plain = [f.name for f in fields(Record) if f.name not in skipped]
-    cached = [f.name for f in fields(CacheFacts)]
-    writer.writerow([*plain, "margin", *(f"cache_{name}" for name in cached)])
-    for record in records:
-        other = find_baseline(record, records)
-        margin = None if other is None else record.loss - other.loss
-        facts = [getattr(record.cache, name) for name in cached] if record.cache else [None] * len(cached)
-        writer.writerow([*(getattr(record, name) for name in plain), margin, *facts])
-    return text.getvalue()

@@ -56,7 +56,9 @@ def write_table(group: h5py.Group, table: SequenceTable) -> None:
         if field.name == "label_names":
             group.attrs["label_names"] = json.dumps(value)
         else:
-            group.create_dataset(field.name, data=value.astype("u1") if value.dtype == np.bool_ else value)
+            group.create_dataset(
+                field.name, data=value.astype("u1") if value.dtype == np.bool_ else value
+            )
 
 
 def read_table(group: h5py.Group) -> SequenceTable:
@@ -68,7 +70,11 @@ def read_table(group: h5py.Group) -> SequenceTable:
 
 
 def write_token_shard(
-    path: Path, tables: dict[str, SequenceTable], *, counts: dict[str, Any], tokenizer: dict[str, Any]
+    path: Path,
+    tables: dict[str, SequenceTable],
+    *,
+    counts: dict[str, Any],
+    tokenizer: dict[str, Any],
 ) -> None:
     """Write one shard: a group for each split, the counts and the tokenizer's fingerprint as attributes."""
 
@@ -96,7 +102,9 @@ def open_h5(path: Path, *, expected_format: str, version: int) -> h5py.File:
     try:
         file = h5py.File(path, "r")
     except FileNotFoundError:
-        raise ValueError(f"{path} does not exist: run the same snakemake command again to make it.") from None
+        raise ValueError(
+            f"{path} does not exist: run the same snakemake command again to make it."
+        ) from None
     except OSError as error:
         raise ValueError(
             f"{path} cannot be read as HDF5 ({error}): it was cut short or damaged. Delete it and run the "
@@ -105,7 +113,9 @@ def open_h5(path: Path, *, expected_format: str, version: int) -> h5py.File:
     found = (file.attrs.get("format"), int(file.attrs.get("version", 0)))
     if found[0] != expected_format:
         file.close()
-        raise ValueError(f"{path} is no {expected_format} file: its format attribute is {found[0]!r}.")
+        raise ValueError(
+            f"{path} is no {expected_format} file: its format attribute is {found[0]!r}."
+        )
     if found[1] != version:
         file.close()
         raise ValueError(
@@ -122,7 +132,9 @@ def build_index(shard_paths: list[Path], *, streaming_chunk_size: int) -> dict[s
     Raises ValueError when no sequence is left for training, or shards were made with different tokenizers.
     """
     shards, parts, all_keys = [], [], []
-    totals = {split: {"documents": 0, "sequences": 0, "tokens": 0, "positions": 0} for split in SPLITS}
+    totals = {
+        split: {"documents": 0, "sequences": 0, "tokens": 0, "positions": 0} for split in SPLITS
+    }
     tokenizers: dict[str, Any] = {}
     counts: list[dict[str, Any]] = []
     for place, path in enumerate(shard_paths):
@@ -163,7 +175,9 @@ def build_index(shard_paths: list[Path], *, streaming_chunk_size: int) -> dict[s
     }
 
 
-def _list_parts(table: SequenceTable, *, shard: int, documents_per_part: int) -> list[dict[str, Any]]:
+def _list_parts(
+    table: SequenceTable, *, shard: int, documents_per_part: int
+) -> list[dict[str, Any]]:
     """Cut one shard's training sequences at every `documents_per_part` documents."""
     if len(table) == 0:
         return []
@@ -198,7 +212,9 @@ def _sum_counts(counts: list[dict[str, Any]]) -> dict[str, Any]:
     return total
 
 
-def write_index(path: Path, shard_paths: list[Path], *, streaming_chunk_size: int) -> dict[str, Any]:
+def write_index(
+    path: Path, shard_paths: list[Path], *, streaming_chunk_size: int
+) -> dict[str, Any]:
     """Build and write index.json beside the shards."""
     index = build_index(shard_paths, streaming_chunk_size=streaming_chunk_size)
     write_json(path, index)
@@ -216,7 +232,9 @@ class TokenIndex:
     def read(cls, path: Path) -> "TokenIndex":
         """Read index.json. Raises ValueError when it is missing or of another version."""
         if not path.exists():
-            raise ValueError(f"{path} does not exist: run the same snakemake command again to make it.")
+            raise ValueError(
+                f"{path} does not exist: run the same snakemake command again to make it."
+            )
         content = read_json(path)
         if (content.get("format"), content.get("version")) != (TOKENS_FORMAT, TOKENS_VERSION):
             raise ValueError(
@@ -234,7 +252,9 @@ class TokenIndex:
     def read_part(self, part: dict[str, Any]) -> SequenceTable:
         """Read the sequences of one part, and verify that they are those that its name says."""
         path = self.path.parent / self.content["shards"][part["shard"]]
-        table = read_token_shard(path, "train").slice(part["first"], part["first"] + part["sequences"])
+        table = read_token_shard(path, "train").slice(
+            part["first"], part["first"] + part["sequences"]
+        )
         if xxhash.xxh3_128_hexdigest(table.keys.tobytes()) != part["name"]:
             raise ValueError(
                 f"{path} no longer holds the sequences that {self.path} lists (part {part['name']}): the shard "

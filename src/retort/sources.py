@@ -185,7 +185,7 @@ def _explaining(stream: Iterable[Any], dataset: Dataset) -> Iterator[Mapping[str
 
 def open_hub(dataset: Dataset, split: str) -> Any:
     """Return the `datasets` object of one split; raises a one-sentence ValueError if it cannot."""
-    import datasets  # type: ignore[import-untyped]
+    import datasets
 
     files = dataset.data_files
     try:

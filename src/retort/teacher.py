@@ -12,7 +12,8 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence as Rows
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Rows
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -67,7 +68,11 @@ def pad_batch(rows: Rows[Sequence], *, device: torch.device) -> tuple[Tensor, Te
 
 @torch.inference_mode()
 def score_features(
-    teacher: CausalLM, table: SequenceTable, *, batch_size: int, on_batch: Callable[[int], None] = lambda _: None
+    teacher: CausalLM,
+    table: SequenceTable,
+    *,
+    batch_size: int,
+    on_batch: Callable[[int], None] = lambda _: None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield (sequence index, features [P, D] at its counted positions), batch by batch in length order."""
     for indices in batch_by_length(table, batch_size):
@@ -123,7 +128,9 @@ def score_part(
     logprobs = np.zeros((num_positions, codec.top_k), np.float32)
     tails = np.zeros((num_positions, len(codec.temperatures)), np.float32)
     bounds = table.position_offsets
-    for index, features_PD in score_features(teacher, table, batch_size=batch_size, on_batch=on_batch):
+    for index, features_PD in score_features(
+        teacher, table, batch_size=batch_size, on_batch=on_batch
+    ):
         for start in range(0, len(features_PD), _HEAD_ROWS):
             chunk_PD = features_PD[start : start + _HEAD_ROWS]
             found = select_top_k(teacher.head.logits(chunk_PD), codec, num_tokens=num_tokens)
@@ -182,7 +189,9 @@ def run_worker(
     while missing := find_missing_parts(index, folder, header):
         place_part = _next_part(missing, folder, worker=worker, num_workers=num_workers)
         if place_part is None:
-            time.sleep(1.0)  # living workers are at every part that is left; take over if one of them dies
+            time.sleep(
+                1.0
+            )  # living workers are at every part that is left; take over if one of them dies
             continue
         place, part = place_part
         with _claim(folder, part["name"]) as is_mine:
@@ -208,7 +217,9 @@ def _next_part(
     missing: list[tuple[int, dict[str, Any]]], folder: Path, *, worker: int, num_workers: int
 ) -> tuple[int, dict[str, Any]] | None:
     """Return the first part of the worker's own stripe that nobody is at, else any other, else None."""
-    stripe_first = sorted(missing, key=lambda item: (item[0] % num_workers != worker % num_workers, item[0]))
+    stripe_first = sorted(
+        missing, key=lambda item: (item[0] % num_workers != worker % num_workers, item[0])
+    )
     return next((item for item in stripe_first if not _is_claimed(folder, item[1]["name"])), None)
 
 
@@ -283,7 +294,6 @@ class _Progress:
             self.say(f"{self._place}  {self.tokens:,} tokens  {rate:,.0f} tokens/s")
 
 
-
 def generate_logits(
     receipt: Path,
     *,
@@ -297,8 +307,12 @@ def generate_logits(
     say: Callable[[str], None] = print,
 ) -> None:
     """Be one worker: do parts into parts/ beside the receipt until none is missing, then write the receipt."""
-    torch.set_num_threads(section.generation.cpu_threads)  # fixed by the config: another number changes bits
-    say(f"Worker {worker}/{num_workers}  CUDA_VISIBLE_DEVICES: {os.environ.get('CUDA_VISIBLE_DEVICES', '-')}")
+    torch.set_num_threads(
+        section.generation.cpu_threads
+    )  # fixed by the config: another number changes bits
+    say(
+        f"Worker {worker}/{num_workers}  CUDA_VISIBLE_DEVICES: {os.environ.get('CUDA_VISIBLE_DEVICES', '-')}"
+    )
     index = TokenIndex.read(index_path)
     header = build_header(index, read_json(fingerprint_path), cache, source=fingerprint_path)
     folder = receipt.parent
@@ -318,7 +332,10 @@ def generate_logits(
         )
     device = "cuda" if torch.cuda.is_available() and section.device != "cpu" else "cpu"
     about = describe_run(
-        section=asdict(cache), seed=None, device=describe_device(torch.device(device)), seconds=report.seconds
+        section=asdict(cache),
+        seed=None,
+        device=describe_device(torch.device(device)),
+        seconds=report.seconds,
     )
     write_json(receipt, report.to_json() | {"run": about})
     say(
@@ -326,7 +343,9 @@ def generate_logits(
     )
 
 
-def build_header(index: TokenIndex, record: dict[str, Any], cache: Cache, *, source: Path) -> CacheHeader:
+def build_header(
+    index: TokenIndex, record: dict[str, Any], cache: Cache, *, source: Path
+) -> CacheHeader:
     """Return the header of a cache; refuses tokens that another tokenizer made than the teacher's.
 
     Raises ValueError when the tokenizer has ids beyond the teacher's output layer, or is another one.

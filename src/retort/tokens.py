@@ -11,6 +11,7 @@ something with a sequence later (a teacher's distributions, say) compares keys f
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from retort.config import Dataset
-from retort.corpus import Document
+from retort.documents import Document
+from retort.provenance import digest, fingerprint_tokenizer
 
 SPLITS = ("train", "val")
 KEY_BYTES = 16
@@ -72,7 +74,9 @@ class SequenceTable:
         tokens = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
         segments = slice(int(self.segment_offsets[index]), int(self.segment_offsets[index + 1]))
         key = self.keys[index].tobytes()
-        return Sequence(self.ids[tokens], self.loss_mask[tokens], self.segment_starts[segments], key)
+        return Sequence(
+            self.ids[tokens], self.loss_mask[tokens], self.segment_starts[segments], key
+        )
 
     @property
     def num_positions(self) -> int:
@@ -87,8 +91,10 @@ class SequenceTable:
     @property
     def position_offsets(self) -> NDArray[np.int64]:
         """Where each sequence's counted positions start among all counted positions, [S + 1]."""
-        counts = np.add.reduceat(self.loss_mask, self.offsets[:-1], dtype=np.int64) if len(self) else []
-        return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
+        if len(self) == 0:
+            return np.zeros(1, dtype=np.int64)
+        counts = np.add.reduceat(self.loss_mask, self.offsets[:-1], dtype=np.int64)
+        return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts, dtype=np.int64)])
 
     def verify_keys(self, *, source: str) -> None:
         """Raise ValueError when a stored key is not its sequence's."""
@@ -126,7 +132,9 @@ def concatenate_tables(tables: Iterable[SequenceTable]) -> SequenceTable:
 
     def join_offsets(name: str) -> NDArray[np.int64]:
         counts = [np.diff(getattr(t, name)) for t in tables]
-        return np.concatenate([[0], np.cumsum(np.concatenate([[], *counts]), dtype=np.int64)]).astype(np.int64)
+        return np.concatenate(
+            [[0], np.cumsum(np.concatenate([[], *counts]), dtype=np.int64)]
+        ).astype(np.int64)
 
     def join(name: str, empty: NDArray[Any]) -> NDArray[Any]:
         return np.concatenate([empty, *(getattr(t, name) for t in tables)])
@@ -146,7 +154,9 @@ def concatenate_tables(tables: Iterable[SequenceTable]) -> SequenceTable:
     )
 
 
-def build_table(rows: Iterable[tuple[list[int], list[bool], int, tuple[str, str]]]) -> SequenceTable:
+def build_table(
+    rows: Iterable[tuple[list[int], list[bool], int, tuple[str, str]]],
+) -> SequenceTable:
     """Build a table from (ids, loss mask, document, (category, language)) rows of one segment each."""
     rows = list(rows)
     names = sorted({name for *_, name in rows} | {("", "")})
@@ -155,12 +165,15 @@ def build_table(rows: Iterable[tuple[list[int], list[bool], int, tuple[str, str]
     masks = [np.array(row[1], dtype=np.bool_) for row in rows]
     start = np.zeros(1, dtype=np.int32)
     keys = [
-        np.frombuffer(content_key(i, m, start), dtype=np.uint8) for i, m in zip(ids, masks, strict=True)
+        np.frombuffer(content_key(i, m, start), dtype=np.uint8)
+        for i, m in zip(ids, masks, strict=True)
     ]
     return SequenceTable(
         ids=np.concatenate([np.empty(0, np.int32), *ids]),
         loss_mask=np.concatenate([np.empty(0, np.bool_), *masks]),
-        offsets=np.concatenate([[0], np.cumsum([len(i) for i in ids], dtype=np.int64)]).astype(np.int64),
+        offsets=np.concatenate([[0], np.cumsum([len(i) for i in ids], dtype=np.int64)]).astype(
+            np.int64
+        ),
         segment_starts=np.zeros(len(rows), dtype=np.int32),
         segment_offsets=np.arange(len(rows) + 1, dtype=np.int64),
         keys=np.stack(keys) if keys else np.empty((0, KEY_BYTES), np.uint8),
@@ -191,7 +204,9 @@ class TokenCounts:
         assert self.read == self.stored + self.truncated + self.without_loss + self.too_short, self
 
     def __add__(self, other: "TokenCounts") -> "TokenCounts":
-        return TokenCounts(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+        return TokenCounts(
+            **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        )
 
 
 def tokenize_documents(
@@ -237,8 +252,14 @@ def _encode(
     documents: Iterable[Document], tokenizer: Any, dataset: Dataset
 ) -> Iterator[tuple[Document, list[int], int]]:
     """Yield each document with its ids and the place of the first token that is to be predicted."""
-    end = [tokenizer.eos_token_id] if dataset.append_eos and tokenizer.eos_token_id is not None else []
-    has_template = dataset.prompt_column is not None and bool(getattr(tokenizer, "chat_template", None))
+    end = (
+        [tokenizer.eos_token_id]
+        if dataset.append_eos and tokenizer.eos_token_id is not None
+        else []
+    )
+    has_template = dataset.prompt_column is not None and bool(
+        getattr(tokenizer, "chat_template", None)
+    )
     batch: list[Document] = []
 
     def encode_batch() -> Iterator[tuple[Document, list[int], int]]:
@@ -246,11 +267,20 @@ def _encode(
             for document in batch:
                 yield (document, *_apply_chat_template(document, tokenizer))
             return
-        heads = [_ids(tokenizer, f"{d.prompt}\n", special=True) if d.prompt is not None else [] for d in batch]
+        heads = [
+            _ids(tokenizer, f"{d.prompt}\n", special=True) if d.prompt is not None else []
+            for d in batch
+        ]
         plain = dataset.prompt_column is None
-        bodies = tokenizer([d.text for d in batch], add_special_tokens=plain)["input_ids"] if batch else []
+        bodies = (
+            tokenizer([d.text for d in batch], add_special_tokens=plain)["input_ids"]
+            if batch
+            else []
+        )
         for document, head, body in zip(batch, heads, bodies, strict=True):
-            body = body[:-1] if end and body[-1:] == end else body  # some tokenizers add the end themselves
+            body = (
+                body[:-1] if end and body[-1:] == end else body
+            )  # some tokenizers add the end themselves
             yield document, [*head, *body, *end], len(head)
 
     for document in documents:
@@ -280,3 +310,48 @@ def _apply_chat_template(document: Document, tokenizer: Any) -> tuple[list[int],
             "keeps the prompt as it is, or one without a template."
         )
     return list(ids), len(head)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+def load_tokenizer(
+    path: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """Load a tokenizer from a folder or a Hub id. Raises ValueError with the next step when it cannot."""
+    from transformers import AutoTokenizer  # 1.5 s, and nothing else in this room needs it
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            path, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (
+        Exception
+    ) as error:  # transformers raises OSError, ValueError, KeyError, and tokenizers' own
+        raise ValueError(cannot_load("tokenizer", path, error)) from error
+
+
+def fingerprint_of_tokenizer(path: str, tokenizer: Any) -> dict[str, Any]:
+    """Return {"fingerprint", "size"} of a tokenizer: of its files where it is local, else of its vocabulary."""
+    folder = Path(path)
+    if folder.is_dir():
+        fingerprint = fingerprint_tokenizer(folder)
+    else:
+        fingerprint = digest([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template])
+    return {"fingerprint": fingerprint, "size": len(tokenizer)}
+
+
+def cannot_load(what: str, path: str, error: Exception) -> str:
+    """Return the sentence for a model or a tokenizer that transformers cannot load."""
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if Path(path).is_dir():
+        advice = "the folder must hold what save_pretrained() writes (config.json, weights, tokenizer.json)"
+    elif path.startswith((".", "/", "~")) or path.count("/") > 1:
+        advice = f"there is no such folder (looked from {Path.cwd()})"
+    else:
+        advice = (
+            "for a Hub id this machine must reach huggingface.co (or have it in its cache, with HF_HUB_OFFLINE=1); "
+            "for a gated one, log in with `hf auth login`"
+        )
+    return f"cannot load the {what} {path!r}: {advice}. transformers says: {first_line}"

@@ -48,11 +48,10 @@ from retort.models import (
     choose_device,
     describe_device,
     load_recorded_teacher,
-    load_tokenizer,
 )
 from retort.provenance import describe_run, read_json, write_atomically, write_json
 from retort.shards import TokenIndex
-from retort.tokens import Sequence, SequenceTable
+from retort.tokens import Sequence, SequenceTable, load_tokenizer
 
 IGNORE_INDEX = -100
 LOG_COLUMNS = (
@@ -136,7 +135,9 @@ class Collator:
         targets = [item.targets for item in items if item.targets is not None]
         if targets:
             batch["top_k_ids"] = torch.from_numpy(np.concatenate([t.top_k_ids for t in targets]))
-            batch["top_k_logprobs"] = torch.from_numpy(np.concatenate([t.top_k_logprobs for t in targets]))
+            batch["top_k_logprobs"] = torch.from_numpy(
+                np.concatenate([t.top_k_logprobs for t in targets])
+            )
             tails = np.concatenate([t.tail_logprobs[:, self.temperature_place] for t in targets])
             batch["tail_logprob"] = torch.from_numpy(tails)
         return batch
@@ -148,7 +149,9 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     # compute_loss divides by the number of positions of the whole accumulated batch.
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *, alpha: float, temperature: float, teacher: CausalLM | None, **options: Any) -> None:
+    def __init__(
+        self, *, alpha: float, temperature: float, teacher: CausalLM | None, **options: Any
+    ) -> None:
         super().__init__(**options)
         # True makes Trainer count the labels of the whole accumulated batch, whatever the model's signature.
         self.model_accepts_loss_kwargs = True
@@ -188,7 +191,9 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         loss = terms.total / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
 
-    def _compute_kl(self, logits_PV: Tensor, counts_BT: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    def _compute_kl(
+        self, logits_PV: Tensor, counts_BT: Tensor, inputs: dict[str, Tensor]
+    ) -> Tensor:
         """KL from the cache's targets, or from the live teacher over the whole vocabulary."""
         if self.teacher is None:
             return compute_sparse_kl(
@@ -274,7 +279,12 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         }
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Any = None,
+        **_: Any,
     ) -> None:
         """Say one line at most every few seconds."""
         now = time.monotonic()
@@ -310,11 +320,17 @@ def find_checkpoint(folder: Path) -> Path | None:
     return whole
 
 
-def training_arguments(folder: Path, training: Training, tracking: Tracking, *, name: str) -> TrainingArguments:
+def training_arguments(
+    folder: Path, training: Training, tracking: Tracking, *, name: str
+) -> TrainingArguments:
     """Translate our keys into transformers' TrainingArguments."""
     device = choose_device(training.device)
     mixed = training.use_mixed_precision and device.type == "cuda"  # a CPU trains in float32
-    trackers = [t for t, on in (("wandb", tracking.use_wandb), ("tensorboard", tracking.use_tensorboard)) if on]
+    trackers = [
+        t
+        for t, on in (("wandb", tracking.use_wandb), ("tensorboard", tracking.use_tensorboard))
+        if on
+    ]
     return TrainingArguments(
         output_dir=str(folder),
         run_name=tracking.wandb_run_name or name,
@@ -364,26 +380,35 @@ def train_student(
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(training.cpu_threads)
-    with filelock.FileLock(folder / ".lock"):  # an orphan of a killed Snakemake may still be training here
-        model = build_student(student, vocabulary=vocabulary, tokenizer=tokenizer, seed=training.seed)
-        places = source.header.codec.temperatures if isinstance(source, LogitCache) else (training.temperature,)
+    with filelock.FileLock(
+        folder / ".lock"
+    ):  # an orphan of a killed Snakemake may still be training here
+        model = build_student(
+            student, vocabulary=vocabulary, tokenizer=tokenizer, seed=training.seed
+        )
         trainer = DistillationTrainer(
-            alpha=training.alpha,
+            alpha=1.0 if training.alpha is None else training.alpha,
             temperature=training.temperature,
             teacher=teacher,
             model=model,
             args=training_arguments(folder, training, tracking, name=name),
             train_dataset=TrainingData(source),
-            data_collator=Collator(places.index(training.temperature) if training.alpha < 1.0 else 0),
+            data_collator=Collator(_find_temperature(source, training.temperature)),
         )
         checkpoint = find_checkpoint(folder)
-        before = read_json(checkpoint / _COMPLETE_MARK) if checkpoint else {"seconds": 0.0, "positions": 0}
+        before = (
+            read_json(checkpoint / _COMPLETE_MARK)
+            if checkpoint
+            else {"seconds": 0.0, "positions": 0}
+        )
         progress = ProgressCallback(trainer, name=name, before=before, say=say)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(progress)
         if checkpoint:
             say(f"train {name}: going on from {checkpoint.name}")
-        trainer.train(resume_from_checkpoint=str(checkpoint or training.resume_from_checkpoint or "") or None)
+        trainer.train(
+            resume_from_checkpoint=str(checkpoint or training.resume_from_checkpoint or "") or None
+        )
         save_final(folder / "final", trainer.model, tokenizer)
         write_log(folder / "training_log.csv", trainer.state.log_history)
         return {
@@ -393,6 +418,24 @@ def train_student(
             "student_parameters": int(model.num_parameters()),
             "device": describe_device(trainer.args.device),
         }
+
+
+def _find_temperature(source: SequenceTable | LogitCache, temperature: float) -> int:
+    """Return the column of the tail at that temperature; the whole vocabulary has no tail, so any will do.
+
+    Raises ValueError when the cache holds the tail at other temperatures only.
+    """
+    if not isinstance(source, LogitCache):
+        return 0
+    codec = source.header.codec
+    if temperature in codec.temperatures:
+        return codec.temperatures.index(temperature)
+    if codec.top_k == codec.vocabulary:
+        return 0
+    raise ValueError(
+        f"training.temperature is {temperature}, but {source.path} holds the tail's mass at {codec.temperatures} only. "
+        f"Use one of them, or add {temperature} to cache.temperatures, which makes a new cache."
+    )
 
 
 def save_final(folder: Path, model: PreTrainedModel, tokenizer: Any) -> None:
@@ -436,21 +479,23 @@ def train_run(
 
     Raises ValueError when the signal that the distillation type needs is missing, or was made of other tokens.
     """
-    if training.alpha is None:
-        training = replace(training, alpha=DEFAULT_ALPHA[training.distillation_type])
-    if training.alpha < 1.0 and not (cache_path or teacher_path):
+    alpha = (
+        training.alpha if training.alpha is not None else DEFAULT_ALPHA[training.distillation_type]
+    )
+    training = replace(training, alpha=alpha)
+    if alpha < 1.0 and not (cache_path or teacher_path):
         raise ValueError(
-            f"distillation type {training.distillation_type!r} (alpha {training.alpha}) learns from a teacher: give "
+            f"distillation type {training.distillation_type!r} (alpha {alpha}) learns from a teacher: give "
             "--cache teacher_logits.h5 or --teacher, or use --distillation-type output."
         )
     index = TokenIndex.read(index_path)
     tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=teacher_section.trust_remote_code)
-    source = _open_source(index, cache_path if training.alpha < 1.0 else None)
+    source = _open_source(index, cache_path if alpha < 1.0 else None)
     # The width of the teacher's output layer, also for a run that learns from text alone: students of one
     # config are of one size.
     vocabulary = read_json(fingerprint_path)["vocabulary"] if fingerprint_path else len(tokenizer)
     teacher = None
-    if training.alpha < 1.0 and cache_path is None and teacher_path and fingerprint_path:
+    if alpha < 1.0 and cache_path is None and teacher_path and fingerprint_path:
         teacher = load_recorded_teacher(teacher_path, teacher_section, record_path=fingerprint_path)
     summary = train_student(
         out.parent,
@@ -468,7 +513,7 @@ def train_run(
         "run": name,
         "id": out.parent.name,
         "distillation_type": training.distillation_type,
-        "alpha": training.alpha,
+        "alpha": alpha,
         "temperature": training.temperature,
         "seed": training.seed,
         **summary,

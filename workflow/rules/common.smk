@@ -7,7 +7,7 @@ from pathlib import Path
 
 from retort.artefacts import plan_project
 from retort.config import load_runs, section_flags
-from retort.gpus import detect_gpus, num_workers, parse_groups
+from retort.gpus import count_workers, detect_gpus, describe_machine
 from snakemake.exceptions import WorkflowError
 
 try:
@@ -136,10 +136,7 @@ def get_sample_flags(wildcards):
 def get_num_workers(wildcards):
     """How many workers share a cache's parts. It names nothing, so it may differ between machines and runs."""
     generation = PROJECT.logits[wildcards.logits].config.teacher.generation
-    groups = parse_groups(
-        generation.gpus, gpus_per_model=generation.gpus_per_model, detected=detect_gpus()
-    )
-    return num_workers(generation.num_workers, groups)
+    return count_workers(generation, detected=detect_gpus())
 
 
 def get_receipts(wildcards):
@@ -197,6 +194,13 @@ def get_training_gpus(wildcards):
 
 def get_all_metrics(wildcards):
     return [str(run.metrics_path) for run in PROJECT.runs.values()]
+
+
+def greet():
+    """Say what the teacher will run on, before anything starts."""
+    for logits in PROJECT.logits.values():
+        generation = logits.config.teacher.generation
+        logger.info(describe_machine(generation, detected=detect_gpus()))
 
 
 def point_to_report():

@@ -15,7 +15,3 @@ rule report:
     shell:
         "{SCRIPTS}/report.py --metrics {input} --output {output.html}"
         " >> {log} 2> >(tee -a {log} >&2)"
-
-
-onsuccess:
-    point_to_report()

@@ -1,6 +1,6 @@
 """Check everything that can be checked cheaply, before any expensive job: models, vocabularies, corpora, folders.
 
-    python workflow/scripts/check_inputs.py --config config/config.yaml --output results/checks/mine.json
+python workflow/scripts/check_inputs.py --config config/config.yaml --output results/checks/mine.json
 """
 
 import argparse
@@ -15,7 +15,9 @@ from retort.provenance import write_json
 
 def main() -> None:
     """Read the config (a file, or its text as Snakemake has it) and check it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", required=True, help="a YAML file, or the config itself as JSON")
     parser.add_argument("--output", required=True, type=Path, help="what was found, as JSON")
     args = parser.parse_args()

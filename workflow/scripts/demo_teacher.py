@@ -7,20 +7,26 @@
 import argparse
 from pathlib import Path
 
-from retort.commands import run_script
+from retort.commands import run_script, say
 from retort.config import add_section_flags, section_from_args
 
 
 def main() -> None:
     """Write model/ and fingerprint.json; an interrupted training goes on where it was."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--corpus", type=Path, help="folder of a drawn corpus, where there is one")
-    parser.add_argument("--output", required=True, type=Path, help="fingerprint.json; model/ lies beside it")
+    parser.add_argument(
+        "--output", required=True, type=Path, help="fingerprint.json; model/ lies beside it"
+    )
     add_section_flags(parser, "dataset")
     args = parser.parse_args()
     from retort.demo import make_demo_teacher
 
-    make_demo_teacher(args.output, section_from_args(args, "dataset"), drawn=args.corpus)
+    make_demo_teacher(
+        args.output, section_from_args(args, "dataset"), drawn=args.corpus, say=say
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Draw a corpus that is not a file of one's own: the demo's text, or the first documents of a stream.
 
-    python workflow/scripts/draw_corpus.py --dataset-name demo --output results/corpora/mine/corpus.json
+python workflow/scripts/draw_corpus.py --dataset-name demo --output results/corpora/mine/corpus.json
 """
 
 import argparse
@@ -13,8 +13,12 @@ from retort.corpus import draw_corpus
 
 def main() -> None:
     """Write documents_*.jsonl.gz and corpus.json into the output's folder."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True, type=Path, help="corpus.json; the documents lie beside it")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, help="corpus.json; the documents lie beside it"
+    )
     add_section_flags(parser, "dataset")
     args = parser.parse_args()
     draw_corpus(section_from_args(args, "dataset"), args.output.parent)

@@ -15,11 +15,19 @@ from retort.gpus import lease_training
 
 def main() -> None:
     """Write metrics.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--index", required=True, type=Path, help="index.json of the tokens")
-    parser.add_argument("--training", required=True, type=Path, help="training.json; final/ lies beside it")
-    parser.add_argument("--features", type=Path, nargs="*", default=[], help="teacher_validation.safetensors")
-    parser.add_argument("--signal", type=Path, nargs="*", default=[], help="manifest.json of the run's cache")
+    parser.add_argument(
+        "--training", required=True, type=Path, help="training.json; final/ lies beside it"
+    )
+    parser.add_argument(
+        "--features", type=Path, nargs="*", default=[], help="teacher_validation.safetensors"
+    )
+    parser.add_argument(
+        "--signal", type=Path, nargs="*", default=[], help="manifest.json of the run's cache"
+    )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--cpu-threads", type=int, default=1, help="threads on a CPU")
     parser.add_argument("--output", required=True, type=Path, help="metrics.json")

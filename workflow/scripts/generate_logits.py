@@ -15,13 +15,21 @@ from retort.gpus import lease_teacher
 
 def main() -> None:
     """Hold one GPU group, do parts, write the receipt."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--index", required=True, type=Path, help="index.json of the tokens")
-    parser.add_argument("--fingerprint", required=True, type=Path, help="fingerprint.json of the teacher")
+    parser.add_argument(
+        "--fingerprint", required=True, type=Path, help="fingerprint.json of the teacher"
+    )
     parser.add_argument("--teacher", required=True, help="folder or Hub id of the teacher")
     parser.add_argument("--worker", type=int, default=0, help="which worker this is, from 0")
-    parser.add_argument("--num-workers", type=int, default=1, help="how many share the parts; names nothing")
-    parser.add_argument("--output", required=True, type=Path, help="the receipt; parts/ lies beside it")
+    parser.add_argument(
+        "--num-workers", type=int, default=1, help="how many share the parts; names nothing"
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, help="the receipt; parts/ lies beside it"
+    )
     for section in ("teacher", "teacher.generation", "cache"):
         add_section_flags(parser, section)
     args = parser.parse_args()

@@ -13,10 +13,18 @@ from retort.shards import describe_index, write_index
 
 def main() -> None:
     """Verify the shards, write the index, say what the corpus is made of."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shards", required=True, type=Path, nargs="+", help="all shards, in order")
-    parser.add_argument("--streaming-chunk-size", type=int, default=1000, help="documents in a part")
-    parser.add_argument("--output", required=True, type=Path, help="index.json, in the shards' folder")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shards", required=True, type=Path, nargs="+", help="all shards, in order"
+    )
+    parser.add_argument(
+        "--streaming-chunk-size", type=int, default=1000, help="documents in a part"
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, help="index.json, in the shards' folder"
+    )
     args = parser.parse_args()
     index = write_index(args.output, args.shards, streaming_chunk_size=args.streaming_chunk_size)
     say(describe_index(index))

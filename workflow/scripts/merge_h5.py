@@ -13,11 +13,19 @@ from retort.config import add_section_flags, section_from_args
 
 def main() -> None:
     """Write teacher_logits.h5 and manifest.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--index", required=True, type=Path, help="index.json of the tokens")
-    parser.add_argument("--fingerprint", required=True, type=Path, help="fingerprint.json of the teacher")
-    parser.add_argument("--features", type=Path, help="teacher_validation.safetensors, to measure the fidelity")
-    parser.add_argument("--output", required=True, type=Path, help="manifest.json; the cache lies beside it")
+    parser.add_argument(
+        "--fingerprint", required=True, type=Path, help="fingerprint.json of the teacher"
+    )
+    parser.add_argument(
+        "--features", type=Path, help="teacher_validation.safetensors, to measure the fidelity"
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, help="manifest.json; the cache lies beside it"
+    )
     add_section_flags(parser, "cache")
     args = parser.parse_args()
     from retort.merging import merge_h5

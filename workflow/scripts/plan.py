@@ -15,9 +15,13 @@ from retort.provenance import read_json, write_json
 
 def main() -> None:
     """Write plan.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--index", required=True, type=Path, help="index.json of the tokens")
-    parser.add_argument("--fingerprint", required=True, type=Path, help="fingerprint.json of the teacher")
+    parser.add_argument(
+        "--fingerprint", required=True, type=Path, help="fingerprint.json of the teacher"
+    )
     parser.add_argument("--output", required=True, type=Path, help="plan.json")
     add_section_flags(parser, "cache")
     args = parser.parse_args()

@@ -1,6 +1,6 @@
 """Compare all runs: a table for the terminal (summary.txt, summary.csv) and a page (report.html).
 
-    python workflow/scripts/report.py --metrics results/runs/*/*/evaluation/*/metrics.json --output report.html
+python workflow/scripts/report.py --metrics results/runs/*/*/evaluation/*/metrics.json --output report.html
 """
 
 import argparse
@@ -12,9 +12,15 @@ from retort.report import make_report
 
 def main() -> None:
     """Write report.html, summary.csv and summary.txt, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--metrics", required=True, type=Path, nargs="+", help="metrics.json of every run")
-    parser.add_argument("--output", required=True, type=Path, help="report.html; the summaries lie beside it")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--metrics", required=True, type=Path, nargs="+", help="metrics.json of every run"
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, help="report.html; the summaries lie beside it"
+    )
     args = parser.parse_args()
     say(make_report(args.metrics, args.output))
 

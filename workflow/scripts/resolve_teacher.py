@@ -13,7 +13,9 @@ from retort.config import add_section_flags, section_from_args
 
 def main() -> None:
     """Write fingerprint.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", required=True, type=Path, help="fingerprint.json")
     add_section_flags(parser, "teacher")
     add_section_flags(parser, "teacher.generation")

@@ -14,9 +14,13 @@ from retort.gpus import lease_teacher
 
 def main() -> None:
     """Write the teacher's exact distributions: hidden states and head."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--index", required=True, type=Path, help="index.json of the tokens")
-    parser.add_argument("--fingerprint", required=True, type=Path, help="fingerprint.json of the teacher")
+    parser.add_argument(
+        "--fingerprint", required=True, type=Path, help="fingerprint.json of the teacher"
+    )
     parser.add_argument("--teacher", required=True, help="folder or Hub id of the teacher")
     parser.add_argument("--output", required=True, type=Path, help="teacher_validation.safetensors")
     for section in ("teacher", "teacher.generation", "evaluation"):

@@ -14,18 +14,22 @@ from retort.config import add_section_flags, section_from_args
 
 def main() -> None:
     """Read the shard's documents, tokenize them, write the shard, say what was counted."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shard", required=True, type=int, help="which shard, from 0")
     parser.add_argument("--tokenizer", required=True, help="folder or Hub id")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run a tokenizer's own code")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run a tokenizer's own code"
+    )
     parser.add_argument("--corpus", type=Path, help="folder of a drawn corpus, where there is one")
     parser.add_argument("--output", required=True, type=Path, help="the token shard")
     add_section_flags(parser, "dataset")
     args = parser.parse_args()
     dataset = section_from_args(args, "dataset")
     os.environ["RAYON_NUM_THREADS"] = str(dataset.num_proc)
-    from retort.models import fingerprint_of_tokenizer, load_tokenizer
     from retort.shards import tokenize_shard
+    from retort.tokens import fingerprint_of_tokenizer, load_tokenizer
 
     tokenizer = load_tokenizer(
         args.tokenizer, revision=dataset.revision, trust_remote_code=args.trust_remote_code

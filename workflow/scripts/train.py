@@ -15,14 +15,22 @@ from retort.gpus import lease_training
 
 def main() -> None:
     """Write checkpoint-*/, final/, training_log.csv and training.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--name", default="student", help="the run's name, for its log lines")
     parser.add_argument("--index", required=True, type=Path, help="index.json of the tokens")
-    parser.add_argument("--tokenizer", required=True, help="folder or Hub id of the tokens' tokenizer")
+    parser.add_argument(
+        "--tokenizer", required=True, help="folder or Hub id of the tokens' tokenizer"
+    )
     parser.add_argument("--cache", type=Path, help="teacher_logits.h5, for logit and hybrid")
     parser.add_argument("--teacher", help="folder or Hub id of a live teacher, instead of --cache")
-    parser.add_argument("--fingerprint", type=Path, help="fingerprint.json of the teacher, where there is one")
-    parser.add_argument("--output", required=True, type=Path, help="training.json; the student lies beside it")
+    parser.add_argument(
+        "--fingerprint", type=Path, help="fingerprint.json of the teacher, where there is one"
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, help="training.json; the student lies beside it"
+    )
     for section in ("student", "training", "tracking", "teacher"):
         add_section_flags(parser, section)
     args = parser.parse_args()

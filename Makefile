@@ -1,0 +1,53 @@
+# Retort's two commands on a fresh machine (Linux, Python >= 3.11, make):
+#
+#   make demo    the whole pipeline on built-in text: one teacher, three students, a table, a report
+#   make test    every test that needs no cluster
+#
+# Both make their own environment in .venv first (minutes, once).
+
+SHELL := /bin/bash
+PYTHON ?= python3
+CORES ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-unit test-workflow test-slow lint environment docs clean
+
+demo: $(READY)
+	$(BIN)/snakemake --cores $(CORES) --quiet rules
+	@cat results/report.txt
+
+test: test-unit test-workflow test-slow
+
+test-unit: $(READY)
+	$(BIN)/pytest tests/unit tests/test_architecture.py -n 2
+
+test-workflow: $(READY)
+	$(BIN)/pytest tests/workflow -n 2
+
+test-slow: $(READY)
+	$(BIN)/pytest tests -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/snakefmt --check Snakefile workflow
+	$(BIN)/snakemake --lint
+
+environment: $(READY)
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Retort needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version). Try: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $(READY)
+
+docs: $(READY)
+	$(BIN)/python -m retort.config > config/README.md
+
+clean:
+	rm -rf $(VENV) .snakemake .pytest_cache .mypy_cache .ruff_cache .hypothesis
