@@ -221,11 +221,12 @@ def _plan_run(name: str, config: Config) -> Run:
 
 def _plan_corpus(config: Config) -> Corpus:
     dataset = config.dataset
-    keys = {
-        k: v for k, v in identity(dataset).items() if k not in (*_TOKENIZING_KEYS, "data_files")
-    }
+    keys = {k: v for k, v in identity(dataset).items() if k not in _TOKENIZING_KEYS}
+    files = corpus_files(dataset)
+    if files:
+        keys.pop("data_files", None)  # these count by content; a Hub dataset's files, by name
     memo = Path(config.output.results_dir) / ".digests.json"
-    content = [digest_file(path, memo=memo) for path in corpus_files(dataset)]
+    content = [digest_file(path, memo=memo) for path in files]
     corpus_id = digest(["corpus", REVISIONS["corpus"], keys, content])
     is_drawn = dataset.streaming or dataset.name == "demo"
     return Corpus(corpus_id, _cache_root(config) / "corpora" / corpus_id, dataset, is_drawn)

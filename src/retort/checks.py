@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from retort.config import Config
+from retort.config import Config, Teacher
 from retort.corpus import check_corpus
 from retort.demo import DEMO_TEACHER, DemoTokenizer
 from retort.models import load_model_config, output_width, student_config
@@ -70,11 +71,7 @@ def _check_teacher(config: Config) -> tuple[Any, int, str]:
     )
     if Path(section.model_path).is_dir():
         fingerprint_weights(Path(section.model_path))
-    if type(model) not in AutoModelForCausalLM._model_mapping and not section.trust_remote_code:
-        raise ValueError(
-            f"teacher.model_path {section.model_path!r} is a {model.model_type!r} model, which is no causal language "
-            "model: it gives no distribution for the next token. Choose one that AutoModelForCausalLM loads."
-        )
+    _check_causal(model, section)
     tokenizer = load_tokenizer(
         dataset.tokenizer or section.model_path,
         revision=section.revision if dataset.tokenizer is None else None,
@@ -98,6 +95,24 @@ def _check_teacher(config: Config) -> tuple[Any, int, str]:
         width,
         f"teacher: {section.model_path}, {model.model_type}, {width:,} ids{beyond}",
     )
+
+
+def _check_causal(model: PretrainedConfig, section: Teacher) -> None:
+    """Refuse what is no causal language model, or was saved with another head (BERT for masked words, say)."""
+    architectures = model.architectures or []
+    has_class = type(model) in AutoModelForCausalLM._model_mapping
+    has_head = not architectures or any(name in _causal_classes() for name in architectures)
+    if not (has_class and has_head) and not section.trust_remote_code:
+        raise ValueError(
+            f"teacher.model_path {section.model_path!r} is a {model.model_type!r} model "
+            f"({', '.join(architectures) or 'no architectures given'}), which is no causal language model: it gives "
+            "no distribution for the next token. Choose one that AutoModelForCausalLM loads."
+        )
+
+
+def _causal_classes() -> set[str]:
+    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return {name for value in names for name in ([value] if isinstance(value, str) else value)}
 
 
 def _check_context(model: PretrainedConfig, max_length: int, name: str) -> None:

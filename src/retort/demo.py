@@ -30,13 +30,13 @@ END_OF_TEXT = "<|endoftext|>"
 class DemoTeacher:
     """Its size and its training: about three minutes on two cores. Changing one raises REVISIONS["teacher"]."""
 
-    vocabulary: int = 2048
+    vocabulary: int = 512
     hidden_size: int = 128
     num_layers: int = 4
     num_heads: int = 4
-    max_steps: int = 400
-    batch_size: int = 16
-    learning_rate: float = 4e-3
+    max_steps: int = 800
+    batch_size: int = 8
+    learning_rate: float = 3e-3
     cpu_threads: int = 2
     tokenizer_documents: int = 1500
 
@@ -163,7 +163,7 @@ def _training() -> Training:
         warmup_steps=20,
         max_steps=DEMO_TEACHER.max_steps,
         batch_size=DEMO_TEACHER.batch_size,
-        save_steps=100,
+        save_steps=200,
         save_total_limit=2,
         cpu_threads=DEMO_TEACHER.cpu_threads,
     )

@@ -1,7 +1,7 @@
 """Figures of runs: held-out loss and KL, and learning curves. Equal inputs give equal bytes.
 
 A run has one colour, marker and dash in every figure. Figures for the page are SVG with real text,
-whose colours are CSS variables (--ink, --muted, --grid, --series0 ...): one serves light and dark.
+whose colours are CSS variables (--ink, --grid, --series0 ...): one drawing serves light and dark.
 """
 
 import io
@@ -21,6 +21,7 @@ from retort.records import Record, TrainingLog, find_teachers, group_runs
 
 # (light, dark). Drawn in the light colours; `_to_page` turns those into CSS variables.
 INKS = {
+    "ground": ("#ffffff", "#14181d"),
     "ink": ("#1a2027", "#e8ebee"),
     "muted": ("#5b6672", "#a3adb8"),
     "grid": ("#dfe3e8", "#363d45"),
@@ -42,6 +43,7 @@ _DRAWING: dict[Any, Any] = {
     "text.parse_math": False,
     "font.family": "DejaVu Sans",
     "font.size": 10,
+    "axes.formatter.useoffset": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.spines.left": False,
@@ -52,6 +54,8 @@ _DRAWING: dict[Any, Any] = {
     "text.color": INKS["ink"][0],
     "grid.color": INKS["grid"][0],
 }
+# Behind text, so that no line runs through a word.
+_HALO: dict[str, Any] = {"facecolor": INKS["ground"][0], "edgecolor": "none", "pad": 1.2}
 _PANEL_INCHES = 4.4  # a panel fills a phone; a wide screen shows two side by side
 _CURVE_POINTS = 400  # about as many as a panel has pixels
 
@@ -78,7 +82,7 @@ def save_comparison_figure(records: Sequence[Record], path: Path) -> None:
     panels = _comparison_panels(records, range(len(records)))
     size = (_PANEL_INCHES * len(panels), _dots_height(len(records)))
     content = io.BytesIO()
-    with matplotlib.rc_context(_DRAWING):
+    with matplotlib.rc_context(_DRAWING | {"svg.fonttype": "path"}):  # looks the same everywhere
         figure = Figure(figsize=size, layout="constrained", facecolor="white")
         for axes, (_, draw) in zip(
             figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
@@ -199,7 +203,7 @@ def _draw_dots(
     """Draw a dot per run under its name, and a stem only where the axis begins at zero."""
     known = [v for v in values if v is not None] + list(teachers)
     low, high = (0.0 if from_zero else min(known)), max(known)
-    room = max(high - low, 1e-3 * max(1.0, abs(high)))
+    room = max(high - low, 0.02)  # differences smaller than that shall look small
     axes.set_xlim(low - (0 if from_zero else 0.08 * room), high + 0.25 * room)
     axes.set_ylim(len(names) - 0.55, -0.8)
     axes.set_yticks([])
@@ -209,7 +213,7 @@ def _draw_dots(
     left = axes.get_yaxis_transform()
     for row, (name, value) in enumerate(zip(names, values, strict=True)):
         colour, marker, _ = _style(styles[row])
-        axes.text(0.01, row - 0.24, _clip(name), transform=left, va="bottom")
+        axes.text(0.01, row - 0.24, _clip(name), transform=left, va="bottom", bbox=_HALO)
         if value is None:
             axes.text(0.01, row, "not defined", transform=left, va="center", color=INKS["muted"][0])
             continue
@@ -225,7 +229,12 @@ def _draw_dots(
             clip_on=False,
         )
         axes.annotate(
-            f"{value:.3f}", (value, row), xytext=(9, 0), textcoords="offset points", va="center"
+            f"{value:.3f}",
+            (value, row),
+            xytext=(9, 0),
+            textcoords="offset points",
+            va="center",
+            bbox=_HALO,
         )
     for level, loss in enumerate(teachers):
         _draw_teacher(axes, loss, level=level, is_left=loss < low + room / 2)
@@ -251,13 +260,18 @@ def _clip(name: str, *, longest: int = 44) -> str:
 
 
 def _draw_curves(axes: Axes, logs: Sequence[TrainingLog | None], *, since: float) -> None:
-    """Draw the curves from `since` (a share of the steps) on: as logged (faint), and smoothed."""
-    last = max(log.steps[-1] for log in logs if log)
+    """Draw the curves from `since` (a share of a run's steps) on: as logged, and smoothed.
+
+    Runs of unequal length share an axis in percent of their steps.
+    """
+    lasts = {log.steps[-1] for log in logs if log}
+    scale = {last: 1.0 if len(lasts) == 1 else 100 / last for last in lasts}
     shown: list[float] = []
     for index, log in enumerate(logs):
         if log is None:
             continue
-        thinned = _thin(log)
+        last, thinned = log.steps[-1], _thin(log)
+        steps = [step * scale[last] for step in thinned.steps]
         smooth = _smooth(thinned.hard_loss)
         colour, marker, dashes = _style(index)
         every = max(1, len(smooth) // 10)
@@ -266,18 +280,19 @@ def _draw_curves(axes: Axes, logs: Sequence[TrainingLog | None], *, since: float
             "markersize": 5,
             "markevery": (index % every, every),
         }
-        axes.plot(thinned.steps, thinned.hard_loss, color=colour, linewidth=0.8, alpha=0.3)
-        axes.plot(thinned.steps, smooth, color=colour, linewidth=1.6, linestyle=dashes, **marks)
+        axes.plot(steps, thinned.hard_loss, color=colour, linewidth=0.8, alpha=0.3)
+        axes.plot(steps, smooth, color=colour, linewidth=1.6, linestyle=dashes, **marks)
         shown += [y for x, y in zip(thinned.steps, smooth, strict=True) if x >= since * last]
+    end = max(last * scale[last] for last in lasts)
     room = max(max(shown) - min(shown), 1e-3)
-    axes.set_xlim(since * last, last * 1.01 + 1e-9)
+    axes.set_xlim(since * end, 1.01 * end + 1e-9)
     axes.set_ylim(min(shown) - 0.08 * room, max(shown) + 0.08 * room)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(6))
     axes.grid(linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(length=0)
-    axes.set_xlabel("step")
+    axes.set_xlabel("step" if len(lasts) == 1 else "share of the run's steps, %")
     axes.set_title("hard loss, nats/token", loc="left", fontsize=10, color=INKS["muted"][0])
 
 

@@ -140,37 +140,55 @@ def split_model(model: PreTrainedModel) -> CausalLM:
     config = model.config.get_text_config()
     layer = model.get_output_embeddings()
     vocabulary = int(layer.weight.shape[0]) if layer is not None else int(config.vocab_size)
-    whole = CausalLM(model, Head(weight=None), vocabulary, is_split=False)
-    if layer is None or not hasattr(model, "base_model") or model.base_model is model:
-        return whole
-    scale = float(getattr(config, "logit_scale", None) or 1.0)
-    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    head = Head(layer.weight.detach(), getattr(layer, "bias", None), scale, softcap)
-    split = CausalLM(model, head, vocabulary, is_split=True)
-    ids = torch.arange(1, 9, device=split.device)[None] % vocabulary
+    if layer is not None and model.base_model is not model:
+        scale = float(getattr(config, "logit_scale", None) or 1.0)
+        scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+        softcap = getattr(config, "final_logit_softcapping", None)
+        head = Head(layer.weight.detach(), getattr(layer, "bias", None), scale, softcap)
+        split = CausalLM(model, head, vocabulary, is_split=True)
+        if _is_whole(split):
+            return split
+    print(
+        f"{type(model).__name__}: its head is of an unknown form; the whole model is run at every position."
+    )
+    return CausalLM(model, Head(weight=None), vocabulary, is_split=False)
+
+
+@torch.inference_mode()
+def _is_whole(split: CausalLM) -> bool:
+    """Say whether body and head give the model's own logits."""
+    model = split.model
+    ids = torch.arange(1, 9, device=split.device)[None] % split.vocabulary
     was_training = model.training
     model.eval()
-    with torch.inference_mode():
-        try:
-            expected = model(input_ids=ids, use_cache=False).logits.float()
-            found = head.logits(split.features(ids, torch.ones_like(ids))).to(expected.device)
-        except (TypeError, AttributeError, RuntimeError):
-            return whole
-        finally:
-            model.train(was_training)
+    try:
+        expected = model(input_ids=ids, use_cache=False).logits.float()
+        found = split.head.logits(split.features(ids, torch.ones_like(ids))).to(expected.device)
+        if found.shape != expected.shape:
+            return False
         error = (found - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
-    tolerance = (
-        _PROBE_TOLERANCE
-        if expected.dtype == torch.float32 and model.dtype == torch.float32
-        else 2e-2
-    )
-    if found.shape != expected.shape or not bool(error <= tolerance):
-        print(
-            f"{type(model).__name__}: its head is of an unknown form; the whole model is run at every position."
+    except (TypeError, AttributeError, RuntimeError):
+        return False
+    finally:
+        model.train(was_training)
+    return bool(error <= (_PROBE_TOLERANCE if model.dtype == torch.float32 else 2e-2))
+
+
+@torch.no_grad()
+def require_causal(model: PreTrainedModel, *, name: str) -> None:
+    """Raise ValueError when a model sees the tokens that it is to predict, as BERT does."""
+    size = int(model.config.get_text_config().vocab_size)
+    ids = torch.arange(1, 9, device=model.get_input_embeddings().weight.device).repeat(2, 1) % size
+    ids[1, -1] = (ids[1, -1] + 1) % size  # the two rows differ in their last token only
+    was_training = model.training
+    logits = model.eval()(input_ids=ids, use_cache=False).logits.float()
+    model.train(was_training)
+    error = (logits[0, :-1] - logits[1, :-1]).abs().max() / logits.abs().max().clamp(min=1e-6)
+    if bool(error > (_PROBE_TOLERANCE if model.dtype == torch.float32 else 2e-2)):
+        raise ValueError(
+            f"{name} ({type(model).__name__}) is no causal language model: its prediction at a position changes "
+            "with the tokens after it. Use a model that predicts the next token (Llama, GPT-2, Qwen, ...)."
         )
-        return whole
-    return split
 
 
 def load_teacher(path: str, section: Teacher) -> CausalLM:
@@ -185,7 +203,9 @@ def load_teacher(path: str, section: Teacher) -> CausalLM:
         options["attn_implementation"] = section.attn_implementation
     if device.type == "cuda":
         options["device_map"] = "auto"
-    return split_model(load_pretrained(path, **options).eval().requires_grad_(False))
+    model = load_pretrained(path, **options).eval().requires_grad_(False)
+    require_causal(model, name=f"teacher {path!r}")
+    return split_model(model)
 
 
 def load_pretrained(path: str, **options: Any) -> PreTrainedModel:
@@ -234,10 +254,13 @@ def build_student(
 ) -> PreTrainedModel:
     """Build the student in float32: from a config with weights drawn by `seed`, or from a checkpoint."""
     config = student_config(section, vocabulary=vocabulary, tokenizer=tokenizer)
-    if section.model_path is not None:
-        return load_pretrained(section.model_path, dtype=torch.float32)
     torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model: PreTrainedModel = (
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        if section.model_path is None
+        else load_pretrained(section.model_path, dtype=torch.float32)
+    )
+    require_causal(model, name=f"the student ({section.config or section.model_path})")
     return model
 
 

@@ -6,6 +6,7 @@ digest of what was really found on disk (a teacher's weights, a tokenizer's file
 inside the artefact and compared again whenever the artefact is used.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -26,7 +27,7 @@ _BLOCK_BYTES = 1 << 20
 _WHOLE_FILE_BYTES = 16 << 20
 _SAMPLED_BLOCKS = 32
 # Corpora are hashed whole (an edit may touch one byte); above this size the digest is remembered by the
-# file's size and modification time, so that only the first parse pays.
+# file's size and times, so that only the first parse pays. The change time is among them: it cannot be set back.
 _MEMO_BYTES = 16 << 20
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
@@ -51,19 +52,23 @@ def digest(value: Any) -> str:
 def digest_file(path: Path, *, memo: Path | None = None) -> str:
     """Return 32 hex digits (xxh3-128) of a file's bytes.
 
-    `memo` names a JSON file in which digests of large files are remembered by size and modification time.
+    `memo` names a JSON file in which digests of large files are remembered by size and times. It only saves time:
+    one that cannot be read or written is done without.
     """
     status = path.stat()
     if memo is None or status.st_size < _MEMO_BYTES:
         return _hash_whole(path)
     key = str(path.resolve())
-    stamp = [status.st_size, status.st_mtime_ns]
-    known = read_json(memo) if memo.exists() else {}
-    if known.get(key, [None])[:2] != stamp:
+    stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    known: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):
+        known = read_json(memo)
+    if known.get(key, [])[:-1] != stamp:
         known[key] = [*stamp, _hash_whole(path)]
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        write_json(memo, known)
-    return str(known[key][2])
+        with contextlib.suppress(OSError):
+            memo.parent.mkdir(parents=True, exist_ok=True)
+            write_json(memo, known)
+    return str(known[key][-1])
 
 
 def _hash_whole(path: Path) -> str:

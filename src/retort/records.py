@@ -257,13 +257,31 @@ def _has_same_teacher(one: Record, other: Record) -> bool:
     return math.isclose(one.teacher_loss, other.teacher_loss, abs_tol=1e-3)
 
 
-def find_caches(records: Sequence[Record]) -> list[tuple[str, CacheFacts]]:
+def find_caches(records: Sequence[Record]) -> list[tuple[list[str], CacheFacts]]:
     """Return each cache once, with the names of the runs that learned from it."""
     users: dict[CacheFacts, list[str]] = {}
     for record in records:
         if record.cache is not None:
             users.setdefault(record.cache, []).append(record.name)
-    return [(", ".join(names), cache) for cache, names in users.items()]
+    return [(names, cache) for cache, names in users.items()]
+
+
+def find_settings(records: Sequence[Record]) -> dict[str, list[str]]:
+    """Return the settings that metrics.json records, by name: a text for each run, or a dash."""
+    return {
+        "distillation type": [r.distillation_type for r in records],
+        "alpha": ["-" if r.alpha is None else f"{r.alpha:g}" for r in records],
+        "temperature": [
+            f"{r.temperature:g}" if r.temperature and r.is_distilled else "-" for r in records
+        ],
+        "seed": [str(r.seed) for r in records],
+        "steps": [f"{r.steps:,}" for r in records],
+        "trained tokens": [f"{r.trained_tokens:,}" for r in records],
+        "student parameters": [f"{r.student_parameters:,}" for r in records],
+        "teacher": [r.teacher or "-" for r in records],
+        "cache": [f"{r.cache.method}, k = {r.cache.top_k}" if r.cache else "-" for r in records],
+        "device": [r.device for r in records],
+    }
 
 
 def render_csv(records: Sequence[Record]) -> str:

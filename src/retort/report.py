@@ -12,7 +12,6 @@ from importlib import resources
 from pathlib import Path
 
 import jinja2
-from markupsafe import Markup
 
 from retort.figures import (
     INKS,
@@ -29,6 +28,7 @@ from retort.records import (
     TrainingLog,
     find_baseline,
     find_caches,
+    find_settings,
     find_teachers,
     group_runs,
     load_logs,
@@ -97,7 +97,7 @@ def describe_outcome(group: Sequence[Record], *, baseline: str | None = None) ->
         sentence = (
             f"{run.name}: held-out loss {run.loss:.3f}, {_distance(margin)} {against}{teacher}."
         )
-        return sentence + (f" Not every distilled run gained: {', '.join(worse)}." if worse else "")
+        return sentence + (f" Not every distilled run gained: {_list(worse)}." if worse else "")
     return (
         f"Distillation did not beat cross-entropy: the best distilled run, {run.name}, has "
         f"held-out loss {run.loss:.3f}, {_distance(margin)} {against}{teacher}."
@@ -128,15 +128,13 @@ def find_warnings(
         )
     beaten = [r for r in records if r.teacher_loss is not None and r.teacher_loss > r.loss]
     if beaten:
-        pairs = ", ".join(
-            f"{r.name} ({r.loss:.3f}; its teacher {r.teacher_loss:.3f})" for r in beaten
-        )
+        pairs = [f"{r.name} ({r.loss:.3f}; teacher {r.teacher_loss:.3f})" for r in beaten]
         found.append(
-            f"The teacher's held-out loss is worse than a student's: {pairs}. On this text such "
-            "a teacher has little to teach."
+            f"A teacher's held-out loss is worse than its student's: {_list(pairs)}. Check that "
+            "the teacher suits this text."
         )
     for names, cache in find_caches(records):
-        found += _warn_of_cache(names, cache)
+        found += _warn_of_cache(_list(names), cache)
     for group in groups:
         if group[0].positions < FEW_POSITIONS:
             found.append(
@@ -147,8 +145,14 @@ def find_warnings(
     found += _warn_of_comparisons(records, baseline)
     missing = [r.name for r, log in zip(records, logs, strict=True) if log is None]
     if missing:
-        found.append(f"No training log found, so no learning curve drawn: {', '.join(missing)}.")
+        found.append(f"No training log found, so no learning curve drawn: {_list(missing)}.")
     return found
+
+
+def _list(names: Sequence[str], *, most: int = 4) -> str:
+    """Return names as a text; of many, the first ones and how many more."""
+    shown = names if len(names) <= most else [*names[: most - 1], f"{len(names) - most + 1} more"]
+    return ", ".join(shown)
 
 
 def _warn_of_cache(names: str, cache: CacheFacts) -> list[str]:
@@ -161,8 +165,8 @@ def _warn_of_cache(names: str, cache: CacheFacts) -> list[str]:
         )
     if cache.fidelity_kl > HIGH_FIDELITY_KL:
         found.append(
-            f"Fidelity KL {cache.fidelity_kl:.3f} nats is high (expected: below {HIGH_FIDELITY_KL}): "
-            f"the cache of {names} does not say what its teacher says. Make it again."
+            f"Fidelity KL {cache.fidelity_kl:.3f} nats is high (expected: below "
+            f"{HIGH_FIDELITY_KL}): the cache of {names} is not what its teacher says. Make it anew."
         )
     return found
 
@@ -173,7 +177,7 @@ def _warn_of_comparisons(records: Sequence[Record], baseline: str | None) -> lis
     alone = [r.name for r, other in pairs if r.is_distilled and other is None]
     if alone:
         found.append(
-            f"No margin for {', '.join(alone)}: no run of type output shares the validation set, "
+            f"No margin for {_list(alone)}: no run of type output shares the validation set, "
             "student size, seed and steps."
         )
     unequal = [
@@ -182,11 +186,11 @@ def _warn_of_comparisons(records: Sequence[Record], baseline: str | None) -> lis
         if other and not math.isclose(r.trained_tokens, other.trained_tokens, rel_tol=0.01)
     ]
     if unequal:
-        found.append(f"Margins mix two effects where unequal text was seen: {', '.join(unequal)}.")
+        found.append(f"Margins mix two effects where unequal text was seen: {_list(unequal)}.")
     seeds = len({r.seed for r in records})
     if seeds == 1:
         found.append(
-            "One seed gives no interval: a small margin may be chance. Other seeds would tell."
+            "One seed gives no interval: a small difference may be chance. Other seeds would tell."
         )
     else:
         found.append(f"{seeds} seeds, but each row is one run, not a mean: no interval is given.")
@@ -285,7 +289,7 @@ def render_summary(
         names = ", ".join(plain) or "none"
         raise ValueError(f"baseline {baseline!r} is no run of type output; those here: {names}.")
     parts = [_render_group(group, baseline) for group in group_runs(records)]
-    facts = [f"cache of {names}: {describe_cache(cache)}" for names, cache in find_caches(records)]
+    facts = [f"cache of {_list(n)}: {describe_cache(cache)}" for n, cache in find_caches(records)]
     facts.append(
         "margin: held-out loss minus that of the cross-entropy run with the same student size, "
         "seed and steps; negative is better. Losses and KL in nats/token."
@@ -293,12 +297,13 @@ def render_summary(
     notes = [
         f"note: {text}" for text in find_warnings(records, load_logs(records), baseline=baseline)
     ]
-    places = [f"  report    {report_path}"]
-    for record in records:
-        places.append(f"  student   {record.folder / 'final'}/")
-        places.append(f"  log       {record.folder / 'training_log.csv'}")
-    parts += ["\n".join(map(_wrap, facts)), "\n".join(map(_wrap, notes))]
-    return "\n\n".join([*parts, "\n".join(["where to look next:", *places])])
+    places = [
+        f"report: {report_path}",
+        "students, each with final/ (the model) and training_log.csv:",
+        *(f"  {record.folder}/" for record in records),
+    ]
+    parts += ["\n".join(map(_wrap, facts)), "\n".join(map(_wrap, notes)), "\n".join(places)]
+    return "\n\n".join(parts)
 
 
 def _render_group(group: Sequence[Record], baseline: str | None) -> str:
@@ -355,19 +360,15 @@ def write_report(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"typeset": _typeset, "seconds": _seconds, "kl": _kl}
-    settings = _settings(records)
+    settings = find_settings(records)
     page = environment.from_string(source).render(
         records=records,
-        columns=[" ".join(filter(None, (head, sub))) for head, sub, _ in COLUMNS],
+        columns=[[part for part in column[:2] if part] for column in COLUMNS],
         groups=[
             _page_group(group, records, key=f"g{n}-") for n, group in enumerate(group_runs(records))
         ],
-        curves=[Markup(svg) for svg in draw_curves(logs, key="c")],
-        legend=[
-            (r.name, Markup(draw_swatch(i, key=f"s{i}")))
-            for i, r in enumerate(records)
-            if logs[i] is not None
-        ],
+        curves=draw_curves(logs, key="c"),
+        legend=[(r.name, draw_swatch(i, key=f"s{i}")) for i, r in enumerate(records) if logs[i]],
         caches=find_caches(records),
         warnings=find_warnings(records, logs),
         shared={k: v[0] for k, v in settings.items() if len(set(v)) == 1},
@@ -388,26 +389,11 @@ def _page_group(
         "outcome": describe_outcome(group),
         "about": describe_group(group),
         "rows": build_rows(group),
-        "panels": [Markup(svg) for svg in draw_comparison(group, styles, key=key)],
+        "has_teacher_line": any(t.teacher_loss is not None for t in find_teachers(group)),
+        "panels": draw_comparison(group, styles, key=key),
     }
 
 
 def _typeset(text: str) -> str:
     """Return a table's cell with a true minus, and an en dash for what is not defined."""
     return "\N{EN DASH}" if text == "-" else text.replace("-", "\N{MINUS SIGN}")
-
-
-def _settings(records: Sequence[Record]) -> dict[str, list[str]]:
-    """Return the settings that metrics.json records, by name, a value for each run."""
-    return {
-        "distillation type": [r.distillation_type for r in records],
-        "alpha": [_compact(r.alpha) for r in records],
-        "temperature": [_compact(r.temperature) if r.is_distilled else "-" for r in records],
-        "seed": [str(r.seed) for r in records],
-        "steps": [f"{r.steps:,}" for r in records],
-        "trained tokens": [f"{r.trained_tokens:,}" for r in records],
-        "student parameters": [f"{r.student_parameters:,}" for r in records],
-        "teacher": [r.teacher or "-" for r in records],
-        "cache": [f"{r.cache.method}, k = {r.cache.top_k}" if r.cache else "-" for r in records],
-        "device": [r.device for r in records],
-    }

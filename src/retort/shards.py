@@ -7,7 +7,8 @@ A *shard* is a slice of the corpus for tokenizing. A *part* is a fixed group of 
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -93,36 +94,45 @@ def read_token_shard(path: Path, split: str) -> SequenceTable:
     """Read one split of a shard and verify its content keys. Raises ValueError on any other file."""
     with open_h5(path, expected_format=TOKENS_FORMAT, version=TOKENS_VERSION) as file:
         table = read_table(file[split])
-    table.verify_keys(source=str(path))
+        table.verify_keys(source=str(path))
     return table
 
 
-def open_h5(path: Path, *, expected_format: str, version: int) -> h5py.File:
-    """Open an HDF5 file of ours for reading; one sentence when it is missing, torn, foreign or newer."""
+@contextmanager
+def open_h5(path: Path, *, expected_format: str, version: int) -> Iterator[h5py.File]:
+    """Open an HDF5 file of ours for reading; one sentence when it is missing, torn, damaged, foreign or newer.
+
+    What h5py and numpy raise on damage (KeyError, RuntimeError, TypeError, ...) while the file is open becomes that
+    ValueError too.
+    """
     try:
-        file = h5py.File(path, "r")
+        with h5py.File(path, "r") as file:
+            _refuse_other_format(path, file, expected_format, version)
+            yield file
     except FileNotFoundError:
         raise ValueError(
             f"{path} does not exist: run the same snakemake command again to make it."
         ) from None
-    except OSError as error:
+    except Exception as error:
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
         raise ValueError(
             f"{path} cannot be read as HDF5 ({error}): it was cut short or damaged. Delete it and run the "
             "same command again."
         ) from None
+
+
+def _refuse_other_format(path: Path, file: h5py.File, expected_format: str, version: int) -> None:
     found = (file.attrs.get("format"), int(file.attrs.get("version", 0)))
     if found[0] != expected_format:
-        file.close()
         raise ValueError(
             f"{path} is no {expected_format} file: its format attribute is {found[0]!r}."
         )
     if found[1] != version:
-        file.close()
         raise ValueError(
             f"{path} has format version {found[1]}, this Retort reads {version}: use the Retort that wrote it, "
             "or make the file again with this one."
         )
-    return file
 
 
 def build_index(shard_paths: list[Path], *, streaming_chunk_size: int) -> dict[str, Any]:
@@ -175,6 +185,17 @@ def build_index(shard_paths: list[Path], *, streaming_chunk_size: int) -> dict[s
     }
 
 
+def name_part(table: SequenceTable) -> str:
+    """Return the name of the part that holds these sequences: a digest of their content keys and documents.
+
+    Without the documents, two equal parts of a corpus with repetitions would be one file, which says of both that
+    they come from the documents of whichever was made first.
+    """
+    state = xxhash.xxh3_128(np.ascontiguousarray(table.keys).tobytes())
+    state.update(np.ascontiguousarray(table.documents, dtype="<i8").tobytes())
+    return state.hexdigest()
+
+
 def _list_parts(
     table: SequenceTable, *, shard: int, documents_per_part: int
 ) -> list[dict[str, Any]]:
@@ -189,7 +210,7 @@ def _list_parts(
         piece = table.slice(first, stop)
         parts.append(
             {
-                "name": xxhash.xxh3_128_hexdigest(piece.keys.tobytes()),
+                "name": name_part(piece),
                 "shard": shard,
                 "first": first,
                 "sequences": len(piece),
@@ -235,7 +256,13 @@ class TokenIndex:
             raise ValueError(
                 f"{path} does not exist: run the same snakemake command again to make it."
             )
-        content = read_json(path)
+        try:
+            content = read_json(path)
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is not JSON ({error}): delete it and run the same command again."
+            ) from None
+        content = content if isinstance(content, dict) else {}
         if (content.get("format"), content.get("version")) != (TOKENS_FORMAT, TOKENS_VERSION):
             raise ValueError(
                 f"{path} is {content.get('format')!r} version {content.get('version')!r}; this Retort reads "
@@ -255,7 +282,7 @@ class TokenIndex:
         table = read_token_shard(path, "train").slice(
             part["first"], part["first"] + part["sequences"]
         )
-        if xxhash.xxh3_128_hexdigest(table.keys.tobytes()) != part["name"]:
+        if name_part(table) != part["name"]:
             raise ValueError(
                 f"{path} no longer holds the sequences that {self.path} lists (part {part['name']}): the shard "
                 "was made again from other text. Delete index.json and run the same command again."

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Rows
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -259,7 +259,7 @@ def _claim(folder: Path, part_name: str) -> Iterator[bool]:
 
     def refresh() -> None:
         while not stop.wait(_CLAIM_REFRESH_S):
-            if path.exists():
+            with suppress(FileNotFoundError):  # taken over while this worker was stopped
                 os.utime(path)
 
     thread = threading.Thread(target=refresh, daemon=True)

@@ -150,7 +150,13 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     loss_is_scaled_for_ga = True
 
     def __init__(
-        self, *, alpha: float, temperature: float, teacher: CausalLM | None, **options: Any
+        self,
+        *,
+        alpha: float,
+        temperature: float,
+        teacher: CausalLM | None,
+        num_tokens: int,
+        **options: Any,
     ) -> None:
         super().__init__(**options)
         # True makes Trainer count the labels of the whole accumulated batch, whatever the model's signature.
@@ -158,6 +164,9 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self.alpha = alpha
         self.temperature = temperature
         self.teacher = teacher
+        self.num_tokens = (
+            num_tokens  # of the tokenizer: a live teacher's ids beyond have probability 0
+        )
         self.window = LossWindow()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
@@ -206,6 +215,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         with torch.no_grad():
             features_BTD = self.teacher.features(inputs["input_ids"], inputs["attention_mask"])
             teacher_logits_PV = self.teacher.head.logits(features_BTD[:, :-1][counts_BT])
+            teacher_logits_PV = teacher_logits_PV[:, : self.num_tokens]  # a wider student is legal
         return compute_dense_kl(logits_PV, teacher_logits_PV, temperature=self.temperature)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -390,6 +400,7 @@ def train_student(
             alpha=1.0 if training.alpha is None else training.alpha,
             temperature=training.temperature,
             teacher=teacher,
+            num_tokens=len(tokenizer),
             model=model,
             args=training_arguments(folder, training, tracking, name=name),
             train_dataset=TrainingData(source),

@@ -20,7 +20,8 @@ RESULTS = OUTPUT.results_dir
 CACHE = OUTPUT.cache_dir or RESULTS
 CHECK = f"{RESULTS}/checks/{PROJECT.check_id}.json"
 REPORT = f"{RESULTS}/reports/{PROJECT.report_id}/report.html"
-SCRIPTS = f"{shlex.quote(sys.executable)} {shlex.quote(str(Path(workflow.basedir) / 'workflow' / 'scripts'))}"
+PYTHON = shlex.quote(sys.executable)
+SCRIPTS = f"{PYTHON} {shlex.quote(str(Path(workflow.basedir) / 'workflow' / 'scripts'))}/{{}}.py"
 
 
 wildcard_constraints:
@@ -38,7 +39,9 @@ wildcard_constraints:
 
 def flags(*sections):
     """The command-line flags of config sections, quoted for the shell."""
-    return " ".join(shlex.quote(word) for section in sections for word in section_flags(section))
+    return " ".join(
+        shlex.quote(word) for section in sections for word in section_flags(section)
+    )
 
 
 def check_unless(made):
@@ -68,8 +71,16 @@ def get_draw_flags(wildcards):
 
 def get_tokenize_flags(wildcards):
     tokens = PROJECT.tokens[wildcards.tokens]
-    corpus = f" --corpus {shlex.quote(str(tokens.corpus.folder))}" if tokens.corpus.is_drawn else ""
-    trust = " --trust-remote-code" if tokens.teacher and tokens.teacher.section.trust_remote_code else ""
+    corpus = (
+        f" --corpus {shlex.quote(str(tokens.corpus.folder))}"
+        if tokens.corpus.is_drawn
+        else ""
+    )
+    trust = (
+        " --trust-remote-code"
+        if tokens.teacher and tokens.teacher.section.trust_remote_code
+        else ""
+    )
     return f"--tokenizer {shlex.quote(tokens.tokenizer)} {flags(tokens.corpus.dataset)}{corpus}{trust}"
 
 
@@ -81,7 +92,9 @@ def get_tokenizer(wildcards):
 
 def get_shards(wildcards):
     num_shards = PROJECT.tokens[wildcards.tokens].corpus.dataset.num_shards
-    return [f"{CACHE}/tokens/{wildcards.tokens}/shard_{s:05d}.h5" for s in range(num_shards)]
+    return [
+        f"{CACHE}/tokens/{wildcards.tokens}/shard_{s:05d}.h5" for s in range(num_shards)
+    ]
 
 
 def get_chunk_size(wildcards):
@@ -141,7 +154,9 @@ def get_num_workers(wildcards):
 
 def get_receipts(wildcards):
     folder = f"{CACHE}/logits/{wildcards.logits}"
-    return [f"{folder}/metadata_worker{w}.json" for w in range(get_num_workers(wildcards))]
+    return [
+        f"{folder}/metadata_worker{w}.json" for w in range(get_num_workers(wildcards))
+    ]
 
 
 def get_features(wildcards):
@@ -149,7 +164,11 @@ def get_features(wildcards):
     if "logits" in wildcards.keys():
         logits = PROJECT.logits[wildcards.logits]
         pairs = (logits.tokens.id, logits.teacher.id)
-        found = [v for v in PROJECT.validations.values() if (v.tokens.id, v.teacher.id) == pairs]
+        found = [
+            v
+            for v in PROJECT.validations.values()
+            if (v.tokens.id, v.teacher.id) == pairs
+        ]
         return f"{found[0].folder}/teacher_validation.safetensors"
     validation = PROJECT.runs[wildcards.run].validation
     return [f"{validation.folder}/teacher_validation.safetensors"] if validation else []
@@ -169,11 +188,17 @@ def get_train_flags(wildcards):
     words = [flags(config.student, config.training, config.tracking)]
     words.append(f"--tokenizer {shlex.quote(run.tokens.tokenizer)}")
     if run.logits:
-        words.append(f"--cache {shlex.quote(str(run.logits.folder / 'teacher_logits.h5'))}")
+        words.append(
+            f"--cache {shlex.quote(str(run.logits.folder / 'teacher_logits.h5'))}"
+        )
     elif run.teacher and config.training.distillation_type != "output":
-        words.append(f"--teacher {shlex.quote(run.teacher.model_path)} {flags(config.teacher)}")
+        words.append(
+            f"--teacher {shlex.quote(run.teacher.model_path)} {flags(config.teacher)}"
+        )
     if run.teacher:
-        words.append(f"--fingerprint {shlex.quote(str(run.teacher.folder / 'fingerprint.json'))}")
+        words.append(
+            f"--fingerprint {shlex.quote(str(run.teacher.folder / 'fingerprint.json'))}"
+        )
     return " ".join(words)
 
 
@@ -181,7 +206,11 @@ def get_cpu_threads(wildcards):
     """The threads that the config fixes (another number changes bits); Snakemake may run fewer at once."""
     found = artefact(wildcards)
     is_run = hasattr(found, "evaluation_id")
-    return found.config.training.cpu_threads if is_run else found.config.teacher.generation.cpu_threads
+    return (
+        found.config.training.cpu_threads
+        if is_run
+        else found.config.teacher.generation.cpu_threads
+    )
 
 
 def get_teacher_gpus(wildcards):

@@ -7,45 +7,48 @@ rule check_inputs:
     log:
         f"logs/check_inputs/{PROJECT.check_id}.log",
     params:
+        script=SCRIPTS.format("check_inputs"),
         config=lambda wildcards: json.dumps(config, sort_keys=True),
     message:
         "Checking the inputs: models, vocabularies, corpora, folders"
     shell:
-        "{SCRIPTS}/check_inputs.py --config {params.config:q} --output {output}"
+        "{params.script} --config {params.config:q} --output {output}"
         " >> {log} 2> >(tee -a {log} >&2)"
 
 
 rule draw_corpus:
     input:
-        check=check_unless(CACHE + "/corpora/{corpus}/corpus.json"),
+        check=check_unless(f"{CACHE}/corpora/{{corpus}}/corpus.json"),
     output:
-        CACHE + "/corpora/{corpus}/corpus.json",
+        f"{CACHE}/corpora/{{corpus}}/corpus.json",
     log:
         "logs/draw_corpus/{corpus}.log",
     params:
+        script=SCRIPTS.format("draw_corpus"),
         flags=get_draw_flags,
     message:
         "Drawing the corpus {wildcards.corpus}"
     shell:
-        "{SCRIPTS}/draw_corpus.py --output {output} {params.flags}"
+        "{params.script} --output {output} {params.flags}"
         " >> {log} 2> >(tee -a {log} >&2)"
 
 
 rule tokenize_shard:
     input:
-        check=check_unless(CACHE + "/tokens/{tokens}/shard_{shard}.h5"),
+        check=check_unless(f"{CACHE}/tokens/{{tokens}}/shard_{{shard}}.h5"),
         corpus=ancient(get_corpus),
         tokenizer=ancient(get_tokenizer),
     output:
-        CACHE + "/tokens/{tokens}/shard_{shard}.h5",
+        f"{CACHE}/tokens/{{tokens}}/shard_{{shard}}.h5",
     log:
         "logs/tokenize_shard/{tokens}_{shard}.log",
     params:
+        script=SCRIPTS.format("tokenize_shard"),
         flags=get_tokenize_flags,
     message:
         "Tokenizing shard {wildcards.shard}"
     shell:
-        "{SCRIPTS}/tokenize_shard.py --shard {wildcards.shard} --output {output} {params.flags}"
+        "{params.script} --shard {wildcards.shard} --output {output} {params.flags}"
         " >> {log} 2> >(tee -a {log} >&2)"
 
 
@@ -53,13 +56,14 @@ rule index_tokens:
     input:
         ancient(get_shards),
     output:
-        CACHE + "/tokens/{tokens}/index.json",
+        f"{CACHE}/tokens/{{tokens}}/index.json",
     log:
         "logs/index_tokens/{tokens}.log",
     params:
+        script=SCRIPTS.format("index_tokens"),
         chunk_size=get_chunk_size,
     message:
         "Listing the parts of teacher work in {output}"
     shell:
-        "{SCRIPTS}/index_tokens.py --shards {input} --streaming-chunk-size {params.chunk_size}"
+        "{params.script} --shards {input} --streaming-chunk-size {params.chunk_size}"
         " --output {output} >> {log} 2> >(tee -a {log} >&2)"

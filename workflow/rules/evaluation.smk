@@ -8,17 +8,18 @@ rule evaluate:
         features=ancient(get_features),
         signal=ancient(get_manifest),
     output:
-        RESULTS + "/runs/{run}/{id}/evaluation/{evaluation}/metrics.json",
+        f"{RESULTS}/runs/{{run}}/{{id}}/evaluation/{{evaluation}}/metrics.json",
     log:
         "logs/evaluate/{run}_{id}_{evaluation}.log",
     threads: get_cpu_threads
     resources:
         gpu=get_training_gpus,
     params:
+        script=SCRIPTS.format("evaluate"),
         flags=get_evaluation_flags,
     message:
         "Evaluating the student {wildcards.run}"
     shell:
-        "{SCRIPTS}/evaluate.py --index {input.index} --training {input.training}"
+        "{params.script} --index {input.index} --training {input.training}"
         " --features {input.features} --signal {input.signal} --output {output} {params.flags}"
         " >> {log} 2> >(tee -a {log} >&2)"

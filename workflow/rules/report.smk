@@ -10,8 +10,10 @@ rule report:
         text=REPORT.replace("report.html", "summary.txt"),
     log:
         f"logs/report/{PROJECT.report_id}.log",
+    params:
+        script=SCRIPTS.format("report"),
     message:
         "Writing the report"
     shell:
-        "{SCRIPTS}/report.py --metrics {input} --output {output.html}"
+        "{params.script} --metrics {input} --output {output.html}"
         " >> {log} 2> >(tee -a {log} >&2)"

@@ -5,18 +5,19 @@ rule train:
     input:
         index=ancient(get_index),
         signal=ancient(get_manifest),
-        check=check_unless(RESULTS + "/runs/{run}/{id}/training.json"),
+        check=check_unless(f"{RESULTS}/runs/{{run}}/{{id}}/training.json"),
     output:
-        RESULTS + "/runs/{run}/{id}/training.json",
+        f"{RESULTS}/runs/{{run}}/{{id}}/training.json",
     log:
         "logs/train/{run}_{id}.log",
     threads: get_cpu_threads
     resources:
         gpu=get_training_gpus,
     params:
+        script=SCRIPTS.format("train"),
         flags=get_train_flags,
     message:
         "Training the student {wildcards.run}"
     shell:
-        "{SCRIPTS}/train.py --name {wildcards.run} --index {input.index} --output {output}"
+        "{params.script} --name {wildcards.run} --index {input.index} --output {output}"
         " {params.flags} >> {log} 2> >(tee -a {log} >&2)"

@@ -5,28 +5,29 @@
 
 rule resolve_teacher:
     input:
-        check=check_unless(RESULTS + "/teachers/{teacher}/fingerprint.json"),
+        check=check_unless(f"{RESULTS}/teachers/{{teacher}}/fingerprint.json"),
     output:
-        RESULTS + "/teachers/{teacher}/fingerprint.json",
+        f"{RESULTS}/teachers/{{teacher}}/fingerprint.json",
     log:
         "logs/resolve_teacher/{teacher}.log",
     wildcard_constraints:
         teacher="[0-9a-f]{12}",
     params:
+        script=SCRIPTS.format("resolve_teacher"),
         flags=get_resolve_flags,
     message:
         "Recording the fingerprint of teacher {wildcards.teacher}"
     shell:
-        "{SCRIPTS}/resolve_teacher.py --output {output} {params.flags}"
+        "{params.script} --output {output} {params.flags}"
         " >> {log} 2> >(tee -a {log} >&2)"
 
 
 rule demo_teacher:
     input:
-        check=check_unless(RESULTS + "/teachers/{teacher}/fingerprint.json"),
+        check=check_unless(f"{RESULTS}/teachers/{{teacher}}/fingerprint.json"),
         corpus=ancient(get_corpus),
     output:
-        RESULTS + "/teachers/{teacher}/fingerprint.json",
+        f"{RESULTS}/teachers/{{teacher}}/fingerprint.json",
     log:
         "logs/demo_teacher/{teacher}.log",
     wildcard_constraints:
@@ -35,11 +36,12 @@ rule demo_teacher:
     resources:
         gpu=1,
     params:
+        script=SCRIPTS.format("demo_teacher"),
         flags=get_demo_flags,
     message:
         "Training the demo's teacher and its tokenizer"
     shell:
-        "{SCRIPTS}/demo_teacher.py --output {output} {params.flags}"
+        "{params.script} --output {output} {params.flags}"
         " >> {log} 2> >(tee -a {log} >&2)"
 
 
@@ -47,21 +49,24 @@ rule score_validation:
     input:
         index=ancient(get_index),
         fingerprint=ancient(get_fingerprint),
-        check=check_unless(CACHE + "/validation/{validation}/teacher_validation.safetensors"),
+        check=check_unless(
+            f"{CACHE}/validation/{{validation}}/teacher_validation.safetensors"
+        ),
     output:
-        CACHE + "/validation/{validation}/teacher_validation.safetensors",
+        f"{CACHE}/validation/{{validation}}/teacher_validation.safetensors",
     log:
         "logs/score_validation/{validation}.log",
     threads: get_cpu_threads
     resources:
         gpu=get_teacher_gpus,
     params:
+        script=SCRIPTS.format("score_validation"),
         teacher=get_teacher_flags,
         evaluation=get_sample_flags,
     message:
         "The teacher reads the held-out text, once"
     shell:
-        "{SCRIPTS}/score_validation.py --index {input.index} --fingerprint {input.fingerprint}"
+        "{params.script} --index {input.index} --fingerprint {input.fingerprint}"
         " --output {output} {params.teacher} {params.evaluation}"
         " >> {log} 2> >(tee -a {log} >&2)"
 
@@ -71,15 +76,16 @@ rule plan:
         index=ancient(get_index),
         fingerprint=ancient(get_fingerprint),
     output:
-        CACHE + "/logits/{logits}/plan.json",
+        f"{CACHE}/logits/{{logits}}/plan.json",
     log:
         "logs/plan/{logits}.log",
     params:
+        script=SCRIPTS.format("plan"),
         cache=get_cache_flags,
     message:
         "Planning the cache: bytes, room on the disk"
     shell:
-        "{SCRIPTS}/plan.py --index {input.index} --fingerprint {input.fingerprint}"
+        "{params.script} --index {input.index} --fingerprint {input.fingerprint}"
         " --output {output} {params.cache} >> {log} 2> >(tee -a {log} >&2)"
 
 
@@ -88,22 +94,23 @@ rule generate_logits:
         index=ancient(get_index),
         fingerprint=ancient(get_fingerprint),
         plan=ancient(rules.plan.output[0]),
-        check=check_unless(CACHE + "/logits/{logits}/manifest.json"),
+        check=check_unless(f"{CACHE}/logits/{{logits}}/manifest.json"),
     output:
-        temp(CACHE + "/logits/{logits}/metadata_worker{worker}.json"),
+        temp(f"{CACHE}/logits/{{logits}}/metadata_worker{{worker}}.json"),
     log:
         "logs/generate_logits/{logits}_{worker}.log",
     threads: get_cpu_threads
     resources:
         gpu=get_teacher_gpus,
     params:
+        script=SCRIPTS.format("generate_logits"),
         num_workers=get_num_workers,
         teacher=get_teacher_flags,
         cache=get_cache_flags,
     message:
         "The teacher reads the text: worker {wildcards.worker} of {params.num_workers}"
     shell:
-        "{SCRIPTS}/generate_logits.py --index {input.index} --fingerprint {input.fingerprint}"
+        "{params.script} --index {input.index} --fingerprint {input.fingerprint}"
         " --worker {wildcards.worker} --num-workers {params.num_workers} --output {output}"
         " {params.teacher} {params.cache} >> {log} 2> >(tee -a {log} >&2)"
 
@@ -115,14 +122,15 @@ rule merge_h5:
         fingerprint=ancient(get_fingerprint),
         features=ancient(get_features),
     output:
-        CACHE + "/logits/{logits}/manifest.json",
+        f"{CACHE}/logits/{{logits}}/manifest.json",
     log:
         "logs/merge_h5/{logits}.log",
     params:
+        script=SCRIPTS.format("merge_h5"),
         cache=get_cache_flags,
     message:
         "Merging the parts of cache {wildcards.logits}"
     shell:
-        "{SCRIPTS}/merge_h5.py --index {input.index} --fingerprint {input.fingerprint}"
+        "{params.script} --index {input.index} --fingerprint {input.fingerprint}"
         " --features {input.features} --output {output} {params.cache}"
         " >> {log} 2> >(tee -a {log} >&2)"

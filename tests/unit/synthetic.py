@@ -1,0 +1,93 @@
+"""Sequences, distributions and indices made of numbers, for tests that need no model: the same on every machine."""
+
+from pathlib import Path
+
+import numpy as np
+
+from retort.cache import CacheHeader, part_path, write_part
+from retort.codec import Codec, SparseTargets
+from retort.shards import TokenIndex, write_index, write_token_shard
+from retort.tokens import SequenceTable, build_table
+
+TOKENIZER = {"fingerprint": "0123456789ab", "size": 290}
+CODEC = Codec(method="top_k", top_k=4, temperatures=(1.0, 2.0), vocabulary=300)
+
+
+def make_table(
+    num_documents: int, *, seed: int, first_document: int = 0, max_length: int = 9
+) -> SequenceTable:
+    """Documents of one to three sequences with a prompt of up to two tokens, under three labels."""
+    chance = np.random.default_rng(seed)
+    rows = []
+    for document in range(first_document, first_document + num_documents):
+        label = [("", ""), ("code", "c"), ("prose", "")][document % 3]
+        for _ in range(chance.integers(1, 4)):
+            length = int(chance.integers(2, max_length + 1))
+            prompt = int(chance.integers(0, min(3, length)))
+            ids = chance.integers(0, TOKENIZER["size"], length).tolist()
+            mask = [prompt <= t + 1 and t < length - 1 for t in range(length)]
+            rows.append((ids, mask, document, label))
+    return build_table(rows)
+
+
+def make_targets(num_positions: int, codec: Codec, *, seed: int) -> SparseTargets:
+    """Distributions as a teacher would give them, from exactly rounded arithmetic only."""
+    chance = np.random.default_rng(seed)
+    shape = (num_positions, codec.top_k)
+    ids = np.zeros(shape, np.int32)
+    for row in ids:
+        row[:] = chance.permutation(codec.vocabulary)[: codec.top_k]
+    steps = chance.integers(1, 4096, shape) / 1024
+    logprobs = -np.cumsum(steps, axis=1).astype(np.float32)
+    tails = -chance.integers(1, 1 << 16, (num_positions, len(codec.temperatures))) / 4096
+    return SparseTargets(ids, logprobs, tails.astype(np.float32))
+
+
+def targets_of(table: SequenceTable, codec: Codec = CODEC) -> SparseTargets:
+    """Every sequence's own distributions: they follow from its content key alone."""
+    pieces = [
+        make_targets(
+            table[i].num_positions, codec, seed=int.from_bytes(table[i].key[:7], "little")
+        )
+        for i in range(len(table))
+    ]
+    return SparseTargets(
+        np.concatenate([p.top_k_ids for p in pieces]),
+        np.concatenate([p.top_k_logprobs for p in pieces]),
+        np.concatenate([p.tail_logprobs for p in pieces]),
+    )
+
+
+def write_shards(folder: Path, tables: list[SequenceTable], *, num_held_out: int = 2) -> list[Path]:
+    """Write one token shard per table, with a few other documents held out in each."""
+    paths = []
+    for place, table in enumerate(tables):
+        held_out = make_table(num_held_out, seed=1000 + place, first_document=10**6)
+        counts = {"documents": {"read": len(np.unique(table.documents)) + num_held_out}}
+        path = folder / f"shard_{place:05d}.h5"
+        write_token_shard(
+            path, {"train": table, "val": held_out}, counts=counts, tokenizer=TOKENIZER
+        )
+        paths.append(path)
+    return paths
+
+
+def write_tokens(folder: Path, tables: list[SequenceTable], *, chunk_size: int = 4) -> TokenIndex:
+    """Write shards and their index; return the index."""
+    paths = write_shards(folder, tables)
+    write_index(folder / "index.json", paths, streaming_chunk_size=chunk_size)
+    return TokenIndex.read(folder / "index.json")
+
+
+def make_header(index: TokenIndex, codec: Codec = CODEC) -> CacheHeader:
+    """The header of a cache over the index's sequences."""
+    return CacheHeader("feedc0ffee00", TOKENIZER["fingerprint"], index.content["content"], codec)
+
+
+def write_parts(index: TokenIndex, folder: Path, header: CacheHeader) -> None:
+    """Write every part of the index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in index.parts:
+        table = index.read_part(part)
+        path = part_path(folder, part["name"], header)
+        write_part(path, table, targets_of(table, header.codec), header)

@@ -1,0 +1,589 @@
+"""The report: what the table, the sentences and the page say of metrics made up here, and what they refuse."""
+
+import csv
+import io
+import json
+import math
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from retort.figures import INKS, SERIES, _smooth, _thin
+from retort.records import TrainingLog, find_baseline, find_teachers, group_runs
+from retort.report import (
+    COLUMNS,
+    WIDTH,
+    build_rows,
+    describe_outcome,
+    find_warnings,
+    load_logs,
+    load_metrics,
+    make_report,
+    render_summary,
+    save_comparison_figure,
+    write_report,
+)
+
+LOG_HEAD = "step,total_loss,hard_loss,soft_loss,perplexity,learning_rate,tokens_per_second"
+MARGIN, KL = -1, -3  # places in a row's cells
+
+
+def write_run(folder: Path, name: str, kind: str = "hybrid", **changes: Any) -> Path:
+    """Write metrics.json and a training log of 40 rows as the workflow lays them out; return the former.
+
+    `changes` replace keys, those of a section as section__key=...
+    """
+    number = len(list(folder.glob("runs/*")))
+    metrics: dict[str, Any] = {
+        "run": name,
+        "id": f"{number:012x}",
+        "distillation_type": kind,
+        "alpha": {"output": 1.0, "logit": 0.0, "hybrid": 0.5}[kind],
+        "temperature": 2.0,
+        "seed": 0,
+        "student_parameters": 54_272,
+        "teacher_parameters": 1_312_256,
+        "teacher": "demo",
+        "steps": 400,
+        "trained_tokens": 1_638_400,
+        "training_seconds": 71.25,
+        "device": "cpu",
+        "validation": {
+            "loss": {"output": 3.294, "logit": 3.226, "hybrid": 3.213}[kind],
+            "perplexity": 24.9,
+            "positions": 65_536,
+            "documents": 412,
+            "kl_to_teacher": 0.5,
+            "agreement": 0.431,
+        },
+        "teacher_validation": {"loss": 2.752, "perplexity": 15.674},
+        "cache": None
+        if kind == "output"
+        else {
+            "bytes_per_position": 131.25,
+            "positions": 1_843_200,
+            "method": "top_k",
+            "top_k": 64,
+            "tail_mass": 0.0182,
+            "fidelity_kl": 3.1e-5,
+            "fidelity_agreement": 0.9991,
+        },
+    }
+    for key, value in changes.items():
+        section, _, inner = key.rpartition("__")
+        (metrics[section] if section else metrics)[inner] = value
+    run = folder / "runs" / f"run{number}" / metrics["id"]
+    path = run / "evaluation" / "0123456789ab" / "metrics.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(metrics), encoding="utf-8")
+    losses = [3 + 4 * math.exp(-step / 60) for step in range(10, 401, 10)]
+    rows = [f"{10 * i},{x},{x},,{math.exp(x)},1e-4,28000" for i, x in enumerate(losses, start=1)]
+    (run / "training_log.csv").write_text("\n".join([LOG_HEAD, *rows]) + "\n", encoding="utf-8")
+    return path
+
+
+def write_demo(folder: Path) -> list[Path]:
+    """Write the demo's three runs."""
+    return [write_run(folder, kind, kind) for kind in ("output", "logit", "hybrid")]
+
+
+def without_teacher() -> dict[str, Any]:
+    """Return the changes that make a run one without a teacher."""
+    section = {"validation__kl_to_teacher": None, "validation__agreement": None}
+    return {"teacher": None, "teacher_parameters": None, "teacher_validation": None} | section
+
+
+def render_page(folder: Path, paths: list[Path]) -> str:
+    """Return the page of the runs."""
+    make_report(paths, folder / "report.html")
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def warnings_of(paths: list[Path]) -> str:
+    """Return all warnings in one text."""
+    records = load_metrics(paths)
+    return " ".join(find_warnings(records, load_logs(records)))
+
+
+# The table
+
+
+def table_of(summary: str) -> list[str]:
+    """Return the first table's lines below the rule, up to the blank line."""
+    lines = summary.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("---")) + 1
+    return lines[start : lines.index("", start)]
+
+
+def test_teacher_comes_first_and_runs_keep_their_order(tmp_path: Path) -> None:
+    records = load_metrics(write_demo(tmp_path))
+    lines = table_of(render_summary(records, report_path=Path("report.html")))
+    assert [line.split()[0] for line in lines] == ["teacher", "output", "logit", "hybrid"]
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    names=st.lists(
+        st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,120}", fullmatch=True),
+        min_size=1,
+        max_size=4,
+        unique=True,
+    ),
+    loss=st.floats(0, 690),
+    parameters=st.integers(1, 10**13),
+)
+def test_columns_align_and_no_line_is_wider_than_the_terminal(
+    tmp_path_factory: pytest.TempPathFactory, names: list[str], loss: float, parameters: int
+) -> None:
+    folder = tmp_path_factory.mktemp("runs")
+    changes = {
+        "validation__loss": loss,
+        "validation__perplexity": math.exp(loss),
+        "student_parameters": parameters,
+    }
+    records = load_metrics([write_run(folder, name, **changes) for name in names])
+    summary = render_summary(records, report_path=Path("report.html"))
+    lines = table_of(summary)
+    width = max(len(line) for line in lines)
+    assert width <= WIDTH
+    rows = [line for line in lines if line not in names and len(line) == width]
+    assert len(rows) == 1 + len(records)  # the margin, the last column, ends at one place in all
+    end = width
+    for _, _, column in reversed(COLUMNS):
+        assert all(row[end - column - 2 : end - column] == "  " for row in rows)
+        end -= column + 2
+    places = summary.index("report: ")  # below are paths, which may be long
+    assert all(
+        len(line) <= WIDTH or line.strip(" ,:") in names
+        for line in summary[:places].splitlines()
+        if " " in line.strip()
+    )
+    assert all(re.sub(r"\s", "", name) in re.sub(r"\s", "", "".join(lines)) for name in names)
+
+
+def test_what_is_not_defined_is_a_dash(tmp_path: Path) -> None:
+    records = load_metrics([write_run(tmp_path, "alone", "output", **without_teacher())])
+    (row,) = build_rows(records)
+    assert not row.is_teacher
+    assert row.cells == ("output", "1", "-", "54,272", "3.294", "24.90", "-", "-", "-")
+
+
+def test_cells_hold_the_numbers_of_the_metrics(tmp_path: Path) -> None:
+    teacher, output, _, hybrid = build_rows(load_metrics(write_demo(tmp_path)))
+    assert teacher.cells == ("-", "-", "-", "1.312M", "2.752", "15.67", "-", "-", "-")
+    assert output.cells == ("output", "1", "-", "54,272", "3.294", "24.90", "0.500", "43.1", "-")
+    assert hybrid.cells[:5] == ("hybrid", "0.5", "2", "54,272", "3.213")
+    assert hybrid.cells[MARGIN] == "-0.081"
+
+
+@pytest.mark.parametrize(
+    ("loss", "shown"), [(3.3, "+0.006"), (3.2944, "0.000"), (3.2936, "0.000"), (3.1, "-0.194")]
+)
+def test_margin_carries_its_sign_and_zero_carries_none(
+    tmp_path: Path, loss: float, shown: str
+) -> None:
+    output = write_run(tmp_path, "output", "output")
+    records = load_metrics([output, write_run(tmp_path, "hybrid", validation__loss=loss)])
+    assert build_rows(records)[-1].cells[MARGIN] == shown
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 1},
+        {"steps": 401},
+        {"student_parameters": 54_273},
+        {"validation__positions": 65_535},
+        {"validation__documents": 411},
+        {"distillation_type": "logit"},
+    ],
+)
+def test_no_margin_against_a_run_of_other_conditions(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    paths = [write_run(tmp_path, "output", "output", **changes), write_run(tmp_path, "hybrid")]
+    records = load_metrics(paths)
+    assert find_baseline(records[1], records) is None
+    assert build_rows(records)[-1].cells[MARGIN] == "-"
+    assert "No margin for" in warnings_of(paths)
+
+
+def test_each_seed_is_compared_with_its_own_baseline(tmp_path: Path) -> None:
+    paths = []
+    for seed, loss in ((0, 3.3), (1, 3.5)):
+        paths.append(write_run(tmp_path, f"o{seed}", "output", seed=seed, validation__loss=loss))
+        paths.append(write_run(tmp_path, f"h{seed}", seed=seed, validation__loss=3.2))
+    rows = build_rows(load_metrics(paths))
+    assert [row.cells[MARGIN] for row in rows] == ["-", "-", "-0.100", "-", "-0.300"]
+    assert "2 seeds" in warnings_of(paths)
+
+
+def test_a_named_baseline_is_the_only_one_and_must_exist(tmp_path: Path) -> None:
+    paths = [*write_demo(tmp_path), write_run(tmp_path, "other", "output", validation__loss=3.4)]
+    records = load_metrics(paths)
+    summary = render_summary(records, report_path=Path("r.html"), baseline="other")
+    assert "-0.187" in summary and "-0.081" not in summary
+    with pytest.raises(
+        ValueError, match="'hybrid' is no run of type output; those here: output, other"
+    ):
+        render_summary(records, report_path=Path("r.html"), baseline="hybrid")
+
+
+def test_runs_of_different_validation_sets_get_tables_of_their_own(tmp_path: Path) -> None:
+    paths = [*write_demo(tmp_path), write_run(tmp_path, "else", validation__positions=70_000)]
+    records = load_metrics(paths)
+    assert [len(group) for group in group_runs(records)] == [3, 1]
+    summary = render_summary(records, report_path=Path("r.html"))
+    assert summary.count("perplexity") == 2
+    assert "2 different validation sets (65,536, 70,000 positions)" in summary
+    with pytest.raises(ValueError, match="2 different validation sets"):
+        save_comparison_figure(records, tmp_path / "figure.png")
+
+
+def test_one_teacher_is_one_row_whatever_rounding_did_and_two_are_two(tmp_path: Path) -> None:
+    paths = write_demo(tmp_path)
+    paths.append(write_run(tmp_path, "rounded", teacher_validation__loss=2.7520001))
+    assert len(find_teachers(load_metrics(paths))) == 1
+    paths.append(write_run(tmp_path, "big", teacher="models/big", teacher_validation__loss=2.5))
+    rows = build_rows(load_metrics(paths))
+    assert [r.name for r in rows if r.is_teacher] == ["teacher demo", "teacher models/big"]
+
+
+# Sentences
+
+
+def test_outcome_says_by_how_much_the_best_run_won(tmp_path: Path) -> None:
+    assert describe_outcome(load_metrics(write_demo(tmp_path))) == (
+        "hybrid: held-out loss 3.213, 0.081 below cross-entropy (output, 3.294); teacher 2.752."
+    )
+
+
+@pytest.mark.parametrize(
+    ("logit", "hybrid", "said"),
+    [
+        (
+            3.4,
+            3.5,
+            "did not beat cross-entropy: the best distilled run, logit, has held-out loss 3.400, 0.106 above",
+        ),
+        (
+            3.4,
+            3.2941,
+            "did not beat cross-entropy: the best distilled run, hybrid, has held-out loss 3.294, not diff",
+        ),
+        (3.4, 3.2, "Not every distilled run gained: logit is 0.106 above it."),
+    ],
+)
+def test_outcome_says_plainly_when_distillation_lost(
+    tmp_path: Path, logit: float, hybrid: float, said: str
+) -> None:
+    paths = [
+        write_run(tmp_path, "output", "output"),
+        write_run(tmp_path, "logit", "logit", validation__loss=logit),
+        write_run(tmp_path, "hybrid", validation__loss=hybrid),
+    ]
+    assert said in describe_outcome(load_metrics(paths))
+
+
+def test_outcome_claims_no_gain_where_nothing_can_be_compared(tmp_path: Path) -> None:
+    (hybrid,) = load_metrics([write_run(tmp_path, "hybrid")])
+    assert "no cross-entropy run with the same student size" in describe_outcome([hybrid])
+    (output,) = load_metrics([write_run(tmp_path, "output", "output")])
+    assert "no distilled run to compare with" in describe_outcome([output])
+
+
+@pytest.mark.parametrize(
+    ("key", "quiet", "loud", "said"),
+    [
+        ("cache__tail_mass", 0.2, 0.2001, "Tail mass 0.200 is high"),
+        ("cache__fidelity_kl", 0.05, 0.051, "Fidelity KL 0.051 nats is high"),
+        ("validation__positions", 1000, 999, "Only 999 held-out positions"),
+        ("teacher_validation__loss", 3.213, 3.214, "A teacher's held-out loss is worse"),
+    ],
+)
+def test_a_warning_comes_with_its_number_and_not_before(
+    tmp_path: Path, key: str, quiet: float, loud: float, said: str
+) -> None:
+    assert said[:12] not in warnings_of([write_run(tmp_path, "quiet", **{key: quiet})])
+    assert said in warnings_of([write_run(tmp_path, "loud", **{key: loud})])
+
+
+def test_one_seed_and_unequal_text_are_said(tmp_path: Path) -> None:
+    paths = write_demo(tmp_path)
+    assert "One seed gives no interval" in warnings_of(paths)
+    assert "unequal text" not in warnings_of(paths)
+    paths.append(write_run(tmp_path, "longer", trained_tokens=2_000_000))
+    assert "unequal text was seen: longer (2,000,000 tokens; output 1,638,400)" in warnings_of(
+        paths
+    )
+
+
+def test_summary_points_to_the_page_the_students_and_the_cache(tmp_path: Path) -> None:
+    records = load_metrics(write_demo(tmp_path))
+    summary = render_summary(records, report_path=Path("results/report.html"))
+    assert "report: results/report.html" in summary
+    assert all(f"{record.folder}/" in summary for record in records)
+    text = " ".join(summary.split())
+    assert "cache of logit, hybrid: top_k, k = 64: 131.2 bytes/token, tail mass 0.0182" in text
+    assert "fidelity KL 3.1e-05 nats" in text
+
+
+def test_the_students_folder_is_found_from_both_places_of_metrics(tmp_path: Path) -> None:
+    (record,) = load_metrics([write_run(tmp_path, "hybrid")])
+    assert (record.folder / "training_log.csv").exists()
+    assert replace(record, path=Path("runs/mine/metrics.json")).folder == Path("runs/mine")
+
+
+# The page
+
+
+class Page(HTMLParser):
+    """Collects what the tests look at."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(key, value or "") for key, value in attrs]
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def test_page_fetches_nothing_and_runs_nothing(tmp_path: Path) -> None:
+    text = render_page(tmp_path, write_demo(tmp_path))
+    page = Page(text)
+    references = [
+        v for k, v in page.attributes if k in ("href", "xlink:href", "src", "srcset", "data")
+    ]
+    assert references and all(value.startswith("#") for value in references)
+    assert not {"script", "link", "img", "iframe", "object", "embed"} & set(page.tags)
+    assert not [k for k, _ in page.attributes if k.startswith("on")]
+    assert "@import" not in text
+    assert set(re.findall(r"url\((.)", text)) <= {"#"}
+    assert "http" not in re.sub(r"http-equiv", "", text)
+
+
+def test_ids_are_unique_and_every_reference_finds_its_id(tmp_path: Path) -> None:
+    text = render_page(tmp_path, write_demo(tmp_path))
+    ids = [value for key, value in Page(text).attributes if key == "id"]
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:href="|url\()#([^")]+)', text)) <= set(ids)
+
+
+def test_figures_use_only_variables_that_light_and_dark_define(tmp_path: Path) -> None:
+    text = render_page(tmp_path, write_demo(tmp_path))
+    drawings = "".join(re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL))
+    assert not re.findall(r"#[0-9a-f]{6}\b", drawings)
+    light, dark = re.findall(r":root \{(.*?)\}", text, flags=re.DOTALL)
+    used = set(re.findall(r"var\((--\w[\w-]*)\)", text))
+    for definitions in (light, dark):
+        assert used <= set(re.findall(r"(--[\w-]+):", definitions))
+
+
+def contrast(one: str, other: str) -> float:
+    """Return the contrast of two #rrggbb colours as WCAG 2 defines it, 1 to 21."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("mode", [0, 1], ids=["light", "dark"])
+def test_colours_stand_out_from_the_ground(mode: int) -> None:
+    ground = INKS["ground"][mode]
+    assert all(contrast(INKS[name][mode], ground) >= 4.5 for name in ("ink", "muted"))
+    assert all(contrast(pair[mode], ground) >= 3 for pair in SERIES)
+
+
+def test_run_names_are_text_never_markup_or_formulas(tmp_path: Path) -> None:
+    name = "<b onclick=x>&amp;</b> $x^2$ {{ 7 * 7 }}"
+    text = render_page(tmp_path, [write_run(tmp_path, name)])
+    page = Page(text)
+    assert "b" not in page.tags
+    assert page.words.count(name) >= 4  # the tables, the legend and the figures
+    assert not [k for k, _ in page.attributes if k == "onclick"]
+
+
+@pytest.mark.parametrize("num_runs", [1, 12])
+def test_every_run_is_in_page_table_and_csv(tmp_path: Path, num_runs: int) -> None:
+    names = [f"run-{i:02d}" for i in range(num_runs)]
+    changes = [without_teacher() if i % 5 == 4 else {} for i in range(num_runs)]
+    paths = [
+        write_run(tmp_path, name, "hybrid" if i % 3 else "output", **changes[i])
+        for i, name in enumerate(names)
+    ]
+    words = Page(render_page(tmp_path, paths)).words
+    assert all(words.count(name) >= 4 for name in names)
+    summary = (tmp_path / "summary.txt").read_text()
+    assert all(name in summary for name in names)
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "summary.csv").read_text())))
+    assert [row["name"] for row in rows] == names
+
+
+def test_a_name_of_any_length_is_whole_in_the_page(tmp_path: Path) -> None:
+    name = "x" * 300 + "-end"
+    assert name in Page(render_page(tmp_path, [write_run(tmp_path, name)])).words
+
+
+def test_csv_keeps_all_digits_and_leaves_empty_what_is_not_defined(tmp_path: Path) -> None:
+    paths = [*write_demo(tmp_path), write_run(tmp_path, "x", validation__loss=3.2130000001)]
+    make_report(paths, tmp_path / "report.html")
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "summary.csv").read_text())))
+    assert float(rows[3]["margin"]) == 3.2130000001 - 3.294
+    assert rows[0]["margin"] == "" and rows[0]["cache_top_k"] == ""
+    assert rows[1]["cache_fidelity_kl"] == "3.1e-05"
+
+
+def test_missing_logs_are_said_and_drawn_as_nothing(tmp_path: Path) -> None:
+    paths = write_demo(tmp_path)
+    first, *others = load_metrics(paths)
+    (first.folder / "training_log.csv").unlink()
+    text = render_page(tmp_path, paths)
+    assert "no learning curve drawn: output." in text
+    for record in others:
+        (record.folder / "training_log.csv").write_text(LOG_HEAD + "\n")
+    assert "No run has a training log." in render_page(tmp_path, paths)
+
+
+def test_equal_inputs_give_equal_bytes(tmp_path: Path) -> None:
+    paths = write_demo(tmp_path)
+    made = []
+    for name in ("one", "two"):
+        folder = tmp_path / name
+        folder.mkdir()
+        records = load_metrics(paths)
+        write_report(records, load_logs(records), folder / "a.html", folder / "a.csv")
+        save_comparison_figure(records, folder / "a.png")
+        save_comparison_figure(records, folder / "a.svg")
+        made.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert len(made[0]) == 4
+    assert made[0] == made[1]
+
+
+def test_make_report_prints_what_it_writes(tmp_path: Path) -> None:
+    summary = make_report(write_demo(tmp_path), tmp_path / "report.html")
+    assert (tmp_path / "summary.txt").read_text() == summary + "\n"
+    assert {"report.html", "summary.csv"} <= {path.name for path in tmp_path.iterdir()}
+
+
+# Figures
+
+
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=1500))
+def test_curves_are_thinned_without_moving_their_mean_or_their_end(losses: list[float]) -> None:
+    thin = _thin(TrainingLog(tuple(range(1, len(losses) + 1)), tuple(losses)))
+    assert len(thin.steps) <= 400
+    assert thin.steps[-1] == len(losses)
+    if len(losses) % len(thin.steps) == 0:
+        assert math.isclose(
+            sum(thin.hard_loss) / len(thin.steps), sum(losses) / len(losses), abs_tol=1e-9
+        )
+
+
+@given(st.floats(-5, 5), st.integers(1, 300))
+def test_smoothing_keeps_straight_lines_away_from_the_ends(slope: float, count: int) -> None:
+    line = [slope * i for i in range(count)]
+    reach = count // 40
+    smooth = _smooth(line)
+    assert len(smooth) == count
+    middle = slice(reach, count - reach)
+    assert smooth[middle] == pytest.approx(line[middle], abs=1e-6)
+
+
+def test_the_figure_is_refused_as_any_other_kind_of_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"suffix '\.pdf', expected \.png or \.svg"):
+        save_comparison_figure(load_metrics(write_demo(tmp_path)), tmp_path / "figure.pdf")
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "validation__loss",
+        "validation__kl_to_teacher",
+        "teacher_validation__loss",
+        "training_seconds",
+        "cache__tail_mass",
+    ],
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_numbers_that_are_not_finite_are_refused(tmp_path: Path, key: str, value: float) -> None:
+    path = write_run(tmp_path, "run", **{key: value})
+    name = key.replace("__", r"\.")
+    with pytest.raises(
+        ValueError, match=rf"{name} is (nan|inf), expected a finite number\. .*train it again"
+    ):
+        load_metrics([path])
+
+
+def test_a_log_that_diverged_is_refused(tmp_path: Path) -> None:
+    records = load_metrics([write_run(tmp_path, "run")])
+    log = records[0].folder / "training_log.csv"
+    log.write_text(f"{LOG_HEAD}\n10,1,1,,2,1e-4,9\n20,nan,nan,,nan,1e-4,9\n")
+    with pytest.raises(ValueError, match="hard_loss is nan at step 20"):
+        load_logs(records)
+    log.write_text("step,loss\n10,3\n")
+    with pytest.raises(ValueError, match="no training log as `train` writes it"):
+        load_logs(records)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seed": "0"}, "seed is '0', expected a whole number"),
+        ({"steps": True}, "steps is True, expected a whole number"),
+        ({"validation": {"loss": 3.0}}, "has no 'validation.positions'"),
+        ({"validation": None}, "validation.positions is None"),
+    ],
+)
+def test_metrics_of_another_form_are_refused_by_key(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    path = write_run(tmp_path, "run", **changes)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        load_metrics([path])
+
+
+def test_unreadable_missing_and_repeated_metrics_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no runs to report on"):
+        load_metrics([])
+    with pytest.raises(ValueError, match="no readable metrics in"):
+        load_metrics([tmp_path / "nowhere.json"])
+    (tmp_path / "half.json").write_text('{"run": "x"')
+    with pytest.raises(ValueError, match="no readable metrics in"):
+        load_metrics([tmp_path / "half.json"])
+    path = write_run(tmp_path, "run")
+    with pytest.raises(ValueError, match="is given 2 times"):
+        load_metrics([path, path])
+
+
+def test_runs_of_one_name_are_told_apart_by_their_ids(tmp_path: Path) -> None:
+    paths = [write_run(tmp_path, "same", id="aaaaaaaaaaaa"), write_run(tmp_path, "same")]
+    assert [record.name for record in load_metrics(paths)] == ["same aaaaaa", "same 000000"]
+
+
+def test_reporting_loads_no_torch() -> None:
+    code = "import sys, retort.report; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,87 @@
+"""Sections at the schema's defaults, and the tiny corpus taken through the real steps before the one under test."""
+
+import multiprocessing
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+from retort.cache import LogitCache, merge_parts
+from retort.config_schema import fill_defaults, section_schema
+from retort.config_sections import build_section
+from retort.models import load_recorded_teacher, record_teacher
+from retort.provenance import read_json
+from retort.shards import TokenIndex, tokenize_shard, write_index
+from retort.teacher import build_header, run_worker
+from retort.tokens import fingerprint_of_tokenizer, load_tokenizer
+
+NUM_TOKENS = 300  # of the tiny teacher's tokenizer
+WIDTH = 320  # of its output layer
+
+
+def section(name: str, **values: Any) -> Any:
+    """Return a section's record: the schema's defaults but for `values`."""
+    return build_section(name, fill_defaults(values, section_schema(name)))
+
+
+def tiny_dataset(corpus: Path, **values: Any) -> Any:
+    """Return the dataset section of the tiny corpus: 2 shards, sequences of 48 tokens, one in five held out."""
+    keys = {
+        "name": "json",
+        "data_files": str(corpus),
+        "max_length": 48,
+        "num_shards": 2,
+        "streaming_chunk_size": 20,
+        "validation_fraction": 0.2,
+    }
+    return section("dataset", **(keys | values))
+
+
+def tokenize(folder: Path, corpus: Path, teacher: Path, **values: Any) -> Path:
+    """Tokenize the corpus into `folder` and return its index.json."""
+    dataset = tiny_dataset(corpus, **values)
+    tokenizer = load_tokenizer(str(teacher))
+    fingerprint = fingerprint_of_tokenizer(str(teacher), tokenizer)
+    shards = [folder / f"shard_{i}.h5" for i in range(dataset.num_shards)]
+    for i, path in enumerate(shards):
+        tokenize_shard(path, dataset, tokenizer, fingerprint=fingerprint, shard=i, drawn=None)
+    write_index(
+        folder / "index.json", shards, streaming_chunk_size=dataset.streaming_chunk_size
+    )
+    return folder / "index.json"
+
+
+def record(folder: Path, teacher: Path) -> Path:
+    """Write the teacher's fingerprint.json into `folder` and return it."""
+    path = folder / "fingerprint.json"
+    record_teacher(path, section("teacher", model_path=str(teacher)))
+    return path
+
+
+def make_cache(folder: Path, index_path: Path, teacher: Path, **cache: Any) -> LogitCache:
+    """Score all parts with one worker, merge them, return the cache."""
+    index, fingerprint = TokenIndex.read(index_path), record(folder, teacher)
+    header = build_header(
+        index, read_json(fingerprint), section("cache", **cache), source=fingerprint
+    )
+    teacher_section = section("teacher", model_path=str(teacher), device="cpu")
+    run_worker(
+        index,
+        folder / "parts",
+        header,
+        worker=0,
+        num_workers=1,
+        batch_size=8,
+        load=lambda: load_recorded_teacher(
+            str(teacher), teacher_section, record_path=fingerprint
+        ),
+        say=lambda _: None,
+    )
+    merge_parts(index, folder / "parts", header, folder / "teacher_logits.h5")
+    return LogitCache(folder / "teacher_logits.h5")
+
+
+def real_processes() -> ForkServerContext:
+    """Return a context whose processes can be killed; torch and transformers are imported once for all of them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["retort.training", "retort.teacher"])
+    return context
