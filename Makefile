@@ -16,7 +16,7 @@ READY := $(VENV)/.ready
 
 demo: $(READY)
 	$(BIN)/snakemake --cores $(CORES) --quiet rules
-	@cat results/report.txt
+	@cat results/summary.txt
 
 test: test-unit test-workflow test-slow
 

@@ -21,6 +21,11 @@ from retort.features import TeacherFeatures, read_features
 from retort.provenance import describe_run, read_json, write_json
 from retort.shards import TokenIndex
 from retort.teacher import build_header
+from retort.tokens import concatenate_tables
+
+# Storing and scoring in other batches costs below 1e-2 nats even in bfloat16; distributions that belong to another
+# position or another teacher are several nats away.
+_MISALIGNED_KL = 0.5
 
 
 def merge_h5(
@@ -47,17 +52,30 @@ def merge_h5(
     merged.verify()
     receipts = [read_json(path) for path in sorted(folder.glob("metadata_worker*.json"))]
     manifest = describe_cache(merged, index) | read_fidelity(merged, features_path)
+    _refuse_misaligned(out, manifest)
     about = describe_run(
         section=asdict(cache), seed=None, device="cpu", seconds=time.monotonic() - started
     )
     write_json(folder / "run.json", about | {"workers": receipts})
     write_json(manifest_path, manifest)
     remove_parts(folder / "parts")
+    line = f"cache: {manifest['positions']:,} positions, {manifest['bytes_per_position']:.1f} bytes each"
+    if manifest["fidelity_positions"] == 0:
+        return f"{line}; its fidelity was not measured"
     return (
-        f"cache: {manifest['positions']:,} positions, {manifest['bytes_per_position']:.1f} bytes each, tail mass "
-        f"{manifest['tail_mass']:.3f}; KL(live teacher || cache) {manifest['fidelity_kl']:.2e} nats on "
-        f"{manifest['fidelity_positions']:,} positions"
+        f"{line}, tail mass {manifest['tail_mass']:.3f}; KL(live teacher || cache) {manifest['fidelity_kl']:.2e} "
+        f"nats on {manifest['fidelity_positions']:,} positions"
     )
+
+
+def _refuse_misaligned(path: Path, manifest: dict[str, Any]) -> None:
+    """Raise ValueError when the cache is so far from the teacher that its records must be at wrong positions."""
+    if manifest["fidelity_positions"] and not manifest["fidelity_kl"] <= _MISALIGNED_KL:
+        raise ValueError(
+            f"{path} does not hold this teacher's distributions at these positions: KL(live teacher || cache) is "
+            f"{manifest['fidelity_kl']:.2f} nats on {manifest['fidelity_positions']:,} positions, expected below "
+            f"{_MISALIGNED_KL}. Delete {path.parent} and run the same command again."
+        )
 
 
 def describe_cache(cache: LogitCache, index: TokenIndex) -> dict[str, Any]:
@@ -93,6 +111,9 @@ def read_fidelity(cache: LogitCache, features_path: Path | None) -> dict[str, An
             f"{features_path} was scored by teacher {teacher.teacher}, the cache by {cache.header.teacher}. Delete "
             "the former and run the same command again."
         )
+    places = [i for i in teacher.train_sequences.tolist() if i < len(cache)]
+    rows = [cache.table.slice(i, i + 1) for i in places]
+    teacher.require("train", concatenate_tables(rows), source=features_path)
     return measure_fidelity(cache, teacher)
 
 

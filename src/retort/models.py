@@ -34,6 +34,8 @@ transformers_logging.disable_progress_bar()
 
 # How far head(body(x)) may be from the model's own logits, relative to the largest logit, in float32.
 _PROBE_TOLERANCE = 1e-4
+# How far a later token may move an earlier logit: 0 in the causal models tried, 7e-5 in the mildest random BERT.
+_LEAK_TOLERANCE = 1e-5
 
 
 def choose_device(device: str) -> torch.device:
@@ -184,7 +186,7 @@ def require_causal(model: PreTrainedModel, *, name: str) -> None:
     logits = model.eval()(input_ids=ids, use_cache=False).logits.float()
     model.train(was_training)
     error = (logits[0, :-1] - logits[1, :-1]).abs().max() / logits.abs().max().clamp(min=1e-6)
-    if bool(error > (_PROBE_TOLERANCE if model.dtype == torch.float32 else 2e-2)):
+    if bool(error > (_LEAK_TOLERANCE if model.dtype == torch.float32 else 2e-2)):
         raise ValueError(
             f"{name} ({type(model).__name__}) is no causal language model: its prediction at a position changes "
             "with the tokens after it. Use a model that predicts the next token (Llama, GPT-2, Qwen, ...)."

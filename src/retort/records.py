@@ -261,7 +261,7 @@ def find_caches(records: Sequence[Record]) -> list[tuple[list[str], CacheFacts]]
     """Return each cache once, with the names of the runs that learned from it."""
     users: dict[CacheFacts, list[str]] = {}
     for record in records:
-        if record.cache is not None:
+        if record.cache is not None and record.is_distilled:
             users.setdefault(record.cache, []).append(record.name)
     return [(names, cache) for cache, names in users.items()]
 
@@ -279,7 +279,10 @@ def find_settings(records: Sequence[Record]) -> dict[str, list[str]]:
         "trained tokens": [f"{r.trained_tokens:,}" for r in records],
         "student parameters": [f"{r.student_parameters:,}" for r in records],
         "teacher": [r.teacher or "-" for r in records],
-        "cache": [f"{r.cache.method}, k = {r.cache.top_k}" if r.cache else "-" for r in records],
+        "cache": [
+            f"{r.cache.method}, k = {r.cache.top_k}" if r.cache and r.is_distilled else "-"
+            for r in records
+        ],
         "device": [r.device for r in records],
     }
 

@@ -279,6 +279,7 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         self.before = before
         self.started = time.monotonic()
         self._said = 0.0
+        self._first_step = 0
 
     @property
     def totals(self) -> dict[str, float]:
@@ -287,6 +288,12 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
             "seconds": self.before["seconds"] + time.monotonic() - self.started,
             "positions": self.before["positions"] + self.trainer.window.total_positions,
         }
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Remember where this attempt begins, for the time left."""
+        self._first_step = state.global_step
 
     def on_log(
         self,
@@ -302,8 +309,8 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         if not logs or "total_loss" not in logs or not is_due:
             return
         self._said = now
-        steps = max(1, state.global_step)
-        left = (now - self.started) / steps * (state.max_steps - steps)
+        steps = max(1, state.global_step - self._first_step)
+        left = (now - self.started) / steps * (state.max_steps - state.global_step)
         self.say(
             f"train {self.name}  step {state.global_step}/{state.max_steps}  loss {logs['total_loss']:.4f}  "
             f"{logs['tokens_per_second']:,.0f} tokens/s  {left:,.0f} s left"

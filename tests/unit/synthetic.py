@@ -46,9 +46,7 @@ def make_targets(num_positions: int, codec: Codec, *, seed: int) -> SparseTarget
 def targets_of(table: SequenceTable, codec: Codec = CODEC) -> SparseTargets:
     """Every sequence's own distributions: they follow from its content key alone."""
     pieces = [
-        make_targets(
-            table[i].num_positions, codec, seed=int.from_bytes(table[i].key[:7], "little")
-        )
+        make_targets(table[i].num_positions, codec, seed=int.from_bytes(table[i].key[:7], "little"))
         for i in range(len(table))
     ]
     return SparseTargets(

@@ -1,4 +1,4 @@
-"""The report: what the table, the sentences and the page say of metrics made up here, and what they refuse."""
+"""The report: what table, sentences and page say of metrics made up here, and what is refused."""
 
 import csv
 import io
@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from retort.figures import INKS, SERIES, _smooth, _thin
-from retort.records import TrainingLog, find_baseline, find_teachers, group_runs
+from retort.records import TrainingLog, find_baseline, find_caches, find_teachers, group_runs
 from retort.report import (
     COLUMNS,
     WIDTH,
@@ -37,7 +37,7 @@ MARGIN, KL = -1, -3  # places in a row's cells
 
 
 def write_run(folder: Path, name: str, kind: str = "hybrid", **changes: Any) -> Path:
-    """Write metrics.json and a training log of 40 rows as the workflow lays them out; return the former.
+    """Write metrics.json and a log of 40 rows where the workflow puts them; return the former.
 
     `changes` replace keys, those of a section as section__key=...
     """
@@ -162,12 +162,8 @@ def test_columns_align_and_no_line_is_wider_than_the_terminal(
     for _, _, column in reversed(COLUMNS):
         assert all(row[end - column - 2 : end - column] == "  " for row in rows)
         end -= column + 2
-    places = summary.index("report: ")  # below are paths, which may be long
-    assert all(
-        len(line) <= WIDTH or line.strip(" ,:") in names
-        for line in summary[:places].splitlines()
-        if " " in line.strip()
-    )
+    said = summary[: summary.index("report: ")].splitlines()  # below are paths, which may be long
+    assert all(len(line) <= WIDTH for line in said if not any(name in line for name in names))
     assert all(re.sub(r"\s", "", name) in re.sub(r"\s", "", "".join(lines)) for name in names)
 
 
@@ -274,12 +270,14 @@ def test_outcome_says_by_how_much_the_best_run_won(tmp_path: Path) -> None:
         (
             3.4,
             3.5,
-            "did not beat cross-entropy: the best distilled run, logit, has held-out loss 3.400, 0.106 above",
+            "did not beat cross-entropy: the best distilled run, logit, has held-out loss 3.400, "
+            "0.106 above cross-entropy (output, 3.294)",
         ),
         (
             3.4,
-            3.2941,
-            "did not beat cross-entropy: the best distilled run, hybrid, has held-out loss 3.294, not diff",
+            3.2936,
+            "did not beat cross-entropy: the best distilled run, hybrid, has held-out loss 3.294, "
+            "not different (to 0.001) from cross-entropy",
         ),
         (3.4, 3.2, "Not every distilled run gained: logit is 0.106 above it."),
     ],
@@ -307,14 +305,16 @@ def test_outcome_claims_no_gain_where_nothing_can_be_compared(tmp_path: Path) ->
     [
         ("cache__tail_mass", 0.2, 0.2001, "Tail mass 0.200 is high"),
         ("cache__fidelity_kl", 0.05, 0.051, "Fidelity KL 0.051 nats is high"),
-        ("validation__positions", 1000, 999, "Only 999 held-out positions"),
+        ("validation__positions", 1000, 999, "Only 999 held-out positions: too few to tell"),
         ("teacher_validation__loss", 3.213, 3.214, "A teacher's held-out loss is worse"),
     ],
 )
 def test_a_warning_comes_with_its_number_and_not_before(
     tmp_path: Path, key: str, quiet: float, loud: float, said: str
 ) -> None:
-    assert said[:12] not in warnings_of([write_run(tmp_path, "quiet", **{key: quiet})])
+    assert " ".join(said.split()[-3:]) not in warnings_of(
+        [write_run(tmp_path, "quiet", **{key: quiet})]
+    )
     assert said in warnings_of([write_run(tmp_path, "loud", **{key: loud})])
 
 
@@ -336,6 +336,14 @@ def test_summary_points_to_the_page_the_students_and_the_cache(tmp_path: Path) -
     text = " ".join(summary.split())
     assert "cache of logit, hybrid: top_k, k = 64: 131.2 bytes/token, tail mass 0.0182" in text
     assert "fidelity KL 3.1e-05 nats" in text
+
+
+def test_a_run_that_learns_from_text_alone_is_no_user_of_a_cache(tmp_path: Path) -> None:
+    paths = [
+        write_run(tmp_path, "hybrid"),
+        write_run(tmp_path, "other", distillation_type="output"),
+    ]
+    assert [names for names, _ in find_caches(load_metrics(paths))] == [["hybrid"]]
 
 
 def test_the_students_folder_is_found_from_both_places_of_metrics(tmp_path: Path) -> None:
@@ -419,6 +427,8 @@ def test_run_names_are_text_never_markup_or_formulas(tmp_path: Path) -> None:
     name = "<b onclick=x>&amp;</b> $x^2$ {{ 7 * 7 }}"
     text = render_page(tmp_path, [write_run(tmp_path, name)])
     page = Page(text)
+    drawn = Page("".join(re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL))).words
+    assert drawn.count(name) == 2  # losses, KL
     assert "b" not in page.tags
     assert page.words.count(name) >= 4  # the tables, the legend and the figures
     assert not [k for k, _ in page.attributes if k == "onclick"]

@@ -5,6 +5,8 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from retort.cache import LogitCache, merge_parts
 from retort.config_schema import fill_defaults, section_schema
 from retort.config_sections import build_section
@@ -14,11 +16,13 @@ from retort.shards import TokenIndex, tokenize_shard, write_index
 from retort.teacher import build_header, run_worker
 from retort.tokens import fingerprint_of_tokenizer, load_tokenizer
 
+torch.set_num_threads(1)  # on matrices of this size a second thread only costs
+
 NUM_TOKENS = 300  # of the tiny teacher's tokenizer
 WIDTH = 320  # of its output layer
 
 
-def section(name: str, **values: Any) -> Any:
+def section(name: str, /, **values: Any) -> Any:
     """Return a section's record: the schema's defaults but for `values`."""
     return build_section(name, fill_defaults(values, section_schema(name)))
 
@@ -44,9 +48,7 @@ def tokenize(folder: Path, corpus: Path, teacher: Path, **values: Any) -> Path:
     shards = [folder / f"shard_{i}.h5" for i in range(dataset.num_shards)]
     for i, path in enumerate(shards):
         tokenize_shard(path, dataset, tokenizer, fingerprint=fingerprint, shard=i, drawn=None)
-    write_index(
-        folder / "index.json", shards, streaming_chunk_size=dataset.streaming_chunk_size
-    )
+    write_index(folder / "index.json", shards, streaming_chunk_size=dataset.streaming_chunk_size)
     return folder / "index.json"
 
 
@@ -71,9 +73,7 @@ def make_cache(folder: Path, index_path: Path, teacher: Path, **cache: Any) -> L
         worker=0,
         num_workers=1,
         batch_size=8,
-        load=lambda: load_recorded_teacher(
-            str(teacher), teacher_section, record_path=fingerprint
-        ),
+        load=lambda: load_recorded_teacher(str(teacher), teacher_section, record_path=fingerprint),
         say=lambda _: None,
     )
     merge_parts(index, folder / "parts", header, folder / "teacher_logits.h5")

@@ -1,5 +1,6 @@
 # What the rules share: the plan of artefacts, and get_* functions from wildcards to inputs, flags and resources.
 # Every node parses this file again for every job it runs: nothing here may import torch.
+import contextlib
 import json
 import shlex
 import sys
@@ -233,8 +234,10 @@ def greet():
 
 
 def point_to_report():
-    """Let results/report.html be the report of the config that was asked for last."""
-    link, report = Path(RESULTS) / "report.html", Path(REPORT)
-    if report.exists():
-        link.unlink(missing_ok=True)
-        link.symlink_to(report.relative_to(RESULTS))
+    """Let results/report.html and summary.txt be those of the config that was asked for last, once they exist."""
+    for made in (Path(REPORT), Path(REPORT).with_name("summary.txt")):
+        link, target = Path(RESULTS) / made.name, made.relative_to(RESULTS)
+        if made.exists() and not (link.is_symlink() and link.readlink() == target):
+            with contextlib.suppress(OSError):  # somebody else's results, read only
+                link.unlink(missing_ok=True)
+                link.symlink_to(target)

@@ -1,0 +1,219 @@
+"""Digests name content and nothing else; a file that is replaced is never seen half written."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from retort.provenance import (
+    describe_run,
+    digest,
+    digest_file,
+    fingerprint_tokenizer,
+    fingerprint_weights,
+    read_json,
+    remove_stale_temporaries,
+    temporary_name,
+    write_atomically,
+    write_json,
+)
+
+MIB = 1 << 20
+scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+values = st.recursive(
+    scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=12
+)
+
+
+def reorder(value: Any) -> Any:
+    """The same value with the keys of every dictionary in another order."""
+    if isinstance(value, dict):
+        return {key: reorder(value[key]) for key in reversed(list(value))}
+    return [reorder(item) for item in value] if isinstance(value, list) else value
+
+
+@given(values)
+def test_equal_values_have_one_digest_in_whatever_order_their_keys_stand(value: Any) -> None:
+    assert digest(value) == digest(reorder(value))
+    assert digest(value) == digest(json.loads(json.dumps(value)))
+    assert len(digest(value)) == 12
+
+
+@given(values, values)
+def test_other_values_have_another_digest(one: Any, other: Any) -> None:
+    assert (json.dumps(reorder(one), sort_keys=True) == json.dumps(other, sort_keys=True)) == (
+        digest(one) == digest(other)
+    )
+
+
+@pytest.fixture
+def big(tmp_path: Path) -> Path:
+    path = tmp_path / "corpus.txt"
+    path.write_bytes(random.Random(0).randbytes(17 * MIB))
+    return path
+
+
+def flip(path: Path, place: int) -> None:
+    """Change one bit, and put the modification time back to what it was."""
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ 1]))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_a_remembered_digest_follows_a_change_that_keeps_size_and_date(big: Path) -> None:
+    memo = big.parent / "made" / "memo.json"
+    first = digest_file(big, memo=memo)
+    assert first == digest_file(big)
+    time.sleep(0.02)  # the clock of a file system ticks every few milliseconds
+    flip(big, 5 * MIB)
+    assert digest_file(big, memo=memo) == digest_file(big) != first
+
+
+def test_a_digest_is_remembered_and_not_read_twice(big: Path) -> None:
+    memo = big.parent / "memo.json"
+    digest_file(big, memo=memo)
+    known = read_json(memo)
+    (key,) = known
+    known[key][-1] = "remembered"
+    write_json(memo, known)
+    assert digest_file(big, memo=memo) == "remembered"
+
+
+def test_a_damaged_or_unwritable_memo_is_done_without(big: Path) -> None:
+    memo = big.parent / "memo.json"
+    memo.write_text('{"torn": [1, ')
+    assert digest_file(big, memo=memo) == digest_file(big)
+    assert digest_file(big, memo=big / "below a file" / "memo.json") == digest_file(big)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    chance = random.Random(0)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "small.safetensors").write_bytes(chance.randbytes(1000))
+    (folder / "big.safetensors").write_bytes(chance.randbytes(20 * MIB))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("config.json", 3),
+        ("small.safetensors", 0),
+        ("small.safetensors", 999),
+        *[("big.safetensors", place) for place in (0, 7 * MIB + 5, 13 * MIB, 20 * MIB - 1)],
+    ],
+)
+def test_one_bit_of_the_weights_changes_their_fingerprint(
+    model: Path, name: str, place: int
+) -> None:
+    before = fingerprint_weights(model)
+    flip(model / name, place)
+    changed = fingerprint_weights(model)
+    flip(model / name, place)
+    assert changed != before == fingerprint_weights(model)
+
+
+def test_a_moved_model_keeps_its_fingerprint_and_other_files_do_not_count(tmp_path: Path) -> None:
+    folders = [tmp_path / "a", tmp_path / "b" / "c"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"weights")
+    (folders[1] / "README.md").write_text("notes")
+    assert fingerprint_weights(folders[0]) == fingerprint_weights(folders[1])
+
+
+def test_a_folder_without_weights_or_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
+    for fingerprint in (fingerprint_weights, fingerprint_tokenizer):
+        with pytest.raises(ValueError, match=str(tmp_path)):
+            fingerprint(tmp_path)
+    with pytest.raises(ValueError, match="absent"):
+        fingerprint_weights(tmp_path / "absent")
+
+
+def test_one_byte_of_any_tokenizer_file_changes_its_fingerprint(tmp_path: Path) -> None:
+    found = set()
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (tmp_path / name).write_text("{}")
+        found.add(fingerprint_tokenizer(tmp_path))
+        (tmp_path / name).write_text("{ ")
+        found.add(fingerprint_tokenizer(tmp_path))
+    assert len(found) == 6
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from retort.provenance import write_json
+path, number = Path(sys.argv[1]), int(sys.argv[2])
+while True:
+    write_json(path, {"number": number, "filler": ["x" * 100] * (number * 7919 % 3000)})
+    number += 1
+"""
+
+
+def test_a_writer_killed_at_any_moment_leaves_a_whole_file(tmp_path: Path) -> None:
+    path, chance = tmp_path / "state.json", random.Random(0)
+    number = 0
+    for _ in range(8):
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path), str(number + 1)])
+        limit = time.monotonic() + 20
+        while (not path.exists() or read_json(path)["number"] <= number) and writer.poll() is None:
+            assert time.monotonic() < limit
+        stop = time.monotonic() + chance.uniform(0, 0.05)
+        while time.monotonic() < stop:  # a reader meanwhile sees whole files only
+            read_json(path)
+        writer.send_signal(signal.SIGKILL)
+        assert writer.wait() == -signal.SIGKILL
+        found = read_json(path)
+        assert found["number"] > number
+        number = found["number"]
+
+
+def test_what_is_written_replaces_the_file_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    for value in ({"a": 1}, [1.5, None, "\u00e9"]):
+        write_json(path, value)
+        assert read_json(path) == value
+    write_atomically(path, b"bytes")
+    assert path.read_bytes() == b"bytes"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_number_that_is_none_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "loss.json", {"loss": float("nan")})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_old_temporaries_are_removed(tmp_path: Path) -> None:
+    old, young = temporary_name(tmp_path / "old.h5"), temporary_name(tmp_path / "young.h5")
+    kept = tmp_path / "kept.h5"
+    for path in (old, young, kept):
+        path.touch()
+    for path in (old, kept):
+        os.utime(path, (time.time() - 7200, time.time() - 7200))
+    remove_stale_temporaries(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([young, kept])
+
+
+def test_a_run_record_says_who_when_and_with_what() -> None:
+    record = describe_run(section={"top_k": 4}, seed=3, device="cpu", seconds=1.23456)
+    assert json.loads(json.dumps(record)) == record
+    assert record["config"] == {"top_k": 4}
+    assert record["seconds"] == 1.235
+    assert {"torch", "transformers", "h5py"} <= set(record["versions"])

@@ -1,0 +1,67 @@
+"""Workflows on tiny parts: one finished run for all tests to copy.
+
+A whole tiny workflow starts a dozen Pythons that load torch, most of a minute on two cores. So one is run per test
+session (shared by pytest-xdist's workers through a lock), tests copy it, and a dry run is used wherever what would
+run is all that is asked.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+from place import REPOSITORY, TINY, Place
+
+
+@pytest.fixture(scope="session")
+def inputs(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_teacher: Path,
+    tiny_corpus: Path,
+    tiny_student: Path,
+) -> Place:
+    """The tiny parts and their config, nothing run yet; only to be copied."""
+    place = Place(tmp_path_factory.mktemp("inputs"))
+    shutil.copytree(tiny_teacher, place.path / "teacher")
+    shutil.copy(tiny_corpus, place.path / "documents.jsonl")
+    shutil.copy(tiny_student, place.path / "student.json")
+    place.write_config(TINY)
+    return place
+
+
+@pytest.fixture(scope="session")
+def finished(inputs: Place, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """The tiny workflow, run to its end once and undisturbed; only to be copied."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    place, mark = Place(shared / "finished"), shared / "finished.done"
+    with FileLock(shared / "finished.lock"):
+        if not mark.exists():
+            shutil.rmtree(place.path, ignore_errors=True)
+            inputs.copy_to(place.path).snakemake()
+            mark.touch()
+    return place
+
+
+@pytest.fixture
+def fresh(inputs: Place, tmp_path: Path) -> Place:
+    """A copy of the tiny parts, nothing run yet."""
+    return inputs.copy_to(tmp_path / "project")
+
+
+@pytest.fixture
+def done(finished: Place, tmp_path: Path) -> Place:
+    """A copy of the finished run."""
+    return finished.copy_to(tmp_path / "project")
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of the repository's own files, free to be changed."""
+    root = tmp_path / "checkout"
+    for folder in ("workflow", "src", "config", "profiles"):
+        ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+        shutil.copytree(REPOSITORY / folder, root / folder, ignore=ignore)
+    shutil.copy2(REPOSITORY / "Snakefile", root / "Snakefile")
+    return root

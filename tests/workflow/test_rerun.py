@@ -1,0 +1,235 @@
+"""Only what is missing runs: touched files, edited dials, dead workers, lost files."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from place import Place, sha256, snapshot, tiny, wait_until
+
+ONE_RUN_AGAIN = {"check_inputs": 1, "train": 1, "evaluate": 1, "report": 1}
+
+
+def test_a_second_run_does_nothing(done: Place) -> None:
+    before = snapshot(done.results)
+    assert "Nothing to be done" in done.snakemake()
+    assert snapshot(done.results) == before
+
+
+def test_touching_every_source_and_input_re_runs_nothing(done: Place, checkout: Path) -> None:
+    for path in [*checkout.rglob("*"), *done.path.glob("teacher/*"), *done.path.glob("*.*")]:
+        path.touch()
+    touched = Place(done.path, repository=checkout)
+    assert touched.plan() == {}
+    # The student counts by content, and so does the corpus, wherever it lies.
+    student = done.path / "student.json"
+    student.write_text(json.dumps(json.loads(student.read_text()), indent=7, sort_keys=True))
+    (done.path / "documents.jsonl").rename(done.path / "elsewhere.jsonl")
+    done.write_config(tiny(dataset={"data_files": "else*.jsonl"}))
+    assert touched.plan() == {}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_fresh_checkout_over_existing_results_re_runs_nothing(
+    done: Place, checkout: Path, seed: int
+) -> None:
+    shutil.rmtree(done.path / ".snakemake")
+    chance = random.Random(seed)
+    now = time.time()
+    for path in [*checkout.rglob("*"), *done.path.rglob("*")]:
+        when = now - chance.random() * 1e6
+        os.utime(path, (when, when), follow_symlinks=False)
+    assert Place(done.path, repository=checkout).plan() == {}
+
+
+def test_a_comment_in_every_source_re_runs_nothing(done: Place, checkout: Path) -> None:
+    sources = [*checkout.rglob("*.py"), *checkout.rglob("*.smk"), *checkout.rglob("*.yaml")]
+    for path in [*sources, checkout / "Snakefile"]:
+        path.write_text(path.read_text() + "\n# a comment\n")
+    assert Place(done.path, repository=checkout).plan() == {}
+
+
+def test_another_alpha_re_runs_that_run_only_and_from_step_0(done: Place) -> None:
+    before = snapshot(done.results / "runs")
+    done.write_config(tiny(runs=_with_alpha(0.25)))
+    assert done.plan() == ONE_RUN_AGAIN
+
+    done.snakemake()
+    after = snapshot(done.results / "runs")
+    assert {path: after[path] for path in before} == before
+    (made,) = {Path(path).parts[1] for path in after.keys() - before.keys()}
+    folder = done.results / "runs" / "both" / made
+    training = json.loads((folder / "training.json").read_text())
+    (old,) = (path for path in folder.parent.iterdir() if path != folder)
+    assert training["alpha"] == 0.25
+    assert training["trained_positions"] == _read(old / "training.json")["trained_positions"]
+    log = (done.path / "logs" / "train" / f"both_{made}.log").read_text()
+    assert "going on from" not in log
+    assert sha256(folder / "final/model.safetensors") != sha256(old / "final/model.safetensors")
+    assert str(folder.relative_to(done.path)) in _report_text(done)
+
+    done.write_config(tiny())
+    assert done.plan() == {}
+
+
+def test_a_run_added_adds_its_own_jobs_only(done: Place) -> None:
+    runs = tiny()["runs"] | {"soft": {"training": {"distillation_type": "logit"}}}
+    done.write_config(tiny(runs=runs))
+    assert done.plan() == ONE_RUN_AGAIN
+
+
+def test_another_evaluation_trains_nothing(done: Place) -> None:
+    done.write_config(tiny(evaluation={"max_positions": 500}))
+    # Other held-out positions are scored by the teacher; its cache stays.
+    expected = {"check_inputs": 1, "score_validation": 1, "evaluate": 2, "report": 1}
+    assert done.plan() == expected
+
+
+def test_keys_that_name_nothing_re_run_nothing(done: Place) -> None:
+    done.write_config(
+        tiny(
+            dataset={"num_proc": 2},
+            teacher={"device": "cpu", "generation": {"num_workers": 1}},
+            training={"save_steps": 100, "logging_steps": 1, "save_total_limit": 9},
+            tracking={"wandb_project": "mine"},
+        )
+    )
+    assert done.plan() == {}
+
+
+def test_top_k_leaves_tokens_alone_and_back_to_the_old_one_re_runs_nothing(done: Place) -> None:
+    old = done.cache
+    before = snapshot(old)
+    other = tiny(cache={"top_k": 4}, teacher={"generation": {"num_workers": 1}})
+    done.write_config(other)
+    assert done.plan() == ONE_RUN_AGAIN | {"plan": 1, "generate_logits": 1, "merge_h5": 1}
+
+    manifest = done.find_output(r"^results/logits/\w+/manifest\.json$")
+    done.snakemake(manifest)
+    assert _read(done.path / manifest)["top_k"] == 4
+    assert snapshot(old) == before
+    done.write_config(tiny())
+    assert done.plan() == {}
+
+
+@pytest.mark.parametrize("num_workers", [1, 4, None])
+def test_another_number_of_workers_re_runs_nothing(done: Place, num_workers: int | None) -> None:
+    done.write_config(tiny(teacher={"generation": {"num_workers": num_workers}}))
+    assert done.plan() == {}
+    shutil.rmtree(done.path / ".snakemake")
+    assert done.plan() == {}
+
+
+def test_a_dead_worker_re_runs_that_worker_and_what_follows(done: Place) -> None:
+    cache = done.cache
+    undisturbed = sha256(cache / "teacher_logits.h5")
+    target = str((cache / "manifest.json").relative_to(done.path))
+    shutil.rmtree(cache)
+    process = done.start(target)
+    wait_until(lambda: list(_find_workers(done, worker=1)), process=process)
+    for pid in _find_workers(done, worker=1):
+        os.kill(pid, signal.SIGKILL)
+    assert process.wait() != 0
+    assert (cache / "metadata_worker0.json").exists(), "the other worker goes on"
+    assert not (cache / "metadata_worker1.json").exists()
+    parts = len(list((cache / "parts").glob("*.h5")))
+    assert parts == len(_parts(done)), "the other worker did the dead one's parts as well"
+
+    assert done.plan(target) == {"generate_logits": 1, "merge_h5": 1}
+    done.snakemake(target)
+    workers = _read(cache / "run.json")["workers"]
+    assert [len(worker["parts_done"]) for worker in workers] == [parts, 0]
+    assert sha256(cache / "teacher_logits.h5") == undisturbed
+    assert done.plan() == {}
+
+
+def test_a_lost_manifest_costs_no_pass_of_the_teacher(done: Place) -> None:
+    cache = done.cache
+    merged, manifest = cache / "teacher_logits.h5", cache / "manifest.json"
+    before, said = (merged.stat().st_mtime_ns, sha256(merged)), manifest.read_text()
+    manifest.unlink()
+    done.snakemake(str(manifest.relative_to(done.path)))
+    assert (merged.stat().st_mtime_ns, sha256(merged)) == before
+    assert manifest.read_text() == said
+    workers = _read(cache / "run.json")["workers"]
+    assert [(worker["tokens"], worker["parts_done"]) for worker in workers] == [(0, []), (0, [])]
+    assert done.plan() == {}
+
+
+def test_other_weights_under_the_same_path_are_refused(done: Place) -> None:
+    weights = done.path / "teacher" / "model.safetensors"
+    old = weights.read_bytes()
+    weights.write_bytes(old[:-1] + bytes([old[-1] ^ 1]))
+    refused = done.try_snakemake("-n")
+    assert refused.returncode != 0
+    assert "'teacher' holds other weights than before" in refused.output
+    assert "teacher.generation.force_regenerate" in refused.output
+    assert "Traceback" not in refused.output
+
+    again = {"generation": {"force_regenerate": "2026-01-01"}}
+    done.write_config(tiny(teacher=again))
+    planned = done.plan()
+    assert planned["resolve_teacher"] == 1
+    assert planned["generate_logits"] == 2
+    made = done.find_output(r"^results/logits/\w+/manifest\.json$")
+    assert (done.path / made).parent != done.cache, "beside the old cache, not over it"
+
+    weights.write_bytes(old)
+    done.write_config(tiny())
+    assert done.plan() == {}
+
+
+def test_results_report_html_is_the_report_asked_for_last(done: Place) -> None:
+    link = done.results / "report.html"
+    of_all = link.resolve()
+    assert of_all.exists()
+    hard = tiny()["runs"]["hard"]
+    done.write_config(tiny(runs={"hard": hard}))
+    assert done.plan() == {"report": 1}
+    done.snakemake()
+    assert link.resolve() != of_all
+    assert link.resolve().exists()
+    done.write_config(tiny())
+    done.snakemake()
+    assert link.resolve() == of_all, "also when there was nothing to be done"
+    assert not link.readlink().is_absolute(), "the folder can be moved"
+
+
+def _with_alpha(alpha: float) -> dict[str, object]:
+    runs = tiny()["runs"]
+    both = runs["both"]["training"] | {"alpha": alpha}
+    return runs | {"both": {"training": both}}
+
+
+def _read(path: Path) -> dict[str, object]:
+    content: dict[str, object] = json.loads(path.read_text())
+    return content
+
+
+def _report_text(place: Place) -> str:
+    return (place.results / "report.html").resolve().with_name("summary.txt").read_text()
+
+
+def _parts(place: Place) -> list[object]:
+    (index,) = place.results.glob("tokens/*/index.json")
+    parts = _read(index)["parts"]
+    assert isinstance(parts, list)
+    return parts
+
+
+def _find_workers(place: Place, *, worker: int) -> Iterator[int]:
+    """Yield the processes of one worker that run in this folder; not the shell that started them."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            is_here = (folder / "cwd").readlink() == place.path
+        except OSError:
+            continue
+        is_script = len(words) > 1 and words[1].endswith(b"/generate_logits.py")
+        if is_here and is_script and words[words.index(b"--worker") + 1] == str(worker).encode():
+            yield int(folder.name)
