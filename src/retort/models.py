@@ -94,9 +94,9 @@ class Head:
     softcap: float | None = None
 
     def logits(self, features_PD: Tensor) -> Tensor:
-        """Return float32 logits [P, V]."""
+        """Return float32 logits [P, V], the caller's own to change."""
         if self.weight is None:
-            return features_PD.float()
+            return features_PD.to(torch.float32, copy=True)
         logits_PV = nn.functional.linear(
             features_PD.to(self.weight.dtype), self.weight, self.bias
         ).float()

@@ -303,13 +303,20 @@ def _apply_chat_template(document: Document, tokenizer: Any) -> tuple[list[int],
     options = {"tokenize": True, "return_dict": False}
     head = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options)
     ids = tokenizer.apply_chat_template(both, **options)
-    if ids[: len(head)] != head:
+    if ids[: len(head)] == head:
+        return list(ids), len(head)
+    # A token may span the end of the prompt and the response's first letters: then the two are tokenized apart, as
+    # they are when a response is generated.
+    head_text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    text = tokenizer.apply_chat_template(both, tokenize=False)
+    if not text.startswith(head_text):
         raise ValueError(
             f"the tokenizer's chat template rewrites the prompt of document {document.index} once the response "
             "follows, so it cannot be told which tokens are the response's. Use a tokenizer whose template "
             "keeps the prompt as it is, or one without a template."
         )
-    return list(ids), len(head)
+    rest = tokenizer(text[len(head_text) :], add_special_tokens=False)["input_ids"]
+    return [*head, *rest], len(head)
 
 
 # ---------------------------------------------------------------------------------------------------------

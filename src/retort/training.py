@@ -549,6 +549,11 @@ def _open_source(index: TokenIndex, cache_path: Path | None) -> SequenceTable | 
     """Return what is trained on; a cache must be of the very tokens of the index."""
     if cache_path is None:
         return index.read_split("train")
+    if not cache_path.exists():
+        raise ValueError(
+            f"{cache_path} is gone, but its manifest.json remains, so it passes for made. Delete the manifest too and "
+            "run the same command again: the teacher makes the cache anew."
+        )
     cache = LogitCache(cache_path)
     if cache.header.tokens != index.content["content"]:
         raise ValueError(

@@ -136,9 +136,9 @@ class Place:
 
     def outputs(self, *arguments: str, **options: Any) -> set[str]:
         """Return the paths that would be made."""
-        said = self.snakemake(*arguments, "-n", **options)
-        lines = re.findall(r"^ {4}output: (.*)$", said, flags=re.MULTILINE)
-        return {path for line in lines for path in line.split(", ")}
+        said = self.snakemake(*arguments, "--summary", **options)
+        rows = [line.split("\t") for line in said.splitlines() if line.count("\t") == 5]
+        return {row[0] for row in rows if row[-1] == "update pending"}
 
     def find_output(self, pattern: str, *arguments: str, **options: Any) -> str:
         """Return the one path that would be made and matches a regular expression."""

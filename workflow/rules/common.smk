@@ -170,7 +170,10 @@ def get_features(wildcards):
             for v in PROJECT.validations.values()
             if (v.tokens.id, v.teacher.id) == pairs
         ]
-        return f"{found[0].folder}/teacher_validation.safetensors"
+        features = Path(found[0].folder) / "teacher_validation.safetensors"
+        # A cache that is there is not merged again because other positions are evaluated.
+        is_merged = Path(f"{logits.folder}/manifest.json").exists()
+        return [] if is_merged and not features.exists() else [str(features)]
     validation = PROJECT.runs[wildcards.run].validation
     return [f"{validation.folder}/teacher_validation.safetensors"] if validation else []
 

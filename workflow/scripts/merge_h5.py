@@ -21,7 +21,10 @@ def main() -> None:
         "--fingerprint", required=True, type=Path, help="fingerprint.json of the teacher"
     )
     parser.add_argument(
-        "--features", type=Path, help="teacher_validation.safetensors, to measure the fidelity"
+        "--features",
+        type=Path,
+        nargs="?",
+        help="teacher_validation.safetensors, to measure the fidelity",
     )
     parser.add_argument(
         "--output", required=True, type=Path, help="manifest.json; the cache lies beside it"

@@ -1,0 +1,336 @@
+"""Ids name content: what defines an artefact changes its id, and nothing else does."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from retort.artefacts import Project, plan_project
+from retort.config import load_runs
+from retort.config_schema import merge
+from retort.provenance import fingerprint_weights, write_json
+
+Plan = Callable[..., Project]
+KINDS = {"corpora", "teachers", "tokens", "logits", "validations", "run", "evaluation"}
+TEACHER = {"teachers", "tokens", "logits", "validations", "run", "evaluation"}
+
+
+@pytest.fixture
+def raw(
+    tmp_path: Path, tiny_teacher: Path, tiny_corpus: Path, tiny_student: Path
+) -> dict[str, Any]:
+    """A config over copies of the tiny teacher, corpus and student, which a test may change."""
+    shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    shutil.copy(tiny_corpus, tmp_path / "corpus.jsonl")
+    shutil.copy(tiny_student, tmp_path / "student.json")
+    return {
+        "output": {"results_dir": str(tmp_path / "results")},
+        "dataset": {"name": "json", "data_files": str(tmp_path / "corpus.jsonl")},
+        "teacher": {"model_path": str(tmp_path / "teacher")},
+        "student": {"config": str(tmp_path / "student.json")},
+    }
+
+
+@pytest.fixture
+def plan(raw: dict[str, Any]) -> Plan:
+    """A function from overrides of the config to the project that it plans."""
+    return lambda **overrides: plan_project(load_runs(merge(raw, overrides)))
+
+
+def ids(project: Project) -> dict[str, Any]:
+    """Every id of a project of one run."""
+    (run,) = project.runs.values()
+    kinds = ("corpora", "teachers", "tokens", "logits", "validations")
+    found: dict[str, Any] = {kind: sorted(getattr(project, kind)) for kind in kinds}
+    return found | {"run": run.id, "evaluation": run.evaluation_id}
+
+
+def changed(before: Project, after: Project) -> set[str]:
+    """The kinds of artefact that have another id."""
+    one, other = ids(before), ids(after)
+    return {kind for kind in one if one[kind] != other[kind]}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"training": {"alpha": 0.3}}, {"run"}),
+        ({"training": {"temperature": 1.0}}, {"run"}),
+        ({"training": {"max_steps": 7}}, {"run"}),
+        ({"training": {"distillation_type": "logit"}}, {"run"}),
+        ({"training": {"use_cached_logits": False}}, {"run", "logits"}),
+        ({"cache": {"top_k": 8}}, {"logits", "run"}),
+        ({"cache": {"temperatures": [1.0, 2.0, 4.0]}}, {"logits", "run"}),
+        ({"teacher": {"generation": {"batch_size": 2}}}, {"logits", "run"}),
+        ({"teacher": {"dtype": "bfloat16"}}, TEACHER - {"tokens"}),
+        ({"teacher": {"generation": {"force_regenerate": "monday"}}}, TEACHER),
+        ({"dataset": {"max_length": 64}}, KINDS - {"corpora", "teachers"}),
+        ({"dataset": {"append_eos": False}}, KINDS - {"corpora", "teachers"}),
+        ({"dataset": {"max_samples": 50}}, KINDS - {"teachers"}),
+        ({"dataset": {"seed": 1}}, KINDS - {"teachers"}),
+        ({"evaluation": {"max_positions": 99}}, {"validations", "evaluation"}),
+    ],
+    ids=str,
+)
+def test_a_setting_changes_the_ids_of_what_is_made_from_it_and_no_other(
+    plan: Plan, overrides: dict[str, Any], expected: set[str]
+) -> None:
+    assert changed(plan(), plan(**overrides)) == expected
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"teacher": {"generation": {"num_workers": 5}}},
+        {"teacher": {"generation": {"gpus": "0,1", "gpus_per_model": 2}}},
+        {"teacher": {"device": "cpu"}},
+        {"dataset": {"num_proc": 1}},
+        {"training": {"save_steps": 3, "save_total_limit": 9, "logging_steps": 2}},
+        {"training": {"device": "cpu", "dataloader_num_workers": 2}},
+        {"evaluation": {"batch_size": 3}},
+        {"tracking": {"use_tensorboard": True}},
+        {"output": {"results_dir": "elsewhere"}},
+        {"output": {"cache_dir": "scratch"}},
+    ],
+    ids=str,
+)
+def test_how_and_where_work_is_done_names_nothing(plan: Plan, overrides: dict[str, Any]) -> None:
+    assert changed(plan(), plan(**overrides)) == set()
+
+
+def test_a_key_written_at_its_default_names_nothing(plan: Plan) -> None:
+    written = plan(
+        training={"alpha": 0.5, "temperature": 2, "learning_rate": 1e-4},
+        cache={"top_k": 64, "temperatures": [1, 2]},
+        dataset={"max_length": 2048},
+    )
+    assert changed(plan(), written) == set()
+
+
+def test_bulky_results_lie_in_the_cache_folder_and_records_in_the_results(plan: Plan) -> None:
+    project = plan(output={"results_dir": "results", "cache_dir": "scratch"})
+    for found in (project.tokens, project.logits, project.validations):
+        assert all(item.folder.parts[0] == "scratch" for item in found.values())
+    assert all(t.folder.parts[0] == "results" for t in project.teachers.values())
+    assert all(r.metrics_path.parts[0] == "results" for r in project.runs.values())
+
+
+def test_a_corpus_counts_by_its_bytes_not_by_its_path_or_date(plan: Plan, tmp_path: Path) -> None:
+    before = plan()
+    corpus = tmp_path / "corpus.jsonl"
+    os.utime(corpus, (1, 1))
+    assert changed(before, plan()) == set()
+    moved = tmp_path / "below" / "renamed.jsonl"
+    moved.parent.mkdir()
+    corpus.rename(moved)
+    assert changed(before, plan(dataset={"data_files": str(moved)})) == set()
+    assert changed(before, plan(dataset={"data_files": [str(tmp_path / "*" / "*.jsonl")]})) == set()
+    content = moved.read_bytes()
+    moved.write_bytes(content.replace(b"a", b"b", 1))
+    after = plan(dataset={"data_files": str(moved)})
+    assert changed(before, after) == KINDS - {"teachers"}
+
+
+def test_the_order_of_a_corpus_files_counts(plan: Plan, tmp_path: Path) -> None:
+    paths = [str(tmp_path / name) for name in ("one.jsonl", "other.jsonl")]
+    for path in paths:
+        Path(path).write_text(json.dumps({"text": path}) + "\n")
+    projects = [plan(dataset={"data_files": files}) for files in (paths, paths[::-1], paths[:1])]
+    assert len({ids(p)["corpora"][0] for p in projects}) == 3
+
+
+def test_other_files_of_a_hub_dataset_are_another_corpus(plan: Plan) -> None:
+    def hub(files: str) -> Project:
+        return plan(dataset={"name": "somebody/texts", "data_files": files})
+
+    assert "corpora" in changed(hub("a.parquet"), hub("b.parquet"))
+
+
+def test_a_student_counts_by_its_parsed_config(plan: Plan, tmp_path: Path) -> None:
+    before = plan()
+    path = tmp_path / "student.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(dict(reversed(content.items())), indent=7))
+    assert changed(before, plan()) == set()
+    shutil.copy(path, tmp_path / "copy.json")
+    assert changed(before, plan(student={"config": str(tmp_path / "copy.json")})) == set()
+    path.write_text(json.dumps(content | {"hidden_size": 12}))
+    assert changed(before, plan()) == {"run"}
+
+
+def test_a_student_checkpoint_counts_by_its_weights(plan: Plan, tmp_path: Path) -> None:
+    copy, other = tmp_path / "copy", tmp_path / "other"
+    shutil.copytree(tmp_path / "teacher", copy)
+    shutil.copytree(tmp_path / "teacher", other)
+    flip_a_weight(other)
+    projects = [
+        plan(student={"config": None, "model_path": str(folder)})
+        for folder in (tmp_path / "teacher", copy, other)
+    ]
+    assert changed(projects[0], projects[1]) == set()
+    assert changed(projects[0], projects[2]) == {"run"}
+
+
+def flip_a_weight(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [(None, "does not exist"), ("{", "is not JSON"), ("[1]", "model_type"), ("{}", "model_type")],
+)
+def test_a_student_that_is_none_is_refused_by_path(
+    plan: Plan, tmp_path: Path, text: str | None, says: str
+) -> None:
+    path = tmp_path / "none.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=says) as caught:
+        plan(student={"config": str(path)})
+    assert str(path) in str(caught.value)
+
+
+RUNS = {
+    "hard": {"training": {"distillation_type": "output"}},
+    "soft": {"training": {"distillation_type": "logit"}},
+    "both": {"training": {"distillation_type": "hybrid", "alpha": 0.3}},
+}
+
+
+def test_runs_that_differ_in_their_loss_share_everything_before_it(plan: Plan) -> None:
+    project = plan(runs=RUNS)
+    kinds = ("corpora", "teachers", "tokens", "logits", "validations")
+    assert {kind: len(getattr(project, kind)) for kind in kinds} == dict.fromkeys(kinds, 1)
+    assert len({run.id for run in project.runs.values()}) == 3
+    assert project.runs["hard"].logits is None
+
+
+def test_two_caches_share_tokens_and_validation(plan: Plan) -> None:
+    project = plan(runs={"few": {"cache": {"top_k": 4}}, "many": {"cache": {"top_k": 16}}})
+    assert (len(project.logits), len(project.tokens), len(project.validations)) == (2, 1, 1)
+
+
+def test_two_corpora_share_the_teacher(plan: Plan, tmp_path: Path) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"text": "other"}\n')
+    project = plan(runs={"one": {}, "two": {"dataset": {"data_files": str(other)}}})
+    assert (len(project.teachers), len(project.corpora), len(project.tokens)) == (1, 2, 2)
+
+
+def test_two_teachers_share_the_corpus_and_with_a_named_tokenizer_the_tokens(
+    plan: Plan, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tmp_path / "teacher", other)
+    runs = {"one": {}, "two": {"teacher": {"model_path": str(other)}}}
+    own = plan(runs=runs)
+    assert (len(own.teachers), len(own.corpora), len(own.tokens)) == (2, 1, 2)
+    named = plan(runs=runs, dataset={"tokenizer": str(other)})
+    assert (len(named.teachers), len(named.tokens), len(named.logits)) == (2, 1, 2)
+
+
+def test_a_run_without_teacher_ignores_what_only_a_teacher_needs(plan: Plan) -> None:
+    def output(**training: Any) -> Project:
+        return plan(training={"distillation_type": "output", **training})
+
+    assert changed(output(), output(temperature=1.0)) == set()
+    assert changed(output(), output(use_cached_logits=False)) == set()
+    assert changed(output(), output(seed=1)) == {"run"}
+
+
+def test_the_demo_teacher_is_named_by_the_text_that_it_learns(plan: Plan) -> None:
+    def demo(**dataset: Any) -> Project:
+        empty = {"name": "demo", "data_files": None}
+        return plan(teacher={"model_path": "demo"}, dataset=empty | dataset)
+
+    (teacher,) = demo().teachers.values()
+    assert teacher.id.startswith("demo-")
+    assert teacher.model_path == str(teacher.folder / "model")
+    assert changed(demo(), demo(max_samples=7)) == KINDS
+    assert changed(demo(), demo(num_proc=1)) == set()
+
+
+def record(project: Project) -> None:
+    """Do what resolve_teacher does: write down the weights of the project's teacher."""
+    (teacher,) = project.teachers.values()
+    teacher.folder.mkdir(parents=True)
+    weights = fingerprint_weights(Path(teacher.model_path))
+    write_json(teacher.folder / "fingerprint.json", {"weights": weights})
+
+
+def test_other_weights_under_the_same_path_are_refused_until_told_to_regenerate(
+    plan: Plan, tmp_path: Path
+) -> None:
+    before = plan()
+    record(before)
+    recorded = fingerprint_weights(tmp_path / "teacher")
+    assert changed(before, plan()) == set()
+    flip_a_weight(tmp_path / "teacher")
+    found = fingerprint_weights(tmp_path / "teacher")
+    with pytest.raises(ValueError, match="holds other weights than before") as caught:
+        plan()
+    for word in (recorded, found, str(tmp_path / "teacher"), "force_regenerate"):
+        assert word in str(caught.value)
+    told = plan(teacher={"generation": {"force_regenerate": "2026-01-01"}})
+    assert changed(before, told) == TEACHER
+    record(told)
+    plan(teacher={"generation": {"force_regenerate": "2026-01-01"}})
+    flip_a_weight(tmp_path / "teacher")
+    assert changed(before, plan()) == set()
+
+
+def test_weights_that_vanished_are_refused(plan: Plan, tmp_path: Path) -> None:
+    record(plan())
+    (tmp_path / "teacher" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="no model weights"):
+        plan()
+
+
+PRINT_IDS = """
+import json, sys
+from retort.artefacts import plan_project
+from retort.config import load_runs
+p = plan_project(load_runs(json.loads(sys.argv[1])))
+runs = [[r.name, r.id, r.evaluation_id] for r in p.runs.values()]
+print(json.dumps([runs, list(p.logits), list(p.validations), list(p.tokens), p.check_id, p.report_id]))
+"""
+
+
+def test_ids_are_the_same_in_every_process(raw: dict[str, Any]) -> None:
+    config = json.dumps(raw | {"runs": RUNS})
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", PRINT_IDS, config],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("0", "1", "random")
+    }
+    assert len(found) == 1
+    assert len(json.loads(found.pop())[0]) == 3
+
+
+def test_a_config_written_in_another_order_names_the_same(raw: dict[str, Any]) -> None:
+    text = yaml.safe_dump(raw | {"training": {"alpha": 0.3, "seed": 2}}, sort_keys=True)
+    other = yaml.safe_load(text)
+    reverse = {key: dict(reversed(other[key].items())) for key in reversed(other)}
+    assert changed(plan_project(load_runs(other)), plan_project(load_runs(reverse))) == set()
+
+
+def test_the_report_and_the_check_are_of_all_runs(plan: Plan) -> None:
+    one, other = plan(runs=RUNS), plan(runs=RUNS | {"again": {"training": {"seed": 5}}})
+    assert one.report_id != other.report_id
+    assert one.check_id != other.check_id
+    assert plan(runs=RUNS).report_id == one.report_id
