@@ -64,7 +64,7 @@ def _check_teacher(config: Config) -> tuple[Any, int, str]:
     if section.model_path == "demo":
         return DemoTokenizer(), DEMO_TEACHER.vocabulary, "teacher: the demo's own, trained first"
     if section.model_path is None:
-        tokenizer = load_tokenizer(str(dataset.tokenizer), revision=dataset.revision)
+        tokenizer = load_tokenizer(str(dataset.tokenizer))
         return tokenizer, len(tokenizer), f"no teacher; tokenizer of {len(tokenizer):,} tokens"
     model = load_model_config(
         section.model_path, revision=section.revision, trust_remote_code=section.trust_remote_code

@@ -10,7 +10,6 @@ import random
 import re
 import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -141,9 +140,10 @@ def describe_machine(generation: Generation, *, detected: Sequence[str]) -> str:
 
 
 def lock_folder() -> Path:
-    """Return the node-local folder of this user's GPU locks."""
-    folder = Path(tempfile.gettempdir()) / f"retort-gpus-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    """Return the node-local folder of this user's GPU locks: not in TMPDIR, which may differ from job to job."""
+    named = os.environ.get("RETORT_LOCK_DIR")
+    folder = Path(named) if named else Path(f"/tmp/retort-gpus-{os.getuid()}")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
 
 
@@ -170,7 +170,7 @@ def lease(
             say(
                 f"waiting for a free GPU group for {now - waited_since:.0f} s: all are held by other jobs"
             )
-        time.sleep(_POLL_S * (0.5 + random.random()))  # noqa: S311 - jitter, so that two do not keep colliding
+        time.sleep(_POLL_S * (0.5 + random.random()))
 
 
 def _take_all(group: Sequence[str], folder: Path, stack: ExitStack) -> bool:
@@ -187,15 +187,18 @@ def _take_all(group: Sequence[str], folder: Path, stack: ExitStack) -> bool:
 @contextmanager
 def _visible(gpus: Sequence[str]) -> Iterator[None]:
     """Let only these GPUs be seen by CUDA while the block runs; must be entered before CUDA starts."""
-    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    before = {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")}
+    if before["CUDA_VISIBLE_DEVICES"] is None:
+        # The ids are nvidia-smi's, which counts by bus; CUDA by itself counts the fastest first.
+        os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["CUDA_VISIBLE_DEVICES"]
-        else:
-            os.environ["CUDA_VISIBLE_DEVICES"] = before
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def is_scheduled() -> bool:
@@ -235,6 +238,6 @@ def lease_training(count: int, *, say: Callable[[str], None]) -> Iterator[tuple[
         raise ValueError(
             f"training.gpus is {count}, but this machine has {len(detected)} ({', '.join(detected)}). Lower it."
         )
-    groups = [detected[i : i + count] for i in range(0, len(detected) - count + 1)]
+    groups = [detected[i : i + count] for i in range(len(detected) - count + 1)]
     with lease(groups, folder=lock_folder(), say=say) as held, _visible(held):
         yield held

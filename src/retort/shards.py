@@ -236,8 +236,13 @@ def _sum_counts(counts: list[dict[str, Any]]) -> dict[str, Any]:
 def write_index(
     path: Path, shard_paths: list[Path], *, streaming_chunk_size: int
 ) -> dict[str, Any]:
-    """Build and write index.json beside the shards."""
+    """Build and write index.json beside the shards. Raises ValueError when nothing is held out."""
     index = build_index(shard_paths, streaming_chunk_size=streaming_chunk_size)
+    if index["val"]["positions"] == 0:
+        raise ValueError(
+            f"none of the {index['train']['documents']} usable documents is held out, so no student could be measured: "
+            "raise dataset.validation_fraction, or give more documents."
+        )
     write_json(path, index)
     return index
 
@@ -279,9 +284,9 @@ class TokenIndex:
     def read_part(self, part: dict[str, Any]) -> SequenceTable:
         """Read the sequences of one part, and verify that they are those that its name says."""
         path = self.path.parent / self.content["shards"][part["shard"]]
-        table = read_token_shard(path, "train").slice(
-            part["first"], part["first"] + part["sequences"]
-        )
+        table = read_token_shard(path, "train")
+        bounds = (part["first"], part["first"] + part["sequences"])
+        table = table.slice(*(min(bound, len(table)) for bound in bounds))
         if name_part(table) != part["name"]:
             raise ValueError(
                 f"{path} no longer holds the sequences that {self.path} lists (part {part['name']}): the shard "

@@ -229,15 +229,27 @@ def _claim_path(folder: Path, part_name: str) -> Path:
 
 def _is_claimed(folder: Path, part_name: str) -> bool:
     """Say whether a living worker is at the part; compared by the file system's clock, not by the nodes'."""
+    claim = _claim_path(folder, part_name)
     try:
-        written = _claim_path(folder, part_name).stat().st_mtime
+        written = claim.stat().st_mtime
+        node, _, process = claim.read_text().strip().partition(" ")
     except FileNotFoundError:
         return False
+    if node == platform.node() and process.isdigit() and _has_ended(int(process)):
+        return False  # killed here: nobody has to wait for its claim to age
     clock = folder / f".clock.{platform.node()}.{os.getpid()}.tmp"
     clock.touch()
     now = clock.stat().st_mtime
     clock.unlink(missing_ok=True)
     return now - written < _CLAIM_STALE_S
+
+
+def _has_ended(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except OSError as error:  # PermissionError: it is alive, and somebody else's
+        return isinstance(error, ProcessLookupError)
+    return False
 
 
 @contextmanager

@@ -192,8 +192,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         terms = combine(hard, kl, alpha=self.alpha, temperature=self.temperature)
         if not bool(torch.isfinite(terms.total)):
             raise ValueError(
-                f"the loss is {float(terms.total)} at step {self.state.global_step + 1} (hard {float(terms.hard):.4g}, "
-                f"soft {float(terms.soft) if terms.soft is not None else 0:.4g}). Checkpoints before it are kept. "
+                f"the loss is {terms.total.item()} at step {self.state.global_step + 1} (hard {terms.hard.item():.4g}, "
+                f"soft {terms.soft.item() if terms.soft is not None else 0:.4g}). Checkpoints before it are kept. "
                 "Try a lower training.learning_rate, or training.use_mixed_precision: false."
             )
         self.window.add(terms, positions=len(logits_PV))
@@ -337,6 +337,12 @@ def find_checkpoint(folder: Path) -> Path | None:
     return whole
 
 
+def _is_finished(checkpoint: Path) -> bool:
+    """Say whether it was saved after the last step: Trainer, asked to go on from it, would make one more."""
+    state = read_json(checkpoint / "trainer_state.json")
+    return bool(state["global_step"] >= state["max_steps"])
+
+
 def training_arguments(
     folder: Path, training: Training, tracking: Tracking, *, name: str
 ) -> TrainingArguments:
@@ -424,9 +430,12 @@ def train_student(
         trainer.add_callback(progress)
         if checkpoint:
             say(f"train {name}: going on from {checkpoint.name}")
-        trainer.train(
-            resume_from_checkpoint=str(checkpoint or training.resume_from_checkpoint or "") or None
-        )
+        if checkpoint and _is_finished(checkpoint):
+            trainer._load_from_checkpoint(str(checkpoint))
+            trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        else:
+            start = str(checkpoint or training.resume_from_checkpoint or "")
+            trainer.train(resume_from_checkpoint=start or None)
         save_final(folder / "final", trainer.model, tokenizer)
         write_log(folder / "training_log.csv", trainer.state.log_history)
         return {
@@ -484,6 +493,7 @@ def train_run(
     name: str,
     index_path: Path,
     tokenizer_path: str,
+    tokenizer_revision: str | None,
     cache_path: Path | None,
     teacher_path: str | None,
     fingerprint_path: Path | None,
@@ -507,7 +517,11 @@ def train_run(
             "--cache teacher_logits.h5 or --teacher, or use --distillation-type output."
         )
     index = TokenIndex.read(index_path)
-    tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=teacher_section.trust_remote_code)
+    tokenizer = load_tokenizer(
+        tokenizer_path,
+        revision=tokenizer_revision,
+        trust_remote_code=teacher_section.trust_remote_code,
+    )
     source = _open_source(index, cache_path if alpha < 1.0 else None)
     # The width of the teacher's output layer, also for a run that learns from text alone: students of one
     # config are of one size.

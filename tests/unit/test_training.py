@@ -364,7 +364,14 @@ GPT2_WITH_DROPOUT = {
     "n_positions": 128,
     "resid_pdrop": 0.2,  # its random numbers must go on where they stopped
 }
-LONG: dict[str, Any] = {"max_steps": 36, "save_steps": 3, "batch_size": 24, "learning_rate": 1e-2}
+LONG: dict[str, Any] = {
+    "max_steps": 36,
+    "save_steps": 3,
+    "save_total_limit": 20,
+    "batch_size": 24,
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "constant",  # a rate of 0 at the end would hide a step too many
+}
 
 
 def train_in_a_process(bench: Bench, folder: Path, student: Path, log: Path) -> None:
@@ -444,6 +451,19 @@ def test_a_torn_checkpoint_is_removed_and_the_one_before_is_used(
     assert_same_weights(folder, undisturbed)
 
 
+def test_going_on_at_an_epochs_end_or_within_one_gives_the_same_weights(
+    bench: Bench, dropout_student: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    steps_per_epoch = len(bench.table) // LONG["batch_size"]
+    assert len(bench.table) == steps_per_epoch * LONG["batch_size"] and steps_per_epoch % 3 == 0
+    for step in (3, steps_per_epoch, steps_per_epoch + 3):
+        folder = tmp_path / str(step)
+        checkpoint = f"checkpoint-{step}"
+        shutil.copytree(undisturbed / checkpoint, folder / checkpoint)
+        bench.train(folder, bench.cache, student=dropout_student, **LONG)
+        assert_same_weights(folder, undisturbed)
+
+
 def test_a_run_killed_after_its_last_step_only_writes_what_is_missing(
     bench: Bench, dropout_student: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -471,14 +491,15 @@ def test_seconds_and_positions_add_up_over_attempts(
     assert summary["trained_positions"] == whole["positions"] > mark["positions"]
 
 
-def test_checkpoints_beyond_the_limit_are_removed_but_two_are_kept(
-    undisturbed: Path, tmp_path: Path
+@pytest.mark.parametrize("limit", [1, 3])
+def test_old_checkpoints_are_removed_but_two_are_kept(
+    limit: int, bench: Bench, tmp_path: Path
 ) -> None:
-    names = sorted(path.name for path in undisturbed.glob("checkpoint-*"))
-    assert names == ["checkpoint-30", "checkpoint-33", "checkpoint-36"]
-    training = section("training", save_total_limit=1, device="cpu")
-    arguments = training_arguments(tmp_path, training, section("tracking"), name="run")
-    assert arguments.save_total_limit == 2  # the newest may be torn
+    bench.train(tmp_path, bench.cache, max_steps=5, save_steps=1, save_total_limit=limit)
+    names = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    assert (
+        names == [f"checkpoint-{n}" for n in (3, 4, 5)][-max(2, limit) :]
+    )  # the newest may be torn
 
 
 def test_a_second_process_on_the_same_run_waits(
@@ -520,6 +541,7 @@ def run_rule(bench: Bench, out: Path, **given: Any) -> dict[str, Any]:
         name="mine",
         index_path=bench.index_path,
         tokenizer_path=str(bench.teacher_path),
+        tokenizer_revision=None,
         student=section("student", config=str(bench.student_path)),
         training=training,
         tracking=section("tracking"),

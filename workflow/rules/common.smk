@@ -77,12 +77,17 @@ def get_tokenize_flags(wildcards):
         if tokens.corpus.is_drawn
         else ""
     )
-    trust = (
-        " --trust-remote-code"
-        if tokens.teacher and tokens.teacher.section.trust_remote_code
-        else ""
-    )
-    return f"--tokenizer {shlex.quote(tokens.tokenizer)} {flags(tokens.corpus.dataset)}{corpus}{trust}"
+    section = tokens.teacher.section if tokens.teacher else None
+    trust = " --trust-remote-code" if section and section.trust_remote_code else ""
+    return f"{tokenizer_flags(tokens)} {flags(tokens.corpus.dataset)}{corpus}{trust}"
+
+
+def tokenizer_flags(tokens):
+    """Where a tokenizer is loaded from."""
+    words = ["--tokenizer", tokens.tokenizer]
+    if tokens.teacher and tokens.teacher.section.revision:
+        words += ["--tokenizer-revision", tokens.teacher.section.revision]
+    return shlex.join(words)
 
 
 def get_tokenizer(wildcards):
@@ -190,7 +195,7 @@ def get_train_flags(wildcards):
     run = PROJECT.runs[wildcards.run]
     config = run.config
     words = [flags(config.student, config.training, config.tracking)]
-    words.append(f"--tokenizer {shlex.quote(run.tokens.tokenizer)}")
+    words.append(tokenizer_flags(run.tokens))
     if run.logits:
         words.append(
             f"--cache {shlex.quote(str(run.logits.folder / 'teacher_logits.h5'))}"

@@ -24,9 +24,7 @@ def main() -> None:
     args = parser.parse_args()
     from retort.demo import make_demo_teacher
 
-    make_demo_teacher(
-        args.output, section_from_args(args, "dataset"), drawn=args.corpus, say=say
-    )
+    make_demo_teacher(args.output, section_from_args(args, "dataset"), drawn=args.corpus, say=say)
 
 
 if __name__ == "__main__":

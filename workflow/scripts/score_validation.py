@@ -1,7 +1,8 @@
 """The teacher reads the held-out sequences once, and a sample of the training sequences again.
 
     python workflow/scripts/score_validation.py --index results/tokens/mine/index.json --teacher models/teacher \\
-        --fingerprint results/teachers/mine/fingerprint.json --output results/validation/mine/teacher_validation.safetensors
+        --fingerprint results/teachers/mine/fingerprint.json \\
+        --output results/validation/mine/teacher_validation.safetensors
 """
 
 import argparse

@@ -19,6 +19,7 @@ def main() -> None:
     )
     parser.add_argument("--shard", required=True, type=int, help="which shard, from 0")
     parser.add_argument("--tokenizer", required=True, help="folder or Hub id")
+    parser.add_argument("--tokenizer-revision", help="revision of a Hub tokenizer")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run a tokenizer's own code"
     )
@@ -32,7 +33,7 @@ def main() -> None:
     from retort.tokens import fingerprint_of_tokenizer, load_tokenizer
 
     tokenizer = load_tokenizer(
-        args.tokenizer, revision=dataset.revision, trust_remote_code=args.trust_remote_code
+        args.tokenizer, revision=args.tokenizer_revision, trust_remote_code=args.trust_remote_code
     )
     line = tokenize_shard(
         args.output,

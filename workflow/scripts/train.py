@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument(
         "--tokenizer", required=True, help="folder or Hub id of the tokens' tokenizer"
     )
+    parser.add_argument("--tokenizer-revision", help="revision of a Hub tokenizer")
     parser.add_argument("--cache", type=Path, help="teacher_logits.h5, for logit and hybrid")
     parser.add_argument("--teacher", help="folder or Hub id of a live teacher, instead of --cache")
     parser.add_argument(
@@ -43,6 +44,7 @@ def main() -> None:
             name=args.name,
             index_path=args.index,
             tokenizer_path=args.tokenizer,
+            tokenizer_revision=args.tokenizer_revision,
             cache_path=args.cache,
             teacher_path=args.teacher,
             fingerprint_path=args.fingerprint,

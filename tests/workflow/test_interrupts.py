@@ -1,0 +1,173 @@
+"""Killed anywhere, in any way: the same command finishes, and nobody can tell from the results."""
+
+import json
+import os
+import platform
+import random
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from place import Place, sha256, tiny, wait_until
+
+Process = subprocess.Popen[bytes]
+
+
+def press_ctrl_c(process: Process) -> None:
+    """Interrupt Snakemake and its jobs, as a terminal does."""
+    os.killpg(process.pid, signal.SIGINT)
+
+
+def terminate(process: Process) -> None:
+    """Ask Snakemake and its jobs to end, as a scheduler does at the end of its patience."""
+    os.killpg(process.pid, signal.SIGTERM)
+
+
+def kill_snakemake(process: Process) -> None:
+    """Kill Snakemake alone; its jobs go on without it."""
+    process.kill()
+
+
+def cut_the_power(process: Process) -> None:
+    """Kill Snakemake and all of its jobs at once."""
+    os.killpg(process.pid, signal.SIGKILL)
+
+
+Stop = Callable[[Process], None]
+WAYS: list[Stop] = [press_ctrl_c, terminate, kill_snakemake, cut_the_power]
+
+
+@contextmanager
+def running(place: Place) -> Iterator[Process]:
+    """Snakemake on its way; nothing of it is left behind."""
+    process = place.start()
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def stop_at(place: Place, mark: str, stop: Stop) -> None:
+    """Run Snakemake until a file matches, stop it, and unlock the folder if it could not do so itself."""
+    process = place.start()
+    wait_until(lambda: any(place.path.glob(mark)), process=process)
+    stop(process)
+    assert process.wait(timeout=120) != 0
+    if stop in (kill_snakemake, cut_the_power):
+        refused = place.try_snakemake()
+        assert refused.returncode != 0
+        assert "--unlock" in refused.output
+        place.snakemake("--unlock")
+
+
+def results_of(place: Place) -> dict[str, object]:
+    """Return what must not depend on anyone's history: the cache, the students, what was measured."""
+    found: dict[str, object] = {"cache": sha256(place.cache / "teacher_logits.h5")}
+    for weights in sorted(place.results.glob("runs/*/*/final/model.safetensors")):
+        found[str(weights.relative_to(place.results))] = sha256(weights)
+    for path in sorted(place.results.glob("runs/*/*/evaluation/*/metrics.json")):
+        metrics = json.loads(path.read_text())
+        measured = {key: metrics[key] for key in ("steps", "trained_tokens", "validation", "cache")}
+        found[str(path.relative_to(place.results))] = measured
+    return found
+
+
+def plant_claim(place: Place, process_id: int) -> None:
+    """Leave what a worker that was killed here leaves: a fresh claim on a part."""
+    (index,) = place.results.glob("tokens/*/index.json")
+    part = json.loads(index.read_text())["parts"][0]["name"]
+    claim = place.cache / "parts" / f"{part}.claim"
+    claim.parent.mkdir(exist_ok=True)
+    claim.write_text(f"{platform.node()} {process_id}\n")
+
+
+@pytest.mark.parametrize(
+    "ways",
+    [
+        (press_ctrl_c, kill_snakemake, terminate, press_ctrl_c, terminate),
+        pytest.param(
+            (terminate, press_ctrl_c, cut_the_power, kill_snakemake, cut_the_power),
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["gently", "roughly"],
+)
+def test_stopped_at_every_stage_the_same_command_finishes(
+    finished: Place, fresh: Place, ways: tuple[Stop, ...]
+) -> None:
+    at_tokens, at_teacher, at_merge, at_training, at_report = ways
+    stop_at(fresh, "logs/tokenize_shard/*", at_tokens)
+    stop_at(fresh, "results/logits/*/parts/*.h5", at_teacher)
+    stop_at(fresh, "logs/merge_h5/*", at_merge)
+    stop_at(fresh, "results/runs/both/*/checkpoint-4/complete.json", at_training)
+    stop_at(fresh, "logs/report/*", at_report)
+    fresh.snakemake()
+    assert results_of(fresh) == results_of(finished)
+    assert not [p for p in fresh.results.rglob("*.tmp") if "corpora" not in p.parts]
+    assert fresh.plan() == {}
+
+
+def test_a_dead_workers_claim_delays_nobody(done: Place) -> None:
+    target = str((done.cache / "manifest.json").relative_to(done.path))
+    undisturbed = sha256(done.cache / "teacher_logits.h5")
+    for name in ("manifest.json", "teacher_logits.h5"):
+        (done.cache / name).unlink()
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    plant_claim(done, gone.pid)
+    done.snakemake(target)
+    workers = json.loads((done.cache / "run.json").read_text())["workers"]
+    assert max(worker["seconds"] for worker in workers) < 30, "a claim grows old after 60 s"
+    assert sha256(done.cache / "teacher_logits.h5") == undisturbed
+
+
+def test_without_a_mark_snakemake_ends_a_run_that_ctrl_c_stopped_by_the_same_command(
+    done: Place,
+) -> None:
+    """The default profile's rerun-incomplete: else the next plain command refuses to start."""
+    shutil.rmtree(done.results / "reports")
+    stop_at(done, "logs/report/.started", press_ctrl_c)
+    assert done.plan() == {"report": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0])
+def test_twenty_stops_at_random(finished: Place, inputs: Place, tmp_path: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    expected = results_of(finished)
+    stops = histories = 0
+    while stops < 20:
+        histories += 1
+        place = inputs.copy_to(tmp_path / f"history{histories}")
+        while True:
+            with running(place) as process:
+                try:
+                    process.wait(timeout=chance.uniform(2.0, 25.0))
+                except subprocess.TimeoutExpired:
+                    stops += 1
+                    chance.choice(WAYS)(process)
+                    process.wait(timeout=120)
+                else:
+                    assert process.returncode == 0, (place.path / "started.log").read_text()
+                    break
+            place.snakemake("--unlock")
+        assert results_of(place) == expected, f"history {histories} of seed {seed}"
+        assert place.plan() == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_any_number_of_workers_makes_the_same_cache(
+    finished: Place, done: Place, num_workers: int
+) -> None:
+    target = str((done.cache / "manifest.json").relative_to(done.path))
+    shutil.rmtree(done.cache)
+    done.write_config(tiny(teacher={"generation": {"num_workers": num_workers}}))
+    done.snakemake(target, cores=3)
+    for name in ("teacher_logits.h5", "manifest.json"):
+        assert sha256(done.cache / name) == sha256(finished.cache / name)
