@@ -65,6 +65,12 @@ def make_demo_teacher(
         table = tokenize_documents(
             _read_training_documents(dataset, drawn), tokenizer, dataset, counts=TokenCounts()
         )
+        if table.num_positions == 0:
+            raise ValueError(
+                "no document is left to train the demo's teacher on: all were held out or empty. Raise "
+                f"dataset.max_samples (now {dataset.max_samples}), or lower dataset.validation_fraction "
+                f"(now {dataset.validation_fraction})."
+            )
         say(f"demo teacher: {len(table.ids):,} tokens to train on, vocabulary {len(tokenizer)}")
         config_path = folder / "config.json"
         write_json(config_path, _model_config(dataset))

@@ -270,7 +270,8 @@ def describe_device(device: torch.device) -> str:
     """Return the device in words, for run.json."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)} x {torch.cuda.device_count()}"
-    return f"cpu, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
+    threads = torch.get_num_threads()
+    return f"cpu, {threads} thread{'s' if threads > 1 else ''} of {os.cpu_count()} cores"
 
 
 def record_teacher(path: Path, section: Teacher) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 from retort.codec import build_codec, bytes_per_position
 from retort.config import Cache
 
-# Stored bytes of one sequence beside its records: ids, mask, key, offsets, checksum.
+# Stored bytes beside the records' values: ids and mask; key, offsets, checksum and zstd's frame; HDF5's own.
 _BYTES_PER_TOKEN = 5
-_BYTES_PER_SEQUENCE = 64
+_BYTES_PER_SEQUENCE = 64 + 18
+_BYTES_PER_PART = 16 << 10
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,10 @@ def plan_cache(index: dict[str, Any], cache: Cache, *, vocabulary: int, folder: 
         build_codec(cache, vocabulary=vocabulary)
     )
     total = 2 * (
-        record_bytes + _BYTES_PER_TOKEN * train["tokens"] + _BYTES_PER_SEQUENCE * train["sequences"]
+        record_bytes
+        + _BYTES_PER_TOKEN * train["tokens"]
+        + _BYTES_PER_SEQUENCE * train["sequences"]
+        + _BYTES_PER_PART * len(index["parts"])
     )
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(existing).free

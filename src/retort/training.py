@@ -373,6 +373,7 @@ def training_arguments(
         fp16=mixed and training.mixed_precision_dtype == "fp16",
         activation_checkpointing=training.use_gradient_checkpointing,
         logging_steps=training.logging_steps,
+        logging_first_step=True,  # a run shorter than logging_steps has a curve too
         logging_nan_inf_filter=False,  # it would log 0.0 for a NaN and train on
         save_steps=training.save_steps,
         save_total_limit=max(2, training.save_total_limit),  # the newest may be torn by a kill

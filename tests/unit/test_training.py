@@ -421,7 +421,7 @@ def test_a_run_killed_at_random_steps_ends_with_the_weights_of_an_undisturbed_on
         if kills < 3:
             before = set(folder.glob("checkpoint-*"))
             wait_for(lambda before=before: bool(set(folder.glob("checkpoint-*")) - before))
-            time.sleep(chance.random() * 0.1)
+            time.sleep(chance.random() * 0.03)
             os.kill(process.pid or 0, signal.SIGKILL)
             kills += 1
         process.join()
