@@ -95,14 +95,16 @@ def decode(payload: bytes, codec: Codec, *, num_positions: int) -> SparseTargets
     ids_bytes = num_positions * codec.top_k * codec.id_dtype.itemsize
     values_bytes = num_positions * codec.top_k * 2
     tails_bytes = num_positions * len(codec.temperatures) * 4
+    expected = ids_bytes + values_bytes + tails_bytes
     try:
-        raw = zstandard.ZstdDecompressor().decompress(payload)
+        found = zstandard.frame_content_size(payload)
+        # Asked first: a damaged size must not be allocated.
+        raw = zstandard.ZstdDecompressor().decompress(payload) if found == expected else b""
     except zstandard.ZstdError as error:
         raise ValueError(f"a record does not decode ({error}): the cache is damaged.") from None
-    if len(raw) != ids_bytes + values_bytes + tails_bytes:
+    if found != expected:
         raise ValueError(
-            f"a record of {num_positions} positions has {len(raw)} bytes, expected "
-            f"{ids_bytes + values_bytes + tails_bytes}: the cache is damaged."
+            f"a record of {num_positions} positions has {found} bytes, expected {expected}: the cache is damaged."
         )
     ids = np.frombuffer(raw, codec.id_dtype, count=num_positions * codec.top_k)
     values = np.frombuffer(raw, "<f2", count=num_positions * codec.top_k, offset=ids_bytes)

@@ -49,6 +49,8 @@ def detect_gpus() -> tuple[str, ...]:
         found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", "") or getattr(error, "stdout", "") or str(error)
+        if "No devices were found" in said:  # a login node with the tool but no GPU
+            return ()
         raise ValueError(
             f"nvidia-smi is installed but fails ({said.strip()}): the GPU driver is broken. Mend it, or run on the "
             'CPU with CUDA_VISIBLE_DEVICES="" in front of the command.'

@@ -71,9 +71,11 @@ def make_report(metrics_paths: Sequence[Path], out_html: Path) -> str:
     Raises ValueError where a file is missing, is not what `evaluate` or `train` writes, or has NaN.
     """
     records = load_metrics(metrics_paths)
-    write_report(records, load_logs(records), out_html, out_html.with_name("summary.csv"))
+    out_html.parent.mkdir(parents=True, exist_ok=True)
     summary = render_summary(records, report_path=out_html)
     write_atomically(out_html.with_name("summary.txt"), (summary + "\n").encode())
+    # The page comes last: where it is, the rest is too.
+    write_report(records, load_logs(records), out_html, out_html.with_name("summary.csv"))
     return summary
 
 
@@ -376,8 +378,8 @@ def write_report(
         inks=INKS,
         series=SERIES,
     )
-    write_atomically(out_html, page.encode())
     write_atomically(summary_csv, render_csv(records).encode())
+    write_atomically(out_html, page.encode())
 
 
 def _page_group(

@@ -1,5 +1,6 @@
 """How scripts end: one sentence for a user's mistake, a traceback for ours; as real processes see it."""
 
+import os
 import subprocess
 import sys
 
@@ -48,7 +49,11 @@ def test_success_is_silent_and_leaves_the_users_settings(monkeypatch: pytest.Mon
     assert found.stderr == "debug\n"
 
 
-def test_the_exit_is_an_exit_in_this_process_too(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_exit_is_an_exit_in_this_process_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.environ", dict(os.environ))
+
     def main() -> None:
         say("begun")
         raise ValueError("no such file")

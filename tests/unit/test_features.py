@@ -20,8 +20,8 @@ from retort.features import (
     write_features,
 )
 from retort.models import CausalLM, Head, load_teacher, split_model
-from retort.provenance import read_json
-from retort.shards import TokenIndex
+from retort.provenance import read_json, write_json
+from retort.shards import TokenIndex, build_index
 from retort.tokens import SequenceTable
 
 
@@ -197,7 +197,11 @@ def test_asking_for_logprobs_leaves_the_features_as_they_are() -> None:
 def test_no_held_out_document_is_refused(
     tmp_path: Path, tiny_corpus: Path, tiny_teacher: Path
 ) -> None:
-    index_path = tokenize(tmp_path, tiny_corpus, tiny_teacher, validation_fraction=0.0)
+    with pytest.raises(ValueError, match="held out"):
+        tokenize(tmp_path, tiny_corpus, tiny_teacher, validation_fraction=0.0)
+    index_path = tmp_path / "index.json"  # as if it were there all the same
+    shards = sorted(tmp_path.glob("shard_*.h5"))
+    write_json(index_path, build_index(shards, streaming_chunk_size=20))
     with pytest.raises(ValueError, match=r"no document is held out.*validation_fraction"):
         score_validation(
             tmp_path / "features.safetensors",

@@ -1,6 +1,7 @@
 # What the rules share: the plan of artefacts, and get_* functions from wildcards to inputs, flags and resources.
 # Every node parses this file again for every job it runs: nothing here may import torch.
 import contextlib
+import functools
 import json
 import shlex
 import sys
@@ -152,10 +153,20 @@ def get_sample_flags(wildcards):
     return flags(artefact(wildcards).config.evaluation)
 
 
+@functools.cache
+def detected_gpus():
+    """The GPUs of the machine that reads the config; a broken driver is an error of the job that needs it."""
+    try:
+        return detect_gpus()
+    except ValueError as error:
+        logger.warning(str(error))
+        return ()
+
+
 def get_num_workers(wildcards):
     """How many workers share a cache's parts. It names nothing, so it may differ between machines and runs."""
     generation = PROJECT.logits[wildcards.logits].config.teacher.generation
-    return count_workers(generation, detected=detect_gpus())
+    return count_workers(generation, detected=detected_gpus())
 
 
 def get_receipts(wildcards):
@@ -235,10 +246,15 @@ def get_all_metrics(wildcards):
 
 
 def greet():
-    """Say what the teacher will run on, before anything starts."""
-    for logits in PROJECT.logits.values():
-        generation = logits.config.teacher.generation
-        logger.info(describe_machine(generation, detected=detect_gpus()))
+    """Say what the teacher will run on, before anything starts; the jobs may run on other machines than this."""
+    generations = [
+        logits.config.teacher.generation for logits in PROJECT.logits.values()
+    ]
+    for generation in dict.fromkeys(generations):
+        try:
+            logger.info(describe_machine(generation, detected=detected_gpus()))
+        except ValueError as error:
+            logger.warning(str(error))
 
 
 def point_to_report():
