@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=Path, help="metrics.json")
     add_section_flags(parser, "evaluation")
     args = parser.parse_args()
-    with lease_training(1, say=say):
+    with lease_training(1, device=args.device, say=say):
         from retort.evaluation import evaluate_run
 
         line = evaluate_run(

@@ -35,7 +35,7 @@ def main() -> None:
     args = parser.parse_args()
     section = section_from_args(args, "teacher")
     tell = say if args.worker == 0 else print
-    with lease_teacher(section.generation, worker=args.worker, say=tell):
+    with lease_teacher(section.generation, worker=args.worker, device=section.device, say=tell):
         from retort.teacher import generate_logits
 
         generate_logits(

@@ -28,7 +28,7 @@ def main() -> None:
         add_section_flags(parser, section)
     args = parser.parse_args()
     section = section_from_args(args, "teacher")
-    with lease_teacher(section.generation, worker=0, say=say):
+    with lease_teacher(section.generation, worker=0, device=section.device, say=say):
         from retort.features import score_validation
 
         score_validation(

@@ -36,7 +36,7 @@ def main() -> None:
         add_section_flags(parser, section)
     args = parser.parse_args()
     training = section_from_args(args, "training")
-    with lease_training(training.gpus, say=say):
+    with lease_training(training.gpus, device=training.device, say=say):
         from retort.training import train_run
 
         train_run(
