@@ -15,7 +15,13 @@ from typing import Any
 
 from retort.config import Config, Dataset, Teacher, identity
 from retort.corpus import corpus_files
-from retort.provenance import digest, digest_file, fingerprint_weights, read_json
+from retort.provenance import (
+    digest,
+    digest_file,
+    fingerprint_weights,
+    read_json,
+    refuse_file_in_the_way,
+)
 
 # Raise a number when the code makes other bytes from the same input: that, and only that, re-makes results.
 # tests/unit/test_golden.py fails when bytes change and the number does not.
@@ -141,9 +147,12 @@ class Project:
 def plan_project(configs: Mapping[str, Config]) -> Project:
     """Name every artefact that the runs' configs make.
 
-    Raises ValueError where a local corpus or student config is missing, or where the weights under a local
-    teacher's path are not those that its recorded results were made with.
+    Raises ValueError where a local corpus or student config is missing, where a file stands in the results' place,
+    or where the weights under a local teacher's path are not those that its recorded results were made with.
     """
+    for output in {config.output for config in configs.values()}:
+        refuse_file_in_the_way(Path(output.results_dir))
+        refuse_file_in_the_way(Path(output.cache_dir or output.results_dir))
     runs = {name: _plan_run(name, config) for name, config in configs.items()}
     everything = list(runs.values())
     teachers = [r.teacher for r in everything if r.teacher] + [

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from retort.codec import Codec, SparseTargets, decode, encode
 from retort.provenance import digest
-from retort.shards import TokenIndex, name_part, open_h5, write_h5
+from retort.shards import TokenIndex, name_part, open_h5, read_text, write_h5, write_text
 from retort.tokens import SequenceTable, content_key
 
 CACHE_FORMAT = "retort-logits"
@@ -126,12 +126,12 @@ def write_part(
 def _write_header(
     file: h5py.File, header: CacheHeader, label_names: Any, checksums: dict[str, str]
 ) -> None:
-    file.attrs["format"] = CACHE_FORMAT
+    file.attrs["format"] = np.bytes_(CACHE_FORMAT)
     file.attrs["version"] = CACHE_VERSION
     content = header.to_json() | {"label_names": label_names, "checksums": checksums}
     text = json.dumps(content, sort_keys=True)
-    file.attrs["header"] = text
-    file.attrs["header_checksum"] = xxhash.xxh3_64_hexdigest(text.encode())
+    write_text(file, "header", text)
+    file.attrs["header_checksum"] = np.uint64(xxhash.xxh3_64_intdigest(text.encode()))
 
 
 def _record_checksum(key: bytes, record: bytes) -> int:
@@ -154,9 +154,12 @@ def _map_column(path: Path, dataset: h5py.Dataset) -> NDArray[Any]:
 
     Raises ValueError for a column of another type or layout than Retort writes.
     """
-    expected = np.dtype(_COLUMN_TYPES[dataset.name.lstrip("/")])
-    if dataset.dtype != expected:
-        raise ValueError(f"{path}: column {dataset.name} is {dataset.dtype}, expected {expected}.")
+    name = dataset.name.lstrip("/")
+    expected = (np.dtype(_COLUMN_TYPES[name]), 2 if name == "keys" else 1)
+    if (dataset.dtype, dataset.ndim) != expected:
+        raise ValueError(
+            f"{path}: column {name} has (type, dimensions) {dataset.dtype, dataset.ndim}, expected {expected}."
+        )
     if dataset.size == 0:
         return np.empty(dataset.shape, dataset.dtype)
     offset = dataset.id.get_offset()
@@ -177,8 +180,8 @@ class LogitCache:
     def __init__(self, path: Path) -> None:
         self.path = path
         with open_h5(path, expected_format=CACHE_FORMAT, version=CACHE_VERSION) as file:
-            text = str(file.attrs["header"])
-            if xxhash.xxh3_64_hexdigest(text.encode()) != file.attrs["header_checksum"]:
+            text = read_text(file, "header")
+            if xxhash.xxh3_64_intdigest(text.encode()) != int(file.attrs["header_checksum"]):
                 raise ValueError(
                     f"{path}: the header does not match its checksum: the file is damaged."
                 )

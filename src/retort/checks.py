@@ -3,9 +3,7 @@
 Each check raises ValueError with the value found, what was expected and what to do; nothing here needs a GPU.
 """
 
-import tempfile
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from retort.config import Config, Teacher
 from retort.corpus import check_corpus
 from retort.demo import DEMO_TEACHER, DemoTokenizer
 from retort.models import load_model_config, output_width, student_config
-from retort.provenance import fingerprint_weights
+from retort.provenance import fingerprint_weights, require_writable
 from retort.tokens import load_tokenizer
 
 
@@ -28,27 +26,14 @@ def check_project(configs: Mapping[str, Config]) -> dict[str, Any]:
     """
     notes: list[str] = []
     for name, config in configs.items():
-        _check_writable(config.output.results_dir)
+        require_writable(Path(config.output.results_dir))
         if config.output.cache_dir:
-            _check_writable(config.output.cache_dir)
+            require_writable(Path(config.output.cache_dir))
         notes.append(_check_corpus(config))
         tokenizer, width, note = _check_teacher(config)
         notes.append(note)
         notes.append(f"run {name}: {_check_student(config, tokenizer, width)}")
     return {"runs": list(configs), "notes": list(dict.fromkeys(notes))}
-
-
-@cache
-def _check_writable(folder: str) -> None:
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"cannot write to {str(Path(folder).resolve())!r} ({error.strerror}): free space or change its rights, or "
-            "set output.results_dir and output.cache_dir to folders of yours."
-        ) from None
 
 
 def _check_corpus(config: Config) -> str:

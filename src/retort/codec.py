@@ -127,6 +127,14 @@ def resolve_top_k(top_k: int | str, *, vocabulary: int) -> int:
 
 
 def build_codec(cache: Cache, *, vocabulary: int) -> Codec:
-    """Return the codec of a `cache` section for a teacher of that output width."""
+    """Return the codec of a `cache` section for a teacher of that output width.
+
+    Raises ValueError when temperature 1, at which every cache is measured, is not among those stored.
+    """
+    if 1.0 not in cache.temperatures:
+        raise ValueError(
+            f"cache.temperatures is {list(cache.temperatures)}, but the cache's fidelity is measured at temperature 1. "
+            f"Add it: {sorted([1.0, *cache.temperatures])}."
+        )
     top_k = resolve_top_k(cache.top_k, vocabulary=vocabulary)
     return Codec(cache.method, top_k, tuple(cache.temperatures), vocabulary)

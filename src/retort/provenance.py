@@ -13,6 +13,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from importlib import metadata
@@ -153,6 +154,30 @@ def remove_stale_temporaries(folder: Path, *, older_than_s: float = 3600.0) -> N
     for path in folder.glob(".*.tmp"):
         if now - path.stat().st_mtime > older_than_s:
             path.unlink(missing_ok=True)
+
+
+def refuse_file_in_the_way(folder: Path) -> None:
+    """Raise ValueError where a file stands at `folder` or above it; nothing is made."""
+    nearest = next((path for path in (folder, *folder.parents) if path.exists()), Path())
+    if not nearest.is_dir():
+        raise _not_writable(folder, f"{nearest} is a file")
+
+
+def require_writable(folder: Path) -> None:
+    """Make `folder` and try to write in it. Raises ValueError when that fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _not_writable(folder, str(error.strerror)) from None
+
+
+def _not_writable(folder: Path, reason: str) -> ValueError:
+    return ValueError(
+        f"cannot write to {str(folder.resolve())!r} ({reason}): free space or change its rights, or set "
+        "output.results_dir and output.cache_dir to folders of yours."
+    )
 
 
 def describe_run(

@@ -50,12 +50,26 @@ def write_h5(path: Path, fill: Callable[[h5py.File], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(group: h5py.Group, name: str, text: str) -> None:
+    """Store text as a dataset of its UTF-8 bytes.
+
+    HDF5's own strings of any length lie in a heap on which one flipped bit can send its reader into an endless loop;
+    short ones are limited to 64 KiB.
+    """
+    group.create_dataset(name, data=np.frombuffer(text.encode(), np.uint8))
+
+
+def read_text(group: h5py.Group, name: str) -> str:
+    """Read what `write_text` wrote."""
+    return bytes(group[name][()]).decode()
+
+
 def write_table(group: h5py.Group, table: SequenceTable) -> None:
     """Write the table's columns as datasets of `group`."""
     for field in fields(table):
         value = getattr(table, field.name)
         if field.name == "label_names":
-            group.attrs["label_names"] = json.dumps(value)
+            write_text(group, "label_names", json.dumps(value))
         else:
             group.create_dataset(
                 field.name, data=value.astype("u1") if value.dtype == np.bool_ else value
@@ -66,7 +80,7 @@ def read_table(group: h5py.Group) -> SequenceTable:
     """Read a table written by `write_table`."""
     columns = {f.name: group[f.name][()] for f in fields(SequenceTable) if f.name != "label_names"}
     columns["loss_mask"] = columns["loss_mask"].astype(np.bool_)
-    names = tuple((str(c), str(lang)) for c, lang in json.loads(group.attrs["label_names"]))
+    names = tuple((str(c), str(lang)) for c, lang in json.loads(read_text(group, "label_names")))
     return SequenceTable(**columns, label_names=names)
 
 
@@ -77,13 +91,13 @@ def write_token_shard(
     counts: dict[str, Any],
     tokenizer: dict[str, Any],
 ) -> None:
-    """Write one shard: a group for each split, the counts and the tokenizer's fingerprint as attributes."""
+    """Write one shard: a group for each split, the counts, the tokenizer's fingerprint."""
 
     def fill(file: h5py.File) -> None:
-        file.attrs["format"] = TOKENS_FORMAT
+        file.attrs["format"] = np.bytes_(TOKENS_FORMAT)
         file.attrs["version"] = TOKENS_VERSION
-        file.attrs["counts"] = json.dumps(counts, sort_keys=True)
-        file.attrs["tokenizer"] = json.dumps(tokenizer, sort_keys=True)
+        write_text(file, "counts", json.dumps(counts, sort_keys=True))
+        write_text(file, "tokenizer", json.dumps(tokenizer, sort_keys=True))
         for split in SPLITS:
             write_table(file.create_group(split), tables[split])
 
@@ -123,14 +137,14 @@ def open_h5(path: Path, *, expected_format: str, version: int) -> Iterator[h5py.
 
 
 def _refuse_other_format(path: Path, file: h5py.File, expected_format: str, version: int) -> None:
-    found = (file.attrs.get("format"), int(file.attrs.get("version", 0)))
-    if found[0] != expected_format:
+    name = file.attrs.get("format")
+    name = name.decode() if isinstance(name, bytes) else name
+    if name != expected_format:
+        raise ValueError(f"{path} is no {expected_format} file: its format attribute is {name!r}.")
+    found = int(file.attrs.get("version", 0))
+    if found != version:
         raise ValueError(
-            f"{path} is no {expected_format} file: its format attribute is {found[0]!r}."
-        )
-    if found[1] != version:
-        raise ValueError(
-            f"{path} has format version {found[1]}, this Retort reads {version}: use the Retort that wrote it, "
+            f"{path} has format version {found}, this Retort reads {version}: use the Retort that wrote it, "
             "or make the file again with this one."
         )
 
@@ -149,8 +163,9 @@ def build_index(shard_paths: list[Path], *, streaming_chunk_size: int) -> dict[s
     counts: list[dict[str, Any]] = []
     for place, path in enumerate(shard_paths):
         with open_h5(path, expected_format=TOKENS_FORMAT, version=TOKENS_VERSION) as file:
-            tokenizers[file.attrs["tokenizer"]] = json.loads(file.attrs["tokenizer"])
-            counts.append(json.loads(file.attrs["counts"]))
+            text = read_text(file, "tokenizer")
+            tokenizers[text] = json.loads(text)
+            counts.append(json.loads(read_text(file, "counts")))
         for split in SPLITS:
             table = read_token_shard(path, split)
             totals[split]["documents"] += len(np.unique(table.documents))

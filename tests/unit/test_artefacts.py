@@ -77,7 +77,7 @@ def changed(before: Project, after: Project) -> set[str]:
         ({"dataset": {"seed": 1}}, KINDS - {"teachers"}),
         ({"evaluation": {"max_positions": 99}}, {"validations", "evaluation"}),
     ],
-    ids=str,
+    ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
 )
 def test_a_setting_changes_the_ids_of_what_is_made_from_it_and_no_other(
     plan: Plan, overrides: dict[str, Any], expected: set[str]
@@ -99,7 +99,7 @@ def test_a_setting_changes_the_ids_of_what_is_made_from_it_and_no_other(
         {"output": {"results_dir": "elsewhere"}},
         {"output": {"cache_dir": "scratch"}},
     ],
-    ids=str,
+    ids=json.dumps,
 )
 def test_how_and_where_work_is_done_names_nothing(plan: Plan, overrides: dict[str, Any]) -> None:
     assert changed(plan(), plan(**overrides)) == set()

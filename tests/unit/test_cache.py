@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -227,12 +228,16 @@ def test_a_file_cut_short_is_refused(parts: Path, tmp_path: Path, fraction: floa
     [
         ("version", 2, "has format version 2, this Retort reads 1"),
         ("format", "retort-tokens", "is no retort-logits file"),
-        ("header", "{}", "header does not match its checksum"),
+        ("header", None, "header does not match its checksum"),
     ],
 )
 def test_a_newer_or_foreign_file_is_refused(part: Path, name: str, value: Any, says: str) -> None:
     with h5py.File(part, "r+") as file:
-        file.attrs[name] = value
+        if name == "header":
+            value = len(file["header"]) * b" "
+            file["header"][...] = np.frombuffer(value, np.uint8)
+        else:
+            file.attrs[name] = value
     with pytest.raises(ValueError, match=says) as caught:
         LogitCache(part)
     assert str(part) in str(caught.value)
@@ -246,15 +251,15 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
 def rewrite(path: Path, columns: dict[str, Any]) -> None:
     """Replace columns as a program with a bug would: with checksums that fit."""
     with h5py.File(path, "r+") as file:
-        entry = json.loads(file.attrs["header"])
+        entry = json.loads(file["header"][()].tobytes())
         for name, column in columns.items():
             del file[name]
             file.create_dataset(name, data=column)
             if name in entry["checksums"]:
                 entry["checksums"][name] = xxhash.xxh3_128_hexdigest(column.tobytes())
-        text = json.dumps(entry, sort_keys=True)
-        file.attrs["header"] = text
-        file.attrs["header_checksum"] = xxhash.xxh3_64_hexdigest(text.encode())
+        text = json.dumps(entry, sort_keys=True).encode()
+        file["header"][...] = np.frombuffer(text, np.uint8)
+        file.attrs["header_checksum"] = np.uint64(xxhash.xxh3_64_intdigest(text))
 
 
 @pytest.fixture
@@ -471,3 +476,20 @@ def test_the_digest_of_a_cache_names_its_content(
         lambda t: replace(targets_of(t), tail_logprobs=targets_of(t).tail_logprobs - 1), header
     )
     assert lower != same
+
+
+def test_the_documented_reader_reads_a_cache_as_ours_does(merged: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "cache-format.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    cache = LogitCache(merged)
+    rows = list(names["read_cache"](merged))
+    assert len(rows) == len(cache)
+    for i, (ids, positions, top_k_ids, logprobs, tails) in enumerate(rows):
+        row, targets = cache.table[i], cache.read_targets(i)
+        assert ids.tolist() == row.ids.tolist()
+        assert positions.tolist() == np.flatnonzero(row.loss_mask).tolist()
+        assert top_k_ids.tolist() == targets.top_k_ids.tolist()
+        assert logprobs.tolist() == targets.top_k_logprobs.tolist()
+        assert tails.tolist() == targets.tail_logprobs.tolist()

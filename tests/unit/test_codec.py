@@ -21,6 +21,7 @@ from retort.codec import (
     encode,
     resolve_top_k,
 )
+from retort.config import Cache
 from retort.config_schema import fill_defaults, section_schema
 from retort.config_sections import build_section
 
@@ -178,6 +179,11 @@ def test_the_planned_size_bounds_the_columns(found: tuple[Codec, SparseTargets])
     assert len(raw) == len(targets) * bytes_per_position(codec)
 
 
+def cache_section(**values: Any) -> Cache:
+    section: Cache = build_section("cache", fill_defaults(values, section_schema("cache")))
+    return section
+
+
 @pytest.mark.parametrize(
     ("top_k", "vocabulary", "expected"),
     [(64, 300, 64), (64, 32, 32), ("full", 300, 300), (1, 1, 1)],
@@ -186,5 +192,9 @@ def test_top_k_never_exceeds_the_vocabulary(
     top_k: int | str, vocabulary: int, expected: int
 ) -> None:
     assert resolve_top_k(top_k, vocabulary=vocabulary) == expected
-    cache = build_section("cache", fill_defaults({"top_k": top_k}, section_schema("cache")))
-    assert build_codec(cache, vocabulary=vocabulary).top_k == expected
+    assert build_codec(cache_section(top_k=top_k), vocabulary=vocabulary).top_k == expected
+
+
+def test_a_cache_that_could_not_be_measured_is_refused_before_it_is_made() -> None:
+    with pytest.raises(ValueError, match=r"cache.temperatures is \[2.0, 4.0\].*\[1.0, 2.0, 4.0\]"):
+        build_codec(cache_section(temperatures=[2.0, 4.0]), vocabulary=300)

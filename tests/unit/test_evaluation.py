@@ -143,6 +143,19 @@ def test_a_teacher_is_its_own_best_student(
     )
 
 
+def test_a_student_that_prefers_ids_unknown_to_its_teacher_does_not_agree(
+    index: TokenIndex, features: TeacherFeatures, tiny_teacher: Path
+) -> None:
+    model = load_pretrained(str(tiny_teacher)).eval()
+    model.resize_token_embeddings(WIDTH + 2, mean_resizing=False)
+    with torch.no_grad():  # whatever the hidden state, one of the two has the largest logit
+        model.get_output_embeddings().weight[-2:] = torch.tensor([[100.0], [-100.0]])
+    found = evaluate_student(
+        split_model(model), index.read_split("val"), teacher=features, batch_size=8
+    )
+    assert found["validation"]["agreement"] < 0.05
+
+
 def test_batches_do_not_change_the_metrics(index: TokenIndex, features: TeacherFeatures) -> None:
     table, student = index.read_split("val"), make_student(WIDTH)
     one, many = (

@@ -200,7 +200,7 @@ def change_a_token(path: Path) -> None:
         (remove_column, "cut short or damaged"),
         (change_a_token, "does not hold the tokens that its content key names"),
     ],
-    ids=str,
+    ids=["absent", "torn", "text", "newer", "odd", "foreign", "no-column", "changed"],
 )
 def test_another_file_than_a_whole_shard_is_refused_in_one_sentence(
     shard: Path, damage: Any, says: str

@@ -327,7 +327,14 @@ def test_any_history_of_dying_workers_leaves_the_bytes_of_one(
 def test_a_worker_does_its_own_stripe_first_and_then_all_others(
     job: Job, teacher: CausalLM, tmp_path: Path
 ) -> None:
-    report = job.work(tmp_path, worker=4, num_workers=3, load=lambda: teacher)
+    loaded: list[CausalLM] = []
+
+    def load() -> CausalLM:
+        loaded.append(teacher)
+        return teacher
+
+    report = job.work(tmp_path, worker=4, num_workers=3, load=load)
+    assert len(loaded) == 1  # once for all parts
     places = [[part["name"] for part in job.index.parts].index(name) for name in report.parts]
     number = len(job.index.parts)
     own = [p for p in range(number) if p % 3 == 1]

@@ -198,10 +198,12 @@ def snapshot(folder: Path) -> dict[str, tuple[str, int]]:
     return {str(p.relative_to(folder)): (sha256(p), p.stat().st_mtime_ns) for p in files}
 
 
-def wait_until(condition: Callable[[], object], *, process: "subprocess.Popen[bytes]") -> None:
-    """Wait until a condition holds while a process is running; fail when the process ends before."""
+def wait_until(
+    condition: Callable[[], object], *, process: "subprocess.Popen[bytes] | None" = None
+) -> None:
+    """Wait until a condition holds; fail when a process ends before."""
     until = time.monotonic() + _PATIENCE_S
     while not condition():
-        assert process.poll() is None, f"ended with {process.returncode} before it could be stopped"
+        assert process is None or process.poll() is None, "ended before it could be stopped"
         assert time.monotonic() < until, "waited in vain"
         time.sleep(0.01)

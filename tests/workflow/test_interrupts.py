@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -27,8 +28,24 @@ def terminate(process: Process) -> None:
 
 
 def kill_snakemake(process: Process) -> None:
-    """Kill Snakemake alone; its jobs go on without it."""
+    """Kill Snakemake alone; its jobs go on, beside those of the next Snakemake."""
     process.kill()
+
+
+def kill_snakemake_and_wait(process: Process) -> None:
+    """Kill Snakemake alone, and wait until its jobs have finished without it."""
+    process.kill()
+    wait_until(lambda: not is_alive(group=process.pid))
+
+
+def is_alive(*, group: int) -> bool:
+    """Say whether a process of the group still runs; a zombie does not."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, process_group = path.read_text().rpartition(")")[2].split()[:3]
+            if int(process_group) == group and state != "Z":
+                return True
+    return False
 
 
 def cut_the_power(process: Process) -> None:
@@ -37,7 +54,13 @@ def cut_the_power(process: Process) -> None:
 
 
 Stop = Callable[[Process], None]
-WAYS: list[Stop] = [press_ctrl_c, terminate, kill_snakemake, cut_the_power]
+WAYS: list[Stop] = [
+    press_ctrl_c,
+    terminate,
+    kill_snakemake,
+    kill_snakemake_and_wait,
+    cut_the_power,
+]
 
 
 def stop_at(place: Place, mark: str, stop: Stop) -> None:
@@ -46,7 +69,7 @@ def stop_at(place: Place, mark: str, stop: Stop) -> None:
     wait_until(lambda: any(place.path.glob(mark)), process=process)
     stop(process)
     assert process.wait(timeout=120) != 0
-    if stop in (kill_snakemake, cut_the_power):
+    if stop not in (press_ctrl_c, terminate):
         refused = place.try_snakemake()
         assert refused.returncode != 0
         assert "--unlock" in refused.output
@@ -90,7 +113,7 @@ def plant_claim(place: Place, process_id: int) -> None:
 @pytest.mark.parametrize(
     "ways",
     [
-        (press_ctrl_c, kill_snakemake, terminate, press_ctrl_c),
+        (press_ctrl_c, kill_snakemake_and_wait, terminate, press_ctrl_c),
         pytest.param(
             (terminate, press_ctrl_c, cut_the_power, kill_snakemake),
             marks=pytest.mark.slow,

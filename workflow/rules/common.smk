@@ -246,14 +246,31 @@ def get_all_metrics(wildcards):
 
 
 def greet():
-    """Say what the teacher will run on, before anything starts; the jobs may run on other machines than this."""
-    generations = [
-        logits.config.teacher.generation for logits in PROJECT.logits.values()
+    """Say what the teacher will run on, before anything starts; the jobs may run on other machines than this.
+
+    Raises WorkflowError where the results cannot be written, or this machine cannot hold the teacher and must.
+    """
+    made = [(logits, "manifest.json") for logits in PROJECT.logits.values()]
+    made += [
+        (validation, "teacher_validation.safetensors")
+        for validation in PROJECT.validations.values()
     ]
-    for generation in dict.fromkeys(generations):
+    is_left = {}
+    for found, name in made:
+        generation = found.config.teacher.generation
+        is_missing = not (found.folder / name).exists()
+        is_left[generation] = is_left.get(generation, False) or is_missing
+    try:
+        for folder in dict.fromkeys((RESULTS, CACHE)):
+            require_writable(Path(folder))
+    except ValueError as error:
+        raise WorkflowError(str(error)) from None
+    for generation, must_run in is_left.items():
         try:
             logger.info(describe_machine(generation, detected=detected_gpus()))
         except ValueError as error:
+            if must_run and workflow.local_exec:
+                raise WorkflowError(str(error)) from None
             logger.warning(str(error))
 
 

@@ -1,0 +1,205 @@
+"""Results made by an earlier version stay valid, or their revision says that they do not.
+
+Whoever changes what a stage makes of the same input must raise its number in `retort.artefacts.REVISIONS`, which makes
+every user's results of that stage again, and write the new digests here. Whoever does not mean to has broken something.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from retort.artefacts import REVISIONS, plan_project
+from retort.cache import CacheHeader, LogitCache, merge_parts, part_path, write_part
+from retort.codec import Codec, SparseTargets
+from retort.config import load_runs
+from retort.config_schema import fill_defaults, section_schema
+from retort.config_sections import build_section
+from retort.documents import Document
+from retort.shards import TokenIndex, write_index, write_token_shard
+from retort.tokens import SequenceTable, TokenCounts, tokenize_documents
+
+# What the digests below were made with.
+GOLDEN_REVISIONS = {
+    "corpus": 1,
+    "teacher": 1,
+    "tokens": 1,
+    "logits": 1,
+    "validation": 1,
+    "run": 1,
+    "evaluation": 1,
+    "report": 1,
+}
+GOLDEN_TOKENS = "eefcd4961849ab3dba7fbe8356c62eb572a8fb5858612a8037cf217d28a04eef"
+GOLDEN_INDEX = "4ad589de12f9410e562f9c8330289897f8c74014df7c49a80a749e37bfcc1064"
+GOLDEN_CACHE = "464796d8db8bc34e6e4c13e7c6c8425bc076e454dfc0d157f6323a0d9e3779eb"
+GOLDEN_FILES = {
+    "shard_00000.h5": "616a35454b593f26de9598bdde7860d2017e146ecaf74f003b85843cfc9c792c",
+    "teacher_logits.h5": "e2770dcf66e99aecc9ff36a4158b4c30a22d2c53c4a951a219200a5c6248b782",
+}
+GOLDEN_IDS = {
+    "corpus": "cd03bc9bdc81",
+    "teacher": "6d353c540b2e",
+    "tokens": "b885ecde948b",
+    "logits": "0c5a40f365b6",
+    "validation": "80faaa3790fb",
+    "hard": ["26eeea5974d1", "d912b75e45fa"],
+    "both": ["9f8145facc2e", "d912b75e45fa"],
+    "live": ["50a65f47ad49", "d912b75e45fa"],
+    "check": "bb8750494734",
+    "report": "2f3286275af7",
+}
+
+REPOSITORY = Path(__file__).parents[2]
+CODEC = Codec(method="top_k", top_k=6, temperatures=(1.0, 2.0), vocabulary=300)
+
+
+class Bytes:
+    """The simplest tokenizer: a byte is a token; the same in every version of every library."""
+
+    eos_token_id = 256
+    chat_template = None
+
+    def __call__(self, text: str | list[str], **_: Any) -> dict[str, Any]:
+        texts = [text] if isinstance(text, str) else text
+        ids = [list(t.encode()) for t in texts]
+        return {"input_ids": ids[0] if isinstance(text, str) else ids}
+
+
+def tokenize(prompts: bool, long_documents: str) -> SequenceTable:
+    values = {"max_length": 16, "long_documents": long_documents}
+    if prompts:
+        values |= {"prompt_column": "prompt", "response_column": "response"}
+    dataset = build_section("dataset", fill_defaults(values, section_schema("dataset")))
+    documents = [
+        Document(
+            i, "h\u00e9llo " * i + "bird", "which" if prompts else None, "ab"[i % 2], None, "train"
+        )
+        for i in range(9)
+    ]
+    return tokenize_documents(documents, Bytes(), dataset, counts=TokenCounts())
+
+
+def make_targets(table: SequenceTable) -> SparseTargets:
+    """Distributions from whole numbers and sums of powers of two: no rounding, so the same on every machine."""
+    p = np.arange(table.num_positions, dtype=np.int64)[:, None]
+    k = np.arange(CODEC.top_k, dtype=np.int64)[None]
+    steps = (p * 7919 + k * 104729) % 251 + 1
+    return SparseTargets(
+        top_k_ids=((p * 31 + k * 53) % CODEC.vocabulary).astype(np.int32),
+        top_k_logprobs=(-np.cumsum(steps, axis=1) / 256).astype(np.float32),
+        tail_logprobs=-((p * 613 + np.array([[5, 11]])) % 4096 / 512).astype(np.float32),
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A shard, its index and a merged cache."""
+    folder = tmp_path_factory.mktemp("golden")
+    tables = {"train": tokenize(False, "split"), "val": tokenize(True, "truncate")}
+    shard = folder / "shard_00000.h5"
+    tokenizer = {"fingerprint": "0123456789ab", "size": 257}
+    write_token_shard(shard, tables, counts={"documents": {"read": 18}}, tokenizer=tokenizer)
+    write_index(folder / "index.json", [shard], streaming_chunk_size=4)
+    index = TokenIndex.read(folder / "index.json")
+    header = CacheHeader("feedc0ffee00", "0123456789ab", index.content["content"], CODEC)
+    for part in index.parts:
+        table = index.read_part(part)
+        write_part(part_path(folder, part["name"], header), table, make_targets(table), header)
+    merge_parts(index, folder, header, folder / "teacher_logits.h5")
+    return folder
+
+
+def sha256(*pieces: bytes) -> str:
+    return hashlib.sha256(b"".join(pieces)).hexdigest()
+
+
+def explain(stage: str, found: Any) -> str:
+    return (
+        f"{stage} are not what they were, so results made before would be taken for something else, or made again. If "
+        "that is meant, raise the stage's number in retort.artefacts.REVISIONS and write here what was found: "
+        f"{found!r}"
+    )
+
+
+def test_revisions_are_those_that_the_digests_were_made_with() -> None:
+    assert REVISIONS == GOLDEN_REVISIONS, "a revision was raised: make the digests here again"
+
+
+def test_the_same_documents_give_the_same_sequences() -> None:
+    pieces = []
+    for prompts in (False, True):
+        for long_documents in ("split", "truncate"):
+            table = tokenize(prompts, long_documents)
+            names = json.dumps(table.label_names).encode()
+            columns = {k: v for k, v in vars(table).items() if k != "label_names"}
+            pieces += [
+                names,
+                *(np.ascontiguousarray(columns[k]).tobytes() for k in sorted(columns)),
+            ]
+    assert sha256(*pieces) == GOLDEN_TOKENS, explain("sequences", sha256(*pieces))
+
+
+def test_the_same_sequences_give_the_same_parts(folder: Path) -> None:
+    found = sha256((folder / "index.json").read_bytes())
+    assert found == GOLDEN_INDEX, explain("the index and its parts", found)
+
+
+def test_the_same_distributions_are_read_from_a_cache(folder: Path) -> None:
+    cache = LogitCache(folder / "teacher_logits.h5")
+    pieces = [json.dumps(cache.header.to_json(), sort_keys=True).encode()]
+    for i in range(len(cache)):
+        targets = cache.read_targets(i)
+        pieces += [cache.table[i].key, *(value.tobytes() for value in asdict(targets).values())]
+    assert sha256(*pieces) == GOLDEN_CACHE, explain("the cache's contents", sha256(*pieces))
+
+
+def test_the_files_are_the_same_byte_for_byte(folder: Path) -> None:
+    lock = (REPOSITORY / "requirements.lock").read_text()
+    for package in ("h5py", "zstandard"):
+        (pinned,) = re.findall(rf"^{package}==([^\s;]+)", lock, flags=re.MULTILINE)
+        if metadata.version(package) != pinned:
+            pytest.skip(f"{package} is not {pinned}, and another version may lay files out anew")
+    found = {name: sha256((folder / name).read_bytes()) for name in GOLDEN_FILES}
+    assert found == GOLDEN_FILES, explain("files", found)
+
+
+def test_the_same_config_has_the_same_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("corpus.jsonl").write_bytes(b'{"text": "bird"}\n{"text": "house"}\n')
+    Path("student.json").write_text('{"model_type": "llama", "hidden_size": 8}')
+    project = plan_project(
+        load_runs(
+            {
+                "dataset": {"name": "json", "data_files": "corpus.jsonl", "max_length": 32},
+                "teacher": {"model_path": "somebody/teacher", "dtype": "bfloat16"},
+                "cache": {"top_k": 8},
+                "student": {"config": "student.json"},
+                "training": {"learning_rate": 0.002, "max_steps": 5},
+                "runs": {
+                    "hard": {"training": {"distillation_type": "output"}},
+                    "both": {"training": {"alpha": 0.3}},
+                    "live": {"training": {"use_cached_logits": False}},
+                },
+            }
+        )
+    )
+    single = {
+        "corpus": project.corpora,
+        "teacher": project.teachers,
+        "tokens": project.tokens,
+        "logits": project.logits,
+        "validation": project.validations,
+    }
+    found: dict[str, Any] = {}
+    for name, artefacts in single.items():
+        (found[name],) = artefacts
+    found |= {run.name: [run.id, run.evaluation_id] for run in project.runs.values()}
+    found |= {"check": project.check_id, "report": project.report_id}
+    assert found == GOLDEN_IDS, explain("ids", found)

@@ -1,0 +1,66 @@
+"""Every script can be typed by hand, with the flags that its rule prints."""
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from place import REPOSITORY, Place, sha256
+
+SCRIPTS = sorted((REPOSITORY / "workflow" / "scripts").glob("*.py"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_a_script_explains_itself(script: Path, tmp_path: Path) -> None:
+    done = Place(tmp_path).execute([sys.executable, str(script), "--help"])
+    assert done.returncode == 0, done.output
+    assert f"workflow/scripts/{script.name}" in done.output, "the exact command, to be copied"
+    assert "--output" in done.output
+
+
+def read_commands(place: Place) -> dict[str, list[str]]:
+    """Return the command of every job as a dry run prints it, by script and wildcard; without the log."""
+    said = place.snakemake("-n", "-p", "--forceall")
+    commands = {}
+    for line in re.findall(r"^Shell command: (.*)$", said, flags=re.MULTILINE):
+        words = shlex.split(line.partition(" >> ")[0])
+        variant = [words[words.index(flag) + 1] for flag in ("--shard", "--name") if flag in words]
+        commands[" ".join([Path(words[1]).stem, *variant])] = words
+    return commands
+
+
+def with_output(command: list[str], path: str) -> list[str]:
+    """Return the command with another output."""
+    place = command.index("--output") + 1
+    return [*command[:place], path, *command[place + 1 :]]
+
+
+def test_the_commands_of_the_rules_can_be_typed(done: Place) -> None:
+    commands = read_commands(done)
+
+    def type_in(name: str, output: str) -> Path:
+        finished = done.execute(with_output(commands[name], output))
+        assert finished.returncode == 0, finished.output
+        return done.path / output
+
+    def original(name: str) -> Path:
+        return done.path / commands[name][commands[name].index("--output") + 1]
+
+    shard = type_in("tokenize_shard 0", "mine/shard_00000.h5")
+    assert sha256(shard) == sha256(original("tokenize_shard 0"))
+    index = type_in("index_tokens", "mine/index.json")
+    assert sha256(index) == sha256(original("index_tokens"))
+    training = type_in("train hard", "mine/training.json")
+    weights = training.parent / "final" / "model.safetensors"
+    assert sha256(weights) == sha256(original("train hard").parent / "final" / "model.safetensors")
+    metrics = _read(type_in("evaluate", "mine/metrics.json"))
+    assert metrics["validation"] == _read(original("evaluate"))["validation"]
+    report = type_in("report", "mine/report.html")
+    assert "hard" in report.with_name("summary.txt").read_text()
+
+
+def _read(path: Path) -> dict[str, object]:
+    content: dict[str, object] = json.loads(path.read_text())
+    return content
