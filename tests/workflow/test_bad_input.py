@@ -35,7 +35,7 @@ def over(**sections: Any) -> dict[str, Any]:
 SEEN_IN_THE_CONFIG = {
     "unknown key": (
         over(training={"alhpa": 0.5}),
-        ["training.alhpa", "did you mean", "alpha"],
+        ["training.alhpa is no key", "training.alpha: 0.5"],
     ),
     "unknown section": (over(trainign={"alpha": 0.5}), ["trainign", "training"]),
     "old name": (over(teacher={"teacher_model_path": "x"}), ["teacher_model_path", "model_path"]),
@@ -61,7 +61,7 @@ SEEN_IN_THE_CONFIG = {
         over(teacher={"generation": {"gpus": "0,1", "gpus_per_model": 4}}),
         ["gpus_per_model is 4", "0,1", "List at least 4"],
     ),
-    "a feature to come": (over(cache={"method": "top_p"}), ["cache.method", "later version"]),
+    "a feature to come": (over(training={"gpus": 2}), ["training.gpus is 2", "later version"]),
     "missing file": (
         over(dataset={"data_files": "documents.json"}),
         ["'documents.json' does not exist", "did you mean 'documents.jsonl'"],
@@ -188,8 +188,10 @@ def test_a_mistake_in_the_inputs_is_found_by_the_check(fresh: Place, name: str) 
 
 def test_a_results_folder_that_cannot_be_written_is_refused(fresh: Place) -> None:
     (fresh.path / "full").write_text("a file, not a folder")
-    config = over(output={"results_dir": "full/results"})
-    refuse(fresh, config, "cannot write to", "full/results", "output.results_dir")
+    for folder in ("full/results", "/proc/results"):
+        config = over(output={"results_dir": folder})
+        refuse(fresh, config, "cannot write to", folder, "set output.results_dir")
+        assert not (fresh.path / "logs").exists(), "nothing was started"
 
 
 def test_odd_documents_are_handled_counted_and_reported(fresh: Place) -> None:

@@ -24,8 +24,8 @@ def read_commands(place: Place) -> dict[str, list[str]]:
     """Return the command of every job as a dry run prints it, by script and wildcard; without the log."""
     said = place.snakemake("-n", "-p", "--forceall")
     commands = {}
-    for line in re.findall(r"^Shell command: (.*)$", said, flags=re.MULTILINE):
-        words = shlex.split(line.partition(" >> ")[0])
+    for line in re.findall(r"^Shell command: (.* >> .*)$", said, flags=re.MULTILINE):
+        words = shlex.split(line.rpartition(" >> ")[0])
         variant = [words[words.index(flag) + 1] for flag in ("--shard", "--name") if flag in words]
         commands[" ".join([Path(words[1]).stem, *variant])] = words
     return commands
@@ -48,8 +48,8 @@ def test_the_commands_of_the_rules_can_be_typed(done: Place) -> None:
     def original(name: str) -> Path:
         return done.path / commands[name][commands[name].index("--output") + 1]
 
-    shard = type_in("tokenize_shard 0", "mine/shard_00000.h5")
-    assert sha256(shard) == sha256(original("tokenize_shard 0"))
+    shard = type_in("tokenize_shard 00000", "mine/shard_00000.h5")
+    assert sha256(shard) == sha256(original("tokenize_shard 00000"))
     index = type_in("index_tokens", "mine/index.json")
     assert sha256(index) == sha256(original("index_tokens"))
     training = type_in("train hard", "mine/training.json")

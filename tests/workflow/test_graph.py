@@ -169,7 +169,7 @@ def test_a_config_of_ones_own_replaces_the_demo(shipped: Place) -> None:
 
 def test_of_two_config_files_the_later_wins_key_by_key(fresh: Place) -> None:
     second = fresh.write_config({"cache": {"top_k": 16}, "training": {"seed": 3}}, "second.yaml")
-    both = fresh.command("--summary") + [str(second)]
+    both = [*fresh.command("--summary"), str(second)]
     said = fresh.execute(both)
     assert said.returncode == 0, said.output
     fresh.write_config(tiny(cache={"top_k": 16}, training={"seed": 3}))

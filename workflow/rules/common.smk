@@ -10,6 +10,7 @@ from pathlib import Path
 from retort.artefacts import plan_project
 from retort.config import load_runs, section_flags
 from retort.gpus import count_workers, detect_gpus, describe_machine
+from retort.provenance import require_writable
 from snakemake.exceptions import WorkflowError
 
 try:
@@ -245,27 +246,30 @@ def get_all_metrics(wildcards):
     return [str(run.metrics_path) for run in PROJECT.runs.values()]
 
 
-def greet():
-    """Say what the teacher will run on, before anything starts; the jobs may run on other machines than this.
-
-    Raises WorkflowError where the results cannot be written, or this machine cannot hold the teacher and must.
-    """
+def find_teacher_work():
+    """Every way in which a teacher is run, and whether any of what it makes is still to be made."""
     made = [(logits, "manifest.json") for logits in PROJECT.logits.values()]
-    made += [
-        (validation, "teacher_validation.safetensors")
-        for validation in PROJECT.validations.values()
-    ]
-    is_left = {}
+    for validation in PROJECT.validations.values():
+        made.append((validation, "teacher_validation.safetensors"))
+    work = {}
     for found, name in made:
         generation = found.config.teacher.generation
         is_missing = not (found.folder / name).exists()
-        is_left[generation] = is_left.get(generation, False) or is_missing
+        work[generation] = work.get(generation, False) or is_missing
+    return work
+
+
+def greet():
+    """Say what the teacher will run on, before anything starts; under a scheduler that is another machine than this.
+
+    Raises WorkflowError where the results cannot be written, or this machine must run the teacher and cannot.
+    """
     try:
         for folder in dict.fromkeys((RESULTS, CACHE)):
             require_writable(Path(folder))
     except ValueError as error:
         raise WorkflowError(str(error)) from None
-    for generation, must_run in is_left.items():
+    for generation, must_run in find_teacher_work().items():
         try:
             logger.info(describe_machine(generation, detected=detected_gpus()))
         except ValueError as error:
