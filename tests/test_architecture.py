@@ -37,6 +37,8 @@ ROOMS = (
     "features",
     "merging",
     "losses",
+    "batches",
+    "trainer",
     "training",
     "evaluation",
     "demo",

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import multiprocessing
-import os
 import pickle
 import random
 import re
@@ -41,10 +40,10 @@ forking = multiprocessing.get_context("fork")
 
 
 def make_tables() -> list[SequenceTable]:
-    """Three shards; the third repeats documents of the first under other numbers."""
-    first = make_table(9, seed=0)
-    repeated = replace(first, documents=first.documents + 200)
-    return [first, make_table(7, seed=1, first_document=100), repeated]
+    """Three shards: the second has labels of its own, the third repeats the first's documents as others."""
+    first, second = make_table(9, seed=0), make_table(7, seed=1, first_document=100)
+    second = replace(second, label_names=(("", ""), ("art", ""), ("code", "c")))
+    return [first, second, replace(first, documents=first.documents + 200)]
 
 
 @pytest.fixture(scope="module")
@@ -317,7 +316,7 @@ def test_a_writer_killed_at_any_moment_leaves_whole_parts_or_none(tmp_path: Path
         writer = forking.Process(target=write_until_killed, args=(tmp_path, table, header))
         writer.start()
         time.sleep(chance.uniform(0.01, 0.15))
-        os.kill(writer.pid or 0, signal.SIGKILL)
+        writer.kill()
         writer.join()
         assert writer.exitcode == -signal.SIGKILL
         for path in tmp_path.glob("*.h5"):

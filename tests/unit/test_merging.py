@@ -174,8 +174,11 @@ def test_parts_stay_until_the_manifest_is_written(
     before = sorted(path.name for path in place.parts.iterdir())
     with pytest.raises(ValueError, match=r"absent\.safetensors"):
         place.merge(features_path=tmp_path / "absent.safetensors")
+    place.manifest.mkdir()  # where no file can be written
+    with pytest.raises(OSError, match="manifest"):
+        place.merge()
     assert sorted(path.name for path in place.parts.iterdir()) == before
-    assert not place.manifest.exists()
+    place.manifest.rmdir()
     place.merge()
     assert not place.parts.exists()
 

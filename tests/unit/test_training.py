@@ -21,20 +21,16 @@ from tiny import NUM_TOKENS, WIDTH, make_cache, real_processes, record, section,
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from retort.batches import IGNORE_INDEX, Collator, EpochShuffle, Item, TrainingData
 from retort.cache import LogitCache
 from retort.codec import SparseTargets
 from retort.models import load_teacher
 from retort.provenance import read_json, write_json
 from retort.shards import TokenIndex
 from retort.tokens import SequenceTable, build_table, load_tokenizer
+from retort.trainer import DistillationTrainer
 from retort.training import (
-    IGNORE_INDEX,
     LOG_COLUMNS,
-    Collator,
-    DistillationTrainer,
-    EpochShuffle,
-    Item,
-    TrainingData,
     find_checkpoint,
     train_run,
     train_student,

@@ -95,11 +95,15 @@ class Place:
 
     def environment(self) -> dict[str, str]:
         """Return the environment of commands: this repository's library, no GPU, no network."""
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SNAKEMAKE", "SLURM"))}
+        inherited = {
+            k: v for k, v in os.environ.items() if not k.startswith(("SNAKEMAKE", "SLURM"))
+        }
         offline = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
         return inherited | offline | {"PYTHONPATH": str(self.repository / "src")} | self.env
 
-    def command(self, *arguments: str, config: str | None = CONFIG_FILE, cores: int = 2) -> list[str]:
+    def command(
+        self, *arguments: str, config: str | None = CONFIG_FILE, cores: int = 2
+    ) -> list[str]:
         """Return a snakemake command; targets go before options, which is why `arguments` come first."""
         words = [sys.executable, "-m", "snakemake", *arguments, "--cores", str(cores)]
         words += ["-s", str(self.repository / "Snakefile"), "--directory", str(self.path)]

@@ -43,7 +43,10 @@ SEEN_IN_THE_CONFIG = {
         over(training={"num_train_epochs": 3}),
         ["num_train_epochs", "training.num_epochs"],
     ),
-    "wrong type": (over(training={"max_steps": "many"}), ["training.max_steps", "'many'", "integer"]),
+    "wrong type": (
+        over(training={"max_steps": "many"}),
+        ["training.max_steps", "'many'", "integer"],
+    ),
     "out of range": (over(training={"learning_rate": -1}), ["training.learning_rate", "-1"]),
     "no such choice": (
         over(training={"distillation_type": "soft"}),
@@ -66,7 +69,10 @@ SEEN_IN_THE_CONFIG = {
         over(dataset={"data_files": "documents.json"}),
         ["'documents.json' does not exist", "did you mean 'documents.jsonl'"],
     ),
-    "no file matches": (over(dataset={"data_files": "no/*.jsonl"}), ["'no/*.jsonl' matches no file"]),
+    "no file matches": (
+        over(dataset={"data_files": "no/*.jsonl"}),
+        ["'no/*.jsonl' matches no file"],
+    ),
     "missing student": (
         over(student={"config": "nobody.json"}),
         ["student.config 'nobody.json' does not exist", "config/students/"],

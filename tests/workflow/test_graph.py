@@ -84,7 +84,10 @@ def test_runs_that_differ_in_training_or_student_share_everything_else(fresh: Pl
 def test_students_that_learn_from_text_alone_need_no_cache(fresh: Place) -> None:
     planned = plan_runs(fresh, {"text": {"training": {"distillation_type": "output"}}})
     assert not {"plan", "generate_logits", "merge_h5"} & planned.keys()
-    without = {"teacher": {"model_path": None, "generation": {}}, "dataset": {"tokenizer": "teacher"}}
+    without = {
+        "teacher": {"model_path": None, "generation": {}},
+        "dataset": {"tokenizer": "teacher"},
+    }
     planned = plan_runs(fresh, {"text": {"training": {"distillation_type": "output"}}}, **without)
     assert planned.keys() == {
         "check_inputs",

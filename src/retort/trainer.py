@@ -1,0 +1,220 @@
+"""transformers' Trainer with our losses: what is computed at each step, what is logged, what is shown.
+
+The loss of an accumulated batch is normalised by the number of its positions, so how it was cut into micro-batches
+does not matter.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from retort.batches import IGNORE_INDEX, EpochShuffle
+from retort.losses import (
+    LossTerms,
+    combine,
+    compute_dense_kl,
+    compute_hard_loss,
+    compute_sparse_kl,
+    perplexity,
+)
+from retort.models import (
+    CausalLM,
+)
+from retort.provenance import write_json
+
+# Written last into a checkpoint, so that one cut short by a kill is told from a whole one.
+COMPLETE_MARK = "complete.json"
+_PROGRESS_S = 10.0
+
+
+class DistillationTrainer(Trainer):  # type: ignore[misc]
+    """transformers' Trainer with the loss of room `losses`, normalised by the global number of positions."""
+
+    # compute_loss divides by the number of positions of the whole accumulated batch.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        *,
+        alpha: float,
+        temperature: float,
+        teacher: CausalLM | None,
+        num_tokens: int,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        # True makes Trainer count the labels of the whole accumulated batch, whatever the model's signature.
+        self.model_accepts_loss_kwargs = True
+        self.alpha = alpha
+        self.temperature = temperature
+        self.teacher = teacher
+        self.num_tokens = (
+            num_tokens  # of the tokenizer: a live teacher's ids beyond have probability 0
+        )
+        self.window = LossWindow()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return EpochShuffle(len(train_dataset or self.train_dataset), seed=self.args.seed)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return this micro-batch's share of the mean loss over the accumulated batch's positions."""
+        assert num_items_in_batch is not None
+        labels_BT = inputs["labels"]
+        counts_BT = labels_BT[:, 1:] != IGNORE_INDEX
+        outputs = model(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
+        )
+        logits_PV = outputs.logits[:, :-1][counts_BT]
+        hard = compute_hard_loss(logits_PV, labels_BT[:, 1:][counts_BT])
+        kl = self._compute_kl(logits_PV, counts_BT, inputs) if self.alpha < 1.0 else None
+        terms = combine(hard, kl, alpha=self.alpha, temperature=self.temperature)
+        if not bool(torch.isfinite(terms.total)):
+            raise ValueError(
+                f"the loss is {terms.total.item()} at step {self.state.global_step + 1} (hard {terms.hard.item():.4g}, "
+                f"soft {terms.soft.item() if terms.soft is not None else 0:.4g}). Checkpoints before it are kept. "
+                "Try a lower training.learning_rate, or training.use_mixed_precision: false."
+            )
+        self.window.add(terms, positions=len(logits_PV))
+        loss = terms.total / num_items_in_batch
+        return (loss, outputs) if return_outputs else loss
+
+    def _compute_kl(
+        self, logits_PV: Tensor, counts_BT: Tensor, inputs: dict[str, Tensor]
+    ) -> Tensor:
+        """KL from the cache's targets, or from the live teacher over the whole vocabulary."""
+        if self.teacher is None:
+            return compute_sparse_kl(
+                logits_PV,
+                inputs["top_k_ids"],
+                inputs["top_k_logprobs"],
+                inputs["tail_logprob"],
+                temperature=self.temperature,
+            )
+        with torch.no_grad():
+            features_BTD = self.teacher.features(inputs["input_ids"], inputs["attention_mask"])
+            teacher_logits_PV = self.teacher.head.logits(features_BTD[:, :-1][counts_BT])
+            teacher_logits_PV = teacher_logits_PV[:, : self.num_tokens]  # a wider student is legal
+        return compute_dense_kl(logits_PV, teacher_logits_PV, temperature=self.temperature)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log the means of our terms under the names users know, in place of Trainer's `loss`."""
+        if "loss" in logs:
+            logs.pop("loss")
+            logs |= self.window.take()
+        super().log(logs, *args, **kwargs)
+
+
+class LossWindow:
+    """Sums of the loss terms since the last log line."""
+
+    def __init__(self) -> None:
+        self.positions = 0
+        self.total_positions = 0
+        self._sums = {"total_loss": 0.0, "hard_loss": 0.0, "soft_loss": 0.0}
+        self._has_soft = False
+        self._since = time.monotonic()
+
+    def add(self, terms: LossTerms, *, positions: int) -> None:
+        """Add one micro-batch."""
+        self.positions += positions
+        self.total_positions += positions
+        self._sums["total_loss"] += float(terms.total.detach())
+        self._sums["hard_loss"] += float(terms.hard.detach())
+        if terms.soft is not None:
+            self._has_soft = True
+            self._sums["soft_loss"] += float(terms.soft.detach())
+
+    def take(self) -> dict[str, float]:
+        """Return the means over the window's positions, and start a new window."""
+        positions = max(1, self.positions)
+        means = {name: value / positions for name, value in self._sums.items()}
+        if not self._has_soft:
+            del means["soft_loss"]
+        now = time.monotonic()
+        rates = {
+            "perplexity": perplexity(means["hard_loss"]),
+            "tokens_per_second": self.positions / max(1e-9, now - self._since),
+        }
+        self.positions, self._since = 0, now
+        self._sums = dict.fromkeys(self._sums, 0.0)
+        return means | rates
+
+
+class ProgressCallback(TrainerCallback):  # type: ignore[misc]
+    """Plain progress lines, and the mark that makes a checkpoint whole."""
+
+    def __init__(
+        self,
+        trainer: DistillationTrainer,
+        *,
+        name: str,
+        before: dict[str, float],
+        say: Callable[[str], None],
+    ) -> None:
+        self.trainer = trainer
+        self.say = say
+        self.name = name
+        self.before = before
+        self.started = time.monotonic()
+        self._said = 0.0
+        self._first_step = 0
+
+    @property
+    def totals(self) -> dict[str, float]:
+        """Seconds and positions of this attempt and of those before it."""
+        return {
+            "seconds": self.before["seconds"] + time.monotonic() - self.started,
+            "positions": self.before["positions"] + self.trainer.window.total_positions,
+        }
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Remember where this attempt begins, for the time left."""
+        self._first_step = state.global_step
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Any = None,
+        **_: Any,
+    ) -> None:
+        """Say one line at most every few seconds."""
+        now = time.monotonic()
+        is_due = now - self._said >= _PROGRESS_S or state.global_step >= state.max_steps
+        if not logs or "total_loss" not in logs or not is_due:
+            return
+        self._said = now
+        steps = max(1, state.global_step - self._first_step)
+        left = (now - self.started) / steps * (state.max_steps - state.global_step)
+        self.say(
+            f"train {self.name}  step {state.global_step}/{state.max_steps}  loss {logs['total_loss']:.4f}  "
+            f"{logs['tokens_per_second']:,.0f} tokens/s  {left:,.0f} s left"
+        )
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Mark the checkpoint that was just written as whole."""
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        write_json(folder / COMPLETE_MARK, {"step": state.global_step, **self.totals})
