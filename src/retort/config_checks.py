@@ -271,6 +271,11 @@ def _check_training(c: Flat) -> None:
             "training.max_seq_length out."
         )
     temperature, stored = c["training.temperature"], list(c["cache.temperatures"])
+    if 1.0 not in stored:
+        raise ConfigError(
+            f"cache.temperatures is {stored}, but 1.0 must be among them: the kept tokens are stored at 1.0, and the "
+            f"cache is measured there. Set cache.temperatures: {sorted([1.0, *stored])}."
+        )
     uses_cache = c["training.use_cached_logits"] and c["training.distillation_type"] != "output"
     if uses_cache and c["cache.top_k"] != "full" and temperature not in stored:
         raise ConfigError(

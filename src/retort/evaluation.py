@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from retort.config import Evaluation
-from retort.features import TeacherFeatures, iterate_rows, read_features
+from retort.features import TeacherFeatures, digest_keys, iterate_rows, read_features
 from retort.losses import perplexity
 from retort.models import CausalLM, choose_device, load_pretrained, split_model
 from retort.provenance import read_json, write_json
@@ -151,7 +151,9 @@ def evaluate_run(
     found = evaluate_student(
         split_model(model), table, teacher=teacher, batch_size=evaluation.batch_size
     )
+    found["validation"]["content"] = digest_keys(table)
     manifest = read_json(manifest_path) if manifest_path else None
+    is_measured = manifest is not None and manifest["fidelity_kl"] is not None
     metrics = {
         **{name: record[name] for name in METRICS_FROM_TRAINING},
         "trained_tokens": record["trained_positions"],
@@ -159,7 +161,9 @@ def evaluate_run(
         "teacher_parameters": teacher.num_parameters if teacher else None,
         "teacher": teacher.name if teacher else None,
         **found,
-        "cache": {name: manifest[name] for name in METRICS_FROM_MANIFEST} if manifest else None,
+        "cache": {name: manifest[name] for name in METRICS_FROM_MANIFEST}
+        if manifest and is_measured
+        else None,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, metrics)

@@ -282,10 +282,18 @@ def lease_teacher(
 
 @contextmanager
 def lease_training(
-    count: int, *, device: str = "auto", say: Callable[[str], None]
+    count: int,
+    *,
+    device: str = "auto",
+    among: str | Sequence[str] | None = None,
+    say: Callable[[str], None],
 ) -> Iterator[tuple[str, ...]]:
-    """Hold any `count` free GPUs of this machine, or of the scheduler's assignment. Nothing on a CPU."""
+    """Hold any `count` free GPUs of this machine, or of the scheduler's assignment; `among` those that the config
+    lists, where it does. Nothing on a CPU."""
     detected = () if device == "cpu" else detect_gpus()
+    if among is not None and not is_scheduled():
+        allowed = {gpu for group in _listed(among) for gpu in group}
+        detected = tuple(gpu for gpu in detected if gpu in allowed)
     if not detected:
         yield ()
         return

@@ -49,6 +49,7 @@ class Record:
     device: str
     positions: int
     documents: int
+    content: str | None  # digest of the held-out sequences
     loss: float
     perplexity: float
     kl_to_teacher: float | None
@@ -122,6 +123,9 @@ def _read_record(path: Path) -> Record:
         device=read.text("device"),
         positions=read.count("validation", "positions"),
         documents=read.count("validation", "documents"),
+        content=None
+        if read("validation", "content") is None
+        else read.text("validation", "content"),
         loss=read.number("validation", "loss"),
         perplexity=read.number("validation", "perplexity"),
         kl_to_teacher=read.number_or_none("validation", "kl_to_teacher"),
@@ -215,10 +219,10 @@ def _read_log(path: Path) -> TrainingLog | None:
 
 
 def group_runs(records: Sequence[Record]) -> list[list[Record]]:
-    """Return the runs by held-out positions; groups, and runs within them, in the order given."""
-    groups: dict[tuple[int, int], list[Record]] = {}
+    """Return the runs by held-out sequences; groups, and runs within them, in the order given."""
+    groups: dict[tuple[int, int, str | None], list[Record]] = {}
     for record in records:
-        groups.setdefault((record.positions, record.documents), []).append(record)
+        groups.setdefault((record.positions, record.documents, record.content), []).append(record)
     return list(groups.values())
 
 
@@ -227,8 +231,8 @@ def find_baseline(
 ) -> Record | None:
     """Return the cross-entropy run to compare `record` with: the first fit, or the one named."""
 
-    def conditions(r: Record) -> tuple[int, ...]:
-        return (r.positions, r.documents, r.student_parameters, r.seed, r.steps)
+    def conditions(r: Record) -> tuple[int | str | None, ...]:
+        return (r.content, r.positions, r.documents, r.student_parameters, r.seed, r.steps)
 
     alike = [
         r

@@ -579,14 +579,14 @@ def test_a_run_is_the_whole_config_with_its_overrides_in_order() -> None:
     )
     runs = {
         "b": {"training": {"alpha": None, "distillation_type": "logit"}},
-        "a": {"cache": {"temperatures": [2]}, "teacher": {"generation": {"batch_size": 9}}},
+        "a": {"cache": {"temperatures": [1, 2, 3]}, "teacher": {"generation": {"batch_size": 9}}},
         "c": None,
     }
     configs = load_runs(base | {"runs": runs})
     assert list(configs) == ["b", "a", "c"]
     assert [c.training.alpha for c in configs.values()] == [0.0, 0.2, 0.2]
     assert [c.training.seed for c in configs.values()] == [3, 3, 3]
-    assert configs["a"].cache.temperatures == (2.0,)
+    assert configs["a"].cache.temperatures == (1.0, 2.0, 3.0)
     assert configs["a"].teacher.generation.batch_size == 9
     assert configs["c"] == load(base)
 
@@ -631,9 +631,12 @@ def test_the_default_config_has_an_empty_identity() -> None:
 
 def test_identity_holds_what_was_changed_ready_for_json() -> None:
     config = load(
-        {"cache": {"top_k": 8, "temperatures": [2]}, "teacher": {"generation": {"cpu_threads": 2}}}
+        {
+            "cache": {"top_k": 8, "temperatures": [1, 2, 3]},
+            "teacher": {"generation": {"cpu_threads": 2}},
+        }
     )
-    assert identity(config.cache) == {"top_k": 8, "temperatures": [2.0]}
+    assert identity(config.cache) == {"top_k": 8, "temperatures": [1.0, 2.0, 3.0]}
     assert identity(config.teacher) == {"generation": {"cpu_threads": 2}}
 
 

@@ -61,6 +61,7 @@ def write_run(folder: Path, name: str, kind: str = "hybrid", **changes: Any) -> 
             "perplexity": 24.9,
             "positions": 65_536,
             "documents": 412,
+            "content": "c0ffee",
             "kl_to_teacher": 0.5,
             "agreement": 0.431,
         },

@@ -147,7 +147,21 @@ def get_cache_flags(wildcards):
 
 def get_evaluation_flags(wildcards):
     config = artefact(wildcards).config
-    return f"{flags(config.evaluation)} --device {config.training.device} --cpu-threads {get_cpu_threads(wildcards)}"
+    threads = get_cpu_threads(wildcards)
+    words = [flags(config.evaluation), gpu_flags(config)]
+    return " ".join(
+        [*words, f"--device {config.training.device} --cpu-threads {threads}"]
+    )
+
+
+def gpu_flags(config):
+    """The GPUs that a config lists are those that its students may use too."""
+    gpus = config.teacher.generation.gpus
+    if gpus is None:
+        return ""
+    return (
+        f"--among-gpus {shlex.quote(gpus if isinstance(gpus, str) else ','.join(gpus))}"
+    )
 
 
 def get_sample_flags(wildcards):
@@ -206,7 +220,7 @@ def get_manifest(wildcards):
 def get_train_flags(wildcards):
     run = PROJECT.runs[wildcards.run]
     config = run.config
-    words = [flags(config.student, config.training, config.tracking)]
+    words = [flags(config.student, config.training, config.tracking), gpu_flags(config)]
     words.append(tokenizer_flags(run.tokens))
     if run.logits:
         words.append(

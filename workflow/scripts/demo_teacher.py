@@ -9,6 +9,7 @@ from pathlib import Path
 
 from retort.commands import run_script, say
 from retort.config import add_section_flags, section_from_args
+from retort.gpus import lease_training
 
 
 def main() -> None:
@@ -22,9 +23,12 @@ def main() -> None:
     )
     add_section_flags(parser, "dataset")
     args = parser.parse_args()
-    from retort.demo import make_demo_teacher
+    with lease_training(1, say=say):
+        from retort.demo import make_demo_teacher
 
-    make_demo_teacher(args.output, section_from_args(args, "dataset"), drawn=args.corpus, say=say)
+        make_demo_teacher(
+            args.output, section_from_args(args, "dataset"), drawn=args.corpus, say=say
+        )
 
 
 if __name__ == "__main__":

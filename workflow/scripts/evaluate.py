@@ -28,12 +28,15 @@ def main() -> None:
     parser.add_argument(
         "--signal", type=Path, nargs="*", default=[], help="manifest.json of the run's cache"
     )
+    parser.add_argument(
+        "--among-gpus", help="GPUs of this machine that may be used, such as 1,3,5,7; else all"
+    )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--cpu-threads", type=int, default=1, help="threads on a CPU")
     parser.add_argument("--output", required=True, type=Path, help="metrics.json")
     add_section_flags(parser, "evaluation")
     args = parser.parse_args()
-    with lease_training(1, device=args.device, say=say):
+    with lease_training(1, device=args.device, among=args.among_gpus, say=say):
         from retort.evaluation import evaluate_run
 
         line = evaluate_run(

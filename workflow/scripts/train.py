@@ -30,13 +30,16 @@ def main() -> None:
         "--fingerprint", type=Path, help="fingerprint.json of the teacher, where there is one"
     )
     parser.add_argument(
+        "--among-gpus", help="GPUs of this machine that may be used, such as 1,3,5,7; else all"
+    )
+    parser.add_argument(
         "--output", required=True, type=Path, help="training.json; the student lies beside it"
     )
     for section in ("student", "training", "tracking", "teacher"):
         add_section_flags(parser, section)
     args = parser.parse_args()
     training = section_from_args(args, "training")
-    with lease_training(training.gpus, device=training.device, say=say):
+    with lease_training(training.gpus, device=training.device, among=args.among_gpus, say=say):
         from retort.training import train_run
 
         train_run(

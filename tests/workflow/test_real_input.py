@@ -1,0 +1,103 @@
+"""A real teacher and real stories: at equal steps, the distilled student beats the one that learned from text alone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from place import Place
+
+SEEDS = (0, 1, 2)
+STUDENT = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 88,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+
+
+def describe(data: Path) -> dict[str, Any]:
+    """Return the config: a teacher of 260k parameters, students of 54k, 1,000 stories of 410 tokens."""
+    runs: dict[str, Any] = {}
+    for seed in SEEDS:
+        runs[f"text_{seed}"] = {"training": {"distillation_type": "output", "seed": seed}}
+        runs[f"both_{seed}"] = {
+            "training": {"distillation_type": "hybrid", "alpha": 0.1, "seed": seed}
+        }
+    return {
+        "dataset": {
+            "name": "json",
+            "data_files": str(data / "text" / "tinystories" / "train.jsonl"),
+            "append_eos": False,  # the teacher was not trained with it
+            "max_samples": 1000,
+            "max_length": 256,
+            "num_shards": 2,
+            "streaming_chunk_size": 100,
+            "validation_fraction": 0.06,
+        },
+        "teacher": {
+            "model_path": str(data / "models" / "stories260K"),
+            "generation": {"num_workers": 2, "batch_size": 16},
+        },
+        "cache": {"top_k": 64, "temperatures": [1.0]},
+        "student": {"config": "student.json"},
+        "training": {
+            "temperature": 1.0,
+            "max_steps": 400,
+            "batch_size": 8,
+            "learning_rate": 1.0e-2,
+            "warmup_steps": 30,
+            "save_steps": 200,
+            "logging_steps": 50,
+        },
+        "runs": runs,
+    }
+
+
+@pytest.mark.slow
+def test_distilled_students_beat_those_that_learned_from_text_alone(
+    shared_data: Path, tmp_path: Path
+) -> None:
+    place = Place(tmp_path)
+    (tmp_path / "student.json").write_text(json.dumps(STUDENT))
+    place.write_config(describe(shared_data))
+    place.snakemake()
+
+    metrics = {}
+    for path in place.results.glob("runs/*/*/evaluation/*/metrics.json"):
+        found = json.loads(path.read_text())
+        metrics[found["run"]] = found
+    losses = {run: found["validation"]["loss"] for run, found in metrics.items()}
+    print(losses)
+    for seed in SEEDS:
+        text, both = metrics[f"text_{seed}"], metrics[f"both_{seed}"]
+        for key in ("student_parameters", "steps", "trained_tokens", "seed"):
+            assert text[key] == both[key], key
+        assert both["validation"]["loss"] < text["validation"]["loss"], losses
+        assert both["validation"]["kl_to_teacher"] < text["validation"]["kl_to_teacher"]
+        assert both["validation"]["agreement"] > text["validation"]["agreement"]
+        assert both["cache"]["fidelity_kl"] < 1e-4
+    assert metrics["both_0"]["student_parameters"] == 54_240
+    teacher = metrics["both_0"]["teacher_validation"]["loss"]
+    assert teacher < min(losses.values()), "a teacher that knows more than its students"
+    (student,) = place.results.glob("runs/both_0/*/final")
+    assert_generates(student)
+    assert place.plan() == {}
+
+
+def assert_generates(folder: Path) -> None:
+    """Load a finished student as anyone would, and let it tell a story."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    start = "Once upon a time"
+    ids = tokenizer(start, return_tensors="pt").input_ids
+    story = model.generate(ids, max_new_tokens=30, do_sample=False)
+    assert story.shape[1] > ids.shape[1]
+    text = tokenizer.decode(story[0], skip_special_tokens=True)
+    assert text.startswith(start) and len(text) > len(start) + 20, text
