@@ -143,7 +143,8 @@ def measure_fidelity(cache: LogitCache, teacher: TeacherFeatures) -> dict[str, A
     n = max(1, place)
     return {
         "fidelity_positions": place,
-        "fidelity_kl": kl / n,
+        # Rows rounded to float16 need not sum to one, which can put a KL of zero a rounding below it.
+        "fidelity_kl": max(0.0, kl / n),
         "fidelity_agreement": agree / n,
         "tail_mass": tail / n,
     }
