@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-unit test-workflow test-slow lint environment docs clean
+.PHONY: demo test test-unit test-workflow test-slow campaign lint environment docs clean
 
 demo: $(READY)
 	$(BIN)/snakemake --cores $(CORES) --quiet rules
@@ -26,8 +26,13 @@ test-unit: $(READY)
 test-workflow: $(READY)
 	$(BIN)/pytest tests/workflow -n 2
 
+# The real teacher and real stories of ../shared/data; skipped with a reason where they are absent.
 test-slow: $(READY)
-	$(BIN)/pytest tests -m slow
+	$(BIN)/pytest tests/workflow/test_real_input.py -m slow
+
+# Kills at many points, every number of workers: about half an hour, not part of `make test`.
+campaign: $(READY)
+	$(BIN)/pytest tests -m slow -n 2
 
 lint: $(READY)
 	$(BIN)/ruff check .
