@@ -18,8 +18,10 @@ from retort.corpus import corpus_files
 from retort.provenance import (
     digest,
     digest_file,
+    fingerprint_tokenizer,
     fingerprint_weights,
     read_json,
+    stamp_files,
     refuse_file_in_the_way,
 )
 
@@ -54,6 +56,7 @@ class Corpus:
     folder: Path
     dataset: Dataset
     is_drawn: bool
+    stamp: str  # of the local files that the id's digests were taken of: whoever reads them compares it
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,8 @@ def plan_project(configs: Mapping[str, Config]) -> Project:
     """Name every artefact that the runs' configs make.
 
     Raises ValueError where a local corpus or student config is missing, where a file stands in the results' place,
-    or where the weights under a local teacher's path are not those that its recorded results were made with.
+    or where the weights or the tokenizer under a local teacher's path are not those that its recorded results were
+    made with.
     """
     for output in {config.output for config in configs.values()}:
         refuse_file_in_the_way(Path(output.results_dir))
@@ -159,7 +163,7 @@ def plan_project(configs: Mapping[str, Config]) -> Project:
         r.tokens.teacher for r in everything if r.tokens.teacher
     ]
     for teacher in {t.id: t for t in teachers}.values():
-        refuse_other_weights(teacher)
+        refuse_other_teacher(teacher)
     corpora = [r.tokens.corpus for r in everything] + [t.corpus for t in teachers if t.corpus]
     evaluations = [[r.name, r.id, r.evaluation_id] for r in everything]
     return Project(
@@ -174,20 +178,25 @@ def plan_project(configs: Mapping[str, Config]) -> Project:
     )
 
 
-def refuse_other_weights(teacher: TeacherModel) -> None:
-    """Raise ValueError when a local teacher's weights are not those recorded in its folder."""
-    record = teacher.folder / "fingerprint.json"
+def refuse_other_teacher(teacher: TeacherModel) -> None:
+    """Raise ValueError when a local teacher's weights or tokenizer are not those recorded in its folder."""
+    path = teacher.folder / "fingerprint.json"
     local = Path(str(teacher.section.model_path))
-    if teacher.corpus or not record.exists() or not local.is_dir():
+    if teacher.corpus or not path.exists() or not local.is_dir():
         return
-    recorded, found = read_json(record)["weights"], fingerprint_weights(local)
-    if recorded != found:
-        raise ValueError(
-            f"teacher.model_path {str(local)!r} holds other weights than before: fingerprint {found}, but "
-            f"results were made with {recorded} (recorded in {record}). Put the old weights back, or set "
-            f"teacher.generation.force_regenerate to a new value (a date, say): it makes a new cache from "
-            "the new weights and leaves the old one where it is."
-        )
+    record = read_json(path)
+    compared = {
+        "weights": (record["weights"], fingerprint_weights(local)),
+        "tokenizer files": (record["tokenizer"]["fingerprint"], fingerprint_tokenizer(local)),
+    }
+    for what, (recorded, found) in compared.items():
+        if recorded != found:
+            raise ValueError(
+                f"teacher.model_path {str(local)!r} holds other {what} than before: fingerprint {found}, but "
+                f"results were made with {recorded} (recorded in {path}). Put the old files back, or set "
+                f"teacher.generation.force_regenerate to a new value (a date, say): it makes a new cache from "
+                "what is there now and leaves the old one where it is."
+            )
 
 
 def _plan_run(name: str, config: Config) -> Run:
@@ -235,10 +244,12 @@ def _plan_corpus(config: Config) -> Corpus:
     if files:
         keys.pop("data_files", None)  # these count by content; a Hub dataset's files, by name
     memo = Path(config.output.results_dir) / ".digests.json"
+    stamp = stamp_files(files)  # before the digests: an edit while they are taken must show too
     content = [digest_file(path, memo=memo) for path in files]
     corpus_id = digest(["corpus", REVISIONS["corpus"], keys, content])
     is_drawn = dataset.streaming or dataset.name == "demo"
-    return Corpus(corpus_id, _cache_root(config) / "corpora" / corpus_id, dataset, is_drawn)
+    folder = _cache_root(config) / "corpora" / corpus_id
+    return Corpus(corpus_id, folder, dataset, is_drawn, stamp)
 
 
 def _plan_teacher(config: Config) -> TeacherModel:
@@ -253,7 +264,8 @@ def _plan_teacher(config: Config) -> TeacherModel:
         prefix = "demo-"
         keys |= {"corpus": corpus.id, "max_length": config.dataset.max_length}
     teacher_id = prefix + digest(["teacher", REVISIONS["teacher"], keys])
-    folder = Path(config.output.results_dir) / "teachers" / teacher_id
+    # Beside what is made from it: every results_dir that shares a cache_dir shares this record.
+    folder = _cache_root(config) / "teachers" / teacher_id
     return TeacherModel(teacher_id, folder, section, corpus)
 
 
@@ -262,7 +274,9 @@ def _plan_tokens(config: Config, teacher: TeacherModel | None) -> Tokens:
     owner: TeacherModel | None
     source: list[Any]
     if dataset.tokenizer is not None or teacher is None:
-        owner, source = None, [dataset.tokenizer]
+        local = Path(str(dataset.tokenizer))
+        owner = None
+        source = [fingerprint_tokenizer(local) if local.is_dir() else dataset.tokenizer]
     elif teacher.corpus is not None:
         owner, source = teacher, [teacher.id]
     else:
@@ -273,6 +287,7 @@ def _plan_tokens(config: Config, teacher: TeacherModel | None) -> Tokens:
         )
     corpus = _plan_corpus(config)
     keys = {k: v for k, v in identity(dataset).items() if k in _TOKENIZING_KEYS}
+    keys.pop("tokenizer", None)  # `source` says which it is
     tokens_id = digest(["tokens", REVISIONS["tokens"], corpus.id, source, keys])
     return Tokens(tokens_id, _cache_root(config) / "tokens" / tokens_id, corpus, owner)
 

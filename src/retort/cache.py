@@ -27,6 +27,7 @@ from retort.tokens import SequenceTable, content_key
 CACHE_FORMAT = "retort-logits"
 CACHE_VERSION = 1
 CACHE_FILE = "teacher_logits.h5"
+_DAMAGED = ".damaged"
 # Columns checked whole when a file is opened; ids, masks and segments are checked by each sequence's content
 # key, and records by their own checksums, when they are read.
 _CHECKED_COLUMNS = (
@@ -290,7 +291,10 @@ def merge_parts(index: TokenIndex, folder: Path, header: CacheHeader, out: Path)
 
 
 def _refuse_unfit_parts(index: TokenIndex, paths: list[Path], header: CacheHeader) -> None:
-    """Raise one ValueError that names every part that cannot be merged, with the reason."""
+    """Raise one ValueError that names every part that cannot be merged, with the reason.
+
+    Damaged ones are put aside, so that workers find them missing and make them again.
+    """
     faults = []
     for part, path in zip(index.parts, paths, strict=True):
         try:
@@ -305,10 +309,13 @@ def _refuse_unfit_parts(index: TokenIndex, paths: list[Path], header: CacheHeade
             cache.verify()
         except ValueError as error:
             faults.append(str(error))
+            if path.exists():
+                path.replace(path.with_suffix(_DAMAGED))
     if faults:
         raise ValueError(
-            f"{len(faults)} of {len(paths)} parts cannot be merged; delete the damaged ones and run the same "
-            "snakemake command again to make them:\n  " + "\n  ".join(faults)
+            f"{len(faults)} of {len(paths)} parts cannot be merged. Run the same command again: the teacher makes these "
+            f"parts anew, and only these (what was damaged is kept as *{_DAMAGED} until then).\n  "
+            + "\n  ".join(faults)
         )
 
 
@@ -368,7 +375,7 @@ def is_merged(path: Path, header: CacheHeader) -> bool:
 def remove_parts(folder: Path) -> None:
     """Remove the parts of a merged cache, and the claims of the workers that made them."""
     for path in sorted(folder.iterdir()) if folder.exists() else []:
-        if path.suffix in (".h5", ".claim", ".tmp"):
+        if path.suffix in (".h5", _DAMAGED, ".claim", ".tmp"):
             path.unlink(missing_ok=True)
     if folder.exists() and not any(folder.iterdir()):
         folder.rmdir()

@@ -1,17 +1,29 @@
 """How every script starts and ends: quiet libraries, one line per message, one sentence per user's mistake.
 
 Progress goes to stderr, which a rule shows on the terminal and keeps in its log; so do errors. A ValueError is the
-user's to mend: its sentence is printed without a traceback. Anything else is ours, and keeps its traceback.
+user's to mend: its sentence is printed without a traceback; so are a full disk and an interrupt. Anything else is
+ours, and keeps its traceback.
 """
 
+import errno
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
+from typing import Any
+
+_GOES_ON = "What is finished is kept; the same command goes on from there."
+# What libraries say where they keep no errno: HDF5, safetensors and torch.save.
+_DISK_FULL = ("No space left on device", "errno = 28", "Disk quota exceeded", "errno = 122")
+_TORCH_WRITE_FAILED = "PytorchStreamWriter failed writing"
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's main function; exit with status 1 and one sentence on a ValueError."""
+    """Run a script's main function; exit with status 1 and one sentence on a ValueError or a full disk.
+
+    SIGTERM (a time limit, a preemption, Snakemake ending its jobs) is an orderly end with the shell's status 143.
+    """
     # Threads that wait must sleep, not spin: on a machine with other work, two spinning threads trained 10x slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -20,13 +32,48 @@ def run_script(main: Callable[[], None]) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    _terminate_by(os.getpid())
     try:
         main()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except Exception as error:
+        if is_disk_full(error):
+            say(f"error: the disk is full ({_first_line(error)}): free space. {_GOES_ON}")
+        elif isinstance(error, ValueError):
+            say(f"error: {error}")
+        else:
+            raise
+        raise SystemExit(1) from None
+
+
+def _terminate_by(process: int) -> None:
+    """Let SIGTERM end this process by SystemExit, so that claims and temporaries go; its children die as ever."""
+
+    def terminate(*_: Any) -> None:
+        if os.getpid() != process:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+        say(f"interrupted by SIGTERM. {_GOES_ON}")
+        raise SystemExit(128 + signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, terminate)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Say whether an exception, or what it was raised from, comes of a full disk or quota, whichever library wrote."""
+    chain: BaseException | None = error
+    while chain is not None:
+        if isinstance(chain, OSError) and chain.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(words in str(chain) for words in (*_DISK_FULL, _TORCH_WRITE_FAILED)):
+            return True
+        chain = chain.__cause__ or chain.__context__
+    return False
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def say(message: str) -> None:

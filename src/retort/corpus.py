@@ -17,7 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from operator import itemgetter
 from pathlib import Path
@@ -28,7 +28,13 @@ import xxhash
 from retort.config import Dataset
 from retort.demo_text import describe_demo
 from retort.documents import Counts, Document, make_document
-from retort.provenance import read_json, remove_stale_temporaries, temporary_name, write_json
+from retort.provenance import (
+    read_json,
+    remove_stale_temporaries,
+    stamp_files,
+    temporary_name,
+    write_json,
+)
 from retort.readers import Row, naming, open_bytes, read_file
 from retort.sources import choose_columns, is_hub, list_files, read_rows
 
@@ -41,6 +47,7 @@ __all__ = [
     "is_drawn",
     "read_documents",
     "read_drawn",
+    "unchanged",
 ]
 
 _DRAWN_FORMAT = {"format": "retort corpus", "version": 1}
@@ -107,19 +114,41 @@ def check_corpus(dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def draw_corpus(dataset: Dataset, out_dir: Path) -> dict[str, Any]:
+@contextmanager
+def unchanged(dataset: Dataset, stamp: str | None) -> Iterator[None]:
+    """Raise ValueError where the local files are not, or at the end no longer, those that `stamp` was taken of.
+
+    What is made from a corpus is named by its content as it was when the command began; text that was edited
+    since would lie under the old text's name. None: whoever runs a script by hand names no content.
+    """
+
+    def compare() -> None:
+        if stamp not in (None, stamp_files(list_files(dataset))):
+            raise ValueError(
+                f"the files of dataset.data_files {dataset.data_files or dataset.name!r} changed while Retort read "
+                "them; nothing was kept of what was read. Run the same command again: it goes on with the files as "
+                "they are now."
+            )
+
+    compare()
+    yield
+    compare()
+
+
+def draw_corpus(dataset: Dataset, out_dir: Path, *, stamp: str | None = None) -> dict[str, Any]:
     """Read a corpus once, in its order, into a file per shard and corpus.json, which is returned.
 
     Files appear under their names when all are complete; memory holds one document (and the
     shuffle's buffer). The content of the files depends on the source and the dataset section alone.
-    Raises ValueError when nothing is usable.
+    Raises ValueError when nothing is usable, or the source is no longer what `stamp` was taken of.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     remove_stale_temporaries(out_dir)
     paths = [_drawn_path(out_dir, shard) for shard in range(dataset.num_shards)]
     temporaries = [temporary_name(path) for path in paths]
     try:
-        summary = _write_drawn(dataset, temporaries)
+        with unchanged(dataset, stamp):
+            summary = _write_drawn(dataset, temporaries)
         for temporary, path in zip(temporaries, paths, strict=True):
             temporary.replace(path)
     finally:

@@ -22,7 +22,7 @@ from retort.config import Evaluation
 from retort.features import TeacherFeatures, digest_keys, iterate_rows, read_features
 from retort.losses import perplexity
 from retort.models import CausalLM, choose_device, load_pretrained, split_model
-from retort.provenance import read_json, write_json
+from retort.provenance import compare_digests, digest_folder, read_json, write_json
 from retort.shards import TokenIndex
 from retort.teacher import score_features
 from retort.tokens import SequenceTable
@@ -127,6 +127,16 @@ def _add_comparison(sums: Sums, student_PV: Tensor, teacher_PV: Tensor, targets_
     sums.teacher_loss += float(F.nll_loss(teacher_PV, targets_P, reduction="sum"))
 
 
+def _refuse_other_student(folder: Path, record: dict[str, Any], source: Path) -> None:
+    """Raise ValueError when the student is not the one that training.json was written for."""
+    faults = compare_digests(record["final"], digest_folder(folder))
+    if faults:
+        raise ValueError(
+            f"{folder} is not what {source} records: {', '.join(faults)}. Delete {source} and run the same command "
+            "again: training goes on from its last checkpoint and writes the student anew."
+        )
+
+
 def evaluate_run(
     out: Path,
     *,
@@ -138,15 +148,23 @@ def evaluate_run(
     device: str,
     cpu_threads: int,
 ) -> str:
-    """Evaluate the student in final/ beside training.json, write metrics.json, return its line."""
+    """Evaluate the student in final/ beside training.json, write metrics.json, return its line.
+
+    Raises ValueError when final/ is not what training wrote, or the teacher is not the one that was trained with.
+    """
     torch.set_num_threads(cpu_threads)
     index = TokenIndex.read(index_path)
     record = read_json(training_path)
     folder = training_path.parent / "final"
+    _refuse_other_student(folder, record, training_path)
     table = index.read_split("val", max_positions=evaluation.max_positions)
     teacher = read_features(features_path) if features_path else None
     if teacher is not None and features_path is not None:
         teacher.require("val", table, source=features_path)
+        if record["teacher"] is not None:
+            teacher.require_teacher(
+                record["teacher"], source=features_path, made_from=training_path
+            )
     model = load_pretrained(str(folder), dtype=torch.float32).to(choose_device(device)).eval()
     found = evaluate_student(
         split_model(model), table, teacher=teacher, batch_size=evaluation.batch_size

@@ -55,6 +55,15 @@ class TeacherFeatures:
             logits_PV[:, self.num_tokens :] = -torch.inf
         return logits_PV.log_softmax(dim=-1)
 
+    def require_teacher(self, weights: str, *, source: Path, made_from: Path) -> None:
+        """Raise ValueError unless the teacher with these weights' fingerprint scored them."""
+        if self.teacher != weights:
+            raise ValueError(
+                f"{source} was scored by teacher {self.teacher}, but {made_from} records {weights}: the teacher's files "
+                f"were changed in between. Delete {source} and run the same command again; to learn from the new "
+                "teacher instead, set teacher.generation.force_regenerate to a new value (a date, say)."
+            )
+
     def require(self, split: str, table: SequenceTable, *, source: Path) -> None:
         """Raise ValueError unless `table` holds the very sequences that were scored."""
         found = digest_keys(table)

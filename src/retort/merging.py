@@ -10,6 +10,7 @@ from torch import Tensor
 
 from retort.cache import (
     CACHE_FILE,
+    CacheHeader,
     LogitCache,
     cache_digest,
     is_merged,
@@ -47,7 +48,7 @@ def merge_h5(
     folder = manifest_path.parent
     out = folder / CACHE_FILE
     if not is_merged(out, header):
-        merge_parts(index, folder / "parts", header, out)
+        _merge(index, folder, header, out)
     merged = LogitCache(out)
     merged.verify()
     receipts = [read_json(path) for path in sorted(folder.glob("metadata_worker*.json"))]
@@ -66,6 +67,16 @@ def merge_h5(
         f"{line}, tail mass {manifest['tail_mass']:.3f}; KL(live teacher || cache) {manifest['fidelity_kl']:.2e} "
         f"nats on {manifest['fidelity_positions']:,} positions"
     )
+
+
+def _merge(index: TokenIndex, folder: Path, header: CacheHeader, out: Path) -> None:
+    """Merge the parts; where that fails, remove the workers' receipts: they would say that nothing is to be done."""
+    try:
+        merge_parts(index, folder / "parts", header, out)
+    except ValueError:
+        for receipt in folder.glob("metadata_worker*.json"):
+            receipt.unlink(missing_ok=True)
+        raise
 
 
 def _refuse_misaligned(path: Path, manifest: dict[str, Any]) -> None:
@@ -106,11 +117,7 @@ def read_fidelity(cache: LogitCache, features_path: Path | None) -> dict[str, An
             "tail_mass": None,
         }
     teacher = read_features(features_path)
-    if teacher.teacher != cache.header.teacher:
-        raise ValueError(
-            f"{features_path} was scored by teacher {teacher.teacher}, the cache by {cache.header.teacher}. Delete "
-            "the former and run the same command again."
-        )
+    teacher.require_teacher(cache.header.teacher, source=features_path, made_from=cache.path)
     places = [i for i in teacher.train_sequences.tolist() if i < len(cache)]
     rows = [cache.table.slice(i, i + 1) for i in places]
     teacher.require("train", concatenate_tables(rows), source=features_path)

@@ -48,11 +48,21 @@ def plan_cache(index: dict[str, Any], cache: Cache, *, vocabulary: int, folder: 
     free = shutil.disk_usage(existing).free
     if total > free:
         raise ValueError(
-            f"the cache of {train['positions']:,} positions needs up to {total / 1e9:.1f} GB while its parts are "
-            f"merged, but {existing} has {free / 1e9:.1f} GB free. Lower cache.top_k (now {cache.top_k}) or "
+            f"the cache of {train['positions']:,} positions needs up to {format_bytes(total)} while its parts are "
+            f"merged, but {existing} has {format_bytes(free)} free. Lower cache.top_k (now {cache.top_k}) or "
             "dataset.max_samples, or set output.cache_dir to a larger disk."
         )
     return CacheCost(train["positions"], len(index["parts"]), record_bytes, total, free)
+
+
+def format_bytes(number: int) -> str:
+    """Return a number of bytes for people, in decimal units: 812 bytes, 3.4 MB, 1.2 TB."""
+    value = float(number)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if value < 999.95:
+            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:,.1f} TB"
 
 
 def describe_cost(cost: CacheCost) -> str:
@@ -60,6 +70,6 @@ def describe_cost(cost: CacheCost) -> str:
     per_position = cost.record_bytes / max(1, cost.positions)
     return (
         f"cache: {cost.positions:,} positions in {cost.parts} parts, at most {per_position:.0f} bytes each "
-        f"({cost.record_bytes / 1e9:.2f} GB); room needed while merging {cost.total_bytes / 1e9:.2f} GB, "
-        f"free {cost.disk_free_bytes / 1e9:.1f} GB"
+        f"({format_bytes(cost.record_bytes)}); room needed while merging {format_bytes(cost.total_bytes)}, "
+        f"free {format_bytes(cost.disk_free_bytes)}"
     )

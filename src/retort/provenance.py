@@ -72,6 +72,30 @@ def digest_file(path: Path, *, memo: Path | None = None) -> str:
     return str(known[key][-1])
 
 
+def stamp_files(paths: Iterable[Path]) -> str:
+    """Return a digest of the files' names, sizes and times: another one says that something was written meanwhile.
+
+    The change time is among them: no program can set it back.
+    """
+    states = [(path, path.stat()) for path in paths]
+    return digest([[str(p), s.st_size, s.st_mtime_ns, s.st_ctime_ns] for p, s in states])
+
+
+def digest_folder(folder: Path) -> dict[str, str]:
+    """Return the digest of every file in a folder, by its name within."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): _hash_whole(path) for path in files}
+
+
+def compare_digests(recorded: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
+    """Return what differs, in words; nothing for equal digests. Files that nobody recorded do not count."""
+    return [
+        f"{name} is {'missing' if name not in found else 'not what was written'}"
+        for name in recorded
+        if recorded[name] != found.get(name)
+    ]
+
+
 def _hash_whole(path: Path) -> str:
     state = xxhash.xxh3_128()
     with path.open("rb") as file:

@@ -19,7 +19,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from retort.config import Dataset
-from retort.corpus import Counts, read_documents, read_drawn
+from retort.corpus import Counts, read_documents, read_drawn, unchanged
 from retort.provenance import digest, read_json, temporary_name, write_json
 from retort.tokens import (
     SPLITS,
@@ -353,8 +353,12 @@ def tokenize_shard(
     fingerprint: dict[str, Any],
     shard: int,
     drawn: Path | None,
+    stamp: str | None = None,
 ) -> str:
-    """Tokenize one shard of the corpus (of a drawn one where `drawn` names its folder); return what was counted."""
+    """Tokenize one shard of the corpus (of a drawn one where `drawn` names its folder); return what was counted.
+
+    Raises ValueError when the corpus is no longer what `stamp` (see `stamp_files`) was taken of.
+    """
     started = time.monotonic()
     documents, counts = Counts(), TokenCounts()
     source = (
@@ -363,8 +367,9 @@ def tokenize_shard(
         else read_documents(dataset, shard=shard, num_shards=dataset.num_shards, counts=documents)
     )
     by_split: dict[str, list[Any]] = {split: [] for split in SPLITS}
-    for document in source:
-        by_split[document.split].append(document)
+    with unchanged(dataset, None if drawn else stamp):
+        for document in source:
+            by_split[document.split].append(document)
     tables = {s: tokenize_documents(by_split[s], tokenizer, dataset, counts=counts) for s in SPLITS}
     documents.reconcile()
     counted = {"documents": documents.to_json(), "tokens": asdict(counts)}

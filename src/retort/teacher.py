@@ -186,7 +186,10 @@ def run_worker(
     teacher: CausalLM | None = None
     progress = _Progress(index, say=say)
     num_tokens = int(index.content["tokenizer"]["size"])
-    while missing := find_missing_parts(index, folder, header):
+    # A worker that was stopped for long may wake after the others finished, merged and removed all parts.
+    while not is_merged(folder.parent / CACHE_FILE, header) and (
+        missing := find_missing_parts(index, folder, header)
+    ):
         place_part = _next_part(missing, folder, worker=worker, num_workers=num_workers)
         if place_part is None:
             time.sleep(

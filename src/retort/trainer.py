@@ -32,7 +32,7 @@ from retort.losses import (
 from retort.models import (
     CausalLM,
 )
-from retort.provenance import write_json
+from retort.provenance import digest_folder, write_json
 
 # Written last into a checkpoint, so that one cut short by a kill is told from a whole one.
 COMPLETE_MARK = "complete.json"
@@ -217,4 +217,5 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Mark the checkpoint that was just written as whole."""
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        write_json(folder / COMPLETE_MARK, {"step": state.global_step, **self.totals})
+        found = {"step": state.global_step, **self.totals, "files": digest_folder(folder)}
+        write_json(folder / COMPLETE_MARK, found)

@@ -34,9 +34,16 @@ from retort.models import (
     describe_device,
     load_recorded_teacher,
 )
-from retort.provenance import describe_run, read_json, write_atomically, write_json
+from retort.provenance import (
+    compare_digests,
+    describe_run,
+    digest_folder,
+    read_json,
+    write_atomically,
+    write_json,
+)
 from retort.shards import TokenIndex
-from retort.tokens import SequenceTable, load_tokenizer
+from retort.tokens import SequenceTable, fingerprint_of_tokenizer, load_tokenizer
 from retort.trainer import COMPLETE_MARK, DistillationTrainer, ProgressCallback
 
 LOG_COLUMNS = (
@@ -50,17 +57,28 @@ LOG_COLUMNS = (
 )
 
 
-def find_checkpoint(folder: Path) -> Path | None:
-    """Return the newest whole checkpoint of a run, and remove torn ones."""
-    whole = None
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+def find_checkpoint(folder: Path, *, say: Callable[[str], None] = print) -> Path | None:
+    """Return the newest whole checkpoint of a run; newer ones that are torn or damaged are removed, aloud."""
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda p: -int(p.name.split("-")[1]))
     for path in checkpoints:
-        if (path / COMPLETE_MARK).exists():
-            whole = path
-        else:
-            print(f"{path} was cut short by a kill: removed")
-            shutil.rmtree(path)
-    return whole
+        fault = _find_fault(path)
+        if fault is None:
+            return path
+        say(f"{path} {fault}: removed")
+        shutil.rmtree(path)
+    return None
+
+
+def _find_fault(checkpoint: Path) -> str | None:
+    """Return what is wrong with a checkpoint, in words: any of its files missing or changed would go unnoticed."""
+    try:
+        recorded = read_json(checkpoint / COMPLETE_MARK)["files"]
+    except FileNotFoundError:
+        return "was cut short by a kill"
+    except (ValueError, KeyError, TypeError):
+        return f"has a damaged {COMPLETE_MARK}"
+    differences = compare_digests(recorded, digest_folder(checkpoint))
+    return f"is damaged ({', '.join(differences)})" if differences else None
 
 
 def _is_finished(checkpoint: Path) -> bool:
@@ -146,7 +164,7 @@ def train_student(
             train_dataset=TrainingData(source),
             data_collator=Collator(_find_temperature(source, training.temperature)),
         )
-        checkpoint = find_checkpoint(folder)
+        checkpoint = find_checkpoint(folder, say=say)
         before = (
             read_json(checkpoint / COMPLETE_MARK)
             if checkpoint
@@ -171,6 +189,7 @@ def train_student(
             "seconds": round(progress.totals["seconds"], 3),
             "student_parameters": int(model.num_parameters()),
             "device": describe_device(trainer.args.device),
+            "final": digest_folder(folder / "final"),
         }
 
 
@@ -249,10 +268,12 @@ def train_run(
         revision=tokenizer_revision,
         trust_remote_code=teacher_section.trust_remote_code,
     )
+    _refuse_other_tokenizer(index, tokenizer_path, tokenizer)
     source = _open_source(index, cache_path if alpha < 1.0 else None)
     # The width of the teacher's output layer, also for a run that learns from text alone: students of one
     # config are of one size.
-    vocabulary = read_json(fingerprint_path)["vocabulary"] if fingerprint_path else len(tokenizer)
+    record = read_json(fingerprint_path) if fingerprint_path else None
+    vocabulary = record["vocabulary"] if record else len(tokenizer)
     teacher = None
     if alpha < 1.0 and cache_path is None and teacher_path and fingerprint_path:
         teacher = load_recorded_teacher(teacher_path, teacher_section, record_path=fingerprint_path)
@@ -275,6 +296,7 @@ def train_run(
         "alpha": alpha,
         "temperature": training.temperature,
         "seed": training.seed,
+        "teacher": record["weights"] if record else None,
         **summary,
     }
     section = {"student": asdict(student), "training": asdict(training)}
@@ -284,6 +306,18 @@ def train_run(
     write_json(out.parent / "run.json", run)
     write_json(out, about)
     say(f"train {name}  {summary['steps']} steps in {summary['seconds']:.0f} s")
+
+
+def _refuse_other_tokenizer(index: TokenIndex, path: str, tokenizer: Any) -> None:
+    """Raise ValueError when the tokens were made by another tokenizer than the one that would go into final/."""
+    made_by = index.content["tokenizer"]["fingerprint"]
+    found = fingerprint_of_tokenizer(path, tokenizer)["fingerprint"]
+    if found != made_by:
+        raise ValueError(
+            f"the tokenizer in {path!r} is not the one that made the tokens: its fingerprint is {found}, but "
+            f"{index.path} records {made_by}. The student would be shipped with a tokenizer that it was not trained "
+            f"with. Put the old tokenizer back, or delete {index.path.parent} to tokenize the corpus again."
+        )
 
 
 def _open_source(index: TokenIndex, cache_path: Path | None) -> SequenceTable | LogitCache:

@@ -15,7 +15,7 @@ import yaml
 from retort.artefacts import Project, plan_project
 from retort.config import load_runs
 from retort.config_schema import merge
-from retort.provenance import fingerprint_weights, write_json
+from retort.provenance import fingerprint_tokenizer, fingerprint_weights, write_json
 
 Plan = Callable[..., Project]
 KINDS = {"corpora", "teachers", "tokens", "logits", "validations", "run", "evaluation"}
@@ -116,9 +116,9 @@ def test_a_key_written_at_its_default_names_nothing(plan: Plan) -> None:
 
 def test_bulky_results_lie_in_the_cache_folder_and_records_in_the_results(plan: Plan) -> None:
     project = plan(output={"results_dir": "results", "cache_dir": "scratch"})
-    for found in (project.tokens, project.logits, project.validations):
+    # Teachers too: two results folders that share a cache must agree on whose it is.
+    for found in (project.teachers, project.tokens, project.logits, project.validations):
         assert all(item.folder.parts[0] == "scratch" for item in found.values())
-    assert all(t.folder.parts[0] == "results" for t in project.teachers.values())
     assert all(r.metrics_path.parts[0] == "results" for r in project.runs.values())
 
 
@@ -261,11 +261,15 @@ def test_the_demo_teacher_is_named_by_the_text_that_it_learns(plan: Plan) -> Non
 
 
 def record(project: Project) -> None:
-    """Do what resolve_teacher does: write down the weights of the project's teacher."""
+    """Do what resolve_teacher does: write down the weights and the tokenizer of the project's teacher."""
     (teacher,) = project.teachers.values()
     teacher.folder.mkdir(parents=True)
-    weights = fingerprint_weights(Path(teacher.model_path))
-    write_json(teacher.folder / "fingerprint.json", {"weights": weights})
+    model = Path(teacher.model_path)
+    tokenizer = {"fingerprint": fingerprint_tokenizer(model)}
+    write_json(
+        teacher.folder / "fingerprint.json",
+        {"weights": fingerprint_weights(model), "tokenizer": tokenizer},
+    )
 
 
 def test_other_weights_under_the_same_path_are_refused_until_told_to_regenerate(
@@ -287,6 +291,47 @@ def test_other_weights_under_the_same_path_are_refused_until_told_to_regenerate(
     plan(teacher={"generation": {"force_regenerate": "2026-01-01"}})
     flip_a_weight(tmp_path / "teacher")
     assert changed(before, plan()) == set()
+
+
+def test_another_tokenizer_under_the_same_path_is_refused(plan: Plan, tmp_path: Path) -> None:
+    record(plan())
+    path = tmp_path / "teacher" / "tokenizer.json"
+    path.write_text(path.read_text() + "\n")
+    with pytest.raises(ValueError, match="holds other tokenizer files than before"):
+        plan()
+    again = plan(teacher={"generation": {"force_regenerate": 1}})
+    record(again)
+    assert plan(teacher={"generation": {"force_regenerate": 1}}).tokens == again.tokens
+
+
+def test_a_shared_cache_knows_its_teacher_whatever_the_results_folder(
+    plan: Plan, tmp_path: Path
+) -> None:
+    shared = {"cache_dir": str(tmp_path / "cache")}
+    record(plan(output=shared | {"results_dir": str(tmp_path / "one")}))
+    flip_a_weight(tmp_path / "teacher")
+    with pytest.raises(ValueError, match="than before"):
+        plan(output=shared | {"results_dir": str(tmp_path / "other")})
+
+
+def test_a_local_tokenizer_counts_by_its_content(plan: Plan, tmp_path: Path) -> None:
+    shutil.copytree(tmp_path / "teacher", tmp_path / "mine")
+    chosen = {"tokenizer": str(tmp_path / "mine")}
+    before = plan(dataset=chosen)
+    (tmp_path / "mine").rename(tmp_path / "moved")
+    assert changed(before, plan(dataset={"tokenizer": str(tmp_path / "moved")})) == set()
+    path = tmp_path / "moved" / "tokenizer.json"
+    path.write_text(path.read_text() + "\n")
+    edited = plan(dataset={"tokenizer": str(tmp_path / "moved")})
+    assert changed(before, edited) == TEACHER - {"teachers"}
+
+
+def test_a_corpus_stamp_follows_every_write_and_names_nothing(plan: Plan, tmp_path: Path) -> None:
+    (before,) = plan().corpora.values()
+    os.utime(tmp_path / "corpus.jsonl", (1, 1))
+    (after,) = plan().corpora.values()
+    assert (before.id, before.folder) == (after.id, after.folder)
+    assert before.stamp != after.stamp
 
 
 def test_weights_that_vanished_are_refused(plan: Plan, tmp_path: Path) -> None:

@@ -1,21 +1,23 @@
 """How scripts end: one sentence for a user's mistake, a traceback for ours; as real processes see it."""
 
 import os
+import shlex
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from retort.commands import run_script, say
 
 
+SCRIPT = "from retort.commands import run_script, say\ndef main():\n    {body}\nrun_script(main)"
+
+
 def run(body: str) -> subprocess.CompletedProcess[str]:
-    source = (
-        f"from retort.commands import run_script, say\ndef main():\n    {body}\nrun_script(main)"
-    )
-    return subprocess.run(
-        [sys.executable, "-c", source], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", SCRIPT.format(body=body)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_a_users_mistake_is_one_line_and_status_1() -> None:
@@ -33,6 +35,48 @@ def test_any_other_error_keeps_its_traceback() -> None:
 def test_an_interrupt_ends_quietly_with_the_shells_status() -> None:
     found = run("raise KeyboardInterrupt")
     assert found.returncode == 130 and found.stderr == ""
+
+
+def test_sigterm_ends_in_order_and_says_that_the_work_goes_on() -> None:
+    found = run(
+        "import os, signal\n    try: os.kill(os.getpid(), signal.SIGTERM)\n    finally: say('cleaned up')"
+    )
+    assert found.returncode == 143
+    assert found.stderr.splitlines()[1:] == ["cleaned up"]
+    assert "the same command goes on" in found.stderr and "Traceback" not in found.stderr
+
+
+def test_sigterm_of_a_child_is_the_childs_alone() -> None:
+    found = run(
+        "import os, signal, time\n    child = os.fork()\n    while not child: time.sleep(0.01)\n"
+        "    time.sleep(0.5)  # a new child drops what came before it was ready\n"
+        "    os.kill(child, signal.SIGTERM)\n    say(str(os.waitpid(child, 0)[1]))"
+    )
+    assert (found.returncode, found.stderr) == (0, "15\n")
+
+
+WRITERS = {
+    "plain": "open(path, 'wb').write(bytes(1 << 22))",
+    "h5py": "import h5py; h5py.File(path, 'w').create_dataset('x', data=bytearray(1 << 22))",
+    "safetensors": "import torch, safetensors.torch as s; s.save_file({'x': torch.ones(1 << 22)}, path)",
+    "torch": "import torch; torch.save(torch.ones(1 << 22), path)",
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_full_disk_is_one_sentence_whichever_library_writes(writer: str, tmp_path: Path) -> None:
+    small_disk = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    mount = f"mount -t tmpfs -o size=1m none {tmp_path}"
+    if shutil.which("unshare") is None or subprocess.run([*small_disk, mount], check=False).returncode:
+        pytest.skip("a disk of 1 MB cannot be mounted here (unshare and mount without rights)")
+    script = SCRIPT.format(body=f"path = '{tmp_path}/file'\n    {WRITERS[writer]}")
+    command = shlex.join([sys.executable, "-c", script])
+    found = subprocess.run(
+        [*small_disk, f"{mount} && {command}"], capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 1
+    assert "error: the disk is full" in found.stderr, found.stderr
+    assert "Traceback" not in found.stderr
 
 
 def test_progress_goes_to_stderr_at_once() -> None:
@@ -53,6 +97,7 @@ def test_the_exit_is_an_exit_in_this_process_too(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.environ", dict(os.environ))
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # the handler of whoever runs the tests stays
 
     def main() -> None:
         say("begun")

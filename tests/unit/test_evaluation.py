@@ -20,7 +20,7 @@ from retort.evaluation import (
 )
 from retort.features import TeacherFeatures, digest_keys, read_features, score_validation
 from retort.models import CausalLM, load_pretrained, load_teacher, split_model
-from retort.provenance import read_json, write_json
+from retort.provenance import digest_folder, read_json, write_json
 from retort.records import load_metrics
 from retort.shards import TokenIndex
 from retort.tokens import SequenceTable, load_tokenizer
@@ -215,7 +215,8 @@ def trained(tmp_path: Path, tiny_teacher: Path) -> Path:
     """training.json of a finished run, its student beside it."""
     make_student(WIDTH).model.save_pretrained(tmp_path / "final")
     load_tokenizer(str(tiny_teacher)).save_pretrained(tmp_path / "final")
-    write_json(tmp_path / "training.json", TRAINED)
+    final = digest_folder(tmp_path / "final")
+    write_json(tmp_path / "training.json", TRAINED | {"final": final, "teacher": None})
     return tmp_path / "training.json"
 
 
@@ -279,5 +280,23 @@ def test_a_student_that_is_gone_is_one_sentence(
     trained: Path, index: TokenIndex, features_path: Path
 ) -> None:
     (trained.parent / "final" / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"cannot load the model.*final"):
+    with pytest.raises(ValueError, match=r"final is not what .*model\.safetensors is missing"):
         run_rule(trained, index, features_path)
+
+
+def test_a_student_that_was_exchanged_is_refused(
+    trained: Path, index: TokenIndex, features_path: Path
+) -> None:
+    make_student(WIDTH, seed=1).model.save_pretrained(trained.parent / "final")
+    with pytest.raises(ValueError, match=r"model\.safetensors is not what was written"):
+        run_rule(trained, index, features_path)
+
+
+def test_a_student_is_not_compared_with_another_teacher(
+    trained: Path, index: TokenIndex, features_path: Path, features: TeacherFeatures
+) -> None:
+    write_json(trained, read_json(trained) | {"teacher": "0123456789ab"})
+    with pytest.raises(ValueError, match=f"scored by teacher {features.teacher}.*0123456789ab"):
+        run_rule(trained, index, features_path)
+    write_json(trained, read_json(trained) | {"teacher": features.teacher})
+    run_rule(trained, index, features_path)

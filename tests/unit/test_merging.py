@@ -206,6 +206,27 @@ def test_missing_parts_are_all_named_and_nothing_is_made(prepare: Callable[..., 
     assert len(list(place.parts.glob("*.h5"))) == 4
 
 
+def test_parts_that_cannot_be_merged_are_there_to_be_made_again(
+    prepare: Callable[..., Place],
+) -> None:
+    place = prepare()
+    receipt = place.folder / "metadata_worker0.json"
+    write_json(receipt, {})
+    missing, damaged, *good = sorted(place.parts.glob("*.h5"))
+    missing.unlink()
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match="2 of 6 parts cannot be merged"):
+        place.merge()
+    # With a receipt, or a file under the part's name, no worker would look again.
+    assert not receipt.exists()
+    assert sorted(place.parts.glob("*.h5")) == good
+    damaged.with_suffix(".damaged").rename(damaged)
+    damaged.write_bytes(content)
+    with pytest.raises(ValueError, match="1 of 6 parts cannot be merged"):
+        place.merge()
+
+
 def test_a_merge_killed_at_any_moment_is_finished_by_the_same_call(
     prepare: Callable[..., Place],
 ) -> None:

@@ -64,7 +64,7 @@ def test_cost_is_said_in_one_line_and_kept_as_json(tmp_path: Path) -> None:
     cost = plan_cache(make_index(1_000_000), section("cache"), vocabulary=WIDTH, folder=tmp_path)
     line = describe_cost(cost)
     assert line.startswith(
-        "cache: 1,000,000 positions in 3 parts, at most 264 bytes each (0.26 GB)"
+        "cache: 1,000,000 positions in 3 parts, at most 264 bytes each (264.0 MB)"
     )
     assert "\n" not in line
     assert cost.to_json()["record_bytes"] == 264_000_000

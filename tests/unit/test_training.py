@@ -447,6 +447,26 @@ def test_a_torn_checkpoint_is_removed_and_the_one_before_is_used(
     assert_same_weights(folder, undisturbed)
 
 
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "complete.json"])
+def test_a_damaged_checkpoint_is_not_gone_on_from(
+    name: str, undisturbed: Path, tmp_path: Path
+) -> None:
+    for step in (33, 36):
+        shutil.copytree(undisturbed / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    damaged = tmp_path / "checkpoint-36" / name
+    content = damaged.read_bytes()
+    for bad in (None, content[: len(content) // 2], content[:-3] + b"?" + content[-2:]):
+        if bad is None:
+            damaged.unlink()
+        else:
+            shutil.copytree(undisturbed / "checkpoint-36", tmp_path / "checkpoint-36")
+            damaged.write_bytes(bad)
+        said: list[str] = []
+        assert find_checkpoint(tmp_path, say=said.append) == tmp_path / "checkpoint-33"
+        assert len(said) == 1 and "checkpoint-36" in said[0] and "removed" in said[0]
+        assert (name in said[0]) == (not (name == "complete.json" and bad is None))
+
+
 def test_going_on_at_an_epochs_end_or_within_one_gives_the_same_weights(
     bench: Bench, dropout_student: Path, undisturbed: Path, tmp_path: Path
 ) -> None:

@@ -69,7 +69,8 @@ def get_corpus(wildcards):
 
 
 def get_draw_flags(wildcards):
-    return flags(PROJECT.corpora[wildcards.corpus].dataset)
+    corpus = PROJECT.corpora[wildcards.corpus]
+    return f"--corpus-stamp {corpus.stamp} {flags(corpus.dataset)}"
 
 
 def get_tokenize_flags(wildcards):
@@ -77,7 +78,7 @@ def get_tokenize_flags(wildcards):
     corpus = (
         f" --corpus {shlex.quote(str(tokens.corpus.folder))}"
         if tokens.corpus.is_drawn
-        else ""
+        else f" --corpus-stamp {tokens.corpus.stamp}"
     )
     section = tokens.teacher.section if tokens.teacher else None
     trust = " --trust-remote-code" if section and section.trust_remote_code else ""

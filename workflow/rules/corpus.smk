@@ -12,8 +12,8 @@ rule check_inputs:
     message:
         "Checking the inputs: models, vocabularies, corpora, folders"
     shell:
-        "{params.script} --config {params.config:q} --output {output}"
-        " >> {log} 2> >(tee -a {log} >&2)"
+        "{params.script} --config {params.config:q} --output {output:q}"
+        " >> {log:q} 2> >(tee -a {log:q} >&2)"
 
 
 rule draw_corpus:
@@ -29,8 +29,8 @@ rule draw_corpus:
     message:
         "Drawing the corpus {wildcards.corpus}"
     shell:
-        "{params.script} --output {output} {params.flags}"
-        " >> {log} 2> >(tee -a {log} >&2)"
+        "{params.script} --output {output:q} {params.flags}"
+        " >> {log:q} 2> >(tee -a {log:q} >&2)"
 
 
 rule tokenize_shard:
@@ -48,8 +48,8 @@ rule tokenize_shard:
     message:
         "Tokenizing shard {wildcards.shard}"
     shell:
-        "{params.script} --shard {wildcards.shard} --output {output} {params.flags}"
-        " >> {log} 2> >(tee -a {log} >&2)"
+        "{params.script} --shard {wildcards.shard} --output {output:q} {params.flags}"
+        " >> {log:q} 2> >(tee -a {log:q} >&2)"
 
 
 rule index_tokens:
@@ -65,5 +65,5 @@ rule index_tokens:
     message:
         "Listing the parts of teacher work in {output}"
     shell:
-        "{params.script} --shards {input} --streaming-chunk-size {params.chunk_size}"
-        " --output {output} >> {log} 2> >(tee -a {log} >&2)"
+        "{params.script} --shards {input:q} --streaming-chunk-size {params.chunk_size}"
+        " --output {output:q} >> {log:q} 2> >(tee -a {log:q} >&2)"

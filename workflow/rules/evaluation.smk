@@ -20,6 +20,6 @@ rule evaluate:
     message:
         "Evaluating the student {wildcards.run}"
     shell:
-        "{params.script} --index {input.index} --training {input.training}"
-        " --features {input.features} --signal {input.signal} --output {output} {params.flags}"
-        " >> {log} 2> >(tee -a {log} >&2)"
+        "{params.script} --index {input.index:q} --training {input.training:q}"
+        " --features {input.features:q} --signal {input.signal:q} --output {output:q} {params.flags}"
+        " >> {log:q} 2> >(tee -a {log:q} >&2)"

@@ -15,5 +15,5 @@ rule report:
     message:
         "Writing the report"
     shell:
-        "{params.script} --metrics {input} --output {output.html}"
-        " >> {log} 2> >(tee -a {log} >&2)"
+        "{params.script} --metrics {input:q} --output {output.html:q}"
+        " >> {log:q} 2> >(tee -a {log:q} >&2)"

@@ -19,5 +19,5 @@ rule train:
     message:
         "Training the student {wildcards.run}"
     shell:
-        "{params.script} --name {wildcards.run} --index {input.index} --output {output}"
-        " {params.flags} >> {log} 2> >(tee -a {log} >&2)"
+        "{params.script} --name {wildcards.run} --index {input.index:q} --output {output:q}"
+        " {params.flags} >> {log:q} 2> >(tee -a {log:q} >&2)"

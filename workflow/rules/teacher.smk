@@ -5,9 +5,9 @@
 
 rule resolve_teacher:
     input:
-        check=check_unless(f"{RESULTS}/teachers/{{teacher}}/fingerprint.json"),
+        check=check_unless(f"{CACHE}/teachers/{{teacher}}/fingerprint.json"),
     output:
-        f"{RESULTS}/teachers/{{teacher}}/fingerprint.json",
+        f"{CACHE}/teachers/{{teacher}}/fingerprint.json",
     log:
         "logs/resolve_teacher/{teacher}.log",
     wildcard_constraints:
@@ -18,16 +18,16 @@ rule resolve_teacher:
     message:
         "Recording the fingerprint of teacher {wildcards.teacher}"
     shell:
-        "{params.script} --output {output} {params.flags}"
-        " >> {log} 2> >(tee -a {log} >&2)"
+        "{params.script} --output {output:q} {params.flags}"
+        " >> {log:q} 2> >(tee -a {log:q} >&2)"
 
 
 rule demo_teacher:
     input:
-        check=check_unless(f"{RESULTS}/teachers/{{teacher}}/fingerprint.json"),
+        check=check_unless(f"{CACHE}/teachers/{{teacher}}/fingerprint.json"),
         corpus=ancient(get_corpus),
     output:
-        f"{RESULTS}/teachers/{{teacher}}/fingerprint.json",
+        f"{CACHE}/teachers/{{teacher}}/fingerprint.json",
     log:
         "logs/demo_teacher/{teacher}.log",
     wildcard_constraints:
@@ -41,8 +41,8 @@ rule demo_teacher:
     message:
         "Training the demo's teacher and its tokenizer"
     shell:
-        "{params.script} --output {output} {params.flags}"
-        " >> {log} 2> >(tee -a {log} >&2)"
+        "{params.script} --output {output:q} {params.flags}"
+        " >> {log:q} 2> >(tee -a {log:q} >&2)"
 
 
 rule score_validation:
@@ -66,9 +66,9 @@ rule score_validation:
     message:
         "The teacher reads the held-out text, once"
     shell:
-        "{params.script} --index {input.index} --fingerprint {input.fingerprint}"
-        " --output {output} {params.teacher} {params.evaluation}"
-        " >> {log} 2> >(tee -a {log} >&2)"
+        "{params.script} --index {input.index:q} --fingerprint {input.fingerprint:q}"
+        " --output {output:q} {params.teacher} {params.evaluation}"
+        " >> {log:q} 2> >(tee -a {log:q} >&2)"
 
 
 rule plan:
@@ -85,8 +85,8 @@ rule plan:
     message:
         "Planning the cache: bytes, room on the disk"
     shell:
-        "{params.script} --index {input.index} --fingerprint {input.fingerprint}"
-        " --output {output} {params.cache} >> {log} 2> >(tee -a {log} >&2)"
+        "{params.script} --index {input.index:q} --fingerprint {input.fingerprint:q}"
+        " --output {output:q} {params.cache} >> {log:q} 2> >(tee -a {log:q} >&2)"
 
 
 rule generate_logits:
@@ -110,9 +110,9 @@ rule generate_logits:
     message:
         "The teacher reads the text: worker {wildcards.worker} of {params.num_workers}"
     shell:
-        "{params.script} --index {input.index} --fingerprint {input.fingerprint}"
-        " --worker {wildcards.worker} --num-workers {params.num_workers} --output {output}"
-        " {params.teacher} {params.cache} >> {log} 2> >(tee -a {log} >&2)"
+        "{params.script} --index {input.index:q} --fingerprint {input.fingerprint:q}"
+        " --worker {wildcards.worker} --num-workers {params.num_workers} --output {output:q}"
+        " {params.teacher} {params.cache} >> {log:q} 2> >(tee -a {log:q} >&2)"
 
 
 rule merge_h5:
@@ -131,6 +131,6 @@ rule merge_h5:
     message:
         "Merging the parts of cache {wildcards.logits}"
     shell:
-        "{params.script} --index {input.index} --fingerprint {input.fingerprint}"
-        " --features {input.features} --output {output} {params.cache}"
-        " >> {log} 2> >(tee -a {log} >&2)"
+        "{params.script} --index {input.index:q} --fingerprint {input.fingerprint:q}"
+        " --features {input.features:q} --output {output:q} {params.cache}"
+        " >> {log:q} 2> >(tee -a {log:q} >&2)"

@@ -19,9 +19,12 @@ def main() -> None:
     parser.add_argument(
         "--output", required=True, type=Path, help="corpus.json; the documents lie beside it"
     )
+    parser.add_argument(
+        "--corpus-stamp", help="refuse local files whose sizes and times have another digest than this"
+    )
     add_section_flags(parser, "dataset")
     args = parser.parse_args()
-    draw_corpus(section_from_args(args, "dataset"), args.output.parent)
+    draw_corpus(section_from_args(args, "dataset"), args.output.parent, stamp=args.corpus_stamp)
 
 
 if __name__ == "__main__":

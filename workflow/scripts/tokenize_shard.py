@@ -24,6 +24,9 @@ def main() -> None:
         "--trust-remote-code", action="store_true", help="run a tokenizer's own code"
     )
     parser.add_argument("--corpus", type=Path, help="folder of a drawn corpus, where there is one")
+    parser.add_argument(
+        "--corpus-stamp", help="refuse local files whose sizes and times have another digest than this"
+    )
     parser.add_argument("--output", required=True, type=Path, help="the token shard")
     add_section_flags(parser, "dataset")
     args = parser.parse_args()
@@ -42,6 +45,7 @@ def main() -> None:
         fingerprint=fingerprint_of_tokenizer(args.tokenizer, tokenizer),
         shard=args.shard,
         drawn=args.corpus,
+        stamp=args.corpus_stamp,
     )
     say(line)
 
