@@ -21,8 +21,9 @@ from retort.provenance import (
     fingerprint_tokenizer,
     fingerprint_weights,
     read_json,
-    stamp_files,
     refuse_file_in_the_way,
+    stamp_files,
+    suggest_path,
 )
 
 # Raise a number when the code makes other bytes from the same input: that, and only that, re-makes results.
@@ -157,6 +158,8 @@ def plan_project(configs: Mapping[str, Config]) -> Project:
     for output in {config.output for config in configs.values()}:
         refuse_file_in_the_way(Path(output.results_dir))
         refuse_file_in_the_way(Path(output.cache_dir or output.results_dir))
+    for config in configs.values():
+        _refuse_missing_folders(config)
     runs = {name: _plan_run(name, config) for name, config in configs.items()}
     everything = list(runs.values())
     teachers = [r.teacher for r in everything if r.teacher] + [
@@ -176,6 +179,22 @@ def plan_project(configs: Mapping[str, Config]) -> Project:
         logits={r.logits.id: r.logits for r in everything if r.logits},
         validations={r.validation.id: r.validation for r in everything if r.validation},
     )
+
+
+def _refuse_missing_folders(config: Config) -> None:
+    """Raise ValueError for a model or tokenizer that is written as a path, not as a Hub id, and is not there."""
+    named = {
+        "teacher.model_path": config.teacher.model_path,
+        "dataset.tokenizer": config.dataset.tokenizer,
+        "student.model_path": config.student.model_path,
+    }
+    for key, value in named.items():
+        is_path = value is not None and (value.startswith((".", "/", "~")) or value.count("/") > 1)
+        if is_path and not Path(str(value)).is_dir():
+            raise ValueError(
+                f"{key} {value!r} does not exist (looked in {Path.cwd()}).{suggest_path(Path(str(value)))} Give a "
+                "folder that save_pretrained() wrote, without ~, or the id of a model on the Hub."
+            )
 
 
 def refuse_other_teacher(teacher: TeacherModel) -> None:
@@ -323,8 +342,8 @@ def _student_content(config: Config) -> Any:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(
-            f"student.config {str(path)!r} does not exist (looked in {Path.cwd()}). Give the path of a "
-            "transformers config as JSON; config/students/ holds some to start from."
+            f"student.config {str(path)!r} does not exist (looked in {Path.cwd()}).{suggest_path(path)} Give the path "
+            "of a transformers config as JSON; config/students/ holds some to start from."
         ) from None
     except ValueError as error:
         raise ValueError(

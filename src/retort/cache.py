@@ -313,8 +313,8 @@ def _refuse_unfit_parts(index: TokenIndex, paths: list[Path], header: CacheHeade
                 path.replace(path.with_suffix(_DAMAGED))
     if faults:
         raise ValueError(
-            f"{len(faults)} of {len(paths)} parts cannot be merged. Run the same command again: the teacher makes these "
-            f"parts anew, and only these (what was damaged is kept as *{_DAMAGED} until then).\n  "
+            f"{len(faults)} of {len(paths)} parts cannot be merged. Run the same command again: the teacher makes "
+            f"these parts anew, and only these (what was damaged is kept as *{_DAMAGED} until then).\n  "
             + "\n  ".join(faults)
         )
 

@@ -14,9 +14,15 @@ from collections.abc import Callable
 from typing import Any
 
 _GOES_ON = "What is finished is kept; the same command goes on from there."
-# What libraries say where they keep no errno: HDF5, safetensors and torch.save.
-_DISK_FULL = ("No space left on device", "errno = 28", "Disk quota exceeded", "errno = 122")
-_TORCH_WRITE_FAILED = "PytorchStreamWriter failed writing"
+# What libraries say where they keep no errno: HDF5 and safetensors, then torch.save.
+_DISK_FULL = (
+    "No space left on device",
+    "errno = 28",
+    "Disk quota exceeded",
+    "errno = 122",
+    "PytorchStreamWriter failed writing",
+    "iostream error",
+)
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -66,7 +72,7 @@ def is_disk_full(error: BaseException) -> bool:
     while chain is not None:
         if isinstance(chain, OSError) and chain.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        if any(words in str(chain) for words in (*_DISK_FULL, _TORCH_WRITE_FAILED)):
+        if any(words in str(chain) for words in _DISK_FULL):
             return True
         chain = chain.__cause__ or chain.__context__
     return False

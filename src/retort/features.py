@@ -59,8 +59,8 @@ class TeacherFeatures:
         """Raise ValueError unless the teacher with these weights' fingerprint scored them."""
         if self.teacher != weights:
             raise ValueError(
-                f"{source} was scored by teacher {self.teacher}, but {made_from} records {weights}: the teacher's files "
-                f"were changed in between. Delete {source} and run the same command again; to learn from the new "
+                f"{source} was scored by teacher {self.teacher}, but {made_from} records {weights}: the teacher's "
+                f"files were changed in between. Delete {source} and run the same command again; to learn from the new "
                 "teacher instead, set teacher.generation.force_regenerate to a new value (a date, say)."
             )
 

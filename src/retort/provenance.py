@@ -7,6 +7,7 @@ inside the artefact and compared again whenever the artefact is used.
 """
 
 import contextlib
+import difflib
 import hashlib
 import json
 import os
@@ -178,6 +179,13 @@ def remove_stale_temporaries(folder: Path, *, older_than_s: float = 3600.0) -> N
     for path in folder.glob(".*.tmp"):
         if now - path.stat().st_mtime > older_than_s:
             path.unlink(missing_ok=True)
+
+
+def suggest_path(path: Path) -> str:
+    """Return " Did you mean 'x'?" of the nearest name beside a path that does not exist, or nothing."""
+    there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, there, n=1)
+    return f" Did you mean {str(path.parent / near[0])!r}?" if near else ""
 
 
 def refuse_file_in_the_way(folder: Path) -> None:

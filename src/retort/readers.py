@@ -74,10 +74,10 @@ def require(columns: Columns, found: Iterable[str], *, where: str) -> None:
     for column in columns.required:
         if column not in found:
             near = difflib.get_close_matches(column, found, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
+            hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(
                 f"column {column!r} is not in {where}, which has "
-                f"{', '.join(map(repr, found)) or 'no columns'}{hint} Set dataset.text_column, or "
+                f"{', '.join(map(repr, found)) or 'no columns'}.{hint} Set dataset.text_column, or "
                 "prompt_column and response_column, to columns that are there."
             )
 

@@ -86,6 +86,11 @@ def describe_outcome(group: Sequence[Record], *, baseline: str | None = None) ->
     teacher = f"; teacher {min(losses):.3f}" if losses else ""
     pairs = [(r, find_baseline(r, group, baseline=baseline)) for r in group]
     margins = [(r, other, r.loss - other.loss) for r, other in pairs if other is not None]
+    if margins and best.positions < FEW_POSITIONS:
+        return (
+            f"{best.positions:,} held-out positions are too few to tell whether distillation helped "
+            f"({FEW_POSITIONS:,} or more would){teacher}."
+        )
     if not margins:
         lacks = "no cross-entropy run with the same student size, seed and steps to compare with"
         why = lacks if best.is_distilled else "no distilled run to compare with"
@@ -141,7 +146,7 @@ def find_warnings(
         if group[0].positions < FEW_POSITIONS:
             found.append(
                 f"Only {group[0].positions:,} held-out positions: too few to tell runs apart. "
-                "Raise dataset.validation_fraction or evaluation.max_positions until there are "
+                "Give more documents, or raise dataset.validation_fraction, until there are "
                 f"{FEW_POSITIONS:,} or more."
             )
     found += _warn_of_comparisons(records, baseline)
@@ -389,6 +394,7 @@ def _page_group(
     styles = [index for index, record in enumerate(records) if record in group]
     return {
         "outcome": describe_outcome(group),
+        "is_telling": group[0].positions >= FEW_POSITIONS,
         "about": describe_group(group),
         "rows": build_rows(group),
         "has_teacher_line": any(t.teacher_loss is not None for t in find_teachers(group)),

@@ -4,7 +4,6 @@ The order of rows is that of the files as listed (globs sorted) and of the rows 
 may be shuffled through a buffer. `datasets` is imported only where a Hub dataset is opened.
 """
 
-import difflib
 import random
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,6 +15,7 @@ import xxhash
 
 from retort.config import Dataset
 from retort.demo_text import read_demo_text
+from retort.provenance import suggest_path
 from retort.readers import LOADERS, Columns, Row, as_text, read_file, require
 
 
@@ -117,8 +117,8 @@ def _expand(pattern: str) -> list[Path]:
     if not found:
         raise ValueError(
             f"dataset.data_files {pattern!r} {'matches no file' if is_glob else 'does not exist'} "
-            f"(looked in {Path.cwd()}){_suggest_file(path)}. Paths are relative to the folder in "
-            "which snakemake is started."
+            f"(looked in {Path.cwd()}).{suggest_path(path)} Paths are relative to the folder in which snakemake is "
+            "started."
         )
     return found
 
@@ -128,12 +128,6 @@ def _match(pattern: Path) -> list[Path]:
     root = Path(pattern.anchor)
     matches = root.glob(pattern.relative_to(root).as_posix())
     return sorted(path for path in matches if path.is_file() and not path.name.startswith("."))
-
-
-def _suggest_file(path: Path) -> str:
-    there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, there, n=1)
-    return f"; did you mean {str(path.parent / near[0])!r}?" if near else ""
 
 
 def _shuffle_buffer(rows: Iterable[Row], dataset: Dataset) -> Iterator[Row]:

@@ -11,7 +11,6 @@ import pytest
 
 from retort.commands import run_script, say
 
-
 SCRIPT = "from retort.commands import run_script, say\ndef main():\n    {body}\nrun_script(main)"
 
 
@@ -67,7 +66,10 @@ WRITERS = {
 def test_a_full_disk_is_one_sentence_whichever_library_writes(writer: str, tmp_path: Path) -> None:
     small_disk = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
     mount = f"mount -t tmpfs -o size=1m none {tmp_path}"
-    if shutil.which("unshare") is None or subprocess.run([*small_disk, mount], check=False).returncode:
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run([*small_disk, mount], check=False).returncode
+    ):
         pytest.skip("a disk of 1 MB cannot be mounted here (unshare and mount without rights)")
     script = SCRIPT.format(body=f"path = '{tmp_path}/file'\n    {WRITERS[writer]}")
     command = shlex.join([sys.executable, "-c", script])
@@ -97,7 +99,9 @@ def test_the_exit_is_an_exit_in_this_process_too(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.environ", dict(os.environ))
-    monkeypatch.setattr("signal.signal", lambda *_: None)  # the handler of whoever runs the tests stays
+    monkeypatch.setattr(
+        "signal.signal", lambda *_: None
+    )  # the handler of whoever runs the tests stays
 
     def main() -> None:
         say("begun")

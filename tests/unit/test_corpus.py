@@ -426,7 +426,7 @@ def refused(dataset: Dataset) -> str:
         ('{"text": "a"}\n{"text": \n', "rows.jsonl, line 2 is not JSON"),
         ('{"text": "a"}\n[1, 2]\n', "rows.jsonl, line 2 holds [1, 2], not an object"),
         ('{"txt": "a", "id": 1}\n', "column 'text' is not in"),
-        ('{"txt": "a", "id": 1}\n', "which has 'txt', 'id'; did you mean 'txt'? Set"),
+        ('{"txt": "a", "id": 1}\n', "which has 'txt', 'id'. Did you mean 'txt'? Set"),
         ("", "has no usable document: 0 read, none skipped"),
         ('{"text": ""}\n{"text": null}\n', "2 read, 1 empty, 1 not_text skipped. Expected"),
         ("plain text\n", "it starts with 'plain text'. Expected one object per line"),
@@ -492,7 +492,7 @@ def test_the_usable_document_may_come_late(tmp_path: Path) -> None:
     [
         ({"data_files": "nowhere/*.jsonl"}, "'nowhere/*.jsonl' matches no file (looked in "),
         ({"data_files": "train.jsnl"}, "'train.jsnl' does not exist (looked in "),
-        ({"data_files": "train.jsnl"}, "did you mean 'train.jsonl'?"),
+        ({"data_files": "train.jsnl"}, "Did you mean 'train.jsonl'?"),
         ({"data_files": "."}, "is a folder: name its files, as in"),
         ({"data_files": "https://x.org/a.jsonl"}, "is an address, but local files are read"),
         ({"data_files": None}, "dataset.data_files is not set: give paths or globs"),

@@ -67,7 +67,7 @@ SEEN_IN_THE_CONFIG = {
     "a feature to come": (over(training={"gpus": 2}), ["training.gpus is 2", "later version"]),
     "missing file": (
         over(dataset={"data_files": "documents.json"}),
-        ["'documents.json' does not exist", "did you mean 'documents.jsonl'"],
+        ["'documents.json' does not exist", "Did you mean 'documents.jsonl'"],
     ),
     "no file matches": (
         over(dataset={"data_files": "no/*.jsonl"}),

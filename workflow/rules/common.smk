@@ -16,7 +16,7 @@ from snakemake.exceptions import WorkflowError
 try:
     PROJECT = plan_project(load_runs(config))
 except ValueError as error:
-    raise WorkflowError(str(error)) from None
+    raise WorkflowError(f"Nothing was started. {error}") from None
 
 OUTPUT = next(iter(PROJECT.runs.values())).config.output
 RESULTS = OUTPUT.results_dir
@@ -295,6 +295,8 @@ def greet():
 
 def point_to_report():
     """Let results/report.html and summary.txt be those of the config that was asked for last, once they exist."""
+    if Path(REPORT).exists() and workflow.is_main_process:
+        logger.info(f"Report of this config: {RESULTS}/report.html")
     for made in (Path(REPORT), Path(REPORT).with_name("summary.txt")):
         link, target = Path(RESULTS) / made.name, made.relative_to(RESULTS)
         if made.exists() and not (link.is_symlink() and link.readlink() == target):

@@ -20,7 +20,8 @@ def main() -> None:
         "--output", required=True, type=Path, help="corpus.json; the documents lie beside it"
     )
     parser.add_argument(
-        "--corpus-stamp", help="refuse local files whose sizes and times have another digest than this"
+        "--corpus-stamp",
+        help="refuse local files whose sizes and times have another digest than this",
     )
     add_section_flags(parser, "dataset")
     args = parser.parse_args()

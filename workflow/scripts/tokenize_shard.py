@@ -25,7 +25,8 @@ def main() -> None:
     )
     parser.add_argument("--corpus", type=Path, help="folder of a drawn corpus, where there is one")
     parser.add_argument(
-        "--corpus-stamp", help="refuse local files whose sizes and times have another digest than this"
+        "--corpus-stamp",
+        help="refuse local files whose sizes and times have another digest than this",
     )
     parser.add_argument("--output", required=True, type=Path, help="the token shard")
     add_section_flags(parser, "dataset")
