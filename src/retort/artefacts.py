@@ -31,8 +31,8 @@ from retort.provenance import (
 REVISIONS = {
     "corpus": 1,
     "teacher": 1,
-    "tokens": 1,
-    "logits": 1,
+    "tokens": 2,
+    "logits": 2,
     "validation": 1,
     "run": 1,
     "evaluation": 1,

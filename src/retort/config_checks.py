@@ -39,9 +39,6 @@ LATER = {
         "sharding by files or by a function",
         "use interleaved or contiguous.",
     ),
-    "cache.method": Later(
-        lambda v: v != "top_k", "top_p and sampled", "use top_k, with cache.top_k (64, say)."
-    ),
     "merge.mode": Later(lambda v: v != "copy", "virtual merging", "use copy."),
     "training.gpus": Later(
         lambda v: v > 1,
@@ -277,6 +274,11 @@ def _check_training(c: Flat) -> None:
             f"cache is measured there. Set cache.temperatures: {sorted([1.0, *stored])}."
         )
     uses_cache = c["training.use_cached_logits"] and c["training.distillation_type"] != "output"
+    if uses_cache and c["cache.method"] == "sampled" and temperature != 1.0:
+        raise ConfigError(
+            f"training.temperature is {temperature}, but cache.method is 'sampled': its draws are unbiased at "
+            "temperature 1 only. Use training.temperature: 1.0, or cache.method: top_p."
+        )
     if uses_cache and c["cache.top_k"] != "full" and temperature not in stored:
         raise ConfigError(
             f"training.temperature is {temperature}, but the cache stores the mass outside its "

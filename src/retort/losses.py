@@ -67,7 +67,9 @@ def compute_sparse_kl(
     student_PV = (logits_PV.float() / temperature).log_softmax(dim=-1)
     student_PK = student_PV.gather(1, top_k_ids_PK.long())
     teacher_PK = temper_head(top_k_logprobs_PK.float(), tail_logprob_P.float(), temperature)
-    kl_P = (teacher_PK.exp() * (teacher_PK - student_PK)).sum(dim=-1)
+    terms_PK = teacher_PK.exp() * (teacher_PK - student_PK)
+    # A token of probability zero (a row that keeps fewer than K repeats its first one so) adds nothing.
+    kl_P = terms_PK.masked_fill(teacher_PK == -torch.inf, 0.0).sum(dim=-1)
     if top_k_ids_PK.shape[1] < logits_PV.shape[1]:
         outside_PV = student_PV.scatter(1, top_k_ids_PK.long(), -torch.inf)
         student_tail_P = torch.logsumexp(outside_PV, dim=-1).clamp(min=_MIN_LOG_MASS)

@@ -27,6 +27,8 @@ from retort.tokens import concatenate_tables
 # Storing and scoring in other batches costs below 1e-2 nats even in bfloat16; distributions that belong to another
 # position or another teacher are several nats away.
 _MISALIGNED_KL = 0.5
+# A tail that rounds to nothing is below 1e-5; measured against zero, it would cost infinitely many nats.
+_LEAST_TAIL = -30.0
 
 
 def merge_h5(
@@ -100,9 +102,10 @@ def describe_cache(cache: LogitCache, index: TokenIndex) -> dict[str, Any]:
         "sequences": len(cache),
         "tokens": len(cache.table.ids),
         "positions": positions,
-        "bytes_per_position": cache.record_bytes / max(1, positions),
+        "bytes_per_position": (cache.record_bytes + cache.table_bytes) / max(1, positions),
         "method": cache.header.codec.method,
         "top_k": cache.header.codec.top_k,
+        "min_probability": cache.header.codec.min_probability,
         "header": cache.header.to_json(),
     }
 
@@ -137,14 +140,24 @@ def measure_fidelity(cache: LogitCache, teacher: TeacherFeatures) -> dict[str, A
         live_PV = teacher.logprobs("train", slice(place, place + len(targets)))
         place += len(targets)
         ids_PK = torch.from_numpy(targets.top_k_ids).long()
-        cached = torch.cat(
-            [torch.from_numpy(targets.top_k_logprobs), _tail(targets.tail_logprobs, cache)], 1
-        )
-        outside_PV = live_PV.scatter(1, ids_PK, -torch.inf)
-        live = torch.cat([live_PV.gather(1, ids_PK), outside_PV.logsumexp(dim=-1, keepdim=True)], 1)
+        kept_PK = torch.from_numpy(targets.top_k_logprobs)
+        best_P = ids_PK.gather(1, kept_PK.argmax(dim=-1, keepdim=True))[:, 0]
+        tail_P1 = _tail(targets.tail_logprobs, cache).clamp(min=_LEAST_TAIL)
+        if (
+            targets.drawn is not None
+        ):  # drawn tokens estimate the tail: together they are its bucket
+            is_drawn_PK = torch.from_numpy(targets.drawn)
+            drawn_PK = kept_PK.masked_fill(~is_drawn_PK, -torch.inf)
+            tail_P1 = torch.logaddexp(tail_P1, drawn_PK.logsumexp(dim=-1, keepdim=True))
+            kept_PK = kept_PK.masked_fill(is_drawn_PK, -torch.inf)
+        is_kept_PK = kept_PK > -torch.inf
+        cached = torch.cat([kept_PK, tail_P1], 1)
+        live_PK = live_PV.gather(1, ids_PK).masked_fill(~is_kept_PK, -torch.inf)
+        outside_PV = _hide(live_PV, ids_PK, is_kept_PK)
+        live = torch.cat([live_PK, outside_PV.logsumexp(dim=-1, keepdim=True)], 1)
         terms = live.exp() * (live - cached)
         kl += float(terms.masked_fill(live == -torch.inf, 0.0).double().sum())
-        agree += int((live_PV.argmax(dim=-1) == ids_PK[:, 0]).sum())
+        agree += int((live_PV.argmax(dim=-1) == best_P).sum())
         tail += float(cached[:, -1].exp().double().sum())
     assert place == len(teacher.features["train"]), (place, len(teacher.features["train"]))
     n = max(1, place)
@@ -155,6 +168,14 @@ def measure_fidelity(cache: LogitCache, teacher: TeacherFeatures) -> dict[str, A
         "fidelity_agreement": agree / n,
         "tail_mass": tail / n,
     }
+
+
+def _hide(live_PV: Tensor, ids_PK: Tensor, is_kept_PK: Tensor) -> Tensor:
+    """Return the logprobs with those of the kept ids at -inf."""
+    hidden_PV = live_PV.clone()
+    rows, columns = is_kept_PK.nonzero(as_tuple=True)
+    hidden_PV[rows, ids_PK[rows, columns]] = -torch.inf
+    return hidden_PV
 
 
 def _tail(tail_logprobs: Any, cache: LogitCache) -> Tensor:

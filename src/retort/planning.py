@@ -1,5 +1,6 @@
 """What a cache will cost, known before the first GPU starts: positions, bytes, and whether the disk holds them."""
 
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,8 @@ from retort.config import Cache
 
 # Stored bytes beside the records' values: ids and mask; key, offsets, checksum and zstd's frame; HDF5's own.
 _BYTES_PER_TOKEN = 5
-_BYTES_PER_SEQUENCE = 64 + 18
-_BYTES_PER_PART = 16 << 10
+_BYTES_PER_SEQUENCE = 64 + 40
+_BYTES_PER_PART = 32 << 10
 
 
 @dataclass(frozen=True)
@@ -35,22 +36,22 @@ def plan_cache(index: dict[str, Any], cache: Cache, *, vocabulary: int, folder: 
     Raises ValueError when the disk holding `folder` has not enough room.
     """
     train = index["train"]
-    record_bytes = train["positions"] * bytes_per_position(
-        build_codec(cache, vocabulary=vocabulary)
-    )
+    codec = build_codec(cache, vocabulary=vocabulary)
+    record_bytes = math.ceil(train["positions"] * bytes_per_position(codec))
+    bytes_per_part = _BYTES_PER_PART + (4 * vocabulary if codec.is_coded else 0)
     total = 2 * (
         record_bytes
         + _BYTES_PER_TOKEN * train["tokens"]
         + _BYTES_PER_SEQUENCE * train["sequences"]
-        + _BYTES_PER_PART * len(index["parts"])
+        + bytes_per_part * len(index["parts"])
     )
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if total > free:
         raise ValueError(
             f"the cache of {train['positions']:,} positions needs up to {format_bytes(total)} while its parts are "
-            f"merged, but {existing} has {format_bytes(free)} free. Lower cache.top_k (now {cache.top_k}) or "
-            "dataset.max_samples, or set output.cache_dir to a larger disk."
+            f"merged, but {existing} has {format_bytes(free)} free. Keep less of each distribution "
+            f"(cache.method is {cache.method}), lower dataset.max_samples, or set output.cache_dir to a larger disk."
         )
     return CacheCost(train["positions"], len(index["parts"]), record_bytes, total, free)
 

@@ -4,6 +4,7 @@ A *shard* is a slice of the corpus for tokenizing. A *part* is a fixed group of 
 `streaming_chunk_size` documents of one shard: the unit of resumable teacher work, named by its content keys.
 """
 
+import io
 import json
 import os
 import time
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from retort.config import Dataset
 from retort.corpus import Counts, read_documents, read_drawn, unchanged
-from retort.provenance import digest, read_json, temporary_name, write_json
+from retort.provenance import digest, read_json, temporary_name, write_atomically, write_json
 from retort.tokens import (
     SPLITS,
     SequenceTable,
@@ -31,6 +32,8 @@ from retort.tokens import (
 
 TOKENS_FORMAT = "retort-tokens"
 TOKENS_VERSION = 1
+INDEX_VERSION = 2
+COUNTS_FILE = "token_counts.npy"
 
 
 def write_h5(path: Path, fill: Callable[[h5py.File], None]) -> None:
@@ -149,13 +152,17 @@ def _refuse_other_format(path: Path, file: h5py.File, expected_format: str, vers
         )
 
 
-def build_index(shard_paths: list[Path], *, streaming_chunk_size: int) -> dict[str, Any]:
-    """Return the content of index.json: totals, counts that reconcile, and the parts of teacher work.
+def build_index(
+    shard_paths: list[Path], *, streaming_chunk_size: int
+) -> tuple[dict[str, Any], NDArray[np.int64]]:
+    """Return the content of index.json, and how often each token id is to be predicted in the training sequences.
 
+    In the index: totals, counts that reconcile, and the parts of teacher work.
     A part is `streaming_chunk_size` documents of one shard, named by a digest of its content keys.
     Raises ValueError when no sequence is left for training, or shards were made with different tokenizers.
     """
     shards, parts, all_keys = [], [], []
+    token_counts = np.zeros(0, np.int64)
     totals = {
         split: {"documents": 0, "sequences": 0, "tokens": 0, "positions": 0} for split in SPLITS
     }
@@ -175,6 +182,9 @@ def build_index(shard_paths: list[Path], *, streaming_chunk_size: int) -> dict[s
             if split == "train":
                 parts += _list_parts(table, shard=place, documents_per_part=streaming_chunk_size)
                 all_keys.append(table.keys.tobytes())
+                found = np.bincount(table.ids, minlength=len(token_counts))
+                found[: len(token_counts)] += token_counts
+                token_counts = found
         shards.append(path.name)
     if len(tokenizers) > 1:
         raise ValueError(
@@ -188,16 +198,22 @@ def build_index(shard_paths: list[Path], *, streaming_chunk_size: int) -> dict[s
             f"no document of the corpus is left for training: {summary['documents']}. Every document was empty, "
             "skipped or held out. Look at the column names, dataset.validation_fraction and the files."
         )
-    return {
+    index = {
         "format": TOKENS_FORMAT,
-        "version": TOKENS_VERSION,
+        "version": INDEX_VERSION,
         "tokenizer": next(iter(tokenizers.values())),
         "content": digest([xxhash.xxh3_128_hexdigest(keys) for keys in all_keys]),
         "counts": summary,
         **totals,
+        "token_counts": _digest_counts(token_counts),
         "shards": shards,
         "parts": parts,
     }
+    return index, token_counts
+
+
+def _digest_counts(counts: NDArray[np.int64]) -> str:
+    return xxhash.xxh3_128_hexdigest(counts.astype("<i8").tobytes())
 
 
 def name_part(table: SequenceTable) -> str:
@@ -252,12 +268,15 @@ def write_index(
     path: Path, shard_paths: list[Path], *, streaming_chunk_size: int
 ) -> dict[str, Any]:
     """Build and write index.json beside the shards. Raises ValueError when nothing is held out."""
-    index = build_index(shard_paths, streaming_chunk_size=streaming_chunk_size)
+    index, token_counts = build_index(shard_paths, streaming_chunk_size=streaming_chunk_size)
     if index["val"]["positions"] == 0:
         raise ValueError(
             f"none of the {index['train']['documents']} usable documents is held out, so no student could be measured: "
             "raise dataset.validation_fraction, or give more documents."
         )
+    content = io.BytesIO()
+    np.save(content, token_counts.astype("<i8"), allow_pickle=False)
+    write_atomically(path.with_name(COUNTS_FILE), content.getvalue())
     write_json(path, index)
     return index
 
@@ -283,10 +302,10 @@ class TokenIndex:
                 f"{path} is not JSON ({error}): delete it and run the same command again."
             ) from None
         content = content if isinstance(content, dict) else {}
-        if (content.get("format"), content.get("version")) != (TOKENS_FORMAT, TOKENS_VERSION):
+        if (content.get("format"), content.get("version")) != (TOKENS_FORMAT, INDEX_VERSION):
             raise ValueError(
                 f"{path} is {content.get('format')!r} version {content.get('version')!r}; this Retort reads "
-                f"{TOKENS_FORMAT!r} version {TOKENS_VERSION}."
+                f"{TOKENS_FORMAT!r} version {INDEX_VERSION}."
             )
         return cls(path, content)
 
@@ -295,6 +314,25 @@ class TokenIndex:
         """The parts of teacher work, in their canonical order."""
         parts: list[dict[str, Any]] = self.content["parts"]
         return parts
+
+    def read_token_counts(self) -> NDArray[np.int64]:
+        """Return how often each token id comes in the training sequences.
+
+        Raises ValueError when the file is not the one that index.json was written with.
+        """
+        path = self.path.with_name(COUNTS_FILE)
+        try:
+            counts: NDArray[np.int64] = np.load(path, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{path} cannot be read ({error}): delete {self.path} and run the same command again."
+            ) from None
+        if _digest_counts(counts) != self.content["token_counts"]:
+            raise ValueError(
+                f"{path} does not hold the counts that {self.path} was written with: delete {self.path} and run the "
+                "same command again."
+            )
+        return counts
 
     def read_part(self, part: dict[str, Any]) -> SequenceTable:
         """Read the sequences of one part, and verify that they are those that its name says."""

@@ -32,10 +32,19 @@ from retort.cache import (
     part_path,
     write_part,
 )
-from retort.codec import Codec, SparseTargets, build_codec
+from retort.codec import (
+    Codec,
+    SparseTargets,
+    Streams,
+    TokenOrder,
+    build_codec,
+    concatenate,
+    to_streams,
+)
 from retort.config import Cache, Teacher
 from retort.models import CausalLM, describe_device, load_recorded_teacher
 from retort.provenance import describe_run, read_json, write_json
+from retort.selection import select_probable, select_top_k
 from retort.shards import TokenIndex
 from retort.tokens import Sequence, SequenceTable
 
@@ -84,35 +93,6 @@ def score_features(
         on_batch(sum(len(row.ids) for row in rows))
 
 
-@torch.inference_mode()
-def select_top_k(logits_PV: Tensor, codec: Codec, *, num_tokens: int) -> SparseTargets:
-    """Keep the K most probable tokens of each row, and the mass of the rest at each temperature.
-
-    logits_PV: float32 [P, V]; ids from `num_tokens` (the tokenizer's size) on get probability zero.
-    Raises ValueError when a logit is NaN or infinite.
-    """
-    if not bool(torch.isfinite(logits_PV).all()):
-        row, column = (int(i) for i in (~torch.isfinite(logits_PV)).nonzero()[0])
-        raise ValueError(
-            f"the teacher's logit of token {column} is {float(logits_PV[row, column])} at counted position {row} of "
-            "its batch. Nothing was stored. Try teacher.dtype: float32, and check the teacher's weights."
-        )
-    if num_tokens < logits_PV.shape[1]:
-        logits_PV[:, num_tokens:] = -torch.inf
-    logprobs_PV = logits_PV.log_softmax(dim=-1)
-    top = logprobs_PV.topk(codec.top_k, dim=-1)
-    outside_PV = logprobs_PV.scatter(1, top.indices, -torch.inf)
-    tails = [
-        torch.logsumexp(outside_PV / t, dim=-1) - torch.logsumexp(logprobs_PV / t, dim=-1)
-        for t in codec.temperatures
-    ]
-    return SparseTargets(
-        top_k_ids=top.indices.int().cpu().numpy(),
-        top_k_logprobs=top.values.cpu().numpy(),
-        tail_logprobs=torch.stack(tails, dim=-1).cpu().numpy(),
-    )
-
-
 def score_part(
     teacher: CausalLM,
     table: SequenceTable,
@@ -120,27 +100,36 @@ def score_part(
     *,
     batch_size: int,
     num_tokens: int,
+    order: TokenOrder | None = None,
     on_batch: Callable[[int], None] = lambda _: None,
-) -> SparseTargets:
-    """Return the teacher's distributions at every counted position of the table, in the table's order."""
-    num_positions = table.num_positions
-    ids = np.zeros((num_positions, codec.top_k), np.int32)
-    logprobs = np.zeros((num_positions, codec.top_k), np.float32)
-    tails = np.zeros((num_positions, len(codec.temperatures)), np.float32)
-    bounds = table.position_offsets
+) -> SparseTargets | list[Streams]:
+    """Return the teacher's distributions at every counted position of the table, in the table's order.
+
+    Of a codec that codes (which needs `order`), every sequence's streams: what was selected is not kept longer than
+    that.
+    """
+    found: list[Any] = [None] * len(table)
     for index, features_PD in score_features(
         teacher, table, batch_size=batch_size, on_batch=on_batch
     ):
+        row = table[index]
+        pieces: list[Any] = []
         for start in range(0, len(features_PD), _HEAD_ROWS):
-            chunk_PD = features_PD[start : start + _HEAD_ROWS]
-            found = select_top_k(teacher.head.logits(chunk_PD), codec, num_tokens=num_tokens)
-            rows = slice(int(bounds[index]) + start, int(bounds[index]) + start + len(chunk_PD))
-            ids[rows], logprobs[rows], tails[rows] = (
-                found.top_k_ids,
-                found.top_k_logprobs,
-                found.tail_logprobs,
-            )
-    return SparseTargets(ids, logprobs, tails)
+            logits_PV = teacher.head.logits(features_PD[start : start + _HEAD_ROWS])
+            if order is None:
+                pieces.append(select_top_k(logits_PV, codec, num_tokens=num_tokens))
+            else:
+                pieces.append(
+                    select_probable(
+                        logits_PV, codec, num_tokens=num_tokens, key=row.key, first_position=start
+                    )
+                )
+        piece = pieces[0] if len(pieces) == 1 else concatenate(pieces)
+        if order is not None:
+            next_ids = row.ids[1:][row.loss_mask[:-1]]
+            piece = to_streams(piece, codec, order, next_ids=next_ids, key=row.key)
+        found[index] = piece
+    return found if order is not None else concatenate(found)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -186,6 +175,7 @@ def run_worker(
     teacher: CausalLM | None = None
     progress = _Progress(index, say=say)
     num_tokens = int(index.content["tokenizer"]["size"])
+    order = find_order(index, header.codec)
     # A worker that was stopped for long may wake after the others finished, merged and removed all parts.
     while not is_merged(folder.parent / CACHE_FILE, header) and (
         missing := find_missing_parts(index, folder, header)
@@ -209,9 +199,10 @@ def run_worker(
                 header.codec,
                 batch_size=batch_size,
                 num_tokens=num_tokens,
+                order=order,
                 on_batch=progress.add,
             )
-            write_part(part_path(folder, part["name"], header), table, targets, header)
+            write_part(part_path(folder, part["name"], header), table, targets, header, order)
             done.append(part["name"])
     return WorkerReport(worker, num_workers, done, progress.tokens, time.monotonic() - started)
 
@@ -358,6 +349,15 @@ def generate_logits(
     )
 
 
+def find_order(index: TokenIndex, codec: Codec) -> TokenOrder | None:
+    """Return the order of tokens that a codec writes their ids in; None where it writes them as they are."""
+    if not codec.is_coded:
+        return None
+    order = TokenOrder.from_counts(index.read_token_counts(), vocabulary=codec.vocabulary)
+    assert order.digest() == codec.order, (order.digest(), codec.order)
+    return order
+
+
 def build_header(
     index: TokenIndex, record: dict[str, Any], cache: Cache, *, source: Path
 ) -> CacheHeader:
@@ -378,5 +378,6 @@ def build_header(
             f"{record['tokenizer']['fingerprint']} ({source}): its distributions would belong to other tokens. "
             "Leave dataset.tokenizer out, or delete the tokens' folder if the teacher's tokenizer was changed."
         )
-    codec = build_codec(cache, vocabulary=record["vocabulary"])
+    counts = index.read_token_counts()
+    codec = build_codec(cache, vocabulary=record["vocabulary"], token_counts=counts)
     return CacheHeader(record["weights"], tokenizer["fingerprint"], index.content["content"], codec)

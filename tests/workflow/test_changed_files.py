@@ -6,6 +6,8 @@ from pathlib import Path
 
 from place import Place, sha256, tiny, wait_until
 
+from retort.cache import LogitCache
+
 
 def test_results_may_lie_in_folders_of_any_name(fresh: Place) -> None:
     folders = {"results_dir": "my results/it's here", "cache_dir": "the cache"}
@@ -27,7 +29,8 @@ def test_damaged_and_lost_parts_are_made_again_by_the_same_command(done: Place) 
     done.snakemake(*receipts, "--notemp")
     damaged, lost, *good = sorted((cache / "parts").glob("*.h5"))
     content = damaged.read_bytes()
-    damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    at = content.index(LogitCache(damaged).read_record(0)) + 3
+    damaged.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
     lost.unlink()
     kept = {path: path.stat().st_ino for path in good}
 
