@@ -43,6 +43,7 @@ METRICS_FROM_MANIFEST = (
     "positions",
     "method",
     "top_k",
+    "min_probability",
     "tail_mass",
     "fidelity_kl",
     "fidelity_agreement",

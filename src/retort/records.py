@@ -21,7 +21,7 @@ class CacheFacts:
     """What a run's logit cache costs and keeps: bytes and probability per position, KL in nats."""
 
     method: str
-    top_k: str
+    dial: str  # what the method keeps: k = 64, p >= 0.003
     positions: int
     bytes_per_position: float
     tail_mass: float
@@ -139,13 +139,18 @@ def _read_record(path: Path) -> Record:
 def _read_cache(read: "_Reader") -> CacheFacts:
     return CacheFacts(
         method=read.text("cache", "method"),
-        top_k=str(read("cache", "top_k")),
+        dial=_describe_dial(read),
         positions=read.count("cache", "positions"),
         bytes_per_position=read.number("cache", "bytes_per_position"),
         tail_mass=read.number("cache", "tail_mass"),
         fidelity_kl=read.number("cache", "fidelity_kl"),
         fidelity_agreement=read.number("cache", "fidelity_agreement"),
     )
+
+
+def _describe_dial(read: "_Reader") -> str:
+    top_k = read("cache", "top_k")
+    return f"p >= {read.number('cache', 'min_probability'):g}" if top_k is None else f"k = {top_k}"
 
 
 @dataclass(frozen=True)
@@ -284,7 +289,7 @@ def find_settings(records: Sequence[Record]) -> dict[str, list[str]]:
         "student parameters": [f"{r.student_parameters:,}" for r in records],
         "teacher": [r.teacher or "-" for r in records],
         "cache": [
-            f"{r.cache.method}, k = {r.cache.top_k}" if r.cache and r.is_distilled else "-"
+            f"{r.cache.method}, {r.cache.dial}" if r.cache and r.is_distilled else "-"
             for r in records
         ],
         "device": [r.device for r in records],

@@ -164,11 +164,11 @@ def _list(names: Sequence[str], *, most: int = 4) -> str:
 
 def _warn_of_cache(names: str, cache: CacheFacts) -> list[str]:
     found = []
-    if cache.tail_mass > HIGH_TAIL_MASS:
+    if cache.tail_mass > HIGH_TAIL_MASS and cache.method != "sampled":  # whose tail is there, as draws
         found.append(
             f"Tail mass {cache.tail_mass:.3f} is high: the cache of {names} leaves more than "
             f"{HIGH_TAIL_MASS:.0%} of the teacher's probability outside the tokens it "
-            "keeps. Raise cache.top_k."
+            "keeps. Raise cache.top_k, or lower cache.min_probability."
         )
     if cache.fidelity_kl > HIGH_FIDELITY_KL:
         found.append(
@@ -276,7 +276,7 @@ def _kl(value: float) -> str:
 def describe_cache(cache: CacheFacts) -> str:
     """Return a cache's facts in one line, each with its unit."""
     return (
-        f"{cache.method}, k = {cache.top_k}: {cache.bytes_per_position:.1f} bytes/token, tail mass "
+        f"{cache.method}, {cache.dial}: {cache.bytes_per_position:.1f} bytes/token, tail mass "
         f"{cache.tail_mass:.4f}, fidelity KL {_kl(cache.fidelity_kl)} nats, same top token "
         f"{100 * cache.fidelity_agreement:.1f} %, {cache.positions:,} positions"
     )

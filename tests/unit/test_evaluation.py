@@ -190,6 +190,7 @@ MANIFEST: dict[str, Any] = {
     "positions": 1000,
     "method": "top_k",
     "top_k": 8,
+    "min_probability": None,
     "tail_mass": 0.1,
     "fidelity_kl": 1e-5,
     "fidelity_agreement": 1.0,

@@ -461,7 +461,7 @@ def test_csv_keeps_all_digits_and_leaves_empty_what_is_not_defined(tmp_path: Pat
     make_report(paths, tmp_path / "report.html")
     rows = list(csv.DictReader(io.StringIO((tmp_path / "summary.csv").read_text())))
     assert float(rows[3]["margin"]) == 3.2130000001 - 3.294
-    assert rows[0]["margin"] == "" and rows[0]["cache_top_k"] == ""
+    assert rows[0]["margin"] == "" and rows[0]["cache_dial"] == ""
     assert rows[1]["cache_fidelity_kl"] == "3.1e-05"
 
 

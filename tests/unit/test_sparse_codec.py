@@ -214,7 +214,9 @@ def test_draws_are_unbiased_and_vary_less_than_draws_with_replacement() -> None:
     mean = total / num_draws
     variance = squares / num_draws - mean**2
     # Of a token that was hardly ever drawn, the draws do not tell the variance; p times its weight does.
-    standard_error = np.sqrt(np.maximum(variance, probs * METHODS["sampled"]["head_probability"]) / num_draws)
+    standard_error = np.sqrt(
+        np.maximum(variance, probs * METHODS["sampled"]["head_probability"]) / num_draws
+    )
     # Below 1/65,535 the tail's mass is rounded down; a row's scaling to sum to one is of second order in its step.
     assert codec.steps is not None
     bias = np.abs(mean - probs) - 2 / TAIL_UNIT - probs / codec.steps**2

@@ -1,0 +1,243 @@
+"""Bytes against error: Retort's three cache methods beside other caches, on real distributions of 32,768 tokens.
+
+    make benchmark-cache
+    python benchmarks/cache.py [--logits FOLDER] [--distillkit PATH] [--megatron PATH] [--figure FILE.svg]
+
+Retort's rows are what a cache holds: one record for each sequence of 512 tokens, which is what a training step reads,
+and the tables of one part of all sequences. Speeds are of one core, in positions per second of processor time: encoding
+after selection, and decoding to what a batch is made of. Opponents and metrics: `cache_opponents.py`.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cache_logits
+import matplotlib
+import numpy as np
+import torch
+from cache_opponents import (
+    Stored,
+    format_row,
+    measure,
+    run_opponents,
+    sum_exact,
+)
+from matplotlib import pyplot
+from numpy.typing import NDArray
+
+from retort.codec import (
+    Codec,
+    SparseTargets,
+    Streams,
+    TokenOrder,
+    build_codec,
+    decode_streams,
+    encode_streams,
+    to_streams,
+)
+from retort.config_schema import fill_defaults, section_schema
+from retort.config_sections import build_section
+from retort.entropy import build_lookup, unpack_tables
+from retort.selection import select_probable
+from retort.sparse_streams import count_contexts
+from retort.tokens import content_key
+
+TOP_P = (0.02, 0.01, 0.005, 0.003, 0.002, 0.001, 0.0005)
+SAMPLED = (0.1, 0.05, 0.03, 0.02, 0.01, 0.005)
+_REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Ours:
+    """One of Retort's rows: what was stored, and how fast."""
+
+    stored: Stored
+    table_bytes: float  # of bytes_per_position
+    encoded_per_second: float
+    decoded_per_second: float
+
+
+def fastest(work: Callable[[], Any]) -> tuple[Any, float]:
+    """Return what `work` returns, and the fewest seconds of processor time that it took."""
+    seconds = []
+    for _ in range(_REPEATS):
+        started = time.process_time()
+        found = work()
+        seconds.append(time.process_time() - started)
+    return found, min(seconds)
+
+
+def find_codec(method: str, dial: float, given: cache_logits.Distributions) -> Codec:
+    """Return the codec of a config's `cache` section."""
+    key = "min_probability" if method == "top_p" else "head_probability"
+    values = {"method": method, key: dial, "temperatures": [1.0]}
+    cache = build_section("cache", fill_defaults(values, section_schema("cache")))
+    vocabulary = given.logprobs.shape[1]
+    return build_codec(cache, vocabulary=vocabulary, token_counts=given.unigram_counts)
+
+
+def run_ours(given: cache_logits.Distributions, codec: Codec) -> Ours:
+    """Encode and decode all positions."""
+    length = given.tokens.shape[1]
+    order = TokenOrder.from_counts(given.unigram_counts, vocabulary=codec.vocabulary)
+    next_ids = given.next_tokens.astype(np.int64).reshape(-1, length)
+    ones, start = np.ones(length, np.bool_), np.zeros(1, np.int32)
+    keys = [content_key(ids.astype(np.int32), ones, start) for ids in given.tokens]
+    selections = [
+        select_probable(
+            torch.from_numpy(np.array(given.logprobs[i * length : (i + 1) * length])),
+            codec,
+            num_tokens=codec.vocabulary,
+            key=keys[i],
+            first_position=0,
+        )
+        for i in range(len(keys))
+    ]
+
+    def encode() -> tuple[list[bytes], bytes]:
+        streams: list[Streams] = [
+            to_streams(s, codec, order, next_ids=n, key=k)
+            for s, n, k in zip(selections, next_ids, keys, strict=True)
+        ]
+        return encode_streams(streams, codec)
+
+    (records, packed), encoding = fastest(encode)
+    tables = unpack_tables(packed, num_contexts=count_contexts(len(codec.temperatures)))
+    lookup = build_lookup(tables)
+
+    def decode() -> list[SparseTargets]:
+        return [
+            decode_streams(record, codec, order, lookup, next_ids=ids)
+            for record, ids in zip(records, next_ids, strict=True)
+        ]
+
+    decoded, decoding = fastest(decode)
+    num_positions = len(given.logprobs)
+    size = sum(map(len, records)) + len(packed)
+    stored = to_stored(decoded, codec, size / num_positions)
+    return Ours(
+        stored, len(packed) / num_positions, num_positions / encoding, num_positions / decoding
+    )
+
+
+def to_stored(decoded: list[SparseTargets], codec: Codec, bytes_per_position: float) -> Stored:
+    """Return decoded sequences as the metrics take them: -1 where a position keeps fewer."""
+    width = max(d.top_k_ids.shape[1] for d in decoded)
+    ids = np.full((sum(map(len, decoded)), width), -1, np.int32)
+    logprobs = np.full(ids.shape, -np.inf, np.float32)
+    first = 0
+    for d in decoded:
+        rows, columns = slice(first, first + len(d)), slice(0, d.top_k_ids.shape[1])
+        ids[rows, columns] = np.where(np.isfinite(d.top_k_logprobs), d.top_k_ids, -1)
+        logprobs[rows, columns] = d.top_k_logprobs
+        first += len(d)
+    is_drawn = codec.method == "sampled"
+    tails = None if is_drawn else np.concatenate([d.tail_logprobs[:, 0] for d in decoded])
+    name = f"Retort {codec.method} {codec.min_probability:g}"
+    return Stored(name, bytes_per_position, ids, logprobs, tails, unbiased=is_drawn)
+
+
+Curves = dict[str, list[tuple[float, float]]]
+
+
+def draw_figure(path: Path, kl: Curves, error: Curves) -> None:
+    """Draw bytes against error: truncations by their KL, unbiased methods by their variance."""
+    matplotlib.rcParams.update({"svg.hashsalt": "retort", "font.size": 9})
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    labels = (
+        "KL(teacher || stored), nats, tail by frequency",
+        "variance: mean squared error, summed over ids",
+    )
+    for panel, curves, label in zip(panels, (kl, error), labels, strict=True):
+        for (name, points), marker in zip(curves.items(), "os^Dvx*", strict=False):
+            style = "-" if name.startswith("Retort") else "none"
+            xs, ys = zip(*sorted(points), strict=True)
+            panel.plot(xs, ys, marker=marker, linestyle=style, label=name)
+        panel.set(xscale="log", yscale="log", xlabel="bytes per position", title=label)
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.grid(alpha=0.3)
+        panel.legend(frameon=False)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def print_row(name: str, row: dict[str, float] | None, ours: Ours | None = None) -> None:
+    """Print a line of the table."""
+    speeds = (
+        f"{ours.encoded_per_second / 1e6:>8.2f}{ours.decoded_per_second / 1e6:>8.2f}"
+        if ours
+        else ""
+    )
+    print(format_row(name, row) + speeds, flush=True)
+
+
+def run(flags: argparse.Namespace, given: cache_logits.Distributions) -> None:
+    """Print the table; draw the figure."""
+    counts: NDArray[np.int64] = given.unigram_counts
+    exact = sum_exact(given.logprobs, counts)
+    entropy = -exact.negative_entropy.mean()
+    print(f"{len(given.logprobs):,} positions, mean entropy {entropy:.2f} nats")
+    heads = [
+        "bytes",
+        "ids",
+        "head KL",
+        "shape KL",
+        "full KL",
+        "sq. error",
+        "sum > 1",
+        "enc M/s",
+        "dec M/s",
+    ]
+    widths = (8, 7, 10, 10, 10, 10, 9, 8, 8)
+    print(" " * 36 + "".join(f"{h:>{w}}" for h, w in zip(heads, widths, strict=True)))
+    kl: Curves = {}
+    error: Curves = {}
+    for method, dials in (("top_p", TOP_P), ("sampled", SAMPLED)):
+        for dial in dials:
+            ours = run_ours(given, find_codec(method, dial, given))
+            row = measure(exact, ours.stored)
+            print_row(ours.stored.name, row, ours)
+            curve, key = (kl, "full_kl") if method == "top_p" else (error, "squared_error")
+            curve.setdefault(f"Retort {method}", []).append((row["bytes"], row[key]))
+    others = run_opponents(
+        given.logprobs, counts, distillkit=flags.distillkit, megatron=flags.megatron
+    )
+    for name, stored in others:
+        row = measure(exact, stored) if stored else None
+        print_row(name, row)
+        if row and stored and stored.unbiased:
+            error.setdefault(name, []).append((row["bytes"], row["squared_error"]))
+        elif row:
+            group = name.partition(",")[0] if "DistillKit" in name else name.partition("-")[0]
+            kl.setdefault(group.partition(" ")[0], []).append((row["bytes"], row["full_kl"]))
+    if flags.figure:
+        draw_figure(flags.figure, kl, error)
+
+
+def main() -> None:
+    """Make the distributions where there are none, and print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--logits", type=Path, default=cache_logits.default_folder())
+    parser.add_argument(
+        "--distillkit", type=Path, help="a checkout of github.com/arcee-ai/DistillKit"
+    )
+    parser.add_argument("--megatron", type=Path, help="a checkout of github.com/NVIDIA/Megatron-LM")
+    parser.add_argument("--figure", type=Path, help="where the curve is drawn, as SVG")
+    flags = parser.parse_args()
+    torch.set_num_threads(1)
+    is_there = (flags.logits / "settings.json").exists()
+    run(
+        flags,
+        cache_logits.load(flags.logits)
+        if is_there
+        else cache_logits.ensure(flags.logits, cache_logits.Settings()),
+    )
+
+
+if __name__ == "__main__":
+    main()
