@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from retort.config import Config, Dataset, Teacher, identity
+from retort.config import Config, Dataset, Student, Teacher, identity
 from retort.corpus import corpus_files
 from retort.provenance import (
     digest,
@@ -234,7 +234,9 @@ def _plan_run(name: str, config: Config) -> Run:
     if training.distillation_type == "output":
         keys = {k: v for k, v in keys.items() if k not in ("temperature", "use_cached_logits")}
     signal = logits.id if logits else teacher.id if teacher and needs_teacher else None
-    run_id = digest(["run", REVISIONS["run"], tokens.id, signal, keys, _student_content(config)])
+    run_id = digest(
+        ["run", REVISIONS["run"], tokens.id, signal, keys, student_content(config.student)]
+    )
     evaluation_id = digest(
         [
             "evaluation",
@@ -331,9 +333,11 @@ def _plan_validation(config: Config, tokens: Tokens, teacher: TeacherModel) -> V
     )
 
 
-def _student_content(config: Config) -> Any:
-    """What the student starts from, by content: a parsed JSON config, or a checkpoint's weights."""
-    student = config.student
+def student_content(student: Student) -> Any:
+    """Return what a student starts from, by content: a parsed JSON config, or a checkpoint's weights.
+
+    Raises ValueError, with the next step, when it cannot be read.
+    """
     if student.model_path is not None:
         folder = Path(student.model_path)
         return fingerprint_weights(folder) if folder.is_dir() else student.model_path

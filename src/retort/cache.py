@@ -32,14 +32,22 @@ from retort.codec import (
 )
 from retort.entropy import build_lookup, unpack_tables
 from retort.provenance import digest
-from retort.shards import TokenIndex, name_part, open_h5, read_text, write_h5, write_text
+from retort.shards import (
+    TokenIndex,
+    name_part,
+    open_h5,
+    read_text,
+    write_h5,
+    write_large_h5,
+    write_text,
+)
 from retort.sparse_streams import count_contexts
 from retort.tokens import SequenceTable, content_key
 
 CACHE_FORMAT = "retort-logits"
 CACHE_VERSION = 2
 CACHE_FILE = "teacher_logits.h5"
-_DAMAGED = ".damaged"
+DAMAGED = ".damaged"
 # Columns checked whole when a file is opened; ids, masks and segments are checked by each sequence's content
 # key, and records by their own checksums, when they are read.
 _CHECKED_COLUMNS = (
@@ -381,7 +389,10 @@ def merge_parts(index: TokenIndex, folder: Path, header: CacheHeader, out: Path)
                 checksums[name] = state.hexdigest()
         _write_header(file, header, names, checksums)
 
-    write_h5(out, fill)
+    num_bytes = sum(path.stat().st_size for path in paths) + (1 << 20)
+    write_large_h5(
+        out, fill, num_bytes=num_bytes, verify=lambda path: LogitCache(path).verify_records()
+    )
 
 
 def _open_parts(index: TokenIndex, paths: list[Path], header: CacheHeader) -> list[LogitCache]:
@@ -405,11 +416,11 @@ def _open_parts(index: TokenIndex, paths: list[Path], header: CacheHeader) -> li
         except ValueError as error:
             faults.append(str(error))
             if path.exists():
-                path.replace(path.with_suffix(_DAMAGED))
+                path.replace(path.with_suffix(DAMAGED))
     if faults:
         raise ValueError(
             f"{len(faults)} of {len(paths)} parts cannot be merged. Run the same command again: the teacher makes "
-            f"these parts anew, and only these (what was damaged is kept as *{_DAMAGED} until then).\n  "
+            f"these parts anew, and only these (what was damaged is kept as *{DAMAGED} until then).\n  "
             + "\n  ".join(faults)
         )
     return parts
@@ -445,7 +456,7 @@ def is_merged(path: Path, header: CacheHeader) -> bool:
 def remove_parts(folder: Path) -> None:
     """Remove the parts of a merged cache, and the claims of the workers that made them."""
     for path in sorted(folder.iterdir()) if folder.exists() else []:
-        if path.suffix in (".h5", _DAMAGED, ".claim", ".tmp"):
+        if path.suffix in (".h5", DAMAGED, ".claim", ".tmp"):
             path.unlink(missing_ok=True)
     if folder.exists() and not any(folder.iterdir()):
         folder.rmdir()

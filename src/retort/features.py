@@ -7,6 +7,7 @@ batches than the cache's were: against them `merge_h5` measures the fidelity of 
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from retort.teacher import score_features
 from retort.tokens import SequenceTable
 
 FEATURES_FORMAT = "retort-features"
-FEATURES_VERSION = 1
+FEATURES_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -110,11 +111,25 @@ def write_features(path: Path, found: TeacherFeatures) -> None:
         "name": found.name,
         "num_parameters": found.num_parameters,
         "keys": found.keys,
+        "checksums": _checksum_tensors(tensors),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
-    save_file(tensors, temporary, metadata={"retort": json.dumps(about, sort_keys=True)})
-    temporary.replace(path)
+    try:
+        save_file(tensors, temporary, metadata={"retort": json.dumps(about, sort_keys=True)})
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _checksum_tensors(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Return the xxh3-128 of each tensor's bytes."""
+    return {
+        name: xxhash.xxh3_128_hexdigest(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        for name, tensor in tensors.items()
+    }
 
 
 def read_features(path: Path) -> TeacherFeatures:
@@ -132,6 +147,12 @@ def read_features(path: Path) -> TeacherFeatures:
             f"{path} is {about.get('format')!r} version {about.get('version')!r}; this Retort reads "
             f"{FEATURES_FORMAT!r} version {FEATURES_VERSION}."
         )
+    for name, found in _checksum_tensors(tensors).items():
+        if found != about["checksums"].get(name):
+            raise ValueError(
+                f"{path}: tensor {name} has checksum {found}, expected {about['checksums'].get(name)}: the file is "
+                "damaged. Delete it and run the same command again."
+            )
     return TeacherFeatures(
         features={split: tensors[f"features.{split}"] for split in ("val", "train")},
         train_sequences=tensors["train_sequences"].numpy(),
@@ -218,8 +239,9 @@ def score_validation(
     say(
         f"{validation.num_positions:,} held-out positions, {training.num_positions:,} to measure the cache with"
     )
+    teacher = load_recorded_teacher(teacher_path, section, record_path=fingerprint_path)
     found = score_tables(
-        load_recorded_teacher(teacher_path, section, record_path=fingerprint_path),
+        teacher,
         fingerprint=record["weights"],
         name=record["name"],
         num_tokens=int(index.content["tokenizer"]["size"]),
@@ -229,4 +251,5 @@ def score_validation(
         batch_size=section.generation.batch_size,
         say=say,
     )
+    teacher.require_unchanged()
     write_features(out, found)

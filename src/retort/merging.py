@@ -10,6 +10,7 @@ from torch import Tensor
 
 from retort.cache import (
     CACHE_FILE,
+    DAMAGED,
     CacheHeader,
     LogitCache,
     cache_digest,
@@ -49,7 +50,7 @@ def merge_h5(
     header = build_header(index, read_json(fingerprint_path), cache, source=fingerprint_path)
     folder = manifest_path.parent
     out = folder / CACHE_FILE
-    if not is_merged(out, header):
+    if not _is_whole(out, header, parts=folder / "parts"):
         _merge(index, folder, header, out)
     merged = LogitCache(out)
     merged.verify()
@@ -69,6 +70,20 @@ def merge_h5(
         f"{line}, tail mass {manifest['tail_mass']:.3f}; KL(live teacher || cache) {manifest['fidelity_kl']:.2e} "
         f"nats on {manifest['fidelity_positions']:,} positions"
     )
+
+
+def _is_whole(out: Path, header: CacheHeader, *, parts: Path) -> bool:
+    """Say whether the merged cache is there. A damaged one is put aside for as long as its parts are there too."""
+    try:
+        if not is_merged(out, header):
+            return False
+        LogitCache(out).verify_records()
+    except ValueError:
+        if not any(parts.glob("*.h5")):
+            raise
+        out.replace(out.with_suffix(DAMAGED))
+        return False
+    return True
 
 
 def _merge(index: TokenIndex, folder: Path, header: CacheHeader, out: Path) -> None:

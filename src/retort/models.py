@@ -24,7 +24,9 @@ from retort.config import Student, Teacher
 from retort.provenance import (
     digest,
     fingerprint_weights,
+    list_weights,
     read_json,
+    stamp_files,
     write_json,
 )
 from retort.tokens import cannot_load, fingerprint_of_tokenizer, load_tokenizer
@@ -115,6 +117,17 @@ class CausalLM:
     head: Head
     vocabulary: int  # V, width of the output layer
     is_split: bool
+    source: Path | None = None  # the folder that a recorded teacher was loaded from
+    stamp: str | None = None  # of its files, before they were compared with the record
+
+    def require_unchanged(self) -> None:
+        """Raise ValueError when the files were written since: on a CPU, weights are mapped, and change with them."""
+        if self.source is not None and stamp_files(list_weights(self.source)) != self.stamp:
+            raise ValueError(
+                f"the files of {self.source} were changed while the teacher was at work; nothing of the part in hand "
+                "was kept. Put the old files back and run the same command again, or set "
+                "teacher.generation.force_regenerate to a new value (a date, say)."
+            )
 
     def features(self, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
         """Return hidden states [B, T, D], or logits [B, T, V] of a model that cannot be split."""
@@ -309,9 +322,11 @@ def require_weights(record: dict[str, Any], path: str, *, source: Path) -> None:
 def load_recorded_teacher(path: str, section: Teacher, *, record_path: Path) -> CausalLM:
     """Load a teacher after checking that it is the recorded one, at the recorded revision."""
     record = read_json(record_path)
+    source = Path(path) if Path(path).is_dir() else None
+    stamp = stamp_files(list_weights(source)) if source else None
     require_weights(record, path, source=record_path)
-    if not Path(path).is_dir():
+    if source is None:
         section = replace(section, revision=record["revision"])
-    teacher = load_teacher(path, section)
+    teacher = replace(load_teacher(path, section), source=source, stamp=stamp)
     assert teacher.vocabulary == record["vocabulary"], (teacher.vocabulary, record["vocabulary"])
     return teacher

@@ -24,12 +24,9 @@ from typing import Any
 import xxhash
 
 _BLOCK_BYTES = 1 << 20
-# Weights above this size are fingerprinted by their header and evenly spaced blocks: two different trainings
-# differ in every block, and a 140 GB teacher must not be read whole each time a Snakefile is parsed.
-_WHOLE_FILE_BYTES = 16 << 20
-_SAMPLED_BLOCKS = 32
-# Corpora are hashed whole (an edit may touch one byte); above this size the digest is remembered by the
-# file's size and times, so that only the first parse pays. The change time is among them: it cannot be set back.
+# Corpora and weights are hashed whole (an edit may touch one byte, or one layer); above this size the digest is
+# remembered by the file's size and times, so that only the first look pays. The change time is among them: it cannot
+# be set back.
 _MEMO_BYTES = 16 << 20
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
@@ -105,16 +102,16 @@ def _hash_whole(path: Path) -> str:
     return state.hexdigest()
 
 
-def _hash_sampled(path: Path) -> str:
-    size = path.stat().st_size
-    if size <= _WHOLE_FILE_BYTES:
-        return _hash_whole(path)
-    state = xxhash.xxh3_128(str(size).encode())
-    with path.open("rb") as file:
-        for block in range(_SAMPLED_BLOCKS):
-            file.seek((size - _BLOCK_BYTES) * block // (_SAMPLED_BLOCKS - 1))
-            state.update(file.read(_BLOCK_BYTES))
-    return state.hexdigest()
+def _weights_memo() -> Path:
+    """Where the digests of weights are remembered: jobs know no results folder, and projects share teachers."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "retort" / "digests.json"
+
+
+def list_weights(folder: Path) -> list[Path]:
+    """Return the files that hold a model's weights and architecture."""
+    weights = sorted(p for p in folder.iterdir() if p.suffix in WEIGHT_SUFFIXES)
+    return [p for p in (folder / "config.json", *weights) if p.exists()]
 
 
 def fingerprint_weights(folder: Path) -> str:
@@ -122,18 +119,13 @@ def fingerprint_weights(folder: Path) -> str:
 
     Raises ValueError when the folder holds no weights.
     """
-    weights = (
-        sorted(p for p in folder.iterdir() if p.suffix in WEIGHT_SUFFIXES)
-        if folder.is_dir()
-        else []
-    )
-    if not weights:
+    files = list_weights(folder) if folder.is_dir() else []
+    if not any(path.suffix in WEIGHT_SUFFIXES for path in files):
         raise ValueError(
             f"no model weights in {str(folder)!r}: expected a folder with config.json and *.safetensors "
             "(or *.bin), as save_pretrained() writes it. Give such a folder or a Hub id."
         )
-    files = [folder / "config.json", *weights]
-    return digest([[p.name, _hash_sampled(p)] for p in files if p.exists()])
+    return digest([[p.name, digest_file(p, memo=_weights_memo())] for p in files])
 
 
 def fingerprint_tokenizer(folder: Path) -> str:
@@ -158,14 +150,17 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, text.encode())
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Write bytes under a temporary name, flush them to the disk, rename."""
     temporary = temporary_name(path)
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def temporary_name(path: Path) -> Path:

@@ -164,7 +164,9 @@ def _list(names: Sequence[str], *, most: int = 4) -> str:
 
 def _warn_of_cache(names: str, cache: CacheFacts) -> list[str]:
     found = []
-    if cache.tail_mass > HIGH_TAIL_MASS and cache.method != "sampled":  # whose tail is there, as draws
+    if (
+        cache.tail_mass > HIGH_TAIL_MASS and cache.method != "sampled"
+    ):  # whose tail is there, as draws
         found.append(
             f"Tail mass {cache.tail_mass:.3f} is high: the cache of {names} leaves more than "
             f"{HIGH_TAIL_MASS:.0%} of the teacher's probability outside the tokens it "

@@ -202,6 +202,7 @@ def run_worker(
                 order=order,
                 on_batch=progress.add,
             )
+            teacher.require_unchanged()
             write_part(part_path(folder, part["name"], header), table, targets, header, order)
             done.append(part["name"])
     return WorkerReport(worker, num_workers, done, progress.tokens, time.monotonic() - started)

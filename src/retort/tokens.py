@@ -349,6 +349,15 @@ def fingerprint_of_tokenizer(path: str, tokenizer: Any) -> dict[str, Any]:
     return {"fingerprint": fingerprint, "size": len(tokenizer)}
 
 
+def refuse_other_tokenizer(found: dict[str, Any], *, expected: str | None, path: str) -> None:
+    """Raise ValueError when a tokenizer's fingerprint is not the one that the tokens are named by."""
+    if expected not in (None, found["fingerprint"]):
+        raise ValueError(
+            f"the tokenizer in {path!r} changed since the command began (fingerprint {found['fingerprint']}, then "
+            f"{expected}), and the tokens are named by what it was. Run the same command again: it makes others."
+        )
+
+
 def cannot_load(what: str, path: str, error: Exception) -> str:
     """Return the sentence for a model or a tokenizer that transformers cannot load."""
     first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -23,6 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from retort.artefacts import student_content
 from retort.batches import Collator, TrainingData
 from retort.cache import LogitCache
 from retort.config import Student, Teacher, Tracking, Training
@@ -37,6 +38,7 @@ from retort.models import (
 from retort.provenance import (
     compare_digests,
     describe_run,
+    digest,
     digest_folder,
     read_json,
     write_atomically,
@@ -247,11 +249,13 @@ def train_run(
     training: Training,
     tracking: Tracking,
     teacher_section: Teacher,
+    expected_student: str | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
     """Train one student in the folder of `out` (training.json), from the tokens, a cache or a live teacher.
 
-    Raises ValueError when the signal that the distillation type needs is missing, or was made of other tokens.
+    `expected_student`: the digest of the student's content by which `out` is named. Raises ValueError when the signal
+    that the distillation type needs is missing, or was made of other tokens, or the student is another.
     """
     alpha = (
         training.alpha if training.alpha is not None else DEFAULT_ALPHA[training.distillation_type]
@@ -274,6 +278,7 @@ def train_run(
     # config are of one size.
     record = read_json(fingerprint_path) if fingerprint_path else None
     vocabulary = record["vocabulary"] if record else len(tokenizer)
+    _refuse_other_student(student, expected_student)
     teacher = None
     if alpha < 1.0 and cache_path is None and teacher_path and fingerprint_path:
         teacher = load_recorded_teacher(teacher_path, teacher_section, record_path=fingerprint_path)
@@ -289,6 +294,7 @@ def train_run(
         teacher=teacher,
         say=say,
     )
+    _refuse_other_student(student, expected_student)
     about = {
         "run": name,
         "id": out.parent.name,
@@ -306,6 +312,15 @@ def train_run(
     write_json(out.parent / "run.json", run)
     write_json(out, about)
     say(f"train {name}  {summary['steps']} steps in {summary['seconds']:.0f} s")
+
+
+def _refuse_other_student(student: Student, expected: str | None) -> None:
+    """Raise ValueError when the student's config or weights are not those that its run is named by."""
+    if expected not in (None, digest(student_content(student))):
+        raise ValueError(
+            f"{student.config or student.model_path} changed since the command began, and the run is named by what it "
+            "was. Run the same command again: it trains what is there now, as another run."
+        )
 
 
 def _refuse_other_tokenizer(index: TokenIndex, path: str, tokenizer: Any) -> None:

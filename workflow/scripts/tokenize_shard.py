@@ -28,22 +28,28 @@ def main() -> None:
         "--corpus-stamp",
         help="refuse local files whose sizes and times have another digest than this",
     )
+    parser.add_argument(
+        "--expected-tokenizer",
+        help="refuse tokenizer files that have another fingerprint than this",
+    )
     parser.add_argument("--output", required=True, type=Path, help="the token shard")
     add_section_flags(parser, "dataset")
     args = parser.parse_args()
     dataset = section_from_args(args, "dataset")
     os.environ["RAYON_NUM_THREADS"] = str(dataset.num_proc)
     from retort.shards import tokenize_shard
-    from retort.tokens import fingerprint_of_tokenizer, load_tokenizer
+    from retort.tokens import fingerprint_of_tokenizer, load_tokenizer, refuse_other_tokenizer
 
     tokenizer = load_tokenizer(
         args.tokenizer, revision=args.tokenizer_revision, trust_remote_code=args.trust_remote_code
     )
+    fingerprint = fingerprint_of_tokenizer(args.tokenizer, tokenizer)
+    refuse_other_tokenizer(fingerprint, expected=args.expected_tokenizer, path=args.tokenizer)
     line = tokenize_shard(
         args.output,
         dataset,
         tokenizer,
-        fingerprint=fingerprint_of_tokenizer(args.tokenizer, tokenizer),
+        fingerprint=fingerprint,
         shard=args.shard,
         drawn=args.corpus,
         stamp=args.corpus_stamp,

@@ -24,6 +24,9 @@ def main() -> None:
         "--tokenizer", required=True, help="folder or Hub id of the tokens' tokenizer"
     )
     parser.add_argument("--tokenizer-revision", help="revision of a Hub tokenizer")
+    parser.add_argument(
+        "--expected-student", help="refuse a student whose config or weights have another digest"
+    )
     parser.add_argument("--cache", type=Path, help="teacher_logits.h5, for logit and hybrid")
     parser.add_argument("--teacher", help="folder or Hub id of a live teacher, instead of --cache")
     parser.add_argument(
@@ -52,6 +55,7 @@ def main() -> None:
             teacher_path=args.teacher,
             fingerprint_path=args.fingerprint,
             student=section_from_args(args, "student"),
+            expected_student=args.expected_student,
             training=training,
             tracking=section_from_args(args, "tracking"),
             teacher_section=section_from_args(args, "teacher"),
