@@ -34,7 +34,7 @@ class DemoTeacher:
     hidden_size: int = 128
     num_layers: int = 4
     num_heads: int = 4
-    max_steps: int = 900
+    max_steps: int = 820
     batch_size: int = 8
     learning_rate: float = 3e-3
     cpu_threads: int = 2

@@ -81,6 +81,36 @@ def test_a_full_disk_is_one_sentence_whichever_library_writes(writer: str, tmp_p
     assert "Traceback" not in found.stderr
 
 
+def test_a_part_on_a_full_disk_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    mount = f"mount -t tmpfs -o size=256k none {tmp_path}"
+    small_disk = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run([*small_disk, mount], check=False).returncode
+    ):
+        pytest.skip("a small disk cannot be mounted here (unshare and mount without rights)")
+    body = (
+        "import os, numpy as np; from pathlib import Path; from retort.shards import write_h5\n"
+        f"    folder = Path('{tmp_path}')\n"
+        "    for kib in range(8, 256, 31):\n"
+        "        (folder / 'filler').write_bytes(bytes(kib << 10))\n"
+        "        try: write_h5(folder / 'a.h5', lambda f: f.create_dataset('x', data=np.arange(25000)))\n"
+        "        except OSError as error: assert error.errno == 28\n"
+        "        size = (folder / 'a.h5').stat().st_size if (folder / 'a.h5').exists() else 0\n"
+        "        assert size == 0 or size > 200000, size\n"
+        "        print(size > 0, sorted(os.listdir(folder)))\n"
+        "        (folder / 'a.h5').unlink(missing_ok=True)"
+    )
+    command = shlex.join([sys.executable, "-c", SCRIPT.format(body=body)])
+    found = subprocess.run(
+        [*small_disk, f"{mount} && {command}"], capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stderr
+    lines = found.stdout.splitlines()
+    assert any(line == "True ['a.h5', 'filler']" for line in lines)
+    assert any(line == "False ['filler']" for line in lines)
+
+
 def test_progress_goes_to_stderr_at_once() -> None:
     # The process dies without flushing anything.
     found = run("say('half way'); import os, signal; os.kill(os.getpid(), signal.SIGKILL)")

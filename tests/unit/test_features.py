@@ -194,6 +194,16 @@ def test_asking_for_logprobs_leaves_the_features_as_they_are() -> None:
     assert torch.equal(found.features["val"], features)
 
 
+def test_a_flipped_bit_is_refused(features_path: Path, tmp_path: Path) -> None:
+    content = bytearray(features_path.read_bytes())
+    for place in (len(content) // 2, len(content) - 5):
+        damaged = bytearray(content)
+        damaged[place] ^= 128
+        (tmp_path / "damaged.safetensors").write_bytes(damaged)
+        with pytest.raises(ValueError, match="has checksum"):
+            read_features(tmp_path / "damaged.safetensors")
+
+
 def test_no_held_out_document_is_refused(
     tmp_path: Path, tiny_corpus: Path, tiny_teacher: Path
 ) -> None:

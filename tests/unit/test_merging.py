@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import random
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,14 @@ from synthetic import TOKENIZER, make_table, write_tokens
 from tiny import section
 from torch import Tensor
 
-from retort.cache import CACHE_FILE, CacheHeader, LogitCache, part_path, write_part
+from retort.cache import (
+    CACHE_FILE,
+    CacheHeader,
+    LogitCache,
+    merge_parts,
+    part_path,
+    write_part,
+)
 from retort.codec import Codec, SparseTargets
 from retort.features import TeacherFeatures, digest_keys, write_features
 from retort.merging import merge_h5
@@ -226,6 +234,35 @@ def test_parts_that_cannot_be_merged_are_there_to_be_made_again(
     damaged.write_bytes(content)
     with pytest.raises(ValueError, match="1 of 6 parts cannot be merged"):
         place.merge()
+
+
+def test_a_damaged_merged_cache_is_merged_again_while_its_parts_are_there(
+    prepare: Callable[..., Place],
+) -> None:
+    place = prepare()
+    merge_parts(place.index, place.parts, place.header, place.file)
+    whole = place.file.read_bytes()
+    at = whole.index(LogitCache(place.file).read_record(0)) + 3
+    for torn in (whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :], whole[: len(whole) // 2]):
+        place.file.write_bytes(torn)
+        kept = {path: path.read_bytes() for path in place.parts.glob("*.h5")}
+        place.merge()
+        assert place.file.read_bytes() == whole
+        for path, content in kept.items():
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content)
+        place.manifest.unlink()
+
+
+def test_a_disk_without_room_for_the_merged_cache_is_said_before_it_is_begun(
+    prepare: Callable[..., Place], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = prepare()
+    free = shutil.disk_usage(place.folder)._replace(free=1000)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: free)
+    with pytest.raises(ValueError, match=r"has only 0\.0 MB free.*nothing is lost"):
+        place.merge()
+    assert not place.file.exists() and len(list(place.parts.glob("*.h5"))) == 6
 
 
 def test_a_merge_killed_at_any_moment_is_finished_by_the_same_call(

@@ -228,6 +228,38 @@ def test_other_weights_than_the_recorded_ones_are_refused(
     assert read_json(path)["weights"] in str(refusal.value)
 
 
+def test_a_teacher_whose_files_change_while_it_works_is_refused(
+    tmp_path: Path, tiny_teacher: Path
+) -> None:
+    shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    path = record(tmp_path, tmp_path / "teacher")
+    teacher = load_recorded_teacher(
+        str(tmp_path / "teacher"), section("teacher", device="cpu"), record_path=path
+    )
+    teacher.require_unchanged()
+    with (tmp_path / "teacher" / "model.safetensors").open("r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"abcd")
+    with pytest.raises(ValueError, match="changed while the teacher was at work"):
+        teacher.require_unchanged()
+
+
+def test_one_edit_anywhere_in_large_weights_is_another_fingerprint(
+    tmp_path: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "memo"))
+    shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    path = tmp_path / "teacher" / "model.safetensors"
+    path.write_bytes(bytes(40 << 20))
+    seen = {fingerprint_model(str(tmp_path / "teacher"))["weights"]}
+    for place in range(1, 40 << 20, 9_999_991):
+        with path.open("r+b") as file:
+            file.seek(place)
+            file.write(b"x")
+        seen.add(fingerprint_model(str(tmp_path / "teacher"))["weights"])
+    assert len(seen) == 6
+
+
 def test_teachers_dtype_is_the_configs(tiny_teacher: Path) -> None:
     teacher = load_teacher(str(tiny_teacher), section("teacher", device="cpu", dtype="bfloat16"))
     assert teacher.model.dtype == torch.bfloat16 and teacher.is_split

@@ -21,11 +21,12 @@ from tiny import NUM_TOKENS, WIDTH, make_cache, real_processes, record, section,
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from retort.artefacts import student_content
 from retort.batches import IGNORE_INDEX, Collator, EpochShuffle, Item, TrainingData
 from retort.cache import LogitCache
 from retort.codec import SparseTargets
 from retort.models import load_teacher
-from retort.provenance import read_json, write_json
+from retort.provenance import digest, read_json, write_json
 from retort.shards import TokenIndex
 from retort.tokens import SequenceTable, build_table, load_tokenizer
 from retort.trainer import DistillationTrainer
@@ -551,12 +552,12 @@ def run_rule(bench: Bench, out: Path, **given: Any) -> dict[str, Any]:
         "cache_path": bench.cache.path,
         "teacher_path": None,
         "fingerprint_path": bench.fingerprint,
+        "tokenizer_path": str(bench.teacher_path),
     }
     train_run(
         out,
         name="mine",
         index_path=bench.index_path,
-        tokenizer_path=str(bench.teacher_path),
         tokenizer_revision=None,
         student=section("student", config=str(bench.student_path)),
         training=training,
@@ -576,6 +577,22 @@ def test_record_of_a_run_holds_what_evaluate_needs(bench: Bench, tmp_path: Path)
     assert set(METRICS_FROM_TRAINING) <= set(found)
     assert (found["run"], found["id"], found["alpha"]) == ("mine", "abc", 0.5)
     assert read_json(tmp_path / "abc" / "run.json")["config"]["training"]["max_steps"] == 2
+
+
+def test_a_student_that_changed_since_it_was_named_is_refused(bench: Bench, tmp_path: Path) -> None:
+    named = digest(student_content(section("student", config=str(bench.student_path))))
+    run_rule(bench, tmp_path / "a" / "training.json", expected_student=named)
+    with pytest.raises(ValueError, match="changed since the command began"):
+        run_rule(bench, tmp_path / "b" / "training.json", expected_student="0123456789ab")
+    assert not (tmp_path / "b" / "training.json").exists()
+
+
+def test_another_tokenizer_than_the_tokens_is_not_shipped(bench: Bench, tmp_path: Path) -> None:
+    shutil.copytree(bench.teacher_path, tmp_path / "teacher")
+    path = tmp_path / "teacher" / "tokenizer.json"
+    path.write_text(path.read_text() + "\n")
+    with pytest.raises(ValueError, match="is not the one that made the tokens"):
+        run_rule(bench, tmp_path / "a" / "training.json", tokenizer_path=str(tmp_path / "teacher"))
 
 
 def test_a_student_of_text_alone_is_as_wide_as_its_siblings(bench: Bench, tmp_path: Path) -> None:
