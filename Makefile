@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-unit test-workflow test-slow campaign lint environment docs clean
+.PHONY: demo test test-unit test-workflow test-slow campaign benchmark-cache lint environment docs clean
 
 demo: $(READY)
 	$(BIN)/snakemake --cores $(CORES) --quiet rules
@@ -33,6 +33,11 @@ test-slow: $(READY)
 # Kills at many points, every number of workers: about half an hour, not part of `make test`.
 campaign: $(READY)
 	$(BIN)/pytest tests -m slow -n 2
+
+# Bytes against error of the cache, beside others: about 25 minutes of processor time, most of it for making the
+# distributions once. Give checkouts of opponents: make benchmark-cache FLAGS="--distillkit PATH --megatron PATH".
+benchmark-cache: $(READY)
+	$(BIN)/python benchmarks/cache.py $(FLAGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -27,6 +27,7 @@ from cache_opponents import (
     sum_exact,
 )
 from matplotlib import pyplot
+from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import NDArray
 
 from retort.codec import (
@@ -46,7 +47,7 @@ from retort.selection import select_probable
 from retort.sparse_streams import count_contexts
 from retort.tokens import content_key
 
-TOP_P = (0.02, 0.01, 0.005, 0.003, 0.002, 0.001, 0.0005)
+TOP_P = (0.02, 0.01, 0.005, 0.003, 0.002, 0.001, 0.0008, 0.0005)
 SAMPLED = (0.1, 0.05, 0.03, 0.02, 0.01, 0.005)
 _REPEATS = 5
 
@@ -158,10 +159,13 @@ def draw_figure(path: Path, kl: Curves, error: Curves) -> None:
             xs, ys = zip(*sorted(points), strict=True)
             panel.plot(xs, ys, marker=marker, linestyle=style, label=name)
         panel.set(xscale="log", yscale="log", xlabel="bytes per position", title=label)
-        panel.xaxis.set_major_formatter("{x:g}")
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter())
         panel.grid(alpha=0.3)
         panel.legend(frameon=False)
-    figure.savefig(path, metadata={"Date": None})
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=150)
 
 
 def print_row(name: str, row: dict[str, float] | None, ours: Ours | None = None) -> None:
@@ -211,8 +215,9 @@ def run(flags: argparse.Namespace, given: cache_logits.Distributions) -> None:
         if row and stored and stored.unbiased:
             error.setdefault(name, []).append((row["bytes"], row["squared_error"]))
         elif row:
-            group = name.partition(",")[0] if "DistillKit" in name else name.partition("-")[0]
-            kl.setdefault(group.partition(" ")[0], []).append((row["bytes"], row["full_kl"]))
+            group = "DistillKit" if "DistillKit" in name else name.partition(" ")[0]
+            group = "top-k, 4 bytes an id" if group.startswith("top-") else group
+            kl.setdefault(group, []).append((row["bytes"], row["full_kl"]))
     if flags.figure:
         draw_figure(flags.figure, kl, error)
 
