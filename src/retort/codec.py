@@ -405,6 +405,8 @@ def _pad(
     return ids, logprobs, is_drawn
 
 
+# The dial where it is left out (the schema's descriptions say so).
+DEFAULT_PROBABILITY = {"top_p": 0.001, "sampled": 0.05}
 # What a teacher of 2.1 nats of entropy keeps at a probability of 0.01, and how that grows (benchmarks/cache.py).
 _KEPT_AT_ONE_PERCENT, _KEPT_EXPONENT = 9.0, -0.58
 _BYTES_PER_KEPT, _BYTES_PER_POSITION = 1.4, 4.0
@@ -455,8 +457,8 @@ def build_codec(
     if cache.method == "top_k":
         top_k = resolve_top_k(cache.top_k, vocabulary=vocabulary)
         return Codec(cache.method, top_k, tuple(cache.temperatures), vocabulary)
-    least = cache.min_probability if cache.method == "top_p" else cache.head_probability
-    assert least is not None  # the config's checks see to it
+    dial = cache.min_probability if cache.method == "top_p" else cache.head_probability
+    least = DEFAULT_PROBABILITY[cache.method] if dial is None else dial
     order = (
         TokenOrder.from_counts(token_counts, vocabulary=vocabulary).digest()
         if token_counts is not None

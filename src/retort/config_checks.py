@@ -276,8 +276,8 @@ def _check_training(c: Flat) -> None:
     uses_cache = c["training.use_cached_logits"] and c["training.distillation_type"] != "output"
     if uses_cache and c["cache.method"] == "sampled" and temperature != 1.0:
         raise ConfigError(
-            f"training.temperature is {temperature}, but cache.method is 'sampled': its draws are unbiased at "
-            "temperature 1 only. Use training.temperature: 1.0, or cache.method: top_p."
+            f"training.temperature is {temperature} (the default is 2.0), but cache.method is 'sampled': its draws are "
+            "unbiased at temperature 1 only. Use training.temperature: 1.0, or cache.method: top_p."
         )
     if uses_cache and c["cache.top_k"] != "full" and temperature not in stored:
         raise ConfigError(

@@ -275,10 +275,14 @@ def _kl(value: float) -> str:
     return f"{value:.4f}" if value == 0 or value >= 1e-3 else f"{value:.1e}"
 
 
+def _name_tail(cache: CacheFacts) -> str:
+    return "drawn mass" if cache.method == "sampled" else "tail mass"
+
+
 def describe_cache(cache: CacheFacts) -> str:
     """Return a cache's facts in one line, each with its unit."""
     return (
-        f"{cache.method}, {cache.dial}: {cache.bytes_per_position:.1f} bytes/token, tail mass "
+        f"{cache.method}, {cache.dial}: {cache.bytes_per_position:.1f} bytes/token, {_name_tail(cache)} "
         f"{cache.tail_mass:.4f}, fidelity KL {_kl(cache.fidelity_kl)} nats, same top token "
         f"{100 * cache.fidelity_agreement:.1f} %, {cache.positions:,} positions"
     )

@@ -389,6 +389,12 @@ def test_a_merged_cache_says_what_its_parts_say(
     assert again.read_bytes() == merged.path.read_bytes()
 
 
+@pytest.mark.parametrize(("method", "least"), [("top_p", 0.001), ("sampled", 0.05)])
+def test_a_method_alone_is_a_whole_config(method: str, least: float) -> None:
+    codec = build_codec(section("cache", method=method), vocabulary=WIDTH)
+    assert codec.min_probability == least and codec.temperatures == (1.0, 2.0)
+
+
 def test_another_order_of_tokens_is_refused(index: TokenIndex, tmp_path: Path) -> None:
     header = coded_header(index, "top_p")
     order = find_order(index, header.codec)
