@@ -367,8 +367,8 @@ def cannot_load(what: str, path: str, error: Exception) -> str:
         advice = f"there is no such folder (looked from {Path.cwd()})"
     else:
         advice = (
-            f"there is no such folder in {Path.cwd()}, and for a Hub id this machine must reach huggingface.co (or have "
-            "it in its cache, with HF_HUB_OFFLINE=1); "
+            f"there is no such folder in {Path.cwd()}, and for a Hub id this machine must reach huggingface.co (or "
+            "have it in its cache, with HF_HUB_OFFLINE=1); "
             "for a gated one, log in with `hf auth login`"
         )
     return f"cannot load the {what} {path!r}: {advice}. transformers says: {first_line}"
