@@ -85,6 +85,7 @@ class Tokens:
     teacher: (
         TeacherModel | None
     )  # the teacher whose tokenizer is used; None: dataset.tokenizer names it
+    fingerprint: str | None  # of a local dataset.tokenizer, as it was when the tokens were named
 
     @property
     def tokenizer(self) -> str:
@@ -123,6 +124,7 @@ class Run:
     evaluation_id: str
     folder: Path
     config: Config
+    student: str  # digest of what the student starts from, as it was when the run was named
     tokens: Tokens
     teacher: TeacherModel | None
     logits: Logits | None
@@ -234,9 +236,8 @@ def _plan_run(name: str, config: Config) -> Run:
     if training.distillation_type == "output":
         keys = {k: v for k, v in keys.items() if k not in ("temperature", "use_cached_logits")}
     signal = logits.id if logits else teacher.id if teacher and needs_teacher else None
-    run_id = digest(
-        ["run", REVISIONS["run"], tokens.id, signal, keys, student_content(config.student)]
-    )
+    student = student_content(config.student)
+    run_id = digest(["run", REVISIONS["run"], tokens.id, signal, keys, student])
     evaluation_id = digest(
         [
             "evaluation",
@@ -251,6 +252,7 @@ def _plan_run(name: str, config: Config) -> Run:
         evaluation_id=evaluation_id,
         folder=results / "runs" / name / run_id,
         config=config,
+        student=digest(student),
         tokens=tokens,
         teacher=teacher,
         logits=logits,
@@ -294,10 +296,11 @@ def _plan_tokens(config: Config, teacher: TeacherModel | None) -> Tokens:
     dataset = config.dataset
     owner: TeacherModel | None
     source: list[Any]
+    fingerprint = None
     if dataset.tokenizer is not None or teacher is None:
         local = Path(str(dataset.tokenizer))
-        owner = None
-        source = [fingerprint_tokenizer(local) if local.is_dir() else dataset.tokenizer]
+        fingerprint = fingerprint_tokenizer(local) if local.is_dir() else None
+        owner, source = None, [fingerprint or dataset.tokenizer]
     elif teacher.corpus is not None:
         owner, source = teacher, [teacher.id]
     else:
@@ -310,7 +313,8 @@ def _plan_tokens(config: Config, teacher: TeacherModel | None) -> Tokens:
     keys = {k: v for k, v in identity(dataset).items() if k in _TOKENIZING_KEYS}
     keys.pop("tokenizer", None)  # `source` says which it is
     tokens_id = digest(["tokens", REVISIONS["tokens"], corpus.id, source, keys])
-    return Tokens(tokens_id, _cache_root(config) / "tokens" / tokens_id, corpus, owner)
+    folder = _cache_root(config) / "tokens" / tokens_id
+    return Tokens(tokens_id, folder, corpus, owner, fingerprint)
 
 
 def _plan_logits(config: Config, tokens: Tokens, teacher: TeacherModel) -> Logits:

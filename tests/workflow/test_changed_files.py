@@ -1,6 +1,7 @@
 """Files that change, or break, between two steps: refused or made again, never used as something else."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -47,25 +48,59 @@ def test_damaged_and_lost_parts_are_made_again_by_the_same_command(done: Place) 
     assert sum(len(worker["parts_done"]) for worker in workers) == 2
 
 
-def test_a_corpus_edited_while_it_is_read_makes_nothing(fresh: Place) -> None:
-    corpus = fresh.path / "documents.jsonl"
-    text = corpus.read_text()
-    command = fresh.start()
+def edit_while_checking(place: Place, path: Path, old: str, new: str) -> str:
+    """Start the command, edit a file once its paths are named and before anything is read; return what was said."""
+    text = path.read_text()
+    assert old in text
+    command = place.start()
     try:
-        # The paths are named; check_inputs runs, and no shard was read yet.
-        wait_until(lambda: list(fresh.path.glob("logs/check_inputs/*.log")), process=command)
-        corpus.write_text(text.replace("garden", "desert"))
+        wait_until(lambda: list(place.path.glob("logs/check_inputs/*.log")), process=command)
+        path.write_text(text.replace(old, new))
         assert command.wait() != 0
     finally:
         if command.poll() is None:
             command.send_signal(signal.SIGKILL)
-    said = (fresh.path / "started.log").read_text()
+    path.write_text(text)
+    return (place.path / "started.log").read_text()
+
+
+def test_a_corpus_edited_while_it_is_read_makes_nothing(fresh: Place) -> None:
+    corpus = fresh.path / "documents.jsonl"
+    text = corpus.read_text()
+    said = edit_while_checking(fresh, corpus, "garden", "desert")
     assert "documents.jsonl' changed while Retort read them" in said
     assert not list(fresh.results.glob("tokens/*/shard_*.h5"))
+    corpus.write_text(text.replace("garden", "desert"))
     fresh.snakemake("--until", "index_tokens")  # of the text as it is now, under its own name
     (edited,) = (fresh.results / "tokens").iterdir()
     corpus.write_text(text)
     assert edited.name not in fresh.find_output(r"^results/tokens/\w+/index\.json$")
+
+
+def test_a_student_edited_before_it_is_built_is_not_trained_under_the_old_ones_name(
+    fresh: Place,
+) -> None:
+    fresh.snakemake("--until", "merge_h5")
+    for path in fresh.path.glob("logs/check_inputs/*.log"):
+        path.unlink()
+    for path in fresh.results.glob("checks/*.json"):
+        path.unlink()
+    said = edit_while_checking(fresh, fresh.path / "student.json", "8", "16")
+    assert "student.json changed since the command began" in said
+    assert not list(fresh.results.glob("runs/*/*/training.json"))
+
+
+def test_a_tokenizer_edited_before_it_is_read_makes_no_tokens(fresh: Place) -> None:
+    shutil.copytree(fresh.path / "teacher", fresh.path / "tokenizer")
+    output = {"hard": {"training": {"distillation_type": "output"}}}
+    no_teacher = {"model_path": None}
+    fresh.write_config(
+        tiny(dataset={"tokenizer": "tokenizer"}, teacher=no_teacher, cache=None, runs=output)
+    )
+    path = fresh.path / "tokenizer" / "tokenizer.json"
+    said = edit_while_checking(fresh, path, '"padding": null', '"padding":  null')
+    assert "tokenizer in 'tokenizer' changed since the command began" in said
+    assert not list(fresh.results.glob("tokens/*/shard_*.h5"))
 
 
 def test_an_edited_tokenizer_is_not_shipped_with_a_student(fresh: Place) -> None:

@@ -7,10 +7,10 @@ import shlex
 import sys
 from pathlib import Path
 
-from retort.artefacts import plan_project, student_content
+from retort.artefacts import plan_project
 from retort.config import load_runs, section_flags
 from retort.gpus import count_workers, detect_gpus, describe_machine
-from retort.provenance import digest, fingerprint_tokenizer, require_writable
+from retort.provenance import require_writable
 from snakemake.exceptions import WorkflowError
 
 try:
@@ -80,13 +80,12 @@ def get_tokenize_flags(wildcards):
         if tokens.corpus.is_drawn
         else f" --corpus-stamp {tokens.corpus.stamp}"
     )
-    if tokens.teacher is None and Path(tokens.tokenizer).is_dir():
-        corpus += (
-            f" --expected-tokenizer {fingerprint_tokenizer(Path(tokens.tokenizer))}"
-        )
+    expected = (
+        f" --expected-tokenizer {tokens.fingerprint}" if tokens.fingerprint else ""
+    )
     section = tokens.teacher.section if tokens.teacher else None
     trust = " --trust-remote-code" if section and section.trust_remote_code else ""
-    return f"{tokenizer_flags(tokens)} {flags(tokens.corpus.dataset)}{corpus}{trust}"
+    return f"{tokenizer_flags(tokens)} {flags(tokens.corpus.dataset)}{corpus}{expected}{trust}"
 
 
 def tokenizer_flags(tokens):
@@ -227,7 +226,7 @@ def get_train_flags(wildcards):
     config = run.config
     words = [flags(config.student, config.training, config.tracking), gpu_flags(config)]
     words.append(tokenizer_flags(run.tokens))
-    words.append(f"--expected-student {digest(student_content(config.student))}")
+    words.append(f"--expected-student {run.student}")
     if run.logits:
         words.append(
             f"--cache {shlex.quote(str(run.logits.folder / 'teacher_logits.h5'))}"
