@@ -33,18 +33,15 @@ from numpy.typing import NDArray
 from retort.codec import (
     Codec,
     SparseTargets,
-    Streams,
     TokenOrder,
     build_codec,
-    decode_streams,
-    encode_streams,
-    to_streams,
 )
 from retort.config_schema import fill_defaults, section_schema
 from retort.config_sections import build_section
 from retort.entropy import build_lookup, unpack_tables
 from retort.selection import select_probable
-from retort.sparse_streams import count_contexts
+from retort.sparse_codec import decode_streams, encode_streams, to_streams
+from retort.sparse_streams import Streams, count_contexts
 from retort.tokens import content_key
 
 TOP_P = (0.02, 0.01, 0.005, 0.003, 0.002, 0.001, 0.0008, 0.0005)

@@ -33,6 +33,7 @@ ROOMS = (
     "entropy",
     "sparse_streams",
     "codec",
+    "sparse_codec",
     "cache",
     "models",
     "selection",

@@ -32,7 +32,7 @@ REVISIONS = {
     "corpus": 1,
     "teacher": 2,
     "tokens": 2,
-    "logits": 2,
+    "logits": 3,
     "validation": 1,
     "run": 1,
     "evaluation": 1,

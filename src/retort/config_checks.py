@@ -79,7 +79,7 @@ def check_config(c: Flat, defaults: Flat) -> None:
     _check_dials(c, defaults)
     _check_student(c)
     _check_alpha(c)
-    _check_training(c)
+    _check_training(c, defaults)
     _refuse_later_features(c)
 
 
@@ -258,7 +258,7 @@ def _check_alpha(c: Flat) -> None:
     )
 
 
-def _check_training(c: Flat) -> None:
+def _check_training(c: Flat, defaults: Flat) -> None:
     length = c["training.max_seq_length"]
     if length not in (None, c["dataset.max_length"]):
         raise ConfigError(
@@ -276,8 +276,9 @@ def _check_training(c: Flat) -> None:
     uses_cache = c["training.use_cached_logits"] and c["training.distillation_type"] != "output"
     if uses_cache and c["cache.method"] == "sampled" and temperature != 1.0:
         raise ConfigError(
-            f"training.temperature is {temperature} (the default is 2.0), but cache.method is 'sampled': its draws are "
-            "unbiased at temperature 1 only. Use training.temperature: 1.0, or cache.method: top_p."
+            f"training.temperature is {temperature} (the default is {defaults['training.temperature']}), but "
+            "cache.method is 'sampled': its draws are unbiased at temperature 1 only. Use training.temperature: 1.0, "
+            "or cache.method: top_p."
         )
     if uses_cache and c["cache.top_k"] != "full" and temperature not in stored:
         raise ConfigError(

@@ -1,43 +1,58 @@
 """Entropy coding of small integers: a stream of them takes what its statistics allow, to within a percent.
 
 An integer is split into a *symbol* (itself when below 8, else its leading three bits' place on a quarter-octave
-scale) and the bits below, which are written as they are. Symbols go through a range asymmetric numeral system (rANS;
-Duda, arXiv 1311.2540, 2013) with static tables: each is coded in a *context*, and each context has its own table of
-frequencies, which sum to 2,048.
+scale) and the bits below. Both go through a range asymmetric numeral system (rANS; Duda, arXiv 1311.2540, 2013) with
+static tables: a symbol is coded in a *context*, and each context has its own table of frequencies, which sum to 1,024;
+the bits below are coded as equally frequent.
 
 Compiled by numba: the functions marked so are its subset of Python, and run at the speed of C.
 """
 
+from typing import NamedTuple
+
 import numba
 import numpy as np
 import zstandard
+from numba import types
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 NUM_SYMBOLS = 80  # integers up to 2^21 - 1
-PROBABILITY_BITS = 11
-_SCALE = 1 << PROBABILITY_BITS
-_LOW = 1 << 16  # the coder's state lies in [2^16, 2^32), and 16 bits move at a time
-# One entry of a lookup table: symbol in 7 bits, frequency in 12, slot's distance from the symbol's first one in 12.
-_FREQUENCY_SHIFT, _DISTANCE_SHIFT = 7, 19
-PAD_BYTES = 16  # what a reader may touch behind a stream's end
+PROBABILITY_BITS = 10
+SCALE = 1 << PROBABILITY_BITS
+# The coder's state lies in [2^30, 2^62); 32 bits move at a time, and once for a symbol's 10 bits and the 18 below it.
+LOW = 1 << 30
+_TABLE_LEVEL = 12  # zstd's
 
-compiled = numba.njit(cache=True, nogil=True)
-inlined = numba.njit(cache=True, nogil=True, inline="always")
+# Without counted references, which took 0.6 of a decoder's time: such functions make no arrays.
+lean = numba.njit(cache=True, nogil=True, _nrt=False)
+inlined = numba.njit(cache=True, nogil=True, _nrt=False, forceinline=True)
 
-_LOG2 = np.array([0, *((i.bit_length() - 1) for i in range(1, 4096))], np.uint8)
-_SYMBOL_BASE = np.array([i if i < 8 else 4 + (i & 3) for i in range(NUM_SYMBOLS)], np.uint8)
-_SYMBOL_BITS = np.array([0 if i < 8 else (i - 4) >> 2 for i in range(NUM_SYMBOLS)], np.uint8)
+_SYMBOL_BITS = np.array([0 if i < 8 else (i - 4) >> 2 for i in range(NUM_SYMBOLS)], np.int64)
+_SYMBOL_BASE = np.array([i if i < 8 else 4 + (i & 3) for i in range(NUM_SYMBOLS)]) << _SYMBOL_BITS
+# One entry of a lookup table; those of a context lie 128 apart. Fields take fewer instructions than shifted bits.
+_ENTRY = np.dtype([("frequency", "<u2"), ("start", "<u2"), ("integer", "<u4")])
+_BITS_BITS = 5  # the lowest of `integer`; above them the base
+_ENTRIES_SHIFT = 7
 
 
-@compiled
+@intrinsic
+def _count_leading_zeros(typing_context, value):  # type: ignore[no-untyped-def]
+    """One instruction; numba has no function for it."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.ctlz(arguments[0], context.get_constant(types.boolean, False))
+
+    return types.int64(types.int64), generate
+
+
+@inlined
 def floor_log2(value: int) -> int:
-    """Return the place of an integer's highest bit; 0 for 0. The integer is below 2^24."""
-    if value < 4096:
-        return np.int64(_LOG2[value])
-    return 12 + np.int64(_LOG2[value >> 12])
+    """Return the place of an integer's highest bit. The integer is 1 at least."""
+    return 63 - _count_leading_zeros(value)
 
 
-@compiled
+@inlined
 def split(value: int) -> tuple[int, int]:
     """Return (symbol, number of bits below it) of an integer."""
     if value < 8:
@@ -46,33 +61,33 @@ def split(value: int) -> tuple[int, int]:
     return 4 + 4 * bits + ((value >> bits) & 3), bits
 
 
-@compiled
-def _find_symbols(values: NDArray[np.uint32]) -> NDArray[np.uint8]:
-    symbols = np.empty(len(values), np.uint8)
+@lean
+def _count(
+    contexts: NDArray[np.uint16], values: NDArray[np.uint32], counts: NDArray[np.int64]
+) -> None:
     for i in range(len(values)):
-        symbols[i] = split(np.int64(values[i]))[0]
-    return symbols
+        counts[contexts[i], split(np.int64(values[i]))[0]] += 1
 
 
 def count_symbols(
     contexts: NDArray[np.uint16], values: NDArray[np.uint32], *, num_contexts: int
 ) -> NDArray[np.int64]:
     """Return how often each symbol comes in each context, [C, S]."""
-    places = contexts.astype(np.int64) * NUM_SYMBOLS + _find_symbols(values)
-    counts = np.bincount(places, minlength=num_contexts * NUM_SYMBOLS)
-    return counts.reshape(num_contexts, NUM_SYMBOLS).astype(np.int64)
+    counts = np.zeros((num_contexts, NUM_SYMBOLS), np.int64)
+    _count(contexts, values, counts)
+    return counts
 
 
 def build_tables(counts: NDArray[np.int64]) -> NDArray[np.uint16]:
-    """Return frequencies [C, S] that sum to 2,048 in every context in use, from counts [C, S].
+    """Return frequencies [C, S] that sum to 1,024 in every context in use, from counts [C, S].
 
     A symbol that comes at all has a frequency of 1 at least. Integers throughout: equal counts, equal tables.
     """
     tables = np.zeros(counts.shape, np.uint16)
     for context in np.flatnonzero(counts.sum(axis=1)):
         row = counts[context]
-        scaled = np.where(row > 0, np.maximum(1, row * _SCALE // row.sum()), 0)
-        while (excess := int(scaled.sum()) - _SCALE) > 0:  # rare symbols were raised to 1
+        scaled = np.where(row > 0, np.maximum(1, row * SCALE // row.sum()), 0)
+        while (excess := int(scaled.sum()) - SCALE) > 0:  # rare symbols were raised to 1
             most = int(scaled.argmax())
             scaled[most] -= min(excess, max(1, int(scaled[most]) // 2))
         scaled[int(scaled.argmax())] -= excess
@@ -82,7 +97,7 @@ def build_tables(counts: NDArray[np.int64]) -> NDArray[np.uint16]:
 
 def pack_tables(tables: NDArray[np.uint16]) -> bytes:
     """Return tables as they are stored: uint16, little endian, through zstd."""
-    return zstandard.ZstdCompressor(level=19).compress(tables.astype("<u2").tobytes())
+    return zstandard.ZstdCompressor(level=_TABLE_LEVEL).compress(tables.astype("<u2").tobytes())
 
 
 def unpack_tables(packed: bytes, *, num_contexts: int) -> NDArray[np.uint16]:
@@ -96,101 +111,101 @@ def unpack_tables(packed: bytes, *, num_contexts: int) -> NDArray[np.uint16]:
         raise ValueError(
             f"the codec's tables do not unpack ({error}): the cache is damaged."
         ) from None
-    tables = np.frombuffer(raw, "<u2").reshape(num_contexts, NUM_SYMBOLS).astype(np.uint16)
-    if not np.isin(tables.sum(axis=1), (0, _SCALE)).all():
-        raise ValueError(f"the codec's tables do not sum to {_SCALE}: the cache is damaged.")
+    tables = np.frombuffer(raw, "<u2").reshape(num_contexts, NUM_SYMBOLS)
+    sums = tables.sum(axis=1, dtype=np.int64)
+    if not ((sums == 0) | (sums == SCALE)).all():
+        raise ValueError(f"the codec's tables do not sum to {SCALE}: the cache is damaged.")
     return tables
 
 
-def _find_starts(tables: NDArray[np.uint16]) -> NDArray[np.uint16]:
-    return (np.cumsum(tables, axis=1, dtype=np.int64) - tables).astype(np.uint16)
+class Lookup(NamedTuple):
+    """What a decoder reads: the symbol of each context's slots, uint8 [C * 1024], and its entry [C * 128].
+
+    Two small tables instead of one of every slot's entry: they fit a core's caches.
+    """
+
+    symbols: NDArray[np.uint8]
+    entries: NDArray[np.void]
 
 
-@compiled
-def build_lookup(tables: NDArray[np.uint16]) -> NDArray[np.uint32]:
-    """Return for every context and slot what a decoder needs, [C, 2048]."""
-    lookup = np.zeros((tables.shape[0], _SCALE), np.uint32)
-    for context in range(tables.shape[0]):
-        slot = 0
+def build_lookup(tables: NDArray[np.uint16]) -> Lookup:
+    """Return a decoder's view of tables [C, S]."""
+    symbols = np.zeros(len(tables) << PROBABILITY_BITS, np.uint8)
+    entries = np.zeros(len(tables) << _ENTRIES_SHIFT, _ENTRY)
+    _fill_lookup(tables, _SYMBOL_BITS | (_SYMBOL_BASE << _BITS_BITS), symbols, entries)
+    return Lookup(symbols, entries)
+
+
+@lean
+def _fill_lookup(tables, integers, symbols, entries):  # type: ignore[no-untyped-def]
+    """Numpy took 10x as long; readers that jump between many parts do this for every sequence."""
+    for context in range(len(tables)):
+        start = 0
         for symbol in range(NUM_SYMBOLS):
-            frequency = np.uint32(tables[context, symbol])
-            entry = np.uint32(symbol) | (frequency << np.uint32(_FREQUENCY_SHIFT))
-            for distance in range(frequency):
-                lookup[context, slot] = entry | (np.uint32(distance) << np.uint32(_DISTANCE_SHIFT))
-                slot += 1
-    return lookup
+            frequency = np.int64(tables[context, symbol])
+            if frequency > 0:
+                entry = entries[(context << _ENTRIES_SHIFT) + symbol]
+                entry.frequency, entry.start = frequency, start
+                entry.integer = integers[symbol]
+                slots = symbols[(context << PROBABILITY_BITS) + start :][:frequency]
+                for slot in range(len(slots)):
+                    slots[slot] = symbol
+                start += frequency
 
 
 def encode_words(
-    contexts: NDArray[np.uint16], values: NDArray[np.uint32], tables: NDArray[np.uint16]
-) -> NDArray[np.uint16]:
-    """Return a stream's symbols as words, in the order in which they are read; the first two are the state."""
-    words: NDArray[np.uint16] = _encode_words(contexts, values, tables, _find_starts(tables))
-    return words
+    contexts: NDArray[np.uint16], values: NDArray[np.uint32], lookup: Lookup
+) -> NDArray[np.uint32]:
+    """Return a stream as words, in the order in which they are read; the first two are the state."""
+    words = np.empty(len(values) + 2, np.uint32)
+    first = _encode_words(contexts, values, lookup, words)
+    return words[first:]
 
 
-@compiled
+@lean
 def _encode_words(
     contexts: NDArray[np.uint16],
     values: NDArray[np.uint32],
-    tables: NDArray[np.uint16],
-    starts: NDArray[np.uint16],
-) -> NDArray[np.uint16]:
-    words = np.empty(
-        len(values) + 2, np.uint16
-    )  # filled from the end: the last symbol is coded first
+    lookup: Lookup,
+    words: NDArray[np.uint32],
+) -> int:
+    """Fill `words` from its end, the last integer first; return where they begin."""
     place = len(words)
-    state = np.int64(_LOW)
+    state = np.int64(LOW)
     for i in range(len(values) - 1, -1, -1):
-        symbol = split(np.int64(values[i]))[0]
-        frequency = np.int64(tables[contexts[i], symbol])
-        if state >= frequency << (32 - PROBABILITY_BITS):
+        value = np.int64(values[i])
+        symbol, bits = split(value)
+        entry = lookup.entries[(np.int64(contexts[i]) << _ENTRIES_SHIFT) + symbol]
+        frequency = np.int64(entry.frequency)
+        if state >= frequency << (62 - PROBABILITY_BITS - bits):
             place -= 1
-            words[place] = state & 0xFFFF
-            state >>= 16
+            words[place] = state & 0xFFFFFFFF
+            state >>= 32
+        state = (state << bits) | (value & ((1 << bits) - 1))
         state = ((state // frequency) << PROBABILITY_BITS) + state % frequency
-        state += np.int64(starts[contexts[i], symbol])
+        state += np.int64(entry.start)
     place -= 2
-    words[place] = state & 0xFFFF
-    words[place + 1] = state >> 16
-    return words[place:].copy()
-
-
-@compiled
-def encode_bits(values: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """Return the bits below a stream's symbols, packed from the lowest bit of the first word on."""
-    total = 0
-    for i in range(len(values)):
-        total += split(np.int64(values[i]))[1]
-    words = np.zeros((total >> 5) + 2, np.uint32)
-    place = 0
-    for i in range(len(values)):
-        bits = split(np.int64(values[i]))[1]
-        low = np.uint64(values[i]) & ((np.uint64(1) << np.uint64(bits)) - np.uint64(1))
-        shifted = low << np.uint64(place & 31)
-        words[place >> 5] |= np.uint32(shifted & np.uint64(0xFFFFFFFF))
-        words[(place >> 5) + 1] |= np.uint32(shifted >> np.uint64(32))
-        place += bits
-    return words[: (total + 31) >> 5].copy()
+    words[place] = state & 0xFFFFFFFF
+    words[place + 1] = state >> 32
+    return place
 
 
 @inlined
-def pull_symbol(
-    state: int, place: int, words: NDArray[np.uint16], context: int, lookup: NDArray[np.uint32]
+def pull(
+    state: int, place: int, words: NDArray[np.uint32], context: int, lookup: Lookup
 ) -> tuple[int, int, int]:
-    """Decode one symbol: returns the new state, the next word's place, the symbol. No branch: none is predictable."""
-    entry = np.int64(lookup[context, state & (_SCALE - 1)])
-    frequency = (entry >> _FREQUENCY_SHIFT) & 0xFFF
-    state = frequency * (state >> PROBABILITY_BITS) + (entry >> _DISTANCE_SHIFT)
-    is_low = np.int64(state < _LOW)
-    state = (state << (16 * is_low)) | (np.int64(words[place]) * is_low)
-    return state, place + is_low, entry & 0x7F
+    """Decode one integer: returns the new state, the next word's place, the integer. No branch: none is predictable.
 
-
-@inlined
-def pull_bits(symbol: int, words: NDArray[np.uint32], place: int) -> tuple[int, int]:
-    """Return (integer, place of the next bit): a symbol's integer with the bits below it."""
-    bits = np.int64(_SYMBOL_BITS[symbol])
-    window = np.uint64(words[place >> 5]) | (np.uint64(words[(place >> 5) + 1]) << np.uint64(32))
-    low = np.int64(window >> np.uint64(place & 31)) & ((1 << bits) - 1)
-    return (np.int64(_SYMBOL_BASE[symbol]) << bits) | low, place + bits
+    Never reads outside `words`, whatever they hold. Indices are unsigned, which spares numba's test for negative ones.
+    """
+    slot = state & (SCALE - 1)
+    symbol = np.int64(lookup.symbols[np.uint64((context << PROBABILITY_BITS) + slot)])
+    entry = lookup.entries[np.uint64((context << _ENTRIES_SHIFT) + symbol)]
+    state = np.int64(entry.frequency) * (state >> PROBABILITY_BITS) + slot - np.int64(entry.start)
+    integer = np.int64(entry.integer)
+    bits = integer & ((1 << _BITS_BITS) - 1)
+    value = (integer >> _BITS_BITS) + (state & ((1 << bits) - 1))
+    state >>= bits
+    word = np.int64(words[np.uint64(min(place, len(words) - 1))])
+    is_low = state < LOW
+    return (state << 32) | word if is_low else state, place + np.int64(is_low), value

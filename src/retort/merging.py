@@ -53,7 +53,6 @@ def merge_h5(
     if not _is_whole(out, header, parts=folder / "parts"):
         _merge(index, folder, header, out)
     merged = LogitCache(out)
-    merged.verify()
     receipts = [read_json(path) for path in sorted(folder.glob("metadata_worker*.json"))]
     manifest = describe_cache(merged, index) | read_fidelity(merged, features_path)
     _refuse_misaligned(out, manifest)
@@ -77,7 +76,7 @@ def _is_whole(out: Path, header: CacheHeader, *, parts: Path) -> bool:
     try:
         if not is_merged(out, header):
             return False
-        LogitCache(out).verify_records()
+        LogitCache(out).verify()
     except ValueError:
         if not any(parts.glob("*.h5")):
             raise
@@ -158,10 +157,9 @@ def measure_fidelity(cache: LogitCache, teacher: TeacherFeatures) -> dict[str, A
         kept_PK = torch.from_numpy(targets.top_k_logprobs)
         best_P = ids_PK.gather(1, kept_PK.argmax(dim=-1, keepdim=True))[:, 0]
         tail_P1 = _tail(targets.tail_logprobs, cache).clamp(min=_LEAST_TAIL)
-        if (
-            targets.drawn is not None
-        ):  # drawn tokens estimate the tail: together they are its bucket
-            is_drawn_PK = torch.from_numpy(targets.drawn)
+        if targets.num_exact is not None:  # the drawn tokens estimate the tail: they are its bucket
+            columns_K = torch.arange(ids_PK.shape[1])
+            is_drawn_PK = columns_K >= torch.from_numpy(targets.num_exact)[:, None]
             drawn_PK = kept_PK.masked_fill(~is_drawn_PK, -torch.inf)
             tail_P1 = torch.logaddexp(tail_P1, drawn_PK.logsumexp(dim=-1, keepdim=True))
             kept_PK = kept_PK.masked_fill(is_drawn_PK, -torch.inf)

@@ -17,11 +17,15 @@ _BYTES_PER_PART = 32 << 10
 
 @dataclass(frozen=True)
 class CacheCost:
-    """The cost of one cache, from the token index and the config alone. `record_bytes` is an upper bound."""
+    """The cost of one cache, from the token index and the config alone.
+
+    `record_bytes` is an upper bound where `is_bound`; else it is three times what a usual teacher's records take.
+    """
 
     positions: int
     parts: int
     record_bytes: int
+    is_bound: bool
     total_bytes: int
     disk_free_bytes: int
 
@@ -53,7 +57,14 @@ def plan_cache(index: dict[str, Any], cache: Cache, *, vocabulary: int, folder: 
             f"merged, but {existing} has {format_bytes(free)} free. Keep less of each distribution "
             f"(cache.method is {cache.method}), lower dataset.max_samples, or set output.cache_dir to a larger disk."
         )
-    return CacheCost(train["positions"], len(index["parts"]), record_bytes, total, free)
+    return CacheCost(
+        positions=train["positions"],
+        parts=len(index["parts"]),
+        record_bytes=record_bytes,
+        is_bound=not codec.is_coded,
+        total_bytes=total,
+        disk_free_bytes=free,
+    )
 
 
 def format_bytes(number: int) -> str:
@@ -69,8 +80,9 @@ def format_bytes(number: int) -> str:
 def describe_cost(cost: CacheCost) -> str:
     """Return the cost in one line."""
     per_position = cost.record_bytes / max(1, cost.positions)
+    most = "at most" if cost.is_bound else "hardly more than"
     return (
-        f"cache: {cost.positions:,} positions in {cost.parts} parts, at most {per_position:.0f} bytes each "
+        f"cache: {cost.positions:,} positions in {cost.parts} parts, {most} {per_position:.0f} bytes each "
         f"({format_bytes(cost.record_bytes)}); room needed while merging {format_bytes(cost.total_bytes)}, "
         f"free {format_bytes(cost.disk_free_bytes)}"
     )

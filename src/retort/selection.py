@@ -7,10 +7,12 @@ import math
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from retort.codec import Codec, Selection, SparseTargets, draw_uniform
-from retort.sparse_streams import TAIL_UNIT
+from retort.codec import Codec, SparseTargets
+from retort.sparse_codec import Selection, draw_uniform
+from retort.sparse_streams import TAIL_UNIT, count_drawn
 
 
 def mask_logprobs(logits_PV: Tensor, *, num_tokens: int) -> Tensor:
@@ -80,21 +82,17 @@ def select_probable(
     where = is_exact_PV.nonzero()
     sizes = is_exact_PV.sum(dim=-1).cpu().numpy().astype(np.int64)
     probs = logprobs_PV[is_exact_PV].double().exp().cpu().numpy()
-    drawn_sizes = (
-        np.where(tails[:, 0] > 0, np.maximum(1, tails[:, 0] // step), 0) if step else 0 * sizes
-    )
+    drawn_sizes = np.array([count_drawn(tail, step) for tail in tails[:, 0].tolist()], np.int64)
     places = np.arange(first_position, first_position + len(sizes))
-    drawn_ids = (
-        _draw(outside_PV.exp(), drawn_sizes, draw_uniform(key, places)) if step else sizes[:0]
-    )
+    drawn_ids = _draw(outside_PV.exp(), drawn_sizes, draw_uniform(key, places))
     return Selection(
         sizes, where[:, 1].cpu().numpy().astype(np.int64), probs, drawn_sizes, drawn_ids, tails
     )
 
 
 def _draw(
-    rest_PV: Tensor, drawn_sizes: "np.ndarray[tuple[int], np.dtype[np.int64]]", uniform_P: object
-) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+    rest_PV: Tensor, drawn_sizes: NDArray[np.int64], uniform_P: NDArray[np.float64]
+) -> NDArray[np.int64]:
     """Return the drawn ids, row after row."""
     if drawn_sizes.sum() == 0:
         return np.empty(0, np.int64)
@@ -108,15 +106,18 @@ def _draw(
     ids_PN = torch.searchsorted(cumulative_PV, points_PN, right=True)
     is_used_PN = comb_N[None] < sizes_P[:, None]
     ids = ids_PN[is_used_PN].cpu().numpy().astype(np.int64)
-    return _separate(ids, np.repeat(np.arange(len(drawn_sizes)), drawn_sizes))
+    return _separate(ids, np.repeat(np.arange(len(drawn_sizes)), drawn_sizes), rest_PV)
 
 
 def _separate(
-    ids: "np.ndarray[tuple[int], np.dtype[np.int64]]",
-    rows: "np.ndarray[tuple[int], np.dtype[np.int64]]",
-) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
-    """Move an id that rounding drew twice to the next free one; seen for probabilities within 1e-6 of the step only."""
+    ids: NDArray[np.int64], rows: NDArray[np.int64], rest_PV: Tensor
+) -> NDArray[np.int64]:
+    """Replace an id that rounding drew twice by the row's most probable one that was not drawn.
+
+    Seen for probabilities within 1e-6 of the step only.
+    """
     for place in np.flatnonzero((ids[1:] == ids[:-1]) & (rows[1:] == rows[:-1])) + 1:
-        taken = set(ids[rows == rows[place]].tolist())
-        ids[place] = next(i for i in range(int(ids[place]), 1 << 21) if i not in taken)
+        free_V = rest_PV[rows[place]].clone()
+        free_V[torch.from_numpy(ids[rows == rows[place]]).to(free_V.device)] = 0.0
+        ids[place] = int(free_V.argmax())
     return ids

@@ -1,38 +1,85 @@
-"""The kept tokens of a sequence's positions as streams of small integers, and back.
+"""The kept tokens of a sequence's positions as a stream of small integers, and back.
 
 A position keeps a set of *exact* tokens, each with a probability on the grid (level / steps)^2, and a set of *drawn*
 tokens of equal weight (none unless the tail is sampled). Tokens are named by their *rank* in the training text, 0 for
 the most frequent: sets are written as gaps between rising ranks, which are small where tokens are frequent.
 
-Two streams per sequence, so that a processor decodes two symbols at a time: stream A holds set sizes and gaps, stream
-B tails and levels. What helps to guess the next integer chooses its context:
+What helps to guess the next integer chooses its context. Position after position:
 
-    tail    mass outside the exact tokens in units of 1/65,535, one for each temperature     (stream B)
-    size    number of exact tokens, given the tail                                           (A)
-    place   of the text's own next token: 0 not kept, 1 exact, 2 drawn, given size and rank  (A)
-    gap     to the next rank, given the rank before and how many are left                    (A; own tables for drawn)
-    level   given the mass and the number of tokens left: the mean level that they must have (B)
+    tail    mass outside the exact tokens in units of 1/65,535, one for each temperature
+    size    number of exact tokens, given the tail
+    place   of the text's own next token: 0 not kept, 1 exact, 2 drawn, given size and rank
+    level   of the next token, if it is exact
+    gap     to the next rank, given the rank before and how many are left (own tables for drawn tokens), and its
+    level   given the mass and the number of tokens left: the mean level that they must have
 
-The next token is known to the reader, so its rank is not written; its level comes first. The last exact token's level
-is written as the difference from what the mass that is left demands.
+The next token is known to the reader, so its rank is not written. The last exact token's level is written as the
+difference from what the mass that is left demands.
+
+A sequence's positions are dealt to two *lanes*, the first half and the second, each a stream of its own. A reader
+advances them in turn, so that the processor works on two integers at a time (1.3x as fast as one lane).
 """
+
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from retort.entropy import compiled, floor_log2, inlined, pull_bits, pull_symbol
+from retort.entropy import LOW, Lookup, floor_log2, inlined, lean, pull
 
 TAIL_UNIT = 65_535  # the whole mass
+NUM_LANES = 2
 _SIZE_CONTEXTS, _PLACE_CONTEXTS = 9, 6 * 5
-_RANK_BUCKETS, _COUNT_BUCKETS = 15, 6
-_GAP_CONTEXTS = _RANK_BUCKETS * _COUNT_BUCKETS
-_LEVEL_BUCKETS = 14
-_LEVEL_CONTEXTS = _LEVEL_BUCKETS * 6
+_LOG2_BUCKETS, _COUNT_BUCKETS = 21, 6  # a rank is below 2^20, so is a mean square
+_GAP_CONTEXTS = _LEVEL_CONTEXTS = _COUNT_BUCKETS * _LOG2_BUCKETS
+# Where each kind's contexts begin, behind those of the tails.
+_SIZE = 0
+_PLACE = _SIZE + _SIZE_CONTEXTS
+_GAP = _PLACE + _PLACE_CONTEXTS
+_DRAWN_GAP = _GAP + _GAP_CONTEXTS
+_LEVEL = _DRAWN_GAP + _GAP_CONTEXTS
+_NEXT_LEVEL = _LEVEL + _LOG2_BUCKETS  # behind those of the last token's level
 
 
 def count_contexts(num_temperatures: int) -> int:
     """Return the number of contexts."""
-    return num_temperatures + _SIZE_CONTEXTS + _PLACE_CONTEXTS + 2 * _GAP_CONTEXTS + _LEVEL_CONTEXTS
+    return num_temperatures + _LEVEL + _LEVEL_CONTEXTS
+
+
+# Of a number of tokens that are left: where the contexts of a gap and of a level begin, and 1 / (65,535 left).
+_LEFT = np.dtype([("gap", np.int64), ("level", np.int64), ("inverse", np.float64)])
+
+
+class Grid(NamedTuple):
+    """What both sides know before they begin.
+
+    draw_step: the mass of one drawn token in units of 1/65,535; lefts [>= K + 1]: see _LEFT; weights float64 and
+    log_squares float32 [steps + 2]: 65,535 times each level's square, and the log of that square (level 0: 0). Rounding
+    by chance may go one level above `steps`.
+    """
+
+    num_temperatures: int
+    steps: int
+    draw_step: int
+    lefts: NDArray[np.void]
+    weights: NDArray[np.float64]
+    log_squares: NDArray[np.float32]
+
+
+@lru_cache
+def build_grid(num_temperatures: int, steps: int, draw_step: int, *, width: int) -> Grid:
+    """Return the grid for positions that keep up to `width` tokens."""
+    counts = np.arange(1 << width.bit_length())
+    buckets = np.array([_bucket_count(int(n)) for n in counts])
+    lefts = np.zeros(len(counts), _LEFT)
+    lefts["gap"] = num_temperatures + _GAP + buckets * _LOG2_BUCKETS
+    lefts["level"] = num_temperatures + _LEVEL
+    lefts["level"][2:] += (1 + np.minimum(4, buckets[2:])) * _LOG2_BUCKETS
+    lefts["inverse"][1:] = 1 / (TAIL_UNIT * counts[1:])
+    squares = np.arange(steps + 2.0) ** 2
+    log_squares = np.log(np.maximum(squares, 1)).astype(np.float32)
+    return Grid(num_temperatures, steps, draw_step, lefts, TAIL_UNIT * squares, log_squares)
 
 
 @inlined
@@ -42,232 +89,342 @@ def _bucket_count(count: int) -> int:
 
 
 @inlined
-def _size_context(base: int, tail: int) -> int:
-    return base + (floor_log2(tail) + 1) // 2
+def _size_context(grid: Grid, tail: int) -> int:
+    return grid.num_temperatures + _SIZE + (floor_log2(max(tail, 1)) + 1) // 2
 
 
 @inlined
-def _place_context(base: int, size: int, rank: int) -> int:
-    return base + _bucket_count(size) * 5 + min(4, floor_log2(rank + 1) // 3)
+def _place_context(grid: Grid, size: int, rank: int) -> int:
+    bucket = min(4, floor_log2(rank + 1) // 3)
+    return grid.num_temperatures + _PLACE + _bucket_count(size) * 5 + bucket
 
 
 @inlined
-def _gap_context(base: int, rank_before: int, left: int) -> int:
-    bucket = min(_RANK_BUCKETS - 1, floor_log2(rank_before + 2))
-    return base + bucket * _COUNT_BUCKETS + _bucket_count(left)
+def _bucket_mean(grid: Grid, mass: float, left: int) -> int:
+    """floor(log2(1 + mean square of the levels that are left)), from a float64's exponent."""
+    mean = (mass if mass > 0.0 else 0.0) * grid.lefts[np.uint64(left)].inverse
+    return (np.float64(mean + 1.0).view(np.int64) >> 52) - 1023
 
 
 @inlined
-def _mean_square(mass: int, left: int) -> int:
-    """The mean of the squared levels that are left; float64 division is exact enough and equal everywhere."""
-    return np.int64(np.float64(mass) / np.float64(TAIL_UNIT * left)) if mass > 0 else np.int64(0)
+def _first_mass(grid: Grid, tail: int) -> float:
+    """What the squared levels of a position sum to, times 65,535; the half keeps rounding away from integers."""
+    return np.float64((TAIL_UNIT - tail) * grid.steps * grid.steps) + 0.5
 
 
 @inlined
-def _level_context(base: int, mean_square: int, left: int, is_next: bool) -> int:
-    bucket = min(_LEVEL_BUCKETS - 1, floor_log2(min(mean_square + 1, (1 << 24) - 1)))
-    kind = 0 if left == 1 else 1 if is_next else 2 + min(3, _bucket_count(left) - 1)
-    return base + kind * _LEVEL_BUCKETS + bucket
-
-
-@inlined
-def _root(square: int) -> int:
-    """The whole part of a square root."""
+def _last_level(mass: float) -> int:
+    """The level that the mass demands of the last token: the whole part of a square root."""
+    square = np.int64(mass) // TAIL_UNIT if mass > 0.0 else np.int64(0)
     root = np.int64(np.sqrt(np.float64(square)))
     return root - 1 if root * root > square else root
 
 
 @inlined
-def _write_level(level: int, mean_square: int, left: int) -> int:
+def _write_level(level: int, mass: float, left: int) -> int:
     if left > 1:
         return level - 1
-    difference = level - _root(mean_square)
+    difference = level - _last_level(mass)
     return 2 * difference if difference >= 0 else -2 * difference - 1
 
 
 @inlined
-def _read_level(written: int, mean_square: int, left: int) -> int:
-    if left > 1:
-        return written + 1
+def _read_last_level(written: int, mass: float) -> int:
     difference = -((written + 1) >> 1) if written & 1 else written >> 1
-    return _root(mean_square) + difference
+    return _last_level(mass) + difference
 
 
-@compiled
+@inlined
 def count_drawn(tail: int, step: int) -> int:
     """Return how many tokens were drawn: one for each `step` (in units of 1/65,535) of the tail; 0: none ever are."""
     return max(1, tail // step) if step > 0 and tail > 0 else 0
 
 
-@compiled
-def write_streams(
-    sizes: NDArray[np.int64],
-    ranks: NDArray[np.int64],
-    levels: NDArray[np.int64],
-    drawn_sizes: NDArray[np.int64],
-    drawn_ranks: NDArray[np.int64],
-    tails: NDArray[np.int64],
-    next_ranks: NDArray[np.int64],
-    steps: int,
-) -> tuple[NDArray[np.uint16], NDArray[np.uint32], NDArray[np.uint16], NDArray[np.uint32]]:
-    """Return (contexts, integers) of stream A and of stream B of one sequence.
+# ---------------------------------------------------------------------------------------------------------
+# Writing
 
-    sizes, drawn_sizes, next_ranks [P], tails [P, temperatures]; ranks and levels [N], drawn_ranks [M] position after
-    position, ranks rising within each.
+
+class Kept(NamedTuple):
+    """What one sequence keeps, ragged: ranks rise within a position.
+
+    sizes, drawn_sizes int64 [P]; ranks and levels int64 [N], drawn_ranks int64 [M], position after position; tails
+    int64 [P, temperatures].
     """
-    num_positions, num_temperatures = tails.shape
-    size_base = num_temperatures
-    place_base = size_base + _SIZE_CONTEXTS
-    gap_base = place_base + _PLACE_CONTEXTS
-    drawn_base = gap_base + _GAP_CONTEXTS
-    level_base = drawn_base + _GAP_CONTEXTS
-    a_contexts = np.empty(2 * num_positions + len(ranks) + len(drawn_ranks), np.uint16)
-    a_values = np.empty(len(a_contexts), np.uint32)
-    b_contexts = np.empty(num_positions * num_temperatures + len(ranks), np.uint16)
-    b_values = np.empty(len(b_contexts), np.uint32)
-    a = b = first = first_drawn = 0
-    for p in range(num_positions):
-        for t in range(num_temperatures):
-            b_contexts[b], b_values[b] = t, tails[p, t]
-            b += 1
-        a_contexts[a], a_values[a] = _size_context(size_base, tails[p, 0]), sizes[p]
-        stop, stop_drawn = first + sizes[p], first_drawn + drawn_sizes[p]
-        next_rank = next_ranks[p]
+
+    sizes: NDArray[np.int64]
+    ranks: NDArray[np.int64]
+    levels: NDArray[np.int64]
+    drawn_sizes: NDArray[np.int64]
+    drawn_ranks: NDArray[np.int64]
+    tails: NDArray[np.int64]
+
+
+class Streams(NamedTuple):
+    """One sequence before the tables are known: the integers of both lanes with their contexts.
+
+    Those of lane 1 begin at `cut`; `width` is the greatest number of tokens that a position keeps.
+    """
+
+    contexts: NDArray[np.uint16]
+    values: NDArray[np.uint32]
+    cut: int
+    width: int
+
+
+def write_streams(kept: Kept, next_ranks: NDArray[np.int64], grid: Grid, *, width: int) -> Streams:
+    """Return one sequence's integers; `next_ranks` [P]: ranks of the text's own tokens."""
+    num_positions = len(kept.sizes)
+    most = num_positions * (grid.num_temperatures + 2) + 2 * len(kept.ranks) + len(kept.drawn_ranks)
+    contexts, values = np.empty(most, np.uint16), np.empty(most, np.uint32)
+    cut, end = _write_streams(kept, next_ranks, grid, contexts, values)
+    return Streams(contexts[:end], values[:end], cut, width)
+
+
+@lean
+def _write_streams(
+    kept: Kept,
+    next_ranks: NDArray[np.int64],
+    grid: Grid,
+    contexts: NDArray[np.uint16],
+    values: NDArray[np.uint32],
+) -> tuple[int, int]:
+    """Fill contexts and values; return where lane 1 begins and where it ends."""
+    n = cut = stop = drawn_stop = 0
+    for p in range(len(next_ranks)):
+        if p == len(next_ranks) // NUM_LANES:
+            cut = n
+        for t in range(grid.num_temperatures):
+            contexts[n], values[n] = t, kept.tails[p, t]
+            n += 1
+        tail, size, next_rank = kept.tails[p, 0], kept.sizes[p], next_ranks[p]
+        first, stop = stop, stop + size
+        drawn_first, drawn_stop = drawn_stop, drawn_stop + kept.drawn_sizes[p]
         place, place_of_next = 0, -1
         for i in range(first, stop):
-            if ranks[i] == next_rank:
+            if kept.ranks[i] == next_rank:
                 place, place_of_next = 1, i
-        for i in range(first_drawn, stop_drawn):
-            if drawn_ranks[i] == next_rank:
+        for i in range(drawn_first, drawn_stop):
+            if kept.drawn_ranks[i] == next_rank:
                 place = 2
-        a_contexts[a + 1], a_values[a + 1] = _place_context(place_base, sizes[p], next_rank), place
-        a += 2
-        mass = (TAIL_UNIT - tails[p, 0]) * steps * steps
-        left = sizes[p]
+        contexts[n], values[n] = _size_context(grid, tail), size
+        contexts[n + 1], values[n + 1] = _place_context(grid, size, next_rank), place
+        n += 2
+        mass, left, before = _first_mass(grid, tail), size, -1
         if place == 1:
-            square = _mean_square(mass, left)
-            level = levels[place_of_next]
-            b_contexts[b] = _level_context(level_base, square, left, True)
-            b_values[b] = _write_level(level, square, left)
-            b += 1
-            mass -= TAIL_UNIT * level * level
+            level = kept.levels[place_of_next]
+            kind = grid.num_temperatures + _NEXT_LEVEL if left > 1 else grid.lefts[1].level
+            contexts[n] = kind + _bucket_mean(grid, mass, left)
+            values[n] = _write_level(level, mass, left)
+            mass -= grid.weights[level]
+            n += 1
             left -= 1
-        before = -1
         for i in range(first, stop):
-            if i == place_of_next:
-                continue
-            a_contexts[a] = _gap_context(gap_base, before, left)
-            a_values[a] = ranks[i] - before - 1
-            a += 1
-            before = ranks[i]
-            square = _mean_square(mass, left)
-            b_contexts[b] = _level_context(level_base, square, left, False)
-            b_values[b] = _write_level(levels[i], square, left)
-            b += 1
-            mass -= TAIL_UNIT * levels[i] * levels[i]
-            left -= 1
+            if i != place_of_next:
+                level = kept.levels[i]
+                contexts[n] = grid.lefts[left].gap + floor_log2(before + 2)
+                values[n] = kept.ranks[i] - before - 1
+                contexts[n + 1] = grid.lefts[left].level + _bucket_mean(grid, mass, left)
+                values[n + 1] = _write_level(level, mass, left)
+                mass -= grid.weights[level]
+                before = kept.ranks[i]
+                n += 2
+                left -= 1
         before = -1
-        left = drawn_sizes[p] - (place == 2)
-        for i in range(first_drawn, stop_drawn):
-            if drawn_ranks[i] == next_rank:
-                continue
-            a_contexts[a] = _gap_context(drawn_base, before, left)
-            a_values[a] = drawn_ranks[i] - before - 1
-            a += 1
-            before = drawn_ranks[i]
-            left -= 1
-        first, first_drawn = stop, stop_drawn
-    return a_contexts[:a], a_values[:a], b_contexts[:b], b_values[:b]
+        left = drawn_stop - drawn_first - (place == 2)
+        for i in range(drawn_first, drawn_stop):
+            if kept.drawn_ranks[i] != next_rank:
+                contexts[n] = grid.lefts[left].gap + _GAP_CONTEXTS + floor_log2(before + 2)
+                values[n] = kept.drawn_ranks[i] - before - 1
+                before = kept.drawn_ranks[i]
+                n += 1
+                left -= 1
+    return cut, n
 
 
-@compiled
-def read_streams(
-    words: NDArray[np.uint16],
-    bits: NDArray[np.uint32],
-    bounds: tuple[int, int, int, int, int, int],
-    next_ranks: NDArray[np.int64],
-    num_temperatures: int,
-    steps: int,
-    step: int,
-    lookup: NDArray[np.uint32],
-    sizes: NDArray[np.int64],
-    drawn_sizes: NDArray[np.int64],
-    tails: NDArray[np.int64],
-    ranks: NDArray[np.int32],
-    levels: NDArray[np.int32],
-) -> int:
-    """Fill sizes, drawn_sizes [P], tails [P, temperatures], ranks and levels (0: drawn); return how many tokens.
+# ---------------------------------------------------------------------------------------------------------
+# Reading
 
-    `words` and `bits` are the record seen as 16- and as 32-bit words; `bounds` holds where in `bits` the bits of A and
-    of B begin, and where in `words` the words of A and of B end. Returns -1 where the tokens do not fit in `ranks`, -2
-    where the streams do not end as they must.
+
+class Rows(NamedTuple):
+    """What a reader fills, P positions of at most K tokens: exact tokens first, then drawn ones.
+
+    sizes and drawn_sizes int64 [P]; tails int64 [P, temperatures]; masses float64 [P]: what the squared levels should
+    sum to, times 65,535, less what they do; ids int32 and logprobs float32 [P * K].
     """
-    size_base = num_temperatures
-    place_base = size_base + _SIZE_CONTEXTS
-    gap_base = place_base + _PLACE_CONTEXTS
-    drawn_base = gap_base + _GAP_CONTEXTS
-    level_base = drawn_base + _GAP_CONTEXTS
-    a_bit, b_bit, a_word, b_word, a_end, b_end = bounds
-    a_state = np.int64(words[a_word]) | (np.int64(words[a_word + 1]) << 16)
-    b_state = np.int64(words[b_word]) | (np.int64(words[b_word + 1]) << 16)
-    a_word, b_word = a_word + 2, b_word + 2
-    n = 0
-    for p in range(len(next_ranks)):
-        for t in range(num_temperatures):
-            b_state, b_word, symbol = pull_symbol(b_state, b_word, words, t, lookup)
-            value, b_bit = pull_bits(symbol, bits, b_bit)
-            tails[p, t] = value
-        tail = tails[p, 0]
-        context = _size_context(size_base, tail)
-        a_state, a_word, symbol = pull_symbol(a_state, a_word, words, context, lookup)
-        size, a_bit = pull_bits(symbol, bits, a_bit)
-        drawn = count_drawn(tail, step)
-        if n + size + drawn > len(ranks) or a_word > a_end or b_word > b_end:
-            return -1
-        next_rank = next_ranks[p]
-        context = _place_context(place_base, size, next_rank)
-        a_state, a_word, place = pull_symbol(a_state, a_word, words, context, lookup)
-        mass = (TAIL_UNIT - tail) * steps * steps
-        left = size
-        if place == 1:
-            square = _mean_square(mass, left)
-            context = _level_context(level_base, square, left, True)
-            b_state, b_word, symbol = pull_symbol(b_state, b_word, words, context, lookup)
-            value, b_bit = pull_bits(symbol, bits, b_bit)
-            level = _read_level(value, square, left)
-            ranks[n], levels[n] = next_rank, level
-            mass -= TAIL_UNIT * level * level
-            n += 1
-            left -= 1
-        before = -1
-        while left > 0:
-            context = _gap_context(gap_base, before, left)
-            a_state, a_word, symbol = pull_symbol(a_state, a_word, words, context, lookup)
-            value, a_bit = pull_bits(symbol, bits, a_bit)
-            before += value + 1
-            square = _mean_square(mass, left)
-            context = _level_context(level_base, square, left, False)
-            b_state, b_word, symbol = pull_symbol(b_state, b_word, words, context, lookup)
-            value, b_bit = pull_bits(symbol, bits, b_bit)
-            level = _read_level(value, square, left)
-            ranks[n], levels[n] = before, level
-            mass -= TAIL_UNIT * level * level
-            n += 1
-            left -= 1
-        before = -1
-        left = drawn
-        if place == 2:
-            ranks[n], levels[n] = next_rank, 0
-            n += 1
-            left -= 1
-        while left > 0:
-            context = _gap_context(drawn_base, before, left)
-            a_state, a_word, symbol = pull_symbol(a_state, a_word, words, context, lookup)
-            value, a_bit = pull_bits(symbol, bits, a_bit)
-            before += value + 1
-            ranks[n], levels[n] = before, 0
-            n += 1
-            left -= 1
-        sizes[p], drawn_sizes[p] = size, drawn
-    is_whole = a_state == 65536 and b_state == 65536 and a_word == a_end and b_word == b_end
-    return n if is_whole else -2
+
+    sizes: NDArray[np.int64]
+    drawn_sizes: NDArray[np.int64]
+    tails: NDArray[np.int64]
+    masses: NDArray[np.float64]
+    ids: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
+
+
+class Text(NamedTuple):
+    """What a reader knows of the text: ranks of its next tokens, int64 [P], and the id of each rank, int32 [V]."""
+
+    next_ranks: NDArray[np.int64]
+    ids: NDArray[np.int32]
+
+
+# A lane's state while it is read: the coder's, the place of the next word, the position and the first one that is not
+# its own, how many exact and drawn tokens are left of the position, the rank before, and where the next token is put.
+_LANE = np.dtype(
+    [(n, np.int64) for n in ("state", "word", "position", "end", "left", "drawn", "rank", "slot")]
+    + [("mass", np.float64)]
+)
+
+
+def read_streams(
+    words: NDArray[np.uint32], cut: int, lookup: Lookup, text: Text, grid: Grid, rows: Rows
+) -> bool:
+    """Fill `rows`; lane 0 is words[:cut], lane 1 the others.
+
+    Returns False where the words are not what was written. Whatever they hold, nothing outside the arrays is touched.
+    """
+    is_whole = _read_lanes(np.zeros(NUM_LANES, _LANE), words, cut, lookup, text, grid, rows)
+    if is_whole:  # else some rows have no sizes
+        _scale_rows(grid, rows)
+    return bool(is_whole)
+
+
+_DAMAGED = -1  # a lane's next word
+
+
+@lean
+def _read_lanes(lanes, words, cut, lookup, text, grid, rows):  # type: ignore[no-untyped-def]
+    first, second, half = lanes[0], lanes[1], len(rows.sizes) // 2
+    _start(first, words, 0, 0, half)
+    _start(second, words, cut, half, len(rows.sizes))
+    while _advance(first, words, lookup, text, grid, rows) and _advance(
+        second, words, lookup, text, grid, rows
+    ):
+        pass
+    while _advance(first, words, lookup, text, grid, rows):
+        pass
+    while _advance(second, words, lookup, text, grid, rows):
+        pass
+    is_first_whole = first.state == LOW and first.word == cut
+    return is_first_whole and second.state == LOW and second.word == len(words)
+
+
+@inlined
+def _start(lane, words, first_word, first_position, end):  # type: ignore[no-untyped-def]
+    high = np.int64(words[first_word + 1]) & 0x3FFFFFFF
+    lane.state = np.int64(words[first_word]) | (high << 32)
+    lane.word = first_word + 2
+    lane.position = first_position - 1
+    lane.end = end
+
+
+@inlined
+def _advance(lane, words, lookup, text, grid, rows):  # type: ignore[no-untyped-def]
+    """Read one token, or what stands before a position's tokens; returns False at the lane's end or where damaged."""
+    if lane.left > 1:  # the last one apart: one branch that a processor mispredicts, not five
+        _read_exact(lane, lane.left, words, lookup, text, grid, rows)
+        return True
+    if lane.left == 1:
+        _read_exact(lane, 1, words, lookup, text, grid, rows)
+        lane.rank = -1  # drawn ones begin anew
+        rows.masses[np.uint64(lane.position)] = lane.mass
+        return True
+    if lane.drawn > 0:
+        _read_drawn(lane, words, lookup, text, grid, rows)
+        return True
+    if lane.position + 1 >= lane.end:
+        lane.position = lane.end
+        return False
+    lane.position += 1
+    return _read_head(lane, words, lookup, text, grid, rows)
+
+
+@inlined
+def _read_head(lane, words, lookup, text, grid, rows):  # type: ignore[no-untyped-def]
+    """Read a position's tails, its sizes and its next token; returns False where they do not fit into the rows."""
+    p, state, word = np.uint64(lane.position), lane.state, lane.word
+    for t in range(grid.num_temperatures):
+        state, word, tail = pull(state, word, words, t, lookup)
+        rows.tails[p, t] = min(tail, TAIL_UNIT)
+    tail = rows.tails[p, 0]
+    state, word, size = pull(state, word, words, _size_context(grid, tail), lookup)
+    drawn, width = count_drawn(tail, grid.draw_step), len(rows.ids) // len(rows.sizes)
+    if size + drawn > width:
+        lane.position, lane.word = lane.end, _DAMAGED
+        return False
+    rank = text.next_ranks[p]
+    context = _place_context(grid, size, rank)
+    lane.state, lane.word, place = pull(state, word, words, context, lookup)
+    mass = _first_mass(grid, tail)
+    rows.sizes[p], rows.drawn_sizes[p] = size, drawn
+    lane.left, lane.drawn, lane.slot, lane.rank = size, drawn, lane.position * width, -1
+    lane.mass = mass
+    if place == 1 and size > 0:
+        kind = grid.num_temperatures + _NEXT_LEVEL if size > 1 else grid.lefts[1].level
+        context = kind + _bucket_mean(grid, mass, size)
+        lane.state, lane.word, written = pull(lane.state, lane.word, words, context, lookup)
+        level = written + 1 if size > 1 else _read_last_level(written, mass)
+        _store(lane, rank, level, text, grid, rows)
+        lane.left = size - 1
+        rows.masses[p] = lane.mass
+    elif place == 2 and drawn > 0:
+        rows.ids[np.uint64(lane.slot + size + drawn - 1)] = text.ids[rank]
+        lane.drawn = drawn - 1
+    return True
+
+
+@inlined
+def _read_exact(lane, left, words, lookup, text, grid, rows):  # type: ignore[no-untyped-def]
+    of_left = grid.lefts[np.uint64(left)]
+    context = of_left.gap + floor_log2(lane.rank + 2)
+    state, word, gap = pull(lane.state, lane.word, words, context, lookup)
+    rank = min(lane.rank + gap + 1, len(text.ids) - 1)
+    context = of_left.level + _bucket_mean(grid, lane.mass, left)
+    lane.state, lane.word, written = pull(state, word, words, context, lookup)
+    level = written + 1 if left > 1 else max(1, _read_last_level(written, lane.mass))
+    _store(lane, rank, level, text, grid, rows)
+    lane.rank = rank
+    lane.left = left - 1
+
+
+@inlined
+def _store(lane, rank, level, text, grid, rows):  # type: ignore[no-untyped-def]
+    slot, level = np.uint64(lane.slot), np.uint64(min(level, len(grid.weights) - 1))
+    rows.ids[slot] = text.ids[np.uint64(rank)]
+    rows.logprobs[slot] = grid.log_squares[level]
+    lane.mass -= grid.weights[level]
+    lane.slot += 1
+
+
+@inlined
+def _read_drawn(lane, words, lookup, text, grid, rows):  # type: ignore[no-untyped-def]
+    context = grid.lefts[np.uint64(lane.drawn)].gap + _GAP_CONTEXTS + floor_log2(lane.rank + 2)
+    lane.state, lane.word, gap = pull(lane.state, lane.word, words, context, lookup)
+    lane.rank = min(lane.rank + gap + 1, len(text.ids) - 1)
+    rows.ids[np.uint64(lane.slot)] = text.ids[np.uint64(lane.rank)]
+    lane.slot += 1
+    lane.drawn -= 1
+
+
+@lean
+def _scale_rows(grid, rows):  # type: ignore[no-untyped-def]
+    """Let exact tokens share what the tail leaves, drawn ones the tail; pad with the first id, at probability zero."""
+    width = len(rows.ids) // max(1, len(rows.sizes))
+    for p in range(len(rows.sizes)):
+        size, drawn, tail = rows.sizes[p], rows.drawn_sizes[p], rows.tails[p, 0]
+        kept = size + drawn
+        ids, logprobs = rows.ids[p * width :][:width], rows.logprobs[p * width :][:width]
+        squares = (_first_mass(grid, tail) - rows.masses[p]) / TAIL_UNIT
+        share = (TAIL_UNIT - tail if tail < TAIL_UNIT else 0.25) / TAIL_UNIT / max(squares, 1.0)
+        of_exact = np.log(np.float32(share))
+        for i in range(size):
+            logprobs[i] += of_exact
+        if drawn > 0:
+            _fill(logprobs[size:kept], np.log(np.float32(tail / TAIL_UNIT / drawn)))
+        _fill(ids[kept:], ids[0] if kept > 0 else np.int32(0))
+        _fill(logprobs[kept:], np.float32(-np.inf))
+
+
+@inlined
+def _fill(array, value):  # type: ignore[no-untyped-def]
+    for i in range(len(array)):
+        array[i] = value

@@ -35,17 +35,17 @@ from retort.cache import (
 from retort.codec import (
     Codec,
     SparseTargets,
-    Streams,
     TokenOrder,
     build_codec,
     concatenate,
-    to_streams,
 )
 from retort.config import Cache, Teacher
 from retort.models import CausalLM, describe_device, load_recorded_teacher
 from retort.provenance import describe_run, read_json, write_json
 from retort.selection import select_probable, select_top_k
 from retort.shards import TokenIndex
+from retort.sparse_codec import to_streams
+from retort.sparse_streams import Streams
 from retort.tokens import Sequence, SequenceTable
 
 # Rows of logits held at once: [_HEAD_ROWS, V] float32 is 128 MiB at V = 32k; below 128 rows the matmul slows.

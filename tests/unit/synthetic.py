@@ -1,16 +1,28 @@
 """Sequences, distributions and indices made of numbers, for tests that need no model: the same on every machine."""
 
+import multiprocessing
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from retort.cache import CacheHeader, part_path, write_part
-from retort.codec import Codec, SparseTargets
+from retort.codec import Codec, SparseTargets, TokenOrder
 from retort.shards import TokenIndex, write_index, write_token_shard
+from retort.sparse_codec import Selection, to_streams
+from retort.sparse_streams import TAIL_UNIT, Streams, count_drawn
 from retort.tokens import SequenceTable, build_table
 
 TOKENIZER = {"fingerprint": "0123456789ab", "size": 290}
 CODEC = Codec(method="top_k", top_k=4, temperatures=(1.0, 2.0), vocabulary=300)
+ORDER = TokenOrder.from_ids(np.arange(299, -1, -1))
+CODED = {
+    method: Codec(method, None, (1.0, 2.0), 300, least, 80, ORDER.digest())
+    for method, least in (("top_p", 0.01), ("sampled", 0.05))
+}
 
 
 def make_table(
@@ -54,6 +66,61 @@ def targets_of(table: SequenceTable, codec: Codec = CODEC) -> SparseTargets:
         np.concatenate([p.top_k_logprobs for p in pieces]),
         np.concatenate([p.tail_logprobs for p in pieces]),
     )
+
+
+def make_selection(num_positions: int, codec: Codec, *, seed: int) -> Selection:
+    """What a coded method would keep of some distributions, from exactly rounded arithmetic only."""
+    chance = np.random.default_rng(seed)
+    sizes = chance.integers(1, 12, num_positions)
+    tails = chance.integers(0, TAIL_UNIT // 2, (num_positions, len(codec.temperatures)))
+    drawn_sizes = [count_drawn(tail, codec.draw_step) for tail in tails[:, 0].tolist()]
+    ids, probs, drawn_ids = [], [], []
+    for size, drawn, tail in zip(sizes.tolist(), drawn_sizes, tails[:, 0], strict=True):
+        kept = chance.permutation(codec.vocabulary)[: size + drawn]
+        weights = chance.integers(1, 1000, size)
+        ids.append(kept[:size])
+        probs.append(weights * (TAIL_UNIT - tail) / (weights.sum() * TAIL_UNIT))
+        drawn_ids.append(kept[size:])
+    joined = [np.concatenate(pieces) for pieces in (ids, probs, drawn_ids)]
+    return Selection(sizes, joined[0], joined[1], np.array(drawn_sizes), joined[2], tails)
+
+
+def streams_of(table: SequenceTable, codec: Codec) -> list[Streams]:
+    """Every sequence's own streams: they follow from its content key alone."""
+    found = []
+    for i in range(len(table)):
+        row = table[i]
+        seed = int.from_bytes(row.key[:7], "little")
+        selection = make_selection(row.num_positions, codec, seed=seed)
+        next_ids = row.ids[1:][row.loss_mask[:-1]]
+        found.append(to_streams(selection, codec, ORDER, next_ids=next_ids, key=row.key))
+    return found
+
+
+def kill_writers(folder: Path, write: Callable[[Path], None], *, times: int) -> Iterator[bool]:
+    """Kill a process that writes files into the folder again and again; yields whether one was torn, each time.
+
+    Every other time it is killed just after a file was begun. The folder is emptied when the caller has looked at it.
+    """
+    chance, forking = random.Random(0), multiprocessing.get_context("fork")
+    for number in range(times):
+        writer = forking.Process(target=_write_on, args=(folder, write))
+        writer.start()
+        time.sleep(chance.uniform(0.005, 0.06))
+        while number % 2 and writer.is_alive() and not any(folder.glob(".*.tmp")):
+            pass
+        writer.kill()
+        writer.join()
+        assert writer.exitcode == -signal.SIGKILL
+        yield any(folder.glob(".*.tmp"))
+        assert {path.suffix for path in folder.iterdir()} <= {".h5", ".tmp"}
+        for path in folder.iterdir():
+            path.unlink()
+
+
+def _write_on(folder: Path, write: Callable[[Path], None]) -> None:
+    for number in range(10**6):
+        write(folder / f"{number % 3}.h5")
 
 
 def write_shards(folder: Path, tables: list[SequenceTable], *, num_held_out: int = 2) -> list[Path]:

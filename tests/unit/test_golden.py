@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from synthetic import CODED, ORDER, streams_of
 
 from retort.artefacts import REVISIONS, plan_project
 from retort.cache import CacheHeader, LogitCache, merge_parts, part_path, write_part
@@ -30,7 +31,7 @@ GOLDEN_REVISIONS = {
     "corpus": 1,
     "teacher": 2,
     "tokens": 2,
-    "logits": 2,
+    "logits": 3,
     "validation": 1,
     "run": 1,
     "evaluation": 1,
@@ -41,19 +42,21 @@ GOLDEN_INDEX = "add144850ad0238ca33be0d81f98521f163e2e10b8266ef1fe4452e6ef50e2d8
 GOLDEN_CACHE = "32b04d2082b416c1f5a9007372b6581e02dd56938c6d3a85e3d54d482bfb85ef"
 GOLDEN_FILES = {
     "shard_00000.h5": "f047c9645eea1e4d501c5112c817bc87fea6b2b49aa30c4b5d0483a3cd38a9a3",
-    "teacher_logits.h5": "920fcfc66d7a07933e3e23fbb51e80c59af035d793ea4cdd88a3bcf7a62da787",
+    "teacher_logits.h5": "5b4711291fc151b609f6268fb76063f41705412f0b4d609448ac4173f71447cf",
+    "top_p.h5": "317059b0b555c328992bbafca3da011e980e15ea6e2580d5b2a04f8c725a660e",
+    "sampled.h5": "1dc4c470a86f33fdd42c89bcc8af90ac9c38991d231d49ee7818905796c813f1",
 }
 GOLDEN_IDS = {
     "corpus": "cd03bc9bdc81",
     "teacher": "cafd4f497ccf",
     "tokens": "0ade245fec8b",
-    "logits": "aeab7db8626a",
+    "logits": "540ebbb3b3a6",
     "validation": "12d68f4f61c5",
     "hard": ["bdfbcd0e312a", "94d9dc94c310"],
-    "both": ["e3e85b059db0", "94d9dc94c310"],
+    "both": ["ced7ca4e406d", "94d9dc94c310"],
     "live": ["a2eda8db55f3", "94d9dc94c310"],
-    "check": "e8f6bf684926",
-    "report": "9fe76cdca36a",
+    "check": "59f02e6d3a31",
+    "report": "af0a2075ad51",
 }
 
 REPOSITORY = Path(__file__).parents[2]
@@ -100,7 +103,7 @@ def make_targets(table: SequenceTable) -> SparseTargets:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A shard, its index and a merged cache."""
+    """A shard, its index and a merged cache of each method."""
     folder = tmp_path_factory.mktemp("golden")
     tables = {"train": tokenize(False, "split"), "val": tokenize(True, "truncate")}
     shard = folder / "shard_00000.h5"
@@ -108,11 +111,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_token_shard(shard, tables, counts={"documents": {"read": 18}}, tokenizer=tokenizer)
     write_index(folder / "index.json", [shard], streaming_chunk_size=4)
     index = TokenIndex.read(folder / "index.json")
-    header = CacheHeader("feedc0ffee00", "0123456789ab", index.content["content"], CODEC)
-    for part in index.parts:
-        table = index.read_part(part)
-        write_part(part_path(folder, part["name"], header), table, make_targets(table), header)
-    merge_parts(index, folder, header, folder / "teacher_logits.h5")
+    for name, codec in {"teacher_logits": CODEC, **CODED}.items():
+        header = CacheHeader("feedc0ffee00", "0123456789ab", index.content["content"], codec)
+        for part in index.parts:
+            table, path = index.read_part(part), part_path(folder, part["name"], header)
+            if codec.is_coded:
+                write_part(path, table, streams_of(table, codec), header, ORDER)
+            else:
+                write_part(path, table, make_targets(table), header)
+        merge_parts(index, folder, header, folder / f"{name}.h5")
     return folder
 
 

@@ -1,0 +1,170 @@
+"""Records of `top_p` and `sampled`: what was selected of a sequence becomes entropy-coded streams, and back.
+
+Layout of a record and of its integers: docs/cache-format.md.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from retort.codec import LOGPROB_FLOOR, Codec, SparseTargets, TokenOrder
+from retort.entropy import (
+    NUM_SYMBOLS,
+    Lookup,
+    build_lookup,
+    build_tables,
+    count_symbols,
+    encode_words,
+    pack_tables,
+)
+from retort.sparse_streams import (
+    TAIL_UNIT,
+    Kept,
+    Rows,
+    Streams,
+    Text,
+    count_contexts,
+    read_streams,
+    write_streams,
+)
+
+_HEAD_WORDS = 2  # number of words of lane 0, greatest number of tokens that a position keeps
+_STATE_WORDS = 2  # of each lane
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is kept of P positions of one sequence, ragged: N exact tokens and M drawn ones, position after position.
+
+    sizes and drawn_sizes int64 [P]; ids int64 and probs float64 [N]; drawn_ids int64 [M]; tails int64
+    [P, temperatures]: mass outside the exact tokens at each temperature, in units of 1/65,535.
+    """
+
+    sizes: NDArray[np.int64]
+    ids: NDArray[np.int64]
+    probs: NDArray[np.float64]
+    drawn_sizes: NDArray[np.int64]
+    drawn_ids: NDArray[np.int64]
+    tails: NDArray[np.int64]
+
+
+def draw_uniform(key: bytes, places: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return numbers in [0, 1) that depend on a sequence's content key and on a place in it alone.
+
+    splitmix64 (Steele, Lea, Flood, Fast Splittable Pseudorandom Number Generators, 2014) as a hash: no number depends
+    on which others were asked for.
+    """
+    seed = np.uint64(int.from_bytes(key[:8], "little"))
+    with np.errstate(over="ignore"):
+        state = seed + (places.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state ^= state >> np.uint64(31)
+    uniform: NDArray[np.float64] = (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return uniform
+
+
+def _find_levels(
+    selection: Selection, positions: NDArray[np.int64], codec: Codec, key: bytes
+) -> NDArray[np.int64]:
+    """Return each exact token's level, 1 at least.
+
+    top_p takes the nearest root. sampled rounds up or down by chance, so that the expectation of the squared level is
+    the probability: no bias.
+    """
+    assert codec.steps is not None
+    roots = np.sqrt(selection.probs) * codec.steps
+    nearest = np.rint(roots)
+    if codec.method == "sampled":
+        below = np.floor(roots)
+        share = (roots**2 - below**2) / (2 * below + 1)
+        # Places of the first 2^32 are those of the draws (room `selection`), one for each position.
+        chance = draw_uniform(key, (positions + 1) * (1 << 32) + selection.ids)
+        nearest = below + (chance < share)
+    levels: NDArray[np.int64] = np.maximum(nearest, 1).astype(np.int64)
+    return levels
+
+
+def to_streams(
+    selection: Selection,
+    codec: Codec,
+    order: TokenOrder,
+    *,
+    next_ids: NDArray[np.int32],
+    key: bytes,
+) -> Streams:
+    """Return what is kept of one sequence as streams; `next_ids` [P]: the text's own tokens, `key`: its content key."""
+    positions = np.repeat(np.arange(len(selection.sizes)), selection.sizes)
+    levels = _find_levels(selection, positions, codec, key)
+    ranks = order.ranks[selection.ids]
+    by_rank = np.argsort(positions * codec.vocabulary + ranks)  # 3x as fast as lexsort
+    drawn_positions = np.repeat(np.arange(len(selection.sizes)), selection.drawn_sizes)
+    drawn_ranks = order.ranks[selection.drawn_ids]
+    drawn_ranks = drawn_ranks[np.argsort(drawn_positions * codec.vocabulary + drawn_ranks)]
+    kept = Kept(
+        sizes=selection.sizes,
+        ranks=ranks[by_rank],
+        levels=levels[by_rank],
+        drawn_sizes=selection.drawn_sizes,
+        drawn_ranks=drawn_ranks,
+        tails=selection.tails,
+    )
+    width = int((selection.sizes + selection.drawn_sizes).max(initial=1))
+    return write_streams(kept, order.ranks[next_ids], codec.build_grid(width=width), width=width)
+
+
+def encode_streams(sequences: Sequence[Streams], codec: Codec) -> tuple[list[bytes], bytes]:
+    """Return the records of some sequences, and the tables that they were coded with, made for them."""
+    num_contexts = count_contexts(len(codec.temperatures))
+    counts = np.zeros((num_contexts, NUM_SYMBOLS), np.int64)
+    for s in sequences:
+        counts += count_symbols(s.contexts, s.values, num_contexts=num_contexts)
+    tables = build_tables(counts)
+    lookup = build_lookup(tables)
+    return [_encode_record(s, lookup) for s in sequences], pack_tables(tables)
+
+
+def _encode_record(streams: Streams, lookup: Lookup) -> bytes:
+    cut = streams.cut
+    first = encode_words(streams.contexts[:cut], streams.values[:cut], lookup)
+    second = encode_words(streams.contexts[cut:], streams.values[cut:], lookup)
+    head = np.array([len(first), streams.width])
+    return np.concatenate([head, first, second]).astype("<u4").tobytes()
+
+
+def decode_streams(
+    record: bytes,
+    codec: Codec,
+    order: TokenOrder,
+    lookup: Lookup,
+    *,
+    next_ids: NDArray[np.int32],
+) -> SparseTargets:
+    """Decode one record of `encode_streams`. Raises ValueError when the bytes are no such record."""
+    num_positions, num_temperatures = len(next_ids), len(codec.temperatures)
+    words = np.frombuffer(record, "<u4", count=len(record) // 4)
+    cut, width = words[:_HEAD_WORDS].tolist()
+    lanes = words[_HEAD_WORDS:]
+    is_possible = _STATE_WORDS <= cut <= len(lanes) - _STATE_WORDS and width <= codec.vocabulary
+    if len(record) % 4 or not is_possible:
+        raise ValueError("a record is shorter than it says: the cache is damaged.")
+    rows = Rows(
+        sizes=np.empty(num_positions, np.int64),
+        drawn_sizes=np.empty(num_positions, np.int64),
+        tails=np.empty((num_positions, num_temperatures), np.int64),
+        masses=np.empty(num_positions, np.float64),
+        ids=np.empty(num_positions * width, np.int32),
+        logprobs=np.empty(num_positions * width, np.float32),
+    )
+    text, grid = Text(order.ranks[next_ids], order.ids), codec.build_grid(width=width)
+    if not read_streams(lanes, cut, lookup, text, grid, rows):
+        raise ValueError("a record does not end as it must: the cache is damaged.")
+    ids = rows.ids.reshape(num_positions, width)
+    logprobs = rows.logprobs.reshape(num_positions, width)
+    if codec.method == "sampled":
+        outside = np.full(rows.tails.shape, LOGPROB_FLOOR, np.float32)
+        return SparseTargets(ids, logprobs, outside, rows.sizes)
+    outside = np.log(np.maximum(rows.tails, 0.25).astype(np.float32) / np.float32(TAIL_UNIT))
+    return SparseTargets(ids, logprobs, outside)
