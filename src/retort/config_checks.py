@@ -39,7 +39,6 @@ LATER = {
         "sharding by files or by a function",
         "use interleaved or contiguous.",
     ),
-    "merge.mode": Later(lambda v: v != "copy", "virtual merging", "use copy."),
     "training.gpus": Later(
         lambda v: v > 1,
         "training on several GPUs",

@@ -7,7 +7,6 @@ batches than the cache's were: against them `merge_h5` measures the fidelity of 
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from retort.config import Evaluation, Teacher
 from retort.models import CausalLM, Head, load_recorded_teacher
-from retort.provenance import read_json, temporary_name
+from retort.provenance import read_json, replacing
 from retort.shards import TokenIndex
 from retort.teacher import score_features
 from retort.tokens import SequenceTable
@@ -113,21 +112,14 @@ def write_features(path: Path, found: TeacherFeatures) -> None:
         "keys": found.keys,
         "checksums": _checksum_tensors(tensors),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(path)
-    try:
+    with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"retort": json.dumps(about, sort_keys=True)})
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _checksum_tensors(tensors: dict[str, Tensor]) -> dict[str, str]:
     """Return the xxh3-128 of each tensor's bytes."""
     return {
-        name: xxhash.xxh3_128_hexdigest(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        name: xxhash.xxh3_128_hexdigest(tensor.contiguous().view(torch.uint8).numpy().data)
         for name, tensor in tensors.items()
     }
 

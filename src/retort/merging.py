@@ -10,16 +10,18 @@ from torch import Tensor
 
 from retort.cache import (
     CACHE_FILE,
-    DAMAGED,
     CacheHeader,
     LogitCache,
     cache_digest,
+)
+from retort.config import Cache, Merge
+from retort.features import TeacherFeatures, read_features
+from retort.parts import (
+    DAMAGED,
     is_merged,
     merge_parts,
     remove_parts,
 )
-from retort.config import Cache
-from retort.features import TeacherFeatures, read_features
 from retort.provenance import describe_run, read_json, write_json
 from retort.shards import TokenIndex
 from retort.teacher import build_header
@@ -39,11 +41,12 @@ def merge_h5(
     fingerprint_path: Path,
     features_path: Path | None,
     cache: Cache,
+    merge: Merge,
 ) -> str:
     """Merge parts/ beside the manifest into teacher_logits.h5, measure it, write manifest.json; return its line.
 
-    The parts are removed last. Killed at any point, the same call finishes the work: a merged file is only ever
-    there whole, and parts are only removed once it is.
+    The parts are removed last, unless the merged cache is a virtual one. Killed at any point, the same call finishes
+    the work: a merged file is only ever there whole, and parts are only removed once it is.
     """
     started = time.monotonic()
     index = TokenIndex.read(index_path)
@@ -51,7 +54,7 @@ def merge_h5(
     folder = manifest_path.parent
     out = folder / CACHE_FILE
     if not _is_whole(out, header, parts=folder / "parts"):
-        _merge(index, folder, header, out)
+        _merge(index, folder, header, out, mode=merge.mode)
     merged = LogitCache(out)
     receipts = [read_json(path) for path in sorted(folder.glob("metadata_worker*.json"))]
     manifest = describe_cache(merged, index) | read_fidelity(merged, features_path)
@@ -61,7 +64,8 @@ def merge_h5(
     )
     write_json(folder / "run.json", about | {"workers": receipts})
     write_json(manifest_path, manifest)
-    remove_parts(folder / "parts")
+    if not merged.is_virtual:
+        remove_parts(folder / "parts")
     line = f"cache: {manifest['positions']:,} positions, {manifest['bytes_per_position']:.1f} bytes each"
     if manifest["fidelity_positions"] == 0:
         return f"{line}; its fidelity was not measured"
@@ -76,7 +80,7 @@ def _is_whole(out: Path, header: CacheHeader, *, parts: Path) -> bool:
     try:
         if not is_merged(out, header):
             return False
-        LogitCache(out).verify()
+        LogitCache(out).verify_parts()
     except ValueError:
         if not any(parts.glob("*.h5")):
             raise
@@ -85,10 +89,10 @@ def _is_whole(out: Path, header: CacheHeader, *, parts: Path) -> bool:
     return True
 
 
-def _merge(index: TokenIndex, folder: Path, header: CacheHeader, out: Path) -> None:
+def _merge(index: TokenIndex, folder: Path, header: CacheHeader, out: Path, *, mode: str) -> None:
     """Merge the parts; where that fails, remove the workers' receipts: they would say that nothing is to be done."""
     try:
-        merge_parts(index, folder / "parts", header, out)
+        merge_parts(index, folder / "parts", header, out, mode=mode)
     except ValueError:
         for receipt in folder.glob("metadata_worker*.json"):
             receipt.unlink(missing_ok=True)
@@ -111,6 +115,7 @@ def describe_cache(cache: LogitCache, index: TokenIndex) -> dict[str, Any]:
     assert positions == index.content["train"]["positions"], (positions, index.content["train"])
     return {
         "file": cache.path.name,
+        "mode": "virtual" if cache.is_virtual else "copy",
         "file_bytes": cache.path.stat().st_size,
         "sha256": cache_digest(cache),
         "sequences": len(cache),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from retort.codec import build_codec, bytes_per_position
-from retort.config import Cache
+from retort.config import Cache, Merge
 
 # Stored bytes beside the records' values: ids and mask; key, offsets, checksum and zstd's frame; HDF5's own.
 _BYTES_PER_TOKEN = 5
@@ -34,8 +34,12 @@ class CacheCost:
         return vars(self)
 
 
-def plan_cache(index: dict[str, Any], cache: Cache, *, vocabulary: int, folder: Path) -> CacheCost:
+def plan_cache(
+    index: dict[str, Any], cache: Cache, merge: Merge, *, vocabulary: int, folder: Path
+) -> CacheCost:
     """Return what the cache will take. While parts are merged they and the merged file lie side by side.
+
+    A virtual cache has its records in the parts alone.
 
     Raises ValueError when the disk holding `folder` has not enough room.
     """
@@ -43,19 +47,20 @@ def plan_cache(index: dict[str, Any], cache: Cache, *, vocabulary: int, folder: 
     codec = build_codec(cache, vocabulary=vocabulary)
     record_bytes = math.ceil(train["positions"] * bytes_per_position(codec))
     bytes_per_part = _BYTES_PER_PART + (4 * vocabulary if codec.is_coded else 0)
-    total = 2 * (
-        record_bytes
-        + _BYTES_PER_TOKEN * train["tokens"]
+    other_bytes = (
+        _BYTES_PER_TOKEN * train["tokens"]
         + _BYTES_PER_SEQUENCE * train["sequences"]
         + bytes_per_part * len(index["parts"])
     )
+    total = 2 * other_bytes + record_bytes * (1 if merge.mode == "virtual" else 2)
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if total > free:
         raise ValueError(
             f"the cache of {train['positions']:,} positions needs up to {format_bytes(total)} while its parts are "
             f"merged, but {existing} has {format_bytes(free)} free. Keep less of each distribution "
-            f"(cache.method is {cache.method}), lower dataset.max_samples, or set output.cache_dir to a larger disk."
+            f"(cache.method is {cache.method}), lower dataset.max_samples, set merge.mode: virtual, or set "
+            "output.cache_dir to a larger disk."
         )
     return CacheCost(
         positions=train["positions"],

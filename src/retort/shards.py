@@ -6,8 +6,6 @@ A *shard* is a slice of the corpus for tokenizing. A *part* is a fixed group of 
 
 import io
 import json
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +20,7 @@ from numpy.typing import NDArray
 
 from retort.config import Dataset
 from retort.corpus import Counts, read_documents, read_drawn, unchanged
-from retort.provenance import digest, read_json, temporary_name, write_atomically, write_json
+from retort.provenance import digest, read_json, replacing, write_atomically, write_json
 from retort.tokens import (
     SPLITS,
     SequenceTable,
@@ -37,47 +35,25 @@ INDEX_VERSION = 2
 COUNTS_FILE = "token_counts.npy"
 
 
-def write_h5(path: Path, fill: Callable[[h5py.File], None]) -> None:
+def write_h5(
+    path: Path,
+    fill: Callable[[h5py.File], None],
+    *,
+    verify: Callable[[Path], None] = lambda _: None,
+) -> None:
     """Write an HDF5 file atomically (in memory, then temporary name, fsync, rename); equal content gives equal bytes.
+
+    `verify` is called with the temporary file.
 
     In memory because HDF5 takes a full disk badly: seen were a segmentation fault, and a torn file without an error.
     libver "earliest" because files of "latest" carry a consistency flag that a SIGKILL leaves set.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     image = io.BytesIO()
     with h5py.File(image, "w", libver="earliest") as file:
         fill(file)
-    write_atomically(path, image.getbuffer())
-
-
-def write_large_h5(
-    path: Path,
-    fill: Callable[[h5py.File], None],
-    *,
-    num_bytes: int,
-    verify: Callable[[Path], None],
-) -> None:
-    """Write an HDF5 file of about `num_bytes` atomically, on the disk from the start; verify it before it is renamed.
-
-    Raises ValueError where the disk has less room than that.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(path.parent).free
-    if free < num_bytes:
-        raise ValueError(
-            f"{path} takes {num_bytes / 1e6:,.1f} MB, but its disk has only {free / 1e6:,.1f} MB free: free space and "
-            "run the same command again; nothing is lost."
-        )
-    temporary = temporary_name(path)
-    try:
-        with h5py.File(temporary, "w", libver="earliest") as file:
-            fill(file)
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
+    with replacing(path) as temporary:
+        temporary.write_bytes(image.getbuffer())
         verify(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_text(group: h5py.Group, name: str, text: str) -> None:

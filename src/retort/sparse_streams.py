@@ -174,6 +174,10 @@ class Streams(NamedTuple):
 def write_streams(kept: Kept, next_ranks: NDArray[np.int64], grid: Grid, *, width: int) -> Streams:
     """Return one sequence's integers; `next_ranks` [P]: ranks of the text's own tokens."""
     num_positions = len(kept.sizes)
+    # Compiled code does not look where it writes.
+    assert num_positions == len(kept.drawn_sizes) == len(kept.tails) == len(next_ranks)
+    assert kept.sizes.sum() == len(kept.ranks) == len(kept.levels)
+    assert kept.drawn_sizes.sum() == len(kept.drawn_ranks)
     most = num_positions * (grid.num_temperatures + 2) + 2 * len(kept.ranks) + len(kept.drawn_ranks)
     contexts, values = np.empty(most, np.uint16), np.empty(most, np.uint32)
     cut, end = _write_streams(kept, next_ranks, grid, contexts, values)

@@ -27,10 +27,6 @@ from torch import Tensor
 from retort.cache import (
     CACHE_FILE,
     CacheHeader,
-    find_missing_parts,
-    is_merged,
-    part_path,
-    write_part,
 )
 from retort.codec import (
     Codec,
@@ -41,6 +37,12 @@ from retort.codec import (
 )
 from retort.config import Cache, Teacher
 from retort.models import CausalLM, describe_device, load_recorded_teacher
+from retort.parts import (
+    find_missing_parts,
+    is_merged,
+    part_path,
+    write_part,
+)
 from retort.provenance import describe_run, read_json, write_json
 from retort.selection import select_probable, select_top_k
 from retort.shards import TokenIndex

@@ -9,8 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from retort.cache import CacheHeader, part_path, write_part
+from retort.cache import (
+    CacheHeader,
+)
 from retort.codec import Codec, SparseTargets, TokenOrder
+from retort.parts import (
+    part_path,
+    write_part,
+)
 from retort.shards import TokenIndex, write_index, write_token_shard
 from retort.sparse_codec import Selection, to_streams
 from retort.sparse_streams import TAIL_UNIT, Streams, count_drawn

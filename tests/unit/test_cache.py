@@ -3,8 +3,12 @@
 import hashlib
 import json
 import multiprocessing
+import os
 import pickle
 import random
+import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,6 +38,9 @@ from retort.cache import (
     CacheHeader,
     LogitCache,
     cache_digest,
+)
+from retort.codec import Codec, decode, encode
+from retort.parts import (
     find_missing_parts,
     is_merged,
     merge_parts,
@@ -41,7 +48,6 @@ from retort.cache import (
     remove_parts,
     write_part,
 )
-from retort.codec import Codec, decode, encode
 from retort.shards import TokenIndex
 from retort.tokens import SequenceTable, build_table
 
@@ -422,13 +428,76 @@ def test_one_error_names_every_missing_damaged_foreign_and_exchanged_part(
     said = str(caught.value).splitlines()
     for path, reason in (
         (missing, "is missing"),
-        (damaged, "does not match its checksum"),
+        (damaged, "part 0 has checksum"),
         (foreign, "another teacher: it holds 'another'"),
         (one, "holds other sequences"),
     ):
         assert any(str(path) in line and reason in line for line in said), (path, reason)
     assert not any(str(path) in line for line in said for path in (other, *paths[5:]))
     assert not out.exists()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# merge.mode: virtual
+
+
+@pytest.fixture
+def virtual(index: TokenIndex, header: CacheHeader, own_parts: Path) -> Path:
+    path = own_parts.parent / "virtual.h5"
+    merge_parts(index, own_parts, header, path, mode="virtual")
+    return path
+
+
+def test_a_virtual_cache_reads_as_a_copied_one(
+    merged: Path, virtual: Path, index: TokenIndex, header: CacheHeader, own_parts: Path
+) -> None:
+    assert read_everything(virtual) == read_everything(merged)
+    assert cache_digest(LogitCache(virtual)) == cache_digest(LogitCache(merged))
+    LogitCache(virtual).verify_parts()
+    assert pickle.loads(pickle.dumps(LogitCache(virtual))).read_record(5)
+    again = own_parts.parent / "again.h5"
+    merge_parts(index, own_parts, header, again, mode="virtual")
+    assert again.read_bytes() == virtual.read_bytes()
+    records = LogitCache(merged).record_bytes
+    assert merged.stat().st_size - virtual.stat().st_size >= records - (1 << 14)
+
+
+def test_a_virtual_cache_moves_with_its_parts_and_h5py_reads_it(
+    virtual: Path, merged: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    moved = tmp_path_factory.mktemp("moved") / "cache"
+    shutil.copytree(virtual.parent, moved)
+    shutil.rmtree(virtual.parent)
+    assert read_everything(moved / virtual.name) == read_everything(merged)
+    code = f"import h5py; print(h5py.File({str(moved / virtual.name)!r})['records'][()].tobytes().hex())"
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"HDF5_EXTFILE_PREFIX": "${ORIGIN}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.strip() == LogitCache(merged).columns["records"].tobytes().hex()
+
+
+def test_a_virtual_cache_says_which_part_it_misses_or_finds_changed(
+    virtual: Path, index: TokenIndex, header: CacheHeader, own_parts: Path
+) -> None:
+    first, second = (part_path(own_parts, part["name"], header) for part in index.parts[:2])
+    cache = LogitCache(virtual)
+    before = int(cache.columns["part_offsets"][1])
+    content = bytearray(second.read_bytes())
+    place = column_bytes(second, "records")
+    content[place.start : place.stop] = bytes(len(place))
+    second.write_bytes(content)
+    first.unlink()
+    with pytest.raises(ValueError, match=rf"{first.name} cannot be read .* is a virtual cache"):
+        cache.read_targets(0)
+    with pytest.raises(ValueError, match="does not match its checksum"):
+        cache.read_targets(before)
+    cache.verify_part(2)
+    with pytest.raises(ValueError, match="part 1 has checksum"):
+        cache.verify_part(1)
 
 
 def test_a_merged_cache_is_known_by_its_header(

@@ -539,7 +539,6 @@ def test_alpha_follows_the_distillation_type_and_is_never_null(kind: str, alpha:
     [
         ("dataset.sharding", "files", "use interleaved or contiguous"),
         ("dataset.sharding", "my.module:deal", "use interleaved or contiguous"),
-        ("merge.mode", "virtual", "use copy"),
         ("training.gpus", 2, "use 1"),
         ("training.strategy", "fsdp", "leave it out"),
         ("evaluation.benchmarks", ["humaneval"], "leave it []"),

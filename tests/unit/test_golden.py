@@ -17,12 +17,20 @@ import pytest
 from synthetic import CODED, ORDER, streams_of
 
 from retort.artefacts import REVISIONS, plan_project
-from retort.cache import CacheHeader, LogitCache, merge_parts, part_path, write_part
+from retort.cache import (
+    CacheHeader,
+    LogitCache,
+)
 from retort.codec import Codec, SparseTargets
 from retort.config import load_runs
 from retort.config_schema import fill_defaults, section_schema
 from retort.config_sections import build_section
 from retort.documents import Document
+from retort.parts import (
+    merge_parts,
+    part_path,
+    write_part,
+)
 from retort.shards import TokenIndex, write_index, write_token_shard
 from retort.tokens import SequenceTable, TokenCounts, tokenize_documents
 
@@ -42,9 +50,9 @@ GOLDEN_INDEX = "add144850ad0238ca33be0d81f98521f163e2e10b8266ef1fe4452e6ef50e2d8
 GOLDEN_CACHE = "32b04d2082b416c1f5a9007372b6581e02dd56938c6d3a85e3d54d482bfb85ef"
 GOLDEN_FILES = {
     "shard_00000.h5": "f047c9645eea1e4d501c5112c817bc87fea6b2b49aa30c4b5d0483a3cd38a9a3",
-    "teacher_logits.h5": "5b4711291fc151b609f6268fb76063f41705412f0b4d609448ac4173f71447cf",
-    "top_p.h5": "317059b0b555c328992bbafca3da011e980e15ea6e2580d5b2a04f8c725a660e",
-    "sampled.h5": "1dc4c470a86f33fdd42c89bcc8af90ac9c38991d231d49ee7818905796c813f1",
+    "teacher_logits.h5": "472e2f9f8af85d1297ad853f0c9aa1baf811f77f45aa9a1716fb4aba1c59f900",
+    "top_p.h5": "4d6e07787a8c97e2f0b2bb1db3d388dee3dd5876162924a942ae99c7ffaddb11",
+    "sampled.h5": "52f68707c6fa1a350e63565bdae222c4d4c3eafb2e57ea4c895dc92ddf26c416",
 }
 GOLDEN_IDS = {
     "corpus": "cd03bc9bdc81",

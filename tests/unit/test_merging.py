@@ -21,14 +21,16 @@ from retort.cache import (
     CACHE_FILE,
     CacheHeader,
     LogitCache,
-    merge_parts,
-    part_path,
-    write_part,
 )
 from retort.codec import Codec, SparseTargets
 from retort.features import TeacherFeatures, digest_keys, write_features
 from retort.merging import merge_h5
 from retort.models import Head
+from retort.parts import (
+    merge_parts,
+    part_path,
+    write_part,
+)
 from retort.provenance import read_json, write_json
 from retort.shards import TokenIndex
 from retort.teacher import build_header, select_top_k
@@ -72,6 +74,7 @@ class Place:
             "fingerprint_path": self.sources / "fingerprint.json",
             "features_path": self.sources / "features.safetensors",
             "cache": CACHE,
+            "merge": section("merge"),
         }
         return merge_h5(self.manifest, **(arguments | changes))
 
@@ -252,6 +255,34 @@ def test_a_damaged_merged_cache_is_merged_again_while_its_parts_are_there(
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(content)
         place.manifest.unlink()
+
+
+def test_a_virtual_merge_keeps_its_parts_and_says_the_same(prepare: Callable[..., Place]) -> None:
+    place, virtually = prepare(), section("merge", mode="virtual")
+    said = place.merge(merge=virtually)
+    virtual = read_json(place.manifest)
+    assert len(list(place.parts.glob("*.h5"))) == len(place.index.parts)
+    # A cache that is virtual stays so: its parts hold the only records.
+    place.manifest.unlink()
+    assert place.merge() == said
+    assert read_json(place.manifest) == virtual
+    place.manifest.unlink()
+    place.file.unlink()
+    assert place.merge() == said
+    copied = read_json(place.manifest)
+    assert (virtual.pop("mode"), copied.pop("mode")) == ("virtual", "copy")
+    assert virtual.pop("file_bytes") < copied.pop("file_bytes")
+    assert virtual == copied
+    assert not place.parts.exists()
+
+
+def test_a_virtual_cache_that_lost_a_part_is_merged_again(prepare: Callable[..., Place]) -> None:
+    place, virtually = prepare(), section("merge", mode="virtual")
+    place.merge(merge=virtually)
+    place.manifest.unlink()
+    min(place.parts.glob("*.h5")).unlink()
+    with pytest.raises(ValueError, match="1 of 6 parts cannot be merged"):
+        place.merge(merge=virtually)
 
 
 def test_a_disk_without_room_for_the_merged_cache_is_said_before_it_is_begun(

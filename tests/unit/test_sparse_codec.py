@@ -13,7 +13,10 @@ from numpy.typing import NDArray
 from synthetic import CODEC, TOKENIZER, make_header, make_table, write_parts, write_tokens
 from tiny import section
 
-from retort.cache import CacheHeader, LogitCache, merge_parts, part_path, write_part
+from retort.cache import (
+    CacheHeader,
+    LogitCache,
+)
 from retort.codec import (
     Codec,
     SparseTargets,
@@ -33,6 +36,11 @@ from retort.entropy import (
     pull,
     split,
     unpack_tables,
+)
+from retort.parts import (
+    merge_parts,
+    part_path,
+    write_part,
 )
 from retort.selection import _separate, select_probable
 from retort.shards import TokenIndex
@@ -426,6 +434,6 @@ def test_another_order_of_tokens_is_refused(index: TokenIndex, tmp_path: Path) -
     table = index.read_part(index.parts[0])
     other = TokenOrder.from_ids(order.ids[::-1])
     streams = streams_of(table, header.codec, order)
-    write_part(tmp_path / "part.h5", table, streams, header, other)
     with pytest.raises(ValueError, match="order of tokens is not the one"):
-        LogitCache(tmp_path / "part.h5")
+        write_part(tmp_path / "part.h5", table, streams, header, other)
+    assert not list(tmp_path.iterdir())

@@ -19,9 +19,16 @@ from tiny import NUM_TOKENS, WIDTH, real_processes, record, section, tokenize
 from torch import Tensor
 
 from retort import teacher as teacher_room
-from retort.cache import CacheHeader, LogitCache, merge_parts, part_path
+from retort.cache import (
+    CacheHeader,
+    LogitCache,
+)
 from retort.codec import Codec, build_codec
 from retort.models import CausalLM, Head, load_recorded_teacher, load_teacher
+from retort.parts import (
+    merge_parts,
+    part_path,
+)
 from retort.provenance import read_json, write_json
 from retort.shards import TokenIndex
 from retort.teacher import (

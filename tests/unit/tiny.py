@@ -7,10 +7,15 @@ from typing import Any
 
 import torch
 
-from retort.cache import LogitCache, merge_parts
+from retort.cache import (
+    LogitCache,
+)
 from retort.config_schema import fill_defaults, section_schema
 from retort.config_sections import build_section
 from retort.models import load_recorded_teacher, record_teacher
+from retort.parts import (
+    merge_parts,
+)
 from retort.provenance import read_json
 from retort.shards import TokenIndex, tokenize_shard, write_index
 from retort.teacher import build_header, run_worker

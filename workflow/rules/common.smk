@@ -149,6 +149,11 @@ def get_cache_flags(wildcards):
     return flags(PROJECT.logits[wildcards.logits].config.cache)
 
 
+def get_merge_flags(wildcards):
+    config = PROJECT.logits[wildcards.logits].config
+    return flags(config.cache, config.merge)
+
+
 def get_evaluation_flags(wildcards):
     config = artefact(wildcards).config
     threads = get_cpu_threads(wildcards)

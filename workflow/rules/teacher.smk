@@ -81,7 +81,7 @@ rule plan:
         "logs/plan/{logits}.log",
     params:
         script=SCRIPTS.format("plan"),
-        cache=get_cache_flags,
+        cache=get_merge_flags,
     message:
         "Planning the cache: bytes, room on the disk"
     shell:
@@ -127,7 +127,7 @@ rule merge_h5:
         "logs/merge_h5/{logits}.log",
     params:
         script=SCRIPTS.format("merge_h5"),
-        cache=get_cache_flags,
+        cache=get_merge_flags,
     message:
         "Merging the parts of cache {wildcards.logits}"
     shell:

@@ -30,6 +30,7 @@ def main() -> None:
         "--output", required=True, type=Path, help="manifest.json; the cache lies beside it"
     )
     add_section_flags(parser, "cache")
+    add_section_flags(parser, "merge")
     args = parser.parse_args()
     from retort.merging import merge_h5
 
@@ -39,6 +40,7 @@ def main() -> None:
         fingerprint_path=args.fingerprint,
         features_path=args.features,
         cache=section_from_args(args, "cache"),
+        merge=section_from_args(args, "merge"),
     )
     say(line)
 

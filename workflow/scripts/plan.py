@@ -24,10 +24,12 @@ def main() -> None:
     )
     parser.add_argument("--output", required=True, type=Path, help="plan.json")
     add_section_flags(parser, "cache")
+    add_section_flags(parser, "merge")
     args = parser.parse_args()
     cost = plan_cache(
         read_json(args.index),
         section_from_args(args, "cache"),
+        section_from_args(args, "merge"),
         vocabulary=read_json(args.fingerprint)["vocabulary"],
         folder=args.output.parent.resolve(),
     )
