@@ -1,6 +1,6 @@
 """Make a 32,768-token teacher's distributions from text found on this machine: offline, on the CPU, in minutes.
 
-    python benchmarks/cache_logits.py [--out FOLDER] [--quick]
+    python benchmarks/cache_logits.py [--out FOLDER] [--quick] [--vocabulary 131072 --sequences 8]
 
 What the cache benchmark compresses. The teacher is a mixture: a small GPT, n-grams up to order 5, and the
 n-grams of the sequence itself so far (the copying that a large model does), each fitted on text of its own; then
@@ -687,8 +687,9 @@ def main() -> None:
         "--quick", action="store_true", help="a crude teacher in about a minute, for a smoke test"
     )
     parser.add_argument(
-        "--sequences", type=int, help="held-out sequences (default: 32; 64 MiB each)"
+        "--sequences", type=int, help="held-out sequences (default: 32; 64 MiB each at 32k ids)"
     )
+    parser.add_argument("--vocabulary", type=int, help="ids of the tokenizer (default: 32768)")
     parser.add_argument("--steps", type=int, help="training steps of the GPT")
     parser.add_argument(
         "--threads", type=int, default=1, help="processor threads (default: %(default)s)"
@@ -699,6 +700,7 @@ def main() -> None:
     changes: dict[str, Any] = dict(QUICK) if flags.quick else {}
     changes |= {"num_sequences": flags.sequences} if flags.sequences else {}
     changes |= {"num_steps": flags.steps} if flags.steps else {}
+    changes |= {"vocabulary": flags.vocabulary} if flags.vocabulary else {}
     distributions = ensure(flags.out, Settings(**changes))
     print(json.dumps(distributions.measured, indent=2))
     print(

@@ -1,30 +1,24 @@
 """What others' caches keep of a distribution, in how many bytes: the opponents of the cache benchmark.
 
-    python benchmarks/cache_opponents.py [--logits FOLDER] [--distillkit PATH] [--megatron PATH]
-
 An opponent is a function from logprobs [P, V] (float32, natural log) to a `Stored`: bytes for a position, and what a
 reader gets back. DistillKit (github.com/arcee-ai/DistillKit) and Megatron-LM (github.com/NVIDIA/Megatron-LM) run
-their own code, from a checkout whose path is given; without it their rows say "not run". The distributions are
-those of `cache_logits.py`, which makes them when FOLDER has none.
+their own code, from a checkout whose path is given; without it their rows say "not run".
 
 Shapes: P positions, V vocabulary, K most ids kept at any position.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import importlib
 import os
 import sys
 import tempfile
-import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import cache_logits
 import numpy as np
 import torch
 import zstandard
@@ -443,44 +437,3 @@ def format_row(name: str, row: dict[str, float] | None) -> str:
     kls = [f"{row[key]:>10.2e}" if key in row else f"{'-':>10}" for key in KLS]
     error, above = f"{row['squared_error']:>10.2e}", f"{row['above_one']:>9.1%}"
     return f"{name:<36}{row['bytes']:>8.1f}{row['ids']:>7.1f}" + "".join([*kls, error, above])
-
-
-def main() -> None:
-    """Print the opponents' table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--logits", type=Path, default=cache_logits.default_folder(), help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--distillkit", type=Path, help="a checkout of github.com/arcee-ai/DistillKit"
-    )
-    parser.add_argument("--megatron", type=Path, help="a checkout of github.com/NVIDIA/Megatron-LM")
-    parser.add_argument(
-        "--threads", type=int, default=1, help="processor threads (default: %(default)s)"
-    )
-    flags = parser.parse_args()
-    torch.set_num_threads(flags.threads)
-    if (flags.logits / "settings.json").exists():
-        given = cache_logits.load(flags.logits)
-    else:
-        given = cache_logits.ensure(flags.logits, cache_logits.Settings())
-    exact = sum_exact(given.logprobs, given.unigram_counts)
-    print(f"{len(given.logprobs):,} positions, entropy {-exact.negative_entropy.mean():.3f} nats")
-    print(f"RS-KD's variance by its formula, N = 50: {(1 - exact.sum_of_squares).mean() / 50:.3e}")
-    columns = ("bytes", "ids", "head KL", "shape KL", "full KL", "sq. error", "sum > 1")
-    print(
-        " " * 36
-        + "".join(f"{c:>{w}}" for c, w in zip(columns, (8, 7, 10, 10, 10, 10, 9), strict=True))
-    )
-    started = time.time()
-    for name, stored in run_opponents(
-        given.logprobs, given.unigram_counts, distillkit=flags.distillkit, megatron=flags.megatron
-    ):
-        print(format_row(name, stored and measure(exact, stored)), flush=True)
-    print(f"{time.time() - started:.0f} s")
-
-
-if __name__ == "__main__":
-    main()

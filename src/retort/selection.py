@@ -18,16 +18,18 @@ from retort.sparse_streams import TAIL_UNIT, count_drawn
 def mask_logprobs(logits_PV: Tensor, *, num_tokens: int) -> Tensor:
     """Return logprobs [P, V]; ids from `num_tokens` (the tokenizer's size) on get probability zero.
 
-    Raises ValueError when a logit is NaN or infinite.
+    A logit of -inf is a probability of zero. Raises ValueError when one is NaN or +inf, or a whole row -inf.
     """
-    if not bool(torch.isfinite(logits_PV).all()):
-        row, column = (int(i) for i in (~torch.isfinite(logits_PV)).nonzero()[0])
+    if num_tokens < logits_PV.shape[1]:
+        logits_PV[:, num_tokens:] = -torch.inf
+    best = logits_PV.max(dim=-1)
+    if not bool(torch.isfinite(best.values).all()):  # NaN is the greatest of its row
+        row = int((~torch.isfinite(best.values)).nonzero()[0])
+        column = int(best.indices[row])
         raise ValueError(
             f"the teacher's logit of token {column} is {float(logits_PV[row, column])} at counted position {row} of "
             "its batch. Nothing was stored. Try teacher.dtype: float32, and check the teacher's weights."
         )
-    if num_tokens < logits_PV.shape[1]:
-        logits_PV[:, num_tokens:] = -torch.inf
     return logits_PV.log_softmax(dim=-1)
 
 
@@ -44,7 +46,7 @@ def _find_tails(logprobs_PV: Tensor, outside_PV: Tensor, codec: Codec) -> Tensor
 def select_top_k(logits_PV: Tensor, codec: Codec, *, num_tokens: int) -> SparseTargets:
     """Keep the K most probable tokens of each row, and the mass of the rest at each temperature.
 
-    Raises ValueError when a logit is NaN or infinite.
+    Raises ValueError as `mask_logprobs` does.
     """
     assert codec.top_k is not None
     logprobs_PV = mask_logprobs(logits_PV, num_tokens=num_tokens)
@@ -67,7 +69,7 @@ def select_probable(
     `sampled`): a comb of n equally spaced points, moved by one random number, is laid over the cumulative mass of the
     other tokens, and a token is drawn where a point falls on it: with probability n p / m, m the mass, and never twice,
     since no p reaches m / n. Each drawn token stands for m / n, so the expectation is p (Madow 1949).
-    Raises ValueError when a logit is NaN or infinite.
+    Raises ValueError as `mask_logprobs` does.
     """
     logprobs_PV = mask_logprobs(logits_PV, num_tokens=num_tokens)
     assert codec.min_probability is not None

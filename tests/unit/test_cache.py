@@ -186,7 +186,14 @@ def test_a_cache_opened_before_a_fork_is_read_by_all_children(merged: Path) -> N
 # Nothing is trusted unread
 
 
-def test_a_bit_flipped_anywhere_is_refused_or_changes_nothing(part: Path) -> None:
+@pytest.mark.parametrize("method", ["top_k", *CODED])
+def test_a_bit_flipped_anywhere_is_refused_or_changes_nothing(
+    method: str, part: Path, index: TokenIndex
+) -> None:
+    if method != "top_k":
+        part.unlink()
+        table, header = index.read_part(index.parts[0]), make_header(index, CODED[method])
+        write_part(part, table, streams_of(table, CODED[method]), header, ORDER)
     whole, content, chance = part.read_bytes(), read_everything(part), random.Random(0)
     refused = 0
     for _ in range(400):

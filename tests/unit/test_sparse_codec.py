@@ -162,7 +162,23 @@ EXTREMES = {
     "uniform": torch.zeros(3, WIDTH),
     "ties": torch.zeros(3, WIDTH).index_fill(1, torch.tensor([1, 2, 200]), 9.0),
     "two tokens": torch.zeros(3, 2),
+    "one token": torch.zeros(3, 1),
+    "-inf logits": torch.full((3, WIDTH), -torch.inf).index_fill(1, torch.tensor([1, 9]), 2.0),
+    "far apart": torch.linspace(-3e4, 3e4, WIDTH).expand(3, WIDTH),
 }
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_largest_vocabulary_is_coded_whole(method: str) -> None:
+    width = 1 << 20
+    codec, order = make_codec(method, vocabulary=width)
+    rare = int(order.ids[-1])
+    logits = torch.full((2, width), -20.0)
+    logits[:, [rare, int(order.ids[0])]] = 1.0
+    selection = select(logits, codec)
+    found = code(selection, codec, order, np.array([rare, 5]))[2]
+    assert_same(selection, found, codec)
+    assert as_rows(found)[0][rare] == pytest.approx(0.5, rel=0.05)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -171,7 +187,7 @@ def test_extreme_distributions_come_back(method: str, name: str) -> None:
     logits = EXTREMES[name]
     codec, order = make_codec(method, vocabulary=logits.shape[1])
     selection = select(logits, codec)
-    found = code(selection, codec, order, np.array([0, 1, 1]))[2]
+    found = code(selection, codec, order, np.array([0, 1, 1]) % logits.shape[1])[2]
     assert_same(selection, found, codec)
     total = [sum(row.values()) for row in as_rows(found)]
     if method == "top_p":

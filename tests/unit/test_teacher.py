@@ -94,12 +94,25 @@ def test_ids_beyond_the_tokenizer_have_probability_zero() -> None:
     assert np.isneginf(found.tail_logprobs).all()
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_logit_that_is_no_number_is_refused_with_its_place(value: float) -> None:
     logits_PV = torch.zeros(3, 20)
     logits_PV[1, 7] = value
-    with pytest.raises(ValueError, match=r"logit of token 7 is (nan|-?inf) at counted position 1"):
+    with pytest.raises(ValueError, match=r"logit of token 7 is (nan|inf) at counted position 1"):
         select_top_k(logits_PV, make_codec(4, 20), num_tokens=20)
+
+
+def test_a_logit_of_minus_infinity_is_a_probability_of_zero() -> None:
+    logits_PV = torch.randn(3, WIDTH)
+    logits_PV[1, 2:] = -torch.inf
+    codec = Codec("top_k", 4, (1.0,), WIDTH)
+    found = select_top_k(logits_PV.clone(), codec, num_tokens=WIDTH)
+    expected = logits_PV[1, :2].log_softmax(dim=-1).sort(descending=True).values
+    np.testing.assert_allclose(found.top_k_logprobs[1, :2], expected, rtol=1e-6)
+    assert np.isneginf(found.top_k_logprobs[1, 2:]).all()
+    logits_PV[1] = -torch.inf
+    with pytest.raises(ValueError, match="is -inf at counted position 1"):
+        select_top_k(logits_PV, codec, num_tokens=WIDTH)
 
 
 # ---------------------------------------------------------------------------------------------------------
