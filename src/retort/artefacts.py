@@ -20,6 +20,7 @@ from retort.provenance import (
     digest_file,
     fingerprint_tokenizer,
     fingerprint_weights,
+    is_path,
     read_json,
     refuse_file_in_the_way,
     stamp_files,
@@ -191,10 +192,9 @@ def _refuse_missing_folders(config: Config) -> None:
         "student.model_path": config.student.model_path,
     }
     for key, value in named.items():
-        is_path = value is not None and (value.startswith((".", "/", "~")) or value.count("/") > 1)
-        if is_path and not Path(str(value)).is_dir():
+        if value is not None and is_path(value) and not Path(value).is_dir():
             raise ValueError(
-                f"{key} {value!r} does not exist (looked in {Path.cwd()}).{suggest_path(Path(str(value)))} Give a "
+                f"{key} {value!r} does not exist (looked in {Path.cwd()}).{suggest_path(Path(value))} Give a "
                 "folder that save_pretrained() wrote, without ~, or the id of a model on the Hub."
             )
 

@@ -47,7 +47,7 @@ def run_script(main: Callable[[], None]) -> None:
         raise SystemExit(130) from None
     except Exception as error:
         if is_disk_full(error):
-            say(f"error: the disk is full ({_first_line(error)}): free space. {_GOES_ON}")
+            say(f"error: the disk is full ({first_line(error)}): free space. {_GOES_ON}")
         elif isinstance(error, ValueError):
             say(f"error: {error}")
         else:
@@ -80,7 +80,8 @@ def is_disk_full(error: BaseException) -> bool:
     return False
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an exception says, its type's name where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

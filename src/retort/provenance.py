@@ -187,6 +187,11 @@ def remove_stale_temporaries(folder: Path, *, older_than_s: float = 3600.0) -> N
             path.unlink(missing_ok=True)
 
 
+def is_path(name: str) -> bool:
+    """Say whether a model's name can only be a path: a Hub id has one slash at most, and none of these beginnings."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
 def suggest_path(path: Path) -> str:
     """Return " Did you mean 'x'?" of the nearest name beside a path that does not exist, or nothing."""
     there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []

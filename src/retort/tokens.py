@@ -18,9 +18,10 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from retort.commands import first_line
 from retort.config import Dataset
 from retort.documents import Document
-from retort.provenance import digest, fingerprint_tokenizer
+from retort.provenance import digest, fingerprint_tokenizer, is_path
 
 SPLITS = ("train", "val")
 KEY_BYTES = 16
@@ -360,10 +361,9 @@ def refuse_other_tokenizer(found: dict[str, Any], *, expected: str | None, path:
 
 def cannot_load(what: str, path: str, error: Exception) -> str:
     """Return the sentence for a model or a tokenizer that transformers cannot load."""
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if Path(path).is_dir():
         advice = "the folder must hold what save_pretrained() writes (config.json, weights, tokenizer.json)"
-    elif path.startswith((".", "/", "~")) or path.count("/") > 1:
+    elif is_path(path):
         advice = f"there is no such folder (looked from {Path.cwd()})"
     else:
         advice = (
@@ -371,4 +371,4 @@ def cannot_load(what: str, path: str, error: Exception) -> str:
             "have it in its cache, with HF_HUB_OFFLINE=1); "
             "for a gated one, log in with `hf auth login`"
         )
-    return f"cannot load the {what} {path!r}: {advice}. transformers says: {first_line}"
+    return f"cannot load the {what} {path!r}: {advice}. transformers says: {first_line(error)}"
