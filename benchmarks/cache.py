@@ -9,8 +9,9 @@ after selection, and decoding to what a batch is made of. Opponents and metrics:
 """
 
 import argparse
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,10 +70,15 @@ def fastest(work: Callable[[], Any]) -> tuple[Any, float]:
     return found, min(seconds)
 
 
-def find_codec(method: str, dial: float, given: cache_logits.Distributions) -> Codec:
+def find_codec(
+    method: str,
+    dial: float,
+    given: cache_logits.Distributions,
+    temperatures: tuple[float, ...] = (1.0,),
+) -> Codec:
     """Return the codec of a config's `cache` section."""
     key = "min_probability" if method == "top_p" else "head_probability"
-    values = {"method": method, key: dial, "temperatures": [1.0]}
+    values = {"method": method, key: dial, "temperatures": list(temperatures)}
     cache = build_section("cache", fill_defaults(values, section_schema("cache")))
     vocabulary = given.logprobs.shape[1]
     return build_codec(cache, vocabulary=vocabulary, token_counts=given.unigram_counts)
@@ -107,13 +113,12 @@ def run_ours(given: cache_logits.Distributions, codec: Codec) -> Ours:
     tables = unpack_tables(packed, num_contexts=count_contexts(len(codec.temperatures)))
     lookup = build_lookup(tables)
 
-    def decode() -> list[SparseTargets]:
-        return [
-            decode_streams(record, codec, order, lookup, next_ids=ids)
-            for record, ids in zip(records, next_ids, strict=True)
-        ]
+    def decode() -> Iterator[SparseTargets]:
+        for record, ids in zip(records, next_ids, strict=True):
+            yield decode_streams(record, codec, order, lookup, next_ids=ids)
 
-    decoded, decoding = fastest(decode)
+    decoded = list(decode())
+    _, decoding = fastest(lambda: sum(map(len, decode())))  # each is dropped, as a trainer does
     num_positions = len(given.logprobs)
     size = sum(map(len, records)) + len(packed)
     stored = to_stored(decoded, codec, size / num_positions)
@@ -175,6 +180,34 @@ def print_row(name: str, row: dict[str, float] | None, ours: Ours | None = None)
     print(format_row(name, row) + speeds, flush=True)
 
 
+def print_temperatures(given: cache_logits.Distributions) -> None:
+    """Print what other temperatures cost, and why draws serve one only."""
+    print("\nbytes a position with the tail at temperatures")
+    settings = (("top_p", 0.003), ("sampled", 0.05))
+    for temperatures in ((1.0,), (1.0, 2.0), (1.0, 2.0, 4.0)):
+        found = [
+            run_ours(given, find_codec(*setting, given, temperatures)).stored.bytes_per_position
+            for setting in settings
+        ]
+        pairs = zip(settings, found, strict=True)
+        row = ", ".join(f"{method} {dial:g}: {size:.1f}" for (method, dial), size in pairs)
+        print(
+            f"  {', '.join(f'{t:g}' for t in temperatures):10} {row}, top_k: + 4 each before zstd"
+        )
+    logprobs_PV = torch.from_numpy(np.array(given.logprobs[:2048]))
+    is_tail_PV = logprobs_PV < math.log(settings[1][1])
+    drawn_PV = torch.where(is_tail_PV, logprobs_PV, -torch.inf).softmax(dim=-1).nan_to_num()
+    for temperature in (1.0, 2.0):
+        probs_PV = (logprobs_PV / temperature).softmax(dim=-1)
+        tail_PV = torch.where(is_tail_PV, probs_PV, 0.0)
+        mass_P1 = tail_PV.sum(dim=-1, keepdim=True)
+        bias = (mass_P1 * drawn_PV - tail_PV).abs().sum(dim=-1).mean() / 2
+        print(
+            f"  sampled {settings[1][1]:g} at temperature {temperature:g}: the tail holds {mass_P1.mean():.2f}; draws "
+            f"made at 1, used at {temperature:g}, put {bias:.3f} of the mass on other tokens"
+        )
+
+
 def run(flags: argparse.Namespace, given: cache_logits.Distributions) -> None:
     """Print the table; draw the figure."""
     counts: NDArray[np.int64] = given.unigram_counts
@@ -215,6 +248,7 @@ def run(flags: argparse.Namespace, given: cache_logits.Distributions) -> None:
             group = "DistillKit" if "DistillKit" in name else name.partition(" ")[0]
             group = "top-k, 4 bytes an id" if group.startswith("top-") else group
             kl.setdefault(group, []).append((row["bytes"], row["full_kl"]))
+    print_temperatures(given)
     if flags.figure:
         draw_figure(flags.figure, kl, error)
 

@@ -62,6 +62,7 @@ MAX_FILE_BYTES = 300_000  # longer files are tables
 END_OF_TEXT = "<|endoftext|>"
 UNIQUE_TARGET = 12.3  # different ids in NUM_DRAWS draws: RS-KD's table has 12.1 at 50 draws
 NUM_DRAWS = 50
+_HASH_FACTOR = np.int64(0x5851F42D4C957F2D)  # Knuth's, of MMIX; odd: no token's bits are lost
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,18 +344,17 @@ def train_gpt(
 class NextTokens:
     """What followed each context of `length` tokens in a text: one sorted array, looked up by bisection."""
 
-    def __init__(self, stream: NDArray[np.int32], length: int, vocabulary: int):
-        self.length, self.bits = length, (vocabulary - 1).bit_length()
-        assert length * self.bits < 63, (length, vocabulary)
+    def __init__(self, stream: NDArray[np.int32], length: int):
+        self.length = length
         keys = self.compute_keys(stream)[:-1]
         order = np.argsort(keys, kind="stable")
         self.keys, self.followers = keys[order], stream[length:][order]
 
     def compute_keys(self, stream: NDArray[np.int32]) -> NDArray[np.int64]:
-        """Return a number for each run of `length` tokens; the i-th run ends at stream[i + length - 1]."""
+        """Return a hash of 64 bits for each run of `length` tokens; the i-th run ends at stream[i + length - 1]."""
         keys = np.zeros(max(0, len(stream) - self.length + 1), np.int64)
         for i in range(self.length):
-            keys = (keys << self.bits) | stream[i : i + len(keys)]
+            keys = keys * _HASH_FACTOR + stream[i : i + len(keys)] + 1
         return keys
 
     def look_up(self, sequence_T: NDArray[np.int32]) -> list[NDArray[np.int32]]:
@@ -631,7 +631,7 @@ def build(folder: Path, settings: Settings) -> None:
     counts_V = np.bincount(text.stream, minlength=settings.vocabulary).astype(np.int64)
     unigram_V = (counts_V + 0.1) / (counts_V + 0.1).sum()
     model = train_gpt(text.stream, unigram_V, settings)
-    indexes = [NextTokens(text.stream, n, settings.vocabulary) for n in (1, 2, 3, 4)]
+    indexes = [NextTokens(text.stream, n) for n in (1, 2, 3, 4)]
     evidence = gather_evidence(model, indexes, unigram_V, text.fit_sequences)
     mixture = fit_mixture(evidence)
     losses = {

@@ -350,8 +350,8 @@ def compute_shape_kl(parts: Parts) -> NDArray[np.float64]:
 
 def compute_full_kl(exact: Exact, stored: Stored, parts: Parts) -> NDArray[np.float64]:
     """KL(exact || stored) over the whole vocabulary, nats [P], the tail spread in proportion to the unigram counts."""
-    log_spread_PK = np.where(parts.kept, exact.log_spread[np.maximum(stored.ids, 0)], -np.inf)
-    spread_left = np.log1p(-np.exp(log_spread_PK).sum(axis=1))
+    log_spread_PK = exact.log_spread[np.maximum(stored.ids, 0)]
+    spread_left = np.log1p(-np.where(parts.kept, np.exp(log_spread_PK), 0).sum(axis=1))
     cross_head = np.where(
         parts.kept, parts.exact * np.log(np.maximum(parts.stored, 1e-300)), 0
     ).sum(axis=1)

@@ -30,10 +30,9 @@ inlined = numba.njit(cache=True, nogil=True, _nrt=False, forceinline=True)
 
 _SYMBOL_BITS = np.array([0 if i < 8 else (i - 4) >> 2 for i in range(NUM_SYMBOLS)], np.int64)
 _SYMBOL_BASE = np.array([i if i < 8 else 4 + (i & 3) for i in range(NUM_SYMBOLS)]) << _SYMBOL_BITS
-# One entry of a lookup table; those of a context lie 128 apart. Fields take fewer instructions than shifted bits.
+# One entry of a lookup table. Fields take fewer instructions than shifted bits.
 _ENTRY = np.dtype([("frequency", "<u2"), ("start", "<u2"), ("integer", "<u4")])
 _BITS_BITS = 5  # the lowest of `integer`; above them the base
-_ENTRIES_SHIFT = 7
 
 
 @intrinsic
@@ -119,7 +118,7 @@ def unpack_tables(packed: bytes, *, num_contexts: int) -> NDArray[np.uint16]:
 
 
 class Lookup(NamedTuple):
-    """What a decoder reads: the symbol of each context's slots, uint8 [C * 1024], and its entry [C * 128].
+    """What a decoder reads: the symbol of each context's slots, uint8 [C * 1024], and its entry [C * 80].
 
     Two small tables instead of one of every slot's entry: they fit a core's caches.
     """
@@ -131,7 +130,7 @@ class Lookup(NamedTuple):
 def build_lookup(tables: NDArray[np.uint16]) -> Lookup:
     """Return a decoder's view of tables [C, S]."""
     symbols = np.zeros(len(tables) << PROBABILITY_BITS, np.uint8)
-    entries = np.zeros(len(tables) << _ENTRIES_SHIFT, _ENTRY)
+    entries = np.zeros(len(tables) * NUM_SYMBOLS, _ENTRY)
     _fill_lookup(tables, _SYMBOL_BITS | (_SYMBOL_BASE << _BITS_BITS), symbols, entries)
     return Lookup(symbols, entries)
 
@@ -144,7 +143,7 @@ def _fill_lookup(tables, integers, symbols, entries):  # type: ignore[no-untyped
         for symbol in range(NUM_SYMBOLS):
             frequency = np.int64(tables[context, symbol])
             if frequency > 0:
-                entry = entries[(context << _ENTRIES_SHIFT) + symbol]
+                entry = entries[context * NUM_SYMBOLS + symbol]
                 entry.frequency, entry.start = frequency, start
                 entry.integer = integers[symbol]
                 slots = symbols[(context << PROBABILITY_BITS) + start :][:frequency]
@@ -175,7 +174,7 @@ def _encode_words(
     for i in range(len(values) - 1, -1, -1):
         value = np.int64(values[i])
         symbol, bits = split(value)
-        entry = lookup.entries[(np.int64(contexts[i]) << _ENTRIES_SHIFT) + symbol]
+        entry = lookup.entries[np.int64(contexts[i]) * NUM_SYMBOLS + symbol]
         frequency = np.int64(entry.frequency)
         if state >= frequency << (62 - PROBABILITY_BITS - bits):
             place -= 1
@@ -196,16 +195,17 @@ def pull(
 ) -> tuple[int, int, int]:
     """Decode one integer: returns the new state, the next word's place, the integer. No branch: none is predictable.
 
-    Never reads outside `words`, whatever they hold. Indices are unsigned, which spares numba's test for negative ones.
+    It reads words[place] whatever it is: the caller sees to it that there is one. Indices are unsigned, which spares
+    numba's test for negative ones.
     """
     slot = state & (SCALE - 1)
     symbol = np.int64(lookup.symbols[np.uint64((context << PROBABILITY_BITS) + slot)])
-    entry = lookup.entries[np.uint64((context << _ENTRIES_SHIFT) + symbol)]
+    entry = lookup.entries[np.uint64(context * NUM_SYMBOLS + symbol)]
     state = np.int64(entry.frequency) * (state >> PROBABILITY_BITS) + slot - np.int64(entry.start)
     integer = np.int64(entry.integer)
     bits = integer & ((1 << _BITS_BITS) - 1)
     value = (integer >> _BITS_BITS) + (state & ((1 << bits) - 1))
     state >>= bits
-    word = np.int64(words[np.uint64(min(place, len(words) - 1))])
+    word = np.int64(words[np.uint64(place)])
     is_low = state < LOW
     return (state << 32) | word if is_low else state, place + np.int64(is_low), value

