@@ -8,10 +8,14 @@ the bits below are coded as equally frequent.
 Compiled by numba: the functions marked so are its subset of Python, and run at the speed of C.
 """
 
+import contextlib
+import os
+from pathlib import Path
 from typing import NamedTuple
 
 import numba
 import numpy as np
+import xxhash
 import zstandard
 from numba import types
 from numba.extending import intrinsic
@@ -24,6 +28,23 @@ SCALE = 1 << PROBABILITY_BITS
 LOW = 1 << 30
 _TABLE_LEVEL = 12  # zstd's
 
+
+def _place_machine_code() -> None:
+    """Keep compiled functions in a folder named by the digest of their sources.
+
+    numba makes one anew when its own file changes, not when a function that was compiled into it does, which may be
+    another file's: after an update, seen to decode by the old layout of a table.
+    """
+    here = Path(__file__).parent
+    sources = b"".join((here / f"{room}.py").read_bytes() for room in ("entropy", "sparse_streams"))
+    folder = here / "__pycache__" / f"compiled-{xxhash.xxh3_64_hexdigest(sources)}"
+    with contextlib.suppress(OSError):  # read-only: numba finds a place of the user's
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            numba.config.CACHE_DIR = str(folder)
+
+
+_place_machine_code()
 # Without counted references, which took 0.6 of a decoder's time: such functions make no arrays.
 lean = numba.njit(cache=True, nogil=True, _nrt=False)
 inlined = numba.njit(cache=True, nogil=True, _nrt=False, forceinline=True)

@@ -1,6 +1,10 @@
 """top_p and sampled: what is decoded is what was selected, within the grid's step; draws are unbiased."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -304,6 +308,26 @@ def pull_all(words: NDArray[np.uint32], contexts: NDArray[np.uint16], lookup: Lo
         values.append(value)
     assert (state, place) == (LOW, len(words))
     return values
+
+
+def test_machine_code_is_kept_apart_for_every_state_of_its_sources(tmp_path: Path) -> None:
+    source = Path(__file__).parents[2] / "src" / "retort"
+    shutil.copytree(source, tmp_path / "retort", ignore=shutil.ignore_patterns("__pycache__"))
+    code = "import numba, retort.sparse_streams; print(numba.config.CACHE_DIR)"
+    found = []
+    for comment in ("", "", "# another\n"):
+        with (tmp_path / "retort" / "entropy.py").open("a") as file:
+            file.write(comment)
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        found.append(Path(done.stdout.strip()))
+    assert found[0] == found[1] != found[2]
+    assert all(path.is_dir() and path.is_relative_to(tmp_path) for path in found)
 
 
 def test_tables_stay_whole_however_rare_their_symbols() -> None:
