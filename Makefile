@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-unit test-workflow test-slow campaign benchmark-cache lint environment docs clean
+.PHONY: demo test test-unit test-workflow test-slow campaign benchmark-cache benchmark-merge lint environment docs clean
 
 demo: $(READY)
 	$(BIN)/snakemake --cores $(CORES) --quiet rules
@@ -38,6 +38,10 @@ campaign: $(READY)
 # distributions once. Give checkouts of opponents: make benchmark-cache FLAGS="--distillkit PATH --megatron PATH".
 benchmark-cache: $(READY)
 	$(BIN)/python benchmarks/cache.py $(FLAGS)
+
+# Merging parts beside `cp`, a minute: make benchmark-merge FLAGS="--gigabytes 0.25 --folder /the/disk"
+benchmark-merge: $(READY)
+	$(BIN)/python benchmarks/merge.py $(FLAGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

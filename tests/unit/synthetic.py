@@ -106,15 +106,17 @@ def streams_of(table: SequenceTable, codec: Codec) -> list[Streams]:
 def kill_writers(folder: Path, write: Callable[[Path], None], *, times: int) -> Iterator[bool]:
     """Kill a process that writes files into the folder again and again; yields whether one was torn, each time.
 
-    Every other time it is killed just after a file was begun. The folder is emptied when the caller has looked at it.
+    It is killed just after a file was begun, or some time after the first was finished: waited for, since a busy
+    machine is slow. The folder is emptied when the caller has looked at it.
     """
     chance, forking = random.Random(0), multiprocessing.get_context("fork")
     for number in range(times):
         writer = forking.Process(target=_write_on, args=(folder, write))
         writer.start()
-        time.sleep(chance.uniform(0.005, 0.06))
-        while number % 2 and writer.is_alive() and not any(folder.glob(".*.tmp")):
+        awaited = (".*.tmp", "*.h5")[number % 2]
+        while writer.is_alive() and not any(folder.glob(awaited)):
             pass
+        time.sleep(chance.uniform(0, 0.03) if number % 2 else 0)
         writer.kill()
         writer.join()
         assert writer.exitcode == -signal.SIGKILL
