@@ -14,7 +14,7 @@ What helps to guess the next integer chooses its context. Position after positio
     level   given the mass and the number of tokens left: the mean level that they must have
 
 The next token is known to the reader, so its rank is not written. The last exact token's level is written as the
-difference from what the mass that is left demands.
+difference from what the mass that is left demands; that of an only one is 1 and not written.
 
 A sequence's positions are dealt to two *lanes*, the first half and the second, each a stream of its own. A reader
 advances them in turn, so that the processor works on two integers at a time (1.3x as fast as one lane).
@@ -137,7 +137,8 @@ def _read_last_level(written: int, mass: float) -> int:
 @inlined
 def count_drawn(tail: int, step: int) -> int:
     """Return how many tokens were drawn: one for each `step` (in units of 1/65,535) of the tail; 0: none ever are."""
-    return max(1, tail // step) if step > 0 and tail > 0 else 0
+    # As floats, which divide several times as fast; the half keeps rounding away from integers.
+    return max(1, np.int64((tail + 0.5) / step)) if step > 0 and tail > 0 else 0
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -234,23 +235,26 @@ def _write_streams(
         n += 2
         mass, left, before = _first_mass(grid, tail), size, -1
         if place == 1:
-            level = kept.levels[place_of_next]
-            kind = grid.num_temperatures + _NEXT_LEVEL if left > 1 else grid.lefts[1].level
-            contexts[n] = kind + _bucket_mean(grid, mass, left)
-            values[n] = _write_level(level, mass, left)
-            mass -= grid.weights[level]
-            n += 1
+            if size > 1:
+                level = kept.levels[place_of_next]
+                kind = grid.num_temperatures + _NEXT_LEVEL
+                contexts[n] = kind + _bucket_mean(grid, mass, left)
+                values[n] = level - 1
+                mass -= grid.weights[level]
+                n += 1
             left -= 1
         for i in range(first, stop):
             if i != place_of_next:
-                level = kept.levels[i]
                 contexts[n] = grid.lefts[left].gap + floor_log2(before + 2)
                 values[n] = kept.ranks[i] - before - 1
-                contexts[n + 1] = grid.lefts[left].level + _bucket_mean(grid, mass, left)
-                values[n + 1] = _write_level(level, mass, left)
-                mass -= grid.weights[level]
                 before = kept.ranks[i]
-                n += 2
+                n += 1
+                if size > 1:
+                    level = kept.levels[i]
+                    contexts[n] = grid.lefts[left].level + _bucket_mean(grid, mass, left)
+                    values[n] = _write_level(level, mass, left)
+                    mass -= grid.weights[level]
+                    n += 1
                 left -= 1
         before = -1
         left = drawn_stop - drawn_first - (place == 2)
@@ -291,10 +295,21 @@ class Text(NamedTuple):
 
 
 # A lane's state while it is read: the coder's, the place of the next word and of the first one that is not its own, the
-# position and the first one that is not its own, how many exact and drawn tokens are left of the position, the rank
-# before, where the next token is put, and the mass that is left.
-_WHOLE_NUMBERS = ("state", "word", "last_word", "position", "end", "left", "drawn", "rank", "slot")
-_LANE = np.dtype([(name, np.int64) for name in _WHOLE_NUMBERS] + [("mass", np.float64)])
+# position and the first one that is not its own, the width of a row, how many exact and drawn tokens are left of the
+# position, the rank before, where the next token is put, and the mass that is left.
+_OF_LANE = (
+    "state",
+    "word",
+    "last_word",
+    "position",
+    "end",
+    "width",
+    "left",
+    "drawn",
+    "rank",
+    "slot",
+)
+_LANE = np.dtype([(name, np.int64) for name in _OF_LANE] + [("mass", np.float64)])
 
 
 def read_streams(
@@ -317,6 +332,7 @@ _DAMAGED = -1  # a lane's next word
 
 @lean
 def _read_lanes(lanes, words, cut, end, lookup, text, grid, rows):  # type: ignore[no-untyped-def]
+    lanes[0].width = lanes[1].width = len(rows.ids) // max(1, len(rows.sizes))
     first, second, half = lanes[0], lanes[1], len(rows.sizes) // 2
     _start(first, words, 0, cut, 0, half)
     _start(second, words, cut, end, half, len(rows.sizes))
@@ -374,8 +390,8 @@ def _read_head(lane, words, lookup, text, grid, rows):  # type: ignore[no-untype
         rows.tails[p, t] = min(tail, TAIL_UNIT)
     tail = rows.tails[p, 0]
     state, word, size = pull(state, word, words, _size_context(grid, tail), lookup)
-    drawn, width = count_drawn(tail, grid.draw_step), len(rows.ids) // len(rows.sizes)
-    if size + drawn > width or word > lane.last_word:
+    drawn = count_drawn(tail, grid.draw_step)
+    if size + drawn > lane.width or word > lane.last_word:
         lane.position, lane.word = lane.end, _DAMAGED
         return False
     rank = text.next_ranks[p]
@@ -383,18 +399,26 @@ def _read_head(lane, words, lookup, text, grid, rows):  # type: ignore[no-untype
     lane.state, lane.word, place = pull(state, word, words, context, lookup)
     mass = _first_mass(grid, tail)
     rows.sizes[p], rows.drawn_sizes[p] = size, drawn
-    lane.left, lane.drawn, lane.slot, lane.rank = size, drawn, lane.position * width, -1
+    lane.slot = lane.position * lane.width
+    lane.left, lane.drawn, lane.rank = size, drawn, -1
     lane.mass = mass
     if place == 1 and size > 0:
-        kind = grid.num_temperatures + _NEXT_LEVEL if size > 1 else grid.lefts[1].level
-        context = kind + _bucket_mean(grid, mass, size)
-        lane.state, lane.word, written = pull(lane.state, lane.word, words, context, lookup)
-        level = written + 1 if size > 1 else _read_last_level(written, mass)
+        level = 1
+        if size > 1:
+            context = grid.num_temperatures + _NEXT_LEVEL + _bucket_mean(grid, mass, size)
+            lane.state, lane.word, written = pull(lane.state, lane.word, words, context, lookup)
+            level = written + 1
         _store(lane, rank, level, text, grid, rows)
         lane.left = size - 1
         rows.masses[p] = lane.mass
-    elif place == 2 and drawn > 0:
-        rows.ids[np.uint64(lane.slot + size + drawn - 1)] = text.ids[rank]
+    elif size == 1:
+        context = grid.lefts[1].gap  # of rank -1
+        lane.state, lane.word, gap = pull(lane.state, lane.word, words, context, lookup)
+        _store(lane, min(gap, len(text.ids) - 1), 1, text, grid, rows)
+        lane.left = 0
+        rows.masses[p] = lane.mass
+    if place == 2 and drawn > 0:
+        rows.ids[np.uint64(lane.position * lane.width + size + drawn - 1)] = text.ids[rank]
         lane.drawn = drawn - 1
     return True
 

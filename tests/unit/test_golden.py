@@ -51,8 +51,8 @@ GOLDEN_CACHE = "32b04d2082b416c1f5a9007372b6581e02dd56938c6d3a85e3d54d482bfb85ef
 GOLDEN_FILES = {
     "shard_00000.h5": "f047c9645eea1e4d501c5112c817bc87fea6b2b49aa30c4b5d0483a3cd38a9a3",
     "teacher_logits.h5": "472e2f9f8af85d1297ad853f0c9aa1baf811f77f45aa9a1716fb4aba1c59f900",
-    "top_p.h5": "4d6e07787a8c97e2f0b2bb1db3d388dee3dd5876162924a942ae99c7ffaddb11",
-    "sampled.h5": "52f68707c6fa1a350e63565bdae222c4d4c3eafb2e57ea4c895dc92ddf26c416",
+    "top_p.h5": "5dc5d7b75c80579ac738b3511a0379861e11aa3b769b0fe2720e1118c99225fd",
+    "sampled.h5": "aa3f7a341717e75cde752f165ae6c28bab9784b31107b0691d7c10f1106c7533",
 }
 GOLDEN_IDS = {
     "corpus": "cd03bc9bdc81",
