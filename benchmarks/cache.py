@@ -47,7 +47,7 @@ from retort.tokens import content_key
 
 TOP_P = (0.02, 0.01, 0.005, 0.003, 0.002, 0.001, 0.0008, 0.0005)
 SAMPLED = (0.1, 0.05, 0.03, 0.02, 0.01, 0.005)
-_REPEATS = 5
+_REPEATS = 40
 
 
 @dataclass(frozen=True)
