@@ -333,7 +333,7 @@ _DAMAGED = -1  # a lane's next word
 @lean
 def _read_lanes(lanes, words, cut, end, lookup, text, grid, rows):  # type: ignore[no-untyped-def]
     lanes[0].width = lanes[1].width = len(rows.ids) // max(1, len(rows.sizes))
-    first, second, half = lanes[0], lanes[1], len(rows.sizes) // 2
+    first, second, half = lanes[0], lanes[1], len(rows.sizes) // NUM_LANES
     _start(first, words, 0, cut, 0, half)
     _start(second, words, cut, end, half, len(rows.sizes))
     while _advance(first, words, lookup, text, grid, rows) and _advance(

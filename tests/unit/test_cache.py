@@ -368,7 +368,7 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("num_workers", [1, 2, 4])
+@pytest.mark.parametrize("num_workers", [1, 2, 3, 4])
 def test_the_merged_file_is_the_same_whoever_made_its_parts_and_when(
     index: TokenIndex, header: CacheHeader, merged: Path, tmp_path: Path, num_workers: int
 ) -> None:
