@@ -340,12 +340,12 @@ def test_a_writer_killed_at_any_moment_leaves_whole_parts_or_none(
     LogitCache(tmp_path / "whole.h5").verify()
     (tmp_path / "whole.h5").unlink()
     num_torn = num_whole = 0
-    for is_torn in kill_writers(tmp_path, write, times=100):
+    for is_torn in kill_writers(tmp_path, write, times=40):
         num_torn += is_torn
         for path in tmp_path.glob("*.h5"):
             assert path.read_bytes() == expected
             num_whole += 1
-    assert num_torn > 10 and num_whole > 10  # or this test proves nothing
+    assert num_torn > 5 and num_whole > 5  # or this test proves nothing
 
 
 # ---------------------------------------------------------------------------------------------------------
