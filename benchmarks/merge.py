@@ -7,6 +7,7 @@ timed in turn, eleven times, the files in the page cache and the results fsynced
 """
 
 import argparse
+import os
 import shutil
 import statistics
 import subprocess
@@ -118,6 +119,7 @@ def main() -> None:
         def clean() -> None:
             out.unlink(missing_ok=True)
             shutil.rmtree(copy, ignore_errors=True)
+            os.sync()  # else the next one's fsync pays for the removal of the last one's files
 
         work = {
             "cp, then sync": run_cp,
