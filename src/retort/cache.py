@@ -184,7 +184,9 @@ class LogitCache:
                 )
             entry = json.loads(text)
             self.columns = _map_columns(path, file)
-            self._externals = file["records"].external or []
+            records = file["records"]
+            self._externals = records.external or []
+            self.records_at = int(records.id.get_offset() or 0)  # byte of the file
             for name, expected in entry["checksums"].items():
                 found = checksum_column(self.columns[name]).hex()
                 if found != expected:
@@ -240,7 +242,7 @@ class LogitCache:
     def read_record(self, index: int) -> bytes:
         """Return one sequence's record as stored, checked against its checksum."""
         start, stop = self.columns["record_offsets"][index : index + 2].tolist()
-        first, records = self._map_records(self._find_part(index) if self.is_virtual else 0)
+        first, records = self._map_records(self._find_part(index))
         record: bytes = records[start - first : stop - first].tobytes()
         found = checksum_record(self.table[index].key, record)
         if found != int(self.columns["record_checksums"][index]):
@@ -275,12 +277,13 @@ class LogitCache:
         return int(np.searchsorted(self.columns["part_offsets"], index, side="right")) - 1
 
     def _open_records(self, part: int) -> tuple[int, NDArray[np.uint8]]:
-        """Return records, and which byte of all records they begin with: of one part where they lie in parts."""
+        """Return one part's records, and which byte of all records they begin with."""
+        bounds = self.columns["part_offsets"][part : part + 2]
+        first, stop = self.columns["record_offsets"][bounds].tolist()
         if not self.is_virtual:
-            return 0, self.columns["records"]
+            return first, self.columns["records"][first:stop]
         name, offset, size = self._externals[part]
         path = self.path.parent / name
-        first = int(self.columns["record_offsets"][self.columns["part_offsets"][part]])
         try:
             records = np.memmap(path, np.uint8, mode="r", offset=offset, shape=size)
         except (OSError, ValueError) as error:
@@ -321,13 +324,12 @@ class LogitCache:
         first, stop = self.columns["part_offsets"][part : part + 2].tolist()
         pieces = []
         for name, offsets in LARGE_COLUMNS.items():
-            start, end = self.columns[offsets][[first, stop]].tolist()
             if name == "records":
-                base, column = self._map_records(part if self.is_virtual else 0)
-                start, end = start - base, end - base
+                rows = self._map_records(part)[1]
             else:
-                column = self.columns[name]
-            pieces.append(checksum_column(column[start:end]))
+                start, end = self.columns[offsets][[first, stop]].tolist()
+                rows = self.columns[name][start:end]
+            pieces.append(checksum_column(rows))
         return b"".join(pieces)
 
 

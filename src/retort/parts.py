@@ -159,7 +159,7 @@ def merge_parts(
                     size = sum(len(part.columns[name]) for part in parts)
                     offsets[name] = _reserve(file, name, size=size, kind=kind)
                 else:
-                    _refer(file, name, parts, beside=out.parent)
+                    _refer_to_records(file, name, parts, beside=out.parent)
             _write_header(file, header, names, columns)
         with temporary.open("r+b") as target:
             for name, offset in offsets.items():
@@ -245,13 +245,11 @@ def _reserve(file: h5py.File, name: str, *, size: int, kind: str) -> int:
     return int(dataset.get_offset() or 0)  # None where there are no rows
 
 
-def _refer(file: h5py.File, name: str, parts: list[LogitCache], *, beside: Path) -> None:
-    """Create a column whose bytes lie in the parts."""
-    places = []
-    for part in parts:
-        with h5py.File(part.path) as source:
-            offset = int(source[name].id.get_offset() or 0)
-        places.append((os.path.relpath(part.path, beside), offset, len(part.columns[name])))
+def _refer_to_records(file: h5py.File, name: str, parts: list[LogitCache], *, beside: Path) -> None:
+    """Create the column of records, whose bytes lie in the parts."""
+    places = [
+        (os.path.relpath(part.path, beside), part.records_at, part.record_bytes) for part in parts
+    ]
     size = sum(length for _, _, length in places)
     file.create_dataset(name, shape=(size,), dtype=COLUMN_TYPES[name], external=places)
 

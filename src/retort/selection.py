@@ -86,18 +86,19 @@ def select_probable(
     probs = logprobs_PV[is_exact_PV].double().exp().cpu().numpy()
     drawn_sizes = np.array([count_drawn(tail, step) for tail in tails[:, 0].tolist()], np.int64)
     places = np.arange(first_position, first_position + len(sizes))
-    drawn_ids = _draw(outside_PV.exp(), drawn_sizes, draw_uniform(key, places))
+    drawn_ids = _draw(outside_PV, drawn_sizes, draw_uniform(key, places))
     return Selection(
         sizes, where[:, 1].cpu().numpy().astype(np.int64), probs, drawn_sizes, drawn_ids, tails
     )
 
 
 def _draw(
-    rest_PV: Tensor, drawn_sizes: NDArray[np.int64], uniform_P: NDArray[np.float64]
+    outside_PV: Tensor, drawn_sizes: NDArray[np.int64], uniform_P: NDArray[np.float64]
 ) -> NDArray[np.int64]:
-    """Return the drawn ids, row after row."""
+    """Return the ids drawn of logprobs [P, V], row after row."""
     if drawn_sizes.sum() == 0:
         return np.empty(0, np.int64)
+    rest_PV = outside_PV.exp()
     cumulative_PV = rest_PV.cumsum(dim=-1)
     total_P1 = cumulative_PV[:, -1:]
     sizes_P = torch.from_numpy(drawn_sizes).to(rest_PV.device)
