@@ -28,7 +28,7 @@ from retort.cache import (
     checksum_record,
 )
 from retort.codec import SparseTargets, TokenOrder, encode
-from retort.provenance import digest, replacing
+from retort.provenance import digest, replacing, write_pieces
 from retort.shards import TokenIndex, name_part, write_h5, write_text
 from retort.sparse_codec import encode_streams
 from retort.sparse_streams import Streams
@@ -258,5 +258,5 @@ def _copy_column(parts: list[LogitCache], name: str, target: BinaryIO, *, offset
     """Copy a column's bytes out of all parts."""
     for part in parts:
         target.seek(offset)
-        target.write(part.columns[name].view(np.uint8).data)
+        write_pieces(target, part.columns[name].view(np.uint8).data)
         offset += part.columns[name].nbytes

@@ -20,11 +20,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import xxhash
 
 _BLOCK_BYTES = 1 << 20
+_PIECE_BYTES = 1 << 19
 # Corpora and weights are hashed whole (an edit may touch one byte, or one layer); above this size the digest is
 # remembered by the file's size and times, so that only the first look pays. The change time is among them: it cannot
 # be set back.
@@ -153,8 +154,23 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Write bytes: a reader finds the old file or the new one."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        write_pieces(file, memoryview(content))
+
+
+def write_pieces(file: BinaryIO, content: memoryview) -> None:
+    """Write bytes in pieces of 512 KiB, each on its way to the disk while the next one is written.
+
+    One write of 16 MB asks the kernel's page cache for large blocks of memory; once memory is fragmented, collecting
+    them took 7-10 times as long as the writing (Linux 6.18, ext4). A later fsync has little left to wait for: 0.11 s
+    instead of 0.16 for both, of 285 MB.
+    """
+    for first in range(0, len(content), _PIECE_BYTES):
+        piece, place = content[first : first + _PIECE_BYTES], file.tell()
+        file.write(piece)
+        if hasattr(os, "posix_fadvise"):  # not on macOS
+            file.flush()
+            os.posix_fadvise(file.fileno(), place, len(piece), os.POSIX_FADV_DONTNEED)
 
 
 @contextmanager

@@ -20,7 +20,14 @@ from numpy.typing import NDArray
 
 from retort.config import Dataset
 from retort.corpus import Counts, read_documents, read_drawn, unchanged
-from retort.provenance import digest, read_json, replacing, write_atomically, write_json
+from retort.provenance import (
+    digest,
+    read_json,
+    replacing,
+    write_atomically,
+    write_json,
+    write_pieces,
+)
 from retort.tokens import (
     SPLITS,
     SequenceTable,
@@ -52,7 +59,8 @@ def write_h5(
     with h5py.File(image, "w", libver="earliest") as file:
         fill(file)
     with replacing(path) as temporary:
-        temporary.write_bytes(image.getbuffer())
+        with temporary.open("wb") as written:
+            write_pieces(written, image.getbuffer())
         verify(temporary)
 
 
