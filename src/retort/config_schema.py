@@ -202,6 +202,10 @@ def _read_leaf(value: Any, schema: Schema, path: KeyPath) -> Any:
         value = value.isoformat()
     if isinstance(value, str):
         value = _read_text(value, types)
+    if value == "--":  # argparse drops it, so scripts would not get it
+        raise ConfigError(
+            f"{dotted(path)} is '--', which no command line can hand on. Write another value, for a path './--'."
+        )
     if isinstance(value, int) and not isinstance(value, bool) and "integer" not in types:
         if "number" in types:
             value = float(value)
