@@ -129,17 +129,11 @@ def run_ours(given: cache_logits.Distributions, codec: Codec) -> Ours:
 
 def to_stored(decoded: list[SparseTargets], codec: Codec, bytes_per_position: float) -> Stored:
     """Return decoded sequences as the metrics take them: -1 where a position keeps fewer."""
-    width = max(d.top_k_ids.shape[1] for d in decoded)
-    ids = np.full((sum(map(len, decoded)), width), -1, np.int32)
-    logprobs = np.full(ids.shape, -np.inf, np.float32)
-    first = 0
-    for d in decoded:
-        rows, columns = slice(first, first + len(d)), slice(0, d.top_k_ids.shape[1])
-        ids[rows, columns] = np.where(np.isfinite(d.top_k_logprobs), d.top_k_ids, -1)
-        logprobs[rows, columns] = d.top_k_logprobs
-        first += len(d)
+    joined = SparseTargets.concatenate(decoded)
+    ids, logprobs = joined.to_rows()
+    ids[np.isneginf(logprobs)] = -1
     is_drawn = codec.method == "sampled"
-    tails = None if is_drawn else np.concatenate([d.tail_logprobs[:, 0] for d in decoded])
+    tails = None if is_drawn else joined.tail_logprobs[:, 0]
     name = f"Retort {codec.method} {codec.min_probability:g}"
     return Stored(name, bytes_per_position, ids, logprobs, tails, unbiased=is_drawn)
 

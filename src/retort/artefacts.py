@@ -33,7 +33,7 @@ REVISIONS = {
     "corpus": 1,
     "teacher": 2,
     "tokens": 2,
-    "logits": 3,
+    "logits": 4,
     "validation": 1,
     "run": 1,
     "evaluation": 1,

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
@@ -59,18 +58,6 @@ class EpochShuffle(Sampler[int]):
         return iter(generator.permutation(self.num_sequences).tolist())
 
 
-def pad_kept(targets: SparseTargets, width: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Return ids and logprobs [P, width]; what is added repeats a row's first id, with probability zero."""
-    ids, logprobs = targets.top_k_ids, targets.top_k_logprobs
-    missing = width - ids.shape[1]
-    if missing == 0:
-        return ids, logprobs
-    more = ((0, 0), (0, missing))
-    padded = np.pad(ids, more, mode="edge") if len(ids) else np.zeros((0, width), np.int32)
-    padded[:, ids.shape[1] :] = ids[:, :1]
-    return padded, np.pad(logprobs, more, constant_values=-np.inf)
-
-
 @dataclass(frozen=True)
 class Collator:
     """Pad items to a batch; `temperature_place` is the column of the stored tail that training uses."""
@@ -94,10 +81,10 @@ class Collator:
             batch["labels"][b, 1 : len(ids)] = ids[1:].masked_fill(~counts[:-1], IGNORE_INDEX)
         targets = [item.targets for item in items if item.targets is not None]
         if targets:
-            width = max(t.top_k_ids.shape[1] for t in targets)
-            padded = [pad_kept(t, width) for t in targets]
-            batch["top_k_ids"] = torch.from_numpy(np.concatenate([p[0] for p in padded]))
-            batch["top_k_logprobs"] = torch.from_numpy(np.concatenate([p[1] for p in padded]))
-            tails = np.concatenate([t.tail_logprobs[:, self.temperature_place] for t in targets])
-            batch["tail_logprob"] = torch.from_numpy(tails)
+            joined = SparseTargets.concatenate(targets)
+            kept_ids, kept_logprobs = joined.to_rows()
+            batch["top_k_ids"] = torch.from_numpy(kept_ids)
+            batch["top_k_logprobs"] = torch.from_numpy(kept_logprobs)
+            tails = joined.tail_logprobs[:, self.temperature_place]
+            batch["tail_logprob"] = torch.from_numpy(np.ascontiguousarray(tails))
         return batch

@@ -86,39 +86,89 @@ class Codec:
 
 @dataclass(frozen=True)
 class SparseTargets:
-    """P positions' distributions, cut to at most K tokens each, in nats.
+    """P positions' distributions, cut to N tokens in all, in nats; a position has as many as it needs.
 
-    top_k_ids int32 [P, K] and top_k_logprobs float32 [P, K] at temperature 1; a position that keeps fewer than K
-    tokens repeats its first one with logprob -inf. tail_logprobs float32 [P, temperatures]: log of the mass outside the
-    kept tokens of softmax(logits / T). Where the tail is sampled, nothing is outside, and the first `num_exact` int64
-    [P] tokens of a row are exact, the others drawn (None: all are exact).
+    offsets int64 [P + 1]: where each position's tokens begin in ids int32 [N] and logprobs float32 [N], which are at
+    temperature 1. tail_logprobs float32 [P, temperatures]: log of the mass outside the kept tokens of
+    softmax(logits / T). Where the tail is sampled, nothing is outside, and the first `num_exact` int64 [P] tokens of a
+    position are exact, the others drawn (None: all are exact).
     """
 
-    top_k_ids: NDArray[np.int32]
-    top_k_logprobs: NDArray[np.float32]
+    offsets: NDArray[np.int64]
+    ids: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
     tail_logprobs: NDArray[np.float32]
     num_exact: NDArray[np.int64] | None = None
 
+    @classmethod
+    def from_rows(
+        cls,
+        ids_PK: NDArray[np.int32],
+        logprobs_PK: NDArray[np.float32],
+        tail_logprobs: NDArray[np.float32],
+    ) -> "SparseTargets":
+        """Return positions that keep K tokens each."""
+        offsets = np.arange(len(ids_PK) + 1, dtype=np.int64) * ids_PK.shape[1]
+        return cls(offsets, ids_PK.reshape(-1), logprobs_PK.reshape(-1), tail_logprobs)
+
     def __len__(self) -> int:
-        return len(self.top_k_ids)
+        return len(self.tail_logprobs)
 
     def __getitem__(self, rows: slice) -> "SparseTargets":
+        first, stop, _ = rows.indices(len(self))
+        offsets = self.offsets[first : stop + 1]
+        tokens = slice(int(offsets[0]), int(offsets[-1]))
         return SparseTargets(
-            self.top_k_ids[rows],
-            self.top_k_logprobs[rows],
+            offsets - offsets[0],
+            self.ids[tokens],
+            self.logprobs[tokens],
             self.tail_logprobs[rows],
             None if self.num_exact is None else self.num_exact[rows],
         )
+
+    @classmethod
+    def concatenate(cls, pieces: Sequence["SparseTargets"]) -> "SparseTargets":
+        """Return several pieces as one, in order; all of them drawn, or none."""
+        sizes = np.concatenate([piece.sizes for piece in pieces])
+        exact = [piece.num_exact for piece in pieces if piece.num_exact is not None]
+        assert len(exact) in (0, len(pieces))
+        return cls(
+            np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)]),
+            np.concatenate([piece.ids for piece in pieces]),
+            np.concatenate([piece.logprobs for piece in pieces]),
+            np.concatenate([piece.tail_logprobs for piece in pieces]),
+            np.concatenate(exact) if exact else None,
+        )
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """How many tokens each position keeps, [P]."""
+        return np.diff(self.offsets)
+
+    def to_rows(self) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Return ids and logprobs [P, K], K the most that a position keeps; others repeat their last id at -inf."""
+        width = int(self.sizes.max(initial=1))
+        places = self.offsets[:-1, None] + np.arange(width)
+        last = np.maximum(self.offsets[1:, None] - 1, 0)
+        ids = (
+            self.ids[np.minimum(places, last)]
+            if len(self.ids)
+            else np.zeros(places.shape, np.int32)
+        )
+        is_kept = places < self.offsets[1:, None]
+        logprobs = np.full(places.shape, -np.inf, np.float32)
+        logprobs[is_kept] = self.logprobs
+        return ids, logprobs
 
 
 def encode(targets: SparseTargets, codec: Codec) -> bytes:
     """Encode P positions. The values are rounded to float16; the order and the tail are kept as they are."""
     assert codec.top_k is not None
-    assert targets.top_k_ids.shape == (len(targets), codec.top_k), targets.top_k_ids.shape
+    assert (targets.sizes == codec.top_k).all(), (codec.top_k, targets.sizes)
     assert targets.tail_logprobs.shape == (len(targets), len(codec.temperatures))
     columns = (
-        targets.top_k_ids.astype(codec.id_dtype),
-        np.maximum(targets.top_k_logprobs, LOGPROB_FLOOR).astype("<f2"),
+        targets.ids.astype(codec.id_dtype),
+        np.maximum(targets.logprobs, LOGPROB_FLOOR).astype("<f2"),
         np.maximum(targets.tail_logprobs, LOGPROB_FLOOR).astype("<f4"),
     )
     return zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(
@@ -147,22 +197,11 @@ def decode(payload: bytes, codec: Codec, *, num_positions: int) -> SparseTargets
     values = np.frombuffer(raw, "<f2", count=num_positions * codec.top_k, offset=ids_bytes)
     tails = np.frombuffer(raw, "<f4", offset=ids_bytes + values_bytes)
     return SparseTargets(
-        top_k_ids=ids.astype(np.int32).reshape(num_positions, codec.top_k),
-        top_k_logprobs=values.astype(np.float32).reshape(num_positions, codec.top_k),
+        offsets=np.arange(num_positions + 1, dtype=np.int64) * codec.top_k,
+        ids=ids.astype(np.int32),
+        logprobs=values.astype(np.float32),
         tail_logprobs=tails.astype(np.float32).reshape(num_positions, len(codec.temperatures)),
     )
-
-
-def concatenate(pieces: Sequence[Any]) -> Any:
-    """Return several pieces of one kind (SparseTargets of one width, Selections) as one, in order."""
-    columns = {
-        name: [getattr(piece, name) for piece in pieces] for name in vars(pieces[0]) if pieces
-    }
-    joined = {
-        name: None if values[0] is None else np.concatenate(values)
-        for name, values in columns.items()
-    }
-    return type(pieces[0])(**joined)
 
 
 @dataclass(frozen=True)

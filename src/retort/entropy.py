@@ -46,8 +46,8 @@ def _place_machine_code() -> None:
 
 _place_machine_code()
 # Without counted references, which took 0.6 of a decoder's time: such functions make no arrays.
-lean = numba.njit(cache=True, nogil=True, _nrt=False)
-inlined = numba.njit(cache=True, nogil=True, _nrt=False, forceinline=True)
+lean = numba.njit(cache=True, nogil=True, _nrt=False, error_model="numpy")
+inlined = numba.njit(cache=True, nogil=True, _nrt=False, error_model="numpy", forceinline=True)
 
 _SYMBOL_BITS = np.array([0 if i < 8 else (i - 4) >> 2 for i in range(NUM_SYMBOLS)], np.int64)
 _SYMBOL_BASE = np.array([i if i < 8 else 4 + (i & 3) for i in range(NUM_SYMBOLS)]) << _SYMBOL_BITS

@@ -159,9 +159,10 @@ def measure_fidelity(cache: LogitCache, teacher: TeacherFeatures) -> dict[str, A
         targets = cache.read_targets(index)
         live_PV = teacher.logprobs("train", slice(place, place + len(targets)))
         place += len(targets)
-        ids_PK = torch.from_numpy(targets.top_k_ids).long()
-        best_P1 = torch.from_numpy(targets.top_k_logprobs).argmax(dim=-1, keepdim=True)
-        kept_PK, tail_P1 = _split(targets, cache.header.codec)
+        ids_PK, logprobs_PK = map(torch.from_numpy, targets.to_rows())
+        ids_PK = ids_PK.long()
+        best_P1 = logprobs_PK.argmax(dim=-1, keepdim=True)
+        kept_PK, tail_P1 = _split(targets, logprobs_PK, cache.header.codec)
         is_kept_PK = kept_PK > -torch.inf
         cached = torch.cat([kept_PK, tail_P1], 1)
         live_PK = live_PV.gather(1, ids_PK).masked_fill(~is_kept_PK, -torch.inf)
@@ -190,17 +191,16 @@ def _hide(live_PV: Tensor, ids_PK: Tensor, is_kept_PK: Tensor) -> Tensor:
     return hidden_PV
 
 
-def _split(targets: SparseTargets, codec: Codec) -> tuple[Tensor, Tensor]:
+def _split(targets: SparseTargets, logprobs_PK: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
     """Return logprobs of the exact tokens [P, K] (-inf elsewhere) and of all others at temperature 1 [P, 1].
 
     Drawn tokens estimate the tail: they are in its bucket.
     """
-    kept_PK = torch.from_numpy(targets.top_k_logprobs)
     tail_P1 = torch.from_numpy(targets.tail_logprobs)[:, [codec.temperatures.index(1.0)]]
     tail_P1 = tail_P1.clamp(min=_LEAST_TAIL)
     if targets.num_exact is None:
-        return kept_PK, tail_P1
-    is_drawn_PK = torch.arange(kept_PK.shape[1]) >= torch.from_numpy(targets.num_exact)[:, None]
-    drawn_PK = kept_PK.masked_fill(~is_drawn_PK, -torch.inf)
+        return logprobs_PK, tail_P1
+    is_drawn_PK = torch.arange(logprobs_PK.shape[1]) >= torch.from_numpy(targets.num_exact)[:, None]
+    drawn_PK = logprobs_PK.masked_fill(~is_drawn_PK, -torch.inf)
     tail_P1 = torch.logaddexp(tail_P1, drawn_PK.logsumexp(dim=-1, keepdim=True))
-    return kept_PK.masked_fill(is_drawn_PK, -torch.inf), tail_P1
+    return logprobs_PK.masked_fill(is_drawn_PK, -torch.inf), tail_P1

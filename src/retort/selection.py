@@ -52,9 +52,9 @@ def select_top_k(logits_PV: Tensor, codec: Codec, *, num_tokens: int) -> SparseT
     logprobs_PV = mask_logprobs(logits_PV, num_tokens=num_tokens)
     top = logprobs_PV.topk(codec.top_k, dim=-1)
     outside_PV = logprobs_PV.scatter(1, top.indices, -torch.inf)
-    return SparseTargets(
-        top_k_ids=top.indices.int().cpu().numpy(),
-        top_k_logprobs=top.values.cpu().numpy(),
+    return SparseTargets.from_rows(
+        top.indices.int().cpu().numpy(),
+        top.values.cpu().numpy(),
         tail_logprobs=_find_tails(logprobs_PV, outside_PV, codec).cpu().numpy(),
     )
 

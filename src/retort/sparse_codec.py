@@ -4,7 +4,7 @@ Layout of a record and of its integers: docs/cache-format.md.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from retort.entropy import (
     pack_tables,
 )
 from retort.sparse_streams import (
-    TAIL_UNIT,
+    Extent,
     Kept,
     Rows,
     Streams,
@@ -31,7 +31,7 @@ from retort.sparse_streams import (
     write_streams,
 )
 
-_HEAD_WORDS = 2  # number of words of lane 0, greatest number of tokens that a position keeps
+_HEAD_WORDS = 4  # see Extent
 _STATE_WORDS = 2  # of each lane
 _LEVEL_BITS = 24  # of a sorting key
 
@@ -50,6 +50,11 @@ class Selection:
     drawn_sizes: NDArray[np.int64]
     drawn_ids: NDArray[np.int64]
     tails: NDArray[np.int64]
+
+    @classmethod
+    def concatenate(cls, pieces: Sequence["Selection"]) -> "Selection":
+        """Return several pieces as one, in order."""
+        return cls(*(np.concatenate([getattr(p, f.name) for p in pieces]) for f in fields(cls)))
 
 
 def draw_uniform(key: bytes, places: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -131,7 +136,7 @@ def _encode_record(streams: Streams, lookup: Lookup) -> bytes:
     cut = streams.cut
     first = encode_words(streams.contexts[:cut], streams.values[:cut], lookup)
     second = encode_words(streams.contexts[cut:], streams.values[cut:], lookup)
-    head = np.array([len(first), streams.width])
+    head = np.array([len(first), streams.first_tokens, streams.tokens, streams.width])
     return np.concatenate([head, first, second]).astype("<u4").tobytes()
 
 
@@ -146,26 +151,30 @@ def decode_streams(
     """Decode one record of `encode_streams`. Raises ValueError when the bytes are no such record."""
     num_positions, num_temperatures = len(next_ids), len(codec.temperatures)
     words = np.frombuffer(record, "<u4", count=len(record) // 4)
-    cut, width = words[:_HEAD_WORDS].tolist()
-    lanes = words[_HEAD_WORDS:]
-    is_possible = _STATE_WORDS <= cut <= len(lanes) - _STATE_WORDS and width <= codec.vocabulary
-    if len(record) % 4 or not is_possible:
+    head, lanes = words[:_HEAD_WORDS].tolist(), words[_HEAD_WORDS:]
+    extent = Extent(*head) if len(head) == _HEAD_WORDS and len(record) % 4 == 0 else None
+    if extent is None or not _is_possible(extent, codec, len(lanes), num_positions):
         raise ValueError("a record is shorter than it says: the cache is damaged.")
     rows = Rows(
+        offsets=np.empty(num_positions + 1, np.int64),
         sizes=np.empty(num_positions, np.int64),
-        drawn_sizes=np.empty(num_positions, np.int64),
-        tails=np.empty((num_positions, num_temperatures), np.int64),
-        masses=np.empty(num_positions, np.float64),
-        ids=np.empty(num_positions * width, np.int32),
-        logprobs=np.empty(num_positions * width, np.float32),
+        ids=np.empty(extent.tokens, np.int32),
+        logprobs=np.empty(extent.tokens, np.float32),
+        tails=np.empty((num_positions, num_temperatures), np.float32),
     )
-    text, grid = Text(order.ranks[next_ids], order.ids), codec.build_grid(width=width)
-    if not read_streams(lanes, cut, lookup, text, grid, rows):
+    text, grid = Text(order.ranks[next_ids], order.ids), codec.build_grid(width=extent.width)
+    if not read_streams(lanes, extent, lookup, text, grid, rows):
         raise ValueError("a record does not end as it must: the cache is damaged.")
-    ids = rows.ids.reshape(num_positions, width)
-    logprobs = rows.logprobs.reshape(num_positions, width)
     if codec.method == "sampled":
-        outside = np.full(rows.tails.shape, LOGPROB_FLOOR, np.float32)
-        return SparseTargets(ids, logprobs, outside, rows.sizes)
-    outside = np.log(np.maximum(rows.tails, 0.25).astype(np.float32) / np.float32(TAIL_UNIT))
-    return SparseTargets(ids, logprobs, outside)
+        rows.tails.fill(LOGPROB_FLOOR)
+    sizes = rows.sizes if codec.method == "sampled" else None
+    return SparseTargets(rows.offsets, rows.ids, rows.logprobs, rows.tails, sizes)
+
+
+def _is_possible(extent: Extent, codec: Codec, num_words: int, num_positions: int) -> bool:
+    """Say whether a record's head can be true of that many words and positions."""
+    return (
+        _STATE_WORDS <= extent.first_words <= num_words - _STATE_WORDS
+        and extent.width <= codec.vocabulary
+        and extent.first_tokens <= extent.tokens <= extent.width * num_positions
+    )

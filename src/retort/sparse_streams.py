@@ -29,6 +29,11 @@ from numpy.typing import NDArray
 from retort.entropy import LOW, Lookup, floor_log2, inlined, lean, pull
 
 TAIL_UNIT = 65_535  # the whole mass
+_LEAST_UNITS = np.float32(0.25)  # a mass that rounds to none
+_LN2 = np.float32(np.log(2))
+_TWO, _TWO_THIRDS = np.float32(2), np.float32(2 / 3)
+_TWO_FIFTHS, _TWO_SEVENTHS = np.float32(2 / 5), np.float32(2 / 7)
+_TO_NEXT_OCTAVE = np.int32((1 << 23) - 0x3504F3)  # what a mantissa of sqrt(2) lacks
 NUM_LANES = 2
 _SIZE_CONTEXTS, _PLACE_CONTEXTS = 9, 6 * 5
 _LOG2_BUCKETS, _COUNT_BUCKETS = 21, 6  # a rank is below 2^20, so is a mean square
@@ -67,7 +72,7 @@ class Grid(NamedTuple):
     log_squares: NDArray[np.float32]
 
 
-@lru_cache
+@lru_cache(maxsize=32)
 def build_grid(num_temperatures: int, steps: int, draw_step: int, *, width: int) -> Grid:
     """Return the grid for positions that keep up to `width` tokens."""
     counts = np.arange(1 << width.bit_length())
@@ -80,6 +85,21 @@ def build_grid(num_temperatures: int, steps: int, draw_step: int, *, width: int)
     squares = np.arange(steps + 2.0) ** 2
     log_squares = np.log(np.maximum(squares, 1)).astype(np.float32)
     return Grid(num_temperatures, steps, draw_step, lefts, TAIL_UNIT * squares, log_squares)
+
+
+@inlined
+def _log(x: float) -> float:
+    """Natural logarithm of a float32 > 0 to 3e-7, of arithmetic alone: a loop of it becomes vectors, 5x as fast.
+
+    x = 2^e m with m in [0.7, 1.4]; log m = 2 artanh(s) = 2 (s + s^3 / 3 + ...), s = (m - 1) / (m + 1).
+    """
+    bits = np.float32(x).view(np.int32)
+    e = np.int32(np.int32(bits + _TO_NEXT_OCTAVE) >> np.int32(23)) - np.int32(127)
+    m = np.int32(bits - np.int32(np.int32(e) << np.int32(23))).view(np.float32)
+    s = (m - np.float32(1)) / (m + np.float32(1))
+    z = s * s
+    log_m = s * (_TWO + z * (_TWO_THIRDS + z * (_TWO_FIFTHS + z * _TWO_SEVENTHS)))
+    return np.float32(e) * _LN2 + log_m
 
 
 @inlined
@@ -182,12 +202,14 @@ class Kept(NamedTuple):
 class Streams(NamedTuple):
     """One sequence before the tables are known: the integers of both lanes with their contexts.
 
-    Those of lane 1 begin at `cut`; `width` is the greatest number of tokens that a position keeps.
+    Those of lane 1 begin at `cut`; tokens of lane 0, tokens of both, most tokens of one position.
     """
 
     contexts: NDArray[np.uint16]
     values: NDArray[np.uint32]
     cut: int
+    first_tokens: int
+    tokens: int
     width: int
 
 
@@ -201,7 +223,9 @@ def write_streams(kept: Kept, next_ranks: NDArray[np.int64], grid: Grid, *, widt
     most = num_positions * (grid.num_temperatures + 2) + 2 * len(kept.ranks) + len(kept.drawn_ranks)
     contexts, values = np.empty(most, np.uint16), np.empty(most, np.uint32)
     cut, end = _write_streams(kept, next_ranks, grid, contexts, values)
-    return Streams(contexts[:end], values[:end], cut, width)
+    counts = kept.sizes + kept.drawn_sizes
+    first_tokens = int(counts[: num_positions // NUM_LANES].sum())
+    return Streams(contexts[:end], values[:end], cut, first_tokens, int(counts.sum()), width)
 
 
 @lean
@@ -273,18 +297,18 @@ def _write_streams(
 
 
 class Rows(NamedTuple):
-    """What a reader fills, P positions of at most K tokens: exact tokens first, then drawn ones.
+    """What a reader fills: P positions that keep N tokens in all, position after position, exact ones first.
 
-    sizes and drawn_sizes int64 [P]; tails int64 [P, temperatures]; masses float64 [P]: what the squared levels should
-    sum to, times 65,535, less what they do; ids int32 and logprobs float32 [P * K].
+    offsets int64 [P + 1]: where each position's tokens begin; sizes int64 [P]: how many of them are exact; ids int32
+    and logprobs float32 [N]; tails float32 [P, temperatures]: log of the mass outside them (not filled where tokens are
+    drawn: nothing is outside).
     """
 
+    offsets: NDArray[np.int64]
     sizes: NDArray[np.int64]
-    drawn_sizes: NDArray[np.int64]
-    tails: NDArray[np.int64]
-    masses: NDArray[np.float64]
     ids: NDArray[np.int32]
     logprobs: NDArray[np.float32]
+    tails: NDArray[np.float32]
 
 
 class Text(NamedTuple):
@@ -294,112 +318,152 @@ class Text(NamedTuple):
     ids: NDArray[np.int32]
 
 
+class Extent(NamedTuple):
+    """What a record's head says: words and tokens of lane 0, tokens of both, most tokens of one position."""
+
+    first_words: int
+    first_tokens: int
+    tokens: int
+    width: int
+
+
+class _Scratch(NamedTuple):
+    """What is known of positions and tokens until both lanes are read.
+
+    units int32 [temperatures, P]: tails in units of 1/65,535; masses float64 [P]: what the squared levels should sum
+    to, times 65,535, less what they do; shares float32 [2 P]: log of what a position's exact tokens are multiplied by,
+    then of what a drawn one has; owners int32 [N]: which of `shares` is a token's.
+    """
+
+    units: NDArray[np.int32]
+    masses: NDArray[np.float64]
+    shares: NDArray[np.float32]
+    owners: NDArray[np.int32]
+
+
 # A lane's state while it is read: the coder's, the place of the next word and of the first one that is not its own, the
-# position and the first one that is not its own, the width of a row, how many exact and drawn tokens are left of the
-# position, the rank before, where the next token is put, and the mass that is left.
+# position and the first one that is not its own, how many exact and drawn tokens are left of the position, the rank
+# before, where the next token is put, where the next position's tokens begin and the lane's end, and the mass left.
 _OF_LANE = (
     "state",
     "word",
     "last_word",
     "position",
     "end",
-    "width",
     "left",
     "drawn",
     "rank",
     "slot",
+    "next_slot",
+    "last_slot",
 )
 _LANE = np.dtype([(name, np.int64) for name in _OF_LANE] + [("mass", np.float64)])
 
 
 def read_streams(
-    words: NDArray[np.uint32], cut: int, lookup: Lookup, text: Text, grid: Grid, rows: Rows
+    words: NDArray[np.uint32], extent: Extent, lookup: Lookup, text: Text, grid: Grid, rows: Rows
 ) -> bool:
-    """Fill `rows`; lane 0 is words[:cut], lane 1 the others.
+    """Fill `rows`; lane 0 is words[: extent.first_words], lane 1 the others.
 
     Returns False where the words are not what was written. Whatever they hold, nothing outside the arrays is touched.
     """
-    width = len(rows.ids) // max(1, len(rows.sizes))
     # Words are counted once a position, which takes no more than one for each of its integers.
-    padded = np.zeros(len(words) + 2 * (2 * width + grid.num_temperatures + 3), np.uint32)
+    padded = np.zeros(len(words) + 2 * extent.width + grid.num_temperatures + 3, np.uint32)
     padded[: len(words)] = words
+    num_positions = len(rows.sizes)
+    scratch = _Scratch(
+        units=np.empty((grid.num_temperatures, num_positions), np.int32),
+        masses=np.empty(num_positions, np.float64),
+        shares=np.empty(2 * num_positions, np.float32),
+        owners=np.empty(extent.tokens, np.int32),
+    )
     lanes = np.zeros(NUM_LANES, _LANE)
-    return bool(_read_lanes(lanes, padded, cut, len(words), lookup, text, grid, rows))
+    # As plain tuples, which numba takes in a third of the time.
+    of_all = map(tuple, (extent, lookup, text, grid, rows, scratch))
+    return bool(_read_lanes(lanes, padded, len(words), *of_all))
 
 
 _DAMAGED = -1  # a lane's next word
 
 
 @lean
-def _read_lanes(lanes, words, cut, end, lookup, text, grid, rows):  # type: ignore[no-untyped-def]
-    lanes[0].width = lanes[1].width = len(rows.ids) // max(1, len(rows.sizes))
+def _read_lanes(lanes, words, end, extent, lookup, text, grid, rows, scratch):  # type: ignore[no-untyped-def]
+    extent, lookup, text = Extent(*extent), Lookup(*lookup), Text(*text)
+    grid, rows, scratch = Grid(*grid), Rows(*rows), _Scratch(*scratch)
     first, second, half = lanes[0], lanes[1], len(rows.sizes) // NUM_LANES
-    _start(first, words, 0, cut, 0, half)
-    _start(second, words, cut, end, half, len(rows.sizes))
-    while _advance(first, words, lookup, text, grid, rows) and _advance(
-        second, words, lookup, text, grid, rows
-    ):
+    _start(first, words, 0, extent.first_words)
+    _start(second, words, extent.first_words, end)
+    first.position, first.end, first.last_slot = -1, half, extent.first_tokens
+    second.position, second.end, second.last_slot = half - 1, len(rows.sizes), extent.tokens
+    second.next_slot = extent.first_tokens
+    read = (words, extent.width, lookup, text, grid, rows, scratch)
+    while _advance(first, *read) and _advance(second, *read):
         pass
-    while _advance(first, words, lookup, text, grid, rows):
+    while _advance(first, *read):
         pass
-    while _advance(second, words, lookup, text, grid, rows):
+    while _advance(second, *read):
         pass
-    if first.state != LOW or second.state != LOW or first.word != cut or second.word != end:
+    if not _is_complete(first, extent.first_words) or not _is_complete(second, end):
         return False
-    _scale_rows(grid, rows)
+    rows.offsets[len(rows.sizes)] = extent.tokens
+    _scale_rows(grid, rows, scratch)
     return True
 
 
 @inlined
-def _start(lane, words, first_word, last_word, first_position, end):  # type: ignore[no-untyped-def]
+def _start(lane, words, first_word, last_word):  # type: ignore[no-untyped-def]
     high = np.int64(words[first_word + 1]) & 0x3FFFFFFF
     lane.state = np.int64(words[first_word]) | (high << 32)
-    lane.word = first_word + 2
-    lane.last_word = last_word
-    lane.position = first_position - 1
-    lane.end = end
+    lane.word, lane.last_word = first_word + 2, last_word
 
 
 @inlined
-def _advance(lane, words, lookup, text, grid, rows):  # type: ignore[no-untyped-def]
+def _is_complete(lane, last_word):  # type: ignore[no-untyped-def]
+    return lane.state == LOW and lane.word == last_word and lane.next_slot == lane.last_slot
+
+
+@inlined
+def _advance(lane, words, width, lookup, text, grid, rows, scratch):  # type: ignore[no-untyped-def]
     """Read one token, or what stands before a position's tokens; returns False at the lane's end or where damaged."""
     if lane.left > 1:  # the last one apart: one branch that a processor mispredicts, not five
-        _read_exact(lane, lane.left, words, lookup, text, grid, rows)
+        _read_exact(lane, lane.left, words, lookup, text, grid, rows, scratch)
         return True
     if lane.left == 1:
-        _read_exact(lane, 1, words, lookup, text, grid, rows)
+        _read_exact(lane, 1, words, lookup, text, grid, rows, scratch)
         lane.rank = -1  # drawn ones begin anew
-        rows.masses[np.uint64(lane.position)] = lane.mass
+        scratch.masses[np.uint64(lane.position)] = lane.mass
         return True
     if lane.drawn > 0:
-        _read_drawn(lane, words, lookup, text, grid, rows)
+        _read_drawn(lane, words, lookup, text, grid, rows, scratch)
         return True
     if lane.position + 1 >= lane.end:
         lane.position = lane.end
         return False
     lane.position += 1
-    return _read_head(lane, words, lookup, text, grid, rows)
+    return _read_head(lane, words, width, lookup, text, grid, rows, scratch)
 
 
 @inlined
-def _read_head(lane, words, lookup, text, grid, rows):  # type: ignore[no-untyped-def]
+def _read_head(lane, words, width, lookup, text, grid, rows, scratch):  # type: ignore[no-untyped-def]
     """Read a position's tails, its sizes and its next token; returns False where they do not fit into the rows."""
     p, state, word = np.uint64(lane.position), lane.state, lane.word
     for t in range(grid.num_temperatures):
         state, word, tail = pull(state, word, words, t, lookup)
-        rows.tails[p, t] = min(tail, TAIL_UNIT)
-    tail = rows.tails[p, 0]
+        scratch.units[t, p] = min(tail, TAIL_UNIT)
+    tail = np.int64(scratch.units[0, p])
     state, word, size = pull(state, word, words, _size_context(grid, tail), lookup)
     drawn = count_drawn(tail, grid.draw_step)
-    if size + drawn > lane.width or word > lane.last_word:
+    slot = lane.next_slot
+    last = slot + size + drawn
+    if size + drawn > width or last > lane.last_slot or word > lane.last_word:
         lane.position, lane.word = lane.end, _DAMAGED
         return False
     rank = text.next_ranks[p]
     context = _place_context(grid, size, rank)
     lane.state, lane.word, place = pull(state, word, words, context, lookup)
     mass = _first_mass(grid, tail)
-    rows.sizes[p], rows.drawn_sizes[p] = size, drawn
-    lane.slot = lane.position * lane.width
+    rows.offsets[p], rows.sizes[p] = slot, size
+    lane.slot, lane.next_slot = slot, last
     lane.left, lane.drawn, lane.rank = size, drawn, -1
     lane.mass = mass
     if place == 1 and size > 0:
@@ -408,23 +472,23 @@ def _read_head(lane, words, lookup, text, grid, rows):  # type: ignore[no-untype
             context = grid.num_temperatures + _NEXT_LEVEL + _bucket_mean(grid, mass, size)
             lane.state, lane.word, written = pull(lane.state, lane.word, words, context, lookup)
             level = written + 1
-        _store(lane, rank, level, text, grid, rows)
+        _store(lane, rank, level, text, grid, rows, scratch)
         lane.left = size - 1
-        rows.masses[p] = lane.mass
+        scratch.masses[p] = lane.mass
     elif size == 1:
         context = grid.lefts[1].gap  # of rank -1
         lane.state, lane.word, gap = pull(lane.state, lane.word, words, context, lookup)
-        _store(lane, min(gap, len(text.ids) - 1), 1, text, grid, rows)
+        _store(lane, min(gap, len(text.ids) - 1), 1, text, grid, rows, scratch)
         lane.left = 0
-        rows.masses[p] = lane.mass
+        scratch.masses[p] = lane.mass
     if place == 2 and drawn > 0:
-        rows.ids[np.uint64(lane.position * lane.width + size + drawn - 1)] = text.ids[rank]
+        _store_drawn(lane, last - 1, rank, text, rows, scratch)
         lane.drawn = drawn - 1
     return True
 
 
 @inlined
-def _read_exact(lane, left, words, lookup, text, grid, rows):  # type: ignore[no-untyped-def]
+def _read_exact(lane, left, words, lookup, text, grid, rows, scratch):  # type: ignore[no-untyped-def]
     of_left = grid.lefts[np.uint64(left)]
     context = of_left.gap + floor_log2(lane.rank + 2)
     state, word, gap = pull(lane.state, lane.word, words, context, lookup)
@@ -432,49 +496,59 @@ def _read_exact(lane, left, words, lookup, text, grid, rows):  # type: ignore[no
     context = of_left.level + _bucket_mean(grid, lane.mass, left)
     lane.state, lane.word, written = pull(state, word, words, context, lookup)
     level = written + 1 if left > 1 else max(1, _read_last_level(written, lane.mass))
-    _store(lane, rank, level, text, grid, rows)
+    _store(lane, rank, level, text, grid, rows, scratch)
     lane.rank = rank
     lane.left = left - 1
 
 
 @inlined
-def _store(lane, rank, level, text, grid, rows):  # type: ignore[no-untyped-def]
+def _store(lane, rank, level, text, grid, rows, scratch):  # type: ignore[no-untyped-def]
     slot, level = np.uint64(lane.slot), np.uint64(min(level, len(grid.weights) - 1))
     rows.ids[slot] = text.ids[np.uint64(rank)]
     rows.logprobs[slot] = grid.log_squares[level]
+    scratch.owners[slot] = lane.position
     lane.mass -= grid.weights[level]
     lane.slot += 1
 
 
 @inlined
-def _read_drawn(lane, words, lookup, text, grid, rows):  # type: ignore[no-untyped-def]
+def _read_drawn(lane, words, lookup, text, grid, rows, scratch):  # type: ignore[no-untyped-def]
     context = grid.lefts[np.uint64(lane.drawn)].gap + _GAP_CONTEXTS + floor_log2(lane.rank + 2)
     lane.state, lane.word, gap = pull(lane.state, lane.word, words, context, lookup)
     lane.rank = min(lane.rank + gap + 1, len(text.ids) - 1)
-    rows.ids[np.uint64(lane.slot)] = text.ids[np.uint64(lane.rank)]
+    _store_drawn(lane, lane.slot, lane.rank, text, rows, scratch)
     lane.slot += 1
     lane.drawn -= 1
 
 
 @inlined
-def _scale_rows(grid, rows):  # type: ignore[no-untyped-def]
-    """Let exact tokens share what the tail leaves, drawn ones the tail; pad with the first id, at probability zero."""
-    width = np.uint64(len(rows.ids) // max(1, len(rows.sizes)))
-    for p in range(np.uint64(len(rows.sizes))):
-        tail, drawn = rows.tails[p, 0], rows.drawn_sizes[p]
-        first = p * width
-        drawn_first = first + np.uint64(rows.sizes[p])
-        padding_first, end = drawn_first + np.uint64(drawn), first + width
-        squares = (_first_mass(grid, tail) - rows.masses[p]) / TAIL_UNIT
-        share = (TAIL_UNIT - tail if tail < TAIL_UNIT else 0.25) / TAIL_UNIT / max(squares, 1.0)
-        of_exact = np.log(np.float32(share))
-        for i in range(first, drawn_first):
-            rows.logprobs[i] += of_exact
-        if drawn > 0:
-            of_drawn = np.log(np.float32(tail / TAIL_UNIT / drawn))
-            for i in range(drawn_first, padding_first):
-                rows.logprobs[i] = of_drawn
-        padding = rows.ids[first] if padding_first > first else np.int32(0)
-        for i in range(padding_first, end):
-            rows.ids[i] = padding
-            rows.logprobs[i] = -np.inf
+def _store_drawn(lane, slot, rank, text, rows, scratch):  # type: ignore[no-untyped-def]
+    slot = np.uint64(slot)
+    rows.ids[slot] = text.ids[np.uint64(rank)]
+    rows.logprobs[slot] = 0.0
+    scratch.owners[slot] = lane.position + len(rows.sizes)
+
+
+@inlined
+def _scale_rows(grid, rows, scratch):  # type: ignore[no-untyped-def]
+    """Let exact tokens share what the tail leaves, drawn ones the tail. Loops that a compiler makes vectors of."""
+    num_positions = len(rows.sizes)
+    for t in range(grid.num_temperatures if grid.draw_step == 0 else 0):
+        units = scratch.units[t]
+        for p in range(num_positions):
+            rows.tails[p, t] = _log(_to_mass(units[p]))
+    units = scratch.units[0]
+    for p in range(num_positions):
+        squares = max((_first_mass(grid, units[p]) - scratch.masses[p]) / TAIL_UNIT, 1.0)
+        scratch.shares[p] = _log(_to_mass(TAIL_UNIT - units[p]) / np.float32(squares))
+    for p in range(num_positions if grid.draw_step > 0 else 0):
+        drawn = np.int32(rows.offsets[p + 1] - rows.offsets[p] - rows.sizes[p])
+        share = _to_mass(units[p]) / max(np.float32(drawn), np.float32(1))
+        scratch.shares[num_positions + p] = _log(share)
+    for i in range(len(rows.ids)):
+        rows.logprobs[i] += scratch.shares[np.uint64(scratch.owners[i])]
+
+
+@inlined
+def _to_mass(units: int) -> float:
+    return max(np.float32(units), _LEAST_UNITS) / np.float32(TAIL_UNIT)

@@ -33,7 +33,6 @@ from retort.codec import (
     SparseTargets,
     TokenOrder,
     build_codec,
-    concatenate,
 )
 from retort.config import Cache, Teacher
 from retort.models import CausalLM, describe_device, load_recorded_teacher
@@ -126,12 +125,12 @@ def score_part(
                         logits_PV, codec, num_tokens=num_tokens, key=row.key, first_position=start
                     )
                 )
-        piece = pieces[0] if len(pieces) == 1 else concatenate(pieces)
+        piece = pieces[0] if len(pieces) == 1 else type(pieces[0]).concatenate(pieces)
         if order is not None:
             next_ids = row.ids[1:][row.loss_mask[:-1]]
             piece = to_streams(piece, codec, order, next_ids=next_ids, key=row.key)
         found[index] = piece
-    return found if order is not None else concatenate(found)
+    return found if order is not None else SparseTargets.concatenate(found)
 
 
 # ---------------------------------------------------------------------------------------------------------

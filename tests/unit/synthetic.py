@@ -58,7 +58,7 @@ def make_targets(num_positions: int, codec: Codec, *, seed: int) -> SparseTarget
     steps = chance.integers(1, 4096, shape) / 1024
     logprobs = -np.cumsum(steps, axis=1).astype(np.float32)
     tails = -chance.integers(1, 1 << 16, (num_positions, len(codec.temperatures))) / 4096
-    return SparseTargets(ids, logprobs, tails.astype(np.float32))
+    return SparseTargets.from_rows(ids, logprobs, tails.astype(np.float32))
 
 
 def targets_of(table: SequenceTable, codec: Codec = CODEC) -> SparseTargets:
@@ -67,11 +67,7 @@ def targets_of(table: SequenceTable, codec: Codec = CODEC) -> SparseTargets:
         make_targets(table[i].num_positions, codec, seed=int.from_bytes(table[i].key[:7], "little"))
         for i in range(len(table))
     ]
-    return SparseTargets(
-        np.concatenate([p.top_k_ids for p in pieces]),
-        np.concatenate([p.top_k_logprobs for p in pieces]),
-        np.concatenate([p.tail_logprobs for p in pieces]),
-    )
+    return SparseTargets.concatenate(pieces)
 
 
 def make_selection(num_positions: int, codec: Codec, *, seed: int) -> Selection:

@@ -102,7 +102,7 @@ def read_everything(path: Path) -> list[Any]:
         label = cache.table.label_names[cache.table.labels[i]]
         found.append([row.ids.tolist(), row.loss_mask.tolist(), row.segment_starts.tolist()])
         found.append([row.key, int(cache.table.documents[i]), label])
-        found += [targets.top_k_ids.tolist(), targets.top_k_logprobs.tolist()]
+        found += [targets.ids.tolist(), targets.logprobs.tolist()]
         found.append(targets.tail_logprobs.tolist())
     return found
 
@@ -116,7 +116,7 @@ def expected_of(table: SequenceTable, header: CacheHeader) -> list[Any]:
         targets = decode(payload, header.codec, num_positions=row.num_positions)
         found.append([row.ids.tolist(), row.loss_mask.tolist(), row.segment_starts.tolist()])
         found.append([row.key, int(table.documents[i]), table.label_names[table.labels[i]]])
-        found += [targets.top_k_ids.tolist(), targets.top_k_logprobs.tolist()]
+        found += [targets.ids.tolist(), targets.logprobs.tolist()]
         found.append(targets.tail_logprobs.tolist())
     return found
 
@@ -155,19 +155,17 @@ def test_targets_of_another_number_of_positions_are_our_own_mistake(tmp_path: Pa
 
 def test_a_cache_survives_pickling(merged: Path) -> None:
     copy = pickle.loads(pickle.dumps(LogitCache(merged)))
-    assert copy.read_targets(3).top_k_ids.tolist() == (
-        LogitCache(merged).read_targets(3).top_k_ids.tolist()
-    )
+    assert copy.read_targets(3).ids.tolist() == (LogitCache(merged).read_targets(3).ids.tolist())
 
 
 def read_in_child(cache: LogitCache, start: int, step: int, send: Any) -> None:
     rows = range(start, len(cache), step)
-    send.send([(i, cache.read_targets(i).top_k_ids.tolist()) for i in rows])
+    send.send([(i, cache.read_targets(i).ids.tolist()) for i in rows])
 
 
 def test_a_cache_opened_before_a_fork_is_read_by_all_children(merged: Path) -> None:
     cache = LogitCache(merged)
-    alone = [cache.read_targets(i).top_k_ids.tolist() for i in range(len(cache))]
+    alone = [cache.read_targets(i).ids.tolist() for i in range(len(cache))]
     found = {}
     pipes = [forking.Pipe() for _ in range(3)]
     children = [
@@ -247,7 +245,7 @@ def test_a_file_cut_short_is_refused(parts: Path, tmp_path: Path, fraction: floa
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
-        ("version", 4, "has format version 4, this Retort reads 3"),
+        ("version", 5, "has format version 5, this Retort reads 4"),
         ("format", "retort-tokens", "is no retort-logits file"),
         ("header", None, "header does not match its checksum"),
     ],

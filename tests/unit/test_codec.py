@@ -42,7 +42,7 @@ def encodable(draw: st.DrawFn, min_rows: int = 0) -> tuple[Codec, SparseTargets]
     codec, rows = draw(codecs()), draw(st.integers(min_rows, 5))
     logprobs = st.floats(-2e4, 0, width=32) | st.just(-np.inf)
     shape = (rows, codec.top_k)
-    return codec, SparseTargets(
+    return codec, SparseTargets.from_rows(
         draw(arrays.arrays(np.int32, shape, elements=st.integers(0, codec.vocabulary - 1))),
         draw(arrays.arrays(np.float32, shape, elements=logprobs)),
         draw(arrays.arrays(np.float32, (rows, len(codec.temperatures)), elements=logprobs)),
@@ -51,12 +51,12 @@ def encodable(draw: st.DrawFn, min_rows: int = 0) -> tuple[Codec, SparseTargets]
 
 def assert_close(found: SparseTargets, given_: SparseTargets) -> None:
     """Ids and tails exactly, logprobs within half a unit in the last place of float16; nothing below the floor."""
-    assert found.top_k_ids.tolist() == given_.top_k_ids.tolist()
+    assert found.ids.tolist() == given_.ids.tolist()
     assert found.tail_logprobs.tolist() == np.maximum(given_.tail_logprobs, FLOOR).tolist()
-    wanted = np.maximum(given_.top_k_logprobs, FLOOR).astype(np.float64)
+    wanted = np.maximum(given_.logprobs, FLOOR).astype(np.float64)
     allowed = np.maximum(np.abs(wanted) * 2.0**-11, 2.0**-25)
-    assert np.all(np.abs(found.top_k_logprobs - wanted) <= allowed)
-    dtypes = [a.dtype for a in (found.top_k_ids, found.top_k_logprobs, found.tail_logprobs)]
+    assert np.all(np.abs(found.logprobs - wanted) <= allowed)
+    dtypes = [a.dtype for a in (found.ids, found.logprobs, found.tail_logprobs)]
     assert dtypes == [np.int32, np.float32, np.float32]
 
 
@@ -83,7 +83,9 @@ def softmax_targets(logits: NDArray[Any], codec: Codec) -> SparseTargets:
     kept = np.take_along_axis(logprobs, ids, axis=1)
     with np.errstate(divide="ignore"):
         tail = np.log(np.maximum(0.0, 1.0 - np.exp(kept).sum(axis=1, keepdims=True)))
-    return SparseTargets(ids.astype(np.int32), kept.astype(np.float32), tail.astype(np.float32))
+    return SparseTargets.from_rows(
+        ids.astype(np.int32), kept.astype(np.float32), tail.astype(np.float32)
+    )
 
 
 ONE_HOT = np.where(np.eye(4, 50) == 1, 0.0, -np.inf)
@@ -99,9 +101,9 @@ def test_extreme_distributions_survive(logits: NDArray[Any], top_k: int) -> None
     targets = softmax_targets(logits, codec)
     found = decode(encode(targets, codec), codec, num_positions=len(logits))
     assert_close(found, targets)
-    assert np.isfinite(found.top_k_logprobs).all()
+    assert np.isfinite(found.logprobs).all()
     assert np.isfinite(found.tail_logprobs).all()
-    mass = np.exp(found.top_k_logprobs).sum(axis=1) + np.exp(found.tail_logprobs).sum(axis=1)
+    mass = np.exp(found.to_rows()[1]).sum(axis=1) + np.exp(found.tail_logprobs).sum(axis=1)
     assert np.abs(mass - 1).max() < 2e-3
     if top_k == 50:
         assert np.exp(found.tail_logprobs).max() < 1e-6
@@ -111,9 +113,11 @@ def test_the_highest_ids_of_narrow_and_wide_vocabularies_survive() -> None:
     for vocabulary, size in ((1 << 16, 2), ((1 << 16) + 1, 4), (262_144, 4)):
         codec = Codec("top_k", 2, (1.0,), vocabulary)
         ids = np.array([[vocabulary - 1, 0]], dtype=np.int32)
-        targets = SparseTargets(ids, np.zeros((1, 2), np.float32), np.zeros((1, 1), np.float32))
+        targets = SparseTargets.from_rows(
+            ids, np.zeros((1, 2), np.float32), np.zeros((1, 1), np.float32)
+        )
         found = decode(encode(targets, codec), codec, num_positions=1)
-        assert found.top_k_ids.tolist() == ids.tolist()
+        assert found.to_rows()[0].tolist() == ids.tolist()
         assert codec.id_dtype.itemsize == size
 
 
@@ -163,7 +167,8 @@ def test_slices_of_targets_are_targets() -> None:
     targets = make_targets(9, CODEC, seed=0)
     piece = targets[2:5]
     assert len(piece) == 3
-    assert piece.top_k_ids.tolist() == targets.top_k_ids[2:5].tolist()
+    for mine, whole in zip(piece.to_rows(), targets.to_rows(), strict=True):
+        assert mine.tolist() == whole[2:5].tolist()
     assert piece.tail_logprobs.tolist() == targets.tail_logprobs[2:5].tolist()
 
 

@@ -39,7 +39,7 @@ GOLDEN_REVISIONS = {
     "corpus": 1,
     "teacher": 2,
     "tokens": 2,
-    "logits": 3,
+    "logits": 4,
     "validation": 1,
     "run": 1,
     "evaluation": 1,
@@ -47,24 +47,24 @@ GOLDEN_REVISIONS = {
 }
 GOLDEN_TOKENS = "eefcd4961849ab3dba7fbe8356c62eb572a8fb5858612a8037cf217d28a04eef"
 GOLDEN_INDEX = "add144850ad0238ca33be0d81f98521f163e2e10b8266ef1fe4452e6ef50e2d8"
-GOLDEN_CACHE = "32b04d2082b416c1f5a9007372b6581e02dd56938c6d3a85e3d54d482bfb85ef"
+GOLDEN_CACHE = "07790f9e4537d17732908a57574a3f5173eb24bfd870a56aebe57b959f04b255"
 GOLDEN_FILES = {
     "shard_00000.h5": "f047c9645eea1e4d501c5112c817bc87fea6b2b49aa30c4b5d0483a3cd38a9a3",
-    "teacher_logits.h5": "472e2f9f8af85d1297ad853f0c9aa1baf811f77f45aa9a1716fb4aba1c59f900",
-    "top_p.h5": "5dc5d7b75c80579ac738b3511a0379861e11aa3b769b0fe2720e1118c99225fd",
-    "sampled.h5": "aa3f7a341717e75cde752f165ae6c28bab9784b31107b0691d7c10f1106c7533",
+    "teacher_logits.h5": "b40939935a0c99546e5240897eebd354e0a58d13c097102fcfab3f82ba484b3f",
+    "top_p.h5": "e8a69b18130236a4787005ab2c4e3278412b3df969c28abc2c5584f7e51f7b05",
+    "sampled.h5": "2172c9625cfbbcfb09e423ffa1af2a0f7a33bdf5b204eea09c5eb5e0c3e43013",
 }
 GOLDEN_IDS = {
     "corpus": "cd03bc9bdc81",
     "teacher": "cafd4f497ccf",
     "tokens": "0ade245fec8b",
-    "logits": "540ebbb3b3a6",
+    "logits": "0a5b0f437e42",
     "validation": "12d68f4f61c5",
     "hard": ["bdfbcd0e312a", "94d9dc94c310"],
-    "both": ["ced7ca4e406d", "94d9dc94c310"],
+    "both": ["0f22959062b1", "94d9dc94c310"],
     "live": ["a2eda8db55f3", "94d9dc94c310"],
-    "check": "59f02e6d3a31",
-    "report": "af0a2075ad51",
+    "check": "c148726dfd4e",
+    "report": "16579ed285b5",
 }
 
 REPOSITORY = Path(__file__).parents[2]
@@ -102,9 +102,9 @@ def make_targets(table: SequenceTable) -> SparseTargets:
     p = np.arange(table.num_positions, dtype=np.int64)[:, None]
     k = np.arange(CODEC.top_k, dtype=np.int64)[None]
     steps = (p * 7919 + k * 104729) % 251 + 1
-    return SparseTargets(
-        top_k_ids=((p * 31 + k * 53) % CODEC.vocabulary).astype(np.int32),
-        top_k_logprobs=(-np.cumsum(steps, axis=1) / 256).astype(np.float32),
+    return SparseTargets.from_rows(
+        ((p * 31 + k * 53) % CODEC.vocabulary).astype(np.int32),
+        (-np.cumsum(steps, axis=1) / 256).astype(np.float32),
         tail_logprobs=-((p * 613 + np.array([[5, 11]])) % 4096 / 512).astype(np.float32),
     )
 

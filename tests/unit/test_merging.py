@@ -327,8 +327,8 @@ def test_a_merge_killed_at_any_moment_is_finished_by_the_same_call(
 def rolled(table: SequenceTable, codec: Codec) -> SparseTargets:
     """Every distribution one position too late: what a mistake by one in the worker would write."""
     found = targets_of(table, codec)
-    columns = (found.top_k_ids, found.top_k_logprobs, found.tail_logprobs)
-    return SparseTargets(*(np.roll(column, 1, axis=0) for column in columns))
+    columns = (*found.to_rows(), found.tail_logprobs)
+    return SparseTargets.from_rows(*(np.roll(column, 1, axis=0) for column in columns))
 
 
 def test_a_cache_shifted_by_one_position_is_refused(prepare: Callable[..., Place]) -> None:

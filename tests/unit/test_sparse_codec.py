@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +106,10 @@ def decode(
 def as_rows(targets: SparseTargets) -> list[dict[int, float]]:
     """Each position's tokens with their probabilities."""
     rows = []
-    for ids, logprobs in zip(targets.top_k_ids, targets.top_k_logprobs, strict=True):
-        kept = np.isfinite(logprobs)
-        assert len(set(ids[kept].tolist())) == kept.sum(), "a token twice"
-        rows.append(dict(zip(ids[kept].tolist(), np.exp(logprobs[kept]).tolist(), strict=True)))
+    for first, stop in pairwise(targets.offsets.tolist()):
+        ids, probs = targets.ids[first:stop], np.exp(targets.logprobs[first:stop])
+        assert len(set(ids.tolist())) == len(ids), "a token twice"
+        rows.append(dict(zip(ids.tolist(), probs.tolist(), strict=True)))
     return rows
 
 

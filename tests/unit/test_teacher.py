@@ -75,9 +75,9 @@ def test_kept_tokens_and_tails_are_those_of_a_float64_reference(data: st.DataObj
     )
     logprobs_PV = log_softmax(logits_PV[:, :num_tokens])
     order_PV = np.argsort(-logprobs_PV, axis=1)
-    np.testing.assert_array_equal(found.top_k_ids, order_PV[:, :top_k])
+    np.testing.assert_array_equal(found.to_rows()[0], order_PV[:, :top_k])
     expected_PK = np.take_along_axis(logprobs_PV, order_PV[:, :top_k], axis=1)
-    np.testing.assert_allclose(found.top_k_logprobs, expected_PK, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found.to_rows()[1], expected_PK, rtol=1e-5, atol=1e-5)
     for place, temperature in enumerate(TEMPERATURES):
         p_PV = np.exp(log_softmax(logits_PV[:, :num_tokens] / temperature))
         tail_P = np.take_along_axis(p_PV, order_PV[:, top_k:], axis=1).sum(axis=1)
@@ -89,8 +89,8 @@ def test_ids_beyond_the_tokenizer_have_probability_zero() -> None:
     logits_PV = torch.randn(3, 20)
     logits_PV[:, 15:] += 50.0  # the layer's padding, untrained, may say anything
     found = select_top_k(logits_PV, make_codec(15, 20), num_tokens=15)
-    assert found.top_k_ids.max() < 15
-    np.testing.assert_allclose(np.exp(found.top_k_logprobs).sum(axis=1), 1.0, rtol=1e-5)
+    assert found.ids.max() < 15
+    np.testing.assert_allclose(np.exp(found.to_rows()[1]).sum(axis=1), 1.0, rtol=1e-5)
     assert np.isneginf(found.tail_logprobs).all()
 
 
@@ -108,8 +108,8 @@ def test_a_logit_of_minus_infinity_is_a_probability_of_zero() -> None:
     codec = Codec("top_k", 4, (1.0,), WIDTH)
     found = select_top_k(logits_PV.clone(), codec, num_tokens=WIDTH)
     expected = logits_PV[1, :2].log_softmax(dim=-1).sort(descending=True).values
-    np.testing.assert_allclose(found.top_k_logprobs[1, :2], expected, rtol=1e-6)
-    assert np.isneginf(found.top_k_logprobs[1, 2:]).all()
+    np.testing.assert_allclose(found.to_rows()[1][1, :2], expected, rtol=1e-6)
+    assert np.isneginf(found.to_rows()[1][1, 2:]).all()
     logits_PV[1] = -torch.inf
     with pytest.raises(ValueError, match="is -inf at counted position 1"):
         select_top_k(logits_PV, codec, num_tokens=WIDTH)
@@ -180,8 +180,8 @@ def test_scoring_a_part_is_scoring_each_sequence_alone_and_unpadded(
         logprobs_PV = log_softmax(logits_TV[:, :NUM_TOKENS])[row.loss_mask]
         mine = found[start : start + row.num_positions]
         start += row.num_positions
-        kept = np.take_along_axis(logprobs_PV, mine.top_k_ids.astype(np.int64), axis=1)
-        np.testing.assert_allclose(mine.top_k_logprobs, kept, atol=1e-5)
+        kept = np.take_along_axis(logprobs_PV, mine.to_rows()[0].astype(np.int64), axis=1)
+        np.testing.assert_allclose(mine.to_rows()[1], kept, atol=1e-5)
         np.testing.assert_allclose(kept, -np.sort(-logprobs_PV, axis=1)[:, :6], atol=1e-5)
 
 
@@ -190,8 +190,8 @@ def test_scoring_again_gives_the_same_bits(teacher: CausalLM) -> None:
     first, again = (
         score_part(teacher, table, codec, batch_size=2, num_tokens=NUM_TOKENS) for _ in range(2)
     )
-    assert first.top_k_ids.tobytes() == again.top_k_ids.tobytes()
-    assert first.top_k_logprobs.tobytes() == again.top_k_logprobs.tobytes()
+    assert first.ids.tobytes() == again.ids.tobytes()
+    assert first.logprobs.tobytes() == again.logprobs.tobytes()
     assert first.tail_logprobs.tobytes() == again.tail_logprobs.tobytes()
 
 
@@ -202,7 +202,7 @@ def test_more_positions_than_head_rows_change_nothing(
     expected = score_part(teacher, table, codec, batch_size=2, num_tokens=NUM_TOKENS)
     monkeypatch.setattr(teacher_room, "_HEAD_ROWS", 7)
     found = score_part(teacher, table, codec, batch_size=2, num_tokens=NUM_TOKENS)
-    np.testing.assert_array_equal(found.top_k_ids, expected.top_k_ids)
+    np.testing.assert_array_equal(found.ids, expected.ids)
     np.testing.assert_allclose(found.tail_logprobs, expected.tail_logprobs, atol=1e-6)
 
 
@@ -300,8 +300,8 @@ def test_parts_decode_to_what_scoring_gives(
     for index in range(len(table)):
         expected = live[int(bounds[index]) : int(bounds[index + 1])]
         found = cache.read_targets(index)
-        np.testing.assert_array_equal(found.top_k_ids, expected.top_k_ids)
-        np.testing.assert_allclose(found.top_k_logprobs, expected.top_k_logprobs, atol=5e-3)
+        np.testing.assert_array_equal(found.ids, expected.ids)
+        np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=5e-3)
         np.testing.assert_allclose(found.tail_logprobs, expected.tail_logprobs, atol=1e-5)
 
 

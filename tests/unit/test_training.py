@@ -176,7 +176,9 @@ def test_labels_and_targets_belong_to_the_same_positions(data: st.DataObject) ->
         counted = np.flatnonzero(table[d].loss_mask)
         marks = (100 * d + counted).astype(np.int32)[:, None]  # the token at the position itself
         tails = np.stack([-counted - 1.0, -counted - 100.0], axis=1).astype(np.float32)
-        items.append(Item(table[d], SparseTargets(marks, -marks.astype(np.float32), tails)))
+        items.append(
+            Item(table[d], SparseTargets.from_rows(marks, -marks.astype(np.float32), tails))
+        )
     batch = Collator(temperature_place=1)(items)
     place = 0
     for b, item in enumerate(items):
@@ -221,9 +223,10 @@ def compute_by_hand(
             hard -= float(logits_TV[t].log_softmax(-1)[ids[t + 1]])
             q = (logits_TV[t] / temperature).softmax(-1).numpy()
             tail = math.exp(targets.tail_logprobs[i, codec.temperatures.index(temperature)])
-            kept = np.exp(targets.top_k_logprobs[i].astype(np.float64) / temperature)
+            tokens = slice(*targets.offsets[i : i + 2])
+            kept = np.exp(targets.logprobs[tokens].astype(np.float64) / temperature)
             kept *= (1 - tail) / kept.sum()
-            q_kept = q[targets.top_k_ids[i]]
+            q_kept = q[targets.ids[tokens]]
             kl = float((kept * np.log(kept / q_kept)).sum())
             kl += tail * math.log(tail / (1 - q_kept.sum()))
             soft += temperature**2 * kl
