@@ -5,11 +5,13 @@
 
 Retort's rows are what a cache holds: one record for each sequence of 512 tokens, which is what a training step reads,
 and the tables of one part of all sequences. Speeds are of one core, in positions per second of processor time: encoding
-after selection, and decoding to what a batch is made of. Opponents and metrics: `cache_opponents.py`.
+after selection, decoding to what a batch is made of, and reading sequences in random order out of a file, every check
+included. Opponents and metrics: `cache_opponents.py`.
 """
 
 import argparse
 import math
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,6 +33,7 @@ from matplotlib import pyplot
 from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import NDArray
 
+from retort.cache import CacheHeader, LogitCache
 from retort.codec import (
     Codec,
     SparseTargets,
@@ -40,13 +43,14 @@ from retort.codec import (
 from retort.config_schema import fill_defaults, section_schema
 from retort.config_sections import build_section
 from retort.entropy import build_lookup, unpack_tables
+from retort.parts import write_part
 from retort.selection import select_probable
 from retort.sparse_codec import decode_streams, encode_streams, to_streams
 from retort.sparse_streams import Streams, count_contexts
-from retort.tokens import content_key
+from retort.tokens import build_table
 
 TOP_P = (0.02, 0.01, 0.005, 0.003, 0.002, 0.001, 0.0008, 0.0005)
-SAMPLED = (0.1, 0.05, 0.03, 0.02, 0.01, 0.005)
+SAMPLED = (0.1, 0.055, 0.05, 0.03, 0.02, 0.01, 0.005)
 _REPEATS = 40
 
 
@@ -58,6 +62,7 @@ class Ours:
     table_bytes: float  # of bytes_per_position
     encoded_per_second: float
     decoded_per_second: float
+    read_per_second: float
 
 
 def fastest(work: Callable[[], Any]) -> tuple[Any, float]:
@@ -89,8 +94,13 @@ def run_ours(given: cache_logits.Distributions, codec: Codec) -> Ours:
     length = given.tokens.shape[1]
     order = TokenOrder.from_counts(given.unigram_counts, vocabulary=codec.vocabulary)
     next_ids = given.next_tokens.astype(np.int64).reshape(-1, length)
-    ones, start = np.ones(length, np.bool_), np.zeros(1, np.int32)
-    keys = [content_key(ids.astype(np.int32), ones, start) for ids in given.tokens]
+    texts = [
+        [*ids, following[-1]]
+        for ids, following in zip(given.tokens.tolist(), next_ids.tolist(), strict=True)
+    ]
+    mask = [True] * length + [False]
+    table = build_table([(text, mask, i, ("", "")) for i, text in enumerate(texts)])
+    keys = [table[i].key for i in range(len(table))]
     selections = [
         select_probable(
             torch.from_numpy(np.array(given.logprobs[i * length : (i + 1) * length])),
@@ -102,14 +112,13 @@ def run_ours(given: cache_logits.Distributions, codec: Codec) -> Ours:
         for i in range(len(keys))
     ]
 
-    def encode() -> tuple[list[bytes], bytes]:
-        streams: list[Streams] = [
+    def code() -> list[Streams]:
+        return [
             to_streams(s, codec, order, next_ids=n, key=k)
             for s, n, k in zip(selections, next_ids, keys, strict=True)
         ]
-        return encode_streams(streams, codec)
 
-    (records, packed), encoding = fastest(encode)
+    (records, packed), encoding = fastest(lambda: encode_streams(code(), codec))
     tables = unpack_tables(packed, num_contexts=count_contexts(len(codec.temperatures)))
     lookup = build_lookup(tables)
 
@@ -119,12 +128,27 @@ def run_ours(given: cache_logits.Distributions, codec: Codec) -> Ours:
 
     decoded = list(decode())
     _, decoding = fastest(lambda: sum(map(len, decode())))  # each is dropped, as a trainer does
+    header = CacheHeader("0" * 12, "0" * 12, "0" * 12, codec)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "part.h5"
+        write_part(path, table, code(), header, order)
+        reading = time_reading(LogitCache(path))
     num_positions = len(given.logprobs)
     size = sum(map(len, records)) + len(packed)
     stored = to_stored(decoded, codec, size / num_positions)
     return Ours(
-        stored, len(packed) / num_positions, num_positions / encoding, num_positions / decoding
+        stored,
+        len(packed) / num_positions,
+        num_positions / encoding,
+        num_positions / decoding,
+        num_positions / reading,
     )
+
+
+def time_reading(cache: LogitCache) -> float:
+    """Return the seconds that it takes to read every sequence in random order, all checks included."""
+    order = np.random.default_rng(0).permutation(len(cache)).tolist()
+    return fastest(lambda: [len(cache.read_targets(i)) for i in order])[1]
 
 
 def to_stored(decoded: list[SparseTargets], codec: Codec, bytes_per_position: float) -> Stored:
@@ -168,6 +192,7 @@ def print_row(name: str, row: dict[str, float] | None, ours: Ours | None = None)
     """Print a line of the table."""
     speeds = (
         f"{ours.encoded_per_second / 1e6:>8.2f}{ours.decoded_per_second / 1e6:>8.2f}"
+        f"{ours.read_per_second / 1e6:>8.2f}"
         if ours
         else ""
     )
@@ -218,8 +243,9 @@ def run(flags: argparse.Namespace, given: cache_logits.Distributions) -> None:
         "sum > 1",
         "enc M/s",
         "dec M/s",
+        "read",
     ]
-    widths = (8, 7, 10, 10, 10, 10, 9, 8, 8)
+    widths = (8, 7, 10, 10, 10, 10, 9, 8, 8, 8)
     print(" " * 36 + "".join(f"{h:>{w}}" for h, w in zip(heads, widths, strict=True)))
     kl: Curves = {}
     error: Curves = {}
