@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-unit test-workflow test-slow campaign benchmark-cache benchmark-merge lint environment docs clean
+.PHONY: demo test test-unit test-workflow test-slow campaign benchmark-cache benchmark-merge benchmark-training lint environment docs clean
 
 demo: $(READY)
 	$(BIN)/snakemake --cores $(CORES) --quiet rules
@@ -42,6 +42,10 @@ benchmark-cache: $(READY)
 # Merging parts beside `cp`, a minute: make benchmark-merge FLAGS="--gigabytes 0.25 --folder /the/disk"
 benchmark-merge: $(READY)
 	$(BIN)/python benchmarks/merge.py $(FLAGS)
+
+# A training step beside cross-entropy, three minutes: make benchmark-training FLAGS="--vocabulary 131072"
+benchmark-training: $(READY)
+	$(BIN)/python benchmarks/training.py $(FLAGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

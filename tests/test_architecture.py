@@ -42,6 +42,7 @@ ROOMS = (
     "features",
     "merging",
     "losses",
+    "fused_loss",
     "batches",
     "trainer",
     "training",

@@ -66,7 +66,8 @@ class Collator:
 
     def __call__(self, items: list[Item]) -> dict[str, Tensor]:
         """Return input_ids, attention_mask, labels [B, T] (labels[t] = ids[t] where its prediction counts) and,
-        from a cache, top_k_ids and top_k_logprobs [P, K] and tail_logprob [P] in the batch's row order."""
+        from a cache, the teacher's rows in the batch's order as `TeacherRows` has them: kept_offsets [P + 1],
+        kept_ids and kept_logprobs [N], tail_logprobs [P]."""
         width = max(len(item.sequence.ids) for item in items)
         batch = {
             "input_ids": torch.zeros((len(items), width), dtype=torch.long),
@@ -82,9 +83,9 @@ class Collator:
         targets = [item.targets for item in items if item.targets is not None]
         if targets:
             joined = SparseTargets.concatenate(targets)
-            kept_ids, kept_logprobs = joined.to_rows()
-            batch["top_k_ids"] = torch.from_numpy(kept_ids)
-            batch["top_k_logprobs"] = torch.from_numpy(kept_logprobs)
-            tails = joined.tail_logprobs[:, self.temperature_place]
-            batch["tail_logprob"] = torch.from_numpy(np.ascontiguousarray(tails))
+            tails = np.ascontiguousarray(joined.tail_logprobs[:, self.temperature_place])
+            batch["kept_offsets"] = torch.from_numpy(joined.offsets)
+            batch["kept_ids"] = torch.from_numpy(joined.ids.astype(np.int64))
+            batch["kept_logprobs"] = torch.from_numpy(joined.logprobs)
+            batch["tail_logprobs"] = torch.from_numpy(tails)
         return batch

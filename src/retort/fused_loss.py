@@ -15,14 +15,15 @@ all others as one bucket of mass p_t and q_t = sum of q_j, any divergence f(q_k,
 which is dense but for a number a row, and sparse corrections.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from retort.losses import LossTerms, log1mexp
+from retort.losses import LossTerms
 
 # A bucket's mass below exp(-30) = 1e-13 is no information in float32; the floor keeps its log and gradient finite.
 _MIN_LOG_MASS = -30.0
@@ -55,12 +56,17 @@ class LossSettings:
 
 
 def choose_chunk_size(vocabulary: int) -> int:
-    """Return how many positions go through the head at once: 16 million logits' worth, 128 at least."""
-    return max(128, (1 << 24) // vocabulary // 128 * 128)
+    """Return how many positions go through the head at once: 2 million logits' worth, 64 at least."""
+    return max(64, (1 << 21) // vocabulary)
 
 
-def temper_rows(teacher: TeacherRows, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return logprobs [N] of the kept tokens and [P] of the tail at temperature T.
+def log1mexp(x: Tensor) -> Tensor:
+    """Return log(1 - exp(x)) for x < 0 (Maechler, Accurately Computing log(1 - exp(-|a|)), 2012)."""
+    return torch.where(x > -0.6931472, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
+
+
+def temper_rows(teacher: TeacherRows, temperature: float) -> TeacherRows:
+    """Return the rows with the kept tokens' logprobs at temperature T, where those of the tail are already.
 
     softmax(z / T) of the kept tokens is in proportion to p^(1/T); their sum is what the tail at T leaves.
     """
@@ -71,7 +77,8 @@ def temper_rows(teacher: TeacherRows, temperature: float) -> tuple[Tensor, Tenso
     mass_P = _reduce(shifted_N.exp(), teacher.offsets, "sum")
     tail_P = teacher.tail_logprobs.float()
     head_P = log1mexp(tail_P.clamp(max=-1e-7)) - mass_P.log()
-    return shifted_N + head_P.repeat_interleave(sizes_P), tail_P.clamp(min=_MIN_LOG_MASS)
+    logprobs_N = shifted_N + head_P.repeat_interleave(sizes_P)
+    return TeacherRows(teacher.offsets, teacher.ids, logprobs_N, tail_P.clamp(min=_MIN_LOG_MASS))
 
 
 def _reduce(values_N: Tensor, offsets_P: Tensor, how: str) -> Tensor:
@@ -95,24 +102,18 @@ def compute_fused_loss(
 
     Under autocast the head runs in its type, everything behind the logits in float32. `teacher` None: alpha is 1.
     """
-    assert teacher is not None or settings.alpha == 1.0, settings.alpha
-    logprobs_N = tail_P = offsets = ids_N = None
-    if teacher is not None and settings.alpha < 1.0:
-        logprobs_N, tail_P = temper_rows(teacher, settings.temperature)
-        offsets, ids_N = teacher.offsets, teacher.ids
-    total, hard, soft = _FusedLoss.apply(
-        features_PD,
-        weight_VD,
-        bias_V,
-        labels_P,
-        offsets,
-        ids_N,
-        logprobs_N,
-        tail_P,
-        settings,
-        normalizer,
+    tempered = _temper(teacher, settings)
+    total, hard, soft = _FusedLoss.apply(  # type: ignore[no-untyped-call]
+        features_PD, weight_VD, bias_V, labels_P, tempered, settings, normalizer
     )
-    return LossTerms(total=total, hard=hard, soft=soft if offsets is not None else None)
+    return LossTerms(total=total, hard=hard, soft=None if tempered is None else soft)
+
+
+def _temper(teacher: TeacherRows | None, settings: LossSettings) -> TeacherRows | None:
+    assert teacher is not None or settings.alpha == 1.0, settings.alpha
+    if teacher is None or settings.alpha == 1.0:
+        return None
+    return temper_rows(teacher, settings.temperature)
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -125,10 +126,7 @@ class _FusedLoss(torch.autograd.Function):
         weight_VD: Tensor,
         bias_V: Tensor | None,
         labels_P: Tensor,
-        offsets: Tensor | None,
-        ids_N: Tensor | None,
-        logprobs_N: Tensor | None,
-        tail_P: Tensor | None,
+        tempered: TeacherRows | None,
         settings: LossSettings,
         normalizer: Tensor | float,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,23 +143,12 @@ class _FusedLoss(torch.autograd.Function):
         soft = torch.zeros((), device=features_PD.device)
         with torch.autocast(device, enabled=False):
             weight = weight_VD.to(dtype)
-            bounds = range(0, len(features_PD), chunk)
-            places = (
-                offsets[torch.tensor([*bounds, len(features_PD)])].tolist()
-                if offsets is not None
-                else None
-            )
-            for i, first in enumerate(bounds):
+            bounds = list(range(0, len(features_PD), chunk))
+            pieces = _cut(tempered, [*bounds, len(features_PD)], len(weight))
+            for first, sparse in zip(bounds, pieces, strict=True):
                 rows = slice(first, first + chunk)
                 hidden_CD = features_PD[rows].to(dtype)
                 logits_CV = _compute_logits(hidden_CD, weight, bias_V, settings)
-                sparse = None
-                if places is not None:
-                    tokens = slice(places[i], places[i + 1])
-                    ends = offsets[first : first + len(hidden_CD) + 1] - places[i]
-                    sparse = _Sparse(
-                        ends, ids_N[tokens], logprobs_N[tokens], tail_P[rows], len(weight)
-                    )
                 chunk_hard, chunk_soft, grad_CV = _compute_chunk(
                     logits_CV, labels_P[rows], sparse, settings
                 )
@@ -179,7 +166,56 @@ class _FusedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         grads, ctx.grads = ctx.grads, None
-        return (*grads.scaled(grad_total, ctx.needs_input_grad[:3]), *[None] * 7)
+        return (*grads.scaled(grad_total, ctx.needs_input_grad[:3]), *[None] * 4)
+
+
+def compute_loss_of_logits(
+    logits_PV: Tensor,
+    labels_P: Tensor,
+    teacher: TeacherRows | None,
+    settings: LossSettings,
+    *,
+    normalizer: Tensor | float = 1.0,
+) -> LossTerms:
+    """Return the same from logits that a model made itself, scaled and capped: for heads of an unknown form."""
+    tempered = _temper(teacher, settings)
+    (sparse,) = _cut(tempered, [0, len(labels_P)], logits_PV.shape[1])
+    plain = replace(settings, scale=1.0, softcap=None)
+    total, hard, soft = _LossOfLogits.apply(  # type: ignore[no-untyped-call]
+        logits_PV, labels_P, sparse, plain, normalizer
+    )
+    return LossTerms(total=total, hard=hard, soft=None if sparse is None else soft)
+
+
+class _LossOfLogits(torch.autograd.Function):
+    """All positions as one chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_PV: Tensor,
+        labels_P: Tensor,
+        sparse: "_Sparse | None",
+        settings: LossSettings,
+        normalizer: Tensor | float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = torch.promote_types(logits_PV.dtype, torch.float32)
+        with torch.autocast(logits_PV.device.type, enabled=False):
+            hard, soft, ctx.grad = _compute_chunk(
+                logits_PV.to(dtype, copy=True), labels_P, sparse, settings
+            )
+            ctx.grad.div_(normalizer)
+            hard, soft = hard / normalizer, soft / normalizer
+            total = settings.alpha * hard + (1 - settings.alpha) * soft
+        ctx.dtype = logits_PV.dtype
+        ctx.mark_non_differentiable(hard, soft)
+        return total, hard, soft
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        grad, ctx.grad = ctx.grad, None
+        return (grad.mul_(grad_total).to(ctx.dtype), None, None, None, None)
 
 
 class _Gradients:
@@ -242,16 +278,33 @@ def _compute_logits(
 class _Sparse:
     """A chunk's part of the teacher: where its kept tokens are among C * V logits, their logprobs and the tails."""
 
-    def __init__(
-        self, ends: Tensor, ids_N: Tensor, logprobs_N: Tensor, tail_C: Tensor, vocabulary: int
-    ) -> None:
-        self.offsets = ends
-        self.rows_N = torch.arange(len(tail_C), device=ids_N.device).repeat_interleave(ends.diff())
-        self.places_N = self.rows_N * vocabulary + ids_N
-        self.logprobs_N, self.tail_C = logprobs_N, tail_C
+    def __init__(self, rows: TeacherRows, vocabulary: int) -> None:
+        self.offsets = rows.offsets
+        places_C = torch.arange(len(rows.tail_logprobs), device=rows.ids.device)
+        self.rows_N = places_C.repeat_interleave(rows.offsets.diff())
+        self.places_N = self.rows_N * vocabulary + rows.ids
+        self.logprobs_N, self.tail_C = rows.logprobs, rows.tail_logprobs
 
     def sum_rows(self, values_N: Tensor) -> Tensor:
         return _reduce(values_N, self.offsets, "sum")
+
+
+def _cut(teacher: TeacherRows | None, bounds: list[int], vocabulary: int) -> list[_Sparse | None]:
+    """Return the teacher's part in each chunk; `bounds`: where chunks begin, and the end of the last."""
+    if teacher is None:
+        return [None] * (len(bounds) - 1)
+    firsts = teacher.offsets[torch.tensor(bounds, device=teacher.offsets.device)].tolist()
+    pieces: list[_Sparse | None] = []
+    for i, (first, stop) in enumerate(pairwise(bounds)):
+        tokens = slice(firsts[i], firsts[i + 1])
+        piece = TeacherRows(
+            teacher.offsets[first : stop + 1] - firsts[i],
+            teacher.ids[tokens],
+            teacher.logprobs[tokens],
+            teacher.tail_logprobs[first:stop],
+        )
+        pieces.append(_Sparse(piece, vocabulary))
+    return pieces
 
 
 def _exponentiate(logits_CV: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ does not matter.
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,17 @@ from transformers import (
 )
 
 from retort.batches import IGNORE_INDEX, EpochShuffle
+from retort.fused_loss import (
+    LossSettings,
+    TeacherRows,
+    compute_fused_loss,
+    compute_loss_of_logits,
+)
 from retort.losses import (
     LossTerms,
     combine,
     compute_dense_kl,
     compute_hard_loss,
-    compute_sparse_kl,
     perplexity,
 )
 from retort.models import (
@@ -39,6 +45,53 @@ COMPLETE_MARK = "complete.json"
 _PROGRESS_S = 10.0
 
 
+def attach_loss(split: CausalLM, settings: LossSettings) -> None:
+    """Let a student's own forward pass return its losses where it is given `labels`.
+
+    In forward, and not outside, because what wraps a model to train it on several devices sees nothing else: a loss
+    made outside trains with other weights on every device, without a word.
+    """
+    model = split.model
+    original = model.forward
+
+    def forward(
+        *args: Any,
+        labels: Tensor | None = None,
+        normalizer: Tensor | float = 1.0,
+        kept_offsets: Tensor | None = None,
+        kept_ids: Tensor | None = None,
+        kept_logprobs: Tensor | None = None,
+        tail_logprobs: Tensor | None = None,
+        **inputs: Any,
+    ) -> Any:
+        if labels is None:
+            return original(*args, **inputs)
+        teacher = None
+        if kept_offsets is not None:
+            assert kept_ids is not None and kept_logprobs is not None and tail_logprobs is not None
+            teacher = TeacherRows(kept_offsets, kept_ids, kept_logprobs, tail_logprobs)
+        counts_BT = labels[:, 1:] != IGNORE_INDEX
+        labels_P = labels[:, 1:][counts_BT]
+        if not split.is_split:
+            logits_PV = original(**inputs, use_cache=False).logits[:, :-1][counts_BT]
+            return compute_loss_of_logits(
+                logits_PV, labels_P, teacher, settings, normalizer=normalizer
+            )
+        hidden_BTD = split.features(inputs["input_ids"], inputs["attention_mask"])
+        head = model.get_output_embeddings()
+        return compute_fused_loss(
+            hidden_BTD[:, :-1][counts_BT],
+            head.weight,
+            labels_P,
+            teacher,
+            replace(settings, scale=split.head.scale, softcap=split.head.softcap),
+            bias_V=getattr(head, "bias", None),
+            normalizer=normalizer,
+        )
+
+    model.forward = forward  # type: ignore[method-assign]
+
+
 class DistillationTrainer(Trainer):  # type: ignore[misc]
     """transformers' Trainer with the loss of room `losses`, normalised by the global number of positions."""
 
@@ -48,8 +101,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     def __init__(
         self,
         *,
-        alpha: float,
-        temperature: float,
+        settings: LossSettings,
         teacher: CausalLM | None,
         num_tokens: int,
         **options: Any,
@@ -57,8 +109,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         super().__init__(**options)
         # True makes Trainer count the labels of the whole accumulated batch, whatever the model's signature.
         self.model_accepts_loss_kwargs = True
-        self.alpha = alpha
-        self.temperature = temperature
+        self.settings = settings
         self.teacher = teacher
         self.num_tokens = (
             num_tokens  # of the tokenizer: a live teacher's ids beyond have probability 0
@@ -76,43 +127,45 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Return this micro-batch's share of the mean loss over the accumulated batch's positions."""
-        assert num_items_in_batch is not None
-        labels_BT = inputs["labels"]
-        counts_BT = labels_BT[:, 1:] != IGNORE_INDEX
-        outputs = model(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
+        assert num_items_in_batch is not None and not return_outputs
+        terms = (
+            self._compute_live(model, inputs, num_items_in_batch)
+            if self.teacher is not None
+            else model(**inputs, normalizer=num_items_in_batch)
         )
-        logits_PV = outputs.logits[:, :-1][counts_BT]
-        hard = compute_hard_loss(logits_PV, labels_BT[:, 1:][counts_BT])
-        kl = self._compute_kl(logits_PV, counts_BT, inputs) if self.alpha < 1.0 else None
-        terms = combine(hard, kl, alpha=self.alpha, temperature=self.temperature)
         if not bool(torch.isfinite(terms.total)):
             raise ValueError(
                 f"the loss is {terms.total.item()} at step {self.state.global_step + 1} (hard {terms.hard.item():.4g}, "
                 f"soft {terms.soft.item() if terms.soft is not None else 0:.4g}). Checkpoints before it are kept. "
                 "Try a lower training.learning_rate, or training.use_mixed_precision: false."
             )
-        self.window.add(terms, positions=len(logits_PV))
-        loss = terms.total / num_items_in_batch
-        return (loss, outputs) if return_outputs else loss
+        positions = int((inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
+        self.window.add(terms, positions=positions, normalizer=float(num_items_in_batch))
+        return terms.total
 
-    def _compute_kl(
-        self, logits_PV: Tensor, counts_BT: Tensor, inputs: dict[str, Tensor]
-    ) -> Tensor:
-        """KL from the cache's targets, or from the live teacher over the whole vocabulary."""
-        if self.teacher is None:
-            return compute_sparse_kl(
-                logits_PV,
-                inputs["top_k_ids"],
-                inputs["top_k_logprobs"],
-                inputs["tail_logprob"],
-                temperature=self.temperature,
-            )
+    def _compute_live(
+        self, model: torch.nn.Module, inputs: dict[str, Tensor], normalizer: Tensor | int
+    ) -> LossTerms:
+        """Return the losses beside the live teacher, over the whole vocabulary."""
+        assert self.teacher is not None
+        labels_BT = inputs["labels"]
+        counts_BT = labels_BT[:, 1:] != IGNORE_INDEX
+        ids_BT, mask_BT = inputs["input_ids"], inputs["attention_mask"]
+        logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
+        logits_PV = logits_BTV[:, :-1][counts_BT]
+        hard = compute_hard_loss(logits_PV, labels_BT[:, 1:][counts_BT])
         with torch.no_grad():
-            features_BTD = self.teacher.features(inputs["input_ids"], inputs["attention_mask"])
+            features_BTD = self.teacher.features(ids_BT, mask_BT)
             teacher_logits_PV = self.teacher.head.logits(features_BTD[:, :-1][counts_BT])
             teacher_logits_PV = teacher_logits_PV[:, : self.num_tokens]  # a wider student is legal
-        return compute_dense_kl(logits_PV, teacher_logits_PV, temperature=self.temperature)
+        temperature = self.settings.temperature
+        kl = compute_dense_kl(logits_PV, teacher_logits_PV, temperature=temperature)
+        return combine(
+            hard / normalizer,
+            kl / normalizer,
+            alpha=self.settings.alpha,
+            temperature=temperature,
+        )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log the means of our terms under the names users know, in place of Trainer's `loss`."""
@@ -132,15 +185,15 @@ class LossWindow:
         self._has_soft = False
         self._since = time.monotonic()
 
-    def add(self, terms: LossTerms, *, positions: int) -> None:
-        """Add one micro-batch."""
+    def add(self, terms: LossTerms, *, positions: int, normalizer: float) -> None:
+        """Add one micro-batch, whose terms are sums over `normalizer`."""
         self.positions += positions
         self.total_positions += positions
-        self._sums["total_loss"] += float(terms.total.detach())
-        self._sums["hard_loss"] += float(terms.hard.detach())
+        self._sums["total_loss"] += float(terms.total.detach()) * normalizer
+        self._sums["hard_loss"] += float(terms.hard.detach()) * normalizer
         if terms.soft is not None:
             self._has_soft = True
-            self._sums["soft_loss"] += float(terms.soft.detach())
+            self._sums["soft_loss"] += float(terms.soft.detach()) * normalizer
 
     def take(self) -> dict[str, float]:
         """Return the means over the window's positions, and start a new window."""

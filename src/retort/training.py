@@ -28,12 +28,14 @@ from retort.batches import Collator, TrainingData
 from retort.cache import LogitCache
 from retort.config import Student, Teacher, Tracking, Training
 from retort.config_checks import DEFAULT_ALPHA
+from retort.fused_loss import LossSettings
 from retort.models import (
     CausalLM,
     build_student,
     choose_device,
     describe_device,
     load_recorded_teacher,
+    split_model,
 )
 from retort.provenance import (
     compare_digests,
@@ -46,7 +48,12 @@ from retort.provenance import (
 )
 from retort.shards import TokenIndex
 from retort.tokens import SequenceTable, fingerprint_of_tokenizer, load_tokenizer
-from retort.trainer import COMPLETE_MARK, DistillationTrainer, ProgressCallback
+from retort.trainer import (
+    COMPLETE_MARK,
+    DistillationTrainer,
+    ProgressCallback,
+    attach_loss,
+)
 
 LOG_COLUMNS = (
     "step",
@@ -156,9 +163,13 @@ def train_student(
         model = build_student(
             student, vocabulary=vocabulary, tokenizer=tokenizer, seed=training.seed
         )
-        trainer = DistillationTrainer(
+        settings = LossSettings(
             alpha=1.0 if training.alpha is None else training.alpha,
             temperature=training.temperature,
+        )
+        attach_loss(split_model(model), settings)
+        trainer = DistillationTrainer(
+            settings=settings,
             teacher=teacher,
             num_tokens=len(tokenizer),
             model=model,

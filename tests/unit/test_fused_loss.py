@@ -215,8 +215,9 @@ def test_under_autocast_the_head_runs_in_its_type_and_the_rest_in_float32() -> N
     with torch.autocast("cpu", torch.bfloat16):
         found = compute_fused_loss(half[0], half[1], labels, teacher, how)
     found.total.backward()
-    assert found.total.dtype == torch.float32
-    assert float(found.total) == pytest.approx(float(expected.total), rel=2e-3)
+    mine, theirs = found.total.detach(), expected.total.detach()
+    assert mine.dtype == torch.float32
+    assert float(mine) == pytest.approx(float(theirs), rel=2e-3)
     for a, b in zip(half, full, strict=True):
         assert a.grad is not None and b.grad is not None and a.grad.dtype == torch.float32
         assert float((a.grad - b.grad).norm() / b.grad.norm()) < 2e-2
@@ -285,9 +286,4 @@ def test_no_more_than_one_chunk_of_logits_is_ever_held() -> None:
 
 
 def test_chunks_are_chosen_by_the_vocabulary() -> None:
-    assert [choose_chunk_size(v) for v in (512, 32_768, 131_072, 262_144)] == [
-        32_768,
-        512,
-        128,
-        128,
-    ]
+    assert [choose_chunk_size(v) for v in (512, 32_768, 131_072, 262_144)] == [4096, 64, 64, 64]

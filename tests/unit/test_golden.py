@@ -41,7 +41,7 @@ GOLDEN_REVISIONS = {
     "tokens": 2,
     "logits": 4,
     "validation": 1,
-    "run": 1,
+    "run": 2,
     "evaluation": 1,
     "report": 1,
 }
@@ -60,11 +60,11 @@ GOLDEN_IDS = {
     "tokens": "0ade245fec8b",
     "logits": "0a5b0f437e42",
     "validation": "12d68f4f61c5",
-    "hard": ["bdfbcd0e312a", "94d9dc94c310"],
-    "both": ["0f22959062b1", "94d9dc94c310"],
-    "live": ["a2eda8db55f3", "94d9dc94c310"],
-    "check": "c148726dfd4e",
-    "report": "16579ed285b5",
+    "hard": ["a97a5fb5eb13", "94d9dc94c310"],
+    "both": ["ac421b1847db", "94d9dc94c310"],
+    "live": ["1eec5c915121", "94d9dc94c310"],
+    "check": "e1d62ea7429c",
+    "report": "cf6030d99dd7",
 }
 
 REPOSITORY = Path(__file__).parents[2]

@@ -10,19 +10,43 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from retort.fused_loss import (
+    LossSettings,
+    TeacherRows,
+    compute_loss_of_logits,
+    log1mexp,
+    temper_rows,
+)
 from retort.losses import (
     combine,
     compute_dense_kl,
     compute_hard_loss,
-    compute_sparse_kl,
-    log1mexp,
     perplexity,
-    temper_head,
 )
 
 torch.set_num_threads(1)  # on tensors of this size a second thread only costs
 
 TEMPERATURES = (0.5, 1.0, 2.0)
+
+
+def to_teacher(ids_PK: Tensor, logprobs_PK: Tensor, tail_P: Tensor) -> TeacherRows:
+    offsets = torch.arange(len(ids_PK) + 1) * ids_PK.shape[1]
+    return TeacherRows(offsets, ids_PK.reshape(-1).long(), logprobs_PK.reshape(-1), tail_P)
+
+
+def compute_sparse_kl(
+    logits_PV: Tensor,
+    ids_PK: Tensor,
+    logprobs_PK: Tensor,
+    tail_P: Tensor,
+    *,
+    temperature: float,
+) -> Tensor:
+    """The summed KL over the kept tokens and the tail, without its factor T^2."""
+    labels_P = torch.zeros(len(logits_PV), dtype=torch.long)
+    teacher = to_teacher(ids_PK, logprobs_PK, tail_P)
+    how = LossSettings(0.0, temperature)
+    return compute_loss_of_logits(logits_PV, labels_P, teacher, how).total / temperature**2
 
 
 def random_logits(rows: int, vocabulary: int, *, scale: float, seed: int) -> Tensor:
@@ -213,7 +237,8 @@ def test_tempered_head_is_the_softmax_at_t_where_the_tail_at_t_is_exact(
     teacher_PV = random_logits(3, 30, scale=scale, seed=seed)
     ids_PK, head_PK, tail_P = cut(teacher_PV, top_k=top_k, temperature=temperature)
     expected_PK = (teacher_PV / temperature).softmax(-1).gather(1, ids_PK)
-    found_PK = temper_head(head_PK, tail_P, temperature).double().exp()
+    teacher = temper_rows(to_teacher(ids_PK, head_PK, tail_P), temperature)
+    found_PK = teacher.logprobs.double().exp().view_as(expected_PK)
     torch.testing.assert_close(found_PK, expected_PK, rtol=3e-5, atol=1e-7)
     total_P = found_PK.sum(-1) + tail_P.double().exp()
     torch.testing.assert_close(total_P, torch.ones_like(total_P), rtol=0, atol=3e-6)

@@ -25,6 +25,7 @@ from retort.artefacts import student_content
 from retort.batches import IGNORE_INDEX, Collator, EpochShuffle, Item, TrainingData
 from retort.cache import LogitCache
 from retort.codec import SparseTargets
+from retort.fused_loss import LossSettings
 from retort.models import load_teacher
 from retort.provenance import digest, read_json, write_json
 from retort.shards import TokenIndex
@@ -122,8 +123,7 @@ def read_batches(bench: Bench, source: SequenceTable | LogitCache, folder: Path)
     kind = "logit" if isinstance(source, LogitCache) else "output"
     training = section("training", distillation_type=kind, batch_size=5, seed=3, device="cpu")
     trainer = DistillationTrainer(
-        alpha=1.0,
-        temperature=1.0,
+        settings=LossSettings(1.0),
         teacher=None,
         num_tokens=NUM_TOKENS,
         model=AutoModelForCausalLM.from_pretrained(bench.teacher_path),
@@ -142,7 +142,7 @@ def test_batches_are_the_same_whatever_is_learned_from(bench: Bench, tmp_path: P
         for mine, theirs in zip(from_text, from_cache, strict=True):
             for name in ("input_ids", "attention_mask", "labels"):
                 assert torch.equal(mine[name], theirs[name])
-            assert "top_k_ids" in theirs and "top_k_ids" not in mine
+            assert "kept_ids" in theirs and "kept_ids" not in mine
 
 
 @given(number=st.integers(1, 200), seed=st.integers(0, 2**31), epoch=st.integers(0, 5))
@@ -191,11 +191,12 @@ def test_labels_and_targets_belong_to_the_same_positions(data: st.DataObject) ->
             label = int(batch["labels"][b, t + 1]) if t + 1 < width else IGNORE_INDEX
             assert label == (ids[t + 1] if counts else IGNORE_INDEX)
             if counts:  # targets' next row is this position's
-                assert int(batch["top_k_ids"][place, 0]) == ids[t]
-                assert float(batch["top_k_logprobs"][place, 0]) == -ids[t]
-                assert float(batch["tail_logprob"][place]) == -t - 100.0
+                assert int(batch["kept_offsets"][place]) == place
+                assert int(batch["kept_ids"][place]) == ids[t]
+                assert float(batch["kept_logprobs"][place]) == -ids[t]
+                assert float(batch["tail_logprobs"][place]) == -t - 100.0
                 place += 1
-    assert place == len(batch["top_k_ids"]) == int((batch["labels"] != IGNORE_INDEX).sum())
+    assert place == len(batch["kept_ids"]) == int((batch["labels"] != IGNORE_INDEX).sum())
 
 
 # ---------------------------------------------------------------------------------------------------------
