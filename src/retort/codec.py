@@ -25,7 +25,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from retort.config import Cache
-from retort.sparse_streams import TAIL_UNIT, Grid, build_grid
+from retort.sparse_streams import MAX_STEPS, MAX_VOCABULARY, TAIL_UNIT, Grid, build_grid
 
 # float16 has 11 significant bits: a logprob of -8 is stored to 0.004, and its probability to 0.4 %. Below
 # this floor a probability is zero in float32 anyway (a masked token's logprob is -inf).
@@ -44,6 +44,18 @@ class Codec:
     min_probability: float | None = None  # from which a token is exact, of the other methods
     steps: int | None = None  # a probability is stored as the square of a multiple of 1 / steps
     order: str | None = None  # digest of the token ids by falling frequency
+
+    def __post_init__(self) -> None:
+        """Refuse what no record can be coded with: the compiled code does not look where it reads and writes."""
+        if self.is_coded and not 1 <= self.vocabulary <= MAX_VOCABULARY:
+            raise ValueError(
+                f"cache.method {self.method} codes up to {MAX_VOCABULARY:,} ids, but the teacher's output layer has "
+                f"{self.vocabulary:,}: use cache.method: top_k."
+            )
+        if self.is_coded and not 1 <= (self.steps or 0) <= MAX_STEPS:
+            raise ValueError(
+                f"a codec of {self.steps} steps is none of Retort's, which have 1 to {MAX_STEPS}: the file is damaged."
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Return the header's entry."""
@@ -76,7 +88,7 @@ class Codec:
     def build_grid(self, *, width: int) -> Grid:
         """Return what writer and reader share of an entropy-coded record whose positions keep up to `width` tokens."""
         assert self.steps is not None
-        return build_grid(len(self.temperatures), self.steps, self.draw_step, width=width)
+        return build_grid(len(self.temperatures), self.steps, self.draw_step, width.bit_length())
 
     @property
     def id_dtype(self) -> np.dtype[Any]:
@@ -261,9 +273,10 @@ def choose_steps(method: str, min_probability: float) -> int:
     top_p: rounding costs about K / (6 steps^2) nats, K the mean number of kept tokens; these steps keep it at 0.8e-3
     for a teacher of 2.1 nats of entropy. sampled: rounding adds 3-5 % to the variance of the draws.
     """
-    if method == "top_p":
-        return max(2, round(43 * (min_probability / 0.01) ** -0.285))
-    return max(2, round(8 * min_probability**-0.5))
+    steps = (
+        43 * (min_probability / 0.01) ** -0.285 if method == "top_p" else 8 * min_probability**-0.5
+    )
+    return min(max(2, round(steps)), MAX_STEPS)
 
 
 def build_codec(

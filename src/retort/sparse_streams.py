@@ -36,6 +36,7 @@ _TWO_FIFTHS, _TWO_SEVENTHS = np.float32(2 / 5), np.float32(2 / 7)
 _TO_NEXT_OCTAVE = np.int32((1 << 23) - 0x3504F3)  # what a mantissa of sqrt(2) lacks
 NUM_LANES = 2
 _SIZE_CONTEXTS, _PLACE_CONTEXTS = 9, 6 * 5
+MAX_VOCABULARY, MAX_STEPS = 1 << 20, 1023
 _LOG2_BUCKETS, _COUNT_BUCKETS = 21, 6  # a rank is below 2^20, so is a mean square
 _GAP_CONTEXTS = _LEVEL_CONTEXTS = _COUNT_BUCKETS * _LOG2_BUCKETS
 # Where each kind's contexts begin, behind those of the tails.
@@ -73,10 +74,12 @@ class Grid(NamedTuple):
 
 
 @lru_cache(maxsize=32)
-def build_grid(num_temperatures: int, steps: int, draw_step: int, *, width: int) -> Grid:
-    """Return the grid for positions that keep up to `width` tokens."""
-    counts = np.arange(1 << width.bit_length())
-    buckets = np.array([_bucket_count(int(n)) for n in counts])
+def build_grid(num_temperatures: int, steps: int, draw_step: int, width_bits: int) -> Grid:
+    """Return the grid for positions that keep fewer than 2^width_bits tokens."""
+    counts = np.arange(1 << width_bits)
+    # As _bucket_count: the number of binary digits of count - 1.
+    digits = np.frexp(np.maximum(counts - 1, 0))[1]
+    buckets = np.minimum(digits, _COUNT_BUCKETS - 1)
     lefts = np.zeros(len(counts), _LEFT)
     lefts["gap"] = num_temperatures + _GAP + buckets * _LOG2_BUCKETS
     lefts["level"] = num_temperatures + _LEVEL

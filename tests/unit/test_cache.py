@@ -1,11 +1,14 @@
 """A cache is whole or refused, says the same whoever made it, and pairs no distribution with another token."""
 
+import errno
+import gc
 import hashlib
 import json
 import multiprocessing
 import os
 import pickle
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -48,6 +51,7 @@ from retort.parts import (
     remove_parts,
     write_part,
 )
+from retort.provenance import write_pieces
 from retort.shards import TokenIndex
 from retort.tokens import SequenceTable, build_table
 
@@ -444,6 +448,78 @@ def test_one_error_names_every_missing_damaged_foreign_and_exchanged_part(
 
 # ---------------------------------------------------------------------------------------------------------
 # merge.mode: virtual
+
+
+def open_files() -> list[int]:
+    return [int(path.name) for path in Path("/proc/self/fd").iterdir()]
+
+
+def limit_open_files(more: int) -> None:
+    """Let this process open `more` files than it has open."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    number = max(open_files()) + 1
+    resource.setrlimit(resource.RLIMIT_NOFILE, (number + more, hard))
+
+
+def merge_with_few_files(index: TokenIndex, parts: Path, header: CacheHeader, send: Any) -> None:
+    limit_open_files(5)
+    merge_parts(index, parts, header, parts.parent / "merged.h5")
+    taken = [os.open(os.devnull, os.O_RDONLY) for _ in range(5)]
+    try:
+        LogitCache(parts.parent / "merged.h5")
+    except OSError as error:
+        os.close(taken.pop())
+        send.send(error.errno)
+
+
+def test_merging_holds_one_part_open_at_a_time_and_a_lack_of_files_is_no_damage(
+    index: TokenIndex, header: CacheHeader, own_parts: Path, merged: Path
+) -> None:
+    receive, send = forking.Pipe(duplex=False)
+    assert len(index.parts) > 5
+    process = forking.Process(target=merge_with_few_files, args=(index, own_parts, header, send))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    assert receive.poll(1) and receive.recv() == errno.EMFILE
+    assert (own_parts.parent / "merged.h5").read_bytes() == merged.read_bytes()
+    assert find_missing_parts(index, own_parts, header) == []
+
+
+@pytest.mark.parametrize("is_virtual", [False, True])
+def test_a_bit_flipped_on_the_way_is_refused_and_costs_no_part(
+    is_virtual: bool,
+    index: TokenIndex,
+    header: CacheHeader,
+    own_parts: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+
+    def write_wrongly(file: Any, content: memoryview) -> None:
+        calls.append(len(content))
+        damaged = bytearray(content)
+        if len(calls) == 2:
+            damaged[len(damaged) // 2] ^= 4
+        write_pieces(file, memoryview(damaged))
+
+    monkeypatch.setattr("retort.parts.write_pieces", write_wrongly)
+    out, mode = own_parts.parent / "merged.h5", "virtual" if is_virtual else "copy"
+    with pytest.raises(ValueError, match="is whole, but its copy is not"):
+        merge_parts(index, own_parts, header, out, mode=mode)
+    assert len(calls) > 2 and not out.exists()
+    assert find_missing_parts(index, own_parts, header) == []
+
+
+def test_dead_caches_hold_no_file_open(parts: Path) -> None:
+    gc.disable()
+    try:
+        before = len(open_files())
+        for path in sorted(parts.glob("*.h5")):
+            LogitCache(path).verify()
+        assert len(open_files()) == before
+    finally:
+        gc.enable()
 
 
 @pytest.fixture

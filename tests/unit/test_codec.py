@@ -17,6 +17,7 @@ from retort.codec import (
     SparseTargets,
     build_codec,
     bytes_per_position,
+    choose_steps,
     decode,
     encode,
     resolve_top_k,
@@ -203,3 +204,13 @@ def test_top_k_never_exceeds_the_vocabulary(
 def test_a_cache_that_could_not_be_measured_is_refused_before_it_is_made() -> None:
     with pytest.raises(ValueError, match=r"cache.temperatures is \[2.0, 4.0\].*\[1.0, 2.0, 4.0\]"):
         build_codec(cache_section(temperatures=[2.0, 4.0]), vocabulary=300)
+
+
+def test_what_no_record_can_be_coded_with_is_refused() -> None:
+    good = Codec("top_p", None, (1.0,), 300, 0.01, 43, "0" * 32)
+    for changes in ({"steps": 1024}, {"steps": 0}, {"vocabulary": (1 << 20) + 1}):
+        with pytest.raises(
+            ValueError, match=str(*changes.values()).replace("1048577", "1,048,577")
+        ):
+            Codec.from_json(good.to_json() | changes)
+    assert choose_steps("top_p", 1e-12) == choose_steps("sampled", 1e-12) == 1023
