@@ -227,6 +227,19 @@ def print_temperatures(given: cache_logits.Distributions) -> None:
         )
 
 
+def print_ratios(ours: list[tuple[float, float]], others: Curves, error: str) -> None:
+    """Print what Retort takes for each opponent's error, between its own settings by a power law."""
+    sizes, errors = map(np.log, zip(*sorted(ours), strict=True))
+    for name, points in others.items():
+        for size, theirs in points:
+            if not math.exp(errors.min()) <= theirs <= math.exp(errors.max()):
+                continue
+            mine = math.exp(np.interp(-math.log(theirs), -errors, sizes))
+            print(
+                f"  {name:36} {error} {theirs:.2e}: {size:6.1f} B, Retort {mine:5.1f} B ({size / mine:.1f}x)"
+            )
+
+
 def run(flags: argparse.Namespace, given: cache_logits.Distributions) -> None:
     """Print the table; draw the figure."""
     counts: NDArray[np.int64] = given.unigram_counts
@@ -249,6 +262,7 @@ def run(flags: argparse.Namespace, given: cache_logits.Distributions) -> None:
     print(" " * 36 + "".join(f"{h:>{w}}" for h, w in zip(heads, widths, strict=True)))
     kl: Curves = {}
     error: Curves = {}
+    named: dict[str, Curves] = {"full_kl": {}, "squared_error": {}}
     for method, dials in (("top_p", TOP_P), ("sampled", SAMPLED)):
         for dial in dials:
             ours = run_ours(given, find_codec(method, dial, given))
@@ -262,12 +276,18 @@ def run(flags: argparse.Namespace, given: cache_logits.Distributions) -> None:
     for name, stored in others:
         row = measure(exact, stored) if stored else None
         print_row(name, row)
+        if row and stored:
+            key = "squared_error" if stored.unbiased else "full_kl"
+            named[key][name] = [(row["bytes"], row[key])]
         if row and stored and stored.unbiased:
             error.setdefault(name, []).append((row["bytes"], row["squared_error"]))
         elif row:
             group = "DistillKit" if "DistillKit" in name else name.partition(" ")[0]
             group = "top-k, 4 bytes an id" if group.startswith("top-") else group
             kl.setdefault(group, []).append((row["bytes"], row["full_kl"]))
+    print("\nbytes a position at equal error")
+    print_ratios(kl["Retort top_p"], named["full_kl"], "full KL")
+    print_ratios(error["Retort sampled"], named["squared_error"], "variance")
     print_temperatures(given)
     if flags.figure:
         draw_figure(flags.figure, kl, error)
