@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from retort.fused_loss import LossSettings, TeacherRows, compute_fused_loss
-from retort.losses import compute_dense_kl
+from retort.losses import compute_dense_divergence
 
 BATCH, LENGTH, HIDDEN, LAYERS, KEPT = 2, 512, 256, 6, 17
 _STEPS = 4
@@ -119,7 +119,7 @@ def build_step(model: PreTrainedModel, way: str, chunk_size: int | None) -> Step
     def online() -> Tensor:
         with torch.no_grad():
             teacher_logits = live(inputs_BT, use_cache=False).logits.reshape(count, -1)
-        return compute_dense_kl(logits(), teacher_logits, temperature=1.0) / count
+        return compute_dense_divergence(logits(), teacher_logits, temperature=1.0) / count
 
     if way == "online":
         live = build_model(vocabulary, seed=2).eval().requires_grad_(False)

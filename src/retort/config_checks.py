@@ -279,6 +279,12 @@ def _check_training(c: Flat, defaults: Flat) -> None:
             "cache.method is 'sampled': its draws are unbiased at temperature 1 only. Use training.temperature: 1.0, "
             "or cache.method: top_p."
         )
+    if uses_cache and c["cache.method"] == "sampled" and c["training.divergence"] != "forward_kl":
+        raise ConfigError(
+            f"training.divergence is {c['training.divergence']!r}, but cache.method is 'sampled': only forward_kl is "
+            "linear in the teacher's probabilities, so draws are unbiased for no other. Use training.divergence: "
+            "forward_kl, or cache.method: top_p."
+        )
     if uses_cache and c["cache.top_k"] != "full" and temperature not in stored:
         raise ConfigError(
             f"training.temperature is {temperature}, but the cache stores the mass outside its "

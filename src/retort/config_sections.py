@@ -102,6 +102,7 @@ class Training:
     distillation_type: str
     alpha: float | None
     temperature: float
+    divergence: str
     use_cached_logits: bool
     learning_rate: float
     lr_scheduler_type: str

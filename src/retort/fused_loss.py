@@ -23,10 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from retort.losses import LossTerms
-
-# A bucket's mass below exp(-30) = 1e-13 is no information in float32; the floor keeps its log and gradient finite.
-_MIN_LOG_MASS = -30.0
+from retort.losses import MIN_LOG_MASS, LossTerms
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,7 @@ def temper_rows(teacher: TeacherRows, temperature: float) -> TeacherRows:
     tail_P = teacher.tail_logprobs.float()
     head_P = log1mexp(tail_P.clamp(max=-1e-7)) - mass_P.log()
     logprobs_N = shifted_N + head_P.repeat_interleave(sizes_P)
-    return TeacherRows(teacher.offsets, teacher.ids, logprobs_N, tail_P.clamp(min=_MIN_LOG_MASS))
+    return TeacherRows(teacher.offsets, teacher.ids, logprobs_N, tail_P.clamp(min=MIN_LOG_MASS))
 
 
 def _reduce(values_N: Tensor, offsets_P: Tensor, how: str) -> Tensor:
@@ -363,9 +360,9 @@ def _compute_soft(
     sum_C = tail_C + sparse.sum_rows((logits_N - best_C[sparse.rows_N]).exp())
     lse_C = best_C + sum_C.log()
     logq_N, tail_q_C = logits_N - lse_C[sparse.rows_N], tail_C / sum_C
-    has_tail_C = tail_q_C.log() > _MIN_LOG_MASS
+    has_tail_C = tail_q_C.log() > MIN_LOG_MASS
     values, kept_N, tail_slope_C = _DIVERGENCES[settings.divergence](
-        sparse.logprobs_N, logq_N, sparse.tail_C, tail_q_C.log().clamp(min=_MIN_LOG_MASS)
+        sparse.logprobs_N, logq_N, sparse.tail_C, tail_q_C.log().clamp(min=MIN_LOG_MASS)
     )
     tail_slope_C = torch.where(has_tail_C, tail_slope_C, 0.0)
     mean_C = sparse.sum_rows(kept_N) + tail_q_C * tail_slope_C
@@ -390,7 +387,7 @@ def _reverse_kl(
     logp_N: Tensor, logq_N: Tensor, logp_tail_C: Tensor, logq_tail_C: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """KL(student || teacher), as above."""
-    q_N, ratio_N = logq_N.exp(), logq_N - logp_N.clamp(min=_MIN_LOG_MASS)
+    q_N, ratio_N = logq_N.exp(), logq_N - logp_N.clamp(min=MIN_LOG_MASS)
     ratio_C = logq_tail_C - logp_tail_C
     value = (q_N * ratio_N).sum() + (logq_tail_C.exp() * ratio_C).sum()
     return value, q_N * (ratio_N + 1), ratio_C + 1

@@ -5,6 +5,7 @@ Legend: P counted positions, V vocabulary.
     total_loss = alpha * hard_loss + (1 - alpha) * soft_loss         alpha weighs the *hard* loss
     hard_loss  = - log q(y)                                          y: the token of the text
     soft_loss  = T^2 * KL(p_T || q_T)                                p: teacher, q: student, at temperature T
+                 (or another divergence in its place)
 
 The factor T^2 keeps the soft gradient's size independent of T (Hinton, Vinyals, Dean: Distilling the Knowledge in a
 Neural Network, 2015, section 2). From a cache, KL is taken over the kept tokens and one bucket for all others (room
@@ -17,6 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+# A mass below exp(-30) = 1e-13 is no information in float32; the floor keeps its log and gradient finite.
+MIN_LOG_MASS = -30.0
 
 
 @dataclass(frozen=True)
@@ -33,15 +37,34 @@ def compute_hard_loss(logits_PV: Tensor, targets_P: Tensor) -> Tensor:
     return F.cross_entropy(logits_PV.float(), targets_P, reduction="sum")
 
 
-def compute_dense_kl(logits_PV: Tensor, teacher_logits_PV: Tensor, *, temperature: float) -> Tensor:
-    """Return the summed KL(teacher_T || student_T) over the whole vocabulary, without the factor T^2."""
+def compute_dense_divergence(
+    logits_PV: Tensor,
+    teacher_logits_PV: Tensor,
+    *,
+    temperature: float,
+    divergence: str = "forward_kl",
+) -> Tensor:
+    """Return the summed divergence at T over the whole vocabulary, without the factor T^2.
+
+    forward_kl: KL(teacher || student); reverse_kl: KL(student || teacher), where a teacher's probability counts as
+    exp(-30) at least; jensen_shannon: the mean of both against the mean of both distributions.
+    """
     missing = logits_PV.shape[1] - teacher_logits_PV.shape[1]
     if missing > 0:  # a student's layer may be wider than the teacher's
         teacher_logits_PV = F.pad(teacher_logits_PV, (0, missing), value=-torch.inf)
     student_PV = (logits_PV.float() / temperature).log_softmax(dim=-1)
     teacher_PV = (teacher_logits_PV.float() / temperature).log_softmax(dim=-1)
-    terms_PV = teacher_PV.exp() * (teacher_PV - student_PV)
-    return terms_PV.masked_fill(teacher_PV == -torch.inf, 0.0).sum()  # 0 log 0 = 0
+    if divergence == "forward_kl":
+        return _sum_kl(teacher_PV, student_PV)
+    if divergence == "reverse_kl":
+        return _sum_kl(student_PV, teacher_PV.clamp(min=MIN_LOG_MASS))
+    mean_PV = torch.logaddexp(teacher_PV, student_PV) - math.log(2)
+    return 0.5 * (_sum_kl(teacher_PV, mean_PV) + _sum_kl(student_PV, mean_PV))
+
+
+def _sum_kl(logp_PV: Tensor, logq_PV: Tensor) -> Tensor:
+    terms_PV = logp_PV.exp() * (logp_PV - logq_PV)
+    return terms_PV.masked_fill(logp_PV == -torch.inf, 0.0).sum()  # 0 log 0 = 0
 
 
 def combine(hard: Tensor, kl: Tensor | None, *, alpha: float, temperature: float) -> LossTerms:

@@ -31,7 +31,7 @@ from retort.fused_loss import (
 from retort.losses import (
     LossTerms,
     combine,
-    compute_dense_kl,
+    compute_dense_divergence,
     compute_hard_loss,
     perplexity,
 )
@@ -159,7 +159,12 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             teacher_logits_PV = self.teacher.head.logits(features_BTD[:, :-1][counts_BT])
             teacher_logits_PV = teacher_logits_PV[:, : self.num_tokens]  # a wider student is legal
         temperature = self.settings.temperature
-        kl = compute_dense_kl(logits_PV, teacher_logits_PV, temperature=temperature)
+        kl = compute_dense_divergence(
+            logits_PV,
+            teacher_logits_PV,
+            temperature=temperature,
+            divergence=self.settings.divergence,
+        )
         return combine(
             hard / normalizer,
             kl / normalizer,

@@ -26,6 +26,7 @@ from transformers import (
 from retort.artefacts import student_content
 from retort.batches import Collator, TrainingData
 from retort.cache import LogitCache
+from retort.codec import Codec
 from retort.config import Student, Teacher, Tracking, Training
 from retort.config_checks import DEFAULT_ALPHA
 from retort.fused_loss import LossSettings
@@ -163,9 +164,15 @@ def train_student(
         model = build_student(
             student, vocabulary=vocabulary, tokenizer=tokenizer, seed=training.seed
         )
+        tail = (
+            find_tail(source.header.codec, training, path=source.path)
+            if isinstance(source, LogitCache)
+            else 0
+        )
         settings = LossSettings(
             alpha=1.0 if training.alpha is None else training.alpha,
             temperature=training.temperature,
+            divergence=training.divergence,
         )
         attach_loss(split_model(model), settings)
         trainer = DistillationTrainer(
@@ -175,7 +182,7 @@ def train_student(
             model=model,
             args=training_arguments(folder, training, tracking, name=name),
             train_dataset=TrainingData(source),
-            data_collator=Collator(_find_temperature(source, training.temperature)),
+            data_collator=Collator(tail),
         )
         checkpoint = find_checkpoint(folder, say=say)
         before = (
@@ -206,20 +213,24 @@ def train_student(
         }
 
 
-def _find_temperature(source: SequenceTable | LogitCache, temperature: float) -> int:
-    """Return the column of the tail at that temperature; the whole vocabulary has no tail, so any will do.
+def find_tail(codec: Codec, training: Training, *, path: Path) -> int:
+    """Return the column of the tail at the training's temperature; the whole vocabulary has none, so any will do.
 
-    Raises ValueError when the cache holds the tail at other temperatures only.
+    Raises ValueError when a cache of this codec cannot be trained from so.
     """
-    if not isinstance(source, LogitCache):
-        return 0
-    codec = source.header.codec
+    temperature, divergence = training.temperature, training.divergence
+    if codec.method == "sampled" and (temperature != 1.0 or divergence != "forward_kl"):
+        raise ValueError(
+            f"training.temperature is {temperature} and training.divergence {divergence!r}, but {path} holds draws "
+            "(cache.method: sampled), which are unbiased for forward_kl at temperature 1 alone. Use both, or a cache "
+            "of cache.method: top_p."
+        )
     if temperature in codec.temperatures:
         return codec.temperatures.index(temperature)
     if codec.top_k == codec.vocabulary:
         return 0
     raise ValueError(
-        f"training.temperature is {temperature}, but {source.path} holds the tail's mass at {codec.temperatures} only. "
+        f"training.temperature is {temperature}, but {path} holds the tail's mass at {codec.temperatures} only. "
         f"Use one of them, or add {temperature} to cache.temperatures, which makes a new cache."
     )
 

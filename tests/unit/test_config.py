@@ -500,6 +500,14 @@ OUTPUT = {"training": {"distillation_type": "output"}}
             "Set dataset.max_length to the length you want",
         ),
         (
+            {
+                "cache": {"method": "sampled"},
+                "training": {"temperature": 1.0, "divergence": "reverse_kl"},
+            },
+            "training.divergence is 'reverse_kl', but cache.method is 'sampled'",
+            "Use training.divergence: forward_kl, or cache.method: top_p",
+        ),
+        (
             {"training": {"temperature": 3}},
             "training.temperature is 3.0",
             "cache.temperatures: [1.0, 2.0, 3.0] (a new cache is made), or use one of [1.0, 2.0]",

@@ -19,7 +19,7 @@ from retort.fused_loss import (
 )
 from retort.losses import (
     combine,
-    compute_dense_kl,
+    compute_dense_divergence,
     compute_hard_loss,
     perplexity,
 )
@@ -131,7 +131,9 @@ def test_sparse_kl_with_all_tokens_kept_is_the_kl_over_the_vocabulary(temperatur
     )
     found, _ = sparse_kl(student_PV, teacher_PV, top_k=30, temperature=temperature)
     assert found == pytest.approx(float(expected), rel=1e-5)
-    dense = compute_dense_kl(student_PV.float(), teacher_PV.float(), temperature=temperature)
+    dense = compute_dense_divergence(
+        student_PV.float(), teacher_PV.float(), temperature=temperature
+    )
     assert float(dense) == pytest.approx(float(expected), rel=1e-5)
 
 
@@ -157,7 +159,9 @@ def test_kl_is_never_negative_and_buckets_never_add_to_it(
     student_PV = random_logits(2, 20, scale=2.0, seed=seed)
     teacher_PV = random_logits(2, 20, scale=2.0, seed=seed + 1)
     found, _ = sparse_kl(student_PV, teacher_PV, top_k=top_k, temperature=temperature)
-    dense = float(compute_dense_kl(student_PV.float(), teacher_PV.float(), temperature=temperature))
+    dense = float(
+        compute_dense_divergence(student_PV.float(), teacher_PV.float(), temperature=temperature)
+    )
     assert -1e-5 <= found <= dense + 1e-4
 
 
@@ -258,7 +262,7 @@ def test_dense_kl_takes_a_student_wider_than_its_teacher(temperature: float) -> 
     log_q_PV = (student_PV.detach().double() / temperature).log_softmax(-1)[:, :9]
     log_p_PV = (teacher_PV / temperature).log_softmax(-1)
     expected = (log_p_PV.exp() * (log_p_PV - log_q_PV)).sum()
-    loss = compute_dense_kl(student_PV, teacher_PV.float(), temperature=temperature)
+    loss = compute_dense_divergence(student_PV, teacher_PV.float(), temperature=temperature)
     found, gradient = value_and_gradient(loss, student_PV)
     assert found == pytest.approx(float(expected), rel=1e-5)
     p_PV = F.pad(log_p_PV.exp(), (0, 3))
@@ -299,7 +303,7 @@ def test_t_squared_keeps_the_soft_gradient_as_large_as_hinton_says() -> None:
     teacher_PV = random_logits(1, 8, scale=1.0, seed=12)
     student_PV, teacher_PV = student_PV - student_PV.mean(), teacher_PV - teacher_PV.mean()
     leaf_PV = student_PV.float().requires_grad_()
-    kl = compute_dense_kl(leaf_PV, teacher_PV.float(), temperature=100.0)
+    kl = compute_dense_divergence(leaf_PV, teacher_PV.float(), temperature=100.0)
     total = combine(torch.tensor(0.0), kl, alpha=0.0, temperature=100.0).total
     (gradient_PV,) = torch.autograd.grad(total, leaf_PV)
     torch.testing.assert_close(
@@ -310,3 +314,19 @@ def test_t_squared_keeps_the_soft_gradient_as_large_as_hinton_says() -> None:
 def test_perplexity_is_the_exponential_and_infinite_beyond_a_float() -> None:
     assert perplexity(math.log(50.0)) == pytest.approx(50.0)
     assert perplexity(1e6) == math.inf
+
+
+def test_dense_divergences_are_their_definitions() -> None:
+    student_PV = random_logits(4, 30, scale=2.0, seed=8)
+    teacher_PV = random_logits(4, 30, scale=2.0, seed=9)
+    teacher_PV[0, 3] = -torch.inf
+    p, q = (teacher_PV / 2).softmax(-1), (student_PV / 2).softmax(-1)
+    m = (p + q) / 2
+    floored = p.clamp(min=math.exp(-30))
+    half = [torch.where(a > 0, a * (a.clamp(min=1e-300) / m).log(), 0.0).sum() / 2 for a in (p, q)]
+    expected = {"reverse_kl": (q * (q / floored).log()).sum(), "jensen_shannon": sum(half)}
+    for divergence, value in expected.items():
+        found = compute_dense_divergence(
+            student_PV.float(), teacher_PV.float(), temperature=2.0, divergence=divergence
+        )
+        assert float(found) == pytest.approx(float(value), rel=1e-5)

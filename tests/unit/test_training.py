@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from retort.artefacts import student_content
 from retort.batches import IGNORE_INDEX, Collator, EpochShuffle, Item, TrainingData
 from retort.cache import LogitCache
-from retort.codec import SparseTargets
+from retort.codec import Codec, SparseTargets
 from retort.fused_loss import LossSettings
 from retort.models import load_teacher
 from retort.provenance import digest, read_json, write_json
@@ -34,6 +34,7 @@ from retort.trainer import DistillationTrainer
 from retort.training import (
     LOG_COLUMNS,
     find_checkpoint,
+    find_tail,
     train_run,
     train_student,
     training_arguments,
@@ -280,11 +281,15 @@ def test_accumulating_two_batches_of_four_is_one_batch_of_eight(
             assert float(mine[name]) == pytest.approx(float(theirs[name]), abs=1e-5)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize(
+    ("temperature", "divergence"),
+    [(1.0, "forward_kl"), (2.0, "forward_kl"), (1.0, "reverse_kl"), (2.0, "jensen_shannon")],
+)
 def test_a_live_teacher_gives_the_losses_of_a_full_cache(
-    temperature: float, bench: Bench, tmp_path: Path
+    temperature: float, divergence: str, bench: Bench, tmp_path: Path
 ) -> None:
     keys: dict[str, Any] = {"max_steps": 6, "temperature": temperature, "learning_rate": 1e-2}
+    keys["divergence"] = divergence
     bench.train(tmp_path / "cached", bench.full, **keys)
     bench.train(tmp_path / "live", bench.table, live=True, use_cached_logits=False, **keys)
     cached, live = read_log(tmp_path / "cached"), read_log(tmp_path / "live")
@@ -652,3 +657,12 @@ def test_log_survives_numbers_that_json_cannot_hold(tmp_path: Path) -> None:
     write_log(tmp_path / "log.csv", [{"step": 1, "total_loss": 800.0, "perplexity": math.inf}])
     (row,) = csv.DictReader((tmp_path / "log.csv").read_text().splitlines())
     assert float(row["perplexity"]) == math.inf and json.loads(row["step"]) == 1
+
+
+def test_draws_are_trained_from_as_they_are_unbiased_or_not_at_all() -> None:
+    codec = Codec("sampled", None, (1.0, 2.0), 300, 0.05, 36, "0" * 32)
+    plain = section("training", temperature=1.0)
+    assert find_tail(codec, plain, path=Path("cache.h5")) == 0
+    for changes in ({"temperature": 2.0}, {"temperature": 1.0, "divergence": "reverse_kl"}):
+        with pytest.raises(ValueError, match="unbiased for forward_kl at temperature 1 alone"):
+            find_tail(codec, section("training", **changes), path=Path("cache.h5"))
