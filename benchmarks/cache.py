@@ -201,20 +201,14 @@ def print_row(name: str, row: dict[str, float] | None, ours: Ours | None = None)
 
 def print_temperatures(given: cache_logits.Distributions) -> None:
     """Print what other temperatures cost, and why draws serve one only."""
-    print("\nbytes a position with the tail at temperatures")
-    settings = (("top_p", 0.003), ("sampled", 0.05))
+    print("\nbytes a position of top_p 0.003 with the tail at temperatures")
     for temperatures in ((1.0,), (1.0, 2.0), (1.0, 2.0, 4.0)):
-        found = [
-            run_ours(given, find_codec(*setting, given, temperatures)).stored.bytes_per_position
-            for setting in settings
-        ]
-        pairs = zip(settings, found, strict=True)
-        row = ", ".join(f"{method} {dial:g}: {size:.1f}" for (method, dial), size in pairs)
-        print(
-            f"  {', '.join(f'{t:g}' for t in temperatures):10} {row}, top_k: + 4 each before zstd"
-        )
+        found = run_ours(given, find_codec("top_p", 0.003, given, temperatures)).stored
+        names = ", ".join(f"{t:g}" for t in temperatures)
+        print(f"  {names:10} {found.bytes_per_position:.1f} (top_k: 4 each before zstd)")
+    dial = 0.05
     logprobs_PV = torch.from_numpy(np.array(given.logprobs[:2048]))
-    is_tail_PV = logprobs_PV < math.log(settings[1][1])
+    is_tail_PV = logprobs_PV < math.log(dial)
     drawn_PV = torch.where(is_tail_PV, logprobs_PV, -torch.inf).softmax(dim=-1).nan_to_num()
     for temperature in (1.0, 2.0):
         probs_PV = (logprobs_PV / temperature).softmax(dim=-1)
@@ -222,7 +216,7 @@ def print_temperatures(given: cache_logits.Distributions) -> None:
         mass_P1 = tail_PV.sum(dim=-1, keepdim=True)
         bias = (mass_P1 * drawn_PV - tail_PV).abs().sum(dim=-1).mean() / 2
         print(
-            f"  sampled {settings[1][1]:g} at temperature {temperature:g}: the tail holds {mass_P1.mean():.2f}; draws "
+            f"  sampled {dial:g} at temperature {temperature:g}: the tail holds {mass_P1.mean():.2f}; draws "
             f"made at 1, used at {temperature:g}, put {bias:.3f} of the mass on other tokens"
         )
 

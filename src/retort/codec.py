@@ -302,7 +302,8 @@ def build_codec(
         if token_counts is not None
         else None
     )
-    # Temperature 1 comes first: sizes and levels are told from its tail.
-    temperatures = (1.0, *(t for t in cache.temperatures if t != 1.0))
+    # Temperature 1 comes first: sizes and levels are told from its tail. Draws serve no other.
+    others = tuple(t for t in cache.temperatures if t != 1.0 and cache.method != "sampled")
+    temperatures = (1.0, *others)
     steps = choose_steps(cache.method, least)
     return Codec(cache.method, None, temperatures, vocabulary, least, steps, order)

@@ -273,6 +273,14 @@ def _check_training(c: Flat, defaults: Flat) -> None:
             f"cache is measured there. Set cache.temperatures: {sorted([1.0, *stored])}."
         )
     uses_cache = c["training.use_cached_logits"] and c["training.distillation_type"] != "output"
+    if c["cache.method"] == "sampled" and stored not in (
+        [1.0],
+        list(defaults["cache.temperatures"]),
+    ):
+        raise ConfigError(
+            f"cache.temperatures is {stored}, but cache.method is 'sampled', whose draws serve temperature 1 only. "
+            "Leave cache.temperatures out, or use cache.method: top_p."
+        )
     if uses_cache and c["cache.method"] == "sampled" and temperature != 1.0:
         raise ConfigError(
             f"training.temperature is {temperature} (the default is {defaults['training.temperature']}), but "

@@ -501,6 +501,14 @@ OUTPUT = {"training": {"distillation_type": "output"}}
         ),
         (
             {
+                "cache": {"method": "sampled", "temperatures": [1.0, 4.0]},
+                "training": {"temperature": 1.0},
+            },
+            "cache.temperatures is [1.0, 4.0], but cache.method is 'sampled'",
+            "Leave cache.temperatures out",
+        ),
+        (
+            {
                 "cache": {"method": "sampled"},
                 "training": {"temperature": 1.0, "divergence": "reverse_kl"},
             },
