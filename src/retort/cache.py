@@ -38,7 +38,6 @@ from retort.tokens import SequenceTable, content_key
 CACHE_FORMAT = "retort-logits"
 CACHE_VERSION = 4
 CACHE_FILE = "teacher_logits.h5"
-DAMAGED = ".damaged"
 # Columns that are checked sequence by sequence when it is read, by its content key and its record's checksum, and part
 # by part when files are merged. All others are checked whole when a file is opened.
 LARGE_COLUMNS = {

@@ -15,6 +15,8 @@ all others as one bucket of mass p_t and q_t = sum of q_j, any divergence f(q_k,
 which is dense but for a number a row, and sparse corrections.
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -23,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from retort.losses import MIN_LOG_MASS, LossTerms
+from retort.losses import MIN_LOG_MASS, LossTerms, combine
 
 
 @dataclass(frozen=True)
@@ -100,10 +102,11 @@ def compute_fused_loss(
     Under autocast the head runs in its type, everything behind the logits in float32. `teacher` None: alpha is 1.
     """
     tempered = _temper(teacher, settings)
-    total, hard, soft = _FusedLoss.apply(  # type: ignore[no-untyped-call]
-        features_PD, weight_VD, bias_V, labels_P, tempered, settings, normalizer
+    return LossTerms(
+        *_FusedLoss.apply(  # type: ignore[no-untyped-call]
+            features_PD, weight_VD, bias_V, labels_P, tempered, settings, normalizer
+        )
     )
-    return LossTerms(total=total, hard=hard, soft=None if tempered is None else soft)
 
 
 def _temper(teacher: TeacherRows | None, settings: LossSettings) -> TeacherRows | None:
@@ -126,18 +129,17 @@ class _FusedLoss(torch.autograd.Function):
         tempered: TeacherRows | None,
         settings: LossSettings,
         normalizer: Tensor | float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         device = features_PD.device.type
         dtype = (
             torch.get_autocast_dtype(device)
             if torch.is_autocast_enabled(device)
             else weight_VD.dtype
         )
-        wants = ctx.needs_input_grad[:3]
-        grads = _Gradients(features_PD, weight_VD, bias_V, dtype=dtype) if any(wants) else None
+        grads = _Gradients((features_PD, weight_VD, bias_V), ctx.needs_input_grad, dtype=dtype)
         chunk = settings.chunk_size or choose_chunk_size(len(weight_VD))
         hard = torch.zeros((), device=features_PD.device)
-        soft = torch.zeros((), device=features_PD.device)
+        divergence = torch.zeros((), device=features_PD.device)
         with torch.autocast(device, enabled=False):
             weight = weight_VD.to(dtype)
             bounds = list(range(0, len(features_PD), chunk))
@@ -146,24 +148,38 @@ class _FusedLoss(torch.autograd.Function):
                 rows = slice(first, first + chunk)
                 hidden_CD = features_PD[rows].to(dtype)
                 logits_CV = _compute_logits(hidden_CD, weight, bias_V, settings)
-                chunk_hard, chunk_soft, grad_CV = _compute_chunk(
+                chunk_hard, chunk_divergence, grad_CV = _compute_chunk(
                     logits_CV, labels_P[rows], sparse, settings
                 )
                 hard += chunk_hard
-                soft += chunk_soft
-                if grads is not None:
-                    grads.add(rows, grad_CV.div_(normalizer), hidden_CD, weight, wants)
+                divergence += chunk_divergence
+                grads.add(rows, grad_CV.div_(normalizer), hidden_CD, weight)
         ctx.grads = grads
-        hard, soft = hard / normalizer, soft / normalizer
-        total = settings.alpha * hard + (1 - settings.alpha) * soft
-        ctx.mark_non_differentiable(hard, soft)
-        return total, hard, soft
+        return _finish(ctx, hard, None if tempered is None else divergence, settings, normalizer)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         grads, ctx.grads = ctx.grads, None
-        return (*grads.scaled(grad_total, ctx.needs_input_grad[:3]), *[None] * 4)
+        return (*grads.scaled(grad_total), *[None] * 4)
+
+
+def _finish(
+    ctx: Any,
+    hard: Tensor,
+    divergence: Tensor | None,
+    settings: LossSettings,
+    normalizer: Tensor | float,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return total, hard and soft loss over `normalizer`; only the total has a gradient."""
+    divergence = None if divergence is None else divergence / normalizer
+    terms = combine(
+        hard / normalizer, divergence, alpha=settings.alpha, temperature=settings.temperature
+    )
+    # Without a teacher the total is the hard loss, but no output may be two of them.
+    total = terms.total.clone() if terms.soft is None else terms.total
+    ctx.mark_non_differentiable(*(t for t in (terms.hard, terms.soft) if t is not None))
+    return total, terms.hard, terms.soft
 
 
 def compute_loss_of_logits(
@@ -178,10 +194,11 @@ def compute_loss_of_logits(
     tempered = _temper(teacher, settings)
     (sparse,) = _cut(tempered, [0, len(labels_P)], logits_PV.shape[1])
     plain = replace(settings, scale=1.0, softcap=None)
-    total, hard, soft = _LossOfLogits.apply(  # type: ignore[no-untyped-call]
-        logits_PV, labels_P, sparse, plain, normalizer
+    return LossTerms(
+        *_LossOfLogits.apply(  # type: ignore[no-untyped-call]
+            logits_PV, labels_P, sparse, plain, normalizer
+        )
     )
-    return LossTerms(total=total, hard=hard, soft=None if sparse is None else soft)
 
 
 class _LossOfLogits(torch.autograd.Function):
@@ -195,18 +212,15 @@ class _LossOfLogits(torch.autograd.Function):
         sparse: "_Sparse | None",
         settings: LossSettings,
         normalizer: Tensor | float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         dtype = torch.promote_types(logits_PV.dtype, torch.float32)
         with torch.autocast(logits_PV.device.type, enabled=False):
-            hard, soft, ctx.grad = _compute_chunk(
+            hard, divergence, ctx.grad = _compute_chunk(
                 logits_PV.to(dtype, copy=True), labels_P, sparse, settings
             )
             ctx.grad.div_(normalizer)
-            hard, soft = hard / normalizer, soft / normalizer
-            total = settings.alpha * hard + (1 - settings.alpha) * soft
         ctx.dtype = logits_PV.dtype
-        ctx.mark_non_differentiable(hard, soft)
-        return total, hard, soft
+        return _finish(ctx, hard, None if sparse is None else divergence, settings, normalizer)
 
     @staticmethod
     @once_differentiable
@@ -216,45 +230,42 @@ class _LossOfLogits(torch.autograd.Function):
 
 
 class _Gradients:
-    """Sums of what the chunks give: features in their own type, weight and bias in float32 at least."""
+    """Sums of what the chunks give: features in their own type, weight and bias in float32 at least.
+
+    Of (features [P, D], weight [V, D], bias [V] or None) those that are wanted; the others are None.
+    """
 
     def __init__(
-        self, features_PD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, *, dtype: torch.dtype
+        self, inputs: tuple[Tensor | None, ...], wants: tuple[bool, ...], *, dtype: torch.dtype
     ) -> None:
-        self.features = torch.empty_like(features_PD)
+        features, weight, bias = (
+            t if wanted else None for t, wanted in zip(inputs, wants, strict=False)
+        )
         sum_dtype = torch.promote_types(dtype, torch.float32)
-        self.weight = torch.zeros_like(weight_VD, dtype=sum_dtype)
-        self.weight_dtype = weight_VD.dtype
-        self.bias = None if bias_V is None else torch.zeros_like(bias_V, dtype=sum_dtype)
+        self.features = None if features is None else torch.empty_like(features)
+        self.weight = None if weight is None else torch.zeros_like(weight, dtype=sum_dtype)
+        self.weight_dtype = None if weight is None else weight.dtype
+        self.bias = None if bias is None else torch.zeros_like(bias, dtype=sum_dtype)
 
-    def add(
-        self,
-        rows: slice,
-        grad_CV: Tensor,
-        hidden_CD: Tensor,
-        weight_VD: Tensor,
-        wants: tuple[bool, ...],
-    ) -> None:
+    def add(self, rows: slice, grad_CV: Tensor, hidden_CD: Tensor, weight_VD: Tensor) -> None:
         """Add a chunk's, from the gradient with respect to its logits."""
-        if self.bias is not None and wants[2]:
+        if self.bias is not None:
             self.bias += grad_CV.sum(dim=0)
         grad_CV = grad_CV.to(hidden_CD.dtype)
-        if wants[0]:
+        if self.features is not None:
             self.features[rows] = grad_CV @ weight_VD
-        if wants[1] and grad_CV.dtype == self.weight.dtype:
+        if self.weight is not None and grad_CV.dtype == self.weight.dtype:
             self.weight.addmm_(grad_CV.t(), hidden_CD)
-        elif wants[1]:
+        elif self.weight is not None:
             self.weight += grad_CV.t() @ hidden_CD
 
-    def scaled(self, factor: Tensor, wants: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-        """Return the wanted ones times `factor`, in their parameters' types."""
-        found = (self.features, self.weight, self.bias)
-        for tensor, wanted in zip(found, wants, strict=True):
-            if wanted and tensor is not None:
+    def scaled(self, factor: Tensor) -> tuple[Tensor | None, ...]:
+        """Return them times `factor`, in their parameters' types."""
+        for tensor in (self.features, self.weight, self.bias):
+            if tensor is not None:
                 tensor.mul_(factor)
-        weight = self.weight.to(self.weight_dtype)
-        ready = (self.features, weight, self.bias)
-        return tuple(t if wanted else None for t, wanted in zip(ready, wants, strict=True))
+        weight = None if self.weight is None else self.weight.to(self.weight_dtype)
+        return self.features, weight, self.bias
 
 
 def _compute_logits(
@@ -286,12 +297,14 @@ class _Sparse:
         return _reduce(values_N, self.offsets, "sum")
 
 
-def _cut(teacher: TeacherRows | None, bounds: list[int], vocabulary: int) -> list[_Sparse | None]:
-    """Return the teacher's part in each chunk; `bounds`: where chunks begin, and the end of the last."""
+def _cut(
+    teacher: TeacherRows | None, bounds: list[int], vocabulary: int
+) -> Iterator[_Sparse | None]:
+    """Yield the teacher's part in each chunk; `bounds`: where chunks begin, and the end of the last."""
     if teacher is None:
-        return [None] * (len(bounds) - 1)
+        yield from [None] * (len(bounds) - 1)
+        return
     firsts = teacher.offsets[torch.tensor(bounds, device=teacher.offsets.device)].tolist()
-    pieces: list[_Sparse | None] = []
     for i, (first, stop) in enumerate(pairwise(bounds)):
         tokens = slice(firsts[i], firsts[i + 1])
         piece = TeacherRows(
@@ -300,8 +313,7 @@ def _cut(teacher: TeacherRows | None, bounds: list[int], vocabulary: int) -> lis
             teacher.logprobs[tokens],
             teacher.tail_logprobs[first:stop],
         )
-        pieces.append(_Sparse(piece, vocabulary))
-    return pieces
+        yield _Sparse(piece, vocabulary)
 
 
 def _exponentiate(logits_CV: Tensor) -> tuple[Tensor, Tensor]:
@@ -313,7 +325,7 @@ def _exponentiate(logits_CV: Tensor) -> tuple[Tensor, Tensor]:
 def _compute_chunk(
     logits_CV: Tensor, labels_C: Tensor, sparse: _Sparse | None, settings: LossSettings
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a chunk's summed hard and soft loss, and the total's gradient before scale and softcap [C, V].
+    """Return a chunk's summed hard loss and divergence, and the total's gradient before scale and softcap [C, V].
 
     The gradient overwrites the logits: no more than one [C, V] is held at T = 1, two at another temperature.
     """
@@ -322,16 +334,16 @@ def _compute_chunk(
     label_logits_C = logits_CV.gather(1, labels_C[:, None])[:, 0]
     tempered_CV = logits_CV / temperature if sparse and temperature != 1.0 else None
     if sparse and tempered_CV is None:
-        soft, grad_CV, lse_C = _compute_soft(logits_CV, sparse, settings, alpha)
+        divergence, grad_CV, lse_C = _compute_soft(logits_CV, sparse, settings, alpha)
     else:
         grad_CV, best_C = _exponentiate(logits_CV)
         sum_C = grad_CV.sum(dim=-1)
         lse_C = best_C + sum_C.log()
-        soft = torch.zeros_like(lse_C.sum())
+        divergence = lse_C.new_zeros(())
         grad_CV *= (alpha / sum_C)[:, None]
     hard = (lse_C - label_logits_C).sum()
     if sparse and tempered_CV is not None:
-        soft, soft_grad_CV, _ = _compute_soft(tempered_CV, sparse, settings, 0.0)
+        divergence, soft_grad_CV, _ = _compute_soft(tempered_CV, sparse, settings, 0.0)
         grad_CV += soft_grad_CV
     if alpha > 0:
         grad_CV.scatter_add_(1, labels_C[:, None], grad_CV.new_full((len(grad_CV), 1), -alpha))
@@ -339,13 +351,13 @@ def _compute_chunk(
         grad_CV *= slope_CV
     if settings.scale != 1.0:
         grad_CV *= settings.scale
-    return hard, soft, grad_CV
+    return hard, divergence, grad_CV
 
 
 def _compute_soft(
     logits_CV: Tensor, sparse: _Sparse, settings: LossSettings, alpha: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return T^2 times the summed divergence, its gradient, and log of the sum of exponentials [C].
+    """Return the summed divergence, the soft loss's part of the gradient, and log of the sum of exponentials [C].
 
     logits_CV are at temperature T; the gradient, with respect to those at 1, overwrites them. `alpha` above 0: the
     gradient of cross-entropy, which is of the same softmax, is in it but for the labels' own.
@@ -353,15 +365,14 @@ def _compute_soft(
     flat = logits_CV.view(-1)
     logits_N = flat[sparse.places_N]
     sums_CV, best_C = _exponentiate(logits_CV)
-    flat[sparse.places_N] = (
-        0.0  # the tail is added up: one minus the others would lose what is small
-    )
+    # The tail is added up: one minus the others would lose what is small.
+    flat[sparse.places_N] = 0.0
     tail_C = sums_CV.sum(dim=-1)
     sum_C = tail_C + sparse.sum_rows((logits_N - best_C[sparse.rows_N]).exp())
     lse_C = best_C + sum_C.log()
     logq_N, tail_q_C = logits_N - lse_C[sparse.rows_N], tail_C / sum_C
     has_tail_C = tail_q_C.log() > MIN_LOG_MASS
-    values, kept_N, tail_slope_C = _DIVERGENCES[settings.divergence](
+    divergence, kept_N, tail_slope_C = _DIVERGENCES[settings.divergence](
         sparse.logprobs_N, logq_N, sparse.tail_C, tail_q_C.log().clamp(min=MIN_LOG_MASS)
     )
     tail_slope_C = torch.where(has_tail_C, tail_slope_C, 0.0)
@@ -370,7 +381,7 @@ def _compute_soft(
     sums_CV *= ((alpha + weight * (tail_slope_C - mean_C)) / sum_C)[:, None]
     q_N = logq_N.exp()
     flat[sparse.places_N] = alpha * q_N + weight * (kept_N - q_N * mean_C[sparse.rows_N])
-    return settings.temperature**2 * values, sums_CV, lse_C
+    return divergence, sums_CV, lse_C
 
 
 def _forward_kl(
@@ -399,14 +410,13 @@ def _jensen_shannon(
     """Half KL(teacher || mean) and half KL(student || mean) of both, as above."""
     value, slopes = torch.zeros((), device=logp_N.device), []
     for logp, logq in ((logp_N, logq_N), (logp_tail_C, logq_tail_C)):
-        logm = torch.logaddexp(logp, logq) - _LOG_2
+        logm = torch.logaddexp(logp, logq) - math.log(2)
         p_terms = (logp.exp() * (logp - logm)).masked_fill_(logp.exp() == 0, 0.0)
         value = value + 0.5 * (p_terms.sum() + (logq.exp() * (logq - logm)).sum())
         slopes.append(0.5 * (logq - logm))
     return value, logq_N.exp() * slopes[0], slopes[1]
 
 
-_LOG_2 = 0.6931471805599453
 _DIVERGENCES = {
     "forward_kl": _forward_kl,
     "reverse_kl": _reverse_kl,

@@ -185,16 +185,14 @@ def merge_parts(
 def _read_parts(index: TokenIndex, paths: list[Path], header: CacheHeader) -> list[_Part]:
     """Read every part's small columns. Raises one ValueError that names all that cannot be merged, with the reason."""
     parts, faults = [], {}
-    for part, path in zip(index.parts, paths, strict=True):
+    for entry, path in zip(index.parts, paths, strict=True):
         try:
-            parts.append(_read_part(part["name"], path, header))
+            parts.append(_read_part(entry["name"], path, header))
         except ValueError as error:
             faults[path] = str(error)
-    for path in [part.path for part in parts] if faults else []:
-        try:
-            LogitCache(path).verify_parts()
-        except ValueError as error:
-            faults[path] = str(error)
+    for part in parts if faults else []:
+        if fault := _find_fault(part.path):
+            faults[part.path] = fault
     _refuse(faults, num_parts=len(paths))
     return parts
 
@@ -214,6 +212,15 @@ def _read_part(name: str, path: Path, header: CacheHeader) -> _Part:
     return _Part(path, small, cache.table.label_names, cache.places)
 
 
+def _find_fault(path: Path) -> str | None:
+    """Return what is wrong with a part's bytes, in words."""
+    try:
+        LogitCache(path).verify_parts()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def _refuse_damaged(merged: LogitCache, paths: list[Path]) -> None:
     """Raise ValueError that names every part whose rows in the merged file are not what its checksum says."""
     faults, whole = {}, []
@@ -221,12 +228,12 @@ def _refuse_damaged(merged: LogitCache, paths: list[Path]) -> None:
         try:
             merged.verify_part(part)
         except ValueError:
-            try:
-                LogitCache(path).verify_parts()
-                faults[path] = f"{path} is whole, but its copy is not: memory or disk is at fault"
+            fault = _find_fault(path)
+            if fault is None:
                 whole.append(path)
-            except ValueError as error:
-                faults[path] = str(error)
+            faults[path] = (
+                fault or f"{path} is whole, but its copy is not: memory or disk is at fault"
+            )
     _refuse(faults, num_parts=len(paths), whole=whole)
 
 

@@ -165,10 +165,11 @@ def decode_streams(
     text, grid = Text(order.ranks[next_ids], order.ids), codec.build_grid(width=extent.width)
     if not read_streams(lanes, extent, lookup, text, grid, rows):
         raise ValueError("a record does not end as it must: the cache is damaged.")
+    num_exact = None
     if codec.method == "sampled":
         rows.tails.fill(LOGPROB_FLOOR)
-    sizes = rows.sizes if codec.method == "sampled" else None
-    return SparseTargets(rows.offsets, rows.ids, rows.logprobs, rows.tails, sizes)
+        num_exact = rows.sizes
+    return SparseTargets(rows.offsets, rows.ids, rows.logprobs, rows.tails, num_exact)
 
 
 def _is_possible(extent: Extent, codec: Codec, num_words: int, num_positions: int) -> bool:
