@@ -25,10 +25,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from retort.codec import SparseTargets
 from retort.fused_loss import LossSettings, TeacherRows, compute_fused_loss
 from retort.losses import compute_dense_divergence
 
 BATCH, LENGTH, HIDDEN, LAYERS, KEPT = 2, 512, 256, 6, 17
+COUNT = BATCH * LENGTH
 _STEPS = 4
 Step = Callable[[], Tensor]
 
@@ -49,7 +51,7 @@ def build_model(vocabulary: int, *, seed: int) -> PreTrainedModel:
     return model
 
 
-def make_teacher(vocabulary: int) -> TeacherRows:
+def make_teacher(vocabulary: int) -> SparseTargets:
     """Return made-up distributions of `KEPT` tokens a position on average."""
     chance = np.random.default_rng(0)
     sizes = np.minimum(chance.geometric(1 / KEPT, BATCH * LENGTH), 100)
@@ -57,120 +59,137 @@ def make_teacher(vocabulary: int) -> TeacherRows:
     weights = [chance.random(n) ** 4 + 0.01 for n in sizes]
     logprobs = np.concatenate([np.log(0.9 * w / w.sum()) for w in weights]).astype(np.float32)
     offsets = np.concatenate([[0], np.cumsum(sizes)])
-    tails = np.full(len(sizes), np.log(0.1), np.float32)
-    return TeacherRows(*map(torch.from_numpy, (offsets, ids, logprobs, tails)))
+    tails = np.full((len(sizes), 1), np.log(0.1), np.float32)
+    return SparseTargets(offsets, ids, logprobs, tails)
 
 
-def to_rows(teacher: TeacherRows) -> tuple[Tensor, Tensor]:
-    """Return ids and logprobs [P, K], padded by the last id at -inf."""
-    sizes_P = teacher.offsets.diff()
-    places_PK = teacher.offsets[:-1, None] + torch.arange(int(sizes_P.max()))
-    is_kept_PK = places_PK < teacher.offsets[1:, None]
-    places_PK = places_PK.minimum(teacher.offsets[1:, None] - 1)
-    return teacher.ids[places_PK], teacher.logprobs[places_PK].masked_fill(~is_kept_PK, -torch.inf)
+class Bench:
+    """A student, a text, and the teacher's distributions as all ways take them."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.vocabulary = int(model.config.vocab_size)
+        generator = torch.Generator().manual_seed(1)
+        ids_BT = torch.randint(0, self.vocabulary, (BATCH, LENGTH + 1), generator=generator)
+        self.inputs_BT, self.labels_P = ids_BT[:, :-1], ids_BT[:, 1:].reshape(-1)
+        targets = make_teacher(self.vocabulary)
+        columns = (targets.offsets, targets.ids, targets.logprobs, targets.tail_logprobs[:, 0])
+        self.rows = TeacherRows(*map(torch.from_numpy, columns))
+        self.ids_PK, self.logprobs_PK = map(torch.from_numpy, targets.to_rows())
+        self.ids_PK = self.ids_PK.long()
+
+    def features(self, model: PreTrainedModel | None = None) -> Tensor:
+        """Return hidden states [P, D] of the student, or of another model."""
+        body = (model or self.model).base_model
+        hidden: Tensor = body(self.inputs_BT, use_cache=False).last_hidden_state
+        return hidden.reshape(COUNT, -1)
+
+    def logits(self, model: PreTrainedModel | None = None) -> Tensor:
+        """Return logits [P, V]."""
+        found: Tensor = (model or self.model)(self.inputs_BT, use_cache=False).logits
+        return found.reshape(COUNT, -1)
+
+    def live_teacher(self) -> PreTrainedModel:
+        """Return a frozen model of the student's size."""
+        return build_model(self.vocabulary, seed=2).eval().requires_grad_(False)
+
+
+def run_cross_entropy(bench: Bench) -> Step:
+    """transformers' own loss, which counts one position less a row."""
+
+    def step() -> Tensor:
+        inputs_BT = bench.inputs_BT
+        loss: Tensor = bench.model(inputs_BT, labels=inputs_BT, use_cache=False).loss
+        return loss
+
+    return step
+
+
+def run_fused(bench: Bench, alpha: float, temperature: float, chunk_size: int | None) -> Step:
+    """Retort's."""
+    settings = LossSettings(alpha, temperature, chunk_size=chunk_size)
+    teacher = bench.rows if alpha < 1 else None
+
+    def step() -> Tensor:
+        weight = bench.model.lm_head.weight
+        return compute_fused_loss(
+            bench.features(), weight, bench.labels_P, teacher, settings, normalizer=COUNT
+        ).total
+
+    return step
+
+
+def run_dense_sparse(bench: Bench) -> Step:
+    """Sparse targets on all logits, by autograd, without a tail."""
+
+    def step() -> Tensor:
+        logits_PV = bench.logits()
+        hard = F.cross_entropy(logits_PV.float(), bench.labels_P, reduction="sum")
+        logq_PK = logits_PV.log_softmax(dim=-1).gather(1, bench.ids_PK)
+        logp_PK = bench.logprobs_PK
+        kl = (logp_PK.exp() * (logp_PK.clamp(min=-100.0) - logq_PK)).sum()
+        return (0.5 * hard + 0.5 * kl) / COUNT
+
+    return step
+
+
+def run_online(bench: Bench) -> Step:
+    """A live teacher of the student's own size, over the whole vocabulary."""
+    live = bench.live_teacher()
+
+    def step() -> Tensor:
+        with torch.no_grad():
+            teacher_PV = bench.logits(live)
+        return compute_dense_divergence(bench.logits(), teacher_PV, temperature=1.0) / COUNT
+
+    return step
+
+
+def run_liger(bench: Bench) -> Step:
+    """Liger's chunked loss, beside a live teacher as well."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    live = bench.live_teacher()
+    jsd = LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=False
+    )
+
+    def step() -> Tensor:
+        with torch.no_grad():
+            theirs = bench.features(live)
+        weights = bench.model.lm_head.weight, live.lm_head.weight
+        found: Tensor = jsd(bench.features(), weights[0], theirs, weights[1], bench.labels_P)
+        return found
+
+    return step
+
+
+def run_veomni(bench: Bench) -> Step:
+    """VeOmni's chunked loss of sparse targets, without a tail."""
+    from chunk_topk_distill import chunk_topk_distill_function
+
+    logprobs_PK = bench.logprobs_PK.clamp(min=-100.0)
+
+    def step() -> Tensor:
+        return chunk_topk_distill_function(
+            bench.features()[None],
+            bench.model.lm_head.weight,
+            bench.labels_P[None],
+            bench.ids_PK[None],
+            logprobs_PK[None],
+            chunk_size=1024,
+            shift_labels=bench.labels_P[None],
+        )
+
+    return step
 
 
 def build_step(model: PreTrainedModel, way: str, chunk_size: int | None) -> Step:
     """Return the forward pass of one way to train, up to its loss."""
-    vocabulary = model.config.vocab_size
-    generator = torch.Generator().manual_seed(1)
-    ids_BT = torch.randint(0, vocabulary, (BATCH, LENGTH + 1), generator=generator)
-    inputs_BT, labels_P = ids_BT[:, :-1], ids_BT[:, 1:].reshape(-1)
-    teacher = make_teacher(vocabulary)
-    ids_PK, logprobs_PK = to_rows(teacher)
-    count = BATCH * LENGTH
-
-    def features() -> Tensor:
-        hidden: Tensor = model.base_model(inputs_BT, use_cache=False).last_hidden_state
-        return hidden.reshape(count, -1)
-
-    def logits() -> Tensor:
-        found: Tensor = model(inputs_BT, use_cache=False).logits
-        return found.reshape(count, -1)
-
-    def fused(alpha: float, temperature: float) -> Step:
-        settings = LossSettings(alpha, temperature, chunk_size=chunk_size)
-
-        def step() -> Tensor:
-            return compute_fused_loss(
-                features(),
-                model.lm_head.weight,
-                labels_P,
-                teacher if alpha < 1 else None,
-                settings,
-                normalizer=count,
-            ).total
-
-        return step
-
-    def cross_entropy() -> Tensor:
-        shifted = torch.cat([inputs_BT[:, :1], ids_BT[:, 1:]], dim=1)[:, : LENGTH + 1]
-        loss: Tensor = model(inputs_BT, labels=shifted[:, :LENGTH], use_cache=False).loss
-        return loss
-
-    def dense_sparse() -> Tensor:
-        logits_PV = logits()
-        hard = F.cross_entropy(logits_PV.float(), labels_P, reduction="sum")
-        logq_PK = logits_PV.log_softmax(dim=-1).gather(1, ids_PK)
-        probs_PK = logprobs_PK.exp()
-        kl = (probs_PK * (logprobs_PK.clamp(min=-100.0) - logq_PK)).sum()
-        return (0.5 * hard + 0.5 * kl) / count
-
-    def online() -> Tensor:
-        with torch.no_grad():
-            teacher_logits = live(inputs_BT, use_cache=False).logits.reshape(count, -1)
-        return compute_dense_divergence(logits(), teacher_logits, temperature=1.0) / count
-
-    if way == "online":
-        live = build_model(vocabulary, seed=2).eval().requires_grad_(False)
-    if way == "liger":
-        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-
-        live = build_model(vocabulary, seed=2).eval().requires_grad_(False)
-        jsd = LigerFusedLinearJSDLoss(
-            weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=False
-        )
-
-        def liger() -> Tensor:
-            with torch.no_grad():
-                theirs = live.base_model(inputs_BT, use_cache=False).last_hidden_state
-            found: Tensor = jsd(
-                features(),
-                model.lm_head.weight,
-                theirs.reshape(count, -1),
-                live.lm_head.weight,
-                labels_P,
-            )
-            return found
-
-        return liger
-    if way == "veomni":
-        from chunk_topk_distill import chunk_topk_distill_function
-
-        padded = logprobs_PK.clamp(min=-100.0)
-
-        def veomni() -> Tensor:
-            found = chunk_topk_distill_function(
-                features()[None],
-                model.lm_head.weight,
-                labels_P[None],
-                ids_PK[None],
-                padded[None],
-                chunk_size=1024,
-                shift_labels=labels_P[None],
-            )
-            return found
-
-        return veomni
-    ways: dict[str, Step] = {
-        "cross-entropy": cross_entropy,
-        "sparse, dense logits": dense_sparse,
-        "fused, cross-entropy": fused(1.0, 1.0),
-        "fused, T = 1": fused(0.5, 1.0),
-        "fused, T = 2": fused(0.5, 2.0),
-        "online": online,
-    }
-    return ways[way]
+    bench = Bench(model)
+    if way in FUSED:
+        return run_fused(bench, *FUSED[way], chunk_size)
+    return OTHERS[way](bench)
 
 
 def read_status(key: str) -> int:
@@ -199,16 +218,19 @@ def run_way(flags: argparse.Namespace) -> None:
     print(json.dumps({"seconds": min(seconds), "bytes": read_status("VmHWM") - before}))
 
 
-WAYS = (
-    "cross-entropy",
-    "fused, cross-entropy",
-    "fused, T = 1",
-    "fused, T = 2",
-    "sparse, dense logits",
-    "online",
-    "liger",
-    "veomni",
-)
+FUSED = {  # alpha, temperature
+    "fused, cross-entropy": (1.0, 1.0),
+    "fused, T = 1": (0.5, 1.0),
+    "fused, T = 2": (0.5, 2.0),
+}
+OTHERS: dict[str, Callable[[Bench], Step]] = {
+    "cross-entropy": run_cross_entropy,
+    "sparse, dense logits": run_dense_sparse,
+    "online": run_online,
+    "liger": run_liger,
+    "veomni": run_veomni,
+}
+WAYS = ("cross-entropy", *FUSED, *list(OTHERS)[1:])
 
 
 def main() -> None:
