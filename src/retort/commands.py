@@ -1,8 +1,8 @@
 """How every script starts and ends: quiet libraries, one line per message, one sentence per user's mistake.
 
 Progress goes to stderr, which a rule shows on the terminal and keeps in its log; so do errors. A ValueError is the
-user's to mend: its sentence is printed without a traceback; so are a full disk and an interrupt. Anything else is
-ours, and keeps its traceback.
+user's to mend: its sentence is printed without a traceback; so are a full disk, a folder that cannot be written, other
+errors of the system, and an interrupt. Anything else is ours, and keeps its traceback.
 """
 
 import errno
@@ -14,6 +14,17 @@ from collections.abc import Callable
 from typing import Any
 
 _GOES_ON = "What is finished is kept; the same command goes on from there."
+# Errors that say nothing of a file's content: no permission, too many open files, no memory, a failing disk or network.
+SYSTEM_ERRORS = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.EIO,
+    errno.ESTALE,
+)
 # What libraries say where they keep no errno: HDF5 and safetensors, then torch.save.
 _DISK_FULL = (
     "No space left on device",
@@ -26,7 +37,7 @@ _DISK_FULL = (
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's main function; exit with status 1 and one sentence on a ValueError or a full disk.
+    """Run a script's main function; exit with status 1 and one sentence on a ValueError or an error of the system.
 
     SIGTERM (a time limit, a preemption, Snakemake ending its jobs) is an orderly end with the shell's status 143.
     """
@@ -50,6 +61,8 @@ def run_script(main: Callable[[], None]) -> None:
             say(f"error: the disk is full ({first_line(error)}): free space. {_GOES_ON}")
         elif isinstance(error, ValueError):
             say(f"error: {error}")
+        elif isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
+            say(f"error: {error.strerror}: {error.filename}. Mend that and go on. {_GOES_ON}")
         else:
             raise
         raise SystemExit(1) from None

@@ -4,7 +4,6 @@ A *shard* is a slice of the corpus for tokenizing. A *part* is a fixed group of 
 `streaming_chunk_size` documents of one shard: the unit of resumable teacher work, named by its content keys.
 """
 
-import errno
 import io
 import json
 import os
@@ -20,6 +19,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from retort.commands import SYSTEM_ERRORS
 from retort.config import Dataset
 from retort.corpus import Counts, read_documents, read_drawn, unchanged
 from retort.provenance import (
@@ -42,17 +42,6 @@ TOKENS_FORMAT = "retort-tokens"
 TOKENS_VERSION = 1
 INDEX_VERSION = 2
 COUNTS_FILE = "token_counts.npy"
-
-
-# Errors that say nothing of the file: too many are open, no permission, no memory, a disk or a network that fails.
-_OF_THE_SYSTEM = (
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.EACCES,
-    errno.ENOMEM,
-    errno.EIO,
-    errno.ESTALE,
-)
 
 
 def write_h5(
@@ -157,7 +146,7 @@ def open_h5(path: Path, *, expected_format: str, version: int) -> Iterator[h5py.
     except Exception as error:
         if isinstance(error, ValueError) and str(path) in str(error):
             raise
-        if isinstance(error, OSError) and error.errno in _OF_THE_SYSTEM:
+        if isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
             raise OSError(error.errno, os.strerror(error.errno), str(path)) from None
         raise ValueError(
             f"{path} cannot be read as HDF5 ({error}): it was cut short or damaged. Delete it and run the "

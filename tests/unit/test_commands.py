@@ -111,6 +111,34 @@ def test_a_part_on_a_full_disk_is_written_whole_or_not_at_all(tmp_path: Path) ->
     assert any(line == "False ['filler']" for line in lines)
 
 
+def test_a_read_only_folder_is_one_sentence_and_leaves_what_is_there(tmp_path: Path) -> None:
+    mount = f"mount -t tmpfs -o size=1m none {tmp_path}"
+    small_disk = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run([*small_disk, mount], check=False).returncode
+    ):
+        pytest.skip("a small disk cannot be mounted here (unshare and mount without rights)")
+    body = (
+        "import os, subprocess, numpy as np; from pathlib import Path; from retort.shards import write_h5\n"
+        f"    folder = Path('{tmp_path}')\n"
+        "    def write(name): write_h5(folder / name, lambda f: f.create_dataset('x', data=np.arange(9)))\n"
+        "    write('a.h5'); before = (folder / 'a.h5').read_bytes()\n"
+        "    subprocess.run(['mount', '-o', 'remount,ro', str(folder)], check=True)\n"
+        "    try: write('b.h5')\n"
+        "    finally: print((folder / 'a.h5').read_bytes() == before, os.listdir(folder))"
+    )
+    command = shlex.join([sys.executable, "-c", SCRIPT.format(body=body)])
+    found = subprocess.run(
+        [*small_disk, f"{mount} && {command}"], capture_output=True, text=True, check=False
+    )
+    assert (found.returncode, found.stdout) == (1, "True ['a.h5']\n"), found.stderr
+    assert (
+        found.stderr.startswith("error: Read-only file system: ")
+        and "Traceback" not in found.stderr
+    )
+
+
 def test_progress_goes_to_stderr_at_once() -> None:
     # The process dies without flushing anything.
     found = run("say('half way'); import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
