@@ -1,15 +1,17 @@
 """Sequences become batches: read by index, shuffled by the seed alone, padded, with their targets beside them."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from retort.cache import LogitCache
 from retort.codec import SparseTargets
+from retort.fused_loss import TeacherRows
 from retort.tokens import Sequence, SequenceTable
 
 IGNORE_INDEX = -100
@@ -17,8 +19,9 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class Item:
-    """One sequence, and the teacher's distributions at its counted positions where a cache is read."""
+    """One sequence, its place in the token index, and the teacher's distributions at its counted positions."""
 
+    place: int
     sequence: Sequence
     targets: SparseTargets | None
 
@@ -34,28 +37,39 @@ class TrainingData(Dataset[Item]):
 
     def __getitem__(self, index: int) -> Item:
         if isinstance(self.source, LogitCache):
-            return Item(self.source.table[index], self.source.read_targets(index))
-        return Item(self.source[index], None)
+            return Item(index, self.source.table[index], self.source.read_targets(index))
+        return Item(index, self.source[index], None)
 
 
-class EpochShuffle(Sampler[int]):
-    """A permutation that depends on (seed, epoch, number of sequences) and on nothing else."""
+class ShuffledStream(Sampler[int]):
+    """`count` places of a stream that is one permutation of all sequences after the other, without end.
 
-    def __init__(self, num_sequences: int, *, seed: int) -> None:
+    The permutation of epoch e depends on (seed, e, number of sequences) and on nothing else. Global batches are cut
+    from the stream, so that all are of one size and none is left over, on any number of GPUs.
+    """
+
+    def __init__(self, num_sequences: int, *, seed: int, count: int) -> None:
         self.num_sequences = num_sequences
         self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the data loader at the start of each epoch, and on resuming."""
-        self.epoch = epoch
+        self.count = count
 
     def __len__(self) -> int:
-        return self.num_sequences
+        return self.count
 
     def __iter__(self) -> Iterator[int]:
-        generator = np.random.Generator(np.random.Philox(key=[self.seed, self.epoch]))
-        return iter(generator.permutation(self.num_sequences).tolist())
+        for epoch in range(math.ceil(self.count / self.num_sequences)):
+            generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+            left = self.count - epoch * self.num_sequences
+            yield from generator.permutation(self.num_sequences)[:left].tolist()
+
+
+def count_steps(
+    num_sequences: int, *, global_batch: int, max_steps: int | None, num_epochs: float
+) -> int:
+    """Return the number of optimizer steps: as given, or as many whole global batches as the epochs begin."""
+    if max_steps is not None:
+        return max_steps
+    return max(1, math.ceil(num_epochs * num_sequences / global_batch))
 
 
 @dataclass(frozen=True)
@@ -64,15 +78,15 @@ class Collator:
 
     temperature_place: int = 0
 
-    def __call__(self, items: list[Item]) -> dict[str, Tensor]:
-        """Return input_ids, attention_mask, labels [B, T] (labels[t] = ids[t] where its prediction counts) and,
-        from a cache, the teacher's rows in the batch's order as `TeacherRows` has them: kept_offsets [P + 1],
-        kept_ids and kept_logprobs [N], tail_logprobs [P]."""
+    def __call__(self, items: list[Item]) -> dict[str, Any]:
+        """Return input_ids, attention_mask, labels [B, T] (labels[t] = ids[t] where its prediction counts), places [B]
+        in the token index and, from a cache, the teacher's rows in the batch's order."""
         width = max(len(item.sequence.ids) for item in items)
-        batch = {
+        batch: dict[str, Any] = {
             "input_ids": torch.zeros((len(items), width), dtype=torch.long),
             "attention_mask": torch.zeros((len(items), width), dtype=torch.long),
             "labels": torch.full((len(items), width), IGNORE_INDEX, dtype=torch.long),
+            "places": torch.tensor([item.place for item in items]),
         }
         for b, item in enumerate(items):
             ids = torch.from_numpy(np.array(item.sequence.ids, dtype=np.int64))
@@ -82,10 +96,11 @@ class Collator:
             batch["labels"][b, 1 : len(ids)] = ids[1:].masked_fill(~counts[:-1], IGNORE_INDEX)
         targets = [item.targets for item in items if item.targets is not None]
         if targets:
-            joined = SparseTargets.concatenate(targets)
-            tails = np.ascontiguousarray(joined.tail_logprobs[:, self.temperature_place])
-            batch["kept_offsets"] = torch.from_numpy(joined.offsets)
-            batch["kept_ids"] = torch.from_numpy(joined.ids.astype(np.int64))
-            batch["kept_logprobs"] = torch.from_numpy(joined.logprobs)
-            batch["tail_logprobs"] = torch.from_numpy(tails)
+            batch["teacher"] = self._join(targets)
         return batch
+
+    def _join(self, targets: list[SparseTargets]) -> TeacherRows:
+        joined = SparseTargets.concatenate(targets)
+        tails = np.ascontiguousarray(joined.tail_logprobs[:, self.temperature_place])
+        columns = joined.offsets, joined.ids.astype(np.int64), joined.logprobs, tails
+        return TeacherRows(*map(torch.from_numpy, columns))

@@ -39,14 +39,6 @@ LATER = {
         "sharding by files or by a function",
         "use interleaved or contiguous.",
     ),
-    "training.gpus": Later(
-        lambda v: v > 1,
-        "training on several GPUs",
-        "use 1; several runs train on several GPUs at once.",
-    ),
-    "training.strategy": Later(
-        lambda v: v != "ddp", "fsdp", "leave it out, and training.gpus at 1."
-    ),
     "evaluation.benchmarks": Later(
         bool,
         "benchmarks",
@@ -266,6 +258,7 @@ def _check_training(c: Flat, defaults: Flat) -> None:
             "saw. Set dataset.max_length to the length you want, and leave "
             "training.max_seq_length out."
         )
+    _check_several_gpus(c)
     temperature, stored = c["training.temperature"], list(c["cache.temperatures"])
     if 1.0 not in stored:
         raise ConfigError(
@@ -298,6 +291,22 @@ def _check_training(c: Flat, defaults: Flat) -> None:
             f"training.temperature is {temperature}, but the cache stores the mass outside its "
             f"kept tokens at cache.temperatures {stored} only. Add it, cache.temperatures: "
             f"{sorted([*stored, temperature])} (a new cache is made), or use one of {stored}."
+        )
+
+
+def _check_several_gpus(c: Flat) -> None:
+    gpus = c["training.gpus"]
+    size, accumulation = c["training.batch_size"], c["training.gradient_accumulation_steps"]
+    if (size * accumulation) % gpus:
+        raise ConfigError(
+            f"training.gpus is {gpus}, but training.batch_size {size} x training.gradient_accumulation_steps "
+            f"{accumulation} is {size * accumulation} sequences a step, which cannot be shared evenly. Make it a "
+            f"multiple of {gpus}, or use a number of GPUs that divides it: any trains the same student."
+        )
+    if c["training.strategy"] == "fsdp" and c["training.device"] == "cpu":
+        raise ConfigError(
+            "training.strategy is 'fsdp' and training.device is 'cpu', but fsdp cuts a student over GPUs. Use "
+            "training.strategy: ddp, or another device."
         )
 
 

@@ -115,6 +115,7 @@ class Training:
     gradient_accumulation_steps: int
     max_seq_length: int | None
     seed: int
+    loss_chunk_size: int | None
     dataloader_num_workers: int
     use_gradient_checkpointing: bool
     use_mixed_precision: bool

@@ -21,7 +21,7 @@ from retort.documents import Counts, Document
 from retort.models import fingerprint_model
 from retort.provenance import describe_run, write_json
 from retort.tokens import TokenCounts, fingerprint_of_tokenizer, tokenize_documents
-from retort.training import train_student
+from retort.training import Job, train_student
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -74,17 +74,18 @@ def make_demo_teacher(
         say(f"demo teacher: {len(table.ids):,} tokens to train on, vocabulary {len(tokenizer)}")
         config_path = folder / "config.json"
         write_json(config_path, _model_config(dataset))
-        summary = train_student(
-            folder,
+        job = Job(
             name="demo teacher",
+            identity=folder.name,
             source=table,
             student=Student(config=str(config_path), model_path=None),
             training=_training(),
             tracking=_build("tracking", Tracking),
             tokenizer=tokenizer,
             vocabulary=len(tokenizer),
-            say=say,
+            facts={"text": f"{dataset.name}, {table.num_positions:,} positions"},
         )
+        summary = train_student(folder, job, say=say)
         model = folder / "model"
         if not model.exists():
             model.symlink_to("final")

@@ -13,7 +13,7 @@ Neural Network, 2015, section 2). From a cache, KL is taken over the kept tokens
 """
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,9 +23,11 @@ from torch.nn import functional as F
 MIN_LOG_MASS = -30.0
 
 
-@dataclass(frozen=True)
-class LossTerms:
-    """Sums over positions, in nats; `soft` carries its factor T^2 and is None where there is no teacher."""
+class LossTerms(NamedTuple):
+    """Sums over positions, in nats; `soft` carries its factor T^2 and is None where there is no teacher.
+
+    A tuple, because what wraps a model for several devices looks for tensors in what it returns.
+    """
 
     total: Tensor
     hard: Tensor

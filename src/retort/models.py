@@ -29,6 +29,7 @@ from retort.provenance import (
     stamp_files,
     write_json,
 )
+from retort.ranks import is_rank, local_rank
 from retort.tokens import cannot_load, fingerprint_of_tokenizer, load_tokenizer
 
 transformers_logging.set_verbosity_error()
@@ -217,7 +218,8 @@ def load_teacher(path: str, section: Teacher) -> CausalLM:
     if section.attn_implementation is not None:
         options["attn_implementation"] = section.attn_implementation
     if device.type == "cuda":
-        options["device_map"] = "auto"
+        # A rank of a training has its own GPU; a worker has all that it sees.
+        options["device_map"] = {"": local_rank()} if is_rank() else "auto"
     model = load_pretrained(path, **options).eval().requires_grad_(False)
     require_causal(model, name=f"teacher {path!r}")
     return split_model(model)

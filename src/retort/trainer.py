@@ -1,18 +1,22 @@
 """transformers' Trainer with our losses: what is computed at each step, what is logged, what is shown.
 
-The loss of an accumulated batch is normalised by the number of its positions, so how it was cut into micro-batches
-does not matter.
+The loss of a global batch is normalised by the number of its positions, so how it was cut into forward passes, and
+over GPUs, does not matter.
 """
 
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Sampler
+from tqdm import tqdm
 from transformers import (
     Trainer,
     TrainerCallback,
@@ -21,13 +25,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from retort.batches import IGNORE_INDEX, EpochShuffle
-from retort.fused_loss import (
-    LossSettings,
-    TeacherRows,
-    compute_fused_loss,
-    compute_loss_of_logits,
-)
+from retort.batches import IGNORE_INDEX, ShuffledStream
+from retort.checkpoints import Stamp, mark_checkpoint
+from retort.fused_loss import LossSettings
 from retort.losses import (
     LossTerms,
     combine,
@@ -35,67 +35,17 @@ from retort.losses import (
     compute_hard_loss,
     perplexity,
 )
-from retort.models import (
-    CausalLM,
-)
-from retort.provenance import digest_folder, write_json
+from retort.models import CausalLM
+from retort.ranks import rank, world_size
+from retort.student_loss import Lesson
 
-# Written last into a checkpoint, so that one cut short by a kill is told from a whole one.
-COMPLETE_MARK = "complete.json"
 _PROGRESS_S = 10.0
 
 
-def attach_loss(split: CausalLM, settings: LossSettings) -> None:
-    """Let a student's own forward pass return its losses where it is given `labels`.
-
-    In forward, and not outside, because what wraps a model to train it on several devices sees nothing else: a loss
-    made outside trains with other weights on every device, without a word.
-    """
-    model = split.model
-    original = model.forward
-
-    def forward(
-        *args: Any,
-        labels: Tensor | None = None,
-        normalizer: Tensor | float = 1.0,
-        kept_offsets: Tensor | None = None,
-        kept_ids: Tensor | None = None,
-        kept_logprobs: Tensor | None = None,
-        tail_logprobs: Tensor | None = None,
-        **inputs: Any,
-    ) -> Any:
-        if labels is None:
-            return original(*args, **inputs)
-        teacher = None
-        if kept_offsets is not None:
-            assert kept_ids is not None and kept_logprobs is not None and tail_logprobs is not None
-            teacher = TeacherRows(kept_offsets, kept_ids, kept_logprobs, tail_logprobs)
-        counts_BT = labels[:, 1:] != IGNORE_INDEX
-        labels_P = labels[:, 1:][counts_BT]
-        if not split.is_split:
-            logits_PV = original(**inputs, use_cache=False).logits[:, :-1][counts_BT]
-            return compute_loss_of_logits(
-                logits_PV, labels_P, teacher, settings, normalizer=normalizer
-            )
-        hidden_BTD = split.features(inputs["input_ids"], inputs["attention_mask"])
-        head = model.get_output_embeddings()
-        return compute_fused_loss(
-            hidden_BTD[:, :-1][counts_BT],
-            head.weight,
-            labels_P,
-            teacher,
-            replace(settings, scale=split.head.scale, softcap=split.head.softcap),
-            bias_V=getattr(head, "bias", None),
-            normalizer=normalizer,
-        )
-
-    model.forward = forward  # type: ignore[method-assign]
-
-
 class DistillationTrainer(Trainer):  # type: ignore[misc]
-    """transformers' Trainer with the loss of room `losses`, normalised by the global number of positions."""
+    """transformers' Trainer with the losses of a student that `attach_loss` prepared."""
 
-    # compute_loss divides by the number of positions of the whole accumulated batch.
+    # compute_loss divides by the number of positions of the whole global batch.
     loss_is_scaled_for_ga = True
 
     def __init__(
@@ -107,44 +57,63 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        # True makes Trainer count the labels of the whole accumulated batch, whatever the model's signature.
+        # True makes Trainer count the labels of the whole global batch, whatever the model's signature.
         self.model_accepts_loss_kwargs = True
         self.settings = settings
         self.teacher = teacher
         self.num_tokens = (
             num_tokens  # of the tokenizer: a live teacher's ids beyond have probability 0
         )
-        self.window = LossWindow()
+        self.window = LossWindow(self.args.device)
+        self.waited_s = 0.0  # for the next batch
+
+    @property
+    def global_batch(self) -> int:
+        """Sequences of one optimizer step, over all ranks."""
+        return int(
+            self.args.per_device_train_batch_size
+            * self.args.gradient_accumulation_steps
+            * world_size()
+        )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return EpochShuffle(len(train_dataset or self.train_dataset), seed=self.args.seed)
+        """One stream for the whole training: to Trainer it is one long epoch."""
+        count = self.args.max_steps * self.global_batch
+        return ShuffledStream(
+            len(train_dataset or self.train_dataset), seed=self.args.seed, count=count
+        )
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Collect the batches of a step, and count the seconds that it took."""
+        started = time.perf_counter()
+        found = super().get_batch_samples(*args, **kwargs)
+        self.waited_s += time.perf_counter() - started
+        return found
 
     def compute_loss(
         self,
-        model: torch.nn.Module,
-        inputs: dict[str, Tensor],
+        model: nn.Module,
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """Return this micro-batch's share of the mean loss over the accumulated batch's positions."""
+    ) -> Tensor:
+        """Return this forward pass's share of the mean loss over the global batch's positions, times the ranks: what
+        shares gradients among ranks takes their mean."""
         assert num_items_in_batch is not None and not return_outputs
-        terms = (
-            self._compute_live(model, inputs, num_items_in_batch)
-            if self.teacher is not None
-            else model(**inputs, normalizer=num_items_in_batch)
+        ids_BT, mask_BT, labels_BT = (inputs[k] for k in ("input_ids", "attention_mask", "labels"))
+        if self.teacher is not None:
+            terms = self._compute_live(model, inputs, num_items_in_batch)
+        else:
+            lesson = Lesson(labels_BT, inputs.get("teacher"), num_items_in_batch)
+            terms = model(input_ids=ids_BT, attention_mask=mask_BT, lesson=lesson)
+        positions = (labels_BT[:, 1:] != IGNORE_INDEX).sum()
+        self.window.add(
+            terms, positions=positions, normalizer=num_items_in_batch, places=inputs["places"]
         )
-        if not bool(torch.isfinite(terms.total)):
-            raise ValueError(
-                f"the loss is {terms.total.item()} at step {self.state.global_step + 1} (hard {terms.hard.item():.4g}, "
-                f"soft {terms.soft.item() if terms.soft is not None else 0:.4g}). Checkpoints before it are kept. "
-                "Try a lower training.learning_rate, or training.use_mixed_precision: false."
-            )
-        positions = int((inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
-        self.window.add(terms, positions=positions, normalizer=float(num_items_in_batch))
-        return terms.total
+        return terms.total * world_size()
 
     def _compute_live(
-        self, model: torch.nn.Module, inputs: dict[str, Tensor], normalizer: Tensor | int
+        self, model: nn.Module, inputs: dict[str, Tensor], normalizer: Tensor | int
     ) -> LossTerms:
         """Return the losses beside the live teacher, over the whole vocabulary."""
         assert self.teacher is not None
@@ -161,7 +130,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         temperature = self.settings.temperature
         kl = compute_dense_divergence(
             logits_PV,
-            teacher_logits_PV,
+            teacher_logits_PV.to(logits_PV.device),
             temperature=temperature,
             divergence=self.settings.divergence,
         )
@@ -177,63 +146,100 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         if "loss" in logs:
             logs.pop("loss")
             logs |= self.window.take()
+        # Trainer's is of its one long epoch.
+        self.state.epoch = self.state.global_step * self.global_batch / len(self.train_dataset)
         super().log(logs, *args, **kwargs)
 
 
 class LossWindow:
-    """Sums of the loss terms since the last log line."""
+    """Sums of the loss terms since the last log line, on the device: reading them at every step would make it wait."""
 
-    def __init__(self) -> None:
-        self.positions = 0
-        self.total_positions = 0
-        self._sums = {"total_loss": 0.0, "hard_loss": 0.0, "soft_loss": 0.0}
+    NAMES = ("total_loss", "hard_loss", "soft_loss", "positions")
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
         self._has_soft = False
+        self._taken = 0.0  # positions of earlier windows
         self._since = time.monotonic()
+        self._step: list[tuple[Tensor, Tensor]] = []  # total and places of each forward pass
 
-    def add(self, terms: LossTerms, *, positions: int, normalizer: float) -> None:
-        """Add one micro-batch, whose terms are sums over `normalizer`."""
-        self.positions += positions
-        self.total_positions += positions
-        self._sums["total_loss"] += float(terms.total.detach()) * normalizer
-        self._sums["hard_loss"] += float(terms.hard.detach()) * normalizer
-        if terms.soft is not None:
-            self._has_soft = True
-            self._sums["soft_loss"] += float(terms.soft.detach()) * normalizer
+    def add(
+        self, terms: LossTerms, *, positions: Tensor, normalizer: Tensor | int, places: Tensor
+    ) -> None:
+        """Add one forward pass of some sequences, whose terms are sums over `normalizer`."""
+        zero = torch.zeros_like(terms.total)
+        self._has_soft = terms.soft is not None
+        losses = torch.stack([terms.total, terms.hard, zero if terms.soft is None else terms.soft])
+        self._sums[:3] += losses.detach().double() * normalizer
+        self._sums[3] += positions
+        self._step.append((terms.total.detach(), places))
+
+    def end_step(self) -> list[tuple[float, list[int]]]:
+        """Return what was not finite among the step's forward passes: its total, the places of its sequences."""
+        step, self._step = self._step, []
+        if bool(torch.isfinite(torch.stack([total for total, _ in step])).all()):
+            return []
+        return [(t.item(), p.tolist()) for t, p in step if not bool(torch.isfinite(t))]
+
+    def gather(self) -> dict[str, float]:
+        """Bring the sums of all ranks to the first one, and return them."""
+        if world_size() > 1:
+            torch.distributed.all_reduce(self._sums)
+            if rank() > 0:
+                self._sums.zero_()
+        return dict(zip(self.NAMES, self._sums.tolist(), strict=True))
+
+    def restore(self, sums: dict[str, float] | None) -> None:
+        """Go on with the sums that a checkpoint holds."""
+        if sums is not None and rank() == 0:
+            self._sums.copy_(torch.tensor([sums[name] for name in self.NAMES]))
+
+    @property
+    def total_positions(self) -> float:
+        """Positions since the training (this attempt's, with a restored window) began, as of the last `gather`."""
+        return self._taken + float(self._sums[3])
 
     def take(self) -> dict[str, float]:
         """Return the means over the window's positions, and start a new window."""
-        positions = max(1, self.positions)
-        means = {name: value / positions for name, value in self._sums.items()}
+        found = self.gather()
+        count = max(1.0, found.pop("positions"))
+        means = {name: value / count for name, value in found.items()}
         if not self._has_soft:
             del means["soft_loss"]
         now = time.monotonic()
         rates = {
             "perplexity": perplexity(means["hard_loss"]),
-            "tokens_per_second": self.positions / max(1e-9, now - self._since),
+            "tokens_per_second": count / max(1e-9, now - self._since),
         }
-        self.positions, self._since = 0, now
-        self._sums = dict.fromkeys(self._sums, 0.0)
+        self._taken += float(self._sums[3])
+        self._since = now
+        self._sums.zero_()
         return means | rates
 
 
 class ProgressCallback(TrainerCallback):  # type: ignore[misc]
-    """Plain progress lines, and the mark that makes a checkpoint whole."""
+    """Progress for people, the mark that makes a checkpoint whole, and a watch over what must never be learned from."""
 
     def __init__(
         self,
         trainer: DistillationTrainer,
         *,
         name: str,
-        before: dict[str, float],
+        stamp: Stamp,
+        before: dict[str, Any],
+        write_curve: Callable[[], None],
         say: Callable[[str], None],
     ) -> None:
         self.trainer = trainer
         self.say = say
         self.name = name
+        self.stamp = stamp
         self.before = before
+        self.write_curve = write_curve
         self.started = time.monotonic()
         self._said = 0.0
         self._first_step = 0
+        self._bar: tqdm[Any] | None = None
 
     @property
     def totals(self) -> dict[str, float]:
@@ -246,8 +252,41 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Remember where this attempt begins, for the time left."""
+        """Remember where this attempt begins, and see that what shares the training does."""
         self._first_step = state.global_step
+        _require_wrapper(self.trainer, self.stamp.strategy)
+        if rank() == 0 and sys.stderr.isatty():
+            steps = {"total": state.max_steps, "initial": state.global_step}
+            self._bar = tqdm(desc=f"train {self.name}", unit="step", **steps)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Raise ValueError before a loss or a gradient that is no number reaches the weights."""
+        scaled = (
+            getattr(self.trainer.accelerator, "scaler", None) is not None
+        )  # fp16 skips such steps itself
+        bad = self.trainer.window.end_step()
+        norm = 0.0 if scaled or bad else _gradient_norm(self.trainer.model)
+        is_bad = bool(bad) or not norm < float("inf")
+        if not _any_rank(is_bad, self.trainer.args.device):
+            return
+        losses = "; ".join(
+            f"{loss} from sequences {places} of the token index" for loss, places in bad
+        )
+        found = f"the loss is {losses}" if bad else f"the gradient's norm is {norm}"
+        raise ValueError(
+            f"{found if is_bad else 'another rank met a loss that is no number'} at step {state.global_step + 1}. "
+            "Nothing was learned from it: the last checkpoint is good, and the same command goes on from there. Try a "
+            "lower training.learning_rate, more training.warmup_steps, or training.use_mixed_precision: false."
+        )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            self._bar.update(1)
 
     def on_log(
         self,
@@ -257,23 +296,83 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         logs: Any = None,
         **_: Any,
     ) -> None:
-        """Say one line at most every few seconds."""
+        """Say one line at most every few seconds, and write the curve so far."""
         now = time.monotonic()
         is_due = now - self._said >= _PROGRESS_S or state.global_step >= state.max_steps
-        if not logs or "total_loss" not in logs or not is_due:
+        if rank() > 0 or not logs or "total_loss" not in logs:
+            return
+        if self._bar is not None:
+            shown = ("total_loss", "learning_rate", "tokens_per_second")
+            self._bar.set_postfix({name: f"{logs[name]:.4g}" for name in shown})
+        if not is_due:
             return
         self._said = now
+        self.write_curve()
         steps = max(1, state.global_step - self._first_step)
         left = (now - self.started) / steps * (state.max_steps - state.global_step)
-        self.say(
-            f"train {self.name}  step {state.global_step}/{state.max_steps}  loss {logs['total_loss']:.4f}  "
-            f"{logs['tokens_per_second']:,.0f} tokens/s  {left:,.0f} s left"
-        )
+        if self._bar is None:
+            self.say(
+                f"train {self.name}  step {state.global_step}/{state.max_steps}  loss {logs['total_loss']:.4f}  "
+                f"{logs['tokens_per_second']:,.0f} tokens/s  {left:,.0f} s left"
+            )
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Mark the checkpoint that was just written as whole."""
-        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        found = {"step": state.global_step, **self.totals, "files": digest_folder(folder)}
-        write_json(folder / COMPLETE_MARK, found)
+        if self.stamp.strategy == "ddp":
+            _require_equal_weights(self.trainer.model)
+        window = self.trainer.window.gather()  # all ranks have written theirs
+        if rank() == 0:
+            folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+            totals = self.totals
+            totals["positions"] -= window["positions"]  # they come back with the window
+            mark_checkpoint(
+                folder, self.stamp, {"step": state.global_step, **totals, "window": window}
+            )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Close the bar."""
+        with suppress(AttributeError):
+            self._bar.close()  # type: ignore[union-attr]
+
+
+def _require_wrapper(trainer: DistillationTrainer, strategy: str) -> None:
+    """Assert that several ranks share the training: some settings make each train alone, without a word."""
+    found = trainer.accelerator.num_processes
+    assert found == world_size() == trainer.args.world_size, (found, world_size())
+    wanted = {"ddp": DistributedDataParallel, "fsdp": FSDPModule}[strategy]
+    if found > 1:
+        assert isinstance(trainer.model_wrapped, wanted), (type(trainer.model_wrapped), strategy)
+
+
+@torch.no_grad()
+def _require_equal_weights(model: nn.Module) -> None:
+    """Raise RuntimeError when the ranks hold different weights: their gradients were not shared."""
+    if world_size() == 1:
+        return
+    sums = torch.stack([p.detach().double().sum() for p in model.parameters()])
+    least, most = sums.clone(), sums.clone()
+    torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    if not torch.equal(least, most):
+        raise RuntimeError(
+            f"{world_size()} ranks hold different weights: their gradients were not shared"
+        )
+
+
+def _gradient_norm(model: nn.Module) -> float:
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+
+def _any_rank(is_so: bool, device: torch.device) -> bool:
+    """Say whether it is so on any rank: all of them must stop, or the others wait for the one that did."""
+    if world_size() == 1:
+        return is_so
+    flag = torch.tensor(float(is_so), device=device)
+    torch.distributed.all_reduce(flag)
+    return bool(flag > 0)

@@ -2,34 +2,40 @@
 
 Three ways: *output* (cross-entropy on the text), *logit* (the teacher's distributions), *hybrid* (both). The data
 order depends on the seed and the number of sequences only, so runs that differ in nothing but the loss see the
-same batches. A run that was killed goes on from its last whole checkpoint when it is started again.
+same batches, on any number of GPUs. A run that was killed goes on from its last whole checkpoint when it is started
+again.
 """
 
 import csv
 import io
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import filelock
 import torch
+from accelerate.utils import broadcast_object_list
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
-    PreTrainedModel,
+    AutoModelForCausalLM,
     PrinterCallback,
     TrainerState,
     TrainingArguments,
 )
 
-from retort.artefacts import student_content
-from retort.batches import Collator, TrainingData
+from retort.artefacts import REVISIONS, student_content
+from retort.batches import Collator, TrainingData, count_steps
 from retort.cache import LogitCache
+from retort.checkpoints import Stamp, find_checkpoint, is_finished, read_progress
 from retort.codec import Codec
-from retort.config import Student, Teacher, Tracking, Training
+from retort.config import Student, Teacher, Tracking, Training, identity
 from retort.config_checks import DEFAULT_ALPHA
 from retort.fused_loss import LossSettings
+from retort.model_card import write_card
 from retort.models import (
     CausalLM,
     build_student,
@@ -39,7 +45,6 @@ from retort.models import (
     split_model,
 )
 from retort.provenance import (
-    compare_digests,
     describe_run,
     digest,
     digest_folder,
@@ -47,14 +52,11 @@ from retort.provenance import (
     write_atomically,
     write_json,
 )
+from retort.ranks import cut_global_batch, rank, world_size
 from retort.shards import TokenIndex
+from retort.student_loss import attach_loss
 from retort.tokens import SequenceTable, fingerprint_of_tokenizer, load_tokenizer
-from retort.trainer import (
-    COMPLETE_MARK,
-    DistillationTrainer,
-    ProgressCallback,
-    attach_loss,
-)
+from retort.trainer import DistillationTrainer, ProgressCallback
 
 LOG_COLUMNS = (
     "step",
@@ -67,42 +69,55 @@ LOG_COLUMNS = (
 )
 
 
-def find_checkpoint(folder: Path, *, say: Callable[[str], None] = print) -> Path | None:
-    """Return the newest whole checkpoint of a run; newer ones that are torn or damaged are removed, aloud."""
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda p: -int(p.name.split("-")[1]))
-    for path in checkpoints:
-        fault = _find_fault(path)
-        if fault is None:
-            return path
-        say(f"{path} {fault}: removed")
-        shutil.rmtree(path)
-    return None
+@dataclass(frozen=True)
+class Job:
+    """One training: from what, of which student, how.
+
+    `identity`: digest of all that its result depends on; `training.alpha` is filled in; `vocabulary`: the ids that the
+    student must predict; `teacher`: a live one, None where the source is a cache or text is all there is; `facts`: what
+    is learned from, for people.
+    """
+
+    name: str
+    identity: str
+    source: SequenceTable | LogitCache
+    student: Student
+    training: Training
+    tracking: Tracking
+    tokenizer: Any
+    vocabulary: int
+    teacher: CausalLM | None = None
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def stamp(self) -> Stamp:
+        """What its checkpoints are marked with."""
+        strategy = self.training.strategy if world_size() > 1 else "ddp"
+        return Stamp(self.identity, strategy)
+
+    @property
+    def settings(self) -> LossSettings:
+        """Of its loss."""
+        t = self.training
+        assert t.alpha is not None
+        return LossSettings(t.alpha, t.temperature, t.divergence, chunk_size=t.loss_chunk_size)
 
 
-def _find_fault(checkpoint: Path) -> str | None:
-    """Return what is wrong with a checkpoint, in words: any of its files missing or changed would go unnoticed."""
-    try:
-        recorded = read_json(checkpoint / COMPLETE_MARK)["files"]
-    except FileNotFoundError:
-        return "was cut short by a kill"
-    except (ValueError, KeyError, TypeError):
-        return f"has a damaged {COMPLETE_MARK}"
-    differences = compare_digests(recorded, digest_folder(checkpoint))
-    return f"is damaged ({', '.join(differences)})" if differences else None
-
-
-def _is_finished(checkpoint: Path) -> bool:
-    """Say whether it was saved after the last step: Trainer, asked to go on from it, would make one more."""
-    state = read_json(checkpoint / "trainer_state.json")
-    return bool(state["global_step"] >= state["max_steps"])
-
-
-def training_arguments(
-    folder: Path, training: Training, tracking: Tracking, *, name: str
-) -> TrainingArguments:
-    """Translate our keys into transformers' TrainingArguments."""
+def training_arguments(folder: Path, job: Job) -> TrainingArguments:
+    """Translate our keys into transformers' TrainingArguments; starts the ranks' talk where there are several."""
+    training, tracking = job.training, job.tracking
     device = choose_device(training.device)
-    mixed = training.use_mixed_precision and device.type == "cuda"  # a CPU trains in float32
+    size, accumulation = cut_global_batch(
+        training.batch_size, training.gradient_accumulation_steps, world_size()
+    )
+    steps = count_steps(
+        len(job.source),
+        global_batch=training.batch_size * training.gradient_accumulation_steps,
+        max_steps=training.max_steps,
+        num_epochs=training.num_epochs,
+    )
+    precision = choose_precision(training, device)
+    shards = world_size() > 1 and training.strategy == "fsdp"
     trackers = [
         t
         for t, on in (("wandb", tracking.use_wandb), ("tensorboard", tracking.use_tensorboard))
@@ -110,21 +125,21 @@ def training_arguments(
     ]
     return TrainingArguments(
         output_dir=str(folder),
-        run_name=tracking.wandb_run_name or name,
+        run_name=tracking.wandb_run_name or job.name,
         project=tracking.wandb_project or "retort",
         report_to=trackers or "none",
-        max_steps=training.max_steps if training.max_steps is not None else -1,
-        num_train_epochs=training.num_epochs,
-        per_device_train_batch_size=training.batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        max_steps=steps,
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=accumulation,
         learning_rate=training.learning_rate,
         lr_scheduler_type=training.lr_scheduler_type,
         warmup_steps=training.warmup_steps,
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         seed=training.seed,
-        bf16=mixed and training.mixed_precision_dtype == "bf16",
-        fp16=mixed and training.mixed_precision_dtype == "fp16",
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        fsdp="full_shard auto_wrap" if shards else "",
         activation_checkpointing=training.use_gradient_checkpointing,
         logging_steps=training.logging_steps,
         logging_first_step=True,  # a run shorter than logging_steps has a curve too
@@ -138,79 +153,118 @@ def training_arguments(
     )
 
 
-def train_student(
-    folder: Path,
-    *,
-    name: str,
-    source: SequenceTable | LogitCache,
-    student: Student,
-    training: Training,
-    tracking: Tracking,
-    tokenizer: Any,
-    vocabulary: int,
-    teacher: CausalLM | None = None,
-    say: Callable[[str], None] = print,
-) -> dict[str, Any]:
+def choose_precision(training: Training, device: torch.device) -> str:
+    """Return bf16, fp16 or no: a CPU trains in float32, and a GPU without bfloat16 in float16."""
+    if not training.use_mixed_precision or device.type != "cuda":
+        return "no"
+    wants_bf16 = training.mixed_precision_dtype == "bf16"
+    return "bf16" if wants_bf16 and torch.cuda.is_bf16_supported() else "fp16"
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Let one process, or one group of ranks, train in a folder at a time: an orphan of a killed Snakemake may still
+    be at it."""
+    if rank() == 0:
+        with filelock.FileLock(folder / ".lock"):
+            _wait_for_ranks()
+            yield
+    else:
+        _wait_for_ranks()
+        yield
+
+
+def _wait_for_ranks() -> None:
+    if world_size() > 1:
+        torch.distributed.barrier()
+
+
+def train_student(folder: Path, job: Job, *, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Train until max_steps or num_epochs are done, from the newest whole checkpoint where there is one.
 
     Writes checkpoint-*/, final/ (model and tokenizer) and training_log.csv into `folder`, and returns what is
-    worth keeping: steps, trained positions, seconds over all attempts, parameters, device.
+    worth keeping: steps, trained positions, seconds over all attempts, parameters, device. Called by every rank.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(training.cpu_threads)
-    with filelock.FileLock(
-        folder / ".lock"
-    ):  # an orphan of a killed Snakemake may still be training here
-        model = build_student(
-            student, vocabulary=vocabulary, tokenizer=tokenizer, seed=training.seed
+    torch.set_num_threads(job.training.cpu_threads)
+    arguments = training_arguments(folder, job)
+    with _alone(folder):
+        trainer = build_trainer(arguments, job)
+        parameters = int(trainer.model.num_parameters())  # before they may be cut into pieces
+        checkpoint = _agree_on_checkpoint(folder, job.stamp, say=say)
+        progress = ProgressCallback(
+            trainer,
+            name=job.name,
+            stamp=job.stamp,
+            before=read_progress(checkpoint),
+            write_curve=lambda: write_log(folder / "training_log.csv", trainer.state.log_history),
+            say=say,
         )
-        tail = (
-            find_tail(source.header.codec, training, path=source.path)
-            if isinstance(source, LogitCache)
-            else 0
-        )
-        settings = LossSettings(
-            alpha=1.0 if training.alpha is None else training.alpha,
-            temperature=training.temperature,
-            divergence=training.divergence,
-        )
-        attach_loss(split_model(model), settings)
-        trainer = DistillationTrainer(
-            settings=settings,
-            teacher=teacher,
-            num_tokens=len(tokenizer),
-            model=model,
-            args=training_arguments(folder, training, tracking, name=name),
-            train_dataset=TrainingData(source),
-            data_collator=Collator(tail),
-        )
-        checkpoint = find_checkpoint(folder, say=say)
-        before = (
-            read_json(checkpoint / COMPLETE_MARK)
-            if checkpoint
-            else {"seconds": 0.0, "positions": 0}
-        )
-        progress = ProgressCallback(trainer, name=name, before=before, say=say)
-        trainer.remove_callback(PrinterCallback)
         trainer.add_callback(progress)
-        if checkpoint:
-            say(f"train {name}: going on from {checkpoint.name}")
-        if checkpoint and _is_finished(checkpoint):
-            trainer._load_from_checkpoint(str(checkpoint))
-            trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        else:
-            start = str(checkpoint or training.resume_from_checkpoint or "")
-            trainer.train(resume_from_checkpoint=start or None)
-        save_final(folder / "final", trainer.model, tokenizer)
-        write_log(folder / "training_log.csv", trainer.state.log_history)
-        return {
+        _train(trainer, checkpoint, job, say=say)
+        totals = progress.totals
+        summary = {
             "steps": trainer.state.global_step,
-            "trained_positions": int(progress.totals["positions"]),
-            "seconds": round(progress.totals["seconds"], 3),
-            "student_parameters": int(model.num_parameters()),
+            "trained_positions": int(totals["positions"]),
+            "seconds": round(totals["seconds"], 3),
+            "seconds_waiting_for_data": round(trainer.waited_s, 3),
+            "student_parameters": parameters,
             "device": describe_device(trainer.args.device),
-            "final": digest_folder(folder / "final"),
         }
+        curve = trainer.state.log_history
+        save_final(folder / "final", trainer, job, lambda: _write_card(job, summary, curve))
+        if rank() == 0:
+            write_log(folder / "training_log.csv", curve)
+        return summary
+
+
+def build_trainer(arguments: TrainingArguments, job: Job) -> DistillationTrainer:
+    """Return a trainer of a freshly built student."""
+    model = build_student(
+        job.student, vocabulary=job.vocabulary, tokenizer=job.tokenizer, seed=job.training.seed
+    )
+    attach_loss(split_model(model), job.settings)
+    source, tail = job.source, 0
+    if isinstance(source, LogitCache):
+        tail = find_tail(source.header.codec, job.training, path=source.path)
+    trainer = DistillationTrainer(
+        settings=job.settings,
+        teacher=job.teacher,
+        num_tokens=len(job.tokenizer),
+        model=model,
+        args=arguments,
+        train_dataset=TrainingData(source),
+        data_collator=Collator(tail),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _agree_on_checkpoint(folder: Path, stamp: Stamp, *, say: Callable[[str], None]) -> Path | None:
+    """Let the first rank look for a checkpoint, since it removes what is torn, and tell the others."""
+    found: list[Any] = [find_checkpoint(folder, stamp, say=say) if rank() == 0 else None]
+    if world_size() > 1:
+        broadcast_object_list(found)
+    return found[0]  # type: ignore[no-any-return]
+
+
+def _train(
+    trainer: DistillationTrainer,
+    checkpoint: Path | None,
+    job: Job,
+    *,
+    say: Callable[[str], None],
+) -> None:
+    """Train from a checkpoint of this run, from one that the config names, or from the beginning."""
+    if checkpoint:
+        say(f"train {job.name}: going on from {checkpoint.name}")
+        trainer.window.restore(read_progress(checkpoint)["window"])
+    if checkpoint and is_finished(checkpoint):
+        trainer.model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        return
+    start = str(checkpoint or job.training.resume_from_checkpoint or "")
+    trainer.train(resume_from_checkpoint=start or None)
 
 
 def find_tail(codec: Codec, training: Training, *, path: Path) -> int:
@@ -235,16 +289,35 @@ def find_tail(codec: Codec, training: Training, *, path: Path) -> int:
     )
 
 
-def save_final(folder: Path, model: PreTrainedModel, tokenizer: Any) -> None:
-    """Write the finished student and its tokenizer: a folder that AutoModelForCausalLM loads, whole or not at
-    all."""
+def save_final(
+    folder: Path, trainer: DistillationTrainer, job: Job, card: Callable[[], str]
+) -> None:
+    """Write the finished student, its tokenizer and card: a folder that AutoModelForCausalLM loads, whole or not at
+    all. Called by every rank."""
+    model = trainer.model
+    is_cut = isinstance(model, FSDPModule)  # then all ranks bring their pieces together
+    weights = trainer.accelerator.get_state_dict(model) if is_cut else model.state_dict()
+    if rank() > 0:
+        return
     temporary = folder.with_name(".final.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.config.use_cache = True
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
+    model.save_pretrained(temporary, state_dict=weights)
+    job.tokenizer.save_pretrained(temporary)
+    (temporary / "README.md").write_text(card(), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
+
+
+def _write_card(job: Job, summary: dict[str, Any], curve: list[dict[str, float]]) -> str:
+    return write_card(
+        job.name,
+        distillation_type=job.training.distillation_type,
+        facts=job.facts,
+        summary=summary,
+        config={"student": asdict(job.student), "training": asdict(job.training)},
+        curve=curve,
+    )
 
 
 def write_log(path: Path, log_history: list[dict[str, Any]]) -> None:
@@ -279,15 +352,8 @@ def train_run(
     `expected_student`: the digest of the student's content by which `out` is named. Raises ValueError when the signal
     that the distillation type needs is missing, or was made of other tokens, or the student is another.
     """
-    alpha = (
-        training.alpha if training.alpha is not None else DEFAULT_ALPHA[training.distillation_type]
-    )
-    training = replace(training, alpha=alpha)
-    if alpha < 1.0 and not (cache_path or teacher_path):
-        raise ValueError(
-            f"distillation type {training.distillation_type!r} (alpha {alpha}) learns from a teacher: give "
-            "--cache teacher_logits.h5 or --teacher, or use --distillation-type output."
-        )
+    training = _fill_alpha(training, has_teacher=bool(cache_path or teacher_path))
+    needs_teacher = training.alpha != 1.0
     index = TokenIndex.read(index_path)
     tokenizer = load_tokenizer(
         tokenizer_path,
@@ -295,45 +361,87 @@ def train_run(
         trust_remote_code=teacher_section.trust_remote_code,
     )
     _refuse_other_tokenizer(index, tokenizer_path, tokenizer)
-    source = _open_source(index, cache_path if alpha < 1.0 else None)
-    # The width of the teacher's output layer, also for a run that learns from text alone: students of one
-    # config are of one size.
+    source = _open_source(index, cache_path if needs_teacher else None)
     record = read_json(fingerprint_path) if fingerprint_path else None
-    vocabulary = record["vocabulary"] if record else len(tokenizer)
     _refuse_other_student(student, expected_student)
     teacher = None
-    if alpha < 1.0 and cache_path is None and teacher_path and fingerprint_path:
+    if needs_teacher and cache_path is None and teacher_path and fingerprint_path:
         teacher = load_recorded_teacher(teacher_path, teacher_section, record_path=fingerprint_path)
-    summary = train_student(
-        out.parent,
+    facts = _describe_signal(index, source, record if needs_teacher else None)
+    job = Job(
         name=name,
+        identity=digest([REVISIONS["run"], facts, student_content(student), _identity(training)]),
         source=source,
         student=student,
         training=training,
         tracking=tracking,
         tokenizer=tokenizer,
-        vocabulary=vocabulary,
+        # The width of the teacher's output layer, also for a run that learns from text alone: students of one
+        # config are of one size.
+        vocabulary=record["vocabulary"] if record else len(tokenizer),
         teacher=teacher,
-        say=say,
+        facts={"run": out.parent.name, **facts},
     )
+    summary = train_student(out.parent, job, say=say)
     _refuse_other_student(student, expected_student)
+    if rank() == 0:
+        _write_records(out, job, summary, record)
+        say(f"train {name}  {summary['steps']} steps in {summary['seconds']:.0f} s")
+
+
+def _fill_alpha(training: Training, *, has_teacher: bool) -> Training:
+    """Return the section with alpha; raises ValueError when it needs a teacher and there is none."""
+    kind = training.distillation_type
+    alpha = training.alpha if training.alpha is not None else DEFAULT_ALPHA[kind]
+    if alpha < 1.0 and not has_teacher:
+        raise ValueError(
+            f"distillation type {kind!r} (alpha {alpha}) learns from a teacher: give "
+            "--cache teacher_logits.h5 or --teacher, or use --distillation-type output."
+        )
+    return replace(training, alpha=alpha)
+
+
+def _identity(training: Training) -> dict[str, Any]:
+    """Return the keys that the result depends on."""
+    return identity(training) | {"alpha": training.alpha}
+
+
+def _describe_signal(
+    index: TokenIndex, source: SequenceTable | LogitCache, record: dict[str, Any] | None
+) -> dict[str, str]:
+    """Return what a student learns from, by name; `record`: the teacher's fingerprint.json."""
+    facts = {"tokens": str(index.content["content"])}
+    if record is not None:
+        facts |= {"teacher": record["name"], "teacher's weights": record["weights"]}
+    if isinstance(source, LogitCache):
+        header = source.header
+        facts |= {"teacher's weights": header.teacher, "logit cache": digest(header.to_json())}
+        facts |= {"cache's method": header.codec.method}
+    return facts
+
+
+def _write_records(
+    out: Path, job: Job, summary: dict[str, Any], record: dict[str, Any] | None
+) -> None:
+    """Write run.json, then training.json, which says that the run is finished."""
+    training = job.training
     about = {
-        "run": name,
+        "run": job.name,
         "id": out.parent.name,
         "distillation_type": training.distillation_type,
-        "alpha": alpha,
+        "alpha": training.alpha,
         "temperature": training.temperature,
         "seed": training.seed,
         "teacher": record["weights"] if record else None,
         **summary,
+        "final": digest_folder(out.parent / "final"),
     }
-    section = {"student": asdict(student), "training": asdict(training)}
+    section = {"student": asdict(job.student), "training": asdict(training)}
     run = describe_run(
         section=section, seed=training.seed, device=summary["device"], seconds=summary["seconds"]
     )
     write_json(out.parent / "run.json", run)
     write_json(out, about)
-    say(f"train {name}  {summary['steps']} steps in {summary['seconds']:.0f} s")
 
 
 def _refuse_other_student(student: Student, expected: str | None) -> None:

@@ -1,6 +1,7 @@
 """Training: the same batches whatever the loss, losses as computed by hand, and kills that leave no trace."""
 
 import csv
+import itertools
 import json
 import math
 import os
@@ -22,18 +23,21 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from retort.artefacts import student_content
-from retort.batches import IGNORE_INDEX, Collator, EpochShuffle, Item, TrainingData
+from retort.batches import IGNORE_INDEX, Collator, Item, ShuffledStream, count_steps
 from retort.cache import LogitCache
+from retort.checkpoints import Stamp, find_checkpoint
 from retort.codec import Codec, SparseTargets
-from retort.fused_loss import LossSettings
-from retort.models import load_teacher
+from retort.config import identity
+from retort.config_checks import DEFAULT_ALPHA
+from retort.models import CausalLM, load_teacher
 from retort.provenance import digest, read_json, write_json
+from retort.ranks import cut_global_batch
 from retort.shards import TokenIndex
 from retort.tokens import SequenceTable, build_table, load_tokenizer
-from retort.trainer import DistillationTrainer
 from retort.training import (
     LOG_COLUMNS,
-    find_checkpoint,
+    Job,
+    build_trainer,
     find_tail,
     train_run,
     train_student,
@@ -71,21 +75,38 @@ class Bench:
             "temperature": 1.0,
             "device": "cpu",
         } | training
-        alpha = {"output": 1.0, "logit": 0.0, "hybrid": 0.5}[
-            keys.get("distillation_type", "hybrid")
-        ]
         teacher_section = section("teacher", device="cpu")
-        return train_student(
-            folder,
+        job = self.job(
+            source,
+            student=student,
+            tracking=keys.get("tracking"),
+            teacher=load_teacher(str(self.teacher_path), teacher_section) if live else None,
+            **({k: v for k, v in keys.items() if k != "tracking"}),
+        )
+        return train_student(folder, job, say=say)
+
+    def job(
+        self,
+        source: SequenceTable | LogitCache,
+        *,
+        student: Path | None = None,
+        teacher: CausalLM | None = None,
+        tracking: dict[str, Any] | None = None,
+        **keys: Any,
+    ) -> Job:
+        """Return a training of the tiny student; its identity is that of its keys."""
+        kind = keys.get("distillation_type", "hybrid")
+        training = section("training", **({"alpha": DEFAULT_ALPHA[kind]} | keys))
+        return Job(
             name="run",
+            identity=digest(identity(training)),
             source=source,
-            student=section("student", config=str(student)),
-            training=section("training", **({"alpha": alpha} | keys)),
-            tracking=section("tracking"),
+            student=section("student", config=str(student or self.student_path)),
+            training=training,
+            tracking=section("tracking", **(tracking or {})),
             tokenizer=load_tokenizer(str(self.teacher_path)),
             vocabulary=WIDTH,
-            teacher=load_teacher(str(self.teacher_path), teacher_section) if live else None,
-            say=say,
+            teacher=teacher,
         )
 
 
@@ -122,44 +143,74 @@ def assert_same_weights(one: Path, other: Path) -> None:
 
 def read_batches(bench: Bench, source: SequenceTable | LogitCache, folder: Path) -> list[Any]:
     kind = "logit" if isinstance(source, LogitCache) else "output"
-    training = section("training", distillation_type=kind, batch_size=5, seed=3, device="cpu")
-    trainer = DistillationTrainer(
-        settings=LossSettings(1.0),
-        teacher=None,
-        num_tokens=NUM_TOKENS,
-        model=AutoModelForCausalLM.from_pretrained(bench.teacher_path),
-        args=training_arguments(folder, training, section("tracking"), name="run"),
-        train_dataset=TrainingData(source),
-        data_collator=Collator(),
+    job = bench.job(
+        source, distillation_type=kind, batch_size=4, seed=3, device="cpu", temperature=1.0
     )
-    return list(trainer.get_train_dataloader())
+    return list(build_trainer(training_arguments(folder, job), job).get_train_dataloader())
 
 
 def test_batches_are_the_same_whatever_is_learned_from(bench: Bench, tmp_path: Path) -> None:
     from_text = read_batches(bench, bench.table, tmp_path)
-    assert sum(len(b["input_ids"]) for b in from_text) == len(bench.table)
+    assert sum(len(b["input_ids"]) for b in from_text) == 4 * math.ceil(len(bench.table) / 4)
     for source in (bench.cache, bench.full):
         from_cache = read_batches(bench, source, tmp_path)
         for mine, theirs in zip(from_text, from_cache, strict=True):
-            for name in ("input_ids", "attention_mask", "labels"):
+            for name in ("input_ids", "attention_mask", "labels", "places"):
                 assert torch.equal(mine[name], theirs[name])
-            assert "kept_ids" in theirs and "kept_ids" not in mine
+            assert "teacher" in theirs and "teacher" not in mine
 
 
-@given(number=st.integers(1, 200), seed=st.integers(0, 2**31), epoch=st.integers(0, 5))
-def test_an_epochs_order_is_a_permutation_of_seed_and_epoch(
-    number: int, seed: int, epoch: int
+def take_order(table: SequenceTable, count: int) -> list[int]:
+    return list(ShuffledStream(len(table), seed=0, count=count))
+
+
+@given(
+    number=st.integers(1, 200),
+    seed=st.integers(0, 2**31),
+    epochs=st.integers(1, 4),
+    more=st.integers(0, 200),
+)
+def test_the_stream_is_one_permutation_after_the_other(
+    number: int, seed: int, epochs: int, more: int
 ) -> None:
-    def order(seed: int, epoch: int) -> list[int]:
-        sampler = EpochShuffle(number, seed=seed)
-        sampler.set_epoch(epoch)
-        return list(sampler)
-
-    assert sorted(order(seed, epoch)) == list(range(number))
-    assert order(seed, epoch) == order(seed, epoch)
+    count = epochs * number + min(more, number - 1)
+    order = list(ShuffledStream(number, seed=seed, count=count))
+    assert len(order) == count == len(ShuffledStream(number, seed=seed, count=count))
+    passes = [order[e * number : (e + 1) * number] for e in range(epochs)]
+    assert all(sorted(found) == list(range(number)) for found in passes)
+    assert order == list(ShuffledStream(number, seed=seed, count=count + 1))[:count]
     if number > 20:  # two shuffles of 20 are equal once in 10^18
-        assert order(seed, epoch) != order(seed, epoch + 1)
-        assert order(seed, epoch) != order(seed + 1, epoch)
+        assert order[:number] != list(ShuffledStream(number, seed=seed + 1, count=number))
+        assert all(a != b for a, b in itertools.pairwise(passes))
+
+
+@given(
+    sequences=st.integers(1, 1000),
+    batch=st.integers(1, 64),
+    epochs=st.floats(0.01, 5),
+)
+def test_steps_are_whole_global_batches(sequences: int, batch: int, epochs: float) -> None:
+    steps = count_steps(sequences, global_batch=batch, max_steps=None, num_epochs=epochs)
+    assert steps >= 1 and steps * batch >= epochs * sequences - 1e-6
+    assert steps == 1 or (steps - 1) * batch < epochs * sequences
+    assert count_steps(sequences, global_batch=batch, max_steps=7, num_epochs=epochs) == 7
+
+
+@given(size=st.integers(1, 64), accumulation=st.integers(1, 64), ranks=st.integers(1, 16))
+def test_every_number_of_ranks_shares_the_same_global_batch(
+    size: int, accumulation: int, ranks: int
+) -> None:
+    if size * accumulation % ranks:
+        with pytest.raises(
+            ValueError, match=rf"{size * accumulation} sequences a step, which {ranks}"
+        ):
+            cut_global_batch(size, accumulation, ranks)
+        return
+    mine, passes = cut_global_batch(size, accumulation, ranks)
+    assert mine * passes * ranks == size * accumulation
+    assert mine <= max(1, size // ranks)  # no rank needs more memory than its share of one batch
+    if size % ranks == 0:
+        assert (mine, passes) == (size // ranks, accumulation)
 
 
 @settings(deadline=None)
@@ -178,10 +229,11 @@ def test_labels_and_targets_belong_to_the_same_positions(data: st.DataObject) ->
         marks = (100 * d + counted).astype(np.int32)[:, None]  # the token at the position itself
         tails = np.stack([-counted - 1.0, -counted - 100.0], axis=1).astype(np.float32)
         items.append(
-            Item(table[d], SparseTargets.from_rows(marks, -marks.astype(np.float32), tails))
+            Item(d, table[d], SparseTargets.from_rows(marks, -marks.astype(np.float32), tails))
         )
     batch = Collator(temperature_place=1)(items)
-    place = 0
+    assert batch["places"].tolist() == list(range(len(items)))
+    rows, place = batch["teacher"], 0
     for b, item in enumerate(items):
         ids, mask = item.sequence.ids.tolist(), item.sequence.loss_mask.tolist()
         width = batch["labels"].shape[1]
@@ -192,12 +244,12 @@ def test_labels_and_targets_belong_to_the_same_positions(data: st.DataObject) ->
             label = int(batch["labels"][b, t + 1]) if t + 1 < width else IGNORE_INDEX
             assert label == (ids[t + 1] if counts else IGNORE_INDEX)
             if counts:  # targets' next row is this position's
-                assert int(batch["kept_offsets"][place]) == place
-                assert int(batch["kept_ids"][place]) == ids[t]
-                assert float(batch["kept_logprobs"][place]) == -ids[t]
-                assert float(batch["tail_logprobs"][place]) == -t - 100.0
+                assert int(rows.offsets[place]) == place
+                assert int(rows.ids[place]) == ids[t]
+                assert float(rows.logprobs[place]) == -ids[t]
+                assert float(rows.tail_logprobs[place]) == -t - 100.0
                 place += 1
-    assert place == len(batch["kept_ids"]) == int((batch["labels"] != IGNORE_INDEX).sum())
+    assert place == len(rows.ids) == int((batch["labels"] != IGNORE_INDEX).sum())
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -256,7 +308,7 @@ def test_the_first_steps_losses_are_those_computed_by_hand(
         temperature=temperature,
         alpha=0.3,
     )
-    order = list(EpochShuffle(len(bench.table), seed=0))[:8]
+    order = take_order(bench.table, 8)
     hard, soft, _ = compute_by_hand(bench, bench.cache, order, temperature=temperature)
     (row,) = read_log(tmp_path)
     assert float(row["hard_loss"]) == pytest.approx(hard, abs=1e-5)
@@ -274,7 +326,7 @@ def test_accumulating_two_batches_of_four_is_one_batch_of_eight(
     two, one = read_weights(tmp_path / "two"), read_weights(tmp_path / "one")
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-6)
-    lengths = bench.table.lengths[list(EpochShuffle(len(bench.table), seed=0))[:8]]
+    lengths = bench.table.lengths[take_order(bench.table, 8)]
     assert len(set(lengths.tolist())) > 2  # with equal halves a mean of means would pass as well
     for mine, theirs in zip(read_log(tmp_path / "two"), read_log(tmp_path / "one"), strict=True):
         for name in ("total_loss", "hard_loss", "soft_loss"):
@@ -321,8 +373,10 @@ def test_the_student_learns(bench: Bench, tmp_path: Path) -> None:
 
 def test_epochs_end_where_max_steps_are_not_given(bench: Bench, tmp_path: Path) -> None:
     summary = bench.train(tmp_path, bench.cache, max_steps=None, num_epochs=2.0, batch_size=16)
-    assert summary["steps"] == 2 * math.ceil(len(bench.table) / 16)
-    assert summary["trained_positions"] == 2 * bench.table.num_positions
+    steps = math.ceil(2 * len(bench.table) / 16)
+    assert summary["steps"] == steps
+    counts = [int(bench.table[i].loss_mask.sum()) for i in take_order(bench.table, 16 * steps)]
+    assert summary["trained_positions"] == sum(counts) >= 2 * bench.table.num_positions
 
 
 @pytest.mark.parametrize("kind", ["output", "hybrid"])
@@ -330,9 +384,15 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(
     kind: str, bench: Bench, tmp_path: Path
 ) -> None:
     source = bench.table if kind == "output" else bench.cache
-    with pytest.raises(ValueError, match=r"the loss is (nan|-?inf) at step 2 .*learning_rate"):
-        bench.train(tmp_path, source, distillation_type=kind, learning_rate=1e30)
+    with pytest.raises(
+        ValueError,
+        match=r"the loss is (nan|-?inf) from sequences (.*) of .* at step 2\b.*learning_rate",
+    ) as caught:
+        bench.train(tmp_path, source, distillation_type=kind, learning_rate=1e30, save_steps=1)
+    places = take_order(bench.table, 8)[4:]
+    assert f"sequences {places} of" in str(caught.value)
     assert not (tmp_path / "final").exists()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
 
 
 def test_a_temperature_that_the_cache_lacks_is_refused(bench: Bench, tmp_path: Path) -> None:
@@ -378,6 +438,11 @@ LONG: dict[str, Any] = {
     "learning_rate": 1e-2,
     "lr_scheduler_type": "constant",  # a rate of 0 at the end would hide a step too many
 }
+
+
+def stamp_of(folder: Path) -> Stamp:
+    mark = read_json(next(folder.glob("checkpoint-*/complete.json")))
+    return Stamp(mark["run"], mark["strategy"])
 
 
 def train_in_a_process(bench: Bench, folder: Path, student: Path, log: Path) -> None:
@@ -449,7 +514,7 @@ def test_a_torn_checkpoint_is_removed_and_the_one_before_is_used(
     newest, before = folder / "checkpoint-36", folder / "checkpoint-33"
     (newest / "complete.json").unlink()
     (newest / "model.safetensors").write_bytes(b"torn")
-    assert find_checkpoint(folder) == before
+    assert find_checkpoint(folder, stamp_of(undisturbed)) == before
     assert not newest.exists()
     said: list[str] = []
     bench.train(folder, bench.cache, student=dropout_student, say=said.append, **LONG)
@@ -472,7 +537,8 @@ def test_a_damaged_checkpoint_is_not_gone_on_from(
             shutil.copytree(undisturbed / "checkpoint-36", tmp_path / "checkpoint-36")
             damaged.write_bytes(bad)
         said: list[str] = []
-        assert find_checkpoint(tmp_path, say=said.append) == tmp_path / "checkpoint-33"
+        found = find_checkpoint(tmp_path, stamp_of(undisturbed), say=said.append)
+        assert found == tmp_path / "checkpoint-33"
         assert len(said) == 1 and "checkpoint-36" in said[0] and "removed" in said[0]
         assert (name in said[0]) == (not (name == "complete.json" and bad is None))
 

@@ -11,10 +11,11 @@ from pathlib import Path
 from retort.commands import run_script, say
 from retort.config import add_section_flags, section_from_args
 from retort.gpus import lease_training
+from retort.ranks import die_with_parent, is_rank, launch_ranks, rank
 
 
-def main() -> None:
-    """Write checkpoint-*/, final/, training_log.csv and training.json."""
+def read_command_line() -> argparse.Namespace:
+    """Return the flags."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -40,27 +41,46 @@ def main() -> None:
     )
     for section in ("student", "training", "tracking", "teacher"):
         add_section_flags(parser, section)
-    args = parser.parse_args()
-    training = section_from_args(args, "training")
-    with lease_training(training.gpus, device=training.device, among=args.among_gpus, say=say):
-        from retort.training import train_run
+    return parser.parse_args()
 
-        train_run(
-            args.output,
-            name=args.name,
-            index_path=args.index,
-            tokenizer_path=args.tokenizer,
-            tokenizer_revision=args.tokenizer_revision,
-            cache_path=args.cache,
-            teacher_path=args.teacher,
-            fingerprint_path=args.fingerprint,
-            student=section_from_args(args, "student"),
-            expected_student=args.expected_student,
-            training=training,
-            tracking=section_from_args(args, "tracking"),
-            teacher_section=section_from_args(args, "teacher"),
-            say=say,
-        )
+
+def train(args: argparse.Namespace, *, is_first: bool = True) -> None:
+    """Train in this process; of several ranks the first one speaks."""
+    from retort.training import train_run
+
+    train_run(
+        args.output,
+        name=args.name,
+        index_path=args.index,
+        tokenizer_path=args.tokenizer,
+        tokenizer_revision=args.tokenizer_revision,
+        cache_path=args.cache,
+        teacher_path=args.teacher,
+        fingerprint_path=args.fingerprint,
+        student=section_from_args(args, "student"),
+        expected_student=args.expected_student,
+        training=section_from_args(args, "training"),
+        tracking=section_from_args(args, "tracking"),
+        teacher_section=section_from_args(args, "teacher"),
+        say=say if is_first else lambda _: None,
+    )
+
+
+def main() -> None:
+    """Write checkpoint-*/, final/, training_log.csv and training.json."""
+    args = read_command_line()
+    if is_rank():
+        die_with_parent()
+        train(args, is_first=rank() == 0)
+        return
+    training = section_from_args(args, "training")
+    count, device = training.gpus, training.device
+    with lease_training(count, device=device, among=args.among_gpus, say=say) as held:
+        # On a machine without GPUs one process trains, unless the CPU was asked for.
+        if count > 1 and (held or device == "cpu"):
+            launch_ranks(count, threads=training.cpu_threads)
+        else:
+            train(args)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,76 @@
+"""The page that goes with a finished student: what it learned from, how, and what came of it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+_TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ name }}
+
+A language model of {{ "{:,}".format(parameters) }} parameters that learned from {{ way }}, by Retort.
+How it does on held-out text is in `evaluation/` beside this folder, the whole curve in `training_log.csv`.
+
+| learned from | |
+|---|---|
+{% for name, value in facts.items() -%}
+| {{ name }} | `{{ value }}` |
+{% endfor %}
+| training ended with | |
+|---|---|
+{% for name, value in metrics.items() -%}
+| {{ name }} | {{ value }} |
+{% endfor %}
+Losses are means over the positions since the log line before, in nats.
+
+```yaml
+{{ config }}```
+"""
+_WAYS = {
+    "output": "text",
+    "logit": "a teacher's distributions",
+    "hybrid": "text and a teacher's distributions",
+}
+_METRICS = ("total_loss", "hard_loss", "soft_loss", "perplexity")
+
+
+def write_card(
+    name: str,
+    *,
+    distillation_type: str,
+    facts: Mapping[str, str],
+    summary: Mapping[str, Any],
+    config: Mapping[str, Any],
+    curve: list[dict[str, float]],
+) -> str:
+    """Return the card as Markdown.
+
+    `facts`: what was learned from, by name; `summary`: steps, trained_positions, student_parameters; `curve`: Trainer's
+    log history, of which the last line with a loss is shown.
+    """
+    last = next((entry for entry in reversed(curve) if "total_loss" in entry), {})
+    metrics = {
+        "optimizer steps": f"{summary['steps']:,}",
+        "positions": f"{summary['trained_positions']:,}",
+    }
+    metrics |= {key: f"{last[key]:.4f}" for key in _METRICS if key in last}
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["retort", *(["distillation"] if distillation_type != "output" else [])],
+    )
+    card = ModelCard.from_template(
+        data,
+        template_str=_TEMPLATE,
+        name=name,
+        parameters=summary["student_parameters"],
+        way=_WAYS[distillation_type],
+        facts=facts,
+        metrics=metrics,
+        config=yaml.safe_dump(dict(config), sort_keys=False),
+    )
+    return str(card)

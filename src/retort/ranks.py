@@ -1,0 +1,69 @@
+"""Several processes that train one student: *ranks*, started by torchrun, of which none outlives what started it."""
+
+import ctypes
+import os
+import signal
+import sys
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def is_rank() -> bool:
+    """Say whether torchrun started this process."""
+    return "LOCAL_RANK" in os.environ
+
+
+def rank() -> int:
+    """Return this process's number among those that train together; 0 where it is alone."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """Return this process's number on its machine: its GPU among those that are visible."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    """Return how many processes train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launch_ranks(count: int, *, threads: int) -> None:
+    """Run this very command line in `count` processes by torchrun, and wait for them.
+
+    Raises SystemExit(1) when one fails: it has said why, and torchrun has ended the others.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    try:
+        torchrun(["--standalone", f"--nproc-per-node={count}", *sys.argv])
+    except ChildFailedError:
+        raise SystemExit(1) from None
+
+
+def die_with_parent() -> None:
+    """Ask the kernel for SIGKILL when the launcher dies: ranks that wait for each other would never end."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() == 1:  # it died before
+            raise SystemExit("the launcher of this rank is gone")
+
+
+def cut_global_batch(batch_size: int, accumulation: int, ranks: int) -> tuple[int, int]:
+    """Return (sequences in a rank's forward pass, forward passes a step), for the same global batch on any ranks.
+
+    Of a forward pass of `batch_size` sequences each rank gets its share. Raises ValueError when the global batch,
+    batch_size * accumulation, does not go into so many parts.
+    """
+    share, rest = divmod(batch_size * accumulation, ranks)
+    if rest:
+        raise ValueError(
+            f"training.batch_size {batch_size} x training.gradient_accumulation_steps {accumulation} is "
+            f"{batch_size * accumulation} sequences a step, which {ranks} GPUs cannot share evenly. Make it a multiple "
+            f"of {ranks}, or use another training.gpus: any number that divides it trains the same student."
+        )
+    most = max(1, batch_size // ranks)
+    size = max(n for n in range(1, most + 1) if share % n == 0)
+    return size, share // size
