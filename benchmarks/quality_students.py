@@ -29,12 +29,12 @@ class Plan:
     """What a student's numbers depend on, besides the way and the seed."""
 
     teacher: cache_logits.Settings
-    steps: int = 300
+    steps: int = 360
     positions_per_step: int = 256  # in a row, of one sequence
     num_evaluated: int = 24  # sequences at the end, which no student trains on
     num_angle: int = 16  # sequences at the beginning, whose mean gradient the angles are of
     learning_rate: float = 4e-3  # greatest: a tenth of the steps up to it, then a cosine down to 0
-    width: int = 128
+    width: int = 64
     num_layers: int = 2
     num_heads: int = 4
 

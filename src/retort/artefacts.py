@@ -35,7 +35,7 @@ REVISIONS = {
     "tokens": 2,
     "logits": 4,
     "validation": 1,
-    "run": 2,
+    "run": 3,
     "evaluation": 1,
     "report": 1,
 }

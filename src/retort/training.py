@@ -149,6 +149,7 @@ def training_arguments(folder: Path, job: Job) -> TrainingArguments:
         dataloader_num_workers=training.dataloader_num_workers,
         remove_unused_columns=False,
         use_cpu=device.type == "cpu",
+        ddp_find_unused_parameters=False,  # the loss is made of all of them
         disable_tqdm=True,
     )
 

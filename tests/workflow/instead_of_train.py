@@ -1,0 +1,48 @@
+"""train.py with one thing about several ranks changed, for tests: python -m torch.distributed.run THIS HOW FLAGS.
+
+`fsdp`: accelerate takes the CPU for an accelerator (it would train by DDP without a word). `alone`: gradients are not
+shared. `counted`: each rank notes in reads_RANK.txt which sequences it read.
+"""
+
+import os
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+from accelerate.state import AcceleratorState, DistributedType, PartialState
+from torch.nn.parallel import DistributedDataParallel
+
+from retort.batches import Item, TrainingData
+
+_SCRIPT = Path(__file__).parents[2] / "workflow" / "scripts" / "train.py"
+_init_state, _get_item = AcceleratorState.__init__, TrainingData.__getitem__
+
+
+def _call_the_cpu_an_accelerator(self: AcceleratorState, *args: Any, **kwargs: Any) -> None:
+    PartialState()
+    if PartialState._shared_state["distributed_type"] == DistributedType.MULTI_CPU:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+    _init_state(self, *args, **kwargs)
+    PartialState._shared_state["distributed_type"] = self.distributed_type
+
+
+def _note(self: TrainingData, index: int) -> Item:
+    with Path(f"reads_{os.environ['RANK']}.txt").open("a") as file:
+        file.write(f"{index}\n")
+    return _get_item(self, index)
+
+
+def _pass_on(self: DistributedDataParallel, *args: Any, **kwargs: Any) -> Any:
+    return self.module(*args, **kwargs)
+
+
+how = sys.argv.pop(1)
+if how == "fsdp":
+    AcceleratorState.__init__ = _call_the_cpu_an_accelerator
+elif how == "alone":
+    DistributedDataParallel.forward = _pass_on
+elif how == "counted":
+    TrainingData.__getitem__ = _note
+sys.argv[0] = str(_SCRIPT)
+runpy.run_path(str(_SCRIPT), run_name="__main__")

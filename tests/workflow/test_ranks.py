@@ -1,0 +1,161 @@
+"""Several ranks train one student: the same one as a single process does, and nobody is left behind."""
+
+import csv
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from place import Place, wait_until
+from safetensors.torch import load_file
+from test_by_hand import read_commands, with_output
+from torch import Tensor
+
+from retort.batches import ShuffledStream
+
+INSTEAD = Path(__file__).with_name("instead_of_train.py")
+# Sequences do not fill whole global batches, and a step is two forward passes of one process.
+KEYS = (
+    "--device cpu --batch-size 6 --gradient-accumulation-steps 2 --logging-steps 1 --save-steps 2"
+)
+
+
+class Student:
+    """One student's training, typed by hand in the folder of a finished workflow."""
+
+    def __init__(self, place: Place, command: list[str]) -> None:
+        self.place, self.rule_command = place, command
+
+    def command(self, name: str, *flags: str, how: str | None = None) -> list[str]:
+        """Return the command that trains into a folder; `how`: see instead_of_train.py, by torchrun."""
+        command = with_output(self.rule_command, f"{name}/training.json")
+        command = [*command, *KEYS.split(), *flags]
+        if how is None:
+            return command
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        return [*torchrun, "--nproc-per-node=2", str(INSTEAD), how, *command[2:]]
+
+    def train(self, name: str, *flags: str, how: str | None = None) -> None:
+        """Train to the end."""
+        done = self.place.execute(self.command(name, *flags, how=how))
+        assert done.returncode == 0, done.output
+
+    def weights(self, name: str) -> dict[str, Tensor]:
+        """Return the finished student's."""
+        return load_file(self.place.path / name / "final" / "model.safetensors")
+
+    def curve(self, name: str) -> list[dict[str, str]]:
+        """Return the finished training's log."""
+        with (self.place.path / name / "training_log.csv").open() as file:
+            return list(csv.DictReader(file))
+
+
+def assert_close(one: dict[str, Tensor], other: dict[str, Tensor], *, atol: float) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=atol)
+
+
+def find_processes(words: str) -> list[int]:
+    """Return the processes whose command line holds some words."""
+    found = subprocess.run(
+        ["pgrep", "-f", "--", words], capture_output=True, text=True, check=False
+    )
+    return [int(pid) for pid in found.stdout.split() if int(pid) != os.getpid()]
+
+
+@pytest.fixture(scope="module")
+def student(finished: Place, tmp_path_factory: pytest.TempPathFactory) -> Student:
+    place = finished.copy_to(tmp_path_factory.mktemp("ranks") / "project")
+    one = Student(place, read_commands(place)["train both"])
+    one.train("one", "--gpus", "1")
+    one.train("two", "--gpus", "2")
+    return one
+
+
+def test_two_ranks_train_the_student_of_one(student: Student) -> None:
+    assert_close(student.weights("two"), student.weights("one"), atol=1e-6)
+    for mine, theirs in zip(student.curve("two"), student.curve("one"), strict=True):
+        for name in ("step", "total_loss", "hard_loss", "soft_loss", "learning_rate"):
+            assert float(mine[name]) == pytest.approx(float(theirs[name]), abs=1e-5)
+    moved = student.place.path / "one" / "checkpoint-10" / "model.safetensors"
+    with pytest.raises(AssertionError):  # the steps between are no rounding
+        assert_close(student.weights("one"), load_file(moved), atol=1e-4)
+
+
+def test_fsdp_trains_it_too_and_goes_on_where_it_stopped(student: Student) -> None:
+    student.train("fsdp", "--strategy", "fsdp", how="fsdp")
+    assert_close(student.weights("fsdp"), student.weights("one"), atol=1e-6)
+    folder = student.place.path / "fsdp"
+    whole = student.weights("fsdp")
+    shutil.rmtree(folder / "final")
+    shutil.rmtree(folder / "checkpoint-12")
+    student.train("fsdp", "--strategy", "fsdp", how="fsdp")
+    assert_close(student.weights("fsdp"), whole, atol=0)
+    done = student.place.execute(student.command("two", "--strategy", "fsdp", how="fsdp"))
+    assert done.returncode != 0 and "was saved with training.strategy 'ddp'" in done.output
+
+
+def test_each_rank_reads_its_share_of_every_step(student: Student) -> None:
+    student.train("counted", "--num-workers", "0", how="counted")
+    assert_close(student.weights("counted"), student.weights("two"), atol=0)
+    reads = [
+        [int(line) for line in (student.place.path / f"reads_{r}.txt").read_text().split()]
+        for r in (0, 1)
+    ]
+    steps = len(student.curve("one"))
+    assert [len(found) for found in reads] == [6 * steps] * 2
+    number = max(max(found) for found in reads) + 1
+    order = list(ShuffledStream(number, seed=0, count=12 * steps))
+    for step in range(steps):
+        mine = [found[6 * step : 6 * step + 6] for found in reads]
+        assert sorted(mine[0] + mine[1]) == sorted(order[12 * step : 12 * step + 12])
+
+
+def test_a_killed_launcher_leaves_no_rank_and_loses_no_step(student: Student) -> None:
+    folder = student.place.path / "killed"
+    command = student.command("killed", "--gpus", "2")
+    for step in (2, 6):
+        with (student.place.path / "killed.log").open("ab") as log:
+            launcher = subprocess.Popen(
+                command, cwd=student.place.path, env=student.place.environment(), stderr=log
+            )
+        mark = folder / f"checkpoint-{step}" / "complete.json"
+        wait_until(mark.exists, process=launcher)  # type: ignore[arg-type]
+        assert len(find_processes("--output killed/training.json")) >= 3
+        launcher.send_signal(signal.SIGKILL)
+        launcher.wait()
+        wait_until(lambda: not find_processes("--output killed/training.json"))
+    assert not (folder / "final").exists()
+    student.train("killed", "--gpus", "2")
+    assert_close(student.weights("killed"), student.weights("two"), atol=0)
+    for mine, theirs in zip(student.curve("killed"), student.curve("two"), strict=True):
+        assert mine | {"tokens_per_second": ""} == theirs | {"tokens_per_second": ""}
+
+
+def test_ranks_that_do_not_share_their_gradients_are_found_out(student: Student) -> None:
+    done = student.place.execute(student.command("alone", how="alone"))
+    assert done.returncode != 0 and "2 ranks hold different weights" in done.output
+
+
+def test_a_loss_that_is_no_number_ends_all_ranks(student: Student) -> None:
+    command = student.command("wild", "--gpus", "2", "--learning-rate", "1e30")
+    done = student.place.execute(command)
+    assert done.returncode == 1
+    assert re.search(
+        r"error: the loss is (nan|inf) from sequences \[.*\] .* at step 2\b", done.output
+    )
+    assert "Traceback" not in done.output
+    assert not find_processes("--output wild/training.json")
+
+
+def test_ranks_need_a_batch_that_they_can_share(student: Student) -> None:
+    done = student.place.execute(student.command("odd", "--gpus", "5"))
+    assert done.returncode == 1
+    assert "12 sequences a step, which 5 GPUs cannot share evenly" in done.output
+    assert "Traceback" not in done.output
