@@ -1,7 +1,7 @@
 """Quality for bytes: students trained from 14 to 256 bytes a position, beside the whole distribution and none.
 
     make benchmark-quality
-    python benchmarks/quality.py [--out FOLDER] [--seeds 5] [--steps 360] [--figure FILE.svg] [--quick]
+    python benchmarks/quality.py [--out FOLDER] [--seeds 5] [--steps 300] [--figure FILE.svg] [--quick]
 
 The teacher is that of the cache benchmark (`cache_logits.py`: 32,768 ids), scored on one run of 512 tokens of each of
 232 held-out documents (15 GB); students train on 208 of them and are measured on the other 24. At one seed all ways

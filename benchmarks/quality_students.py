@@ -29,7 +29,7 @@ class Plan:
     """What a student's numbers depend on, besides the way and the seed."""
 
     teacher: cache_logits.Settings
-    steps: int = 360
+    steps: int = 300
     positions_per_step: int = 256  # in a row, of one sequence
     num_evaluated: int = 24  # sequences at the end, which no student trains on
     num_angle: int = 16  # sequences at the beginning, whose mean gradient the angles are of
@@ -98,7 +98,7 @@ class Bench:
         return load_targets(self.targets_folder, way, self.given, self.num_train)
 
     def build_student(self, *, seed: int) -> PreTrainedModel:
-        """Return a Llama with a tied head."""
+        """Return a Llama with a tied head, whose bias begins at the log of the unigram."""
         torch.manual_seed(seed)
         config = LlamaConfig(
             vocab_size=self.plan.teacher.vocabulary,
@@ -110,7 +110,13 @@ class Bench:
             tie_word_embeddings=True,
         )
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        counts_V = torch.from_numpy(self.given.unigram_counts) + 0.1
+        model.bias_V = torch.nn.Parameter((counts_V / counts_V.sum()).log().float())
         return model
+
+    def compute_logits(self, model: PreTrainedModel, features_CD: Tensor) -> Tensor:
+        """Return the student's logits [C, V]."""
+        return torch.addmm(model.bias_V, features_CD, model.lm_head.weight.t())
 
     def compute_features(self, model: PreTrainedModel, rows: slice) -> Tensor:
         """Return the student's last hidden states [P, D] at positions of one sequence, which is read from its start."""
@@ -128,24 +134,32 @@ def backpropagate(
     bench: Bench, model: PreTrainedModel, rows: slice, way: str, targets: Targets | None
 ) -> None:
     """Add to the student's gradients those of its mean loss at positions of one sequence."""
-    features_PD, weight_VD = bench.compute_features(model, rows), model.lm_head.weight
+    features_PD = bench.compute_features(model, rows)
     if way == "FullKD":
-        backpropagate_dense(bench, features_PD, weight_VD, rows)
+        backpropagate_dense(bench, model, features_PD, rows)
         return
     labels_P = bench.labels(rows)
     teacher = targets.rows(rows) if targets else None
     settings = LossSettings(alpha=0.0 if teacher else 1.0)
     terms = compute_fused_loss(
-        features_PD, weight_VD, labels_P, teacher, settings, normalizer=len(labels_P)
+        features_PD,
+        model.lm_head.weight,
+        labels_P,
+        teacher,
+        settings,
+        bias_V=model.bias_V,
+        normalizer=len(labels_P),
     )
     terms.total.backward()  # type: ignore[no-untyped-call]
 
 
-def backpropagate_dense(bench: Bench, features_PD: Tensor, weight_VD: Tensor, rows: slice) -> None:
+def backpropagate_dense(
+    bench: Bench, model: PreTrainedModel, features_PD: Tensor, rows: slice
+) -> None:
     """The same of KL(teacher || student) over the whole vocabulary; the teacher's entropy has no gradient."""
     leaf_PD = features_PD.detach().requires_grad_()
     for start in range(0, len(leaf_PD), CHUNK):
-        logits_CV = leaf_PD[start : start + CHUNK] @ weight_VD.t()
+        logits_CV = bench.compute_logits(model, leaf_PD[start : start + CHUNK])
         first = rows.start + start
         probs_CV = bench.logprobs(slice(first, first + len(logits_CV))).exp_()
         cross = logits_CV.logsumexp(dim=-1).sum() - (probs_CV * logits_CV).sum()
@@ -213,7 +227,7 @@ def evaluate(bench: Bench, model: PreTrainedModel | None) -> dict[str, float]:
             logp_CV, labels_C = bench.logprobs(rows), bench.labels(rows)
             logq_CV = logp_CV
             if model is not None and features_TD is not None:
-                logits_CV = features_TD[start : start + CHUNK] @ model.lm_head.weight.t()
+                logits_CV = bench.compute_logits(model, features_TD[start : start + CHUNK])
                 logq_CV = logits_CV.log_softmax(dim=-1)
             p_CV, q_CV = logp_CV.exp(), logq_CV.exp()
             sums["loss"].append(F.nll_loss(logq_CV, labels_C, reduction="none"))

@@ -25,9 +25,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from retort.batches import IGNORE_INDEX
 from retort.codec import SparseTargets
-from retort.fused_loss import LossSettings, TeacherRows, compute_fused_loss
-from retort.losses import compute_dense_divergence
+from retort.fused_loss import LossSettings, TeacherRows
+from retort.losses import LossTerms, compute_dense_divergence
+from retort.models import split_model
+from retort.student_loss import Lesson, attach_loss
 
 BATCH, LENGTH, HIDDEN, LAYERS, KEPT = 2, 512, 256, 6, 17
 COUNT = BATCH * LENGTH
@@ -108,13 +111,18 @@ def run_cross_entropy(bench: Bench) -> Step:
 def run_fused(bench: Bench, alpha: float, temperature: float, chunk_size: int | None) -> Step:
     """Retort's."""
     settings = LossSettings(alpha, temperature, chunk_size=chunk_size)
-    teacher = bench.rows if alpha < 1 else None
+    attach_loss(split_model(bench.model), settings)
+    ids_BT = bench.inputs_BT
+    # A place for the label of the last position, and none for the first one's.
+    padded_BT = F.pad(ids_BT, (0, 1))
+    labels_BT = F.pad(bench.labels_P.view(BATCH, LENGTH), (1, 0), value=IGNORE_INDEX)
+    lesson = Lesson(labels_BT, bench.rows if alpha < 1 else None, COUNT)
 
     def step() -> Tensor:
-        weight = bench.model.lm_head.weight
-        return compute_fused_loss(
-            bench.features(), weight, bench.labels_P, teacher, settings, normalizer=COUNT
-        ).total
+        terms: LossTerms = bench.model(
+            input_ids=padded_BT, attention_mask=torch.ones_like(padded_BT), lesson=lesson
+        )
+        return terms.total
 
     return step
 

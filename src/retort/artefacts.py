@@ -32,6 +32,7 @@ from retort.provenance import (
 REVISIONS = {
     "corpus": 1,
     "teacher": 2,
+    "demo_teacher": 2,  # trained here, while another teacher is only recorded
     "tokens": 2,
     "logits": 4,
     "validation": 1,
@@ -234,7 +235,11 @@ def _plan_run(name: str, config: Config) -> Run:
     validation = _plan_validation(config, tokens, teacher) if teacher else None
     keys = identity(training) | {"alpha": training.alpha}
     if training.distillation_type == "output":
-        keys = {k: v for k, v in keys.items() if k not in ("temperature", "use_cached_logits")}
+        keys = {
+            k: v
+            for k, v in keys.items()
+            if k not in ("temperature", "divergence", "use_cached_logits")
+        }
     signal = logits.id if logits else teacher.id if teacher and needs_teacher else None
     student = student_content(config.student)
     run_id = digest(["run", REVISIONS["run"], tokens.id, signal, keys, student])
@@ -285,7 +290,12 @@ def _plan_teacher(config: Config) -> TeacherModel:
     if section.model_path == "demo":
         corpus = _plan_corpus(config)
         prefix = "demo-"
-        keys |= {"corpus": corpus.id, "max_length": config.dataset.max_length}
+        trained = REVISIONS["demo_teacher"]
+        keys |= {
+            "corpus": corpus.id,
+            "max_length": config.dataset.max_length,
+            "trained": trained,
+        }
     teacher_id = prefix + digest(["teacher", REVISIONS["teacher"], keys])
     # Beside what is made from it: every results_dir that shares a cache_dir shares this record.
     folder = _cache_root(config) / "teachers" / teacher_id

@@ -112,8 +112,11 @@ def compute_fused_loss(
     *,
     bias_V: Tensor | None = None,
     normalizer: Tensor | float = 1.0,
+    weight_slot: list[Tensor] | None = None,
 ) -> LossTerms:
     """Return the summed losses over `normalizer`; the total's gradients are ready when it returns.
+
+    `weight_slot`: an empty list that the backward pass puts the weight's gradient into, instead of returning it.
 
     A compiled student calls it as it is: there is nothing in it that a compiler would fuse better.
 
@@ -122,7 +125,14 @@ def compute_fused_loss(
     tempered = _temper(teacher, settings)
     return LossTerms(
         *_FusedLoss.apply(  # type: ignore[no-untyped-call]
-            features_PD, weight_VD, bias_V, labels_P, tempered, settings, normalizer
+            features_PD,
+            weight_VD if weight_slot is None else weight_VD.detach(),
+            bias_V,
+            labels_P,
+            tempered,
+            settings,
+            normalizer,
+            weight_slot,
         )
     )
 
@@ -147,6 +157,7 @@ class _FusedLoss(torch.autograd.Function):
         tempered: TeacherRows | None,
         settings: LossSettings,
         normalizer: Tensor | float,
+        weight_slot: list[Tensor] | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         device = features_PD.device.type
         dtype = (
@@ -154,32 +165,43 @@ class _FusedLoss(torch.autograd.Function):
             if torch.is_autocast_enabled(device)
             else weight_VD.dtype
         )
-        grads = _Gradients((features_PD, weight_VD, bias_V), ctx.needs_input_grad, dtype=dtype)
+        wants = ctx.needs_input_grad
+        wants = wants[0], wants[1] or weight_slot is not None, wants[2]
+        grads = _Gradients((features_PD, weight_VD, bias_V), wants, dtype=dtype)
         chunk = settings.chunk_size or choose_chunk_size(len(weight_VD), device)
         hard = torch.zeros((), device=features_PD.device)
         divergence = torch.zeros((), device=features_PD.device)
         with torch.autocast(device, enabled=False):
             weight = weight_VD.to(dtype)
             bounds = list(range(0, len(features_PD), chunk))
+            # One buffer for all chunks: the next one's logits would be made beside the last one's.
+            wide = torch.promote_types(dtype, torch.float32)
+            buffer_CV = weight.new_empty((min(chunk, len(features_PD)), len(weight)), dtype=wide)
             pieces = _cut(tempered, [*bounds, len(features_PD)], len(weight))
             for first, sparse in zip(bounds, pieces, strict=True):
                 rows = slice(first, first + chunk)
                 hidden_CD = features_PD[rows].to(dtype)
-                logits_CV = _compute_logits(hidden_CD, weight, bias_V, settings)
+                logits_CV = _compute_logits(
+                    hidden_CD, weight, bias_V, settings, out=buffer_CV[: len(hidden_CD)]
+                )
                 chunk_hard, chunk_divergence, grad_CV = _compute_chunk(
                     logits_CV, labels_P[rows], sparse, settings
                 )
                 hard += chunk_hard
                 divergence += chunk_divergence
                 grads.add(rows, grad_CV.div_(normalizer), hidden_CD, weight)
-        ctx.grads = grads
+        ctx.grads, ctx.weight_slot = grads, weight_slot
         return _finish(ctx, hard, None if tempered is None else divergence, settings, normalizer)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         grads, ctx.grads = ctx.grads, None
-        return (*grads.scaled(grad_total), *[None] * 4)
+        features, weight, bias = grads.release(grad_total)
+        if ctx.weight_slot is not None:
+            ctx.weight_slot.append(weight)
+            weight = None
+        return (features, weight, bias, *[None] * 5)
 
 
 def _finish(
@@ -277,21 +299,30 @@ class _Gradients:
         elif self.weight is not None:
             self.weight += grad_CV.t() @ hidden_CD
 
-    def scaled(self, factor: Tensor) -> tuple[Tensor | None, ...]:
-        """Return them times `factor`, in their parameters' types."""
-        for tensor in (self.features, self.weight, self.bias):
+    def release(self, factor: Tensor) -> tuple[Tensor | None, ...]:
+        """Return them times `factor`, in their parameters' types, and forget them: what nobody else holds, autograd
+        takes without a copy."""
+        features, weight, bias = self.features, self.weight, self.bias
+        self.features = self.weight = self.bias = None
+        for tensor in (features, weight, bias):
             if tensor is not None:
                 tensor.mul_(factor)
-        weight = None if self.weight is None else self.weight.to(self.weight_dtype)
-        return self.features, weight, self.bias
+        return features, None if weight is None else weight.to(self.weight_dtype), bias
 
 
 def _compute_logits(
-    hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, settings: LossSettings
+    hidden_CD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    settings: LossSettings,
+    *,
+    out: Tensor,
 ) -> Tensor:
-    """Return a chunk's logits, float32 at least, after the model's own scale and softcap."""
-    logits_CV = hidden_CD @ weight_VD.t()
-    logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
+    """Return a chunk's logits, in `out` (float32 at least), after the model's own scale and softcap."""
+    if out.dtype == hidden_CD.dtype:
+        logits_CV = torch.mm(hidden_CD, weight_VD.t(), out=out)
+    else:
+        logits_CV = out.copy_(hidden_CD @ weight_VD.t())
     if bias_V is not None:
         logits_CV += bias_V
     if settings.scale != 1.0:

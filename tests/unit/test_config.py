@@ -563,8 +563,6 @@ def test_alpha_follows_the_distillation_type_and_is_never_null(kind: str, alpha:
     [
         ("dataset.sharding", "files", "use interleaved or contiguous"),
         ("dataset.sharding", "my.module:deal", "use interleaved or contiguous"),
-        ("training.gpus", 2, "use 1"),
-        ("training.strategy", "fsdp", "leave it out"),
         ("evaluation.benchmarks", ["humaneval"], "leave it []"),
         ("evaluation.allow_code_execution", True, "leave it false"),
         ("synthesis.provider", "openai", "leave synthesis out"),
@@ -585,6 +583,13 @@ def test_a_feature_still_to_come_is_refused_not_ignored(
 def test_a_contradiction_is_told_before_a_feature_still_to_come() -> None:
     message = refusal(merge(STUDENT, merge(STREAM, {"cache": {"method": "top_p"}})))
     assert "max_samples" in message
+
+
+def test_ranks_that_could_not_share_a_step_or_a_student_are_refused_before_any_job() -> None:
+    message = refusal(merge(STUDENT, {"training": {"gpus": 3, "batch_size": 4}}))
+    assert "training.gpus is 3" in message and "is 4 sequences a step" in message
+    message = refusal(merge(STUDENT, {"training": {"strategy": "fsdp", "device": "cpu"}}))
+    assert "training.strategy is 'fsdp' and training.device is 'cpu'" in message
 
 
 def test_later_features_name_keys_that_exist() -> None:

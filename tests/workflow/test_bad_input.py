@@ -64,7 +64,14 @@ SEEN_IN_THE_CONFIG = {
         over(teacher={"generation": {"gpus": "0,1", "gpus_per_model": 4}}),
         ["gpus_per_model is 4", "0,1", "List at least 4"],
     ),
-    "a feature to come": (over(training={"gpus": 2}), ["training.gpus is 2", "later version"]),
+    "a feature to come": (
+        over(evaluation={"allow_code_execution": True}),
+        ["evaluation.allow_code_execution is true", "later version"],
+    ),
+    "a batch that GPUs cannot share": (
+        over(training={"gpus": 3}),
+        ["training.gpus is 3", "is 4 sequences a step"],
+    ),
     "missing file": (
         over(dataset={"data_files": "documents.json"}),
         ["'documents.json' does not exist", "Did you mean 'documents.jsonl'"],
