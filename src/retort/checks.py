@@ -3,15 +3,19 @@
 Each check raises ValueError with the value found, what was expected and what to do; nothing here needs a GPU.
 """
 
+import os
 from collections.abc import Mapping
+from importlib.util import find_spec
+from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from retort.config import Config, Teacher
+from retort.config import Config, Teacher, Tracking
 from retort.corpus import check_corpus
 from retort.demo import DEMO_TEACHER, DemoTokenizer
 from retort.models import load_model_config, output_width, student_config
@@ -33,7 +37,37 @@ def check_project(configs: Mapping[str, Config]) -> dict[str, Any]:
         tokenizer, width, note = _check_teacher(config)
         notes.append(note)
         notes.append(f"run {name}: {_check_student(config, tokenizer, width)}")
+        _check_trackers(config.tracking)
     return {"runs": list(configs), "notes": list(dict.fromkeys(notes))}
+
+
+def _check_trackers(tracking: Tracking) -> None:
+    """Raise ValueError when what is to show the curves is not installed, or would ask for a login at midnight."""
+    wanted = {"wandb": tracking.use_wandb, "tensorboard": tracking.use_tensorboard}
+    for name, is_wanted in wanted.items():
+        if is_wanted and find_spec(name) is None:
+            raise ValueError(
+                f"tracking.use_{name} is true, but {name} is not installed here. Type: pip install {name}, or leave "
+                "the key out: every run writes training_log.csv anyway."
+            )
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    is_offline = os.environ.get("WANDB_MODE") in ("offline", "disabled")
+    if tracking.use_wandb and not (is_offline or _has_login(host)):
+        raise ValueError(
+            f"tracking.use_wandb is true, but there is no login for {host}. Type: wandb login, or set WANDB_API_KEY, or, "
+            "where there is no network, export WANDB_MODE=offline and upload later with wandb sync."
+        )
+
+
+def _has_login(host: str) -> bool:
+    """Say whether W&B would find a key, where it looks for one: the environment, or .netrc."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    try:
+        return netrc(str(path)).authenticators(host) is not None
+    except (OSError, NetrcParseError):
+        return False
 
 
 def _check_corpus(config: Config) -> str:

@@ -192,7 +192,8 @@ class LossWindow:
     def restore(self, sums: dict[str, float] | None) -> None:
         """Go on with the sums that a checkpoint holds."""
         if sums is not None and rank() == 0:
-            self._sums.copy_(torch.tensor([sums[name] for name in self.NAMES]))
+            values = [sums[name] for name in self.NAMES]
+            self._sums.copy_(torch.tensor(values, dtype=torch.float64))
 
     @property
     def total_positions(self) -> float:

@@ -9,6 +9,7 @@ again.
 import csv
 import io
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -187,6 +188,7 @@ def train_student(folder: Path, job: Job, *, say: Callable[[str], None] = print)
     worth keeping: steps, trained positions, seconds over all attempts, parameters, device. Called by every rank.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    _keep_trackers_in(folder)
     torch.set_num_threads(job.training.cpu_threads)
     arguments = training_arguments(folder, job)
     with _alone(folder):
@@ -217,6 +219,14 @@ def train_student(folder: Path, job: Job, *, say: Callable[[str], None] = print)
         if rank() == 0:
             write_log(folder / "training_log.csv", curve)
         return summary
+
+
+def _keep_trackers_in(folder: Path) -> None:
+    """Let trackers write beside the student, and go on with the same curve after a kill, unless the user decided."""
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))
+    os.environ.setdefault("WANDB_DIR", str(folder))
+    os.environ.setdefault("WANDB_RUN_ID", folder.name)
+    os.environ.setdefault("WANDB_RESUME", "allow")
 
 
 def build_trainer(arguments: TrainingArguments, job: Job) -> DistillationTrainer:

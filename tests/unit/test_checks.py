@@ -54,6 +54,24 @@ class Setting:
         return sentence
 
 
+def test_a_tracker_that_is_missing_or_would_ask_for_a_login_is_refused(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    wanted = {"use_wandb": True}
+    setting.refuse(r"no login for api.wandb.ai\. Type: wandb login", tracking=wanted)
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password 0123\n")
+    setting.check(tracking=wanted)
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org:8080")
+    setting.refuse(r"no login for wandb.example.org", tracking=wanted)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    setting.check(tracking=wanted)
+    monkeypatch.setattr("retort.checks.find_spec", lambda name: None)
+    setting.refuse("wandb is not installed here. Type: pip install wandb", tracking=wanted)
+
+
 @pytest.fixture
 def setting(tmp_path: Path, tiny_corpus: Path, tiny_teacher: Path, tiny_student: Path) -> Setting:
     return Setting(tmp_path, tiny_corpus, tiny_teacher, tiny_student)
