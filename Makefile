@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-unit test-workflow test-slow campaign benchmark-cache benchmark-merge benchmark-training lint environment docs clean
+.PHONY: demo test test-unit test-workflow test-slow campaign benchmark-cache benchmark-merge benchmark-training benchmark-feeding benchmark-quality lint environment docs clean
 
 demo: $(READY)
 	$(BIN)/snakemake --cores $(CORES) --quiet rules
@@ -46,6 +46,14 @@ benchmark-merge: $(READY)
 # A training step beside cross-entropy, three minutes: make benchmark-training FLAGS="--vocabulary 131072"
 benchmark-training: $(READY)
 	$(BIN)/python benchmarks/training.py $(FLAGS)
+
+# How long a step waits for its batch, three minutes (and ten for the distributions, once).
+benchmark-feeding: $(READY)
+	$(BIN)/python benchmarks/feeding.py $(FLAGS)
+
+# What a student keeps of the teacher, by bytes a position: an hour and a half of one core.
+benchmark-quality: $(READY)
+	$(BIN)/python benchmarks/quality.py $(FLAGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

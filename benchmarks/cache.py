@@ -47,7 +47,7 @@ from retort.parts import write_part
 from retort.selection import select_probable
 from retort.sparse_codec import decode_streams, encode_streams, to_streams
 from retort.sparse_streams import Streams, count_contexts
-from retort.tokens import build_table
+from retort.tokens import SequenceTable, build_table
 
 TOP_P = (0.02, 0.01, 0.005, 0.003, 0.002, 0.001, 0.0008, 0.0005)
 SAMPLED = (0.1, 0.055, 0.05, 0.03, 0.02, 0.01, 0.005)
@@ -89,8 +89,10 @@ def find_codec(
     return build_codec(cache, vocabulary=vocabulary, token_counts=given.unigram_counts)
 
 
-def run_ours(given: cache_logits.Distributions, codec: Codec) -> Ours:
-    """Encode and decode all positions."""
+def select_all(
+    given: cache_logits.Distributions, codec: Codec
+) -> tuple[SequenceTable, TokenOrder, Callable[[], list[Streams]]]:
+    """Return the sequences, the order of their tokens, and what makes their streams."""
     length = given.tokens.shape[1]
     order = TokenOrder.from_counts(given.unigram_counts, vocabulary=codec.vocabulary)
     next_ids = given.next_tokens.astype(np.int64).reshape(-1, length)
@@ -118,6 +120,13 @@ def run_ours(given: cache_logits.Distributions, codec: Codec) -> Ours:
             for s, n, k in zip(selections, next_ids, keys, strict=True)
         ]
 
+    return table, order, code
+
+
+def run_ours(given: cache_logits.Distributions, codec: Codec) -> Ours:
+    """Encode and decode all positions."""
+    next_ids = given.next_tokens.astype(np.int64).reshape(-1, given.tokens.shape[1])
+    table, order, code = select_all(given, codec)
     (records, packed), encoding = fastest(lambda: encode_streams(code(), codec))
     tables = unpack_tables(packed, num_contexts=count_contexts(len(codec.temperatures)))
     lookup = build_lookup(tables)

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from matplotlib import pyplot
 from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
+from numpy.typing import NDArray
 from quality_students import Bench, Plan, compute_gradient, evaluate, train_student
 from quality_ways import MAKERS
 from torch.nn import functional as F
@@ -89,61 +90,66 @@ class Mean:
     reach: float
 
     @classmethod
-    def over(cls, values: list[float]) -> "Mean":
+    def over(cls, values: NDArray[np.float64]) -> "Mean":
         """Return that of independent values."""
         if len(values) == 1:
-            return cls(values[0], math.nan)
-        error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
-        return cls(float(np.mean(values)), T_975[len(values) - 1] * error)
+            return cls(float(values[0]), math.nan)
+        error = float(values.std(ddof=1)) / math.sqrt(len(values))
+        return cls(float(values.mean()), T_975[len(values) - 1] * error)
 
-    def __str__(self) -> str:
-        return f"{self.value:.1%} +-{100 * self.reach:.1f}"
+    def __format__(self, spec: str) -> str:
+        return f"{self.value:{spec}} +- {self.reach:{spec}}"
 
 
-def compute_share(bench: Bench, way: str, seeds: list[int], metric: str) -> Mean:
-    """Return which share of the gain from CE to FullKD a way keeps, paired by seed."""
+def compute_gain(bench: Bench, way: str, seeds: list[int], metric: str) -> NDArray[np.float64]:
+    """Return by how much a way's students are better than CE's of the same seed."""
     found = bench.results
-    gains = [found["CE", s][metric] - found[way, s][metric] for s in seeds]
-    exact = [found["CE", s][metric] - found["FullKD", s][metric] for s in seeds]
-    return Mean.over([a / b for a, b in zip(gains, exact, strict=True)])
+    return np.array([found["CE", s][metric] - found[way, s][metric] for s in seeds])
 
 
+HEADS = ("bytes", "loss", "above FullKD", "share of gain", "KL", "share of its gain")
+WIDTHS = (8, 8, 16, 16, 8, 18, 7, 8, 7, 7, 7)
 Points = dict[str, tuple[float, Mean]]
 
 
 def print_table(bench: Bench, num_seeds: int) -> Points:
     """Print a line a way; return bytes and share of the gain of those that store something."""
-    heads = ("bytes", "loss", "share of gain", "KL", "share of its", "ECE", "accept", *STATES)
-    widths = (7, 8, 16, 8, 16, 7, 8, 7, 7)
-    print(" " * 24 + "".join(f"{h:>{w}}" for h, w in zip(heads, widths, strict=True)))
+
+    def print_line(name: str, cells: list[str]) -> None:
+        line = "".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True))
+        print(f"{name:22}{line}")
+
     angles = [measure_angles(bench, state) for state in STATES]
+    print_line("", [*HEADS, "ECE", "accept", *STATES, "seeds"])
     points: Points = {}
     for way in WAYS:
-        seeds = [
-            s
-            for s in range(num_seeds)
-            if {(way, s), ("CE", s), ("FullKD", s)} <= set(bench.results)
-        ]
+        done = [{seed for w, seed in bench.results if w == name} for name in ("CE", "FullKD", way)]
+        seeds = sorted(set.intersection(*done) & set(range(num_seeds)))
         if not seeds:
             continue
-        found = [bench.results[way, s] for s in seeds]
-        mean = {name: float(np.mean([f[name] for f in found])) for name in found[0]}
+        rows = [bench.results[way, seed] for seed in seeds]
+        mean = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
         targets = bench.load_targets(way)
-        shares = [compute_share(bench, way, seeds, m) for m in ("loss", "kl")]
+        gains = {m: compute_gain(bench, way, seeds, m) for m in ("loss", "kl")}
+        exact = {m: compute_gain(bench, "FullKD", seeds, m) for m in ("loss", "kl")}
+        above = Mean.over(exact["loss"] - gains["loss"])
+        shares = [Mean.over(gains[m] / exact[m]) for m in ("loss", "kl")]
+        size = targets.bytes_per_position if targets else math.nan
         if targets:
-            points[way] = (targets.bytes_per_position, shares[0])
-        cells = (
-            f"{targets.bytes_per_position:.1f}" if targets else "-",
+            points[way] = (size, shares[0])
+        cells = [
+            f"{size:.1f}",
             f"{mean['loss']:.3f}",
-            shares[0] if targets else "-",
+            f"{above:.3f}",
+            f"{shares[0]:.1%}",
             f"{mean['kl']:.3f}",
-            shares[1] if targets else "-",
+            f"{shares[1]:.1%}",
             f"{mean['ece']:.1%}",
             f"{mean['acceptance']:.1%}",
-            *(f"{a[way]:.1f}" if way in a else "-" for a in angles),
-        )
-        line = "".join(f"{c!s:>{w}}" for c, w in zip(cells, widths, strict=True))
-        print(f"{way:24}{line}  {len(seeds)} seeds")
+            *(f"{a.get(way, math.nan):.1f}" for a in angles),
+            f"{len(rows)}",
+        ]
+        print_line(way, cells)
     return points
 
 
@@ -153,7 +159,7 @@ def draw_figure(path: Path, points: Points) -> None:
     figure, panel = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
     groups: dict[str, list[tuple[float, Mean]]] = {}
     for way, point in points.items():
-        group = "top-12, 50, 64 renormalised" if way.startswith("top-") else way.rpartition(" ")[0]
+        group = "top-12, 50, 64 renormalised" if way.startswith("top-") else way.split(" 0.")[0]
         groups.setdefault(group, []).append(point)
     for (group, found), marker in zip(groups.items(), "os^D", strict=True):
         xs, shares = zip(*found, strict=True)

@@ -54,7 +54,8 @@ class Bench:
         self.num_train = len(self.given.tokens) - plan.num_evaluated
         text = {"text": self.given.measured["text_digest"]}
         self.made_of = digest(dataclasses.asdict(plan) | text)
-        self.targets_folder = folder / f"targets-{digest(dataclasses.asdict(plan.teacher) | text)}"
+        trained_on = dataclasses.asdict(plan.teacher) | text | {"num_train": self.num_train}
+        self.targets_folder = folder / f"targets-{digest(trained_on)}"
         self.targets_folder.mkdir(exist_ok=True)
         self.results: dict[tuple[str, int], dict[str, float]] = {}
         if self.results_path.exists():
@@ -150,7 +151,7 @@ def backpropagate(
         bias_V=model.bias_V,
         normalizer=len(labels_P),
     )
-    terms.total.backward()  # type: ignore[no-untyped-call]
+    terms.total.backward()
 
 
 def backpropagate_dense(

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -172,22 +173,24 @@ def run_liger(bench: Bench) -> Step:
     return step
 
 
-def run_veomni(bench: Bench) -> Step:
-    """VeOmni's chunked loss of sparse targets, without a tail."""
+def run_veomni(bench: Bench, chunk_size: int = 1024) -> Step:
+    """VeOmni's chunked loss of sparse targets, without a tail; in its own chunks, or in ours."""
     from chunk_topk_distill import chunk_topk_distill_function
 
     logprobs_PK = bench.logprobs_PK.clamp(min=-100.0)
 
     def step() -> Tensor:
-        return chunk_topk_distill_function(
+        logprobs_P, _, divergence_P, _, _ = chunk_topk_distill_function(
             bench.features()[None],
             bench.model.lm_head.weight,
             bench.labels_P[None],
             bench.ids_PK[None],
             logprobs_PK[None],
-            chunk_size=1024,
+            chunk_size=chunk_size,
             shift_labels=bench.labels_P[None],
         )
+        loss: Tensor = 0.5 * (divergence_P - logprobs_P).mean()
+        return loss
 
     return step
 
@@ -237,6 +240,7 @@ OTHERS: dict[str, Callable[[Bench], Step]] = {
     "online": run_online,
     "liger": run_liger,
     "veomni": run_veomni,
+    "veomni, chunks of 64": partial(run_veomni, chunk_size=64),
 }
 WAYS = ("cross-entropy", *FUSED, *list(OTHERS)[1:])
 

@@ -1,0 +1,119 @@
+"""Every way to train a student, as a user would ask for it: from a config, through Snakemake, to evaluated metrics."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from place import Place, tiny
+from transformers import AutoModelForCausalLM
+
+
+def find_run(place: Place, name: str) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """Return a run's folder, its training.json and its metrics."""
+    (folder,) = (place.results / "runs" / name).iterdir()
+    (metrics,) = folder.glob("evaluation/*/metrics.json")
+    return (
+        folder,
+        json.loads((folder / "training.json").read_text()),
+        json.loads(metrics.read_text()),
+    )
+
+
+def test_students_of_prompts_and_responses_need_no_teacher(fresh: Place) -> None:
+    texts = [
+        json.loads(x)["text"] for x in (fresh.path / "documents.jsonl").read_text().splitlines()
+    ]
+    rows = [{"prompt": f"{text[:20]}?", "response": text[20:] or "Yes."} for text in texts]
+    (fresh.path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = {"prompt_column": "prompt", "response_column": "response", "tokenizer": "teacher"}
+    fresh.write_config(
+        tiny(
+            dataset={"data_files": "pairs.jsonl", **pairs},
+            teacher={"model_path": None},
+            cache=None,
+            training={"distillation_type": "output", "max_steps": None, "num_epochs": 1.0},
+            runs=None,
+        )
+    )
+    fresh.snakemake()
+    folder, training, metrics = find_run(fresh, "student")
+    index = json.loads(next(fresh.results.glob("tokens/*/index.json")).read_text())
+    assert not (fresh.results / "logits").exists() and training["teacher"] is None
+    # One epoch, filled up to whole batches; of the prompts' tokens none is learned.
+    assert training["trained_positions"] >= index["train"]["positions"]
+    assert index["train"]["positions"] < index["train"]["tokens"] - index["train"]["sequences"]
+    assert 0 < metrics["validation"]["loss"] < 6
+    assert AutoModelForCausalLM.from_pretrained(folder / "final").num_parameters() > 0
+    assert "learned from text, by Retort" in (folder / "final" / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def trained(finished: Place, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """The finished workflow, asked for four more students."""
+    place = finished.copy_to(tmp_path_factory.mktemp("ways") / "project")
+    several = {
+        "batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "use_gradient_checkpointing": True,
+    }
+    schedule = {
+        "max_steps": None,
+        "num_epochs": 0.5,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 2,
+    }
+    runs = {
+        "both": {"training": {"distillation_type": "hybrid", "alpha": 0.5}},
+        "cut": {"training": {"distillation_type": "hybrid", "alpha": 0.5, **several}},
+        "ranks": {
+            "training": {
+                "distillation_type": "hybrid",
+                "alpha": 0.5,
+                "seed": 1,
+                "gpus": 2,
+                "device": "cpu",
+            }
+        },
+        "alone": {
+            "training": {"distillation_type": "hybrid", "alpha": 0.5, "seed": 1, "device": "cpu"}
+        },
+        "live": {"training": {"distillation_type": "logit", "use_cached_logits": False}},
+        "continued": {
+            "student": {"config": None, "model_path": "teacher"},
+            "training": {"distillation_type": "logit", **schedule},
+        },
+    }
+    place.write_config(tiny(runs=runs))
+    place.snakemake()
+    return place
+
+
+def test_accumulation_and_recomputed_activations_train_the_same_student(trained: Place) -> None:
+    whole, cut = find_run(trained, "both")[2], find_run(trained, "cut")[2]
+    assert cut["validation"]["loss"] == pytest.approx(whole["validation"]["loss"], abs=1e-4)
+
+
+def test_two_ranks_of_a_rule_train_the_same_student(trained: Place) -> None:
+    folder, _training, two = find_run(trained, "ranks")
+    assert (folder / "checkpoint-12" / "rng_state_1.pth").exists(), "there were two"
+    one = find_run(trained, "alone")[2]
+    assert two["validation"]["loss"] == pytest.approx(one["validation"]["loss"], abs=1e-5)
+
+
+def test_a_live_teacher_leaves_no_cache_behind(trained: Place) -> None:
+    _, training, metrics = find_run(trained, "live")
+    assert training["alpha"] == 0.0 and metrics["validation"]["kl_to_teacher"] < 1.0
+    assert len(list((trained.results / "logits").iterdir())) == 1
+
+
+def test_a_student_that_starts_from_the_teacher_stays_near_it(trained: Place) -> None:
+    _, training, metrics = find_run(trained, "continued")
+    folder = find_run(trained, "continued")[0]
+    log = (folder / "training_log.csv").read_text().splitlines()
+    index = json.loads(next(trained.results.glob("tokens/*/index.json")).read_text())
+    assert training["steps"] == -(-index["train"]["sequences"] // 8)  # half an epoch in fours
+    rates = [float(line.split(",")[5]) for line in log[1:]]
+    assert rates[0] < max(rates) > rates[-1], "a warm-up and a decay"
+    others = find_run(trained, "both")[2]["validation"]["kl_to_teacher"]
+    assert metrics["validation"]["kl_to_teacher"] < others / 2
