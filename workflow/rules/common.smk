@@ -251,11 +251,11 @@ def get_cpu_threads(wildcards):
     """The threads that the config fixes (another number changes bits); Snakemake may run fewer at once."""
     found = artefact(wildcards)
     is_run = hasattr(found, "evaluation_id")
-    return (
-        found.config.training.cpu_threads
-        if is_run
-        else found.config.teacher.generation.cpu_threads
-    )
+    if not is_run:
+        return found.config.teacher.generation.cpu_threads
+    training = found.config.training
+    ranks = training.gpus if training.device == "cpu" else 1
+    return training.cpu_threads * ranks
 
 
 def get_teacher_gpus(wildcards):
