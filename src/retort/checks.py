@@ -54,8 +54,8 @@ def _check_trackers(tracking: Tracking) -> None:
     is_offline = os.environ.get("WANDB_MODE") in ("offline", "disabled")
     if tracking.use_wandb and not (is_offline or _has_login(host)):
         raise ValueError(
-            f"tracking.use_wandb is true, but there is no login for {host}. Type: wandb login, or set WANDB_API_KEY, or, "
-            "where there is no network, export WANDB_MODE=offline and upload later with wandb sync."
+            f"tracking.use_wandb is true, but there is no login for {host}. Type: wandb login, or set WANDB_API_KEY, "
+            "or, where there is no network, export WANDB_MODE=offline and upload later with wandb sync."
         )
 
 

@@ -140,7 +140,7 @@ def training_arguments(folder: Path, job: Job) -> TrainingArguments:
         seed=training.seed,
         bf16=precision == "bf16",
         fp16=precision == "fp16",
-        fsdp="full_shard auto_wrap" if shards else "",
+        fsdp=True if shards else None,
         activation_checkpointing=training.use_gradient_checkpointing,
         logging_steps=training.logging_steps,
         logging_first_step=True,  # a run shorter than logging_steps has a curve too

@@ -19,9 +19,11 @@ from torch import Tensor
 from retort.batches import ShuffledStream
 
 INSTEAD = Path(__file__).with_name("instead_of_train.py")
-# Sequences do not fill whole global batches, and a step is two forward passes of one process.
+# A step is two forward passes of one process; the first epoch, of 284 sequences, ends within the 24th step.
+STEPS = 26
 KEYS = (
-    "--device cpu --batch-size 6 --gradient-accumulation-steps 2 --logging-steps 1 --save-steps 2"
+    f"--device cpu --batch-size 6 --gradient-accumulation-steps 2 --max-steps {STEPS} "
+    "--logging-steps 1 --save-steps 6"
 )
 
 
@@ -83,7 +85,7 @@ def test_two_ranks_train_the_student_of_one(student: Student) -> None:
     for mine, theirs in zip(student.curve("two"), student.curve("one"), strict=True):
         for name in ("step", "total_loss", "hard_loss", "soft_loss", "learning_rate"):
             assert float(mine[name]) == pytest.approx(float(theirs[name]), abs=1e-5)
-    moved = student.place.path / "one" / "checkpoint-10" / "model.safetensors"
+    moved = student.place.path / "one" / "checkpoint-18" / "model.safetensors"
     with pytest.raises(AssertionError):  # the steps between are no rounding
         assert_close(student.weights("one"), load_file(moved), atol=1e-4)
 
@@ -94,7 +96,7 @@ def test_fsdp_trains_it_too_and_goes_on_where_it_stopped(student: Student) -> No
     folder = student.place.path / "fsdp"
     whole = student.weights("fsdp")
     shutil.rmtree(folder / "final")
-    shutil.rmtree(folder / "checkpoint-12")
+    shutil.rmtree(folder / f"checkpoint-{STEPS}")
     student.train("fsdp", "--strategy", "fsdp", how="fsdp")
     assert_close(student.weights("fsdp"), whole, atol=0)
     done = student.place.execute(student.command("two", "--strategy", "fsdp", how="fsdp"))
@@ -108,11 +110,11 @@ def test_each_rank_reads_its_share_of_every_step(student: Student) -> None:
         [int(line) for line in (student.place.path / f"reads_{r}.txt").read_text().split()]
         for r in (0, 1)
     ]
-    steps = len(student.curve("one"))
-    assert [len(found) for found in reads] == [6 * steps] * 2
+    assert [len(found) for found in reads] == [6 * STEPS] * 2
     number = max(max(found) for found in reads) + 1
-    order = list(ShuffledStream(number, seed=0, count=12 * steps))
-    for step in range(steps):
+    assert number < 12 * STEPS and number % 12, "an epoch ends within a step"
+    order = list(ShuffledStream(number, seed=0, count=12 * STEPS))
+    for step in range(STEPS):
         mine = [found[6 * step : 6 * step + 6] for found in reads]
         assert sorted(mine[0] + mine[1]) == sorted(order[12 * step : 12 * step + 12])
 
@@ -120,7 +122,7 @@ def test_each_rank_reads_its_share_of_every_step(student: Student) -> None:
 def test_a_killed_launcher_leaves_no_rank_and_loses_no_step(student: Student) -> None:
     folder = student.place.path / "killed"
     command = student.command("killed", "--gpus", "2")
-    for step in (2, 6):
+    for step in (6, 18):
         with (student.place.path / "killed.log").open("ab") as log:
             launcher = subprocess.Popen(
                 command, cwd=student.place.path, env=student.place.environment(), stderr=log
