@@ -1,5 +1,6 @@
 """Checkpoints that are whole or not there: marked last, with a digest of every file and the run that they are of."""
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from retort.provenance import compare_digests, digest_folder, read_json, write_j
 
 # Written last into a checkpoint, so that one cut short by a kill is told from a whole one.
 COMPLETE_MARK = "complete.json"
+_NAME = re.compile(r"checkpoint-(\d+)")  # a person's checkpoint-8.bak is none of ours
+_STATE = "trainer_state.json"
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,12 @@ def find_checkpoint(
 
     Raises ValueError when a whole one is of another run, or was saved by the other strategy.
     """
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda p: -int(p.name.split("-")[1]))
-    for path in checkpoints:
+    steps = {
+        int(found[1]): path
+        for path in folder.glob("checkpoint-*")
+        if (found := _NAME.fullmatch(path.name)) and path.is_dir()
+    }
+    for _, path in sorted(steps.items(), reverse=True):
         fault = _find_fault(path)
         if fault is None:
             _require_stamp(path, stamp)
@@ -71,6 +78,27 @@ def _require_stamp(checkpoint: Path, stamp: Stamp) -> None:
         )
 
 
+def require_start(checkpoint: Path, *, max_steps: int) -> None:
+    """Raise ValueError unless a run of `max_steps` steps can start from a checkpoint that a person named."""
+    what = f"training.resume_from_checkpoint is {str(checkpoint)!r}"
+    advice = "Name a whole folder checkpoint-N of an unfinished training, or leave the key out."
+    needed = (_STATE, "scheduler.pt")
+    missing = [name for name in needed if not (checkpoint / name).is_file()]
+    if not any((checkpoint / name).is_file() for name in ("optimizer.pt", "optimizer.bin")):
+        missing.append("optimizer.pt")
+    fault = f"lacks {', '.join(missing)}" if missing else None
+    if fault is None and (checkpoint / COMPLETE_MARK).exists():
+        fault = _find_fault(checkpoint)
+    if fault is not None:
+        raise ValueError(f"{what}, which {fault}. {advice}")
+    step = read_json(checkpoint / _STATE)["global_step"]
+    if step >= max_steps:
+        raise ValueError(
+            f"{what}, which is of step {step}, but this run ends at step {max_steps}. Raise training.max_steps or "
+            "num_epochs, or, for its weights alone, name it in student.model_path."
+        )
+
+
 def read_progress(checkpoint: Path | None) -> dict[str, Any]:
     """Return what was marked: seconds and positions so far, and the sums of the log's open window."""
     if checkpoint is None:
@@ -81,5 +109,5 @@ def read_progress(checkpoint: Path | None) -> dict[str, Any]:
 
 def is_finished(checkpoint: Path) -> bool:
     """Say whether it was saved after the last step: Trainer, asked to go on from it, would make one more."""
-    state = read_json(checkpoint / "trainer_state.json")
+    state = read_json(checkpoint / _STATE)
     return bool(state["global_step"] >= state["max_steps"])

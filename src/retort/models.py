@@ -272,12 +272,21 @@ def build_student(
     """Build the student in float32: from a config with weights drawn by `seed`, or from a checkpoint."""
     config = student_config(section, vocabulary=vocabulary, tokenizer=tokenizer)
     torch.manual_seed(seed)
-    model: PreTrainedModel = (
-        AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        if section.model_path is None
-        else load_pretrained(section.model_path, dtype=torch.float32)
-    )
-    require_causal(model, name=f"the student ({section.config or section.model_path})")
+    name = f"the student ({section.config or section.model_path})"
+    try:
+        model: PreTrainedModel = (
+            AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            if section.model_path is None
+            else load_pretrained(section.model_path, dtype=torch.float32)
+        )
+        require_causal(model, name=name)
+    except (RuntimeError, KeyError, AttributeError, TypeError, IndexError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(
+            f"{name} cannot be built: {type(error).__name__}: {error}. Its sizes do not go together, or a key is "
+            "missing or misspelt: compare it with config/students/."
+        ) from error
     return model
 
 

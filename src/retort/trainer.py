@@ -40,6 +40,10 @@ from retort.ranks import rank, world_size
 from retort.student_loss import Lesson
 
 _PROGRESS_S = 10.0
+_ADVICE = (
+    "The same command would meet it again: try a lower training.learning_rate, more training.warmup_steps, or "
+    "training.use_mixed_precision: false (by hand, with another --output)."
+)
 
 
 class DistillationTrainer(Trainer):  # type: ignore[misc]
@@ -278,14 +282,14 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         found = f"the loss is {losses}" if bad else f"the gradient's norm is {norm}"
         raise ValueError(
             f"{found if is_bad else 'another rank met a loss that is no number'} at step {state.global_step + 1}. "
-            "Nothing was learned from it: the last checkpoint is good, and the same command goes on from there. Try a "
-            "lower training.learning_rate, more training.warmup_steps, or training.use_mixed_precision: false."
+            f"Nothing was learned from it. {_ADVICE}"
         )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Move the bar."""
+        """Move the bar, and see that the curve ends with the last step."""
+        control.should_log |= state.global_step >= state.max_steps
         if self._bar is not None:
             self._bar.update(1)
 
@@ -321,6 +325,10 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Mark the checkpoint that was just written as whole."""
+        if _any_rank(not _are_finite(self.trainer.model), self.trainer.args.device):
+            raise ValueError(
+                f"weights are no longer finite numbers after step {state.global_step}: the student is lost. {_ADVICE}"
+            )
         if self.stamp.strategy == "ddp":
             _require_equal_weights(self.trainer.model)
         window = self.trainer.window.gather()  # all ranks have written theirs
@@ -362,6 +370,12 @@ def _require_equal_weights(model: nn.Module) -> None:
         raise RuntimeError(
             f"{world_size()} ranks hold different weights: their gradients were not shared"
         )
+
+
+def _are_finite(model: nn.Module) -> bool:
+    """Say whether all weights are finite, or this rank's pieces of them."""
+    weights = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
+    return bool(torch.stack([w.detach().isfinite().all() for w in weights]).all())
 
 
 def _gradient_norm(model: nn.Module) -> float:

@@ -31,7 +31,13 @@ from transformers import (
 from retort.artefacts import REVISIONS, student_content
 from retort.batches import Collator, TrainingData, count_steps
 from retort.cache import LogitCache
-from retort.checkpoints import Stamp, find_checkpoint, is_finished, read_progress
+from retort.checkpoints import (
+    Stamp,
+    find_checkpoint,
+    is_finished,
+    read_progress,
+    require_start,
+)
 from retort.codec import Codec
 from retort.config import Student, Teacher, Tracking, Training, identity
 from retort.config_checks import DEFAULT_ALPHA
@@ -53,7 +59,7 @@ from retort.provenance import (
     write_atomically,
     write_json,
 )
-from retort.ranks import cut_global_batch, rank, world_size
+from retort.ranks import cut_global_batch, ignore_surroundings, rank, world_size
 from retort.shards import TokenIndex
 from retort.student_loss import attach_loss
 from retort.tokens import SequenceTable, fingerprint_of_tokenizer, load_tokenizer
@@ -150,7 +156,6 @@ def training_arguments(folder: Path, job: Job) -> TrainingArguments:
         dataloader_num_workers=training.dataloader_num_workers,
         remove_unused_columns=False,
         use_cpu=device.type == "cpu",
-        ddp_find_unused_parameters=False,  # the loss is made of all of them
         disable_tqdm=True,
     )
 
@@ -164,16 +169,25 @@ def choose_precision(training: Training, device: torch.device) -> str:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _alone(folder: Path, *, say: Callable[[str], None]) -> Iterator[None]:
     """Let one process, or one group of ranks, train in a folder at a time: an orphan of a killed Snakemake may still
     be at it."""
-    if rank() == 0:
-        with filelock.FileLock(folder / ".lock"):
-            _wait_for_ranks()
-            yield
-    else:
+    if rank() > 0:
         _wait_for_ranks()
         yield
+        return
+    # Not the soft lock that filelock falls back to without flock: it would outlive a killed process.
+    lock = filelock.FileLock(folder / ".lock", fallback_to_soft=False)
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        say(f"another process trains in {folder}: waiting for it to end")
+        lock.acquire()
+    try:
+        _wait_for_ranks()
+        yield
+    finally:
+        lock.release()
 
 
 def _wait_for_ranks() -> None:
@@ -188,10 +202,11 @@ def train_student(folder: Path, job: Job, *, say: Callable[[str], None] = print)
     worth keeping: steps, trained positions, seconds over all attempts, parameters, device. Called by every rank.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    ignore_surroundings()
     _keep_trackers_in(folder)
     torch.set_num_threads(job.training.cpu_threads)
     arguments = training_arguments(folder, job)
-    with _alone(folder):
+    with _alone(folder, say=say):
         trainer = build_trainer(arguments, job)
         parameters = int(trainer.model.num_parameters())  # before they may be cut into pieces
         checkpoint = _agree_on_checkpoint(folder, job.stamp, say=say)
@@ -274,7 +289,10 @@ def _train(
         trainer.model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         return
-    start = str(checkpoint or job.training.resume_from_checkpoint or "")
+    named = job.training.resume_from_checkpoint
+    if checkpoint is None and named is not None:
+        require_start(Path(named), max_steps=trainer.args.max_steps)
+    start = str(checkpoint or named or "")
     trainer.train(resume_from_checkpoint=start or None)
 
 

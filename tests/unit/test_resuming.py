@@ -210,8 +210,10 @@ def test_a_second_process_on_the_same_run_waits(
         process.join()
         assert process.exitcode == 0
     assert "going on" not in (tmp_path / "first").read_text()
+    waiting, going_on = (tmp_path / "second").read_text().splitlines()[:2]
+    assert "another process trains in" in waiting
     # Had it not waited, it would have gone on from an earlier checkpoint.
-    assert (tmp_path / "second").read_text().startswith("train run: going on from checkpoint-36")
+    assert going_on == "train run: going on from checkpoint-36"
     assert_same_weights(folder, undisturbed)
 
 
@@ -270,6 +272,47 @@ def test_weights_optimizer_and_schedule_of_a_named_checkpoint_are_started_from(
     summary = bench.train(tmp_path, bench.cache, student=dropout_student, **keys)
     assert summary["steps"] == 36
     assert_same_weights(tmp_path, undisturbed)
+
+
+def test_a_named_checkpoint_must_be_whole_and_before_the_end(
+    bench: Bench, dropout_student: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    def refuse(pattern: str, start: Path) -> None:
+        keys = LONG | {"resume_from_checkpoint": str(start)}
+        with pytest.raises(ValueError, match=rf"resume_from_checkpoint is .*{pattern}"):
+            bench.train(tmp_path / "run", bench.cache, student=dropout_student, **keys)
+
+    refuse("lacks trainer_state.json, scheduler.pt, optimizer.pt", tmp_path / "nowhere")
+    refuse("of step 36, but this run ends at step 36", undisturbed / "checkpoint-36")
+    half = tmp_path / "half"
+    shutil.copytree(undisturbed / "checkpoint-33", half)
+    (half / "model.safetensors").write_bytes(b"torn")
+    refuse("is damaged", half)
+    (half / "optimizer.pt").unlink()
+    refuse("lacks optimizer.pt", half)
+
+
+def test_folders_of_a_persons_own_are_left_alone(
+    bench: Bench, dropout_student: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(undisturbed / "checkpoint-33", tmp_path / "checkpoint-33")
+    for name in ("checkpoint-99.bak", "checkpoint-36-keep"):
+        shutil.copytree(undisturbed / "checkpoint-33", tmp_path / name)
+        (tmp_path / name / "complete.json").unlink()
+    bench.train(tmp_path, bench.cache, student=dropout_student, **LONG)
+    assert_same_weights(tmp_path, undisturbed)
+    assert (tmp_path / "checkpoint-99.bak").exists() and (tmp_path / "checkpoint-36-keep").exists()
+
+
+def test_what_other_launchers_left_in_the_environment_counts_for_nothing(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.train(tmp_path / "plain", bench.cache)
+    left = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "PMI_SIZE": "2"}
+    for name, value in (left | {"ACCELERATE_MIXED_PRECISION": "bf16"}).items():
+        monkeypatch.setenv(name, value)
+    bench.train(tmp_path / "left", bench.cache)
+    assert_same_weights(tmp_path / "left", tmp_path / "plain")
 
 
 def test_no_checkpoint_can_run_code(

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from retort.artefacts import student_content
 from retort.cache import LogitCache
 from retort.codec import Codec
-from retort.provenance import digest, read_json
+from retort.provenance import digest, read_json, write_json
 from retort.training import (
     LOG_COLUMNS,
     find_tail,
@@ -163,6 +163,29 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(
     assert f"sequences {places} of" in str(caught.value)
     assert not (tmp_path / "final").exists()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_weights_that_are_no_numbers_are_never_kept(bench: Bench, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no longer finite numbers after step 1\b.*learning_rate"):
+        bench.train(tmp_path, bench.cache, learning_rate=1e39, max_steps=1)
+    assert not (tmp_path / "final").exists() and not list(tmp_path.glob("*/complete.json"))
+
+
+def test_the_curve_ends_with_the_last_step(bench: Bench, tmp_path: Path) -> None:
+    bench.train(tmp_path, bench.cache, max_steps=3, logging_steps=2)
+    assert [row["step"] for row in read_log(tmp_path)] == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"hidden_act": "nope"}, {"num_key_value_heads": 7}, {"head_dim": "four"}]
+)
+def test_a_student_that_cannot_be_built_is_one_sentence(
+    change: dict[str, Any], bench: Bench, tmp_path: Path
+) -> None:
+    path = tmp_path / "student.json"
+    write_json(path, read_json(bench.student_path) | change)
+    with pytest.raises(ValueError, match=rf"student.*{path.name}"):
+        bench.train(tmp_path / "run", bench.cache, student=path)
 
 
 def test_a_temperature_that_the_cache_lacks_is_refused(bench: Bench, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Several ranks train one student: the same one as a single process does, and nobody is left behind."""
 
 import csv
+import json
 import os
 import re
 import shutil
@@ -31,7 +32,8 @@ class Student:
     """One student's training, typed by hand in the folder of a finished workflow."""
 
     def __init__(self, place: Place, command: list[str]) -> None:
-        self.place, self.rule_command = place, command
+        named = command.index("--expected-student")  # other students are given by hand
+        self.place, self.rule_command = place, [*command[:named], *command[named + 2 :]]
 
     def command(self, name: str, *flags: str, how: str | None = None) -> list[str]:
         """Return the command that trains into a folder; `how`: see instead_of_train.py, by torchrun."""
@@ -138,6 +140,34 @@ def test_a_killed_launcher_leaves_no_rank_and_loses_no_step(student: Student) ->
     assert_close(student.weights("killed"), student.weights("two"), atol=0)
     for mine, theirs in zip(student.curve("killed"), student.curve("two"), strict=True):
         assert mine | {"tokens_per_second": ""} == theirs | {"tokens_per_second": ""}
+
+
+def test_sigterm_ends_all_ranks_in_one_sentence(student: Student) -> None:
+    command = student.command("ended", "--gpus", "2")
+    launcher = subprocess.Popen(
+        command,
+        cwd=student.place.path,
+        env=student.place.environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    mark = student.place.path / "ended" / "checkpoint-6" / "complete.json"
+    wait_until(mark.exists, process=launcher)  # type: ignore[arg-type]
+    launcher.send_signal(signal.SIGTERM)
+    _, said = launcher.communicate()
+    assert launcher.returncode == 128 + signal.SIGTERM
+    assert "interrupted by SIGTERM: all ranks ended" in said and "Traceback" not in said
+    assert not find_processes("--output ended/training.json")
+
+
+def test_a_student_with_parts_that_never_learn_trains_on_two_ranks_too(student: Student) -> None:
+    bart = {"model_type": "bart", "d_model": 8, "decoder_layers": 1, "decoder_ffn_dim": 8}
+    bart |= {"decoder_attention_heads": 2, "dropout": 0.0, "max_position_embeddings": 64}
+    (student.place.path / "bart.json").write_text(json.dumps(bart))
+    flags = ("--student-config", "bart.json", "--max-steps", "3")
+    student.train("bart 1", *flags)
+    student.train("bart 2", *flags, "--gpus", "2")
+    assert_close(student.weights("bart 2"), student.weights("bart 1"), atol=1e-6)
 
 
 def test_ranks_that_do_not_share_their_gradients_are_found_out(student: Student) -> None:

@@ -66,12 +66,24 @@ def train(args: argparse.Namespace, *, is_first: bool = True) -> None:
     )
 
 
+def train_rank(args: argparse.Namespace) -> None:
+    """Train as one of several; what another rank's end, or a SIGTERM to all, does to this one is no traceback."""
+    try:
+        train(args, is_first=rank() == 0)
+    except RuntimeError as error:
+        if "onnection" not in str(error) and "killed by signal: Terminated" not in str(error):
+            raise
+        if rank() == 0:
+            say("another rank ended, and with it this one; its own words say why")
+        raise SystemExit(1) from None
+
+
 def main() -> None:
     """Write checkpoint-*/, final/, training_log.csv and training.json."""
     args = read_command_line()
     if is_rank():
         die_with_parent()
-        train(args, is_first=rank() == 0)
+        train_rank(args)
         return
     training = section_from_args(args, "training")
     count, device = training.gpus, training.device
