@@ -51,6 +51,7 @@ class Bench:
             "logging_steps": 1,
             "temperature": 1.0,
             "device": "cpu",
+            "dataloader_num_workers": 0,  # starting one takes as long as the training
         } | training
         teacher_section = section("teacher", device="cpu")
         job = self.job(

@@ -35,6 +35,7 @@ LONG: dict[str, Any] = {
     "save_total_limit": 20,
     "batch_size": 24,
     "learning_rate": 1e-2,
+    "dataloader_num_workers": 1,
     "lr_scheduler_type": "constant",  # a rate of 0 at the end would hide a step too many
 }
 
