@@ -7,6 +7,7 @@ import signal
 import sys
 
 from retort.commands import say
+from retort.config_checks import require_even_share
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LAUNCHER = "RETORT_LAUNCHER"  # the process that started this rank, where we did
@@ -78,16 +79,11 @@ def die_with_parent() -> None:
 def cut_global_batch(batch_size: int, accumulation: int, ranks: int) -> tuple[int, int]:
     """Return (sequences in a rank's forward pass, forward passes a step), for the same global batch on any ranks.
 
-    Of a forward pass of `batch_size` sequences each rank gets its share. Raises ValueError when the global batch,
+    Of a forward pass of `batch_size` sequences each rank gets its share. Raises ConfigError when the global batch,
     batch_size * accumulation, does not go into so many parts.
     """
-    share, rest = divmod(batch_size * accumulation, ranks)
-    if rest:
-        raise ValueError(
-            f"training.batch_size {batch_size} x training.gradient_accumulation_steps {accumulation} is "
-            f"{batch_size * accumulation} sequences a step, which {ranks} GPUs cannot share evenly. Make it a multiple "
-            f"of {ranks}, or use another training.gpus: any number that divides it trains the same student."
-        )
+    require_even_share(batch_size, accumulation, ranks)
+    share = batch_size * accumulation // ranks
     most = max(1, batch_size // ranks)
     size = max(n for n in range(1, most + 1) if share % n == 0)
     return size, share // size

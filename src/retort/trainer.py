@@ -7,7 +7,6 @@ over GPUs, does not matter.
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -344,8 +343,8 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Close the bar."""
-        with suppress(AttributeError):
-            self._bar.close()  # type: ignore[union-attr]
+        if self._bar is not None:
+            self._bar.close()
 
 
 def _require_wrapper(trainer: DistillationTrainer, strategy: str) -> None:

@@ -17,6 +17,7 @@ from retort.provenance import digest
 from retort.shards import TokenIndex
 from retort.tokens import SequenceTable, load_tokenizer
 from retort.training import (
+    LOG_COLUMNS,
     Job,
     train_student,
 )
@@ -106,3 +107,9 @@ def assert_same_weights(one: Path, other: Path) -> None:
     assert mine.keys() == theirs.keys()
     for name in mine:
         assert torch.equal(mine[name], theirs[name]), name
+
+
+def assert_same_curve(one: Path, other: Path) -> None:
+    """Compare all columns but the last, which is the machine's speed."""
+    for mine, theirs in zip(read_log(one), read_log(other), strict=True):
+        assert {k: mine[k] for k in LOG_COLUMNS[:-1]} == {k: theirs[k] for k in LOG_COLUMNS[:-1]}

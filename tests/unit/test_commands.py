@@ -62,33 +62,33 @@ WRITERS = {
 }
 
 
-@pytest.mark.parametrize("writer", WRITERS)
-def test_a_full_disk_is_one_sentence_whichever_library_writes(writer: str, tmp_path: Path) -> None:
-    small_disk = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
-    mount = f"mount -t tmpfs -o size=1m none {tmp_path}"
-    if (
-        shutil.which("unshare") is None
-        or subprocess.run([*small_disk, mount], check=False).returncode
-    ):
-        pytest.skip("a disk of 1 MB cannot be mounted here (unshare and mount without rights)")
-    script = SCRIPT.format(body=f"path = '{tmp_path}/file'\n    {WRITERS[writer]}")
-    command = shlex.join([sys.executable, "-c", script])
-    found = subprocess.run(
-        [*small_disk, f"{mount} && {command}"], capture_output=True, text=True, check=False
-    )
-    assert found.returncode == 1
-    assert "error: the disk is full" in found.stderr, found.stderr
-    assert "Traceback" not in found.stderr
-
-
-def test_a_part_on_a_full_disk_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    mount = f"mount -t tmpfs -o size=256k none {tmp_path}"
+def run_on_a_small_disk(
+    folder: Path, body: str, *, size: str
+) -> "subprocess.CompletedProcess[str]":
+    """Run a script's body where a disk of its own, of some size, is mounted in a folder."""
+    mount = f"mount -t tmpfs -o size={size} none {folder}"
     small_disk = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
     if (
         shutil.which("unshare") is None
         or subprocess.run([*small_disk, mount], check=False).returncode
     ):
         pytest.skip("a small disk cannot be mounted here (unshare and mount without rights)")
+    command = shlex.join([sys.executable, "-c", SCRIPT.format(body=body)])
+    return subprocess.run(
+        [*small_disk, f"{mount} && {command}"], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_full_disk_is_one_sentence_whichever_library_writes(writer: str, tmp_path: Path) -> None:
+    body = f"path = '{tmp_path}/file'\n    {WRITERS[writer]}"
+    found = run_on_a_small_disk(tmp_path, body, size="1m")
+    assert found.returncode == 1
+    assert "error: the disk is full" in found.stderr, found.stderr
+    assert "Traceback" not in found.stderr
+
+
+def test_a_part_on_a_full_disk_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     body = (
         "import os, numpy as np; from pathlib import Path; from retort.shards import write_h5\n"
         f"    folder = Path('{tmp_path}')\n"
@@ -101,10 +101,7 @@ def test_a_part_on_a_full_disk_is_written_whole_or_not_at_all(tmp_path: Path) ->
         "        print(size > 0, sorted(os.listdir(folder)))\n"
         "        (folder / 'a.h5').unlink(missing_ok=True)"
     )
-    command = shlex.join([sys.executable, "-c", SCRIPT.format(body=body)])
-    found = subprocess.run(
-        [*small_disk, f"{mount} && {command}"], capture_output=True, text=True, check=False
-    )
+    found = run_on_a_small_disk(tmp_path, body, size="256k")
     assert found.returncode == 0, found.stderr
     lines = found.stdout.splitlines()
     assert any(line == "True ['a.h5', 'filler']" for line in lines)
@@ -112,13 +109,6 @@ def test_a_part_on_a_full_disk_is_written_whole_or_not_at_all(tmp_path: Path) ->
 
 
 def test_a_read_only_folder_is_one_sentence_and_leaves_what_is_there(tmp_path: Path) -> None:
-    mount = f"mount -t tmpfs -o size=1m none {tmp_path}"
-    small_disk = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
-    if (
-        shutil.which("unshare") is None
-        or subprocess.run([*small_disk, mount], check=False).returncode
-    ):
-        pytest.skip("a small disk cannot be mounted here (unshare and mount without rights)")
     body = (
         "import os, subprocess, numpy as np; from pathlib import Path; from retort.shards import write_h5\n"
         f"    folder = Path('{tmp_path}')\n"
@@ -128,10 +118,7 @@ def test_a_read_only_folder_is_one_sentence_and_leaves_what_is_there(tmp_path: P
         "    try: write('b.h5')\n"
         "    finally: print((folder / 'a.h5').read_bytes() == before, os.listdir(folder))"
     )
-    command = shlex.join([sys.executable, "-c", SCRIPT.format(body=body)])
-    found = subprocess.run(
-        [*small_disk, f"{mount} && {command}"], capture_output=True, text=True, check=False
-    )
+    found = run_on_a_small_disk(tmp_path, body, size="1m")
     assert (found.returncode, found.stdout) == (1, "True ['a.h5']\n"), found.stderr
     assert (
         found.stderr.startswith("error: Read-only file system: ")

@@ -12,14 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from bench import Bench, assert_same_weights, read_log
+from bench import Bench, assert_same_curve, assert_same_weights, read_log
 from tiny import real_processes
 
 from retort.checkpoints import Stamp, find_checkpoint
 from retort.provenance import digest_folder, read_json, write_json
-from retort.training import (
-    LOG_COLUMNS,
-)
 
 GPT2_WITH_DROPOUT = {
     "model_type": "gpt2",
@@ -101,8 +98,7 @@ def test_a_run_killed_at_random_steps_ends_with_the_weights_of_an_undisturbed_on
     assert "going on from checkpoint-" in log.read_text()
     assert_same_weights(folder, undisturbed)
     # A window of one step never spans a checkpoint, so the curve is the same too.
-    for mine, theirs in zip(read_log(folder), read_log(undisturbed), strict=True):
-        assert {k: mine[k] for k in LOG_COLUMNS[:-1]} == {k: theirs[k] for k in LOG_COLUMNS[:-1]}
+    assert_same_curve(folder, undisturbed)
 
 
 def test_a_torn_checkpoint_is_removed_and_the_one_before_is_used(
@@ -227,10 +223,7 @@ def test_a_window_of_the_log_that_spans_a_checkpoint_is_whole(
         folder = tmp_path / str(step)
         shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", folder / f"checkpoint-{step}")
         summary = bench.train(folder, bench.cache, student=dropout_student, **keys)
-        for mine, theirs in zip(read_log(folder), read_log(tmp_path / "whole"), strict=True):
-            assert {k: mine[k] for k in LOG_COLUMNS[:-1]} == {
-                k: theirs[k] for k in LOG_COLUMNS[:-1]
-            }
+        assert_same_curve(folder, tmp_path / "whole")
         whole = read_json(tmp_path / "whole" / "checkpoint-14" / "complete.json")
         assert summary["trained_positions"] == whole["positions"] + whole["window"]["positions"]
 
