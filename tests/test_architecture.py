@@ -40,6 +40,8 @@ ROOMS = (
     "models",
     "selection",
     "teacher",
+    "claims",
+    "workers",
     "features",
     "merging",
     "losses",

@@ -19,13 +19,13 @@ from retort.config import Cache, Merge
 from retort.features import TeacherFeatures, read_features
 from retort.parts import (
     DAMAGED,
+    build_header,
     is_merged,
     merge_parts,
     remove_parts,
 )
 from retort.provenance import describe_run, read_json, write_json
 from retort.shards import TokenIndex
-from retort.teacher import build_header
 from retort.tokens import concatenate_tables
 
 # Storing and scoring in other batches costs below 1e-2 nats even in bfloat16; distributions that belong to another

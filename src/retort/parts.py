@@ -28,7 +28,8 @@ from retort.cache import (
     checksum_column,
     checksum_record,
 )
-from retort.codec import SparseTargets, TokenOrder, encode
+from retort.codec import Codec, SparseTargets, TokenOrder, build_codec, encode
+from retort.config import Cache
 from retort.provenance import digest, replacing, write_pieces
 from retort.shards import TokenIndex, name_part, write_h5, write_text
 from retort.sparse_codec import encode_streams
@@ -37,6 +38,40 @@ from retort.tokens import SequenceTable
 
 DAMAGED = ".damaged"
 _SLACK_BYTES = 1 << 20  # of a merged file's own layout
+
+
+def find_order(index: TokenIndex, codec: Codec) -> TokenOrder | None:
+    """Return the order of tokens that a codec writes their ids in; None where it writes them as they are."""
+    if not codec.is_coded:
+        return None
+    order = TokenOrder.from_counts(index.read_token_counts(), vocabulary=codec.vocabulary)
+    assert order.digest() == codec.order, (order.digest(), codec.order)
+    return order
+
+
+def build_header(
+    index: TokenIndex, record: dict[str, Any], cache: Cache, *, source: Path
+) -> CacheHeader:
+    """Return the header of a cache; refuses tokens that another tokenizer made than the teacher's.
+
+    Raises ValueError when the tokenizer has ids beyond the teacher's output layer, or is another one.
+    """
+    tokenizer = index.content["tokenizer"]
+    if tokenizer["size"] > record["vocabulary"]:
+        raise ValueError(
+            f"the tokenizer has {tokenizer['size']} tokens, but the teacher's output layer has only "
+            f"{record['vocabulary']} ({source}): they do not belong together. Leave dataset.tokenizer out to use "
+            "the teacher's own."
+        )
+    if tokenizer["fingerprint"] != record["tokenizer"]["fingerprint"]:
+        raise ValueError(
+            f"the tokens were made by tokenizer {tokenizer['fingerprint']} ({index.path}), the teacher's is "
+            f"{record['tokenizer']['fingerprint']} ({source}): its distributions would belong to other tokens. "
+            "Leave dataset.tokenizer out, or delete the tokens' folder if the teacher's tokenizer was changed."
+        )
+    counts = index.read_token_counts()
+    codec = build_codec(cache, vocabulary=record["vocabulary"], token_counts=counts)
+    return CacheHeader(record["weights"], tokenizer["fingerprint"], index.content["content"], codec)
 
 
 def part_path(folder: Path, part_name: str, header: CacheHeader) -> Path:

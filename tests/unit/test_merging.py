@@ -27,13 +27,14 @@ from retort.features import TeacherFeatures, digest_keys, write_features
 from retort.merging import merge_h5
 from retort.models import Head
 from retort.parts import (
+    build_header,
     merge_parts,
     part_path,
     write_part,
 )
 from retort.provenance import read_json, write_json
+from retort.selection import select_top_k
 from retort.shards import TokenIndex
-from retort.teacher import build_header, select_top_k
 from retort.tokens import SequenceTable
 
 WIDTH = 300

@@ -43,6 +43,7 @@ from retort.entropy import (
     unpack_tables,
 )
 from retort.parts import (
+    find_order,
     merge_parts,
     part_path,
     write_part,
@@ -57,7 +58,6 @@ from retort.sparse_codec import (
     to_streams,
 )
 from retort.sparse_streams import TAIL_UNIT, Streams, count_contexts
-from retort.teacher import find_order
 from retort.tokens import SequenceTable
 
 WIDTH = 300

@@ -14,12 +14,13 @@ from retort.config_schema import fill_defaults, section_schema
 from retort.config_sections import build_section
 from retort.models import load_recorded_teacher, record_teacher
 from retort.parts import (
+    build_header,
     merge_parts,
 )
 from retort.provenance import read_json
 from retort.shards import TokenIndex, tokenize_shard, write_index
-from retort.teacher import build_header, run_worker
 from retort.tokens import fingerprint_of_tokenizer, load_tokenizer
+from retort.workers import run_worker
 
 torch.set_num_threads(1)  # on matrices of this size a second thread only costs
 

@@ -36,7 +36,7 @@ def main() -> None:
     section = section_from_args(args, "teacher")
     tell = say if args.worker == 0 else print
     with lease_teacher(section.generation, worker=args.worker, device=section.device, say=tell):
-        from retort.teacher import generate_logits
+        from retort.workers import generate_logits
 
         generate_logits(
             args.output,

@@ -1,0 +1,88 @@
+"""Claims on parts: a hint against doing work twice, and never more than a hint.
+
+A claim is a file with node and process, touched every few seconds by a thread of the worker that holds it. One that
+was not touched for a minute (by the file system's clock, which all nodes share), or whose process is dead on this
+node, is nobody's. Two workers that do the same part all the same write the same bytes.
+"""
+
+import os
+import platform
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+_CLAIM_REFRESH_S = 5.0
+_CLAIM_STALE_S = 60.0
+
+
+def next_part(
+    missing: list[tuple[int, dict[str, Any]]], folder: Path, *, worker: int, num_workers: int
+) -> tuple[int, dict[str, Any]] | None:
+    """Return the first part of the worker's own stripe that nobody is at, else any other, else None."""
+    stripe_first = sorted(
+        missing, key=lambda item: (item[0] % num_workers != worker % num_workers, item[0])
+    )
+    return next((item for item in stripe_first if not is_claimed(folder, item[1]["name"])), None)
+
+
+def _claim_path(folder: Path, part_name: str) -> Path:
+    return folder / f"{part_name}.claim"
+
+
+def is_claimed(folder: Path, part_name: str) -> bool:
+    """Say whether a living worker is at the part; compared by the file system's clock, not by the nodes'."""
+    claim = _claim_path(folder, part_name)
+    try:
+        written = claim.stat().st_mtime
+        node, _, process = claim.read_text().strip().partition(" ")
+    except FileNotFoundError:
+        return False
+    if node == platform.node() and process.isdigit() and _has_ended(int(process)):
+        return False  # killed here: nobody has to wait for its claim to age
+    clock = folder / f".clock.{platform.node()}.{os.getpid()}.tmp"
+    clock.touch()
+    now = clock.stat().st_mtime
+    clock.unlink(missing_ok=True)
+    return now - written < _CLAIM_STALE_S
+
+
+def _has_ended(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except OSError as error:  # PermissionError: it is alive, and somebody else's
+        return isinstance(error, ProcessLookupError)
+    return False
+
+
+@contextmanager
+def claim(folder: Path, part_name: str) -> Iterator[bool]:
+    """Claim a part while the block runs; yields False when another worker was faster.
+
+    The claim is refreshed every few seconds by a thread, so that a worker killed in any way loses it.
+    """
+    path = _claim_path(folder, part_name)
+    if path.exists() and not is_claimed(folder, part_name):
+        path.unlink(missing_ok=True)
+    try:
+        with path.open("x") as file:
+            file.write(f"{platform.node()} {os.getpid()}\n")
+    except FileExistsError:
+        yield False
+        return
+    stop = threading.Event()
+
+    def refresh() -> None:
+        while not stop.wait(_CLAIM_REFRESH_S):
+            with suppress(FileNotFoundError):  # taken over while this worker was stopped
+                os.utime(path)
+
+    thread = threading.Thread(target=refresh, daemon=True)
+    thread.start()
+    try:
+        yield True
+    finally:
+        stop.set()
+        thread.join()
+        path.unlink(missing_ok=True)
