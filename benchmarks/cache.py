@@ -45,7 +45,7 @@ from retort.config_sections import build_section
 from retort.entropy import build_lookup, unpack_tables
 from retort.parts import write_part
 from retort.selection import select_probable
-from retort.sparse_codec import decode_streams, encode_streams, to_streams
+from retort.sparse_codec import decode_streams, draw_uniform, encode_streams, to_streams
 from retort.sparse_streams import Streams, count_contexts
 from retort.tokens import SequenceTable, build_table
 
@@ -108,8 +108,7 @@ def select_all(
             torch.from_numpy(np.array(given.logprobs[i * length : (i + 1) * length])),
             codec,
             num_tokens=codec.vocabulary,
-            key=keys[i],
-            first_position=0,
+            uniform_P=draw_uniform(keys[i], np.arange(length)),
         )
         for i in range(len(keys))
     ]

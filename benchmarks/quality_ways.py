@@ -19,7 +19,13 @@ from retort.codec import LOGPROB_FLOOR, SparseTargets, TokenOrder
 from retort.entropy import build_lookup, unpack_tables
 from retort.fused_loss import TeacherRows
 from retort.selection import select_probable
-from retort.sparse_codec import Selection, decode_streams, encode_streams, to_streams
+from retort.sparse_codec import (
+    Selection,
+    decode_streams,
+    draw_uniform,
+    encode_streams,
+    to_streams,
+)
 from retort.sparse_streams import Streams, count_contexts
 
 CHUNK = 16  # positions selected at once: three times as fast as all 512
@@ -54,8 +60,7 @@ def code_ours(given: Distributions, num_train: int, method: str, dial: float) ->
                 torch.from_numpy(np.array(given.logprobs[i * length + t : i * length + t + CHUNK])),
                 codec,
                 num_tokens=codec.vocabulary,
-                key=key,
-                first_position=t,
+                uniform_P=draw_uniform(key, np.arange(t, min(t + CHUNK, length))),
             )
             for t in range(0, length, CHUNK)
         ]

@@ -225,6 +225,8 @@ class LogitCache:
                         "Delete it and run the same command again."
                     )
         self.header = CacheHeader.from_json(entry)
+        # How many of its parts were scored in halved batches, because memory ran out.
+        self.halved_parts = int(entry.get("halved_parts", 0))
         order = checksum_column(self.columns["token_order"]).hex()
         if self.header.codec.is_coded and order != self.header.codec.order:
             raise ValueError(

@@ -50,6 +50,7 @@ class Generation:
 
     num_workers: int | None
     batch_size: int
+    packing: bool
     gpus_per_model: int
     gpus: str | tuple[str, ...] | None
     force_regenerate: bool | int | float | str

@@ -24,7 +24,7 @@ from retort.losses import perplexity
 from retort.models import CausalLM, choose_device, load_pretrained, split_model
 from retort.provenance import compare_digests, digest_folder, read_json, write_json
 from retort.shards import TokenIndex
-from retort.teacher import score_features
+from retort.teacher import Scorer, score_features
 from retort.tokens import SequenceTable
 
 METRICS_FROM_TRAINING = (
@@ -73,7 +73,7 @@ def _student_logprobs(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield (rows among all counted positions, float32 logprobs [rows, V])."""
     bounds = table.position_offsets
-    for index, features_PD in score_features(student, table, batch_size=batch_size):
+    for index, features_PD in score_features(Scorer(student, batch_size), table):
         for rows in iterate_rows(len(features_PD), rows=_ROWS):
             start = int(bounds[index])
             logits = student.head.logits(features_PD[rows])

@@ -24,7 +24,7 @@ from retort.config import Evaluation, Teacher
 from retort.models import CausalLM, Head, load_recorded_teacher
 from retort.provenance import read_json, replacing
 from retort.shards import TokenIndex
-from retort.teacher import score_features
+from retort.teacher import Scorer, score_features
 from retort.tokens import SequenceTable
 
 FEATURES_FORMAT = "retort-features"
@@ -84,9 +84,7 @@ def collect_features(
 ) -> Tensor:
     """Return the features [P, D] at all counted positions of a table, in the table's order, on the CPU."""
     pieces: list[Tensor] = [torch.empty(0)] * len(table)
-    for index, features_PD in score_features(
-        teacher, table, batch_size=batch_size, on_batch=on_batch
-    ):
+    for index, features_PD in score_features(Scorer(teacher, batch_size), table, on_batch=on_batch):
         pieces[index] = features_PD.cpu()
     return torch.cat(pieces) if pieces else torch.empty((0, 0))
 

@@ -126,6 +126,7 @@ def describe_cache(cache: LogitCache, index: TokenIndex) -> dict[str, Any]:
         "method": cache.header.codec.method,
         "top_k": cache.header.codec.top_k,
         "min_probability": cache.header.codec.min_probability,
+        "halved_parts": cache.halved_parts,
         "header": cache.header.to_json(),
     }
 

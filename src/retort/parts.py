@@ -85,9 +85,12 @@ def write_part(
     targets: SparseTargets | Sequence[Streams],
     header: CacheHeader,
     order: TokenOrder | None = None,
+    *,
+    halved: bool = False,
 ) -> None:
     """Write one part atomically, and read it back.
 
+    halved: memory ran out, so it was scored in smaller batches than others would, and rounds otherwise.
     `targets` holds the table's counted positions in order, [P] rows (method top_k), or every sequence's streams, which
     `order` was used for.
     """
@@ -119,19 +122,28 @@ def write_part(
     def fill(file: h5py.File) -> None:
         for name in COLUMN_TYPES:
             file.create_dataset(name, data=columns[name])
-        _write_header(file, header, table.label_names, columns)
+        _write_header(file, header, table.label_names, columns, halved_parts=int(halved))
 
     # Whoever merges it relies on its checksums.
     write_h5(path, fill, verify=lambda written: LogitCache(written).verify())
 
 
 def _write_header(
-    file: h5py.File, header: CacheHeader, label_names: Any, columns: dict[str, NDArray[Any]]
+    file: h5py.File,
+    header: CacheHeader,
+    label_names: Any,
+    columns: dict[str, NDArray[Any]],
+    *,
+    halved_parts: int,
 ) -> None:
     file.attrs["format"] = np.bytes_(CACHE_FORMAT)
     file.attrs["version"] = CACHE_VERSION
     checksums = {name: checksum_column(columns[name]).hex() for name in CHECKED_COLUMNS}
-    content = header.to_json() | {"label_names": label_names, "checksums": checksums}
+    content = header.to_json() | {
+        "label_names": label_names,
+        "checksums": checksums,
+        "halved_parts": halved_parts,
+    }
     text = json.dumps(content, sort_keys=True)
     write_text(file, "header", text)
     file.attrs["header_checksum"] = np.uint64(xxhash.xxh3_64_intdigest(text.encode()))
@@ -180,6 +192,7 @@ class _Part:
     columns: dict[str, NDArray[Any]]
     label_names: tuple[tuple[str, str], ...]
     places: dict[str, tuple[int, int]]
+    halved_parts: int
 
 
 def merge_parts(
@@ -209,7 +222,8 @@ def merge_parts(
                     offsets[name] = _reserve(file, name, size=num_rows, kind=kind)
                 else:
                     _refer_to_records(file, name, parts, beside=out.parent)
-            _write_header(file, header, names, columns)
+            halved = sum(part.halved_parts for part in parts)
+            _write_header(file, header, names, columns, halved_parts=halved)
         with temporary.open("r+b") as target:
             for part in parts:
                 _copy_part(part, target, offsets)
@@ -244,7 +258,7 @@ def _read_part(name: str, path: Path, header: CacheHeader) -> _Part:
         for column, values in cache.columns.items()
         if column not in LARGE_COLUMNS
     }
-    return _Part(path, small, cache.table.label_names, cache.places)
+    return _Part(path, small, cache.table.label_names, cache.places, cache.halved_parts)
 
 
 def _find_fault(path: Path) -> str | None:

@@ -1,126 +1,254 @@
 """Which tokens of the teacher's distributions are kept: tensors on the teacher's device, arrays from there on.
 
-Legend: P counted positions, V vocabulary, K kept tokens.
+Legend: P counted positions, R of them at once, V vocabulary, W the same rounded up to whole blocks, K kept tokens.
+
+Memory decides the speed, not arithmetic. Microseconds a row on one core at V = 32,768: a softmax into fresh memory
+115, into memory that was used before 40; nonzero of a whole row 34, a comparison 22, but the maxima of its blocks 7. So
+a few rows are worked on at once, which stay in the processor's cache and take memory that was just freed; and tokens
+are looked for only in blocks whose maximum says that there is one. A block is every (W / 16)th token.
 """
 
-import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from retort.codec import Codec, SparseTargets
-from retort.sparse_codec import Selection, draw_uniform
+from retort.sparse_codec import Selection
 from retort.sparse_streams import TAIL_UNIT, count_drawn
 
+BLOCK = 16
+# Rows at once hold 2 MB on a CPU. Microseconds a row of all that select_probable does: 93 with 16 rows at V = 32,768,
+# 138 with 64. A GPU takes all: what counts there is how often something is started.
+_CPU_ELEMENTS = 1 << 19
 
-def mask_logprobs(logits_PV: Tensor, *, num_tokens: int) -> Tensor:
-    """Return logprobs [P, V]; ids from `num_tokens` (the tokenizer's size) on get probability zero.
+
+def pad_width(vocabulary: int) -> int:
+    """Return W, the vocabulary rounded up to whole blocks."""
+    return -(-vocabulary // BLOCK) * BLOCK
+
+
+def _mask(logits_PV: Tensor, *, num_tokens: int) -> Tensor:
+    """Return logits [P, W]: ids from `num_tokens` (the tokenizer's size) on get probability zero.
 
     A logit of -inf is a probability of zero. Raises ValueError when one is NaN or +inf, or a whole row -inf.
     """
-    if num_tokens < logits_PV.shape[1]:
+    width = logits_PV.shape[1]
+    if num_tokens < width:
         logits_PV[:, num_tokens:] = -torch.inf
-    best = logits_PV.max(dim=-1)
-    if not bool(torch.isfinite(best.values).all()):  # NaN is the greatest of its row
-        row = int((~torch.isfinite(best.values)).nonzero()[0])
-        column = int(best.indices[row])
-        raise ValueError(
-            f"the teacher's logit of token {column} is {float(logits_PV[row, column])} at counted position {row} of "
-            "its batch. Nothing was stored. Try teacher.dtype: float32, and check the teacher's weights."
-        )
-    return logits_PV.log_softmax(dim=-1)
+    is_finite_P = torch.isfinite(logits_PV.amax(dim=-1))  # NaN is the greatest of its row
+    if not bool(is_finite_P.all()):
+        row = int((~is_finite_P).nonzero()[0])
+        column = int(logits_PV[row].argmax())
+        raise NotFiniteError(row, column, float(logits_PV[row, column]))
+    if missing := pad_width(width) - width:
+        logits_PV = F.pad(logits_PV, (0, missing), value=-torch.inf)
+    return logits_PV
 
 
-def _find_tails(logprobs_PV: Tensor, outside_PV: Tensor, codec: Codec) -> Tensor:
-    """Return the log of the mass outside the kept tokens at each temperature, [P, temperatures]."""
-    tails = [
-        torch.logsumexp(outside_PV / t, dim=-1) - torch.logsumexp(logprobs_PV / t, dim=-1)
-        for t in codec.temperatures
-    ]
-    return torch.stack(tails, dim=-1)
+class NotFiniteError(ValueError):
+    """A logit that is NaN or infinite; `row` is its place among the rows that were given."""
+
+    def __init__(self, row: int, token: int, value: float) -> None:
+        super().__init__(f"the teacher's logit of token {token} is {value} at row {row}.")
+        self.row, self.token, self.value = row, token, value
+
+
+def _compute_probs(logits_PW: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield (place of the first row, logits [R, W], probabilities [R, W]) of so many rows as are worked on at once.
+
+    The probabilities' memory is that of the rows before.
+    """
+    num_rows, width = logits_PW.shape
+    at_once = max(1, _CPU_ELEMENTS // width) if logits_PW.device.type == "cpu" else num_rows
+    scratch_RW = torch.empty_like(logits_PW[:at_once])
+    for start in range(0, num_rows, at_once):
+        logits_RW = logits_PW[start : start + at_once]
+        probs_RW = scratch_RW[: len(logits_RW)]
+        yield start, logits_RW, torch.softmax(logits_RW, dim=-1, out=probs_RW)
+
+
+def _blocks(rows_RW: Tensor) -> Tensor:
+    """Return a view [R, 16, W / 16]: the tokens of block b are [:, :, b]."""
+    return rows_RW.view(len(rows_RW), BLOCK, -1)
+
+
+def _find_tails(
+    rest_RW: Tensor, logits_RW: Tensor, kept: "_Kept", temperatures: tuple[float, ...]
+) -> Tensor:
+    """Return the mass outside the kept tokens at each temperature, [R, temperatures]; uses `rest_RW` up.
+
+    rest_RW: probabilities at temperature 1, those of the kept tokens zero.
+    """
+    tails = {1.0: rest_RW.sum(dim=-1)}
+    if 2.0 in temperatures:  # a root is a third of another softmax
+        outside_R = rest_RW.sqrt_().sum(dim=-1)
+        inside_R = torch.zeros_like(outside_R).index_add_(0, kept.rows, kept.probs.sqrt())
+        tails[2.0] = outside_R / (outside_R + inside_R)
+    for temperature in set(temperatures) - {1.0, 2.0}:
+        torch.softmax(logits_RW / temperature, dim=-1, out=rest_RW)
+        rest_RW.view(-1)[kept.places] = 0.0
+        tails[temperature] = rest_RW.sum(dim=-1)
+    return torch.stack([tails[t] for t in temperatures], dim=-1)
+
+
+class _Kept(NamedTuple):
+    """N kept tokens of some rows: row, place among all (in a view(-1)), probability at temperature 1; each [N]."""
+
+    rows: Tensor
+    places: Tensor
+    probs: Tensor
+
+    @classmethod
+    def take(cls, probs_RW: Tensor, rows_N: Tensor, ids_N: Tensor) -> "_Kept":
+        """Take tokens out of the probabilities, which are zero there afterwards."""
+        places_N = rows_N * probs_RW.shape[1] + ids_N
+        probs_N = probs_RW.view(-1)[places_N]
+        probs_RW.view(-1)[places_N] = 0.0
+        return cls(rows_N, places_N, probs_N)
 
 
 @torch.inference_mode()
 def select_top_k(logits_PV: Tensor, codec: Codec, *, num_tokens: int) -> SparseTargets:
     """Keep the K most probable tokens of each row, and the mass of the rest at each temperature.
 
-    Raises ValueError as `mask_logprobs` does.
+    Raises NotFiniteError for a logit that is no number.
     """
     assert codec.top_k is not None
-    logprobs_PV = mask_logprobs(logits_PV, num_tokens=num_tokens)
-    top = logprobs_PV.topk(codec.top_k, dim=-1)
-    outside_PV = logprobs_PV.scatter(1, top.indices, -torch.inf)
+    logits_PW = _mask(logits_PV, num_tokens=num_tokens)
+    ids, logprobs, tails = [], [], []
+    for _, logits_RW, probs_RW in _compute_probs(logits_PW):
+        best_RK, ids_RK = _find_top_k(logits_RW, codec.top_k)
+        # log sum exp, from the probability of the best
+        total_R1 = best_RK[:, :1] - probs_RW.gather(1, ids_RK[:, :1]).log()
+        rows_N = torch.arange(len(ids_RK), device=ids_RK.device).repeat_interleave(codec.top_k)
+        kept = _Kept.take(probs_RW, rows_N, ids_RK.flatten())
+        ids.append(ids_RK.int().cpu())
+        logprobs.append((best_RK - total_R1).cpu())
+        tails_RT = _find_tails(probs_RW, logits_RW, kept, codec.temperatures)
+        tails.append(tails_RT.log().cpu())
     return SparseTargets.from_rows(
-        top.indices.int().cpu().numpy(),
-        top.values.cpu().numpy(),
-        tail_logprobs=_find_tails(logprobs_PV, outside_PV, codec).cpu().numpy(),
+        torch.cat(ids).numpy(),
+        torch.cat(logprobs).numpy(),
+        tail_logprobs=torch.cat(tails).numpy(),
     )
+
+
+def _find_top_k(logits_RW: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Return (logits, ids) [R, K] of the K greatest of each row, in falling order.
+
+    They lie in the K blocks with the greatest maxima, so only these are sorted: 1.7-2.5 times as fast as torch.topk of
+    a whole row.
+    """
+    num_blocks = logits_RW.shape[1] // BLOCK
+    if top_k * 4 > num_blocks:
+        found = logits_RW.topk(top_k, dim=-1)
+        return found.values, found.indices
+    blocks_RK = _blocks(logits_RW).amax(dim=1).topk(top_k, dim=-1).indices
+    among_RN = _blocks(logits_RW).gather(2, blocks_RK[:, None].expand(-1, BLOCK, -1)).flatten(1)
+    best_RK, places_RK = among_RN.topk(top_k, dim=-1)
+    step_RK = places_RK // top_k
+    return best_RK, step_RK * num_blocks + blocks_RK.gather(1, places_RK - step_RK * top_k)
 
 
 @torch.inference_mode()
 def select_probable(
-    logits_PV: Tensor, codec: Codec, *, num_tokens: int, key: bytes, first_position: int
+    logits_PV: Tensor, codec: Codec, *, num_tokens: int, uniform_P: NDArray[np.float64]
 ) -> Selection:
     """Keep every token whose probability is at least `codec.min_probability`, the best one in any case; draw others.
 
-    The rows are counted positions `first_position`, ... of the sequence with that content key. Drawing (method
-    `sampled`): a comb of n equally spaced points, moved by one random number, is laid over the cumulative mass of the
-    other tokens, and a token is drawn where a point falls on it: with probability n p / m, m the mass, and never twice,
-    since no p reaches m / n. Each drawn token stands for m / n, so the expectation is p (Madow 1949).
-    Raises ValueError as `mask_logprobs` does.
+    uniform_P: a number in [0, 1) for each row's draws. Drawing (method `sampled`): a comb of n equally spaced points,
+    moved by that number, is laid over the cumulative mass of the other tokens, and a token is drawn where a point
+    falls on it: with probability n p / m, m the mass, and never twice, since no p reaches m / n. Each drawn token
+    stands for m / n, so the expectation is p (Madow 1949).
+    Raises NotFiniteError for a logit that is no number.
     """
-    logprobs_PV = mask_logprobs(logits_PV, num_tokens=num_tokens)
     assert codec.min_probability is not None
     step = codec.draw_step
     least = step / TAIL_UNIT if step else codec.min_probability
-    is_exact_PV = logprobs_PV >= math.log(least)
-    if not step:  # the best one stands for all where none is probable enough
-        is_exact_PV.scatter_(1, logprobs_PV.argmax(dim=-1, keepdim=True), True)
-    outside_PV = logprobs_PV.masked_fill(is_exact_PV, -torch.inf)
-    tails = _find_tails(logprobs_PV, outside_PV, codec).double().exp().cpu().numpy() * TAIL_UNIT
-    tails = np.clip(np.floor(tails) if step else np.rint(tails), 0, TAIL_UNIT).astype(np.int64)
-    where = is_exact_PV.nonzero()
-    sizes = is_exact_PV.sum(dim=-1).cpu().numpy().astype(np.int64)
-    probs = logprobs_PV[is_exact_PV].double().exp().cpu().numpy()
-    drawn_sizes = np.array([count_drawn(tail, step) for tail in tails[:, 0].tolist()], np.int64)
-    places = np.arange(first_position, first_position + len(sizes))
-    drawn_ids = _draw(outside_PV, drawn_sizes, draw_uniform(key, places))
-    return Selection(
-        sizes, where[:, 1].cpu().numpy().astype(np.int64), probs, drawn_sizes, drawn_ids, tails
-    )
+    logits_PW = _mask(logits_PV, num_tokens=num_tokens)
+    pieces = []
+    for start, logits_RW, probs_RW in _compute_probs(logits_PW):
+        # Of `top_p`, the best one stands for all where none is probable enough.
+        rows_N, ids_N = _find_probable(probs_RW, least, needs_one=not step)
+        kept = _Kept.take(probs_RW, rows_N, ids_N)
+        sizes = torch.bincount(rows_N, minlength=len(logits_RW)).cpu().numpy().astype(np.int64)
+        masses_R = probs_RW.sum(dim=-1).double().cpu().numpy() * TAIL_UNIT
+        drawn = np.zeros(len(sizes), np.int64)
+        drawn_ids = np.empty(0, np.int64)
+        if step:
+            units = np.clip(np.floor(masses_R), 0, TAIL_UNIT).astype(np.int64)
+            drawn = np.array([count_drawn(unit, step) for unit in units.tolist()], np.int64)
+            drawn_ids = _draw(probs_RW, drawn, uniform_P[start : start + len(drawn)])
+        tails_RT = _find_tails(probs_RW, logits_RW, kept, codec.temperatures)
+        tails = tails_RT.double().cpu().numpy() * TAIL_UNIT
+        tails = np.clip(np.floor(tails) if step else np.rint(tails), 0, TAIL_UNIT).astype(np.int64)
+        ids = ids_N.cpu().numpy().astype(np.int64)
+        probs = kept.probs.double().cpu().numpy()
+        pieces.append(Selection(sizes, ids, probs, drawn, drawn_ids, tails))
+    return Selection.concatenate(pieces)
+
+
+def _find_probable(probs_RW: Tensor, least: float, *, needs_one: bool) -> tuple[Tensor, Tensor]:
+    """Return (row, id) of every probability of at least `least`, by row; of a row without one, its best where asked."""
+    blocks_RB = _blocks(probs_RW).amax(dim=1)
+    block_rows_C, blocks_C = (blocks_RB >= least).nonzero(as_tuple=True)
+    among_CN = _blocks(probs_RW)[block_rows_C, :, blocks_C]
+    candidates_N, steps_N = (among_CN >= least).nonzero(as_tuple=True)
+    rows_N = block_rows_C[candidates_N]
+    ids_N = steps_N * blocks_RB.shape[1] + blocks_C[candidates_N]
+    if needs_one:
+        empty_E = (blocks_RB.amax(dim=-1) < least).nonzero(as_tuple=True)[0]
+        if len(empty_E):
+            rows_N = torch.cat([rows_N, empty_E])
+            ids_N = torch.cat([ids_N, probs_RW[empty_E].argmax(dim=-1)])
+            rows_N, places_N = rows_N.sort(stable=True)
+            ids_N = ids_N[places_N]
+    return rows_N, ids_N
 
 
 def _draw(
-    outside_PV: Tensor, drawn_sizes: NDArray[np.int64], uniform_P: NDArray[np.float64]
+    rest_RW: Tensor, drawn_sizes: NDArray[np.int64], uniform_R: NDArray[np.float64]
 ) -> NDArray[np.int64]:
-    """Return the ids drawn of logprobs [P, V], row after row."""
+    """Return the ids drawn of the masses [R, W], row after row, in the order of blocks and of tokens in a block."""
     if drawn_sizes.sum() == 0:
         return np.empty(0, np.int64)
-    rest_PV = outside_PV.exp()
-    cumulative_PV = rest_PV.cumsum(dim=-1)
-    total_P1 = cumulative_PV[:, -1:]
-    sizes_P = torch.from_numpy(drawn_sizes).to(rest_PV.device)
-    comb_N = torch.arange(int(sizes_P.max()), device=rest_PV.device)
-    offset_P = torch.as_tensor(uniform_P, device=rest_PV.device, dtype=torch.float64)
-    share_PN = (comb_N[None] + offset_P[:, None]) / sizes_P[:, None].clamp(min=1)
-    points_PN = (share_PN * total_P1.double()).to(rest_PV.dtype).minimum(total_P1 * (1 - 1e-6))
-    ids_PN = torch.searchsorted(cumulative_PV, points_PN, right=True)
-    is_used_PN = comb_N[None] < sizes_P[:, None]
-    ids = ids_PN[is_used_PN].cpu().numpy().astype(np.int64)
-    return _separate(ids, np.repeat(np.arange(len(drawn_sizes)), drawn_sizes), rest_PV)
+    device = rest_RW.device
+    # float64 has no place on Apple's GPUs; nobody scores there.
+    sums_RB = _blocks(rest_RW).sum(dim=1).double().cumsum(dim=-1)
+    sizes_R = torch.from_numpy(drawn_sizes).to(device)
+    comb_N = torch.arange(int(sizes_R.max()), device=device)
+    shares_RN = (comb_N[None] + torch.from_numpy(uniform_R).to(device)[:, None]) / sizes_R[
+        :, None
+    ].clamp(min=1)
+    total_R1 = sums_RB[:, -1:]
+    points_RN = (shares_RN * total_R1).minimum(total_R1 * (1 - 1e-12))
+    blocks_RN = torch.searchsorted(sums_RB, points_RN, right=True)
+    rows_D, combs_D = (comb_N[None] < sizes_R[:, None]).nonzero(as_tuple=True)
+    blocks_D = blocks_RN[rows_D, combs_D]
+    before_D = F.pad(sums_RB, (1, 0))[rows_D, blocks_D]
+    inside_DB = _blocks(rest_RW)[rows_D, :, blocks_D].double().cumsum(dim=-1)
+    # Sums in another order differ by roundings: the point is held inside its block.
+    points_D = (points_RN[rows_D, combs_D] - before_D).clamp(min=0.0)
+    points_D = points_D.minimum(inside_DB[:, -1] * (1 - 1e-12))
+    steps_D = torch.searchsorted(inside_DB, points_D[:, None], right=True)[:, 0]
+    ids = (steps_D * sums_RB.shape[1] + blocks_D).cpu().numpy().astype(np.int64)
+    return _separate(ids, rows_D.cpu().numpy(), rest_RW)
 
 
 def _separate(
-    ids: NDArray[np.int64], rows: NDArray[np.int64], rest_PV: Tensor
+    ids: NDArray[np.int64], rows: NDArray[np.int64], rest_RW: Tensor
 ) -> NDArray[np.int64]:
     """Replace an id that rounding drew twice by the row's most probable one that was not drawn.
 
     Seen for probabilities within 1e-6 of the step only.
     """
     for place in np.flatnonzero((ids[1:] == ids[:-1]) & (rows[1:] == rows[:-1])) + 1:
-        free_V = rest_PV[rows[place]].clone()
-        free_V[torch.from_numpy(ids[rows == rows[place]]).to(free_V.device)] = 0.0
-        ids[place] = int(free_V.argmax())
+        free_W = rest_RW[rows[place]].clone()
+        free_W[torch.from_numpy(ids[rows == rows[place]]).to(free_W.device)] = 0.0
+        ids[place] = int(free_W.argmax())
     return ids

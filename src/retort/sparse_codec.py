@@ -51,6 +51,24 @@ class Selection:
     drawn_ids: NDArray[np.int64]
     tails: NDArray[np.int64]
 
+    def __getitem__(self, positions: slice) -> "Selection":
+        """Return some positions, first:stop, as a selection of their own."""
+        first, stop, _ = positions.indices(len(self.sizes))
+
+        def cut(sizes: NDArray[np.int64]) -> slice:
+            begin = int(sizes[:first].sum())
+            return slice(begin, begin + int(sizes[first:stop].sum()))
+
+        kept, drawn = cut(self.sizes), cut(self.drawn_sizes)
+        return Selection(
+            self.sizes[positions],
+            self.ids[kept],
+            self.probs[kept],
+            self.drawn_sizes[positions],
+            self.drawn_ids[drawn],
+            self.tails[positions],
+        )
+
     @classmethod
     def concatenate(cls, pieces: Sequence["Selection"]) -> "Selection":
         """Return several pieces as one, in order."""

@@ -1,10 +1,16 @@
 """The teacher reads sequences: batches of like length become distributions at every counted position.
 
-Legend: B sequences in a batch, T positions, P counted positions, D width, V vocabulary, K kept tokens.
+Legend: B sequences in a batch, T positions, P counted positions, D width, V vocabulary, W the same in whole blocks.
+
+What a batch holds is fixed by a part's content and the config. Only a device that runs out of memory changes it: then
+the batch is halved, and what was made that way is counted.
 """
 
+import gc
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Rows
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,21 +19,30 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from retort.codec import Codec, SparseTargets, TokenOrder
-from retort.models import CausalLM
-from retort.selection import select_probable, select_top_k
-from retort.sparse_codec import to_streams
+from retort.models import CausalLM, is_out_of_memory
+from retort.selection import NotFiniteError, pad_width, select_probable, select_top_k
+from retort.sparse_codec import Selection, draw_uniform, to_streams
 from retort.sparse_streams import Streams
 from retort.tokens import Sequence, SequenceTable
 
-# Rows of logits held at once: [_HEAD_ROWS, V] float32 is 128 MiB at V = 32k; below 128 rows the matmul slows.
-_HEAD_ROWS = 1024
+# Rows of logits held at once. On a CPU a product of 64 rows takes a quarter longer a row than one of 128 and more; a
+# GPU wants more at once.
+_HEAD_ROWS = {"cpu": 256, "cuda": 2048}
 
 
 def batch_by_length(table: SequenceTable, batch_size: int) -> Iterator[NDArray[np.int64]]:
-    """Yield indices of sequences in batches of like length, longest first (padding about 5 %, not 60 %)."""
-    order = np.argsort(-table.lengths, kind="stable")
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
+    """Yield indices of sequences in batches of like length, longest first (padding about 5 %, not 60 %).
+
+    A batch holds as many padded tokens as `batch_size` of the longest sequences: of shorter ones there are more.
+    """
+    lengths = table.lengths
+    order = np.argsort(-lengths, kind="stable")
+    room = batch_size * int(lengths.max(initial=0))
+    start = 0
+    while start < len(order):
+        count = room // int(lengths[order[start]])
+        yield order[start : start + count]
+        start += count
 
 
 def pad_batch(rows: Rows[Sequence], *, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,58 +58,194 @@ def pad_batch(rows: Rows[Sequence], *, device: torch.device) -> tuple[Tensor, Te
     return ids_BT.to(device), attention_BT.to(device), loss_BT.to(device)
 
 
-@torch.inference_mode()
+def pack_batch(rows: Rows[Sequence], *, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return input ids, position ids and loss mask, each [1, N]: all rows one after the other, without padding."""
+    ids_N = torch.from_numpy(np.concatenate([row.ids for row in rows]).astype(np.int64))
+    places_N = torch.cat([torch.arange(len(row.ids)) for row in rows])
+    loss_N = torch.from_numpy(np.concatenate([row.loss_mask for row in rows]))
+    return ids_N[None].to(device), places_N[None].to(device), loss_N[None].to(device)
+
+
+@dataclass
+class Scorer:
+    """A teacher, how much it reads at once, and what it learned of its device's memory."""
+
+    teacher: CausalLM
+    batch_size: int
+    say: Callable[[str], None] = print
+    too_many: int | None = None  # padded tokens for which memory did not suffice
+    halved: int = field(default=0, init=False)  # batches that had to be halved
+
+    @torch.inference_mode()
+    def read(self, table: SequenceTable) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+        """Yield (indices of sequences, features [P, D] at all their counted positions) batch by batch."""
+        for indices in batch_by_length(table, self.batch_size):
+            yield from self._read_batch(table, indices)
+
+    def _read_batch(
+        self, table: SequenceTable, indices: NDArray[np.int64]
+    ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+        """Yield one batch, in halves where the device has no memory for it."""
+        size = len(indices) * int(table.lengths[indices[0]])
+        if self.too_many is None or size < self.too_many or len(indices) == 1:
+            try:
+                features_PD = self._run(table, indices)
+            except Exception as error:
+                if not is_out_of_memory(error) or len(indices) == 1:
+                    raise
+                self._remember(size, len(indices))
+            else:
+                yield indices, features_PD
+                return
+        self.halved += 1
+        middle = (len(indices) + 1) // 2
+        for half in (indices[:middle], indices[middle:]):
+            yield from self._read_batch(table, half)
+
+    def _run(self, table: SequenceTable, indices: NDArray[np.int64]) -> Tensor:
+        rows = [table[int(i)] for i in indices]
+        if self.teacher.packs:
+            ids_1N, places_1N, loss_1N = pack_batch(rows, device=self.teacher.device)
+            features_1ND = self.teacher.features(ids_1N, None, position_ids_BT=places_1N)
+            return features_1ND[loss_1N.to(features_1ND.device)]
+        ids_BT, attention_BT, loss_BT = pad_batch(rows, device=self.teacher.device)
+        features_BTD = self.teacher.features(ids_BT, attention_BT)
+        return features_BTD[loss_BT.to(features_BTD.device)]
+
+    def _remember(self, size: int, num_sequences: int) -> None:
+        self.too_many = size
+        self.say(
+            f"out of memory with {num_sequences} sequences ({size:,} tokens) at once: such batches are halved from now "
+            "on. A lower teacher.generation.batch_size avoids the attempt."
+        )
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
 def score_features(
-    teacher: CausalLM,
-    table: SequenceTable,
-    *,
-    batch_size: int,
-    on_batch: Callable[[int], None] = lambda _: None,
+    scorer: Scorer, table: SequenceTable, *, on_batch: Callable[[int], None] = lambda _: None
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield (sequence index, features [P, D] at its counted positions), batch by batch in length order."""
-    for indices in batch_by_length(table, batch_size):
-        rows = [table[int(i)] for i in indices]
-        ids_BT, attention_BT, loss_BT = pad_batch(rows, device=teacher.device)
-        features_BTD = teacher.features(ids_BT, attention_BT)
-        for b, index in enumerate(indices):
-            yield int(index), features_BTD[b][loss_BT[b].to(features_BTD.device)]
-        on_batch(sum(len(row.ids) for row in rows))
+    counts = np.diff(table.position_offsets)
+    for indices, features_PD in scorer.read(table):
+        pieces = torch.split(features_PD, counts[indices].tolist())
+        yield from zip(indices.tolist(), pieces, strict=True)
+        on_batch(int(table.lengths[indices].sum()))
 
 
+class Scored:
+    """What the teacher says of the sequences of one part, in the table's order, as far as it was asked for yet.
+
+    With an executor, streams are made behind the teacher's back; `targets` waits for them.
+    """
+
+    def __init__(self, num_sequences: int, behind: Executor | None) -> None:
+        self._found: list[Any] = [None] * num_sequences
+        self._behind = behind
+        self.halved = 0  # batches that had to be halved for want of memory
+
+    def put(self, index: int, work: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Let `work` make what belongs to a sequence."""
+        if self._behind is None:
+            self._found[index] = work(*args, **kwargs)
+        else:
+            self._found[index] = self._behind.submit(work, *args, **kwargs)
+
+    @property
+    def targets(self) -> SparseTargets | list[Streams]:
+        """All sequences' distributions: rows of `top_k`, every sequence's streams of the other methods."""
+        found = [f.result() if isinstance(f, Future) else f for f in self._found]
+        return SparseTargets.concatenate(found) if isinstance(found[0], SparseTargets) else found
+
+
+@torch.inference_mode()
 def score_part(
-    teacher: CausalLM,
+    scorer: Scorer,
     table: SequenceTable,
     codec: Codec,
     *,
-    batch_size: int,
     num_tokens: int,
     order: TokenOrder | None = None,
+    behind: Executor | None = None,
     on_batch: Callable[[int], None] = lambda _: None,
-) -> SparseTargets | list[Streams]:
-    """Return the teacher's distributions at every counted position of the table, in the table's order.
+) -> Scored:
+    """Return the teacher's distributions at every counted position of the table.
 
-    Of a codec that codes (which needs `order`), every sequence's streams: what was selected is not kept longer than
-    that.
+    A codec that codes needs `order`; what was selected is not kept longer than until it is coded.
+    Raises ValueError with the place of a logit that is no number.
     """
-    found: list[Any] = [None] * len(table)
-    for index, features_PD in score_features(
-        teacher, table, batch_size=batch_size, on_batch=on_batch
-    ):
-        row = table[index]
+    scored = Scored(len(table), behind)
+    counts = np.diff(table.position_offsets)
+    halved = scorer.halved
+    head = _Head(scorer.teacher, codec, num_tokens=num_tokens)
+    for indices, features_PD in scorer.read(table):
+        uniform_P = _draw_uniform(table, indices) if codec.is_coded else np.empty(0)
+        try:
+            pieces = head.select(features_PD, uniform_P)
+        except NotFiniteError as error:
+            raise _explain(error, table, indices) from None
+        ends = np.cumsum(counts[indices])
+        for index, first, stop in zip(indices.tolist(), ends - counts[indices], ends, strict=True):
+            mine = pieces[int(first) : int(stop)]
+            if isinstance(mine, SparseTargets):
+                scored.put(index, lambda found: found, mine)
+                continue
+            row = table[index]
+            next_ids = row.ids[1:][row.loss_mask[:-1]]
+            scored.put(index, to_streams, mine, codec, order, next_ids=next_ids, key=row.key)
+        on_batch(int(table.lengths[indices].sum()))
+    scored.halved = scorer.halved - halved
+    return scored
+
+
+def _draw_uniform(table: SequenceTable, indices: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return a number for each counted position, by its sequence's content key and its place in it alone."""
+    rows = [table[int(i)] for i in indices]
+    return np.concatenate([draw_uniform(row.key, np.arange(row.num_positions)) for row in rows])
+
+
+def _explain(error: NotFiniteError, table: SequenceTable, indices: NDArray[np.int64]) -> ValueError:
+    """Return the sentence that says where a teacher's logit is no number."""
+    places = [(int(i), t) for i in indices for t in np.flatnonzero(table[int(i)].loss_mask)]
+    index, place = places[error.row]
+    return ValueError(
+        f"the teacher's logit of token {error.token} is {error.value} at position {place} of a sequence of document "
+        f"{table.documents[index]} (sequence {index} of its part). Nothing of the part was stored. Try teacher.dtype: "
+        "float32, and check the teacher's weights."
+    )
+
+
+class _Head:
+    """The output layer applied to some rows at a time, in one piece of memory: a fresh one for every product costs a
+    fifth of the product (72 of 610 microseconds a row at V = 32,768 on one core go to the kernel's zeroing)."""
+
+    def __init__(self, teacher: CausalLM, codec: Codec, *, num_tokens: int) -> None:
+        self.head, self.codec, self.num_tokens = teacher.head, codec, num_tokens
+        self.width = teacher.vocabulary
+        self.logits_RW = torch.empty(0)
+
+    def select(
+        self, features_PD: Tensor, uniform_P: NDArray[np.float64]
+    ) -> SparseTargets | Selection:
+        """Return what the codec keeps of all rows, in order."""
+        at_once = _HEAD_ROWS[features_PD.device.type]
+        if len(self.logits_RW) < min(at_once, len(features_PD)):
+            shape = (min(at_once, len(features_PD)), pad_width(self.width))
+            self.logits_RW = torch.empty(shape, dtype=torch.float32, device=features_PD.device)
         pieces: list[Any] = []
-        for start in range(0, len(features_PD), _HEAD_ROWS):
-            logits_PV = teacher.head.logits(features_PD[start : start + _HEAD_ROWS])
-            if order is None:
-                pieces.append(select_top_k(logits_PV, codec, num_tokens=num_tokens))
-            else:
+        for start in range(0, len(features_PD), at_once):
+            stop = min(start + at_once, len(features_PD))
+            logits_RW = self.logits_RW[: stop - start]
+            self.head.logits(features_PD[start:stop], out=logits_RW[:, : self.width])
+            if self.codec.is_coded:
+                uniform = uniform_P[start:stop]
                 pieces.append(
                     select_probable(
-                        logits_PV, codec, num_tokens=num_tokens, key=row.key, first_position=start
+                        logits_RW, self.codec, num_tokens=self.num_tokens, uniform_P=uniform
                     )
                 )
-        piece = pieces[0] if len(pieces) == 1 else type(pieces[0]).concatenate(pieces)
-        if order is not None:
-            next_ids = row.ids[1:][row.loss_mask[:-1]]
-            piece = to_streams(piece, codec, order, next_ids=next_ids, key=row.key)
-        found[index] = piece
-    return found if order is not None else SparseTargets.concatenate(found)
+            else:
+                pieces.append(select_top_k(logits_RW, self.codec, num_tokens=self.num_tokens))
+        found: SparseTargets | Selection = type(pieces[0]).concatenate(pieces)
+        return found

@@ -8,6 +8,8 @@ fixed by a part's content and the config, so its bytes do not depend on who did 
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import torch
 
 from retort.cache import CACHE_FILE, CacheHeader
 from retort.claims import claim, next_part
+from retort.codec import TokenOrder
 from retort.config import Cache, Teacher
 from retort.models import CausalLM, describe_device, load_recorded_teacher
 from retort.parts import (
@@ -28,7 +31,8 @@ from retort.parts import (
 )
 from retort.provenance import describe_run, read_json, write_json
 from retort.shards import TokenIndex
-from retort.teacher import score_part
+from retort.teacher import Scored, Scorer, score_part
+from retort.tokens import SequenceTable
 
 _PROGRESS_S = 10.0
 
@@ -68,41 +72,94 @@ def run_worker(
     """Do parts until every part of the index has a file. `load` is called only when there is work to do."""
     folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    done: list[str] = []
-    teacher: CausalLM | None = None
+    scorer: Scorer | None = None
     progress = _Progress(index, say=say)
     num_tokens = int(index.content["tokenizer"]["size"])
     order = find_order(index, header.codec)
-    # A worker that was stopped for long may wake after the others finished, merged and removed all parts.
-    while not is_merged(folder.parent / CACHE_FILE, header) and (
-        missing := find_missing_parts(index, folder, header)
-    ):
-        place_part = next_part(missing, folder, worker=worker, num_workers=num_workers)
-        if place_part is None:
-            time.sleep(
-                1.0
-            )  # living workers are at every part that is left; take over if one of them dies
-            continue
-        place, part = place_part
-        with claim(folder, part["name"]) as is_mine:
-            if not is_mine or part_path(folder, part["name"], header).exists():
+    with _Writer(folder, header, order) as writer:
+        # A worker that was stopped for long may wake after the others finished, merged and removed all parts.
+        while not is_merged(folder.parent / CACHE_FILE, header) and (
+            missing := find_missing_parts(index, folder, header)
+        ):
+            place_part = next_part(missing, folder, worker=worker, num_workers=num_workers)
+            if place_part is None and writer.is_busy:
+                writer.wait()
                 continue
-            teacher = teacher or load()
-            table = index.read_part(part)
-            progress.start_part(place, len(done))
-            targets = score_part(
-                teacher,
-                table,
-                header.codec,
-                batch_size=batch_size,
-                num_tokens=num_tokens,
-                order=order,
-                on_batch=progress.add,
+            if place_part is None:
+                time.sleep(
+                    1.0
+                )  # living workers are at every part that is left; take over if one of them dies
+                continue
+            place, part = place_part
+            with ExitStack() as hold:
+                is_mine = hold.enter_context(claim(folder, part["name"]))
+                if not is_mine or part_path(folder, part["name"], header).exists():
+                    continue
+                scorer = scorer or Scorer(load(), batch_size, say=say)
+                table = index.read_part(part)
+                progress.start_part(place, len(writer.done))
+                scored = score_part(
+                    scorer,
+                    table,
+                    header.codec,
+                    num_tokens=num_tokens,
+                    order=order,
+                    behind=writer.thread,
+                    on_batch=progress.add,
+                )
+                scorer.teacher.require_unchanged()
+                writer.write(part["name"], table, scored, hold.pop_all())
+    return WorkerReport(
+        worker, num_workers, writer.done, progress.tokens, time.monotonic() - started
+    )
+
+
+class _Writer:
+    """Writes one part, in a thread of its own, while the teacher reads the next one.
+
+    The part stays claimed until its file is there. One part is written at a time, so a worker that is killed loses the
+    part that it reads, or the one that it writes and what it read meanwhile.
+    """
+
+    def __init__(self, folder: Path, header: CacheHeader, order: TokenOrder | None) -> None:
+        self.folder, self.header, self.order = folder, header, order
+        self.thread = ThreadPoolExecutor(max_workers=1)
+        self.done: list[str] = []
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        try:
+            self.wait()  # also when the next part failed, or the worker is told to end: this one is scored
+        finally:
+            self.thread.shutdown(cancel_futures=True)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a part is being written."""
+        return self._writing is not None
+
+    def wait(self) -> None:
+        """Wait for the part that is being written; raises what went wrong with it."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def write(self, name: str, table: SequenceTable, scored: Scored, claimed: ExitStack) -> None:
+        """Begin to write a part, after the one before; `claimed` is closed at its end."""
+        with claimed:
+            self.wait()
+            self._writing = self.thread.submit(self._write, name, table, scored, claimed.pop_all())
+
+    def _write(self, name: str, table: SequenceTable, scored: Scored, claimed: ExitStack) -> None:
+        with claimed:
+            path = part_path(self.folder, name, self.header)
+            write_part(
+                path, table, scored.targets, self.header, self.order, halved=scored.halved > 0
             )
-            teacher.require_unchanged()
-            write_part(part_path(folder, part["name"], header), table, targets, header, order)
-            done.append(part["name"])
-    return WorkerReport(worker, num_workers, done, progress.tokens, time.monotonic() - started)
+            self.done.append(name)
 
 
 class _Progress:

