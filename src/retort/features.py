@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from retort.config import Evaluation, Teacher
+from retort.index import TokenIndex
 from retort.models import CausalLM, Head, load_recorded_teacher
 from retort.provenance import read_json, replacing
-from retort.shards import TokenIndex
 from retort.teacher import score_features
 from retort.tokens import SequenceTable
 

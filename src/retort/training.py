@@ -42,6 +42,7 @@ from retort.codec import Codec
 from retort.config import Student, Teacher, Tracking, Training, identity
 from retort.config_checks import DEFAULT_ALPHA
 from retort.fused_loss import LossSettings
+from retort.index import TokenIndex
 from retort.model_card import write_card
 from retort.models import (
     CausalLM,
@@ -60,7 +61,6 @@ from retort.provenance import (
     write_json,
 )
 from retort.ranks import cut_global_batch, ignore_surroundings, rank, world_size
-from retort.shards import TokenIndex
 from retort.student_loss import attach_loss
 from retort.tokens import SequenceTable, fingerprint_of_tokenizer, load_tokenizer
 from retort.trainer import DistillationTrainer, ProgressCallback

@@ -17,6 +17,7 @@ import torch
 from retort.cache import CACHE_FILE, CacheHeader
 from retort.claims import claim, next_part
 from retort.config import Cache, Teacher
+from retort.index import TokenIndex
 from retort.models import CausalLM, describe_device, load_recorded_teacher
 from retort.parts import (
     build_header,
@@ -27,7 +28,6 @@ from retort.parts import (
     write_part,
 )
 from retort.provenance import describe_run, read_json, write_json
-from retort.shards import TokenIndex
 from retort.teacher import score_part
 
 _PROGRESS_S = 10.0
