@@ -231,7 +231,9 @@ def score_validation(
     say(
         f"{validation.num_positions:,} held-out positions, {training.num_positions:,} to measure the cache with"
     )
-    teacher = load_recorded_teacher(teacher_path, section, record_path=fingerprint_path)
+    teacher = load_recorded_teacher(
+        teacher_path, section, record_path=fingerprint_path, longest=index.longest
+    )
     found = score_tables(
         teacher,
         fingerprint=record["weights"],

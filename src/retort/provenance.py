@@ -197,7 +197,7 @@ def temporary_name(path: Path) -> Path:
 
 
 def remove_stale_temporaries(folder: Path, *, older_than_s: float = 3600.0) -> None:
-    """Remove what writers that were killed left in `folder`; younger files of others than the dead of this node stay."""
+    """Remove what killed writers left in `folder`; younger files of others than the dead of this node stay."""
     now = time.time()
     for path in folder.glob(".*.tmp"):
         node, _, process = path.name.removesuffix(".tmp").rpartition(".")

@@ -160,7 +160,9 @@ def generate_logits(
             worker=worker,
             num_workers=num_workers,
             batch_size=section.generation.batch_size,
-            load=lambda: load_recorded_teacher(teacher_path, section, record_path=fingerprint_path),
+            load=lambda: load_recorded_teacher(
+                teacher_path, section, record_path=fingerprint_path, longest=index.longest
+            ),
             say=say,
         )
     device = "cuda" if torch.cuda.is_available() and section.device != "cpu" else "cpu"
