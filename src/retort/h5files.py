@@ -5,6 +5,7 @@ to memory, and the bytes go to the disk by our own hands. Large columns are only
 from wherever they are, in pieces.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +30,11 @@ class Column:
     dtype: Any
     pieces: Iterable[memoryview]
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all its values."""
+        return math.prod(self.shape) * int(np.dtype(self.dtype).itemsize)
+
 
 def write_h5(
     path: Path,
@@ -52,10 +58,13 @@ def write_h5(
             places = {n: reserve(file, n, shape=c.shape, dtype=c.dtype) for n, c in columns.items()}
         with replacing(path) as temporary:
             with temporary.open("wb") as written:
-                for name in sorted(places, key=lambda name: places[name]):
-                    _copy_image(image, written, stop=places[name])
+                for first, name in sorted(
+                    (places[n], n) for n, c in columns.items() if c.num_bytes
+                ):
+                    _copy_image(image, written, stop=first)
                     for piece in columns[name].pieces:
                         write_pieces(written, piece)
+                    assert written.tell() == first + columns[name].num_bytes, name
                 _copy_image(image, written, stop=image.seek(0, os.SEEK_END))
             verify(temporary)
 

@@ -6,6 +6,7 @@ costs what is asked for.
 """
 
 import io
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
@@ -265,17 +266,16 @@ class TokenIndex:
         return concatenate_tables(self._iterate_split(split, max_positions=max_positions))
 
     def _iterate_split(self, split: str, *, max_positions: int | None) -> Iterator[SequenceTable]:
+        limit = sys.maxsize if max_positions is None else max_positions
         positions = 0
         for name in self.content["shards"]:
             for table in iterate_token_shard(self.path.parent / name, split):
-                if max_positions is not None:
-                    room = max(0, max_positions - positions)
-                    keep = int(np.searchsorted(table.position_offsets[:-1], room, side="left"))
-                    if keep == 0:
-                        return
-                    table = table.slice(0, keep)
-                positions += table.num_positions
-                yield table
+                starts = positions + table.position_offsets[:-1]
+                kept = table.slice(0, int(np.searchsorted(starts, limit, side="left")))
+                positions += kept.num_positions
+                yield kept
+                if positions >= limit:
+                    return
 
     def read_sample(self, *, num_positions: int) -> tuple[NDArray[np.int64], SequenceTable]:
         """Return evenly spaced training sequences with about `num_positions` counted positions; reads no others.

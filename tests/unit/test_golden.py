@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bytewise import Bytes
 from synthetic import CODED, ORDER, streams_of
 
 from retort.artefacts import REVISIONS, plan_project
@@ -71,18 +72,6 @@ GOLDEN_IDS = {
 
 REPOSITORY = Path(__file__).parents[2]
 CODEC = Codec(method="top_k", top_k=6, temperatures=(1.0, 2.0), vocabulary=300)
-
-
-class Bytes:
-    """The simplest tokenizer: a byte is a token; the same in every version of every library."""
-
-    eos_token_id = 256
-    chat_template = None
-
-    def __call__(self, text: str | list[str], **_: Any) -> dict[str, Any]:
-        texts = [text] if isinstance(text, str) else text
-        ids = [list(t.encode()) for t in texts]
-        return {"input_ids": ids[0] if isinstance(text, str) else ids}
 
 
 def tokenize(prompts: bool, long_documents: str) -> SequenceTable:
