@@ -28,10 +28,9 @@ from retort.codec import (
 )
 from retort.entropy import Lookup, build_lookup, unpack_tables
 from retort.h5files import open_h5, read_text
-from retort.shards import TABLE_COLUMNS
 from retort.sparse_codec import decode_streams
 from retort.sparse_streams import count_contexts
-from retort.tokens import SequenceTable, content_key
+from retort.tokens import TABLE_COLUMNS, SequenceTable, content_key
 
 CACHE_FORMAT = "retort-logits"
 CACHE_VERSION = 4

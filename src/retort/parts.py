@@ -32,10 +32,9 @@ from retort.config import Cache
 from retort.h5files import reserve, write_h5, write_text
 from retort.index import TokenIndex, name_part
 from retort.provenance import digest, replacing, write_pieces
-from retort.shards import TABLE_COLUMNS
 from retort.sparse_codec import encode_streams
 from retort.sparse_streams import Streams
-from retort.tokens import SequenceTable
+from retort.tokens import TABLE_COLUMNS, SequenceTable
 
 DAMAGED = ".damaged"
 _SLACK_BYTES = 1 << 20  # of a merged file's own layout

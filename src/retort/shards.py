@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,11 +21,17 @@ from retort.config import Dataset
 from retort.corpus import Counts, read_documents, read_drawn, unchanged
 from retort.h5files import Column, open_h5, read_text, write_h5, write_text
 from retort.provenance import remove_stale_temporaries
-from retort.tokens import SPLITS, SequenceTable, TokenCounts, build_table, tokenize_batches
+from retort.tokens import (
+    SPLITS,
+    TABLE_COLUMNS,
+    SequenceTable,
+    TokenCounts,
+    build_table,
+    tokenize_batches,
+)
 
 TOKENS_FORMAT = "retort-tokens"
 TOKENS_VERSION = 1
-TABLE_COLUMNS = tuple(f.name for f in fields(SequenceTable) if f.name != "label_names")
 _OFFSETS = ("offsets", "segment_offsets")
 _PIECE_BYTES = 1 << 20  # whole values: a multiple of every column's
 # What is read and verified at once: 1.3 MB of tokens, 0.5 MB beside them, and at least one sequence.

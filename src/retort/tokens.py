@@ -126,6 +126,9 @@ class SequenceTable:
         )
 
 
+TABLE_COLUMNS = tuple(f.name for f in fields(SequenceTable) if f.name != "label_names")
+
+
 def concatenate_tables(tables: Iterable[SequenceTable]) -> SequenceTable:
     """Return one table of all sequences, in order."""
     tables = list(tables)
