@@ -22,12 +22,13 @@ from retort.cache import (
     CacheHeader,
 )
 from retort.codec import Codec, TokenOrder
+from retort.index import TokenIndex, write_index
 from retort.parts import (
     merge_parts,
     part_path,
     write_part,
 )
-from retort.shards import TokenIndex, write_index, write_token_shard
+from retort.shards import write_token_shard
 from retort.sparse_codec import Selection, to_streams
 from retort.sparse_streams import TAIL_UNIT
 from retort.tokens import SequenceTable, build_table

@@ -33,7 +33,7 @@ REVISIONS = {
     "corpus": 1,
     "teacher": 2,
     "demo_teacher": 2,  # trained here, while another teacher is only recorded
-    "tokens": 2,
+    "tokens": 3,
     "logits": 4,
     "validation": 1,
     "run": 3,

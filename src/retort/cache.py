@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from bisect import bisect_right
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,10 @@ from retort.codec import (
     decode,
 )
 from retort.entropy import Lookup, build_lookup, unpack_tables
-from retort.shards import (
-    open_h5,
-    read_text,
-)
+from retort.h5files import open_h5, read_text
 from retort.sparse_codec import decode_streams
 from retort.sparse_streams import count_contexts
-from retort.tokens import SequenceTable, content_key
+from retort.tokens import TABLE_COLUMNS, SequenceTable, content_key
 
 CACHE_FORMAT = "retort-logits"
 CACHE_VERSION = 4
@@ -60,7 +57,6 @@ CHECKED_COLUMNS = (
     "tables",
     "token_order",
 )
-TABLE_COLUMNS = tuple(f.name for f in fields(SequenceTable) if f.name != "label_names")
 COLUMN_TYPES = {
     "ids": "<i4",
     "loss_mask": "u1",

@@ -18,7 +18,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from retort.config import Config, Teacher, Tracking
 from retort.corpus import check_corpus
 from retort.demo import DEMO_TEACHER, DemoTokenizer
-from retort.models import load_model_config, output_width, student_config
+from retort.models import (
+    load_model_config,
+    name_student,
+    output_width,
+    refuse_short_context,
+    student_config,
+)
 from retort.provenance import fingerprint_weights, require_writable
 from retort.tokens import load_tokenizer
 
@@ -103,7 +109,9 @@ def _check_teacher(config: Config) -> tuple[Any, int, str]:
             f"layer of teacher {section.model_path!r} only {width}: they do not belong together. Leave "
             "dataset.tokenizer out to use the teacher's own."
         )
-    _check_context(model, dataset.max_length, f"teacher {section.model_path!r}")
+    refuse_short_context(
+        model, dataset.max_length, f"teacher {section.model_path!r}", what="dataset.max_length"
+    )
     beyond = (
         f" ({width - len(tokenizer)} ids beyond its tokenizer get probability zero)"
         if width > len(tokenizer)
@@ -134,21 +142,13 @@ def _causal_classes() -> set[str]:
     return {name for value in names for name in ([value] if isinstance(value, str) else value)}
 
 
-def _check_context(model: PretrainedConfig, max_length: int, name: str) -> None:
-    limit = getattr(model.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and 0 < limit < max_length:
-        raise ValueError(
-            f"dataset.max_length is {max_length}, but {name} was made for at most {limit} positions "
-            f"(max_position_embeddings). Set dataset.max_length: {limit} or less."
-        )
-
-
 def _check_student(config: Config, tokenizer: Any, width: int) -> str:
     model = student_config(config.student, vocabulary=width, tokenizer=tokenizer)
-    _check_context(
+    refuse_short_context(
         model,
         config.dataset.max_length,
-        f"the student ({config.student.config or config.student.model_path})",
+        name_student(config.student),
+        what="dataset.max_length",
     )
     with torch.device("meta"):
         parameters = AutoModelForCausalLM.from_config(model).num_parameters()

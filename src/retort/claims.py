@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from retort.provenance import has_ended
+
 _CLAIM_REFRESH_S = 5.0
 _CLAIM_STALE_S = 60.0
 
@@ -39,21 +41,13 @@ def is_claimed(folder: Path, part_name: str) -> bool:
         node, _, process = claim.read_text().strip().partition(" ")
     except FileNotFoundError:
         return False
-    if node == platform.node() and process.isdigit() and _has_ended(int(process)):
+    if node == platform.node() and process.isdigit() and has_ended(int(process)):
         return False  # killed here: nobody has to wait for its claim to age
     clock = folder / f".clock.{platform.node()}.{os.getpid()}.tmp"
     clock.touch()
     now = clock.stat().st_mtime
     clock.unlink(missing_ok=True)
     return now - written < _CLAIM_STALE_S
-
-
-def _has_ended(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except OSError as error:  # PermissionError: it is alive, and somebody else's
-        return isinstance(error, ProcessLookupError)
-    return False
 
 
 @contextmanager

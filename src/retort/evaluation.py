@@ -20,10 +20,10 @@ from torch.nn import functional as F
 
 from retort.config import Evaluation
 from retort.features import TeacherFeatures, digest_keys, iterate_rows, read_features
+from retort.index import TokenIndex
 from retort.losses import perplexity
 from retort.models import CausalLM, choose_device, load_pretrained, split_model
 from retort.provenance import compare_digests, digest_folder, read_json, write_json
-from retort.shards import TokenIndex
 from retort.teacher import Scorer, score_features
 from retort.tokens import SequenceTable
 

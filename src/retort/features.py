@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from retort.config import Evaluation, Teacher
+from retort.index import TokenIndex
 from retort.models import CausalLM, Head, load_recorded_teacher
 from retort.provenance import read_json, replacing
-from retort.shards import TokenIndex
 from retort.teacher import Scorer, score_features
 from retort.tokens import SequenceTable
 
@@ -229,7 +229,9 @@ def score_validation(
     say(
         f"{validation.num_positions:,} held-out positions, {training.num_positions:,} to measure the cache with"
     )
-    teacher = load_recorded_teacher(teacher_path, section, record_path=fingerprint_path)
+    teacher = load_recorded_teacher(
+        teacher_path, section, record_path=fingerprint_path, longest=index.longest
+    )
     found = score_tables(
         teacher,
         fingerprint=record["weights"],

@@ -17,6 +17,7 @@ from retort.cache import (
 from retort.codec import Codec, SparseTargets
 from retort.config import Cache, Merge
 from retort.features import TeacherFeatures, read_features
+from retort.index import TokenIndex
 from retort.parts import (
     DAMAGED,
     build_header,
@@ -25,7 +26,6 @@ from retort.parts import (
     remove_parts,
 )
 from retort.provenance import describe_run, read_json, write_json
-from retort.shards import TokenIndex
 from retort.tokens import concatenate_tables
 
 # Storing and scoring in other batches costs below 1e-2 nats even in bfloat16; distributions that belong to another

@@ -352,13 +352,31 @@ def student_config(section: Student, *, vocabulary: int, tokenizer: Any) -> Pret
     return config
 
 
+def name_student(section: Student) -> str:
+    """Return the student's name in messages."""
+    return f"the student ({section.config or section.model_path})"
+
+
+def refuse_short_context(
+    config: PretrainedConfig, length: int, name: str, *, what: str = "the longest sequence"
+) -> None:
+    """Raise ValueError when a model was made for fewer positions than the `length` tokens of a sequence."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and 0 < limit < length:
+        raise ValueError(
+            f"{what} is {length} tokens, but {name} was made for at most {limit} positions "
+            f"(max_position_embeddings). Set dataset.max_length: {limit} or less (by hand: tokenize_shard.py "
+            f"--dataset-max-length {limit}), or use a model with a longer context."
+        )
+
+
 def build_student(
     section: Student, *, vocabulary: int, tokenizer: Any, seed: int
 ) -> PreTrainedModel:
     """Build the student in float32: from a config with weights drawn by `seed`, or from a checkpoint."""
     config = student_config(section, vocabulary=vocabulary, tokenizer=tokenizer)
     torch.manual_seed(seed)
-    name = f"the student ({section.config or section.model_path})"
+    name = name_student(section)
     try:
         model: PreTrainedModel = (
             AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -416,14 +434,23 @@ def require_weights(record: dict[str, Any], path: str, *, source: Path) -> None:
         )
 
 
-def load_recorded_teacher(path: str, section: Teacher, *, record_path: Path) -> CausalLM:
-    """Load a teacher after checking that it is the recorded one, at the recorded revision."""
+def load_recorded_teacher(
+    path: str, section: Teacher, *, record_path: Path, longest: int = 0
+) -> CausalLM:
+    """Load a teacher after checking that it is the recorded one, at the recorded revision.
+
+    Raises ValueError, before the weights are loaded, when sequences of `longest` tokens are more than it can read.
+    """
     record = read_json(record_path)
     source = Path(path) if Path(path).is_dir() else None
     stamp = stamp_files(list_weights(source)) if source else None
     require_weights(record, path, source=record_path)
     if source is None:
         section = replace(section, revision=record["revision"])
+    config = load_model_config(
+        path, revision=section.revision, trust_remote_code=section.trust_remote_code
+    )
+    refuse_short_context(config, longest, f"teacher {path!r}")
     teacher = replace(load_teacher(path, section), source=source, stamp=stamp)
     assert teacher.vocabulary == record["vocabulary"], (teacher.vocabulary, record["vocabulary"])
     return teacher

@@ -22,7 +22,6 @@ from retort.cache import (
     CHECKED_COLUMNS,
     COLUMN_TYPES,
     LARGE_COLUMNS,
-    TABLE_COLUMNS,
     CacheHeader,
     LogitCache,
     checksum_column,
@@ -30,11 +29,12 @@ from retort.cache import (
 )
 from retort.codec import Codec, SparseTargets, TokenOrder, build_codec, encode
 from retort.config import Cache
+from retort.h5files import reserve, write_h5, write_text
+from retort.index import TokenIndex, name_part
 from retort.provenance import digest, replacing, write_pieces
-from retort.shards import TokenIndex, name_part, write_h5, write_text
 from retort.sparse_codec import encode_streams
 from retort.sparse_streams import Streams
-from retort.tokens import SequenceTable
+from retort.tokens import TABLE_COLUMNS, SequenceTable
 
 DAMAGED = ".damaged"
 _SLACK_BYTES = 1 << 20  # of a merged file's own layout
@@ -219,7 +219,7 @@ def merge_parts(
                     file.create_dataset(name, data=columns[name])
                 elif name in copied:
                     num_rows = sum(p.places[name][1] for p in parts) // np.dtype(kind).itemsize
-                    offsets[name] = _reserve(file, name, size=num_rows, kind=kind)
+                    offsets[name] = reserve(file, name, shape=(num_rows,), dtype=kind)
                 else:
                     _refer_to_records(file, name, parts, beside=out.parent)
             halved = sum(part.halved_parts for part in parts)
@@ -332,17 +332,6 @@ def _shift_blocks(
             yield np.array(places, np.int32)[column]
         else:
             yield column
-
-
-def _reserve(file: h5py.File, name: str, *, size: int, kind: str) -> int:
-    """Create a column without writing it; return the byte of the file at which it lies."""
-    layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-    layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    layout.set_obj_track_times(False)  # equal content, equal bytes
-    space, of_kind = h5py.h5s.create_simple((size,)), h5py.h5t.py_create(np.dtype(kind))
-    dataset = h5py.h5d.create(file.id, name.encode(), of_kind, space, dcpl=layout)
-    return int(dataset.get_offset() or 0)  # None where there are no rows
 
 
 def _refer_to_records(file: h5py.File, name: str, parts: list[_Part], *, beside: Path) -> None:

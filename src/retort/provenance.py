@@ -197,11 +197,24 @@ def temporary_name(path: Path) -> Path:
 
 
 def remove_stale_temporaries(folder: Path, *, older_than_s: float = 3600.0) -> None:
-    """Remove what writers that were killed left in `folder`; younger files may still be in use."""
+    """Remove what killed writers left in `folder`; younger files of others than the dead of this node stay."""
     now = time.time()
     for path in folder.glob(".*.tmp"):
-        if now - path.stat().st_mtime > older_than_s:
+        node, _, process = path.name.removesuffix(".tmp").rpartition(".")
+        is_dead = (
+            node.endswith(f".{platform.node()}") and process.isdigit() and has_ended(int(process))
+        )
+        if is_dead or now - path.stat().st_mtime > older_than_s:
             path.unlink(missing_ok=True)
+
+
+def has_ended(process: int) -> bool:
+    """Say whether no process of this node has that number."""
+    try:
+        os.kill(process, 0)
+    except OSError as error:  # PermissionError: it is alive, and somebody else's
+        return isinstance(error, ProcessLookupError)
+    return False
 
 
 def is_path(name: str) -> bool:

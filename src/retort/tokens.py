@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import xxhash
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from retort.commands import first_line
 from retort.config import Dataset
@@ -25,7 +25,9 @@ from retort.provenance import digest, fingerprint_tokenizer, is_path
 
 SPLITS = ("train", "val")
 KEY_BYTES = 16
+# A tokenizer takes about 100 bytes a token while it is at a batch.
 _DOCUMENTS_PER_BATCH = 256
+_CHARACTERS_PER_BATCH = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -97,13 +99,13 @@ class SequenceTable:
         counts = np.add.reduceat(self.loss_mask, self.offsets[:-1], dtype=np.int64)
         return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts, dtype=np.int64)])
 
-    def verify_keys(self, *, source: str) -> None:
-        """Raise ValueError when a stored key is not its sequence's."""
+    def verify_keys(self, *, source: str, first: int = 0) -> None:
+        """Raise ValueError when a stored key is not its sequence's; `first`: the place of sequence 0 in `source`."""
         for index in range(len(self)):
             row = self[index]
             if content_key(row.ids, row.loss_mask, row.segment_starts) != row.key:
                 raise ValueError(
-                    f"{source}: sequence {index} does not hold the tokens that its content key names; the file "
+                    f"{source}: sequence {first + index} does not hold the tokens that its content key names; the file "
                     "was damaged or edited. Delete it and run the same command again."
                 )
 
@@ -122,6 +124,9 @@ class SequenceTable:
             labels=self.labels[first:stop],
             label_names=self.label_names,
         )
+
+
+TABLE_COLUMNS = tuple(f.name for f in fields(SequenceTable) if f.name != "label_names")
 
 
 def concatenate_tables(tables: Iterable[SequenceTable]) -> SequenceTable:
@@ -155,9 +160,11 @@ def concatenate_tables(tables: Iterable[SequenceTable]) -> SequenceTable:
     )
 
 
-def build_table(
-    rows: Iterable[tuple[list[int], list[bool], int, tuple[str, str]]],
-) -> SequenceTable:
+# (ids, loss mask, document, (category, language)) of a sequence of one segment
+_Row = tuple[ArrayLike, ArrayLike, int, tuple[str, str]]
+
+
+def build_table(rows: Iterable[_Row]) -> SequenceTable:
     """Build a table from (ids, loss mask, document, (category, language)) rows of one segment each."""
     rows = list(rows)
     names = sorted({name for *_, name in rows} | {("", "")})
@@ -213,24 +220,50 @@ class TokenCounts:
 def tokenize_documents(
     documents: Iterable[Document], tokenizer: Any, dataset: Dataset, *, counts: TokenCounts
 ) -> SequenceTable:
-    """Turn documents into sequences of at most `dataset.max_length` tokens, and count every token."""
-    rows: list[tuple[list[int], list[bool], int, tuple[str, str]]] = []
-    for document, ids, first_loss in _encode(documents, tokenizer, dataset):
-        counts.documents += 1
-        counts.read += len(ids)
-        if len(ids) < 2:
-            counts.too_short += len(ids)
-            continue
-        label = (document.category or "", document.language or "")
-        for piece, mask in _split(ids, first_loss, dataset, counts):
-            rows.append((piece, mask, document.index, label))
+    """Turn documents of one split into sequences, all in memory, and count every token."""
+    batches = tokenize_batches(documents, tokenizer, dataset, counts=counts)
+    return concatenate_tables(table for tables in batches for table in tables.values())
+
+
+def tokenize_batches(
+    documents: Iterable[Document], tokenizer: Any, dataset: Dataset, *, counts: TokenCounts
+) -> Iterator[dict[str, SequenceTable]]:
+    """Turn documents into sequences of at most `dataset.max_length` tokens, and count every token.
+
+    Yields the sequences of a batch of documents by split, each split's in the documents' order.
+    """
+    for batch in _cut_batches(documents):
+        rows: dict[str, list[_Row]] = {split: [] for split in SPLITS}
+        for document, ids, first_loss in _encode(batch, tokenizer, dataset):
+            counts.documents += 1
+            counts.read += len(ids)
+            if len(ids) < 2:
+                counts.too_short += len(ids)
+                continue
+            label = (document.category or "", document.language or "")
+            for piece, mask in _split(np.array(ids, np.int32), first_loss, dataset, counts):
+                rows[document.split].append((piece, mask, document.index, label))
+        yield {split: build_table(rows[split]) for split in SPLITS}
     counts.reconcile()
-    return build_table(rows)
+
+
+def _cut_batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Yield batches; one that holds much text is full before it has its number of documents."""
+    batch: list[Document] = []
+    num_characters = 0
+    for document in documents:
+        batch.append(document)
+        num_characters += len(document.text) + len(document.prompt or "")
+        if len(batch) == _DOCUMENTS_PER_BATCH or num_characters >= _CHARACTERS_PER_BATCH:
+            yield batch
+            batch, num_characters = [], 0
+    if batch:
+        yield batch
 
 
 def _split(
-    ids: list[int], first_loss: int, dataset: Dataset, counts: TokenCounts
-) -> Iterator[tuple[list[int], list[bool]]]:
+    ids: NDArray[np.int32], first_loss: int, dataset: Dataset, counts: TokenCounts
+) -> Iterator[tuple[NDArray[np.int32], NDArray[np.bool_]]]:
     """Yield (ids, loss mask) pieces of one document; `first_loss` is the first token worth predicting."""
     length = dataset.max_length
     if len(ids) > length and dataset.long_documents == "truncate":
@@ -241,8 +274,9 @@ def _split(
     for start in range(0, len(ids) - 1, length - 1):
         piece = ids[start : start + length]
         fresh = len(piece) - (start > 0)  # the first token was stored by the piece before
-        mask = [start + t + 1 >= first_loss for t in range(len(piece) - 1)] + [False]
-        if any(mask):
+        mask = np.arange(start + 1, start + len(piece) + 1) >= first_loss
+        mask[-1] = False
+        if mask.any():
             counts.stored += fresh
             yield piece, mask
         else:
@@ -250,46 +284,26 @@ def _split(
 
 
 def _encode(
-    documents: Iterable[Document], tokenizer: Any, dataset: Dataset
+    batch: list[Document], tokenizer: Any, dataset: Dataset
 ) -> Iterator[tuple[Document, list[int], int]]:
     """Yield each document with its ids and the place of the first token that is to be predicted."""
-    end = (
-        [tokenizer.eos_token_id]
-        if dataset.append_eos and tokenizer.eos_token_id is not None
-        else []
-    )
-    has_template = dataset.prompt_column is not None and bool(
-        getattr(tokenizer, "chat_template", None)
-    )
-    batch: list[Document] = []
-
-    def encode_batch() -> Iterator[tuple[Document, list[int], int]]:
-        if has_template:
-            for document in batch:
-                yield (document, *_apply_chat_template(document, tokenizer))
-            return
-        heads = [
-            _ids(tokenizer, f"{d.prompt}\n", special=True) if d.prompt is not None else []
-            for d in batch
-        ]
-        plain = dataset.prompt_column is None
-        bodies = (
-            tokenizer([d.text for d in batch], add_special_tokens=plain)["input_ids"]
-            if batch
+    if dataset.prompt_column is not None and getattr(tokenizer, "chat_template", None):
+        for document in batch:
+            yield (document, *_apply_chat_template(document, tokenizer))
+        return
+    has_end = dataset.append_eos and tokenizer.eos_token_id is not None
+    end = [tokenizer.eos_token_id] if has_end else []
+    plain = dataset.prompt_column is None
+    bodies = tokenizer([d.text for d in batch], add_special_tokens=plain)["input_ids"]
+    for document, body in zip(batch, bodies, strict=True):
+        head = (
+            _ids(tokenizer, f"{document.prompt}\n", special=True)
+            if document.prompt is not None
             else []
         )
-        for document, head, body in zip(batch, heads, bodies, strict=True):
-            body = (
-                body[:-1] if end and body[-1:] == end else body
-            )  # some tokenizers add the end themselves
-            yield document, [*head, *body, *end], len(head)
-
-    for document in documents:
-        batch.append(document)
-        if len(batch) == _DOCUMENTS_PER_BATCH:
-            yield from encode_batch()
-            batch = []
-    yield from encode_batch()
+        if end and body[-1:] == end:  # some tokenizers add the end themselves
+            body = body[:-1]
+        yield document, [*head, *body, *end], len(head)
 
 
 def _ids(tokenizer: Any, text: str, *, special: bool) -> list[int]:

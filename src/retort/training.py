@@ -42,6 +42,7 @@ from retort.codec import Codec
 from retort.config import Student, Teacher, Tracking, Training, identity
 from retort.config_checks import DEFAULT_ALPHA
 from retort.fused_loss import LossSettings
+from retort.index import TokenIndex
 from retort.model_card import write_card
 from retort.models import (
     CausalLM,
@@ -49,7 +50,10 @@ from retort.models import (
     choose_device,
     describe_device,
     load_recorded_teacher,
+    name_student,
+    refuse_short_context,
     split_model,
+    student_config,
 )
 from retort.provenance import (
     describe_run,
@@ -60,7 +64,6 @@ from retort.provenance import (
     write_json,
 )
 from retort.ranks import cut_global_batch, ignore_surroundings, rank, world_size
-from retort.shards import TokenIndex
 from retort.student_loss import attach_loss
 from retort.tokens import SequenceTable, fingerprint_of_tokenizer, load_tokenizer
 from retort.trainer import DistillationTrainer, ProgressCallback
@@ -393,9 +396,16 @@ def train_run(
     source = _open_source(index, cache_path if needs_teacher else None)
     record = read_json(fingerprint_path) if fingerprint_path else None
     _refuse_other_student(student, expected_student)
+    # The width of the teacher's output layer, also for a run that learns from text alone: students of one config are of
+    # one size.
+    vocabulary = record["vocabulary"] if record else len(tokenizer)
+    config = student_config(student, vocabulary=vocabulary, tokenizer=tokenizer)
+    refuse_short_context(config, index.longest, name_student(student))
     teacher = None
     if needs_teacher and cache_path is None and teacher_path and fingerprint_path:
-        teacher = load_recorded_teacher(teacher_path, teacher_section, record_path=fingerprint_path)
+        teacher = load_recorded_teacher(
+            teacher_path, teacher_section, record_path=fingerprint_path, longest=index.longest
+        )
     facts = _describe_signal(index, source, record if needs_teacher else None)
     job = Job(
         name=name,
@@ -405,9 +415,7 @@ def train_run(
         training=training,
         tracking=tracking,
         tokenizer=tokenizer,
-        # The width of the teacher's output layer, also for a run that learns from text alone: students of one
-        # config are of one size.
-        vocabulary=record["vocabulary"] if record else len(tokenizer),
+        vocabulary=vocabulary,
         teacher=teacher,
         facts={"run": out.parent.name, **facts},
     )

@@ -20,6 +20,7 @@ from retort.cache import CACHE_FILE, CacheHeader
 from retort.claims import claim, next_part
 from retort.codec import TokenOrder
 from retort.config import Cache, Teacher
+from retort.index import TokenIndex
 from retort.models import CausalLM, describe_device, load_recorded_teacher
 from retort.parts import (
     build_header,
@@ -30,7 +31,6 @@ from retort.parts import (
     write_part,
 )
 from retort.provenance import describe_run, read_json, write_json
-from retort.shards import TokenIndex
 from retort.teacher import Scored, Scorer, score_part
 from retort.tokens import SequenceTable
 
@@ -217,7 +217,9 @@ def generate_logits(
             worker=worker,
             num_workers=num_workers,
             batch_size=section.generation.batch_size,
-            load=lambda: load_recorded_teacher(teacher_path, section, record_path=fingerprint_path),
+            load=lambda: load_recorded_teacher(
+                teacher_path, section, record_path=fingerprint_path, longest=index.longest
+            ),
             say=say,
         )
     device = "cuda" if torch.cuda.is_available() and section.device != "cpu" else "cpu"

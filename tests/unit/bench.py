@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 from retort.cache import LogitCache
 from retort.config import identity
 from retort.config_checks import DEFAULT_ALPHA
+from retort.index import TokenIndex
 from retort.models import CausalLM, load_teacher
 from retort.provenance import digest
-from retort.shards import TokenIndex
 from retort.tokens import SequenceTable, load_tokenizer
 from retort.training import (
     LOG_COLUMNS,

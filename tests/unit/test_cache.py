@@ -43,6 +43,7 @@ from retort.cache import (
     cache_digest,
 )
 from retort.codec import Codec, decode, encode
+from retort.index import TokenIndex
 from retort.parts import (
     find_missing_parts,
     is_merged,
@@ -52,7 +53,6 @@ from retort.parts import (
     write_part,
 )
 from retort.provenance import write_pieces
-from retort.shards import TokenIndex
 from retort.tokens import SequenceTable, build_table
 
 forking = multiprocessing.get_context("fork")

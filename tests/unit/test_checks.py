@@ -207,7 +207,7 @@ def test_a_tokenizer_with_ids_beyond_the_output_layer_is_refused(
 
 def test_sequences_longer_than_the_teachers_context_are_refused(setting: Setting) -> None:
     setting.refuse(
-        r"dataset\.max_length is 129, but teacher .* at most 128 positions.*max_length: 128 or less",
+        r"dataset\.max_length is 129 tokens, but teacher .* at most 128 positions.*max_length: 128 or less",
         dataset={"max_length": 129},
     )
     setting.check(dataset={"max_length": 128})
@@ -229,7 +229,7 @@ def test_a_student_with_too_small_a_vocabulary_is_refused(setting: Setting) -> N
 def test_sequences_longer_than_the_students_context_are_refused(setting: Setting) -> None:
     short = _student(setting, WIDTH, max_position_embeddings=47)
     setting.refuse(
-        r"dataset\.max_length is 48, but the student .* at most 47 positions",
+        r"dataset\.max_length is 48 tokens, but the student .* at most 47 positions",
         student={"config": short},
     )
 

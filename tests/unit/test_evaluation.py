@@ -19,10 +19,10 @@ from retort.evaluation import (
     next_tokens,
 )
 from retort.features import TeacherFeatures, digest_keys, read_features, score_validation
+from retort.index import TokenIndex
 from retort.models import CausalLM, load_pretrained, load_teacher, split_model
 from retort.provenance import digest_folder, read_json, write_json
 from retort.records import load_metrics
-from retort.shards import TokenIndex
 from retort.tokens import SequenceTable, load_tokenizer
 
 Matrix = NDArray[np.float64]

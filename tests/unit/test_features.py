@@ -19,9 +19,9 @@ from retort.features import (
     score_validation,
     write_features,
 )
+from retort.index import TokenIndex, build_index
 from retort.models import CausalLM, Head, load_teacher, split_model
 from retort.provenance import read_json, write_json
-from retort.shards import TokenIndex, build_index
 from retort.tokens import SequenceTable
 
 

@@ -24,6 +24,7 @@ from retort.cache import (
 )
 from retort.codec import Codec, SparseTargets
 from retort.features import TeacherFeatures, digest_keys, write_features
+from retort.index import TokenIndex
 from retort.merging import merge_h5
 from retort.models import Head
 from retort.parts import (
@@ -34,7 +35,6 @@ from retort.parts import (
 )
 from retort.provenance import read_json, write_json
 from retort.selection import select_top_k
-from retort.shards import TokenIndex
 from retort.tokens import SequenceTable
 
 WIDTH = 300

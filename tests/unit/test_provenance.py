@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import random
 import signal
 import subprocess
@@ -200,15 +201,19 @@ def test_a_number_that_is_none_is_not_written(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_only_old_temporaries_are_removed(tmp_path: Path) -> None:
+def test_temporaries_are_removed_when_they_are_old_or_their_writer_is_dead(tmp_path: Path) -> None:
     old, young = temporary_name(tmp_path / "old.h5"), temporary_name(tmp_path / "young.h5")
-    kept = tmp_path / "kept.h5"
-    for path in (old, young, kept):
+    kept, mine = tmp_path / "kept.h5", f".{os.getpid()}.tmp"
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    dead = young.with_name(young.name.replace(mine, f".{ended.pid}.tmp"))
+    elsewhere = dead.with_name(dead.name.replace(f".{platform.node()}.", ".another-node."))
+    for path in (old, young, kept, dead, elsewhere):
         path.touch()
     for path in (old, kept):
         os.utime(path, (time.time() - 7200, time.time() - 7200))
     remove_stale_temporaries(tmp_path)
-    assert sorted(tmp_path.iterdir()) == sorted([young, kept])
+    assert sorted(tmp_path.iterdir()) == sorted([young, kept, elsewhere])
 
 
 def test_a_run_record_says_who_when_and_with_what() -> None:

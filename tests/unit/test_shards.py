@@ -17,17 +17,9 @@ from synthetic import TOKENIZER, make_table, write_shards, write_tokens
 from retort.config_schema import fill_defaults, section_schema
 from retort.config_sections import build_section
 from retort.corpus import Counts, draw_corpus
+from retort.index import TokenIndex, build_index, describe_index, name_part, write_index
 from retort.provenance import read_json
-from retort.shards import (
-    TokenIndex,
-    build_index,
-    describe_index,
-    name_part,
-    read_token_shard,
-    tokenize_shard,
-    write_index,
-    write_token_shard,
-)
+from retort.shards import read_token_shard, tokenize_shard, write_token_shard
 from retort.tokens import SequenceTable, build_table, fingerprint_of_tokenizer, load_tokenizer
 
 SIZES = (5, 0, 7, 1)

@@ -42,6 +42,7 @@ from retort.entropy import (
     split,
     unpack_tables,
 )
+from retort.index import TokenIndex
 from retort.parts import (
     find_order,
     merge_parts,
@@ -49,7 +50,6 @@ from retort.parts import (
     write_part,
 )
 from retort.selection import _separate, select_probable
-from retort.shards import TokenIndex
 from retort.sparse_codec import (
     Selection,
     decode_streams,

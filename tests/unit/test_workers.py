@@ -22,10 +22,10 @@ from retort import claims
 from retort.cache import CacheHeader, LogitCache
 from retort.claims import claim
 from retort.codec import build_codec
+from retort.index import TokenIndex
 from retort.models import CausalLM, load_recorded_teacher, load_teacher
 from retort.parts import build_header, merge_parts, part_path
 from retort.provenance import read_json, write_json
-from retort.shards import TokenIndex
 from retort.teacher import Scorer, score_part
 from retort.workers import WorkerReport, generate_logits, run_worker
 

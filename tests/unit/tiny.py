@@ -12,13 +12,14 @@ from retort.cache import (
 )
 from retort.config_schema import fill_defaults, section_schema
 from retort.config_sections import build_section
+from retort.index import TokenIndex, write_index
 from retort.models import load_recorded_teacher, record_teacher
 from retort.parts import (
     build_header,
     merge_parts,
 )
 from retort.provenance import read_json
-from retort.shards import TokenIndex, tokenize_shard, write_index
+from retort.shards import tokenize_shard
 from retort.tokens import fingerprint_of_tokenizer, load_tokenizer
 from retort.workers import run_worker
 
