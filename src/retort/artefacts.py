@@ -34,8 +34,8 @@ REVISIONS = {
     "teacher": 2,
     "demo_teacher": 2,  # trained here, while another teacher is only recorded
     "tokens": 3,
-    "logits": 4,
-    "validation": 1,
+    "logits": 5,
+    "validation": 2,
     "run": 3,
     "evaluation": 1,
     "report": 1,

