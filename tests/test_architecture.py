@@ -22,6 +22,7 @@ ROOMS = (
     "config",
     "provenance",
     "gpus",
+    "leases",
     "ranks",
     "documents",
     "demo_text",
