@@ -23,6 +23,8 @@ ROOMS = (
     "provenance",
     "gpus",
     "leases",
+    "progress",
+    "failures",
     "ranks",
     "documents",
     "demo_text",

@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
 from retort.cache import CACHE_FILE, CacheHeader
 from retort.claims import claim, next_part
+from retort.commands import first_line, is_out_of_memory
 from retort.config import Cache, Teacher
 from retort.models import CausalLM, describe_device, load_recorded_teacher
 from retort.parts import (
@@ -23,14 +24,16 @@ from retort.parts import (
     find_missing_parts,
     find_order,
     is_merged,
+    part_files,
     part_path,
     write_part,
 )
+from retort.progress import Progress
 from retort.provenance import describe_run, read_json, write_json
 from retort.shards import TokenIndex
 from retort.teacher import score_part
 
-_PROGRESS_S = 10.0
+_WAIT_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -64,13 +67,14 @@ def run_worker(
     batch_size: int,
     load: Callable[[], CausalLM],
     say: Callable[[str], None] = print,
+    progress: Progress | None = None,
 ) -> WorkerReport:
     """Do parts until every part of the index has a file. `load` is called only when there is work to do."""
     folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     done: list[str] = []
     teacher: CausalLM | None = None
-    progress = _Progress(index, say=say)
+    progress = progress or Progress(index.parts, part_files(index, folder, header), say=say)
     num_tokens = int(index.content["tokenizer"]["size"])
     order = find_order(index, header.codec)
     # A worker that was stopped for long may wake after the others finished, merged and removed all parts.
@@ -79,17 +83,17 @@ def run_worker(
     ):
         place_part = next_part(missing, folder, worker=worker, num_workers=num_workers)
         if place_part is None:
-            time.sleep(
-                1.0
-            )  # living workers are at every part that is left; take over if one of them dies
+            # Living workers are at every part that is left; take over if one of them dies.
+            progress.refresh()
+            time.sleep(_WAIT_S)
             continue
-        place, part = place_part
+        _, part = place_part
         with claim(folder, part["name"]) as is_mine:
             if not is_mine or part_path(folder, part["name"], header).exists():
                 continue
             teacher = teacher or load()
             table = index.read_part(part)
-            progress.start_part(place, len(done))
+            progress.start_part(part)
             targets = score_part(
                 teacher,
                 table,
@@ -102,29 +106,22 @@ def run_worker(
             teacher.require_unchanged()
             write_part(part_path(folder, part["name"], header), table, targets, header, order)
             done.append(part["name"])
+            progress.end_part(part, part_path(folder, part["name"], header))
     return WorkerReport(worker, num_workers, done, progress.tokens, time.monotonic() - started)
 
 
-class _Progress:
-    """One plain line every few seconds: parts, tokens per second, time left if this worker were alone."""
-
-    def __init__(self, index: TokenIndex, *, say: Callable[[str], None]) -> None:
-        self.say = say
-        self.tokens = 0
-        self._parts = index.parts
-        self._started = self._said = time.monotonic()
-        self._place = ""
-
-    def start_part(self, place: int, num_done: int) -> None:
-        self._place = f"part {place + 1} of {len(self._parts)} ({num_done} done here)"
-
-    def add(self, tokens: int) -> None:
-        self.tokens += tokens
-        now = time.monotonic()
-        if now - self._said >= _PROGRESS_S:
-            self._said = now
-            rate = self.tokens / (now - self._started)
-            self.say(f"{self._place}  {self.tokens:,} tokens  {rate:,.0f} tokens/s")
+def _load(path: str, section: Teacher, *, record_path: Path) -> CausalLM:
+    """Load the teacher. Raises ValueError where there is not enough memory for it."""
+    try:
+        return load_recorded_teacher(path, section, record_path=record_path)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"teacher {path!r} does not fit into memory ({first_line(error)}): spread it over more GPUs "
+            f"(teacher.generation.gpus_per_model, now {section.generation.gpus_per_model}), take a smaller "
+            f"teacher.dtype (now {section.dtype}), or fewer workers on this machine (teacher.generation.num_workers)."
+        ) from None
 
 
 def generate_logits(
@@ -138,6 +135,7 @@ def generate_logits(
     worker: int,
     num_workers: int,
     say: Callable[[str], None] = print,
+    terminal: TextIO | None = None,
 ) -> None:
     """Be one worker: do parts into parts/ beside the receipt until none is missing, then write the receipt."""
     torch.set_num_threads(
@@ -153,16 +151,19 @@ def generate_logits(
         say("the merged cache is there already: nothing to do")
         report = WorkerReport(worker, num_workers, [], 0, 0.0)
     else:
-        report = run_worker(
-            index,
-            folder / "parts",
-            header,
-            worker=worker,
-            num_workers=num_workers,
-            batch_size=section.generation.batch_size,
-            load=lambda: load_recorded_teacher(teacher_path, section, record_path=fingerprint_path),
-            say=say,
-        )
+        files = part_files(index, folder / "parts", header)
+        with Progress(index.parts, files, say=say, terminal=terminal) as progress:
+            report = run_worker(
+                index,
+                folder / "parts",
+                header,
+                worker=worker,
+                num_workers=num_workers,
+                batch_size=section.generation.batch_size,
+                load=lambda: _load(teacher_path, section, record_path=fingerprint_path),
+                say=say,
+                progress=progress,
+            )
     device = "cuda" if torch.cuda.is_available() and section.device != "cpu" else "cpu"
     about = describe_run(
         section=asdict(cache),
