@@ -33,7 +33,7 @@ from retort.provenance import describe_run, read_json, write_json
 from retort.shards import TokenIndex
 from retort.teacher import score_part
 
-_WAIT_S = 1.0
+_WAIT_S = 0.25  # a look at the folder, a few milliseconds
 
 
 @dataclass(frozen=True)
