@@ -81,6 +81,7 @@ class Progress:
             initial=self._done["tokens"],
             unit=" tokens",
             unit_scale=True,
+            smoothing=0,  # others' parts come whole, in bursts
             bar_format=_BAR,
             file=terminal,
             dynamic_ncols=True,
