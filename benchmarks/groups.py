@@ -159,12 +159,13 @@ def main() -> None:
     )
     parser.add_argument("--parts", type=int, default=480)
     parser.add_argument("--seconds", type=float, default=120.0, help="of one group's sleep")
+    parser.add_argument("--groups", type=int, nargs="+", default=[1, 2, 4, 8], help="one first")
     args = parser.parse_args()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     print(f"{args.parts} parts, {args.seconds:.0f} s of pretended work")
     print(f"\n{'groups':>6} {'seconds':>8} {'efficiency':>11} {'idle at the end':>16}")
     alone = 0.0
-    for number in (1, 2, 4, 8):
+    for number in args.groups:
         groups = [[str(gpu)] for gpu in range(number)]
         took, idle, _ = measure(groups, [1.0] * number, parts=args.parts, seconds=args.seconds)
         alone = alone or took

@@ -16,7 +16,7 @@ import torch
 
 from retort.cache import CACHE_FILE, CacheHeader
 from retort.claims import claim, next_part
-from retort.commands import first_line, is_out_of_memory
+from retort.commands import first_line, is_out_of_memory, note
 from retort.config import Cache, Teacher
 from retort.models import CausalLM, describe_device, load_recorded_teacher
 from retort.parts import (
@@ -141,7 +141,7 @@ def generate_logits(
     torch.set_num_threads(
         section.generation.cpu_threads
     )  # fixed by the config: another number changes bits
-    say(
+    (note if terminal else say)(  # under a bar, it would be in its way
         f"Worker {worker}/{num_workers}  CUDA_VISIBLE_DEVICES: {os.environ.get('CUDA_VISIBLE_DEVICES', '-')}"
     )
     index = TokenIndex.read(index_path)

@@ -60,7 +60,7 @@ class Pass:
         """Start a worker, by the command that a user would type."""
         (fingerprint,) = self.place.results.glob("teachers/*/fingerprint.json")
         words = [sys.executable, str(SCRIPTS / "generate_logits.py"), "--index", str(self.index)]
-        words += ["--fingerprint", str(fingerprint), "--teacher", "teacher", "--top-k", "8"]
+        words += ["--fingerprint", str(fingerprint), "--teacher", "teacher", "--cache-top-k", "8"]
         words += ["--worker", str(worker), "--num-workers", str(num_workers)]
         words += ["--output", str(self.folder / f"metadata_worker{worker}.json")]
         self.folder.mkdir(exist_ok=True, parents=True)
@@ -108,7 +108,7 @@ class Pass:
         assert self.start().wait(timeout=600) == 0, self.log()[-3000:]
         (fingerprint,) = self.place.results.glob("teachers/*/fingerprint.json")
         words = [sys.executable, str(SCRIPTS / "merge_h5.py"), "--index", str(self.index)]
-        words += ["--fingerprint", str(fingerprint), "--top-k", "8"]
+        words += ["--fingerprint", str(fingerprint), "--cache-top-k", "8"]
         done = self.place.execute([*words, "--output", str(self.folder / "manifest.json")])
         assert done.returncode == 0, done.output
         return sha256(self.folder / "teacher_logits.h5")

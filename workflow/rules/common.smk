@@ -331,4 +331,4 @@ def explain_failures():
     failed = sorted(workflow.scheduler.failed, key=lambda job: str(job.log))
     jobs = [(job.rule.name, Path(log)) for job in failed for log in job.log]
     if jobs:
-        logger.error("\n" + describe_failures(jobs) + "\n")
+        logger.error(f"\n{describe_failures(jobs)}\n")
