@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-unit test-workflow test-slow campaign benchmark-cache benchmark-merge benchmark-training benchmark-feeding benchmark-quality lint environment docs clean
+.PHONY: demo test test-unit test-workflow test-slow campaign benchmark-cache benchmark-merge benchmark-training benchmark-feeding benchmark-groups benchmark-quality lint environment docs clean
 
 demo: $(READY)
 	$(BIN)/snakemake --cores $(CORES) --quiet rules
@@ -50,6 +50,10 @@ benchmark-training: $(READY)
 # How long a step waits for its batch, three minutes (and ten for the distributions, once).
 benchmark-feeding: $(READY)
 	$(BIN)/python benchmarks/feeding.py $(FLAGS)
+
+# One to eight GPU groups with pretended work, about five minutes: make benchmark-groups FLAGS="--parts 160 --seconds 96"
+benchmark-groups: $(READY)
+	$(BIN)/python benchmarks/groups.py $(FLAGS)
 
 # What a student keeps of the teacher, by bytes a position: an hour and a half of one core.
 benchmark-quality: $(READY)

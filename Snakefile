@@ -53,3 +53,7 @@ onstart:
 
 onsuccess:
     point_to_report()
+
+
+onerror:
+    explain_failures()

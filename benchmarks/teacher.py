@@ -198,7 +198,8 @@ def print_overhead(arguments: argparse.Namespace, dtype: torch.dtype) -> None:
     lengths = [arguments.length + 1] * arguments.sequences
     print(
         f"{arguments.shape} Llama, {teacher.num_parameters / 1e6:,.0f} million parameters, {arguments.vocabulary:,} "
-        f"ids, {arguments.sequences} x {arguments.length} positions, batches of {arguments.batch_size}, {device} {dtype}"
+        f"ids, {arguments.sequences} x {arguments.length} positions, batches of {arguments.batch_size}, "
+        f"{device}, {dtype}"
     )
     print(f"{'':24s}{'of bare forward':>16s}{'turns':>18s}{'tokens/s':>12s}{'of matmul':>11s}")
     rows: list[tuple[str, str, float]] = [(m, m, 1.0) for m in METHODS]

@@ -10,6 +10,7 @@ import platform
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ def next_part(
     missing: list[tuple[int, dict[str, Any]]], folder: Path, *, worker: int, num_workers: int
 ) -> tuple[int, dict[str, Any]] | None:
     """Return the first part of the worker's own stripe that nobody is at, else any other, else None."""
-    stripe_first = sorted(
-        missing, key=lambda item: (item[0] % num_workers != worker % num_workers, item[0])
-    )
+    own = (item for item in missing if item[0] % num_workers == worker % num_workers)
+    others = (item for item in missing if item[0] % num_workers != worker % num_workers)
+    stripe_first = chain(own, others)
     return next((item for item in stripe_first if not is_claimed(folder, item[1]["name"])), None)
 
 
@@ -61,7 +62,7 @@ def claim(folder: Path, part_name: str) -> Iterator[bool]:
         path.unlink(missing_ok=True)
     try:
         with path.open("x") as file:
-            file.write(f"{platform.node()} {os.getpid()}\n")
+            file.write(_signature())
     except FileExistsError:
         yield False
         return
@@ -69,8 +70,9 @@ def claim(folder: Path, part_name: str) -> Iterator[bool]:
 
     def refresh() -> None:
         while not stop.wait(_CLAIM_REFRESH_S):
-            with suppress(FileNotFoundError):  # taken over while this worker was stopped
-                os.utime(path)
+            with suppress(FileNotFoundError):
+                if _is_mine(path):
+                    os.utime(path)
 
     thread = threading.Thread(target=refresh, daemon=True)
     thread.start()
@@ -79,4 +81,17 @@ def claim(folder: Path, part_name: str) -> Iterator[bool]:
     finally:
         stop.set()
         thread.join()
-        path.unlink(missing_ok=True)
+        if _is_mine(path):
+            path.unlink(missing_ok=True)
+
+
+def _is_mine(claim: Path) -> bool:
+    """Say whether a claim is this process's; while it was stopped, another may have taken the part over."""
+    try:
+        return claim.read_text() == _signature()
+    except FileNotFoundError:
+        return False
+
+
+def _signature() -> str:
+    return f"{platform.node()} {os.getpid()}\n"

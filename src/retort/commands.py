@@ -9,10 +9,13 @@ import errno
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+ATTEMPT = "=== "  # begins the line that begins an attempt: logs are appended to
 _GOES_ON = "What is finished is kept; the same command goes on from there."
 # Errors that say nothing of a file's content: no permission, too many open files, no memory, a failing disk or network.
 SYSTEM_ERRORS = (
@@ -34,6 +37,15 @@ _DISK_FULL = (
     "PytorchStreamWriter failed writing",
     "iostream error",
 )
+# Of CUDA, of torch's allocator on a CPU, of Python and numpy, of the system, of C++.
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "outofmemoryerror",
+    "can't allocate memory",
+    "memoryerror",
+    "cannot allocate memory",
+    "bad_alloc",
+)
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -52,9 +64,12 @@ def run_script(main: Callable[[], None]) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     _terminate_by(os.getpid())
+    if "LOCAL_RANK" not in os.environ and not sys.stdout.isatty():
+        note(f"{ATTEMPT}{time.strftime('%Y-%m-%d %H:%M:%S')}  {Path(sys.argv[0]).name}")
     try:
         main()
     except KeyboardInterrupt:
+        note(f"interrupted by Ctrl-C. {_GOES_ON}")
         raise SystemExit(130) from None
     except Exception as error:
         if is_disk_full(error):
@@ -93,6 +108,12 @@ def is_disk_full(error: BaseException) -> bool:
     return False
 
 
+def is_out_of_memory(words: object) -> bool:
+    """Say whether an exception, or a log, speaks of memory that was not to be had, a GPU's or the machine's."""
+    text = f"{type(words).__name__}: {words}".lower()
+    return any(sign in text for sign in _OUT_OF_MEMORY)
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of what an exception says, its type's name where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -101,3 +122,8 @@ def first_line(error: BaseException) -> str:
 def say(message: str) -> None:
     """Print one line for the person at the terminal (and for the log)."""
     print(message, file=sys.stderr, flush=True)
+
+
+def note(message: str) -> None:
+    """Print one line for the log alone (a rule's stdout goes nowhere else)."""
+    print(message, flush=True)

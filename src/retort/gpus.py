@@ -1,32 +1,25 @@
-"""GPU groups: which devices there are, how they are grouped for one teacher copy each, and who holds them now.
+"""GPU groups: which devices there are, and how they are grouped for one teacher copy each.
 
-Snakemake counts GPUs but does not say which: on one machine a lease does. One lock file per GPU in a node-local
-folder, taken all or nothing so that nobody waits for others while holding some; the kernel frees them when their
-holder dies, however it dies. Under a scheduler that assigned devices (SLURM) only those count, whatever the config
-lists: a job with one group gets exactly that, and a workflow inside one allocation of 8 GPUs shares them out.
+Snakemake counts GPUs but does not say which: on one machine a lease does (room `leases`). Under a scheduler that
+assigned devices (SLURM) only those count, whatever the config lists: a job with one group gets exactly that, and a
+workflow inside one allocation of 8 GPUs shares them out.
 """
 
 import os
-import random
 import re
 import shutil
 import subprocess
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from pathlib import Path
-
-import filelock
 
 from retort.config import Generation
 
-_POLL_S = 0.5
-_SAY_WAITING_S = 60.0
 # Set by SLURM inside an allocation: its devices are ours alone.
 _SCHEDULER_MARKS = ("SLURM_JOB_ID",)
 _GPU_ID = re.compile(r"\d+|(GPU|MIG)-[A-Za-z0-9/-]+")
+# Lines of nvidia-smi -L: "GPU 0: NVIDIA A100 (UUID: GPU-5c..)", and below it "  MIG 1g.5gb Device 0: (UUID: MIG-a1..)".
+_LISTED = re.compile(r"(?:GPU (\d+):| +MIG ).*\(UUID: ([A-Za-z0-9/-]+)\)")
 
 
 @dataclass(frozen=True)
@@ -64,6 +57,31 @@ def detect_gpus() -> tuple[str, ...]:
     if found.returncode or not all(map(_GPU_ID.fullmatch, ids)):
         raise _broken_driver(said or f"exit status {found.returncode}")
     return tuple(ids)
+
+
+def list_gpus() -> dict[str, str]:
+    """Return the UUID by every name that nvidia-smi has for a GPU of this machine: index, UUID, a slice's UUID.
+
+    A GPU that is split (MIG) is called by its first slice. Nothing where nvidia-smi does not answer.
+    """
+    try:
+        found = subprocess.run(
+            ["nvidia-smi", "-L"], capture_output=True, text=True, errors="replace", timeout=60
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    names: dict[str, str] = {}
+    whole: tuple[str, ...] = ()
+    for line in found.stdout.splitlines():
+        if (match := _LISTED.match(line)) is None:
+            continue
+        index, uuid = match.groups()
+        names[uuid] = uuid
+        if index is not None:
+            whole = (index, uuid)
+        names |= dict.fromkeys(whole, uuid)
+        whole = whole if index is not None else ()
+    return names
 
 
 def _broken_driver(said: str) -> ValueError:
@@ -137,14 +155,15 @@ def count_workers(generation: Generation, *, detected: Sequence[str] | None = No
     if generation.gpus is None:
         found = detect_gpus() if detected is None else detected
         return max(1, len(found) // generation.gpus_per_model)
-    listed = [g for group in _listed(generation.gpus) for g in group]
+    listed = [g for group in listed_groups(generation.gpus) for g in group]
     groups = parse_groups(
         generation.gpus, gpus_per_model=generation.gpus_per_model, detected=listed
     )
     return len(groups.groups)
 
 
-def _listed(gpus: str | Sequence[str]) -> list[tuple[str, ...]]:
+def listed_groups(gpus: str | Sequence[str]) -> list[tuple[str, ...]]:
+    """Return the groups that a config's `gpus` lists, as they are written."""
     return [_split(gpus)] if isinstance(gpus, str) else [_split(group) for group in gpus]
 
 
@@ -170,136 +189,6 @@ def describe_machine(generation: Generation, *, detected: Sequence[str]) -> str:
     return "\n".join(f"{name:<20}{value}" for name, value in rows)
 
 
-def lock_folder() -> Path:
-    """Return the node-local folder of this user's GPU locks: not in TMPDIR, which may differ from job to job."""
-    named = os.environ.get("RETORT_LOCK_DIR")
-    folder = Path(named) if named else Path(f"/tmp/retort-gpus-{os.getuid()}")
-    if (
-        is_scheduled()
-    ):  # ids may be counted anew in each job, so "0" of two jobs need not be one GPU
-        step = os.environ.get("SLURM_STEP_ID", "batch")
-        folder /= f"slurm-{os.environ['SLURM_JOB_ID']}.{step}"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return folder
-
-
-@contextmanager
-def lease(
-    candidates: Sequence[Sequence[str]],
-    *,
-    count: int | None = None,
-    folder: Path,
-    say: Callable[[str], None],
-) -> Iterator[tuple[str, ...]]:
-    """Hold the first of the candidate groups that is free, waiting until one is; yields its GPUs.
-
-    With `count`, any so many GPUs of a group are enough. All that are needed are taken or none, so waiting jobs of
-    any sizes cannot deadlock.
-    """
-    waited_since = said = time.monotonic()
-    while True:
-        for group in candidates:
-            with ExitStack() as stack:
-                if taken := _take(group, count or len(group), folder, stack):
-                    held = stack.pop_all()
-                    with held:
-                        yield taken
-                    return
-        now = time.monotonic()
-        if now - said >= _SAY_WAITING_S:
-            said = now
-            say(
-                f"waiting for a free GPU group for {now - waited_since:.0f} s: all are held by other jobs"
-            )
-        time.sleep(_POLL_S * (0.5 + random.random()))
-
-
-def _take(
-    group: Sequence[str], count: int, folder: Path, stack: ExitStack
-) -> tuple[str, ...] | None:
-    """Lock `count` GPUs of a group and return them; None when fewer are free (the caller's stack frees those)."""
-    taken: list[str] = []
-    for place, gpu in enumerate(sorted(group, key=lambda g: (len(g), g))):
-        if len(taken) + len(group) - place < count:
-            return None
-        # Not the soft lock that filelock falls back to without flock: it would outlive a killed process.
-        lock = filelock.FileLock(
-            folder / f"gpu-{re.sub('[^A-Za-z0-9]', '_', gpu)}.lock", fallback_to_soft=False
-        )
-        try:
-            stack.enter_context(lock.acquire(blocking=False))
-        except filelock.Timeout:
-            continue
-        taken.append(gpu)
-        if len(taken) == count:
-            return tuple(g for g in group if g in taken)
-    return None
-
-
-@contextmanager
-def _visible(gpus: Sequence[str]) -> Iterator[None]:
-    """Let only these GPUs be seen by CUDA while the block runs; must be entered before CUDA starts."""
-    before = {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")}
-    if before["CUDA_VISIBLE_DEVICES"] is None:
-        # The ids are nvidia-smi's, which counts by bus; CUDA by itself counts the fastest first.
-        os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
-
-
 def is_scheduled() -> bool:
     """Say whether a scheduler has given this process its devices."""
     return any(mark in os.environ for mark in _SCHEDULER_MARKS)
-
-
-@contextmanager
-def lease_teacher(
-    generation: Generation, *, worker: int, device: str = "auto", say: Callable[[str], None]
-) -> Iterator[tuple[str, ...]]:
-    """Hold one GPU group for a teacher copy: worker w prefers group w mod groups. Nothing on a CPU."""
-    detected = () if device == "cpu" else detect_gpus()
-    groups = parse_groups(
-        None if is_scheduled() else generation.gpus,
-        gpus_per_model=generation.gpus_per_model,
-        detected=detected,
-    ).groups
-    if not groups:
-        yield ()
-        return
-    first = worker % len(groups)
-    with (
-        lease([*groups[first:], *groups[:first]], folder=lock_folder(), say=say) as held,
-        _visible(held),
-    ):
-        yield held
-
-
-@contextmanager
-def lease_training(
-    count: int,
-    *,
-    device: str = "auto",
-    among: str | Sequence[str] | None = None,
-    say: Callable[[str], None],
-) -> Iterator[tuple[str, ...]]:
-    """Hold any `count` free GPUs of this machine, or of the scheduler's assignment; `among` those that the config
-    lists, where it does. Nothing on a CPU."""
-    detected = () if device == "cpu" else detect_gpus()
-    if among is not None and not is_scheduled():
-        allowed = {gpu for group in _listed(among) for gpu in group}
-        detected = tuple(gpu for gpu in detected if gpu in allowed)
-    if not detected:
-        yield ()
-        return
-    if count > len(detected):
-        raise ValueError(
-            f"training.gpus is {count}, but this machine has {len(detected)} ({', '.join(detected)}). Lower it."
-        )
-    with lease([detected], count=count, folder=lock_folder(), say=say) as held, _visible(held):
-        yield held

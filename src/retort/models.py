@@ -255,14 +255,6 @@ def measure_packing_leak(split: CausalLM) -> float:
     return float(error)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether a device, or the processor's own memory, had no room; torch has no one class for it."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    words = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-
-
 def load_teacher(path: str, section: Teacher) -> CausalLM:
     """Load a teacher, frozen, on its device: spread over all visible GPUs where there are several.
 

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from retort.codec import Codec, SparseTargets, TokenOrder
-from retort.models import CausalLM, is_out_of_memory
+from retort.commands import is_out_of_memory
+from retort.models import CausalLM
 from retort.selection import NotFiniteError, pad_width, select_probable, select_top_k
 from retort.sparse_codec import Selection, draw_uniform, to_streams
 from retort.sparse_streams import Streams

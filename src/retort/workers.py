@@ -12,13 +12,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
 from retort.cache import CACHE_FILE, CacheHeader
 from retort.claims import claim, next_part
 from retort.codec import TokenOrder
+from retort.commands import first_line, is_out_of_memory, note
 from retort.config import Cache, Teacher
 from retort.index import TokenIndex
 from retort.models import CausalLM, describe_device, load_recorded_teacher
@@ -27,14 +28,16 @@ from retort.parts import (
     find_missing_parts,
     find_order,
     is_merged,
+    part_files,
     part_path,
     write_part,
 )
+from retort.progress import Progress
 from retort.provenance import describe_run, read_json, write_json
 from retort.teacher import Scored, Scorer, score_part
 from retort.tokens import SequenceTable
 
-_PROGRESS_S = 10.0
+_WAIT_S = 0.25  # a look at the folder, a few milliseconds
 
 
 @dataclass(frozen=True)
@@ -68,36 +71,35 @@ def run_worker(
     batch_size: int,
     load: Callable[[], CausalLM],
     say: Callable[[str], None] = print,
+    progress: Progress | None = None,
 ) -> WorkerReport:
     """Do parts until every part of the index has a file. `load` is called only when there is work to do."""
     folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     scorer: Scorer | None = None
-    progress = _Progress(index, say=say)
+    progress = progress or Progress(index.parts, part_files(index, folder, header), say=say)
     num_tokens = int(index.content["tokenizer"]["size"])
     order = find_order(index, header.codec)
-    with _Writer(folder, header, order) as writer:
+    with _Writer(folder, header, order, on_written=progress.end_part) as writer:
         # A worker that was stopped for long may wake after the others finished, merged and removed all parts.
         while not is_merged(folder.parent / CACHE_FILE, header) and (
             missing := find_missing_parts(index, folder, header)
         ):
             place_part = next_part(missing, folder, worker=worker, num_workers=num_workers)
-            if place_part is None and writer.is_busy:
-                writer.wait()
-                continue
             if place_part is None:
-                time.sleep(
-                    1.0
-                )  # living workers are at every part that is left; take over if one of them dies
+                # This worker is writing, or living ones are at every part that is left: one of them may die.
+                writer.wait()
+                progress.refresh()
+                time.sleep(_WAIT_S)
                 continue
-            place, part = place_part
+            _, part = place_part
             with ExitStack() as hold:
                 is_mine = hold.enter_context(claim(folder, part["name"]))
                 if not is_mine or part_path(folder, part["name"], header).exists():
                     continue
                 scorer = scorer or Scorer(load(), batch_size, say=say)
                 table = index.read_part(part)
-                progress.start_part(place, len(writer.done))
+                progress.start_part(part)
                 scored = score_part(
                     scorer,
                     table,
@@ -108,7 +110,7 @@ def run_worker(
                     on_batch=progress.add,
                 )
                 scorer.teacher.require_unchanged()
-                writer.write(part["name"], table, scored, hold.pop_all())
+                writer.write(part, table, scored, hold.pop_all())
     return WorkerReport(
         worker, num_workers, writer.done, progress.tokens, time.monotonic() - started
     )
@@ -121,8 +123,15 @@ class _Writer:
     part that it reads, or the one that it writes and what it read meanwhile.
     """
 
-    def __init__(self, folder: Path, header: CacheHeader, order: TokenOrder | None) -> None:
-        self.folder, self.header, self.order = folder, header, order
+    def __init__(
+        self,
+        folder: Path,
+        header: CacheHeader,
+        order: TokenOrder | None,
+        *,
+        on_written: Callable[[dict[str, Any], Path], None],
+    ) -> None:
+        self.folder, self.header, self.order, self.on_written = folder, header, order, on_written
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.done: list[str] = []
         self._writing: Future[None] | None = None
@@ -136,52 +145,43 @@ class _Writer:
         finally:
             self.thread.shutdown(cancel_futures=True)
 
-    @property
-    def is_busy(self) -> bool:
-        """Whether a part is being written."""
-        return self._writing is not None
-
     def wait(self) -> None:
-        """Wait for the part that is being written; raises what went wrong with it."""
+        """Wait for the part that is being written, if one is; raises what went wrong with it."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
-    def write(self, name: str, table: SequenceTable, scored: Scored, claimed: ExitStack) -> None:
+    def write(
+        self, part: dict[str, Any], table: SequenceTable, scored: Scored, claimed: ExitStack
+    ) -> None:
         """Begin to write a part, after the one before; `claimed` is closed at its end."""
         with claimed:
             self.wait()
-            self._writing = self.thread.submit(self._write, name, table, scored, claimed.pop_all())
+            self._writing = self.thread.submit(self._write, part, table, scored, claimed.pop_all())
 
-    def _write(self, name: str, table: SequenceTable, scored: Scored, claimed: ExitStack) -> None:
+    def _write(
+        self, part: dict[str, Any], table: SequenceTable, scored: Scored, claimed: ExitStack
+    ) -> None:
         with claimed:
-            path = part_path(self.folder, name, self.header)
-            write_part(
-                path, table, scored.targets, self.header, self.order, halved=scored.halved > 0
-            )
-            self.done.append(name)
+            path = part_path(self.folder, part["name"], self.header)
+            halved = scored.halved > 0
+            write_part(path, table, scored.targets, self.header, self.order, halved=halved)
+            self.done.append(part["name"])
+            self.on_written(part, path)
 
 
-class _Progress:
-    """One plain line every few seconds: parts, tokens per second, time left if this worker were alone."""
-
-    def __init__(self, index: TokenIndex, *, say: Callable[[str], None]) -> None:
-        self.say = say
-        self.tokens = 0
-        self._parts = index.parts
-        self._started = self._said = time.monotonic()
-        self._place = ""
-
-    def start_part(self, place: int, num_done: int) -> None:
-        self._place = f"part {place + 1} of {len(self._parts)} ({num_done} done here)"
-
-    def add(self, tokens: int) -> None:
-        self.tokens += tokens
-        now = time.monotonic()
-        if now - self._said >= _PROGRESS_S:
-            self._said = now
-            rate = self.tokens / (now - self._started)
-            self.say(f"{self._place}  {self.tokens:,} tokens  {rate:,.0f} tokens/s")
+def _load(path: str, section: Teacher, record_path: Path, *, longest: int) -> CausalLM:
+    """Load the teacher. Raises ValueError where there is not enough memory for it."""
+    try:
+        return load_recorded_teacher(path, section, record_path=record_path, longest=longest)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"teacher {path!r} does not fit into memory ({first_line(error)}): spread it over more GPUs "
+            f"(teacher.generation.gpus_per_model, now {section.generation.gpus_per_model}), take a smaller "
+            f"teacher.dtype (now {section.dtype}), or fewer workers on this machine (teacher.generation.num_workers)."
+        ) from None
 
 
 def generate_logits(
@@ -195,12 +195,13 @@ def generate_logits(
     worker: int,
     num_workers: int,
     say: Callable[[str], None] = print,
+    terminal: TextIO | None = None,
 ) -> None:
     """Be one worker: do parts into parts/ beside the receipt until none is missing, then write the receipt."""
     torch.set_num_threads(
         section.generation.cpu_threads
     )  # fixed by the config: another number changes bits
-    say(
+    (note if terminal else say)(  # under a bar, it would be in its way
         f"Worker {worker}/{num_workers}  CUDA_VISIBLE_DEVICES: {os.environ.get('CUDA_VISIBLE_DEVICES', '-')}"
     )
     index = TokenIndex.read(index_path)
@@ -210,18 +211,19 @@ def generate_logits(
         say("the merged cache is there already: nothing to do")
         report = WorkerReport(worker, num_workers, [], 0, 0.0)
     else:
-        report = run_worker(
-            index,
-            folder / "parts",
-            header,
-            worker=worker,
-            num_workers=num_workers,
-            batch_size=section.generation.batch_size,
-            load=lambda: load_recorded_teacher(
-                teacher_path, section, record_path=fingerprint_path, longest=index.longest
-            ),
-            say=say,
-        )
+        files = part_files(index, folder / "parts", header)
+        with Progress(index.parts, files, say=say, terminal=terminal) as progress:
+            report = run_worker(
+                index,
+                folder / "parts",
+                header,
+                worker=worker,
+                num_workers=num_workers,
+                batch_size=section.generation.batch_size,
+                load=lambda: _load(teacher_path, section, fingerprint_path, longest=index.longest),
+                say=say,
+                progress=progress,
+            )
     device = "cuda" if torch.cuda.is_available() and section.device != "cpu" else "cpu"
     about = describe_run(
         section=asdict(cache),

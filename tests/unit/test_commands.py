@@ -22,7 +22,8 @@ def run(body: str) -> subprocess.CompletedProcess[str]:
 def test_a_users_mistake_is_one_line_and_status_1() -> None:
     found = run("raise ValueError('cache.top_k is 0: use 1 or more.')")
     assert found.returncode == 1
-    assert found.stderr == "error: cache.top_k is 0: use 1 or more.\n" and found.stdout == ""
+    assert found.stderr == "error: cache.top_k is 0: use 1 or more.\n"
+    assert found.stdout.startswith("=== ") and found.stdout.count("\n") == 1  # the attempt's mark
 
 
 def test_any_other_error_keeps_its_traceback() -> None:

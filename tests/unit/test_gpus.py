@@ -1,14 +1,7 @@
-"""GPU groups and leases, with pretend ids: no GPU is needed, the locks and processes are real."""
+"""GPU groups, with pretend ids: no GPU is needed."""
 
 import os
-import random
-import signal
-import subprocess
-import sys
-import textwrap
-import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +15,7 @@ from retort.gpus import (
     count_workers,
     describe_machine,
     detect_gpus,
-    lease,
-    lease_teacher,
-    lease_training,
+    list_gpus,
     parse_groups,
 )
 
@@ -212,211 +203,24 @@ def test_visible_devices_end_where_cuda_ends_them(
     assert detect_gpus() == ids
 
 
-# --- Leases
+# What nvidia-smi -L says of two GPUs, of which the second is split in two.
+LISTED = """cat <<END
+GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-5c89852c-d268-c3f3-1b07-005d5ae1dc3f)
+GPU 1: NVIDIA A100-SXM4-40GB (UUID: GPU-77777777-d268-c3f3-1b07-005d5ae1dc3f)
+  MIG 1g.5gb      Device  0: (UUID: MIG-a1111111-1111-5111-8111-111111111111)
+  MIG 1g.5gb      Device  1: (UUID: MIG-b2222222-2222-5222-8222-222222222222)
+END"""
 
 
-class WouldWaitError(Exception):
-    """Raised by a lease's `say`: the lease would wait."""
-
-
-def refuse_to_wait(_: str) -> None:
-    raise WouldWaitError
-
-
-@pytest.mark.parametrize(
-    "groups", ["0|1|2|3|4|5|6|7", "0,1|2,3|4,5|6,7", "0,1,2,3|4,5,6,7", "0|1|2,3", "1,3|5,7"]
-)
-def test_workers_hold_all_groups_once_and_one_more_waits_and_leaves_nothing_held(
-    groups: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("retort.gpus._SAY_WAITING_S", 0.0)
-    candidates = [group.split(",") for group in groups.split("|")]
-    ids = [gpu for group in candidates for gpu in group]
-    with ExitStack() as stack:
-        held = [
-            stack.enter_context(lease(candidates, folder=tmp_path, say=refuse_to_wait))
-            for _ in candidates
-        ]
-        assert sorted(gpu for group in held for gpu in group) == sorted(ids)
-        with (
-            pytest.raises(WouldWaitError),
-            lease([ids], count=1, folder=tmp_path, say=refuse_to_wait),
-        ):
-            pass
-    with lease([ids], folder=tmp_path, say=refuse_to_wait) as everything:
-        assert everything == tuple(ids)
-
-
-def test_a_group_that_is_partly_taken_is_not_held_in_part(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("retort.gpus._SAY_WAITING_S", 0.0)
-    with lease([["2"]], folder=tmp_path, say=refuse_to_wait):
-        with (
-            pytest.raises(WouldWaitError),
-            lease([["0", "1", "2"]], folder=tmp_path, say=refuse_to_wait),
-        ):
-            pass
-        with lease([["0", "1"]], folder=tmp_path, say=refuse_to_wait) as held:
-            assert held == ("0", "1")
-
-
-def test_training_takes_free_gpus_that_do_not_stand_together(
+def test_gpus_are_listed_by_every_name_and_a_split_one_by_its_first_slice(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("retort.gpus._SAY_WAITING_S", 0.0)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
-    with (
-        lease([["1"]], folder=tmp_path, say=refuse_to_wait),
-        lease([["3"]], folder=tmp_path, say=refuse_to_wait),
-        lease_training(2, say=refuse_to_wait) as held,
-    ):
-        assert held == ("0", "2")
-
-
-def test_what_runs_on_the_cpu_holds_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    with lease_teacher(make_generation(), worker=0, device="cpu", say=print) as held:
-        assert held == ()
-    with lease_training(1, device="cpu", say=print) as held:
-        assert held == ()
-        assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
-
-
-def test_a_lease_shows_its_gpus_and_restores_what_was_visible(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
-    generation = make_generation(gpus_per_model=2)
-    with lease_teacher(generation, worker=1, say=print) as held:
-        assert held == ("2", "3")
-        assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,3"
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
-
-
-def test_a_worker_takes_another_group_when_its_own_is_held(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    with lease_teacher(make_generation(), worker=0, say=print) as first:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-        with lease_teacher(make_generation(), worker=0, say=print) as second:
-            assert {first, second} == {("0",), ("1",)}
-
-
-def test_training_holds_as_many_as_it_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
-    with lease_training(2, say=print) as held:
-        assert held == ("4", "5")
-    with pytest.raises(ValueError, match=r"training.gpus is 4, but this machine has 3"):
-        lease_training(4, say=print).__enter__()
-
-
-def test_a_scheduler_s_assignment_is_used_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURM_JOB_ID", "17")
-    with lease_teacher(make_generation(), worker=0, say=print) as held:
-        assert held == ()
-        assert "CUDA_VISIBLE_DEVICES" not in os.environ
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,7")
-    generation = make_generation(gpus="0,1,2,3", gpus_per_model=2)
-    with lease_teacher(generation, worker=3, say=print) as held:
-        assert held == ("6", "7")
-        assert os.environ["CUDA_VISIBLE_DEVICES"] == "6,7"
-        monkeypatch.setenv("SLURM_JOB_ID", "18")  # another job's "6" is another GPU
-        with lease_teacher(generation, worker=3, say=print) as other:
-            assert other == ("6", "7")
-
-
-def test_a_workflow_inside_one_allocation_shares_it_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURM_JOB_ID", "17")
-    with ExitStack() as stack:
-        held = []
-        for worker in range(3):
-            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")  # what a new process sees
-            lease_of_worker = lease_teacher(make_generation(), worker=worker, say=print)
-            held.append(stack.enter_context(lease_of_worker))
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
-        held.append(stack.enter_context(lease_training(1, say=print)))
-    assert held == [("0",), ("1",), ("2",), ("3",)]
-
-
-def test_whoever_is_killed_frees_its_gpus_at_once(tmp_path: Path) -> None:
-    holder = start_holder(tmp_path, [["0", "1"]], seconds=60)
-    assert holder.stdout is not None
-    assert holder.stdout.readline().startswith("held")
-    os.kill(holder.pid, signal.SIGKILL)
-    holder.wait()
-    started = time.monotonic()
-    with lease([["1"]], folder=tmp_path, say=print):
-        assert time.monotonic() - started < 5
-
-
-def start_holder(folder: Path, candidates: list[list[str]], *, seconds: float) -> Any:
-    program = textwrap.dedent(f"""
-        import time
-        from pathlib import Path
-        from retort.gpus import lease
-        with lease({candidates!r}, folder=Path({str(folder)!r}), say=lambda _: None) as held:
-            print("held", *held, time.monotonic(), flush=True)
-            time.sleep({seconds})
-            print("freed", time.monotonic(), flush=True)
-    """)
-    return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-
-
-def test_jobs_of_all_sizes_never_share_a_gpu_and_all_finish_despite_kills(tmp_path: Path) -> None:
-    """24 processes on 8 ids; 6 of them hang while they hold and are killed. Each also takes a lock of its own on
-    every GPU that it was given: were one given twice, that would fail."""
-    chance = random.Random(7)
-    sizes = [1, 2, 4, 1, 2, 8] * 4
-    jobs = [
-        start_job(tmp_path, size, hangs=number % 4 == 1, seed=chance.randrange(2**16))
-        for number, size in enumerate(sizes)
-    ]
-    killed: set[int] = set()
-    deadline = time.monotonic() + 40  # about 6 s alone
-    while any(job.poll() is None for job in jobs) and time.monotonic() < deadline:
-        for number, job in enumerate(jobs):
-            if (
-                number % 4 == 1
-                and number not in killed
-                and (tmp_path / f"hangs-{job.pid}").exists()
-            ):
-                job.kill()
-                killed.add(number)
-        time.sleep(0.02)
-    unfinished = [job.pid for job in jobs if job.poll() is None]
-    for job in jobs:
-        job.kill()
-        job.wait()
-    assert not unfinished
-    assert len(killed) == 6
-    assert [job.returncode for n, job in enumerate(jobs) if n not in killed] == [0] * 18
-    with lease([EIGHT], folder=tmp_path, say=refuse_to_wait) as held:
-        assert held == EIGHT
-
-
-def start_job(folder: Path, size: int, *, hangs: bool, seed: int) -> "subprocess.Popen[bytes]":
-    program = textwrap.dedent(f"""
-        import fcntl, os, random, time
-        from pathlib import Path
-        from retort import gpus
-        gpus._POLL_S = 0.05
-        folder, ids, chance = Path({str(folder)!r}), {list(EIGHT)!r}, random.Random({seed})
-        # Opened before the lease: a killed process closes its files in order, and this one must go first.
-        own = {{i: open(folder / f"own-{{i}}", "a") for i in ids}}
-        groups = [ids[i : i + {size}] for i in range(0, 8, {size})]
-        chance.shuffle(groups)
-        any_of = chance.random() < 0.5
-        with gpus.lease([ids] if any_of else groups, count={size}, folder=folder, say=lambda _: None) as held:
-            assert len(held) == {size}
-            for i in held:
-                fcntl.flock(own[i], fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if {hangs}:
-                (folder / f"hangs-{{os.getpid()}}").touch()
-                time.sleep(600)
-            time.sleep(0.02 + 0.05 * chance.random())
-            for i in held:
-                fcntl.flock(own[i], fcntl.LOCK_UN)
-    """)
-    return subprocess.Popen([sys.executable, "-c", program])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert list_gpus() == {}
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    write_nvidia_smi(tmp_path, LISTED)
+    listed = list_gpus()
+    assert listed["0"] == "GPU-5c89852c-d268-c3f3-1b07-005d5ae1dc3f"
+    assert listed["1"] == listed["GPU-77777777-d268-c3f3-1b07-005d5ae1dc3f"]
+    assert listed["1"] == "MIG-a1111111-1111-5111-8111-111111111111"
+    assert len(set(listed.values())) == 3

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from retort import claims
 from retort.cache import CacheHeader, LogitCache
-from retort.claims import claim
+from retort.claims import claim, next_part
 from retort.codec import build_codec
 from retort.index import TokenIndex
 from retort.models import CausalLM, load_recorded_teacher, load_teacher
-from retort.parts import build_header, merge_parts, part_path
+from retort.parts import build_header, find_missing_parts, merge_parts, part_files, part_path
 from retort.provenance import read_json, write_json
 from retort.teacher import Scorer, score_part
 from retort.workers import WorkerReport, generate_logits, run_worker
@@ -383,3 +383,45 @@ def test_tokens_of_another_tokenizer_are_refused(job: Job, tmp_path: Path) -> No
         ValueError, match=r"teacher's is 0123456789ab.*would belong to other tokens"
     ):
         build_header(job.index, other, job.cache, source=tmp_path / "fingerprint.json")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Many parts, little memory, stopped workers
+
+
+def test_of_ten_thousand_parts_the_missing_ones_are_found(job: Job, tmp_path: Path) -> None:
+    parts = [{"name": f"{place:012x}"} for place in range(10_000)]
+    index = TokenIndex(job.index_path, {"parts": parts})
+    files = part_files(index, tmp_path, job.header)
+    assert files == [part_path(tmp_path, part["name"], job.header) for part in parts]
+    gone = {7, 5000, 9999}
+    for place, path in enumerate(files):
+        if place not in gone:
+            path.touch()
+    missing = find_missing_parts(index, tmp_path, job.header)
+    assert missing == [(place, parts[place]) for place in sorted(gone)]
+    for worker, first in ((0, 5000), (1, 7)):
+        found = next_part(missing, tmp_path, worker=worker, num_workers=2)
+        assert found == (first, parts[first])
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")]
+)
+def test_a_teacher_that_does_not_fit_is_one_sentence(
+    error: RuntimeError, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any, **__: Any) -> CausalLM:
+        raise error
+
+    monkeypatch.setattr("retort.workers.load_recorded_teacher", load)
+    with pytest.raises(ValueError, match=r"does not fit .*gpus_per_model, now 1.*dtype"):
+        run_rule(job, tmp_path / "metadata_worker0.json")
+
+
+def test_a_worker_that_wakes_leaves_the_claim_of_who_took_over(tmp_path: Path) -> None:
+    with claim(tmp_path, "part") as is_mine:
+        assert is_mine
+        taken_over = tmp_path / "part.claim"
+        taken_over.write_text("another-node 17\n")
+    assert taken_over.read_text() == "another-node 17\n"

@@ -81,6 +81,7 @@ class Place:
     path: Path
     repository: Path = REPOSITORY
     env: dict[str, str] = field(default_factory=dict)
+    without: tuple[str, ...] = ()  # variables that commands do not see
 
     @property
     def results(self) -> Path:
@@ -99,7 +100,8 @@ class Place:
             k: v for k, v in os.environ.items() if not k.startswith(("SNAKEMAKE", "SLURM"))
         }
         offline = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-        return inherited | offline | {"PYTHONPATH": str(self.repository / "src")} | self.env
+        given = inherited | offline | {"PYTHONPATH": str(self.repository / "src")} | self.env
+        return {name: value for name, value in given.items() if name not in self.without}
 
     def command(
         self, *arguments: str, config: str | None = CONFIG_FILE, cores: int = 2
@@ -174,7 +176,7 @@ class Place:
     def copy_to(self, path: Path) -> "Place":
         """Return a copy of everything, times of files included."""
         shutil.copytree(self.path, path, symlinks=True, copy_function=shutil.copy2)
-        return Place(path, self.repository, self.env)
+        return Place(path, self.repository, self.env, self.without)
 
 
 def _hear_ctrl_c() -> None:

@@ -9,9 +9,11 @@ from pathlib import Path
 
 from retort.artefacts import plan_project
 from retort.config import load_runs, section_flags
+from retort.failures import describe_failures
 from retort.gpus import count_workers, detect_gpus, describe_machine
 from retort.provenance import require_writable
 from snakemake.exceptions import WorkflowError
+from snakemake.settings.enums import Quietness
 
 try:
     PROJECT = plan_project(load_runs(config))
@@ -193,6 +195,16 @@ def get_num_workers(wildcards):
     return count_workers(generation, detected=detected_gpus())
 
 
+def get_terminal(wildcards):
+    """The terminal, as worker 0's descriptor 3: its bar must not go where stderr goes, into the log."""
+    quiet = workflow.output_settings.quiet or set()
+    is_shown = wildcards.worker == "0" and not {
+        Quietness.ALL,
+        Quietness.PROGRESS,
+    } & set(quiet)
+    return "--terminal 3 3>&2" if is_shown else ""
+
+
 def get_receipts(wildcards):
     folder = f"{CACHE}/logits/{wildcards.logits}"
     return [
@@ -312,3 +324,11 @@ def point_to_report():
             with contextlib.suppress(OSError):  # somebody else's results, read only
                 link.unlink(missing_ok=True)
                 link.symlink_to(target)
+
+
+def explain_failures():
+    """Say why jobs failed; those that Snakemake interrupted are not among them."""
+    failed = sorted(workflow.scheduler.failed, key=lambda job: str(job.log))
+    jobs = [(job.rule.name, Path(log)) for job in failed for log in job.log]
+    if jobs:
+        logger.error(f"\n{describe_failures(jobs)}\n")

@@ -107,12 +107,13 @@ rule generate_logits:
         num_workers=get_num_workers,
         teacher=get_teacher_flags,
         cache=get_cache_flags,
+        terminal=get_terminal,
     message:
         "The teacher reads the text: worker {wildcards.worker} of {params.num_workers}"
     shell:
         "{params.script} --index {input.index:q} --fingerprint {input.fingerprint:q}"
         " --worker {wildcards.worker} --num-workers {params.num_workers} --output {output:q}"
-        " {params.teacher} {params.cache} >> {log:q} 2> >(tee -a {log:q} >&2)"
+        " {params.teacher} {params.cache} {params.terminal} >> {log:q} 2> >(tee -a {log:q} >&2)"
 
 
 rule merge_h5:

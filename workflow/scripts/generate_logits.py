@@ -8,9 +8,10 @@
 import argparse
 from pathlib import Path
 
-from retort.commands import run_script, say
+from retort.commands import note, run_script, say
 from retort.config import add_section_flags, section_from_args
-from retort.gpus import lease_teacher
+from retort.leases import lease_teacher
+from retort.progress import open_terminal
 
 
 def main() -> None:
@@ -30,11 +31,16 @@ def main() -> None:
     parser.add_argument(
         "--output", required=True, type=Path, help="the receipt; parts/ lies beside it"
     )
+    parser.add_argument(
+        "--terminal", type=int, help="the descriptor of a terminal for the progress bar (stderr's)"
+    )
     for section in ("teacher", "teacher.generation", "cache"):
         add_section_flags(parser, section)
     args = parser.parse_args()
     section = section_from_args(args, "teacher")
-    tell = say if args.worker == 0 else print
+    is_first = args.worker == 0
+    tell = say if is_first else note
+    terminal = open_terminal(args.terminal) if is_first else None
     with lease_teacher(section.generation, worker=args.worker, device=section.device, say=tell):
         from retort.workers import generate_logits
 
@@ -48,6 +54,7 @@ def main() -> None:
             worker=args.worker,
             num_workers=args.num_workers,
             say=tell,
+            terminal=terminal,
         )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from retort.commands import run_script, say
 from retort.config import add_section_flags, section_from_args
-from retort.gpus import lease_teacher
+from retort.leases import lease_teacher
 
 
 def main() -> None:

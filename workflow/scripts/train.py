@@ -10,7 +10,7 @@ from pathlib import Path
 
 from retort.commands import run_script, say
 from retort.config import add_section_flags, section_from_args
-from retort.gpus import lease_training
+from retort.leases import keep_in_use, lease_training
 from retort.ranks import die_with_parent, is_rank, launch_ranks, rank
 
 
@@ -82,7 +82,8 @@ def main() -> None:
     """Write checkpoint-*/, final/, training_log.csv and training.json."""
     args = read_command_line()
     if is_rank():
-        die_with_parent()
+        keep_in_use()
+        die_with_parent()  # after it: the GPUs were its parent's if that is still there
         train_rank(args)
         return
     training = section_from_args(args, "training")

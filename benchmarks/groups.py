@@ -1,0 +1,185 @@
+"""How well workers share the teacher's pass: from one GPU group to eight, and fast groups beside slow ones.
+
+    make benchmark-groups
+    python benchmarks/groups.py [--parts 480] [--seconds 120]
+
+Work is pretended: the teacher's forward pass sleeps in proportion to its tokens, so that two cores are enough for
+eight groups. All else is real: processes, leases of pretend ids, the worker's loop, claims, parts written and read
+back. Time runs from when all processes have started (imports take as long with one group as with eight, on as many
+machines' cores) to when the last one has ended. *efficiency*: time(1 group) / (groups * time). *idle*: from a fast
+worker's last part to the end, as a share of the whole.
+"""
+
+import argparse
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from retort.cache import CacheHeader
+from retort.codec import Codec
+from retort.leases import lease
+from retort.models import CausalLM, Head
+from retort.parts import part_files
+from retort.progress import Progress
+from retort.shards import TokenIndex, write_index, write_token_shard
+from retort.tokens import SequenceTable, build_table
+from retort.workers import run_worker
+
+VOCABULARY = 64
+SEQUENCES = 8  # in a part
+HEADER = CacheHeader("0" * 12, "0" * 12, "0" * 12, Codec("top_k", 8, (1.0,), VOCABULARY))
+
+
+class Pretender(CausalLM):
+    """A teacher that sleeps so many seconds for each token."""
+
+    def pretend(self, seconds_per_token: float) -> "Pretender":
+        """Set its speed, and return it."""
+        self.__dict__["seconds_per_token"] = seconds_per_token
+        return self
+
+    def features(self, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
+        """Return the same hidden states for all, some time later."""
+        time.sleep(self.__dict__["seconds_per_token"] * int(attention_mask_BT.sum()))
+        return torch.ones((*input_ids_BT.shape, 4))
+
+
+def load(seconds_per_token: float) -> Pretender:
+    """Return a pretended teacher."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=4,
+        intermediate_size=4,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+    )
+    weight_VD = torch.randn((VOCABULARY, 4), generator=torch.Generator().manual_seed(0))
+    teacher = Pretender(LlamaForCausalLM(config), Head(weight_VD), VOCABULARY, is_split=True)
+    return teacher.pretend(seconds_per_token)
+
+
+def make_table(num_documents: int) -> SequenceTable:
+    """Return documents of one sequence of 16 to 64 random tokens."""
+    chance = np.random.default_rng(0)
+    rows = []
+    for document in range(num_documents):
+        length = int(chance.integers(16, 65))
+        mask = [place < length - 1 for place in range(length)]
+        rows.append((chance.integers(0, VOCABULARY, length).tolist(), mask, document, ("", "")))
+    return build_table(rows)
+
+
+class Stopwatch(Progress):
+    """Notes when a worker's last part was done."""
+
+    ended = 0.0
+
+    def end_part(self, part: dict[str, Any], path: Path) -> None:
+        """Take the time, and say nothing."""
+        self.ended = time.monotonic()
+
+
+def work(
+    folder: Path,
+    worker: int,
+    groups: list[list[str]],
+    seconds_per_token: float,
+    start: Barrier,
+    results: Any,
+) -> None:
+    """Be one worker, in its own process; put (worker, end of its last part, end, parts)."""
+    torch.set_num_threads(1)
+    index = TokenIndex.read(folder / "index.json")
+    teacher = load(seconds_per_token)
+    start.wait()
+    parts = folder / "parts"
+    with lease([*groups[worker:], *groups[:worker]], folder=folder, say=print):
+        watch = Stopwatch(index.parts, part_files(index, parts, HEADER))
+        report = run_worker(
+            index,
+            parts,
+            HEADER,
+            worker=worker,
+            num_workers=len(groups),
+            batch_size=SEQUENCES,
+            load=lambda: teacher,
+            progress=watch,
+        )
+    results.put((worker, watch.ended, time.monotonic(), len(report.parts)))
+
+
+def measure(
+    groups: list[list[str]], slowness: list[float], *, parts: int, seconds: float
+) -> tuple[float, list[float], list[int]]:
+    """Run one pass; return its seconds, every worker's idle seconds at the end, and every worker's parts."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["retort.workers"])
+    with tempfile.TemporaryDirectory(prefix="retort-groups-") as name:
+        folder = Path(name)
+        table = make_table(parts * SEQUENCES)
+        counts = {"documents": {"read": parts * SEQUENCES + 1}}
+        tokenizer = {"fingerprint": "0" * 12, "size": VOCABULARY}
+        tables = {"train": table, "val": make_table(1)}
+        write_token_shard(folder / "shard_00000.h5", tables, counts=counts, tokenizer=tokenizer)
+        write_index(
+            folder / "index.json", [folder / "shard_00000.h5"], streaming_chunk_size=SEQUENCES
+        )
+        start, results = context.Barrier(len(groups) + 1), context.Queue()
+        per_token = seconds / len(table.ids)
+        workers = [
+            context.Process(target=work, args=(folder, w, groups, per_token * slow, start, results))
+            for w, slow in enumerate(slowness)
+        ]
+        for worker in workers:
+            worker.start()
+        start.wait()
+        began = time.monotonic()
+        found = sorted(results.get() for _ in workers)
+        for worker in workers:
+            worker.join()
+    end = max(ended for _, _, ended, _ in found)
+    return end - began, [end - last for _, last, _, _ in found], [done for *_, done in found]
+
+
+def main() -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--parts", type=int, default=480)
+    parser.add_argument("--seconds", type=float, default=120.0, help="of one group's sleep")
+    parser.add_argument("--groups", type=int, nargs="+", default=[1, 2, 4, 8], help="one first")
+    args = parser.parse_args()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    print(f"{args.parts} parts, {args.seconds:.0f} s of pretended work")
+    print(f"\n{'groups':>6} {'seconds':>8} {'efficiency':>11} {'idle at the end':>16}")
+    alone = 0.0
+    for number in args.groups:
+        groups = [[str(gpu)] for gpu in range(number)]
+        took, idle, _ = measure(groups, [1.0] * number, parts=args.parts, seconds=args.seconds)
+        alone = alone or took
+        share = statistics.mean(idle) / took
+        print(f"{number:>6} {took:>8.2f} {alone / number / took:>11.1%} {share:>16.1%}", flush=True)
+    groups = [["0"], ["1"], ["2"], ["3"], ["4", "5"], ["6", "7"], ["8", "9", "10"], ["11"]]
+    slowness = [1.0, 3.0] * 4
+    took, idle, done = measure(groups, slowness, parts=args.parts, seconds=args.seconds)
+    ideal = args.seconds / sum(1 / slow for slow in slowness)
+    fast = statistics.mean(idle[::2]) / took
+    print("\n4 fast groups and 4 of a third of their speed, of 1, 2 and 3 GPUs")
+    print(f"seconds {took:.2f} (at best {ideal:.2f}), parts fast {done[::2]}, slow {done[1::2]}")
+    print(f"idle time of the fast ones at the end: {fast:.1%} of the whole")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""What is said of failed jobs, by real logs of real scripts."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from retort.failures import describe_failures, find_failure
+
+SCRIPT = "from retort.commands import run_script\ndef main():\n    {body}\nrun_script(main)\n"
+
+
+def fail(log: Path, body: str) -> None:
+    """Run a script's body as a rule does: all that it says is added to its log."""
+    with log.open("a") as file:
+        command = [sys.executable, "-c", SCRIPT.format(body=body)]
+        subprocess.run(command, stdout=file, stderr=file, check=False)
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (
+            "raise ValueError('cache.top_k is 0: use 1 or more.')",
+            "cache.top_k is 0: use 1 or more.",
+        ),
+        ("raise OSError(28, 'No space left on device')", "the disk is full"),
+        ("raise MemoryError", "Memory ran out: lower teacher.generation.batch_size"),
+        (
+            'raise RuntimeError("DefaultCPUAllocator: can\'t allocate memory")',
+            "teacher.generation.gpus_per_model",
+        ),
+        (
+            "import torch; raise torch.OutOfMemoryError('CUDA out of memory. Tried ...')",
+            "smaller teacher.dtype",
+        ),
+        ("import os; os.kill(os.getpid(), 9)", "killed (SIGKILL)"),
+        ("import os; os.kill(os.getpid(), 15)", "as by a time limit: what is finished is kept"),
+        ("import os; os.kill(os.getpid(), 2)", "It was interrupted"),
+        ("1 / 0", "fault of Retort"),
+    ],
+)
+def test_the_reason_is_one_sentence(body: str, reason: str, tmp_path: Path) -> None:
+    fail(tmp_path / "log", f"print('began', flush=True); {body}")
+    found = find_failure("generate_logits", tmp_path / "log")
+    assert reason in found.reason
+    assert found.lines[0] == "began"
+    assert not any(line.startswith("error: ") for line in found.lines)
+
+
+def test_an_earlier_attempt_is_not_shown(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    fail(log, "raise ValueError('the old mistake')")
+    fail(log, "print('new', flush=True); import os; os.kill(os.getpid(), 9)")
+    said = describe_failures([("train", log)])
+    assert "old mistake" not in said and "new" in said and "SIGKILL" in said
+
+
+def test_ten_lines_are_shown_and_the_sentence_once(tmp_path: Path) -> None:
+    fail(tmp_path / "log", "[print('line', i) for i in range(30)]; raise ValueError('say this')")
+    said = describe_failures([("train", tmp_path / "log")])
+    assert said.count("line ") == 10 and "line 29" in said and "line 20" in said
+    assert said.count("say this") == 1
+
+
+def test_jobs_that_fail_for_one_reason_stand_together(tmp_path: Path) -> None:
+    for worker in range(3):
+        fail(tmp_path / f"log_{worker}", "raise ValueError('no room')")
+    fail(tmp_path / "other", "raise ValueError('something else')")
+    logs = [tmp_path / f"log_{worker}" for worker in range(3)]
+    said = describe_failures([("generate_logits", log) for log in [*logs, tmp_path / "other"]])
+    assert said.count("no room") == 1 and said.count("something else") == 1
+    assert all(str(log) in said for log in logs)
+
+
+def test_a_log_that_is_not_there_is_no_error(tmp_path: Path) -> None:
+    assert "killed" in find_failure("train", tmp_path / "log").reason

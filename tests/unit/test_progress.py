@@ -1,0 +1,102 @@
+"""The bar of the teacher's pass, on a real terminal (a pty)."""
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+import textwrap
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import sys, time
+from pathlib import Path
+from retort import progress
+from retort.progress import Progress, open_terminal
+progress._LOOK_S = 0.0
+progress._LINE_S = 0.0
+folder = Path(sys.argv[1])
+parts = [{"name": str(i), "sequences": 5, "tokens": 100, "positions": 80} for i in range(4)]
+files = [folder / f"{i}.h5" for i in range(4)]
+files[0].write_bytes(bytes(160))  # another worker's
+with Progress(parts, files, say=lambda line: print(line, file=sys.stderr), terminal=open_terminal(3)) as shown:
+    for part, file in zip(parts[1:], files[1:]):
+        shown.start_part(part)
+        shown.add(50)
+        shown.add(50)
+        file.write_bytes(bytes(160))
+        shown.end_part(part, file)
+        time.sleep(0.6)  # the bar is drawn twice a second at most
+"""
+
+
+def run_with_terminal(
+    folder: Path, *, redirect: str, environment: dict[str, str] | None = None
+) -> str:
+    """Run the program by a shell, as a rule does; return what its terminal showed."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 140, 0, 0))
+    script = folder / "program.py"
+    script.write_text(textwrap.dedent(PROGRAM))
+    (folder / "parts").mkdir(exist_ok=True)
+    command = f"{sys.executable} {script} {folder / 'parts'} {redirect}"
+    process = subprocess.Popen(
+        ["bash", "-c", command],
+        stderr=slave,
+        stdout=slave,
+        stdin=subprocess.DEVNULL,
+        env=environment,
+    )
+    os.close(slave)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(master, 4096)
+        except OSError:  # EIO: nobody has the terminal open any more
+            break
+        if not piece:
+            break
+        shown += piece
+    os.close(master)
+    assert process.wait() == 0, shown.decode()
+    return shown.decode()
+
+
+def test_the_bar_advances_to_the_end_and_the_log_has_lines_only(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    shown = run_with_terminal(tmp_path, redirect=f"3>&2 >> {log} 2> >(tee -a {log} >&2)")
+    percents = [int(found) for found in re.findall(r"(\d+)%\|", shown)]
+    assert percents[0] == 25, "what others did counts"
+    assert percents == sorted(percents) and percents[-1] == 100 and len(set(percents)) > 2
+    assert "parts 4/4, samples 20/20, 0.0 MB, 2.0 B/position" in shown
+    assert "part 2 of 4 done" not in shown, "lines would cut the bar"
+    said = log.read_text()
+    assert "\r" not in said and "%|" not in said
+    assert said.count("part ") >= 3 and "part 2 of 4 done: 5 samples, 100 tokens, 160 bytes" in said
+
+
+@pytest.mark.parametrize("redirect", ["3>&1", "3>/dev/null", "3>&-"])
+def test_without_a_terminal_there_are_lines(redirect: str, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    shown = run_with_terminal(tmp_path, redirect=f">> {log} 2> >(tee -a {log} >&2) {redirect}")
+    assert "%|" not in shown + log.read_text()
+    assert "parts 2/4" in shown and "parts 2/4" in log.read_text()
+    assert "\r" not in log.read_text()
+
+
+def test_one_process_has_the_bar_of_a_terminal() -> None:
+    program = (
+        "import os, pty, subprocess, sys\n"
+        "from retort.progress import open_terminal\n"
+        "_, slave = pty.openpty()\n"
+        "first = open_terminal(slave)\n"
+        "assert first is not None and open_terminal(slave) is None\n"
+        "first.close()\n"
+        "assert open_terminal(slave) is not None\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
