@@ -27,11 +27,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from retort.cache import CacheHeader
 from retort.codec import Codec
+from retort.index import TokenIndex, write_index
 from retort.leases import lease
 from retort.models import CausalLM, Head
 from retort.parts import part_files
 from retort.progress import Progress
-from retort.shards import TokenIndex, write_index, write_token_shard
+from retort.shards import write_token_shard
 from retort.tokens import SequenceTable, build_table
 from retort.workers import run_worker
 

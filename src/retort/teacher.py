@@ -98,8 +98,14 @@ class Scorer:
             try:
                 features_PD = self._run(table, indices)
             except Exception as error:
-                if not is_out_of_memory(error) or len(indices) == 1:
+                if not is_out_of_memory(error):
                     raise
+                if len(indices) == 1:
+                    raise ValueError(
+                        f"out of memory with one sequence of {size:,} tokens: spread the teacher over more GPUs "
+                        "(teacher.generation.gpus_per_model), take a smaller teacher.dtype, or lower "
+                        "dataset.max_length (which makes other tokens)."
+                    ) from None
                 self._remember(size, len(indices))
             else:
                 yield indices, features_PD

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_teacher import Small
 from tiny import NUM_TOKENS, WIDTH, real_processes, record, section, tokenize
 from torch import Tensor
 
@@ -23,10 +24,11 @@ from retort.cache import CacheHeader, LogitCache
 from retort.claims import claim, next_part
 from retort.codec import build_codec
 from retort.index import TokenIndex
+from retort.merging import describe_cache
 from retort.models import CausalLM, load_recorded_teacher, load_teacher
 from retort.parts import build_header, find_missing_parts, merge_parts, part_files, part_path
 from retort.provenance import read_json, write_json
-from retort.teacher import Scorer, score_part
+from retort.teacher import Scorer, batch_by_length, score_part
 from retort.workers import WorkerReport, generate_logits, run_worker
 
 
@@ -425,3 +427,25 @@ def test_a_worker_that_wakes_leaves_the_claim_of_who_took_over(tmp_path: Path) -
         taken_over = tmp_path / "part.claim"
         taken_over.write_text("another-node 17\n")
     assert taken_over.read_text() == "another-node 17\n"
+
+
+def test_parts_of_halved_batches_are_counted_in_the_cache(
+    job: Job, teacher: CausalLM, tmp_path: Path
+) -> None:
+    parts = tmp_path / "parts"
+    longest = max(int(job.index.read_part(part).lengths.max()) for part in job.index.parts)
+    job.work(parts, load=lambda: Small.of(teacher, room=2 * longest))
+    merged = tmp_path / "teacher_logits.h5"
+    merge_parts(job.index, parts, job.header, merged)
+    counted = describe_cache(LogitCache(merged), job.index)["halved_parts"]
+    assert counted == sum(LogitCache(path).halved_parts for path in parts.glob("*.h5")) > 0
+
+
+def test_whatever_is_written_behind_is_written_when_the_next_part_fails(
+    job: Job, undisturbed: dict[str, bytes], teacher: CausalLM, tmp_path: Path
+) -> None:
+    first = len(list(batch_by_length(job.index.read_part(job.index.parts[0]), 4)))
+    with pytest.raises(DiedError):
+        job.work(tmp_path, load=lambda: Mortal.dying_after(teacher, first))
+    found = read_parts(tmp_path)
+    assert found == {job.part(tmp_path, 0).name: undisturbed[job.part(tmp_path, 0).name]}
