@@ -329,6 +329,8 @@ def save_final(
     model = trainer.model
     is_cut = isinstance(model, FSDPModule)  # then all ranks bring their pieces together
     weights = trainer.accelerator.get_state_dict(model) if is_cut else model.state_dict()
+    # Gathered pieces of a tied weight share no memory any more, and it would be stored under its other name.
+    weights = {name: w for name, w in weights.items() if name not in model.all_tied_weights_keys}
     if rank() > 0:
         return
     temporary = folder.with_name(".final.tmp")

@@ -105,6 +105,18 @@ def test_fsdp_trains_it_too_and_goes_on_where_it_stopped(student: Student) -> No
     assert done.returncode != 0 and "was saved with training.strategy 'ddp'" in done.output
 
 
+def test_a_tied_student_is_the_same_by_ddp_and_by_fsdp(student: Student) -> None:
+    tied = json.loads((student.place.path / "student.json").read_text())
+    (student.place.path / "tied.json").write_text(json.dumps(tied | {"tie_word_embeddings": True}))
+    flags = ("--student-config", "tied.json", "--max-steps", "4")
+    student.train("tied 1", *flags)
+    student.train("tied 2", *flags, "--gpus", "2")
+    student.train("tied fsdp", *flags, "--strategy", "fsdp", how="fsdp")
+    assert "lm_head.weight" not in student.weights("tied 1")
+    assert_close(student.weights("tied 2"), student.weights("tied 1"), atol=1e-6)
+    assert_close(student.weights("tied fsdp"), student.weights("tied 1"), atol=1e-6)
+
+
 def test_each_rank_reads_its_share_of_every_step(student: Student) -> None:
     student.train("counted", "--num-workers", "0", how="counted")
     assert_close(student.weights("counted"), student.weights("two"), atol=0)
