@@ -21,7 +21,9 @@ from numpy.typing import NDArray
 
 from retort.commands import SYSTEM_ERRORS
 from retort.config import Dataset
-from retort.corpus import Counts, read_documents, read_drawn, unchanged
+from retort.corpus import read_documents, unchanged
+from retort.documents import Counts
+from retort.drawing import read_drawn
 from retort.provenance import (
     digest,
     read_json,
@@ -30,6 +32,7 @@ from retort.provenance import (
     write_json,
     write_pieces,
 )
+from retort.sharding import Dealt, reconcile
 from retort.tokens import (
     SPLITS,
     SequenceTable,
@@ -207,6 +210,7 @@ def build_index(
             f"({', '.join(t['fingerprint'] for t in tokenizers.values())}): the tokenizer's files changed while "
             f"the shards were written. Delete {shard_paths[0].parent} and run the same command again."
         )
+    _reconcile_shards(counts)
     summary = _sum_counts(counts)
     if totals["train"]["positions"] == 0:
         raise ValueError(
@@ -225,6 +229,14 @@ def build_index(
         "parts": parts,
     }
     return index, token_counts
+
+
+def _reconcile_shards(counts: list[dict[str, Any]]) -> None:
+    """Take what each shard was dealt out of its counts; raise ValueError where it is not everything, exactly once."""
+    dealt = [shard.pop("dealt", None) for shard in counts]
+    shardings = [shard.pop("sharding", None) for shard in counts]
+    if None not in dealt:  # shards of an earlier Retort do not say
+        reconcile(dealt, sharding=shardings[0])
 
 
 def _digest_counts(counts: NDArray[np.int64]) -> str:
@@ -413,11 +425,13 @@ def tokenize_shard(
     Raises ValueError when the corpus is no longer what `stamp` (see `stamp_files`) was taken of.
     """
     started = time.monotonic()
-    documents, counts = Counts(), TokenCounts()
+    documents, counts, dealt = Counts(), TokenCounts(), Dealt()
     source = (
-        read_drawn(drawn, shard=shard, counts=documents)
+        read_drawn(drawn, shard=shard, counts=documents, dealt=dealt)
         if drawn
-        else read_documents(dataset, shard=shard, num_shards=dataset.num_shards, counts=documents)
+        else read_documents(
+            dataset, shard=shard, num_shards=dataset.num_shards, counts=documents, dealt=dealt
+        )
     )
     by_split: dict[str, list[Any]] = {split: [] for split in SPLITS}
     with unchanged(dataset, None if drawn else stamp):
@@ -425,7 +439,9 @@ def tokenize_shard(
             by_split[document.split].append(document)
     tables = {s: tokenize_documents(by_split[s], tokenizer, dataset, counts=counts) for s in SPLITS}
     documents.reconcile()
-    counted = {"documents": documents.to_json(), "tokens": asdict(counts)}
+    counted: dict[str, Any] = {"documents": documents.to_json(), "tokens": asdict(counts)}
+    if dealt.number_of_all:  # one reader that draws for all shards deals once, and cannot err
+        counted |= {"dealt": dealt.to_json(), "sharding": dataset.sharding}
     write_token_shard(out, tables, counts=counted, tokenizer=fingerprint)
     seconds = time.monotonic() - started
     return (

@@ -19,19 +19,12 @@ from hypothesis import strategies as st
 
 from retort.config import Dataset, add_section_flags, section_from_args
 from retort.config_checks import LOADERS as CONFIG_LOADERS
-from retort.corpus import (
-    Counts,
-    Document,
-    check_corpus,
-    corpus_files,
-    draw_corpus,
-    read_documents,
-    read_drawn,
-)
+from retort.corpus import check_corpus, corpus_files, read_documents
 from retort.demo_text import PACKAGES
-from retort.documents import is_held_out, make_document
+from retort.documents import Counts, Document, is_held_out, make_document
+from retort.drawing import draw_corpus, read_drawn
+from retort.hub import explain_hub_error
 from retort.readers import LOADERS
-from retort.sources import explain_hub_error
 
 SHARED_TEXT = Path(__file__).parents[3] / "shared" / "data" / "text"
 needs_shared_data = pytest.mark.skipif(
