@@ -4,6 +4,8 @@ A stream that drops or stalls is opened again where it stood, after a pause that
 connection on which no byte comes for a minute. `datasets` is imported only where a dataset is opened.
 """
 
+import inspect
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -54,10 +56,12 @@ def open_stream(dataset: Dataset, split: str) -> tuple[int, Callable[[int, int],
     table = _select_columns(table, dataset, split)
 
     def read(file: int, row: int) -> Iterator[Row]:
+        name = f"file {file + 1} of {table.num_shards}"
+
         def open_at(place: int) -> Iterator[Any]:
             return iter(table.shard(table.num_shards, file).skip(place))
 
-        for number, values in enumerate(keep_reading(open_at, row, dataset, where=f"file {file}")):
+        for number, values in enumerate(keep_reading(open_at, row, dataset, where=name)):
             if number == 0:
                 require(columns, values, where=where)
             yield partial(dict, values)
@@ -133,8 +137,9 @@ def _patiently(action: Callable[[], T], dataset: Dataset, *, where: str) -> T:
 def _retrying(where: Callable[[], str]) -> tenacity.Retrying:
     def announce(state: tenacity.RetryCallState) -> None:
         assert state.outcome is not None and state.next_action is not None
-        error = state.outcome.exception()
-        assert error is not None
+        outcome = state.outcome.exception()
+        assert outcome is not None
+        error = _chain(outcome)[-1]
         say(
             f"the stream dropped at {where()} ({type(error).__name__}: {first_line(error)}): trying again in "
             f"{state.next_action.sleep:.0f} s, {state.attempt_number} of {RETRIES}"
@@ -226,16 +231,20 @@ def _leave_waiting_to_us(is_stream: bool) -> None:
     """Keep a stream's clients from waiting on their own: 20 times 5 to 60 s in `datasets`, unsaid in our lines."""
     import datasets
     from huggingface_hub import constants
-    from huggingface_hub.utils._http import http_backoff
+    from huggingface_hub.utils._http import http_backoff, http_stream_backoff
 
     if not is_stream:
         return
+    for client in ("datasets", "huggingface_hub"):
+        logging.getLogger(client).setLevel(
+            logging.ERROR
+        )  # our lines say of each drop what they would
     for action in ("READ", "OPEN"):
         setattr(datasets.config, f"STREAMING_{action}_MAX_RETRIES", 1)
     for kind in ("READ", "READ_SERVER_UNAVAILABLE", "READ_RATE_LIMIT", "OPEN"):
         setattr(datasets.config, f"STREAMING_{kind}_RETRY_INTERVAL", 0)
-    assert http_backoff.__kwdefaults__ is not None
-    http_backoff.__kwdefaults__["max_retries"] = 0
+    for request in (http_backoff, http_stream_backoff):
+        inspect.unwrap(request).__kwdefaults__["max_retries"] = 0
     if "HF_HUB_DOWNLOAD_TIMEOUT" not in os.environ:
         constants.HF_HUB_DOWNLOAD_TIMEOUT = STALL_S
 
@@ -265,5 +274,6 @@ def explain_hub_error(dataset: Dataset, error: BaseException) -> ValueError:
         )
     else:
         advice = "could not be opened: check dataset.config_name, split, revision and data_files"
-    found = f"{type(error).__name__}: {said}"
+    cause = _chain(error)[-1] if is_drop(error) else error
+    found = f"{type(cause).__name__}: {first_line(cause)}"
     return ValueError(f"dataset.name {dataset.name!r} {advice}. Found: {found}")
