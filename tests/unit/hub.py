@@ -81,7 +81,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self.answer({"error": "not found"}, status=404)
 
-    do_HEAD = do_GET
+    do_HEAD = do_GET  # noqa: N815
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers.get("content-length", 0))))
