@@ -6,7 +6,6 @@ differently in another process loses documents, and would do so without a word.
 """
 
 import importlib
-import importlib.util
 import json
 import operator
 import os
@@ -15,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -145,9 +145,9 @@ def find_module(name: str) -> Path:
     """
     first, *rest = name.split(".")
     with _here_first():
-        spec = importlib.util.find_spec(first)
-    if spec is not None and not rest and spec.origin not in (None, "built-in", "frozen"):
-        return Path(str(spec.origin)).resolve()
+        spec = PathFinder.find_spec(first)  # whatever of that name may be loaded already
+    if spec is not None and not rest and spec.origin is not None:
+        return Path(spec.origin).resolve()
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         base = Path(folder).joinpath(*rest)
         for path in (base.with_suffix(".py"), base / "__init__.py"):

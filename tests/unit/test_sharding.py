@@ -77,7 +77,8 @@ def test_files_are_dealt_whole_and_max_samples_evenly(deal: Deal) -> None:
     assert [d.index for d in shards[1]] == list(range(1, 31, 3))
     few, _ = read_shards(replace(dataset, max_samples=11), 3)
     assert [len(shard) for shard in few] == [4, 4, 3]
-    assert all(few[s] == shards[s][: len(few[s])] for s in range(3))
+    for shard, whole in zip(few, shards, strict=True):
+        assert [d.text for d in shard] == [d.text for d in whole[: len(shard)]]
     with pytest.raises(
         ValueError, match=r"num_shards is 5, but the source has 4 files.*: 4 or less"
     ):

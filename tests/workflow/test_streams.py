@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from place import Place, merge, sha256, tiny, wait_until
+from place import Place, sha256, tiny, wait_until
 
 from retort.provenance import read_json
 
@@ -23,14 +23,14 @@ def test_a_stream_is_drawn_by_a_reader_for_each_shard_and_taken_up_after_a_kill(
 ) -> None:
     make_files(fresh, 3)
     section = {"data_files": "data/*.jsonl", "streaming": True, "sharding": "files"}
-    section |= {"max_samples": 100, "shuffle": True, "streaming_buffer_size": 8}
+    section |= {"max_samples": 60, "shuffle": True, "streaming_buffer_size": 8}
     fresh.write_config(tiny(dataset=section))
     undisturbed = fresh.copy_to(fresh.path.with_name("undisturbed"))
     target = str(index_of(fresh).relative_to(fresh.path))
     assert undisturbed.plan(target)["draw_corpus"] == 2
     undisturbed.snakemake(target)
     index = read_json(undisturbed.path / target)
-    assert index["counts"]["documents"]["read"] == 100
+    assert index["counts"]["documents"]["read"] == 60
     assert "dealt" not in index["counts"]
     process = fresh.start(target)
     wait_until(lambda: list(fresh.results.glob("corpora/*/.draw_*")), process=process)
@@ -68,7 +68,7 @@ def test_a_stream_has_the_same_sequences_as_the_files_that_it_streams(fresh: Pla
     found = []
     for streaming in (False, True):
         section = {"data_files": "data/*.jsonl", "streaming": streaming, "max_samples": 90}
-        fresh.write_config(merge(tiny(dataset=section), {}))
+        fresh.write_config(tiny(dataset=section))
         target = index_of(fresh)
         fresh.snakemake(str(target.relative_to(fresh.path)))
         found.append(read_json(target))

@@ -75,9 +75,7 @@ def get_corpus(wildcards):
 def get_draw_flags(wildcards):
     corpus = PROJECT.corpora[wildcards.corpus]
     reader = int(wildcards.reader.removeprefix("_") or 0)
-    return (
-        f"--reader {reader} --corpus-stamp {corpus.stamp} {flags(corpus.dataset)}"
-    )
+    return f"--reader {reader} --corpus-stamp {corpus.stamp} {flags(corpus.dataset)}"
 
 
 def get_tokenize_flags(wildcards):
