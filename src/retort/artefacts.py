@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from retort.config import Config, Dataset, Student, Teacher, identity
-from retort.corpus import corpus_files
+from retort.corpus import (
+    TOKENIZING_KEYS,
+    corpus_files,
+    corpus_keys,
+    count_readers,
+    is_drawn,
+    record_path,
+)
 from retort.provenance import (
     digest,
     digest_file,
@@ -26,6 +33,7 @@ from retort.provenance import (
     stamp_files,
     suggest_path,
 )
+from retort.sources import list_files
 
 # Raise a number when the code makes other bytes from the same input: that, and only that, re-makes results.
 # tests/unit/test_golden.py fails when bytes change and the number does not.
@@ -41,15 +49,6 @@ REVISIONS = {
     "report": 1,
 }
 
-# Keys of `dataset` that say how documents become sequences; the others say which documents there are.
-_TOKENIZING_KEYS = (
-    "tokenizer",
-    "append_eos",
-    "max_length",
-    "long_documents",
-    "streaming_chunk_size",
-)
-
 
 @dataclass(frozen=True)
 class Corpus:
@@ -60,6 +59,16 @@ class Corpus:
     dataset: Dataset
     is_drawn: bool
     stamp: str  # of the local files that the id's digests were taken of: whoever reads them compares it
+
+    @property
+    def records(self) -> list[Path]:
+        """The files that say that the corpus is drawn, one for each reader; none where nothing is drawn."""
+        if not self.is_drawn:
+            return []
+        return [
+            record_path(self.folder, self.dataset, reader)
+            for reader in range(count_readers(self.dataset))
+        ]
 
 
 @dataclass(frozen=True)
@@ -267,17 +276,20 @@ def _plan_run(name: str, config: Config) -> Run:
 
 def _plan_corpus(config: Config) -> Corpus:
     dataset = config.dataset
-    keys = {k: v for k, v in identity(dataset).items() if k not in _TOKENIZING_KEYS}
+    keys = corpus_keys(dataset)
     files = corpus_files(dataset)
-    if files:
+    if list_files(dataset):
         keys.pop("data_files", None)  # these count by content; a Hub dataset's files, by name
+    if dataset.streaming and dataset.shuffle:
+        keys["shuffle"] = (
+            "windows"  # once it was a buffer that was refilled row by row, another order
+        )
     memo = Path(config.output.results_dir) / ".digests.json"
     stamp = stamp_files(files)  # before the digests: an edit while they are taken must show too
     content = [digest_file(path, memo=memo) for path in files]
     corpus_id = digest(["corpus", REVISIONS["corpus"], keys, content])
-    is_drawn = dataset.streaming or dataset.name == "demo"
     folder = _cache_root(config) / "corpora" / corpus_id
-    return Corpus(corpus_id, folder, dataset, is_drawn, stamp)
+    return Corpus(corpus_id, folder, dataset, is_drawn(dataset), stamp)
 
 
 def _plan_teacher(config: Config) -> TeacherModel:
@@ -320,7 +332,7 @@ def _plan_tokens(config: Config, teacher: TeacherModel | None) -> Tokens:
             [section.model_path, section.revision, section.generation.force_regenerate],
         )
     corpus = _plan_corpus(config)
-    keys = {k: v for k, v in identity(dataset).items() if k in _TOKENIZING_KEYS}
+    keys = {k: v for k, v in identity(dataset).items() if k in TOKENIZING_KEYS}
     keys.pop("tokenizer", None)  # `source` says which it is
     tokens_id = digest(["tokens", REVISIONS["tokens"], corpus.id, source, keys])
     folder = _cache_root(config) / "tokens" / tokens_id

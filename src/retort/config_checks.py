@@ -28,17 +28,8 @@ def _is_set(value: Any) -> bool:
     return value is not None
 
 
-def _is_own_sharding(value: str) -> bool:
-    return value == "files" or ":" in value
-
-
 _BRING_OWN = "leave synthesis out, and bring prompts with responses as dataset.data_files."
 LATER = {
-    "dataset.sharding": Later(
-        _is_own_sharding,
-        "sharding by files or by a function",
-        "use interleaved or contiguous.",
-    ),
     "evaluation.benchmarks": Later(
         bool,
         "benchmarks",
@@ -86,6 +77,25 @@ def _check_streaming(c: Flat) -> None:
             "dataset.sharding is contiguous and dataset.streaming is true, but a stream has no "
             "known size to cut into runs. Use dataset.sharding: interleaved, or "
             "dataset.streaming: false."
+        )
+    _check_files(c)
+
+
+def _check_files(c: Flat) -> None:
+    """Refuse sharding by files for what is no list of files."""
+    name = c["dataset.name"]
+    if c["dataset.sharding"] != "files" or name in LOADERS:
+        return
+    if name == "demo":
+        raise ConfigError(
+            "dataset.sharding is files, but dataset.name is 'demo', whose text is no list of files. Use "
+            "dataset.sharding: interleaved."
+        )
+    if not c["dataset.streaming"]:
+        raise ConfigError(
+            f"dataset.sharding is files and dataset.name is {show(name)}, a Hub dataset that is downloaded whole "
+            "(dataset.streaming is false), where files no longer count. Set dataset.streaming: true, or use "
+            "dataset.sharding: interleaved."
         )
 
 

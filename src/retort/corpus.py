@@ -1,66 +1,73 @@
-"""Documents from any source, dealt to shards, cleaned, split into train and held-out, and counted.
+"""Documents from any source, in one order, dealt to shards, cleaned, split into train and held-out, and counted.
 
 A document's *index* is its place in the corpus: the order of the source's files and rows (or of its
 seeded shuffle), counted before anything is skipped. Which shard a document goes to depends on its
-index alone; which side of the held-out split, on its text and the seed alone, so exact copies lie
-on one side.
+index alone (with `sharding: files`, on its file); which side of the held-out split, on its text and the
+seed alone, so exact copies lie on one side.
 
-A stream and the demo's text are *drawn* once (`draw_corpus`): read in their order and written to
-one file per shard, from which `read_drawn` yields what `read_documents` yields of a source that can
-be read again.
+A stream is shuffled in *windows*: the files are put in an order of the seed, and each run of
+`streaming_buffer_size` documents is permuted by itself. At the end of a window nothing waits in memory,
+so a reading may stop there, and another go on from `Reading.place`, with the same documents in the same order.
 """
 
-import gzip
-import hashlib
-import json
-import os
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, TypeVar
 
 import xxhash
 
-from retort.config import Dataset
+from retort.config import Dataset, identity
 from retort.demo_text import describe_demo
 from retort.documents import Counts, Document, make_document
-from retort.provenance import (
-    read_json,
-    remove_stale_temporaries,
-    stamp_files,
-    temporary_name,
-    write_json,
+from retort.hub import impatiently
+from retort.provenance import stamp_files
+from retort.readers import Row, choose_columns, read_file
+from retort.sharding import (
+    Dealt,
+    check_function,
+    choose_files,
+    choose_quota,
+    choose_sharding,
+    find_module,
+    is_custom,
+    require_files,
 )
-from retort.readers import Row, naming, open_bytes, read_file
-from retort.sources import choose_columns, is_hub, list_files, read_rows
+from retort.sources import Source, is_hub, list_files, open_source
 
-__all__ = [
-    "Counts",
-    "Document",
-    "check_corpus",
-    "corpus_files",
-    "draw_corpus",
-    "is_drawn",
-    "read_documents",
-    "read_drawn",
-    "unchanged",
-]
+T = TypeVar("T")
 
-_DRAWN_FORMAT = {"format": "retort corpus", "version": 1}
 _SCANNED_DOCUMENTS = 1000
-_SECONDS_BETWEEN_LINES = 10.0
+# Keys of `dataset` that say how documents become sequences; the others say which documents there are.
+TOKENIZING_KEYS = (
+    "tokenizer",
+    "append_eos",
+    "max_length",
+    "long_documents",
+    "streaming_chunk_size",
+)
 
 
 def corpus_files(dataset: Dataset) -> list[Path]:
-    """Return a local corpus's files in reading order; none for the demo and for the Hub.
+    """Return the local files that a corpus is made of, in reading order; none for the demo and for the Hub.
 
-    Raises ValueError, naming path or glob, when there are none.
+    The file of a sharding function of one's own comes last. Raises ValueError, naming path, glob or module, when
+    there are none, or fewer than shards where files are dealt.
     """
-    return list_files(dataset)
+    files = list_files(dataset)
+    if files and not is_hub(dataset):
+        require_files(dataset, len(files))
+    code = [find_module(dataset.sharding.partition(":")[0])] if is_custom(dataset) else []
+    return files + code
+
+
+def corpus_keys(dataset: Dataset) -> dict[str, Any]:
+    """Return the keys of the section that say which documents there are, where they differ from their default."""
+    return {k: v for k, v in identity(dataset).items() if k not in TOKENIZING_KEYS}
 
 
 def is_drawn(dataset: Dataset) -> bool:
@@ -68,21 +75,197 @@ def is_drawn(dataset: Dataset) -> bool:
     return dataset.streaming or dataset.name == "demo"
 
 
+def count_readers(dataset: Dataset) -> int:
+    """Return how many jobs draw a corpus side by side: one per shard where shards have files of their own, else 1."""
+    return dataset.num_shards if dataset.sharding == "files" else 1
+
+
+def record_path(out_dir: Path, dataset: Dataset, reader: int) -> Path:
+    """Return the record that says that a reader has drawn all that is its own: corpus.json, where there is one."""
+    return out_dir / ("corpus.json" if count_readers(dataset) == 1 else f"corpus_{reader:05d}.json")
+
+
 def read_documents(
-    dataset: Dataset, *, shard: int, num_shards: int, counts: Counts
+    dataset: Dataset,
+    *,
+    shard: int,
+    num_shards: int,
+    counts: Counts,
+    dealt: Dealt | None = None,
 ) -> Iterator[Document]:
-    """Yield one shard's usable documents by rising index; add what was read to `counts`.
+    """Yield one shard's usable documents by rising index; add what was read to `counts`, what was dealt to `dealt`.
 
     `max_samples` takes the first so many documents of the corpus (and of `validation_split`, where
     set). A `shuffle` of a source that is no stream holds one shard's raw rows in memory. Raises
     ValueError for what cannot be read.
     """
     assert 0 <= shard < num_shards, (shard, num_shards)
-    shard_of = _choose_sharding(dataset, num_shards)
-    for index, split, row in _number_rows(dataset, lambda index: shard_of(index) == shard):
-        document = make_document(row(), dataset, index=index, split=split, counts=counts)
+    dataset = replace(dataset, num_shards=num_shards)
+    dealt = Dealt() if dealt is None else dealt
+    if dataset.sharding == "files":
+        reading = Reading(dataset, shard=shard, dealt=dealt)
+    else:
+        reading = Reading(dataset, is_wanted=_note_in(dealt, dataset, shard))
+    for index, side, row in reading:
+        document = make_document(row(), dataset, index=index, split=side, counts=counts)
         if document is not None:
             yield document
+
+
+def _note_in(dealt: Dealt, dataset: Dataset, shard: int) -> Callable[[int], bool]:
+    """Return the function that says whether a document is the shard's, and notes every one that it is asked for."""
+    shard_of = choose_sharding(dataset, lambda: count_documents(dataset))
+
+    def is_wanted(index: int) -> bool:
+        is_mine = shard_of(index) == shard
+        dealt.see(index.to_bytes(8, "little"), is_mine=is_mine)
+        return is_mine
+
+    return is_wanted
+
+
+@dataclass
+class Place:
+    """Where a reading stands: between two documents."""
+
+    split: int = 0  # which of the dataset's splits
+    file: int = 0  # which of the split's files, in the order in which they are read
+    row: int = 0  # of that file
+    documents: int = 0  # of this split, read so far
+    before: int = 0  # documents of earlier splits
+
+
+class Reading:
+    """The rows of a corpus in its order, from `place` on, as (index, side of the held-out split or None, row).
+
+    With `shard`, of that shard's files alone. `place` moves along; a reading may be taken up again where
+    `place.documents` is a multiple of `window`. Not wanted rows are counted and not yielded.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        shard: int | None = None,
+        place: Place | None = None,
+        is_wanted: Callable[[int], bool] = lambda _: True,
+        dealt: Dealt | None = None,
+    ) -> None:
+        self.dataset = dataset
+        self.shard = shard
+        self.place = replace(place or Place())
+        self.is_wanted = is_wanted
+        self.dealt = dealt
+        self.window = dataset.streaming_buffer_size if dataset.shuffle and dataset.streaming else 1
+
+    def __iter__(self) -> Iterator[tuple[int, str | None, Row]]:
+        splits = list_splits(self.dataset)
+        while self.place.split < len(splits):
+            name, side = splits[self.place.split]
+            for place, row in self._read_split(name):
+                yield self._number(place), side, row
+            before = self.place.before + self.place.documents
+            self.place = Place(split=self.place.split + 1, before=before)
+
+    def _number(self, place: int) -> int:
+        """Return the index of a document of this split."""
+        index = self.place.before + place
+        return index if self.shard is None else index * self.dataset.num_shards + self.shard
+
+    def _read_split(self, name: str) -> Iterator[tuple[int, Row]]:
+        source = open_source(self.dataset, name)
+        if self.place.split == 0:
+            require_files(self.dataset, source.num_files)
+        files = choose_files(self.dataset, source.num_files, self.shard)
+        self._note_files(source.num_files, files)
+        quota = choose_quota(self.dataset, self.shard)
+        if self.dataset.shuffle and not self.dataset.streaming:
+            yield from self._pick_shuffled(source, files, quota)
+            return
+        if self.dataset.shuffle:
+            files = shuffle_numbers(0, len(files), self.dataset.seed, of=files)
+        rows = self._read_files(source, files)
+        if self.dataset.shuffle:
+            rows = self._shuffle(rows)
+        first = self.place.documents
+        for place, row in enumerate(islice(rows, quota - first), start=first):
+            self.place.documents = place + 1
+            if self.is_wanted(self._number(place)):
+                yield place, row
+
+    def _note_files(self, num_files: int, files: list[int]) -> None:
+        """Note, at a split's beginning, which of its files are read here. Another commit has other files."""
+        if self.dealt is None or self.place.documents:
+            return
+        mine = set(files)
+        for file in range(num_files):
+            name = f"{self.dataset.revision} {self.place.split} {file}"
+            self.dealt.see(name.encode(), is_mine=file in mine)
+
+    def _read_files(self, source: Source, files: list[int]) -> Iterator[Row]:
+        for number in range(self.place.file, len(files)):
+            for row in source.read(files[number], self.place.row):
+                self.place.row += 1
+                yield row
+            self.place.file, self.place.row = number + 1, 0
+
+    def _shuffle(self, rows: Iterator[Row]) -> Iterator[Row]:
+        """Permute each window by the hashes of its rows' numbers."""
+        first = self.place.documents
+        while window := list(islice(rows, self.window)):
+            yield from shuffle_numbers(first, len(window), self.dataset.seed, of=window)
+            first += len(window)
+
+    def _pick_shuffled(
+        self, source: Source, files: list[int], quota: int
+    ) -> Iterator[tuple[int, Row]]:
+        """The wanted rows in the order of a shuffle of the whole split, which holds them in memory, unparsed."""
+        done = self.place.documents
+        size = sum(1 for file in files for _ in source.read(file, 0))
+        places = [0] * size
+        for place, number in enumerate(shuffle_numbers(0, size, self.dataset.seed, of=range(size))):
+            places[number] = place
+        rows = chain.from_iterable(source.read(file, 0) for file in files)
+        picked = [
+            (places[number], row)
+            for number, row in enumerate(rows)
+            if done <= places[number] < quota and self.is_wanted(self._number(places[number]))
+        ]
+        for place, row in sorted(picked, key=itemgetter(0)):
+            self.place.documents = place + 1
+            yield place, row
+        self.place.documents = min(size, quota)
+
+
+def shuffle_numbers(first: int, size: int, seed: int, *, of: Sequence[T]) -> list[T]:
+    """Return the items numbered first, first + 1, ... in the order of a hash of their numbers: one everywhere."""
+    keys = [
+        xxhash.xxh3_64_intdigest(i.to_bytes(8, "little"), seed) for i in range(first, first + size)
+    ]
+    return [of[i] for i in sorted(range(size), key=keys.__getitem__)]
+
+
+def list_splits(dataset: Dataset) -> list[tuple[str, str | None]]:
+    """Return (split, side that its documents are on; None where their text decides) in order."""
+    if dataset.validation_split is None:
+        return [(dataset.split, None)]
+    return [(dataset.split, "train"), (dataset.validation_split, "val")]
+
+
+def count_documents(dataset: Dataset) -> int:
+    """Return the number of documents of a corpus that can be read twice, by reading its rows unparsed."""
+    limit = dataset.max_samples or sys.maxsize
+    sizes = [
+        sum(1 for _ in islice(read_rows(open_source(dataset, name)), limit))
+        for name, _ in list_splits(dataset)
+    ]
+    return sum(sizes)
+
+
+def read_rows(source: Source) -> Iterator[Row]:
+    """Yield all rows of a split in the source's order."""
+    for file in range(source.num_files):
+        yield from source.read(file, 0)
 
 
 def check_corpus(dataset: Dataset) -> dict[str, Any]:
@@ -97,13 +280,16 @@ def check_corpus(dataset: Dataset) -> dict[str, Any]:
             next(read_file(path, dataset.name, choose_columns(dataset)), None)
     probe = replace(dataset, shuffle=False, streaming=dataset.streaming or is_hub(dataset))
     try:
-        counts, columns = _scan(probe)
+        with nullcontext() if dataset.streaming else impatiently():
+            counts, columns = _scan(probe)
     except ValueError as error:
         is_offline = isinstance(error.__cause__, ConnectionError | TimeoutError)
         if dataset.streaming or not is_offline:
             raise
         counts, columns = _scan(dataset)  # a copy may lie in the cache of a machine without network
-    _refuse_empty(dataset, counts)
+    refuse_empty(dataset, counts)
+    if is_custom(dataset):
+        check_function(dataset)
     return {
         "name": dataset.name,
         "files": [str(path) for path in files],
@@ -123,7 +309,7 @@ def unchanged(dataset: Dataset, stamp: str | None) -> Iterator[None]:
     """
 
     def compare() -> None:
-        if stamp not in (None, stamp_files(list_files(dataset))):
+        if stamp not in (None, stamp_files(corpus_files(dataset))):
             raise ValueError(
                 f"the files of dataset.data_files {dataset.data_files or dataset.name!r} changed while Retort read "
                 "them; nothing was kept of what was read. Run the same command again: it goes on with the files as "
@@ -135,139 +321,27 @@ def unchanged(dataset: Dataset, stamp: str | None) -> Iterator[None]:
     compare()
 
 
-def draw_corpus(dataset: Dataset, out_dir: Path, *, stamp: str | None = None) -> dict[str, Any]:
-    """Read a corpus once, in its order, into a file per shard and corpus.json, which is returned.
-
-    Files appear under their names when all are complete; memory holds one document (and the
-    shuffle's buffer). The content of the files depends on the source and the dataset section alone.
-    Raises ValueError when nothing is usable, or the source is no longer what `stamp` was taken of.
-    """
-    out_dir.mkdir(parents=True, exist_ok=True)
-    remove_stale_temporaries(out_dir)
-    paths = [_drawn_path(out_dir, shard) for shard in range(dataset.num_shards)]
-    temporaries = [temporary_name(path) for path in paths]
-    try:
-        with unchanged(dataset, stamp):
-            summary = _write_drawn(dataset, temporaries)
-        for temporary, path in zip(temporaries, paths, strict=True):
-            temporary.replace(path)
-    finally:
-        for temporary in temporaries:
-            temporary.unlink(missing_ok=True)
-    write_json(out_dir / "corpus.json", summary)
-    return summary
-
-
-def read_drawn(out_dir: Path, *, shard: int, counts: Counts) -> Iterator[Document]:
-    """Yield one shard's documents as `draw_corpus` wrote them; add their counts to `counts`.
-
-    Raises ValueError when the files are not what corpus.json says.
-    """
-    summary = read_json(out_dir / "corpus.json")
-    is_known = {key: summary.get(key) for key in _DRAWN_FORMAT} == _DRAWN_FORMAT
-    if not is_known or shard >= len(summary["shards"]):
-        raise ValueError(
-            f"{out_dir / 'corpus.json'} does not describe shard {shard} of a corpus in format "
-            f"{_DRAWN_FORMAT}: remove the folder and draw the corpus again."
-        )
-    expected = Counts.from_json(summary["shards"][shard])
-    path = _drawn_path(out_dir, shard)
-    num_read = 0
-    with naming(path), open_bytes(path) as file:
-        for line in file:
-            yield Document(**json.loads(line))
-            num_read += 1
-    if num_read != expected.used:
-        raise ValueError(
-            f"{path} holds {num_read} documents, but corpus.json says {expected.used}: remove the "
-            "folder and draw the corpus again."
-        )
-    counts.merge(expected)
-
-
-def _choose_sharding(dataset: Dataset, num_shards: int) -> Callable[[int], int]:
-    """Return the function from a document's index to its shard."""
-    if dataset.sharding == "interleaved":
-        return lambda index: index % num_shards
-    if dataset.sharding == "contiguous" and not dataset.streaming:
-        sizes = [_count_rows(dataset, name) for name, _ in _list_splits(dataset)]
-        size = sum(min(size, _limit(dataset)) for size in sizes)
-        return lambda index: ((index + 1) * num_shards - 1) // size
-    raise ValueError(
-        f"dataset.sharding is {dataset.sharding!r}: expected 'interleaved', or 'contiguous' for a "
-        "corpus that is no stream (its size must be known)."
-    )
-
-
-def _list_splits(dataset: Dataset) -> list[tuple[str, str | None]]:
-    """Return (split, side that its documents are on; None where their text decides) in order."""
-    if dataset.validation_split is None:
-        return [(dataset.split, None)]
-    return [(dataset.split, "train"), (dataset.validation_split, "val")]
-
-
-def _limit(dataset: Dataset) -> int:
-    return sys.maxsize if dataset.max_samples is None else dataset.max_samples
-
-
-def _count_rows(dataset: Dataset, split: str) -> int:
-    return sum(1 for _ in read_rows(dataset, split))
-
-
-def _number_rows(
-    dataset: Dataset, is_wanted: Callable[[int], bool]
-) -> Iterator[tuple[int, str | None, Row]]:
-    """Yield (index, side, row) of the wanted rows of the corpus, by rising index."""
-    start = 0
-    for name, side in _list_splits(dataset):
-        if dataset.shuffle and not dataset.streaming:
-            places = _shuffle_places(_count_rows(dataset, name), dataset)
-            picked = [
-                (place, row)
-                for place, row in zip(places, read_rows(dataset, name), strict=True)
-                if place < _limit(dataset) and is_wanted(start + place)
-            ]
-            yield from (
-                (start + place, side, row) for place, row in sorted(picked, key=itemgetter(0))
-            )
-            start += min(len(places), _limit(dataset))
-            continue
-        place = -1
-        for place, row in enumerate(read_rows(dataset, name)):
-            if is_wanted(start + place):
-                yield start + place, side, row
-            if place + 1 == _limit(dataset):
-                break
-        start += place + 1
-
-
-def _shuffle_places(size: int, dataset: Dataset) -> list[int]:
-    """Return each row's place in the shuffled order: by a hash of its number, so one everywhere."""
-    seed = dataset.seed
-    keys = [xxhash.xxh3_64_intdigest(i.to_bytes(8, "little"), seed) for i in range(size)]
-    places = [0] * size
-    for place, number in enumerate(sorted(range(size), key=keys.__getitem__)):
-        places[number] = place
-    return places
-
-
 def _scan(dataset: Dataset) -> tuple[Counts, list[str]]:
     """Read the corpus's first documents, until one is usable; return counts and columns found."""
     counts, columns = Counts(), list[str]()
-    for name, side in _list_splits(dataset):
+    for name, side in list_splits(dataset):
         seen = Counts()
-        for place, row in enumerate(read_rows(dataset, name)):
+        source = open_source(dataset, name)
+        if name == dataset.split:
+            require_files(dataset, source.num_files)
+        for place, row in enumerate(read_rows(source)):
             values = row()
             columns = columns or list(values)
             make_document(values, dataset, index=place, split=side, counts=seen)
             is_enough = seen.read >= _SCANNED_DOCUMENTS and (seen.used or is_hub(dataset))
-            if is_enough or seen.read == _limit(dataset):
+            if is_enough or seen.read == dataset.max_samples:
                 break
         counts.merge(seen)
     return counts, columns
 
 
-def _refuse_empty(dataset: Dataset, counts: Counts) -> None:
+def refuse_empty(dataset: Dataset, counts: Counts) -> None:
+    """Raise ValueError, with what was skipped and why, when no document is usable."""
     counts.reconcile()
     if counts.used == 0:
         reasons = [f"{number} {reason}" for reason, number in sorted(counts.skipped.items())]
@@ -277,75 +351,3 @@ def _refuse_empty(dataset: Dataset, counts: Counts) -> None:
             f"{', '.join(reasons) or 'none'} skipped. Expected at least one with text: check the "
             "files, and dataset.text_column (or prompt_column and response_column)."
         )
-
-
-def _drawn_path(out_dir: Path, shard: int) -> Path:
-    return out_dir / f"documents_{shard:05d}.jsonl.gz"
-
-
-def _write_drawn(dataset: Dataset, paths: list[Path]) -> dict[str, Any]:
-    """Write each shard's documents under the given names, down to the disk; return the summary."""
-    shard_of = _choose_sharding(dataset, len(paths))
-    shards = [Counts() for _ in paths]
-    content = hashlib.sha256()
-    num_bytes = 0
-    progress = _Progress()
-    with ExitStack() as stack:
-        files = [_open_for_writing(path, stack) for path in paths]
-        for index, split, row in _number_rows(dataset, lambda _: True):
-            shard = shard_of(index)
-            document = make_document(row(), dataset, index=index, split=split, counts=shards[shard])
-            if document is not None:
-                line = _to_line(document)
-                files[shard].write(line)
-                content.update(line)
-                num_bytes += len(document.text.encode()) + len((document.prompt or "").encode())
-            progress.tick(index + 1, num_bytes)
-    total = Counts()
-    for counts in shards:
-        total.merge(counts)
-    _refuse_empty(dataset, total)
-    return {
-        **_DRAWN_FORMAT,
-        "name": dataset.name,
-        "packages": describe_demo() if dataset.name == "demo" else {},
-        "bytes": num_bytes,
-        "sha256": content.hexdigest(),
-        "counts": total.to_json(),
-        "shards": [counts.to_json() for counts in shards],
-    }
-
-
-def _to_line(document: Document) -> bytes:
-    values = asdict(document)
-    return json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
-
-
-def _open_for_writing(path: Path, stack: ExitStack) -> BinaryIO:
-    """Open a gzip file whose bytes hold neither its name nor the time."""
-    raw = stack.enter_context(path.open("wb"))
-    stack.callback(_flush_to_disk, raw)
-    # Level 1: 3x as fast as the default, for files a tenth larger.
-    packed = gzip.GzipFile(filename="", mode="wb", compresslevel=1, fileobj=raw, mtime=0)
-    return cast(BinaryIO, stack.enter_context(packed))
-
-
-def _flush_to_disk(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-class _Progress:
-    """A line on stderr every ten seconds of long work."""
-
-    def __init__(self) -> None:
-        self.start = self.last = time.monotonic()
-
-    def tick(self, documents: int, num_bytes: int) -> None:
-        now = time.monotonic()
-        if now - self.last >= _SECONDS_BETWEEN_LINES:
-            self.last = now
-            rate = documents / (now - self.start)
-            size = f"{num_bytes / 1e6:,.1f} MB of text"
-            line = f"{documents:,} documents read, {size}, {rate:,.0f}/s"
-            print(line, file=sys.stderr, flush=True)

@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerFast
 from retort.config import Dataset, Student, Tracking, Training
 from retort.config_schema import fill_defaults, section_schema
 from retort.config_sections import build_section
-from retort.corpus import read_documents, read_drawn
+from retort.corpus import read_documents
 from retort.documents import Counts, Document
+from retort.drawing import read_drawn
 from retort.models import fingerprint_model
 from retort.provenance import describe_run, write_json
 from retort.tokens import TokenCounts, fingerprint_of_tokenizer, tokenize_documents

@@ -19,6 +19,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from retort.provenance import digest, read_json, write_atomically, write_json
+from retort.sharding import reconcile
 from retort.shards import TOKENS_FORMAT, iterate_token_shard, read_about, read_token_shard
 from retort.tokens import SPLITS, SequenceTable, concatenate_tables
 
@@ -86,7 +87,9 @@ def build_index(
         parts += _list_parts(tables, shard=place, documents_per_part=streaming_chunk_size)
         for _ in val.read(path, "val"):
             pass
-    summary = _sum_counts([counts for _, counts in about])
+    all_counts = [counts for _, counts in about]
+    _reconcile_shards(all_counts)
+    summary = _sum_counts(all_counts)
     if train.positions == 0:
         raise ValueError(
             f"no document of the corpus is left for training: {summary['documents']}. Every document was empty, "
@@ -121,6 +124,14 @@ def write_index(
     write_atomically(path.with_name(COUNTS_FILE), content.getvalue())
     write_json(path, index)
     return index
+
+
+def _reconcile_shards(counts: list[dict[str, Any]]) -> None:
+    """Take what each shard was dealt out of its counts; raise ValueError where it is not everything, exactly once."""
+    dealt = [shard.pop("dealt", None) for shard in counts]
+    shardings = [shard.pop("sharding", None) for shard in counts]
+    if None not in dealt:  # one reader drew for all shards
+        reconcile(dealt, sharding=shardings[0])
 
 
 def _digest_counts(counts: NDArray[np.int64]) -> str:

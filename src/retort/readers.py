@@ -21,6 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
+from retort.config import Dataset
+
 Row = Callable[[], Mapping[str, Any]]
 
 # A text file is read as passages: a line is too short for a document, a book too long to hold out.
@@ -38,6 +40,19 @@ class Columns(NamedTuple):
     def both(self) -> tuple[str, ...]:
         """All columns to read."""
         return self.required + self.optional
+
+
+def choose_columns(dataset: Dataset) -> Columns:
+    """Return the columns that a dataset section asks for."""
+    if dataset.prompt_column is not None and dataset.response_column is not None:
+        required = [dataset.prompt_column, dataset.response_column]
+    else:
+        required = [dataset.text_column]
+    labels = {"category": dataset.category_column, "language": dataset.language_column}
+    # A label column that was named on purpose must be there; the default's is used when present.
+    required += [column for default, column in labels.items() if column not in (None, default)]
+    optional = [column for default, column in labels.items() if column == default]
+    return Columns(tuple(required), tuple(optional))
 
 
 def read_file(path: Path, loader: str, columns: Columns) -> Iterator[Row]:

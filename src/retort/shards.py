@@ -18,9 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retort.config import Dataset
-from retort.corpus import Counts, read_documents, read_drawn, unchanged
+from retort.corpus import read_documents, unchanged
+from retort.documents import Counts
+from retort.drawing import read_drawn
 from retort.h5files import Column, open_h5, read_text, write_h5, write_text
 from retort.provenance import remove_stale_temporaries
+from retort.sharding import Dealt
 from retort.tokens import (
     SPLITS,
     TABLE_COLUMNS,
@@ -54,11 +57,13 @@ def tokenize_shard(
     Raises ValueError when the corpus is no longer what `stamp` (see `stamp_files`) was taken of.
     """
     started = time.monotonic()
-    documents, counts = Counts(), TokenCounts()
+    documents, counts, dealt = Counts(), TokenCounts(), Dealt()
     source = (
-        read_drawn(drawn, shard=shard, counts=documents)
+        read_drawn(drawn, shard=shard, counts=documents, dealt=dealt)
         if drawn
-        else read_documents(dataset, shard=shard, num_shards=dataset.num_shards, counts=documents)
+        else read_documents(
+            dataset, shard=shard, num_shards=dataset.num_shards, counts=documents, dealt=dealt
+        )
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     remove_stale_temporaries(out.parent)
@@ -69,7 +74,9 @@ def tokenize_shard(
                 for split, table in tables.items():
                     spools[split].append(table)
         documents.reconcile()
-        counted = {"documents": documents.to_json(), "tokens": asdict(counts)}
+        counted: dict[str, Any] = {"documents": documents.to_json(), "tokens": asdict(counts)}
+        if dealt.number_of_all:  # one reader that draws for all shards deals once, and cannot err
+            counted |= {"dealt": dealt.to_json(), "sharding": dataset.sharding}
         _write_shard(
             out,
             {split: spool.columns() for split, spool in spools.items()},

@@ -369,6 +369,16 @@ OUTPUT = {"training": {"distillation_type": "output"}}
             "Use dataset.sharding: interleaved",
         ),
         (
+            {"dataset": {"sharding": "files"}},
+            "dataset.sharding is files, but dataset.name is 'demo'",
+            "Use dataset.sharding: interleaved",
+        ),
+        (
+            {"dataset": {"name": "org/corpus", "sharding": "files"}},
+            "dataset.sharding is files and dataset.name is 'org/corpus'",
+            "Set dataset.streaming: true",
+        ),
+        (
             {"dataset": {"name": "json"}},
             "dataset.name is 'json'",
             "Set dataset.data_files to a path",
@@ -561,8 +571,6 @@ def test_alpha_follows_the_distillation_type_and_is_never_null(kind: str, alpha:
 @pytest.mark.parametrize(
     "key, value, meanwhile",
     [
-        ("dataset.sharding", "files", "use interleaved or contiguous"),
-        ("dataset.sharding", "my.module:deal", "use interleaved or contiguous"),
         ("evaluation.benchmarks", ["humaneval"], "leave it []"),
         ("evaluation.allow_code_execution", True, "leave it false"),
         ("synthesis.provider", "openai", "leave synthesis out"),

@@ -16,7 +16,8 @@ from synthetic import TOKENIZER, make_table, write_shards, write_tokens
 
 from retort.config_schema import fill_defaults, section_schema
 from retort.config_sections import build_section
-from retort.corpus import Counts, draw_corpus
+from retort.documents import Counts
+from retort.drawing import draw_corpus
 from retort.index import TokenIndex, build_index, describe_index, name_part, write_index
 from retort.provenance import read_json
 from retort.shards import read_token_shard, tokenize_shard, write_token_shard

@@ -31,6 +31,7 @@ SCRIPTS = f"{PYTHON} {shlex.quote(str(Path(workflow.basedir) / 'workflow' / 'scr
 
 wildcard_constraints:
     corpus="[0-9a-f]{12}",
+    reader="(_[0-9]{5})?",
     teacher="(demo-)?[0-9a-f]{12}",
     tokens="[0-9a-f]{12}",
     logits="[0-9a-f]{12}",
@@ -62,17 +63,21 @@ def check_unless(made):
 
 
 def get_corpus(wildcards):
-    """The corpus of a draw_corpus, demo_teacher or tokenize_shard job, as input; none where nothing is drawn."""
+    """The drawn corpus of a demo_teacher or tokenize_shard job, as input; none where nothing is drawn.
+
+    Where each shard is drawn by a reader of its own, a shard waits for that reader alone.
+    """
     if "tokens" in wildcards.keys():
-        corpus = PROJECT.tokens[wildcards.tokens].corpus
-    else:
-        corpus = PROJECT.teachers[wildcards.teacher].corpus
-    return [f"{corpus.folder}/corpus.json"] if corpus.is_drawn else []
+        records = PROJECT.tokens[wildcards.tokens].corpus.records
+        is_apart = len(records) > 1
+        return [str(records[int(wildcards.shard)])] if is_apart else map(str, records)
+    return map(str, PROJECT.teachers[wildcards.teacher].corpus.records)
 
 
 def get_draw_flags(wildcards):
     corpus = PROJECT.corpora[wildcards.corpus]
-    return f"--corpus-stamp {corpus.stamp} {flags(corpus.dataset)}"
+    reader = int(wildcards.reader.removeprefix("_") or 0)
+    return f"--reader {reader} --corpus-stamp {corpus.stamp} {flags(corpus.dataset)}"
 
 
 def get_tokenize_flags(wildcards):

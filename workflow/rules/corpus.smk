@@ -18,16 +18,16 @@ rule check_inputs:
 
 rule draw_corpus:
     input:
-        check=check_unless(f"{CACHE}/corpora/{{corpus}}/corpus.json"),
+        check=check_unless(f"{CACHE}/corpora/{{corpus}}/corpus{{reader}}.json"),
     output:
-        f"{CACHE}/corpora/{{corpus}}/corpus.json",
+        f"{CACHE}/corpora/{{corpus}}/corpus{{reader}}.json",
     log:
-        "logs/draw_corpus/{corpus}.log",
+        "logs/draw_corpus/{corpus}{reader}.log",
     params:
         script=SCRIPTS.format("draw_corpus"),
         flags=get_draw_flags,
     message:
-        "Drawing the corpus {wildcards.corpus}"
+        "Drawing the corpus {wildcards.corpus}{wildcards.reader}"
     shell:
         "{params.script} --output {output:q} {params.flags}"
         " >> {log:q} 2> >(tee -a {log:q} >&2)"

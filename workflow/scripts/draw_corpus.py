@@ -8,16 +8,22 @@ from pathlib import Path
 
 from retort.commands import run_script
 from retort.config import add_section_flags, section_from_args
-from retort.corpus import draw_corpus
+from retort.drawing import draw_corpus
 
 
 def main() -> None:
-    """Write documents_*.jsonl.gz and corpus.json into the output's folder."""
+    """Write documents_*.jsonl.gz and their record into the output's folder; go on where a killed draw ended."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--output", required=True, type=Path, help="corpus.json; the documents lie beside it"
+        "--output",
+        required=True,
+        type=Path,
+        help="corpus.json, or a reader's corpus_<reader>.json; the documents lie beside it",
+    )
+    parser.add_argument(
+        "--reader", type=int, default=0, help="with --dataset-sharding files: the shard to draw"
     )
     parser.add_argument(
         "--corpus-stamp",
@@ -25,7 +31,9 @@ def main() -> None:
     )
     add_section_flags(parser, "dataset")
     args = parser.parse_args()
-    draw_corpus(section_from_args(args, "dataset"), args.output.parent, stamp=args.corpus_stamp)
+    dataset = section_from_args(args, "dataset")
+    folder = args.output.parent
+    draw_corpus(dataset, folder, reader=args.reader, stamp=args.corpus_stamp)
 
 
 if __name__ == "__main__":
