@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-unit test-workflow test-slow campaign benchmark-cache benchmark-merge benchmark-training benchmark-feeding benchmark-groups benchmark-quality lint environment docs clean
+.PHONY: demo test test-unit test-workflow test-slow campaign benchmark-cache benchmark-merge benchmark-teacher benchmark-training benchmark-feeding benchmark-groups benchmark-quality lint environment docs clean
 
 demo: $(READY)
 	$(BIN)/snakemake --cores $(CORES) --quiet rules
@@ -26,9 +26,11 @@ test-unit: $(READY)
 test-workflow: $(READY)
 	$(BIN)/pytest tests/workflow -n 2
 
-# The real teacher and real stories of ../shared/data; skipped with a reason where they are absent.
+# What takes longer: kills by the dozen, groups of pretended GPUs, a Hub with faults, and the real teacher and stories of
+# ../shared/data (skipped with a reason where they are absent).
 test-slow: $(READY)
-	$(BIN)/pytest tests/workflow/test_real_input.py -m slow
+	$(BIN)/pytest -m slow -n 2 tests/unit tests/workflow/test_real_input.py tests/workflow/test_kills.py \
+		tests/workflow/test_gpu_groups.py
 
 # Kills at many points, every number of workers: about half an hour, not part of `make test`.
 campaign: $(READY)
@@ -42,6 +44,11 @@ benchmark-cache: $(READY)
 # Merging parts beside `cp`, a minute: make benchmark-merge FLAGS="--gigabytes 0.25 --folder /the/disk"
 benchmark-merge: $(READY)
 	$(BIN)/python benchmarks/merge.py $(FLAGS)
+
+# The teacher's pass beside its bare forward, ten minutes; on a GPU:
+# make benchmark-teacher FLAGS="--device cuda --dtype bfloat16 --shape 7b --vocabulary 131072"
+benchmark-teacher: $(READY)
+	$(BIN)/python benchmarks/teacher.py $(FLAGS)
 
 # A training step beside cross-entropy, three minutes: make benchmark-training FLAGS="--vocabulary 131072"
 benchmark-training: $(READY)

@@ -114,6 +114,7 @@ def test_a_stream_is_drawn_like_files_whatever_happens_on_the_way(
         assert drawn.said == ""
 
 
+@pytest.mark.slow
 def test_a_stream_that_never_recovers_ends_in_one_sentence_and_is_gone_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

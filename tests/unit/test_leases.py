@@ -341,6 +341,7 @@ def test_locks_that_cannot_be_kept_are_one_sentence(
 # --- Fairness
 
 
+@pytest.mark.slow
 def test_a_job_for_all_gpus_is_served_within_a_steady_flow_of_small_ones(tmp_path: Path) -> None:
     """Ten jobs that take one GPU again and again, and one that wants all eight: they would never be free at once."""
     program = textwrap.dedent(f"""

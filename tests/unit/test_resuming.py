@@ -75,6 +75,7 @@ def undisturbed(
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_random_steps_ends_with_the_weights_of_an_undisturbed_one(
     bench: Bench, dropout_student: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -190,6 +191,7 @@ def test_old_checkpoints_are_removed_but_two_are_kept(
     )  # the newest may be torn
 
 
+@pytest.mark.slow
 def test_a_second_process_on_the_same_run_waits(
     bench: Bench, dropout_student: Path, undisturbed: Path, tmp_path: Path
 ) -> None:

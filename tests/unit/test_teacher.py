@@ -272,6 +272,7 @@ print(found.halved)
 """
 
 
+@pytest.mark.slow
 def test_a_machine_that_really_has_no_more_memory_halves_batches_too() -> None:
     done = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

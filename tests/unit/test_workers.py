@@ -253,6 +253,7 @@ def wait_for(condition: Callable[[], bool], *, seconds: float = 60.0) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_three_processes_at_once_leave_the_bytes_of_one(
     job: Job, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
