@@ -33,21 +33,12 @@ def pad_width(vocabulary: int) -> int:
 
 
 def _mask(logits_PV: Tensor, *, num_tokens: int) -> Tensor:
-    """Return logits [P, W]: ids from `num_tokens` (the tokenizer's size) on get probability zero.
-
-    A logit of -inf is a probability of zero. Raises ValueError when one is NaN or +inf, or a whole row -inf.
-    """
+    """Return logits [P, W]: ids from `num_tokens` (the tokenizer's size) on get probability zero."""
     width = logits_PV.shape[1]
     if num_tokens < width:
         logits_PV[:, num_tokens:] = -torch.inf
-    is_finite_P = torch.isfinite(logits_PV.amax(dim=-1))  # NaN is the greatest of its row
-    if not bool(is_finite_P.all()):
-        row = int((~is_finite_P).nonzero()[0])
-        column = int(logits_PV[row].argmax())
-        raise NotFiniteError(row, column, float(logits_PV[row, column]))
-    if missing := pad_width(width) - width:
-        logits_PV = F.pad(logits_PV, (0, missing), value=-torch.inf)
-    return logits_PV
+    missing = pad_width(width) - width
+    return F.pad(logits_PV, (0, missing), value=-torch.inf) if missing else logits_PV
 
 
 class NotFiniteError(ValueError):
@@ -61,15 +52,21 @@ class NotFiniteError(ValueError):
 def _compute_probs(logits_PW: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Yield (place of the first row, logits [R, W], probabilities [R, W]) of so many rows as are worked on at once.
 
-    The probabilities' memory is that of the rows before.
+    The probabilities' memory is that of the rows before. A logit of -inf is a probability of zero. Raises
+    NotFiniteError when one is NaN or +inf, or a whole row -inf.
     """
     num_rows, width = logits_PW.shape
     at_once = max(1, _CPU_ELEMENTS // width) if logits_PW.device.type == "cpu" else num_rows
     scratch_RW = torch.empty_like(logits_PW[:at_once])
     for start in range(0, num_rows, at_once):
         logits_RW = logits_PW[start : start + at_once]
-        probs_RW = scratch_RW[: len(logits_RW)]
-        yield start, logits_RW, torch.softmax(logits_RW, dim=-1, out=probs_RW)
+        probs_RW = torch.softmax(logits_RW, dim=-1, out=scratch_RW[: len(logits_RW)])
+        is_number_R = torch.isfinite(probs_RW[:, 0])  # if one is not, none of its row is
+        if not bool(is_number_R.all()):
+            row = start + int((~is_number_R).nonzero()[0])
+            token = int(logits_PW[row].argmax())  # NaN is the greatest
+            raise NotFiniteError(row, token, float(logits_PW[row, token]))
+        yield start, logits_RW, probs_RW
 
 
 def _blocks(rows_RW: Tensor) -> Tensor:
@@ -116,7 +113,7 @@ class _Kept(NamedTuple):
 def select_top_k(logits_PV: Tensor, codec: Codec, *, num_tokens: int) -> SparseTargets:
     """Keep the K most probable tokens of each row, and the mass of the rest at each temperature.
 
-    Raises NotFiniteError for a logit that is no number.
+    Raises NotFiniteError as `_compute_probs` does.
     """
     assert codec.top_k is not None
     logits_PW = _mask(logits_PV, num_tokens=num_tokens)
@@ -165,7 +162,7 @@ def select_probable(
     moved by that number, is laid over the cumulative mass of the other tokens, and a token is drawn where a point
     falls on it: with probability n p / m, m the mass, and never twice, since no p reaches m / n. Each drawn token
     stands for m / n, so the expectation is p (Madow 1949).
-    Raises NotFiniteError for a logit that is no number.
+    Raises NotFiniteError as `_compute_probs` does.
     """
     assert codec.min_probability is not None
     step = codec.draw_step
