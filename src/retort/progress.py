@@ -26,7 +26,8 @@ _LOOK_S = 2.0  # between looks at the folder of parts: 10,000 files take 10 ms
 
 
 def open_terminal(descriptor: int | None = None) -> TextIO | None:
-    """Return the terminal behind a descriptor (stderr's, where none is given), locked for one bar; None without one.
+    """Return the terminal behind a descriptor (stderr's, where none is given), locked for one bar; None without one,
+    or with one that has no width.
 
     Jobs share the terminal. Opened anew, because a lock belongs to an opening, and jobs inherit one from Snakemake.
     """
@@ -37,6 +38,8 @@ def open_terminal(descriptor: int | None = None) -> TextIO | None:
         return None
     try:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.get_terminal_size(opened).columns == 0:
+            raise OSError  # as of a container's that nobody looks at: a bar would have no width
     except OSError:
         os.close(opened)
         return None

@@ -91,9 +91,11 @@ def test_without_a_terminal_there_are_lines(redirect: str, tmp_path: Path) -> No
 
 def test_one_process_has_the_bar_of_a_terminal() -> None:
     program = (
-        "import os, pty, subprocess, sys\n"
+        "import fcntl, os, pty, struct, subprocess, sys, termios\n"
         "from retort.progress import open_terminal\n"
         "_, slave = pty.openpty()\n"
+        "assert open_terminal(slave) is None, 'it has no width'\n"
+        "fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack('HHHH', 40, 140, 0, 0))\n"
         "first = open_terminal(slave)\n"
         "assert first is not None and open_terminal(slave) is None\n"
         "first.close()\n"
