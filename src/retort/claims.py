@@ -7,6 +7,7 @@ node, is nobody's. Two workers that do the same part all the same write the same
 
 import os
 import platform
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +19,7 @@ from retort.provenance import has_ended
 
 _CLAIM_REFRESH_S = 5.0
 _CLAIM_STALE_S = 60.0
+_PROCESS = re.compile("[0-9]{1,9}")
 
 
 def next_part(
@@ -37,23 +39,24 @@ def _claim_path(folder: Path, part_name: str) -> Path:
 def is_claimed(folder: Path, part_name: str) -> bool:
     """Say whether a living worker is at the part; compared by the file system's clock, not by the nodes'."""
     claim = _claim_path(folder, part_name)
-    try:
-        written = claim.stat().st_mtime
-        node, _, process = claim.read_text().strip().partition(" ")
-    except FileNotFoundError:
-        return False
-    if node == platform.node() and process.isdigit() and has_ended(int(process)):
-        return False  # killed here: nobody has to wait for its claim to age
     clock = folder / f".clock.{platform.node()}.{os.getpid()}.tmp"
-    clock.touch()
-    now = clock.stat().st_mtime
+    try:
+        # Read first: on a network's file system, opening a file brings its times up to date.
+        node, _, process = claim.read_text(errors="replace").strip().partition(" ")
+        written = claim.stat().st_mtime
+        if node == platform.node() and _PROCESS.fullmatch(process) and has_ended(int(process)):
+            return False  # killed here: nobody has to wait for its claim to age
+        clock.touch()
+        now = clock.stat().st_mtime
+    except FileNotFoundError:  # given up, or the whole folder merged and removed
+        return False
     clock.unlink(missing_ok=True)
     return now - written < _CLAIM_STALE_S
 
 
 @contextmanager
 def claim(folder: Path, part_name: str) -> Iterator[bool]:
-    """Claim a part while the block runs; yields False when another worker was faster.
+    """Claim a part while the block runs; yields False when another worker was faster, or the folder is gone.
 
     The claim is refreshed every few seconds by a thread, so that a worker killed in any way loses it.
     """
@@ -63,14 +66,14 @@ def claim(folder: Path, part_name: str) -> Iterator[bool]:
     try:
         with path.open("x") as file:
             file.write(_signature())
-    except FileExistsError:
+    except (FileExistsError, FileNotFoundError):
         yield False
         return
     stop = threading.Event()
 
     def refresh() -> None:
         while not stop.wait(_CLAIM_REFRESH_S):
-            with suppress(FileNotFoundError):
+            with suppress(OSError):  # a network's file system may fail for a moment
                 if _is_mine(path):
                     os.utime(path)
 
@@ -88,7 +91,7 @@ def claim(folder: Path, part_name: str) -> Iterator[bool]:
 def _is_mine(claim: Path) -> bool:
     """Say whether a claim is this process's; while it was stopped, another may have taken the part over."""
     try:
-        return claim.read_text() == _signature()
+        return claim.read_text(errors="replace") == _signature()
     except FileNotFoundError:
         return False
 

@@ -177,6 +177,7 @@ def encode(targets: SparseTargets, codec: Codec) -> bytes:
     """Encode P positions. The values are rounded to float16; the order and the tail are kept as they are."""
     assert codec.top_k is not None
     assert (targets.sizes == codec.top_k).all(), (codec.top_k, targets.sizes)
+    assert targets.ids.max(initial=0) < codec.vocabulary, (targets.ids.max(), codec.vocabulary)
     assert targets.tail_logprobs.shape == (len(targets), len(codec.temperatures))
     columns = (
         targets.ids.astype(codec.id_dtype),

@@ -222,13 +222,13 @@ class _Drawn:
             "revision": self.dataset.revision,
             "place": asdict(self.place),
             "dealt": self.dealt.to_json(),
-            "counts": {shard: counts.to_json() for shard, counts in self.counts.items()},
-            "sizes": self.sizes,
+            "counts": {str(shard): counts.to_json() for shard, counts in self.counts.items()},
+            "sizes": {str(shard): size for shard, size in self.sizes.items()},
             "bytes": self.num_bytes,
             "content": self.content,
             "is_complete": is_complete,
         }
-        write_json(self._record, record)
+        write_json(self._record, record | {"digest": digest(record)})
 
     def _load(self) -> bool:
         """Take up a record and cut the files to its lengths; False where there is none, or of another corpus."""
@@ -237,7 +237,9 @@ class _Drawn:
         except (FileNotFoundError, ValueError):
             return False
         expected = _PROGRESS_FORMAT | {"key": self.key}
-        if {key: record.get(key) for key in expected} != expected:
+        if not isinstance(record, dict) or {k: record.get(k) for k in expected} != expected:
+            return False
+        if record.pop("digest", None) != digest(record):  # edited, or not ours
             return False
         sizes = {int(shard): size for shard, size in record["sizes"].items()}
         paths = {shard: _drawn_path(self.out_dir, shard) for shard in sizes}

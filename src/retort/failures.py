@@ -9,6 +9,9 @@ from retort.commands import ATTEMPT, is_out_of_memory
 
 _TAIL_BYTES = 1 << 18
 _SHOWN_LINES = 10
+_SHOWN_CHARACTERS = 500  # of a line
+_TRACEBACK = "Traceback (most recent call last)"
+_ATTEMPT = re.compile(re.escape(ATTEMPT) + r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ")
 _GOES_ON = "what is finished is kept, and the same command goes on from there."
 _LESS_MEMORY = {
     "generate_logits": "lower teacher.generation.batch_size, raise teacher.generation.gpus_per_model, or take a "
@@ -51,8 +54,13 @@ def _describe(alike: Sequence[Failure]) -> str:
 def find_failure(rule: str, log: Path) -> Failure:
     """Read the end of a job's log, as far back as its last attempt began."""
     lines = read_last_attempt(log)
-    sentence = next((line for line in reversed(lines) if line.startswith("error: ")), None)
+    last = max((n for n, line in enumerate(lines) if line.startswith("error: ")), default=-1)
+    # A library's own "error: " before a traceback is not why.
+    is_ours = last >= 0 and not any(line.startswith(_TRACEBACK) for line in lines[last:])
+    sentence = lines[last] if is_ours else None
     reason = sentence.removeprefix("error: ") if sentence else _guess(rule, lines)
+    if not log.exists():
+        reason = f"It left no log: look at what Snakemake said of it, above; {_GOES_ON}"
     shown = [line for line in lines if line != sentence]  # said once, under them
     return Failure(rule, log, tuple(shown[-_SHOWN_LINES:]), reason)
 
@@ -65,9 +73,18 @@ def read_last_attempt(log: Path) -> list[str]:
             text = file.read().decode(errors="replace")
     except OSError:
         return []
-    lines = [line for line in text.splitlines() if line.strip()]
-    starts = [place for place, line in enumerate(lines) if line.startswith(ATTEMPT)]
+    lines = [_shorten(line) for line in text.splitlines() if line.strip()]
+    starts = [place for place, line in enumerate(lines) if _ATTEMPT.match(line)]
     return lines[starts[-1] + 1 :] if starts else lines
+
+
+def _shorten(line: str) -> str:
+    """Return a line as a terminal can show it: without control characters, and not endless."""
+    line = "".join(
+        c if c.isprintable() or c == "\t" else "?" for c in line[: 4 * _SHOWN_CHARACTERS]
+    )
+    is_ours = line.startswith("error: ")
+    return line if is_ours or len(line) <= _SHOWN_CHARACTERS else f"{line[:_SHOWN_CHARACTERS]} ..."
 
 
 def _guess(rule: str, lines: Sequence[str]) -> str:
@@ -79,7 +96,7 @@ def _guess(rule: str, lines: Sequence[str]) -> str:
         return f"It was ended from outside by SIGTERM, as by a time limit: {_GOES_ON}"
     if "interrupted by" in text:
         return f"It was interrupted: {_GOES_ON}"
-    if re.search(r"^Traceback \(most recent call last\)", text, re.MULTILINE):
+    if any(line.startswith(_TRACEBACK) for line in lines):
         return "This is a fault of Retort: please report it, with the log."
     return (
         "It ended without a word, so it was killed (SIGKILL): most often by the kernel, because the machine's memory "

@@ -87,6 +87,7 @@ def build_index(
         parts += _list_parts(tables, shard=place, documents_per_part=streaming_chunk_size)
         for _ in val.read(path, "val"):
             pass
+    _refuse_repeated(parts, shard_paths)
     all_counts = [counts for _, counts in about]
     _reconcile_shards(all_counts)
     summary = _sum_counts(all_counts)
@@ -124,6 +125,17 @@ def write_index(
     write_atomically(path.with_name(COUNTS_FILE), content.getvalue())
     write_json(path, index)
     return index
+
+
+def _refuse_repeated(parts: list[dict[str, Any]], shard_paths: list[Path]) -> None:
+    """Raise ValueError where two shards hold the same documents: one was copied over the other."""
+    shard_of: dict[str, int] = {}
+    for part in parts:
+        if (other := shard_of.setdefault(part["name"], part["shard"])) != part["shard"]:
+            raise ValueError(
+                f"{shard_paths[part['shard']]} holds the documents of {shard_paths[other]}: one of the two is a copy, "
+                "so others are missing. Delete both and run the same command again."
+            )
 
 
 def _reconcile_shards(counts: list[dict[str, Any]]) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -168,7 +169,9 @@ def find_missing_parts(
 
     Workers ask after every part. Of 10,000 parts: 10 ms; 250 ms with a question to the disk for each.
     """
-    there = {path.name for path in os.scandir(folder)} if folder.is_dir() else set()
+    there = set[str]()
+    with suppress(FileNotFoundError):  # merged and removed meanwhile
+        there = {path.name for path in os.scandir(folder)}
     names = _name_files(tuple(part["name"] for part in index.parts), header)
     return [
         (place, part)
@@ -183,6 +186,14 @@ def is_merged(path: Path, header: CacheHeader) -> bool:
         return False
     LogitCache(path).header.require(header, source=path)
     return True
+
+
+def discard_merged(path: Path, merged: Path, header: CacheHeader) -> None:
+    """Remove a part that was written after all were merged and removed; a virtual cache keeps its own."""
+    if is_merged(merged, header) and not LogitCache(merged).is_virtual:
+        path.unlink(missing_ok=True)
+        with suppress(OSError):  # others write here too
+            path.parent.rmdir()
 
 
 def remove_parts(folder: Path) -> None:

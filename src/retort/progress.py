@@ -143,9 +143,11 @@ class Progress:
 
     def _look(self) -> None:
         self._looked = time.monotonic()
-        if not self._folder.is_dir():
+        try:
+            entries = list(os.scandir(self._folder))
+        except FileNotFoundError:  # merged and removed, or not made yet
             return
-        for entry in os.scandir(self._folder):
+        for entry in entries:
             part = self._parts.get(entry.name)
             if part is None or entry.name in self._seen:
                 continue

@@ -267,4 +267,9 @@ def _read_sequences(group: Any, first: int, stop: int, *, source: Path) -> Seque
     names = tuple((str(c), str(lang)) for c, lang in json.loads(read_text(group, "label_names")))
     table = SequenceTable(**columns, label_names=names)
     table.verify_keys(source=str(source), first=first)
+    if len(table) and not 0 <= table.labels.min() <= table.labels.max() < len(names):
+        raise ValueError(
+            f"{source}: a sequence has label {table.labels.max()} of {len(names)}: the file is damaged. Delete it and "
+            "run the same command again."
+        )
     return table

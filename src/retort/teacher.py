@@ -245,7 +245,9 @@ class _Head:
         at_once = _HEAD_ROWS[features_PD.device.type]
         if len(self.logits_RW) < min(at_once, len(features_PD)):
             shape = (min(at_once, len(features_PD)), pad_width(self.width))
-            self.logits_RW = torch.empty(shape, dtype=torch.float32, device=features_PD.device)
+            weight = self.head.weight  # on another GPU of the group than the last layer, perhaps
+            device = features_PD.device if weight is None else weight.device
+            self.logits_RW = torch.empty(shape, dtype=torch.float32, device=device)
         pieces: list[Any] = []
         for start in range(0, len(features_PD), at_once):
             stop = min(start + at_once, len(features_PD))

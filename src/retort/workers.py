@@ -25,6 +25,7 @@ from retort.index import TokenIndex
 from retort.models import CausalLM, describe_device, load_recorded_teacher
 from retort.parts import (
     build_header,
+    discard_merged,
     find_missing_parts,
     find_order,
     is_merged,
@@ -74,7 +75,6 @@ def run_worker(
     progress: Progress | None = None,
 ) -> WorkerReport:
     """Do parts until every part of the index has a file. `load` is called only when there is work to do."""
-    folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     scorer: Scorer | None = None
     progress = progress or Progress(index.parts, part_files(index, folder, header), say=say)
@@ -85,6 +85,7 @@ def run_worker(
         while not is_merged(folder.parent / CACHE_FILE, header) and (
             missing := find_missing_parts(index, folder, header)
         ):
+            folder.mkdir(parents=True, exist_ok=True)
             place_part = next_part(missing, folder, worker=worker, num_workers=num_workers)
             if place_part is None:
                 # This worker is writing, or living ones are at every part that is left: one of them may die.
@@ -154,10 +155,14 @@ class _Writer:
     def write(
         self, part: dict[str, Any], table: SequenceTable, scored: Scored, claimed: ExitStack
     ) -> None:
-        """Begin to write a part, after the one before; `claimed` is closed at its end."""
-        with claimed:
-            self.wait()
-            self._writing = self.thread.submit(self._write, part, table, scored, claimed.pop_all())
+        """Begin to write a part, after the one before; `claimed` is closed at its end.
+
+        Raises what went wrong with the one before; this one is written all the same.
+        """
+        before = self._writing
+        self._writing = self.thread.submit(self._write, part, table, scored, claimed)
+        if before is not None:
+            before.result()
 
     def _write(
         self, part: dict[str, Any], table: SequenceTable, scored: Scored, claimed: ExitStack
@@ -168,6 +173,7 @@ class _Writer:
             write_part(path, table, scored.targets, self.header, self.order, halved=halved)
             self.done.append(part["name"])
             self.on_written(part, path)
+            discard_merged(path, self.folder.parent / CACHE_FILE, self.header)
 
 
 def _load(path: str, section: Teacher, record_path: Path, *, longest: int) -> CausalLM:

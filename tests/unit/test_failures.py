@@ -75,4 +75,18 @@ def test_jobs_that_fail_for_one_reason_stand_together(tmp_path: Path) -> None:
 
 
 def test_a_log_that_is_not_there_is_no_error(tmp_path: Path) -> None:
+    assert "It left no log" in find_failure("train", tmp_path / "log").reason
+    (tmp_path / "log").write_text("=== 2026-11-25 18:00:00  train.py\n")
     assert "killed" in find_failure("train", tmp_path / "log").reason
+
+
+def test_a_librarys_lines_do_not_pass_for_ours(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text(
+        "=== 2026-11-25 18:00:00  train.py\nerror: a library's\n=== a separator\n"
+        "Traceback (most recent call last)\nKeyError: 'x'\n" + "\x1b[2J" + "long " * 10_000 + "\n"
+    )
+    found = find_failure("train", log)
+    assert found.reason.startswith("This is a fault of Retort")
+    assert "error: a library's" in found.lines
+    assert max(map(len, found.lines)) < 600 and not any("\x1b" in line for line in found.lines)

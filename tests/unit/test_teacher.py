@@ -398,3 +398,16 @@ def test_of_a_row_without_a_probable_token_one_is_kept() -> None:
     codec = Codec("top_p", None, (1.0,), 1000, 0.01, 60, "order")
     found = select_probable(torch.zeros(3, 1000), codec, num_tokens=990, uniform_P=np.empty(0))
     assert found.sizes.tolist() == [1, 1, 1] and found.ids.max() < 990
+
+
+@pytest.mark.parametrize(
+    ("width", "num_tokens", "top_k"), [(317, 300, 317), (1001, 5, 8), (33, 31, 33)]
+)
+def test_no_id_is_beyond_the_vocabulary_where_fewer_than_k_are_possible(
+    width: int, num_tokens: int, top_k: int
+) -> None:
+    logits_PV = torch.randn(4, width, generator=torch.Generator().manual_seed(0))
+    found = select_top_k(logits_PV, make_codec(top_k, width), num_tokens=num_tokens)
+    ids_PK = found.to_rows()[0]
+    assert ids_PK.max() < width
+    assert all(len(set(ids)) == top_k for ids in ids_PK.tolist())

@@ -1,6 +1,8 @@
 """Workers of the teacher's pass: the same bytes whoever did the work, whatever was killed."""
 
+import errno
 import os
+import platform
 import signal
 import threading
 import time
@@ -19,14 +21,21 @@ from test_teacher import Small
 from tiny import NUM_TOKENS, WIDTH, real_processes, record, section, tokenize
 from torch import Tensor
 
-from retort import claims
+from retort import claims, workers
 from retort.cache import CacheHeader, LogitCache
 from retort.claims import claim, next_part
 from retort.codec import build_codec
 from retort.index import TokenIndex
 from retort.merging import describe_cache
 from retort.models import CausalLM, load_recorded_teacher, load_teacher
-from retort.parts import build_header, find_missing_parts, merge_parts, part_files, part_path
+from retort.parts import (
+    build_header,
+    discard_merged,
+    find_missing_parts,
+    merge_parts,
+    part_files,
+    part_path,
+)
 from retort.provenance import read_json, write_json
 from retort.teacher import Scorer, batch_by_length, score_part
 from retort.workers import WorkerReport, generate_logits, run_worker
@@ -450,3 +459,52 @@ def test_whatever_is_written_behind_is_written_when_the_next_part_fails(
         job.work(tmp_path, load=lambda: Mortal.dying_after(teacher, first))
     found = read_parts(tmp_path)
     assert found == {job.part(tmp_path, 0).name: undisturbed[job.part(tmp_path, 0).name]}
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe torn", b"", b"node 99999999999999999999", "node \u00b2".encode()]
+)
+def test_a_claim_that_is_no_claim_ages_like_any_other(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "part.claim"
+    path.write_bytes(content.replace(b"node", platform.node().encode()))
+    assert claims.is_claimed(tmp_path, "part")
+    os.utime(path, (0, 0))
+    with claim(tmp_path, "part") as is_mine:
+        assert is_mine
+
+
+def test_in_a_folder_that_was_merged_and_removed_nothing_is_claimed(tmp_path: Path) -> None:
+    gone = tmp_path / "parts"
+    assert not claims.is_claimed(gone, "part")
+    with claim(gone, "part") as is_mine:
+        assert not is_mine
+
+
+def test_a_part_written_after_all_were_merged_and_removed_does_not_stay(
+    job: Job, teacher: CausalLM, tmp_path: Path
+) -> None:
+    parts, merged = tmp_path / "parts", tmp_path / "teacher_logits.h5"
+    job.work(parts, load=lambda: teacher)
+    part = next(parts.glob("*.h5"))
+    discard_merged(part, merged, job.header)
+    assert part.exists(), "it is not merged yet"
+    merge_parts(job.index, parts, job.header, merged)
+    discard_merged(part, merged, job.header)
+    assert not part.exists()
+
+
+def test_a_write_that_fails_costs_no_part_but_its_own(
+    job: Job, teacher: CausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = workers.write_part, list[Path]()
+
+    def write_part(path: Path, *args: Any, **kwargs: Any) -> None:
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, "the disk failed for a moment")
+        real(path, *args, **kwargs)
+
+    monkeypatch.setattr(workers, "write_part", write_part)
+    with pytest.raises(OSError, match="for a moment"):
+        job.work(tmp_path, load=lambda: teacher)
+    assert sorted(tmp_path.iterdir()) == sorted(calls[::2]) and len(calls) == 3
