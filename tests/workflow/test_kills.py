@@ -61,7 +61,8 @@ class Pass:
         (fingerprint,) = self.place.results.glob("teachers/*/fingerprint.json")
         words = [sys.executable, str(SCRIPTS / "generate_logits.py"), "--index", str(self.index)]
         words += ["--fingerprint", str(fingerprint), "--teacher", "teacher", "--cache-top-k", "8"]
-        words += ["--worker", str(worker), "--num-workers", str(num_workers)]
+        # One sequence at a time: without memory a larger batch would be halved, and the cache would say so.
+        words += ["--worker", str(worker), "--num-workers", str(num_workers), "--batch-size", "1"]
         words += ["--output", str(self.folder / f"metadata_worker{worker}.json")]
         self.folder.mkdir(exist_ok=True, parents=True)
         with (self.place.path / "kills.log").open("ab") as log:
