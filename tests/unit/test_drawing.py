@@ -113,6 +113,31 @@ def draw_command(stream: Dataset, folder: Path) -> list[str]:
     return [sys.executable, str(SCRIPT), "--output", str(folder / "corpus.json"), *flags]
 
 
+@pytest.mark.parametrize("edit", ["[]", "null", "{", "row", "size"])
+def test_a_record_that_is_not_ours_or_was_edited_is_not_believed(
+    edit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retort.drawing, "_STEP_DOCUMENTS", 10)
+    monkeypatch.setattr(retort.drawing, "_STEP_DOCUMENTS_PER_SHARD", 1)
+    stream, folder = make_stream(tmp_path / "data", files=2, rows=20, num_shards=11), tmp_path / "d"
+    draw_corpus(stream, folder)
+    expected, record = contents(folder), folder / ".draw_00000.json"
+    text = record.read_text()
+    whole = json.loads(text)
+    if edit == "row":
+        text = json.dumps(whole | {"is_complete": False, "place": whole["place"] | {"row": 5}})
+    elif edit == "size":
+        text = json.dumps(whole | {"sizes": whole["sizes"] | {"0": 7}})
+    else:
+        text = edit
+    record.write_text(text)
+    draw_corpus(stream, folder)
+    assert contents(folder) == expected
+    assert json.loads(record.read_text()) == whole, (
+        "and one of eleven shards is believed as written"
+    )
+
+
 @pytest.mark.slow
 def test_a_draw_killed_ten_times_ends_with_the_same_bytes(tmp_path: Path) -> None:
     stream = make_stream(tmp_path / "data", files=4, rows=10_000)

@@ -402,3 +402,18 @@ def test_labels_travel_with_their_sequences(tmp_path: Path, tokenizer: Any) -> N
     for document, label in zip(table.documents, table.labels, strict=True):
         assert table.label_names[label] == ("ab"[document % 2], "en")
     assert read_json(tmp_path / "index.json")["counts"]["documents"]["used"] == 9
+
+
+def test_a_shard_that_was_copied_over_another_is_refused(tmp_path: Path) -> None:
+    table = make_table(9, seed=3)
+    paths = write_shards(tmp_path, [table, table])
+    with pytest.raises(ValueError, match=r"00001.h5 holds the documents of .*00000.h5.*a copy"):
+        build_index(paths, streaming_chunk_size=4)
+
+
+def test_a_label_that_has_no_name_is_refused(tmp_path: Path) -> None:
+    (path,) = write_shards(tmp_path, [make_table(9, seed=3)])
+    with h5py.File(path, "r+") as file:
+        file["train/labels"][4] = 77
+    with pytest.raises(ValueError, match=r"label 77 of \d+: the file is damaged"):
+        read_token_shard(path, "train")
