@@ -26,11 +26,10 @@ test-unit: $(READY)
 test-workflow: $(READY)
 	$(BIN)/pytest tests/workflow -n 2
 
-# What takes longer: kills by the dozen, groups of pretended GPUs, a Hub with faults, and the real teacher and stories of
-# ../shared/data (skipped with a reason where they are absent).
+# What takes longer: groups of pretended GPUs, a Hub with faults, and the real teacher and stories of ../shared/data (skipped
+# with a reason where they are absent). Fifty interruptions of workers are part of `make campaign`.
 test-slow: $(READY)
-	$(BIN)/pytest -m slow -n 2 tests/unit tests/workflow/test_real_input.py tests/workflow/test_kills.py \
-		tests/workflow/test_gpu_groups.py
+	$(BIN)/pytest -m slow -n 2 tests/unit tests/workflow/test_real_input.py tests/workflow/test_gpu_groups.py
 
 # Kills at many points, every number of workers: about half an hour, not part of `make test`.
 campaign: $(READY)
