@@ -116,11 +116,10 @@ def select_top_k(logits_PV: Tensor, codec: Codec, *, num_tokens: int) -> SparseT
     Raises NotFiniteError as `_compute_probs` does.
     """
     assert codec.top_k is not None
-    width = logits_PV.shape[1]
     logits_PW = _mask(logits_PV, num_tokens=num_tokens)
     ids, logprobs, tails = [], [], []
     for _, logits_RW, probs_RW in _compute_probs(logits_PW):
-        best_RK, ids_RK = _find_top_k(logits_RW, codec.top_k, width)
+        best_RK, ids_RK = _find_top_k(logits_RW, codec.top_k, codec.vocabulary)
         # log sum exp, from the probability of the best
         total_R1 = best_RK[:, :1] - probs_RW.gather(1, ids_RK[:, :1]).log()
         rows_N = torch.arange(len(ids_RK), device=ids_RK.device).repeat_interleave(codec.top_k)

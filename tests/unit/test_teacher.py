@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from retort import teacher as teacher_room
 from retort.codec import Codec
 from retort.models import CausalLM, Head, _refuse_offloaded, load_teacher
-from retort.selection import select_probable, select_top_k
+from retort.selection import pad_width, select_probable, select_top_k
 from retort.sparse_streams import TAIL_UNIT
 from retort.teacher import (
     Scorer,
@@ -406,7 +406,8 @@ def test_of_a_row_without_a_probable_token_one_is_kept() -> None:
 def test_no_id_is_beyond_the_vocabulary_where_fewer_than_k_are_possible(
     width: int, num_tokens: int, top_k: int
 ) -> None:
-    logits_PV = torch.randn(4, width, generator=torch.Generator().manual_seed(0))
+    # As the teacher's pass hands them over: in whole blocks already.
+    logits_PV = torch.randn(4, pad_width(width), generator=torch.Generator().manual_seed(0))
     found = select_top_k(logits_PV, make_codec(top_k, width), num_tokens=num_tokens)
     ids_PK = found.to_rows()[0]
     assert ids_PK.max() < width
