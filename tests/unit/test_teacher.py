@@ -89,7 +89,7 @@ def test_a_logit_that_is_no_number_is_refused_with_its_place(value: float) -> No
 
 
 def test_a_logit_of_minus_infinity_is_a_probability_of_zero() -> None:
-    logits_PV = torch.randn(3, WIDTH)
+    logits_PV = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(1))
     logits_PV[1, 2:] = -torch.inf
     codec = Codec("top_k", 4, (1.0,), WIDTH)
     found = select_top_k(logits_PV.clone(), codec, num_tokens=WIDTH)
