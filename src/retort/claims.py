@@ -1,8 +1,8 @@
 """Claims on parts: a hint against doing work twice, and never more than a hint.
 
-A claim is a file with node and process, touched every few seconds by a thread of the worker that holds it. One that
-was not touched for a minute (by the file system's clock, which all nodes share), or whose process is dead on this
-node, is nobody's. Two workers that do the same part all the same write the same bytes.
+A claim is a file with node and process, touched every few seconds by the worker that holds it. One that was not
+touched for a minute (by the file system's clock, which all nodes share), or whose process is dead on this node, is
+nobody's. Two workers that do the same part all the same write the same bytes.
 """
 
 import os
@@ -54,38 +54,57 @@ def is_claimed(folder: Path, part_name: str) -> bool:
     return now - written < _CLAIM_STALE_S
 
 
-@contextmanager
-def claim(folder: Path, part_name: str) -> Iterator[bool]:
-    """Claim a part while the block runs; yields False when another worker was faster, or the folder is gone.
+class Claims:
+    """The claims that one worker holds, touched by one thread for as long as the block runs.
 
-    The claim is refreshed every few seconds by a thread, so that a worker killed in any way loses it.
+    One thread for all of them: Python waits for ever for a new thread that dies of want of memory while it starts.
     """
-    path = _claim_path(folder, part_name)
-    if path.exists() and not is_claimed(folder, part_name):
-        path.unlink(missing_ok=True)
-    try:
-        with path.open("x") as file:
-            file.write(_signature())
-    except (FileExistsError, FileNotFoundError):
-        yield False
-        return
-    stop = threading.Event()
 
-    def refresh() -> None:
-        while not stop.wait(_CLAIM_REFRESH_S):
-            with suppress(OSError):  # a network's file system may fail for a moment
-                if _is_mine(path):
-                    os.utime(path)
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._held: set[Path] = set()
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._refresh, daemon=True)
 
-    thread = threading.Thread(target=refresh, daemon=True)
-    thread.start()
-    try:
-        yield True
-    finally:
-        stop.set()
-        thread.join()
-        if _is_mine(path):
+    def __enter__(self) -> "Claims":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    @contextmanager
+    def claim(self, part_name: str) -> Iterator[bool]:
+        """Claim a part while the block runs; yields False when another worker was faster, or the folder is gone."""
+        path = _claim_path(self.folder, part_name)
+        if path.exists() and not is_claimed(self.folder, part_name):
             path.unlink(missing_ok=True)
+        try:
+            with path.open("x") as file:
+                file.write(_signature())
+        except (FileExistsError, FileNotFoundError):
+            yield False
+            return
+        with self._lock:
+            self._held.add(path)
+        try:
+            yield True
+        finally:
+            with self._lock:
+                self._held.discard(path)
+            if _is_mine(path):
+                path.unlink(missing_ok=True)
+
+    def _refresh(self) -> None:
+        while not self._stop.wait(_CLAIM_REFRESH_S):
+            with self._lock:
+                held = list(self._held)
+            for path in held:
+                with suppress(OSError):  # a network's file system may fail for a moment
+                    if _is_mine(path):
+                        os.utime(path)
 
 
 def _is_mine(claim: Path) -> bool:
