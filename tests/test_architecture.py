@@ -24,6 +24,7 @@ ROOMS = (
     "gpus",
     "leases",
     "progress",
+    "deadlines",
     "failures",
     "ranks",
     "documents",

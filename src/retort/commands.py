@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ATTEMPT = "=== "  # begins the line that begins an attempt: logs are appended to
-_GOES_ON = "What is finished is kept; the same command goes on from there."
+GOES_ON = "What is finished is kept; the same command goes on from there."
 # Errors that say nothing of a file's content: no permission, too many open files, no memory, a failing disk or network.
 SYSTEM_ERRORS = (
     errno.EACCES,
@@ -69,15 +69,15 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except KeyboardInterrupt:
-        note(f"interrupted by Ctrl-C. {_GOES_ON}")
+        note(f"interrupted by Ctrl-C. {GOES_ON}")
         raise SystemExit(130) from None
     except Exception as error:
         if is_disk_full(error):
-            say(f"error: the disk is full ({first_line(error)}): free space. {_GOES_ON}")
+            say(f"error: the disk is full ({first_line(error)}): free space. {GOES_ON}")
         elif isinstance(error, ValueError):
             say(f"error: {error}")
         elif isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
-            say(f"error: {error.strerror}: {error.filename}. Mend that and go on. {_GOES_ON}")
+            say(f"error: {error.strerror}: {error.filename}. Mend that and go on. {GOES_ON}")
         else:
             raise
         raise SystemExit(1) from None
@@ -90,7 +90,7 @@ def _terminate_by(process: int) -> None:
         if os.getpid() != process:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
-        say(f"interrupted by SIGTERM. {_GOES_ON}")
+        say(f"interrupted by SIGTERM. {GOES_ON}")
         raise SystemExit(128 + signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, terminate)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from retort.commands import ATTEMPT, is_out_of_memory
+from retort.deadlines import OUT_OF_TIME
 
 _TAIL_BYTES = 1 << 18
 _SHOWN_LINES = 10
@@ -92,6 +93,8 @@ def _guess(rule: str, lines: Sequence[str]) -> str:
     if is_out_of_memory(text):
         less = _LESS_MEMORY.get(rule, "run fewer jobs at once (--cores)")
         return f"Memory ran out: {less}; {_GOES_ON}"
+    if OUT_OF_TIME in text:
+        return f"The job's time limit came before the end of its work: {_GOES_ON}"
     if "interrupted by SIGTERM" in text:
         return f"It was ended from outside by SIGTERM, as by a time limit: {_GOES_ON}"
     if "interrupted by" in text:

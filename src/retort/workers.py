@@ -17,10 +17,11 @@ from typing import Any, TextIO
 import torch
 
 from retort.cache import CACHE_FILE, CacheHeader
-from retort.claims import claim, next_part
+from retort.claims import Claims, next_part
 from retort.codec import TokenOrder
-from retort.commands import first_line, is_out_of_memory, note
+from retort.commands import GOES_ON, first_line, is_out_of_memory, note
 from retort.config import Cache, Teacher
+from retort.deadlines import OUT_OF_TIME, RESUMABLE, Deadline
 from retort.index import TokenIndex
 from retort.models import CausalLM, describe_device, load_recorded_teacher
 from retort.parts import (
@@ -50,6 +51,7 @@ class WorkerReport:
     parts: list[str]
     tokens: int
     seconds: float
+    left: int = 0  # parts that were still without a file when there was no time for another one
 
     def to_json(self) -> dict[str, Any]:
         """Return the receipt's content."""
@@ -73,20 +75,31 @@ def run_worker(
     load: Callable[[], CausalLM],
     say: Callable[[str], None] = print,
     progress: Progress | None = None,
+    deadline: Deadline | None = None,
 ) -> WorkerReport:
-    """Do parts until every part of the index has a file. `load` is called only when there is work to do."""
+    """Do parts until every part of the index has a file, or the deadline leaves no time for another one.
+
+    `load` is called only when there is work to do.
+    """
     started = time.monotonic()
+    deadline = deadline or Deadline(ask=lambda: None)
+    is_late = False
     scorer: Scorer | None = None
     progress = progress or Progress(index.parts, part_files(index, folder, header), say=say)
     num_tokens = int(index.content["tokenizer"]["size"])
     order = find_order(index, header.codec)
-    with _Writer(folder, header, order, on_written=progress.end_part) as writer:
+    with (
+        Claims(folder) as claims,
+        _Writer(folder, header, order, on_written=progress.end_part) as writer,
+    ):
         # A worker that was stopped for long may wake after the others finished, merged and removed all parts.
         while not is_merged(folder.parent / CACHE_FILE, header) and (
             missing := find_missing_parts(index, folder, header)
         ):
             folder.mkdir(parents=True, exist_ok=True)
             place_part = next_part(missing, folder, worker=worker, num_workers=num_workers)
+            if is_late := deadline.forbids(writer.longest if place_part else 0.0):
+                break
             if place_part is None:
                 # This worker is writing, or living ones are at every part that is left: one of them may die.
                 writer.wait()
@@ -95,12 +108,13 @@ def run_worker(
                 continue
             _, part = place_part
             with ExitStack() as hold:
-                is_mine = hold.enter_context(claim(folder, part["name"]))
+                is_mine = hold.enter_context(claims.claim(part["name"]))
                 if not is_mine or part_path(folder, part["name"], header).exists():
                     continue
                 scorer = scorer or Scorer(load(), batch_size, say=say)
                 table = index.read_part(part)
                 progress.start_part(part)
+                begun = time.monotonic()
                 scored = score_part(
                     scorer,
                     table,
@@ -111,10 +125,21 @@ def run_worker(
                     on_batch=progress.add,
                 )
                 scorer.teacher.require_unchanged()
-                writer.write(part, table, scored, hold.pop_all())
-    return WorkerReport(
-        worker, num_workers, writer.done, progress.tokens, time.monotonic() - started
-    )
+                writer.write(_ScoredPart(part, table, scored, hold.pop_all(), begun))
+    left = len(find_missing_parts(index, folder, header)) if is_late else 0
+    seconds = time.monotonic() - started
+    return WorkerReport(worker, num_workers, writer.done, progress.tokens, seconds, left)
+
+
+@dataclass(frozen=True)
+class _ScoredPart:
+    """A part that is to be written; `claimed` is closed at its end, and with it the claim is given up."""
+
+    part: dict[str, Any]
+    table: SequenceTable
+    scored: Scored
+    claimed: ExitStack
+    begun: float  # time.monotonic() before its first batch
 
 
 class _Writer:
@@ -135,6 +160,7 @@ class _Writer:
         self.folder, self.header, self.order, self.on_written = folder, header, order, on_written
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.done: list[str] = []
+        self.longest = 0.0  # seconds from a part's first batch to its file
         self._writing: Future[None] | None = None
 
     def __enter__(self) -> "_Writer":
@@ -152,28 +178,28 @@ class _Writer:
         if writing is not None:
             writing.result()
 
-    def write(
-        self, part: dict[str, Any], table: SequenceTable, scored: Scored, claimed: ExitStack
-    ) -> None:
-        """Begin to write a part, after the one before; `claimed` is closed at its end.
+    def write(self, work: _ScoredPart) -> None:
+        """Begin to write a part, after the one before.
 
         Raises what went wrong with the one before; this one is written all the same.
         """
+        self.longest = max(self.longest, time.monotonic() - work.begun)
         before = self._writing
-        self._writing = self.thread.submit(self._write, part, table, scored, claimed)
+        self._writing = self.thread.submit(self._write, work)
         if before is not None:
             before.result()
 
-    def _write(
-        self, part: dict[str, Any], table: SequenceTable, scored: Scored, claimed: ExitStack
-    ) -> None:
-        with claimed:
-            path = part_path(self.folder, part["name"], self.header)
-            halved = scored.halved > 0
-            write_part(path, table, scored.targets, self.header, self.order, halved=halved)
-            self.done.append(part["name"])
-            self.on_written(part, path)
+    def _write(self, work: _ScoredPart) -> None:
+        with work.claimed:
+            path = part_path(self.folder, work.part["name"], self.header)
+            halved = work.scored.halved > 0
+            write_part(
+                path, work.table, work.scored.targets, self.header, self.order, halved=halved
+            )
+            self.done.append(work.part["name"])
+            self.on_written(work.part, path)
             discard_merged(path, self.folder.parent / CACHE_FILE, self.header)
+        self.longest = max(self.longest, time.monotonic() - work.begun)
 
 
 def _load(path: str, section: Teacher, record_path: Path, *, longest: int) -> CausalLM:
@@ -203,7 +229,10 @@ def generate_logits(
     say: Callable[[str], None] = print,
     terminal: TextIO | None = None,
 ) -> None:
-    """Be one worker: do parts into parts/ beside the receipt until none is missing, then write the receipt."""
+    """Be one worker: do parts into parts/ beside the receipt until none is missing, then write the receipt.
+
+    Raises SystemExit(RESUMABLE), without a receipt, where the scheduler's time limit comes before.
+    """
     torch.set_num_threads(
         section.generation.cpu_threads
     )  # fixed by the config: another number changes bits
@@ -213,6 +242,7 @@ def generate_logits(
     index = TokenIndex.read(index_path)
     header = build_header(index, read_json(fingerprint_path), cache, source=fingerprint_path)
     folder = receipt.parent
+    deadline = Deadline()
     if is_merged(folder / CACHE_FILE, header):
         say("the merged cache is there already: nothing to do")
         report = WorkerReport(worker, num_workers, [], 0, 0.0)
@@ -229,7 +259,14 @@ def generate_logits(
                 load=lambda: _load(teacher_path, section, fingerprint_path, longest=index.longest),
                 say=say,
                 progress=progress,
+                deadline=deadline,
             )
+    if report.left:
+        say(
+            f"{OUT_OF_TIME}: {report.left} of {len(index.parts)} parts are still missing, {len(report.parts)} were "
+            f"done here. {GOES_ON}"
+        )
+        raise SystemExit(RESUMABLE)
     device = "cuda" if torch.cuda.is_available() and section.device != "cpu" else "cpu"
     about = describe_run(
         section=asdict(cache),

@@ -38,6 +38,10 @@ def fail(log: Path, body: str) -> None:
         ("import os; os.kill(os.getpid(), 9)", "killed (SIGKILL)"),
         ("import os; os.kill(os.getpid(), 15)", "as by a time limit: what is finished is kept"),
         ("import os; os.kill(os.getpid(), 2)", "It was interrupted"),
+        (
+            "from retort.deadlines import OUT_OF_TIME as o; print(o); raise SystemExit(75)",
+            "The job's time limit came before the end of its work: what is finished is kept",
+        ),
         ("1 / 0", "fault of Retort"),
     ],
 )

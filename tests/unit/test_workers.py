@@ -3,6 +3,7 @@
 import errno
 import os
 import platform
+import re
 import signal
 import threading
 import time
@@ -23,8 +24,9 @@ from torch import Tensor
 
 from retort import claims, workers
 from retort.cache import CacheHeader, LogitCache
-from retort.claims import claim, next_part
+from retort.claims import Claims, next_part
 from retort.codec import build_codec
+from retort.deadlines import RESUMABLE, Deadline
 from retort.index import TokenIndex
 from retort.merging import describe_cache
 from retort.models import CausalLM, load_recorded_teacher, load_teacher
@@ -72,6 +74,7 @@ class Job:
         num_workers: int = 1,
         load: Callable[[], CausalLM] | None = None,
         say: Callable[[str], None] = lambda _: None,
+        deadline: Deadline | None = None,
     ) -> WorkerReport:
         torch.set_num_threads(1)
         return run_worker(
@@ -83,6 +86,7 @@ class Job:
             batch_size=4,
             load=load or self.load,
             say=say,
+            deadline=deadline,
         )
 
     def part_name(self, place: int) -> str:
@@ -304,7 +308,7 @@ def test_a_living_workers_part_is_left_to_it_and_a_killed_ones_is_taken_over(
 def test_a_worker_that_comes_back_after_its_part_was_taken_over_does_no_harm(
     job: Job, undisturbed: dict[str, bytes], teacher: CausalLM, tmp_path: Path
 ) -> None:
-    with claim(tmp_path, job.part_name(0)) as is_mine:
+    with Claims(tmp_path).claim(job.part_name(0)) as is_mine:
         assert is_mine
         os.utime(tmp_path / f"{job.part_name(0)}.claim", (0, 0))  # stopped for long
         job.work(tmp_path, load=lambda: teacher)
@@ -313,8 +317,8 @@ def test_a_worker_that_comes_back_after_its_part_was_taken_over_does_no_harm(
 
 def test_of_two_workers_one_gets_the_claim(tmp_path: Path) -> None:
     with (
-        claim(tmp_path, "part") as first,
-        claim(tmp_path, "part") as second,
+        Claims(tmp_path).claim("part") as first,
+        Claims(tmp_path).claim("part") as second,
     ):
         assert first and not second
     assert list(tmp_path.iterdir()) == []
@@ -324,8 +328,15 @@ def test_of_two_workers_one_gets_the_claim(tmp_path: Path) -> None:
 # The rule's work, and what it refuses
 
 
-def run_rule(job: Job, receipt: Path, *, worker: int = 0, num_workers: int = 1) -> list[str]:
-    said: list[str] = []
+def run_rule(
+    job: Job,
+    receipt: Path,
+    *,
+    worker: int = 0,
+    num_workers: int = 1,
+    said: list[str] | None = None,
+) -> list[str]:
+    said = [] if said is None else said
     generate_logits(
         receipt,
         index_path=job.index_path,
@@ -432,7 +443,7 @@ def test_a_teacher_that_does_not_fit_is_one_sentence(
 
 
 def test_a_worker_that_wakes_leaves_the_claim_of_who_took_over(tmp_path: Path) -> None:
-    with claim(tmp_path, "part") as is_mine:
+    with Claims(tmp_path).claim("part") as is_mine:
         assert is_mine
         taken_over = tmp_path / "part.claim"
         taken_over.write_text("another-node 17\n")
@@ -461,6 +472,51 @@ def test_whatever_is_written_behind_is_written_when_the_next_part_fails(
     assert found == {job.part(tmp_path, 0).name: undisturbed[job.part(tmp_path, 0).name]}
 
 
+class After(Deadline):
+    """A deadline that comes after some looks at it."""
+
+    def __init__(self, looks: int) -> None:
+        super().__init__(ask=lambda: None)
+        self.looks, self.asked = looks, list[float]()
+
+    def forbids(self, seconds: float) -> bool:
+        self.asked.append(seconds)
+        return len(self.asked) > self.looks
+
+
+def test_out_of_time_a_worker_ends_between_two_parts_and_the_next_goes_on(
+    job: Job, undisturbed: dict[str, bytes], teacher: CausalLM, tmp_path: Path
+) -> None:
+    deadline = After(2)
+    report = job.work(tmp_path, load=lambda: teacher, deadline=deadline)
+    found = read_parts(tmp_path)  # and neither a claim nor a temporary file
+    assert len(found) == len(report.parts) == 2 and found.items() <= undisturbed.items()
+    assert report.left == len(job.index.parts) - 2
+    assert deadline.asked[0] == 0.0 and min(deadline.asked[1:]) > 0.0, "the longest part so far"
+    assert job.work(tmp_path, load=lambda: teacher, deadline=After(99)).left == 0
+    assert read_parts(tmp_path) == undisturbed
+
+
+def test_a_deadline_that_comes_with_the_last_part_is_no_failure(
+    job: Job, undisturbed: dict[str, bytes], teacher: CausalLM, tmp_path: Path
+) -> None:
+    everything = len(job.index.parts)
+    assert job.work(tmp_path, load=lambda: teacher, deadline=After(everything)).left == 0
+    assert read_parts(tmp_path) == undisturbed
+
+
+def test_out_of_time_the_rule_leaves_no_receipt_and_says_so(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("retort.workers.Deadline", lambda: After(1))
+    said: list[str] = []
+    with pytest.raises(SystemExit) as ended:
+        run_rule(job, tmp_path / "metadata_worker0.json", said=said)
+    assert ended.value.code == RESUMABLE
+    assert re.search(r"stopped before the job's time limit: \d+ of \d+ parts .* goes on", said[-1])
+    assert not (tmp_path / "metadata_worker0.json").exists()
+
+
 @pytest.mark.parametrize(
     "content", [b"\xff\xfe torn", b"", b"node 99999999999999999999", "node \u00b2".encode()]
 )
@@ -469,14 +525,14 @@ def test_a_claim_that_is_no_claim_ages_like_any_other(content: bytes, tmp_path: 
     path.write_bytes(content.replace(b"node", platform.node().encode()))
     assert claims.is_claimed(tmp_path, "part")
     os.utime(path, (0, 0))
-    with claim(tmp_path, "part") as is_mine:
+    with Claims(tmp_path).claim("part") as is_mine:
         assert is_mine
 
 
 def test_in_a_folder_that_was_merged_and_removed_nothing_is_claimed(tmp_path: Path) -> None:
     gone = tmp_path / "parts"
     assert not claims.is_claimed(gone, "part")
-    with claim(gone, "part") as is_mine:
+    with Claims(gone).claim("part") as is_mine:
         assert not is_mine
 
 
