@@ -90,6 +90,9 @@ def _terminate_by(process: int) -> None:
         if os.getpid() != process:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
+        # Once is enough; and what a library's destructor says of its own children's end is no use to anybody.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        sys.unraisablehook = lambda _: None
         say(f"interrupted by SIGTERM. {GOES_ON}")
         raise SystemExit(128 + signal.SIGTERM)
 
