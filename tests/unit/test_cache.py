@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -457,10 +458,11 @@ def open_files() -> list[int]:
 
 
 def limit_open_files(more: int) -> None:
-    """Let this process open `more` files than it has open."""
+    """Let this process open `more` files than it has open; the limit is of their numbers, and some below are free."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    number = max(open_files()) + 1
-    resource.setrlimit(resource.RLIMIT_NOFILE, (number + more, hard))
+    taken = [number for number in open_files() if Path(f"/proc/self/fd/{number}").exists()]
+    free = (number for number in count() if number not in taken)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (next(islice(free, more, None)), hard))
 
 
 def merge_with_few_files(index: TokenIndex, parts: Path, header: CacheHeader, send: Any) -> None:

@@ -237,11 +237,11 @@ def test_a_position_does_not_depend_on_how_its_sequence_was_cut() -> None:
         ), name
 
 
-def test_draws_are_unbiased_and_vary_less_than_draws_with_replacement() -> None:
+@pytest.mark.parametrize("num_draws", [300, pytest.param(3000, marks=pytest.mark.slow)])
+def test_draws_are_unbiased_and_vary_less_than_draws_with_replacement(num_draws: int) -> None:
     codec, order = make_codec("sampled")
     logits = make_logits(6, seed=1)
     probs = logits.double().softmax(dim=-1).numpy()
-    num_draws = 3000
     total, squares, kept = np.zeros_like(probs), np.zeros_like(probs), 0.0
     for draw in range(num_draws):
         key = draw.to_bytes(8, "little") * 2
