@@ -26,10 +26,11 @@ test-unit: $(READY)
 test-workflow: $(READY)
 	$(BIN)/pytest tests/workflow -n 2
 
-# What takes longer: groups of pretended GPUs, a Hub with faults, and the real teacher and stories of ../shared/data (skipped
-# with a reason where they are absent). Fifty interruptions of workers are part of `make campaign`.
+# What takes longer: groups of pretended GPUs, fifty interruptions of workers, a Hub with faults, and the real teacher and
+# stories of ../shared/data (skipped with a reason where they are absent).
 test-slow: $(READY)
-	$(BIN)/pytest -m slow -n 2 tests/unit tests/workflow/test_real_input.py tests/workflow/test_gpu_groups.py
+	$(BIN)/pytest -m slow -n 2 tests/workflow/test_kills.py tests/workflow/test_real_input.py \
+		tests/workflow/test_gpu_groups.py tests/unit
 
 # Kills at many points, every number of workers: about half an hour, not part of `make test`.
 campaign: $(READY)

@@ -147,6 +147,7 @@ def test_a_gated_dataset_is_not_tried_again_and_says_what_to_type(
     assert hub.requests.total() == 1
 
 
+@pytest.mark.slow
 def test_a_reader_opens_its_own_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make_files(tmp_path / "data", "jsonl")
     with serve(source) as hub:

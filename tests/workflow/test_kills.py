@@ -97,12 +97,6 @@ class Pass:
             time.sleep(0.002)
         assert process.poll() is None, self.log()[-3000:]
         way(process)
-        try:
-            process.wait(timeout=30)
-        except (
-            subprocess.TimeoutExpired
-        ):  # seen once: without memory, a process that neither ends nor goes on
-            process.kill()
         assert process.wait(timeout=120) != 0, "it had finished"
         again = [name for name, stamp in self.parts().items() if before.get(name, stamp) != stamp]
         assert len(again) <= 1
