@@ -17,6 +17,7 @@ SCRIPTS = sorted((REPOSITORY / "workflow" / "scripts").glob("*.py"))
 ROOMS = (
     "commands",
     "config_schema",
+    "sweeps",
     "config_checks",
     "config_sections",
     "config",

@@ -44,6 +44,7 @@ from retort.config_sections import (
     is_default,
     section_name,
 )
+from retort.sweeps import expand_runs
 
 __all__ = [
     "SECTIONS",
@@ -77,11 +78,13 @@ _ALIAS = {"training.dataloader_num_workers": "--num-workers"}
 
 
 def load_runs(raw: Mapping[str, Any]) -> dict[str, Config]:
-    """Return one complete config per run, in order; without `runs`, one named "student".
+    """Return one complete config per run, in order, sweeps written out; without `runs`, one named "student".
 
     `raw` is what Snakemake calls config. Raises ConfigError (a ValueError) for the first mistake,
     with the run's name when it is in a run.
     """
+    if "runs" in raw:
+        raw = {**raw, "runs": expand_runs(raw["runs"])}
     values = read_config(raw)
     runs = values.pop("runs", {})
     schema = {"properties": {k: v for k, v in load_schema()["properties"].items() if k != "runs"}}
@@ -277,6 +280,16 @@ runs:
   hard: {training: {distillation_type: output}}
   soft: {training: {distillation_type: logit}}
   both: {training: {distillation_type: hybrid, alpha: 0.3}}
+```
+
+A run is a *sweep* where a key carries a list of values: it becomes one run for each of them, and for
+every combination of several. (Where a key takes a list, as `cache.temperatures` does, a list of
+lists sweeps.) The runs are named by their values, so one that is added trains its own run only.
+This makes `soft-temperature_1-seed_0`, `soft-temperature_1-seed_1`, and so on:
+
+```yaml
+runs:
+  soft: {training: {distillation_type: logit, temperature: [1.0, 2.0], seed: [0, 1, 2]}}
 ```
 """
 

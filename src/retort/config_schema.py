@@ -106,7 +106,7 @@ def read_config(raw: Mapping[str, Any]) -> dict[str, Any]:
 def read_value(key: KeyPath, value: Any) -> Any:
     """Return one key's value in its proper type; raises ConfigError when it is not legal."""
     schema = _schema_at(key)
-    value = _read_leaf(value, schema, key)
+    value = read_leaf(value, schema, key)
     if not jsonschema.Draft202012Validator(schema).is_valid(value):
         raise _bad_value(key, value, schema)
     return value
@@ -151,18 +151,19 @@ def _schema_at(path: KeyPath) -> Schema:
             schema = schema["additionalProperties"]
         elif "items" in schema:
             schema = schema["items"]
-        schema = _resolve(schema)
+        schema = resolve(schema)
     return schema
 
 
-def _resolve(schema: Schema) -> Schema:
+def resolve(schema: Schema) -> Schema:
+    """Return what a schema refers to, itself where it refers to nothing."""
     if "$ref" not in schema:
         return schema
     return _schema_at((schema["$ref"].removeprefix("#/properties/"),))
 
 
 def _read_section(value: Any, schema: Schema, path: KeyPath) -> dict[str, Any]:
-    value = _parse_text(value) if isinstance(value, str) else value
+    value = parse_text(value) if isinstance(value, str) else value
     if value is None or value == "":  # every key of the section is commented out
         return {}
     if not isinstance(value, Mapping):
@@ -174,8 +175,8 @@ def _read_section(value: Any, schema: Schema, path: KeyPath) -> dict[str, Any]:
         name = str(key)
         if name not in schema["properties"]:
             raise _unknown_key((*path, name), item)
-        sub = _resolve(schema["properties"][name])
-        below = _read_section if is_section(sub) or name == "runs" else _read_leaf
+        sub = resolve(schema["properties"][name])
+        below = _read_section if is_section(sub) or name == "runs" else read_leaf
         read[name] = below(item, sub, (*path, name))
     return read
 
@@ -196,8 +197,9 @@ def _read_run(name: str, overrides: Any) -> dict[str, Any]:
     return _read_section(overrides, schema["additionalProperties"], ("runs", name))
 
 
-def _read_leaf(value: Any, schema: Schema, path: KeyPath) -> Any:
-    types = _types(schema)
+def read_leaf(value: Any, schema: Schema, path: KeyPath) -> Any:
+    """Return a value in the type that its key takes, as far as it can be one; whether it is legal is not asked."""
+    types = types_of(schema)
     if isinstance(value, date):  # YAML reads 2026-05-31 as a date
         value = value.isoformat()
     if isinstance(value, str):
@@ -217,7 +219,7 @@ def _read_leaf(value: Any, schema: Schema, path: KeyPath) -> Any:
         if "number" not in types and "integer" in types and value.is_integer():
             value = int(value)
     elif isinstance(value, list | tuple) and "items" in schema:
-        value = [_read_leaf(v, schema["items"], (*path, str(i))) for i, v in enumerate(value)]
+        value = [read_leaf(v, schema["items"], (*path, str(i))) for i, v in enumerate(value)]
     return value
 
 
@@ -235,12 +237,12 @@ def _read_text(text: str, types: set[str]) -> Any:
     if types & {"integer", "number"} and _NUMBER.fullmatch(word):
         return float(word)
     if "array" in types and word.startswith("[") and word.endswith("]"):
-        parsed = _parse_text(word)
+        parsed = parse_text(word)
         return parsed if isinstance(parsed, list) else text
     return text
 
 
-def _parse_text(text: str) -> Any:
+def parse_text(text: str) -> Any:
     """Parse JSON, or YAML with every scalar as text; what is neither comes back as it is."""
     try:
         return json.loads(text)  # YAML would take JSON's escapes of rare characters apart
@@ -252,7 +254,8 @@ def _parse_text(text: str) -> Any:
         return text
 
 
-def _types(schema: Schema) -> set[str]:
+def types_of(schema: Schema) -> set[str]:
+    """Return the JSON types that a key takes."""
     types = schema["type"]
     return {types} if isinstance(types, str) else set(types)
 
@@ -335,7 +338,7 @@ def _unknown_key(path: KeyPath, value: Any) -> ConfigError:
     prefix, inner = _split_run(path)
     sections = _schema_at(path[:2] if prefix else ())["properties"]
     close = difflib.get_close_matches(inner[0], sections, n=1, cutoff=0.75)
-    value = _parse_text(value) if isinstance(value, str) else value
+    value = parse_text(value) if isinstance(value, str) else value
     is_section = value is None or isinstance(value, Mapping)
     if inner[-1] == "worker_id":
         hint = (

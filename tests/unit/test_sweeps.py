@@ -1,0 +1,106 @@
+"""Runs whose keys carry lists: which runs they become, and how these are named."""
+
+from typing import Any
+
+import pytest
+
+from retort.artefacts import plan_project
+from retort.config import ConfigError, load_runs
+from retort.sweeps import expand_runs
+
+STUDENT = {"student": {"config": "config/students/llama_demo.json"}}
+
+
+def names(**runs: Any) -> list[str]:
+    return list(expand_runs(runs))
+
+
+def test_a_list_becomes_a_run_for_each_value() -> None:
+    runs = load_runs(STUDENT | {"runs": {"both": {"training": {"alpha": [0.2, 0.8], "seed": 3}}}})
+    assert {name: run.training.alpha for name, run in runs.items()} == {
+        "both-alpha_0.2": 0.2,
+        "both-alpha_0.8": 0.8,
+    }
+    assert {run.training.seed for run in runs.values()} == {3}
+
+
+def test_several_lists_become_every_combination_in_the_order_of_the_config() -> None:
+    found = names(soft={"training": {"temperature": [1.0, 2], "seed": [0, 1]}}, hard={})
+    assert found == [
+        "soft-temperature_1-seed_0",
+        "soft-temperature_1-seed_1",
+        "soft-temperature_2-seed_0",
+        "soft-temperature_2-seed_1",
+        "hard",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "temperatures"),
+    [
+        ([1.0, 2.0], [("one", (1.0, 2.0))]),  # the key's own list
+        (
+            [[1.0], [1.0, 2.0]],
+            [("one-temperatures_1", (1.0,)), ("one-temperatures_1_2", (1.0, 2.0))],
+        ),
+    ],
+)
+def test_where_a_key_takes_a_list_a_list_of_lists_sweeps(
+    values: list[Any], temperatures: list[Any]
+) -> None:
+    one = {"cache": {"temperatures": values}, "training": {"temperature": 1.0}}
+    runs = load_runs(STUDENT | {"runs": {"one": one}})
+    assert [(name, run.cache.temperatures) for name, run in runs.items()] == temperatures
+
+
+def test_keys_that_end_alike_are_named_whole() -> None:
+    run = {"teacher": {"model_path": ["a/b", "c"]}, "student": {"model_path": ["d"]}}
+    assert names(x=run) == [
+        "x-teacher.model_path_a_b-student.model_path_d",
+        "x-teacher.model_path_c-student.model_path_d",
+    ]
+
+
+def test_a_value_that_is_added_adds_its_run_and_renames_none() -> None:
+    def plan(*alphas: float) -> dict[str, str]:
+        config = STUDENT | {"runs": {"both": {"training": {"alpha": list(alphas)}}}}
+        return {name: run.id for name, run in plan_project(load_runs(config)).runs.items()}
+
+    before, after = plan(0.2, 0.8), plan(0.1, 0.2, 0.8)
+    assert before.items() < after.items() and len(after) == 3
+
+
+def test_a_sweep_from_the_command_line_is_the_same() -> None:
+    """Snakemake parses the outermost level alone: --config runs="{both: {training: {alpha: [0.2, 0.80]}}}"."""
+    for runs in (
+        "{both: {training: {alpha: [0.2, 0.80]}}}",
+        {"both": "{training: {alpha: [0.2, 0.80]}}"},
+        {"both": {"training": "{alpha: [0.2, 0.80]}"}},
+        {"both": {"training": {"alpha": "[0.2, 0.80]"}}},
+    ):
+        found = load_runs(STUDENT | {"runs": runs})
+        assert [(name, run.training.alpha) for name, run in found.items()] == [
+            ("both-alpha_0.2", 0.2),
+            ("both-alpha_0.8", 0.8),
+        ]
+
+
+@pytest.mark.parametrize(
+    ("runs", "words"),
+    [
+        ({"a": {"training": {"alpha": []}}}, r"runs\.a\.training\.alpha is \[\], a sweep over no"),
+        ({"a": {"training": {"seed": [1, 1.0]}}}, r"has 1 and 1, .*one name \('1'\)"),
+        (
+            {"a": {"teacher": {"model_path": ["x/y", "x y"]}}},
+            r"has 'x/y' and 'x y', .* one name \('x_y'\)",
+        ),
+        ({"a": {"training": {"seed": [1]}}, "a-seed_1": {}}, r"two runs named 'a-seed_1'"),
+        ({"a": {"training": {"alpha": [0.5, 2]}}}, r"runs\.a-alpha_2\.training\.alpha is 2\.0"),
+        ({"a": {"training": {"alhpa": [0.5, 2]}}}, r"runs\.a\.training\.alhpa is no key"),
+        ({"a": {"training": [0.5]}}, r"runs\.a\.training is \[0\.5\], but a section"),
+        ({"a b": {"training": {"seed": [1]}}}, "no name for a run"),
+    ],
+)
+def test_bad_sweeps_are_one_sentence(runs: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_runs(STUDENT | {"runs": runs})
