@@ -18,7 +18,7 @@ from pathlib import Path
 NODES = ("node1", "node2", "node3", "node4")
 GPUS = 4  # of each node
 CPUS = 32
-_PATIENCE_S = 180
+_PATIENCE_S = 600
 
 # Partition `scavenge` is preempted by the other two. A killed node is missed after some 10 s, a job at its time limit
 # gets SIGTERM (SLURM looks every 30 s) and 5 s later SIGKILL.
@@ -64,12 +64,13 @@ PartitionName=scavenge Nodes=ALL DefaultTime=60 PriorityTier=1 PreemptMode=REQUE
 
 @dataclass(frozen=True)
 class Job:
-    """A job as squeue shows it; `comment` is Snakemake's: rule_<rule>_wildcards_<their values>."""
+    """A job as squeue shows it; `comment` is Snakemake's: rule_<rule>_wildcards_<their values>, _-separated."""
 
     id: str
     state: str
     node: str
     partition: str
+    folder: str  # in which it runs
     comment: str
 
 
@@ -153,11 +154,16 @@ class Cluster:
         lines = self.run("sinfo", "-h", "-N", "-p", "gpu", "-o", "%N %t").splitlines()
         return dict(line.split() for line in lines)
 
-    def jobs(self, *, rule: str = "", states: str = "all") -> list[Job]:
-        """Return the jobs, of a rule where one is named, in the order of their submission."""
-        said = self.run("squeue", "-h", "--states", states, "-o", "%i|%T|%N|%P|%k", "--sort", "i")
-        found = [Job(*line.split("|", 4)) for line in said.splitlines()]
-        return [job for job in found if job.comment.startswith(f"rule_{rule}")]
+    def jobs(self, *, folder: Path | None = None, rule: str = "", states: str = "all") -> list[Job]:
+        """Return Snakemake's jobs in the order of their submission; those of one project, of one rule, where named."""
+        form = "%i|%T|%N|%P|%Z|%k"
+        said = self.run("squeue", "-h", "--states", states, "-o", form, "--sort", "i")
+        found = [Job(*line.split("|", 5)) for line in said.splitlines()]
+        return [
+            job
+            for job in found
+            if folder in (None, Path(job.folder)) and job.comment.startswith(f"rule_{rule}")
+        ]
 
     def state(self, job_id: str) -> str:
         """Return the state of a job."""
@@ -168,7 +174,7 @@ class Cluster:
         self.run("scontrol", "update", f"jobid={job_id}", "StartTime=now")
 
     def settle(self) -> None:
-        """Cancel every job, bring every node back, and wait until the cluster is as it was."""
+        """Cancel every job and forget it, bring every node back, and wait until the cluster is as it was."""
         if not self._is_alive("slurmctld"):
             self.start_controller()
         self.try_run("scancel", "--full", "--user", "root")
@@ -191,7 +197,7 @@ class Cluster:
                     f"--- {log}\n{log.read_text()[-1500:]}" for log in self.folder.glob("*.log")
                 ]
                 raise RuntimeError(f"waited in vain until {what}\n" + "\n".join(ends))
-            time.sleep(0.1)
+                time.sleep(0.02)
 
 
 def _processes() -> list[int]:

@@ -6,7 +6,7 @@ The same command runs outside of it, or where SLURM is missing: every test then 
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,13 +14,11 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "workflow"))
 
 from cluster import Cluster
-from place import Place, lay_out, tiny
-from project import Project
-
-# A part for every document, about a hundred: a worker can be met in the middle of its work.
-CONFIG = tiny(dataset={"streaming_chunk_size": 1})
+from place import Place, lay_out
+from project import CONFIG, Note, Parts, Project, digest
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Every test of this folder needs the cluster."""
     for item in items:
@@ -75,6 +73,19 @@ def teacher_left(cluster: Cluster, undisturbed: Place, tmp_path: Path) -> Projec
     for name in ("checks", "teachers", "tokens", "validation"):
         shutil.copytree(undisturbed.results / name, found.results / name)
     return found
+
+
+@pytest.fixture
+def note(undisturbed: Place, record_property: Callable[[str, object], None]) -> Note:
+    """Note for the table what a fault did; the cache must be the one that nobody disturbed."""
+
+    def note(fault: str, happened: str, parts: Parts, project: Project) -> None:
+        is_same = digest(project) == digest(undisturbed)
+        again = f"{parts.again} of {parts.done}"
+        record_property("fault", (fault, happened, again, "yes" if is_same else "NO"))
+        assert is_same
+
+    return note
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

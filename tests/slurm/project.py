@@ -1,20 +1,30 @@
 """A project on the cluster: a copy of the repository's workflow, its SLURM profile filled in, and Snakemake by it."""
 
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cluster import Cluster, Job
-from place import CONFIG_FILE, REPOSITORY, Place, sha256, wait_until
+from place import CONFIG_FILE, REPOSITORY, Place, sha256, tiny
 
 PROFILE = Path("profiles") / "slurm" / "config.yaml"
 OWN = {"account": '""', "cpu_partition": "cpu", "gpu_partition": "gpu"}
+# A part for every document, about a hundred: a worker can be met in the middle of its work. The student is trained by
+# two ranks, which are processes of one node.
+CONFIG = tiny(
+    dataset={"streaming_chunk_size": 1},
+    training={"max_steps": 4, "gpus": 2, "device": "cpu"},
+    runs={"both": {"training": {"distillation_type": "hybrid", "alpha": 0.5}}},
+)
 _LAUNCHER = Path(__file__).with_name("quick_snakemake.py")
 
 
@@ -68,15 +78,72 @@ class Project(Place):
 
     def log(self, worker: int) -> str:
         """Return the log of a worker's last attempt."""
-        (path,) = self.path.glob(f"logs/generate_logits/*_{worker}.log")
-        return path.read_text()
+        found = self.path.glob(f"logs/generate_logits/*_{worker}.log")
+        return "".join(path.read_text() for path in found)
+
+    def jobs(self, rule: str = "", states: str = "all") -> list[Job]:
+        """Return this project's jobs, in the order of their submission."""
+        return self.cluster.jobs(folder=self.path, rule=rule, states=states)
+
+    def workers(self) -> dict[int, int]:
+        """Return the process of every worker that runs for this folder, by the worker's number."""
+        found = {}
+        for process, words in self._processes("generate_logits").items():
+            found[int(words[words.index("--worker") + 1])] = process
+        return found
+
+    def ranks(self) -> set[tuple[str, str]]:
+        """Return the node and the number of every rank that trains a student of this folder now."""
+        found = set()
+        for process in self._processes("train"):
+            with suppress(OSError):
+                variables = Path(f"/proc/{process}/environ").read_text().split("\0")
+                values = dict(line.split("=", 1) for line in variables if "=" in line)
+                if "LOCAL_RANK" in values:
+                    found.add((values["SLURMD_NODENAME"], values["LOCAL_RANK"]))
+        return found
+
+    def _processes(self, script: str) -> dict[int, list[str]]:
+        """Return the command lines of this folder's processes that run a script."""
+        found = {}
+        for path in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                words = (path / "cmdline").read_text().split("\0")
+                is_script = any(word.endswith(f"/{script}.py") for word in words[1:3])
+                if is_script and (path / "cwd").samefile(self.path):
+                    found[int(path.name)] = words
+        return found
+
+    def pause(self, process: "subprocess.Popen[bytes]", *numbers: int) -> None:
+        """Stop workers of a Snakemake in the middle of their work, each after some parts."""
+        left = set(numbers)
+
+        def all_stopped() -> bool:
+            for number, worker in self.workers().items():
+                if number in left and self.log(number).count(" done: ") >= 3:
+                    os.kill(worker, signal.SIGSTOP)
+                    left.remove(number)
+            return not left
+
+        self.cluster.wait_until(all_stopped, f"workers {numbers} are at work", process=process)
+
+    def wake(self) -> None:
+        """Let every worker that was stopped go on."""
+        for process in self.workers().values():
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGCONT)
+
+    def states(self, worker: int) -> list[str]:
+        """Return how each job of a worker ended, in the order of their submission."""
+        jobs = self.jobs("generate_logits")
+        return [job.state for job in jobs if job.comment.endswith(f"_{worker}")]
 
     def worker_job(self, worker: int, *, state: str = "RUNNING") -> Job:
         """Return the last job of a worker, once it is in a state."""
         found: list[Job] = []
 
         def is_there() -> bool:
-            jobs = self.cluster.jobs(rule="generate_logits")
+            jobs = self.jobs("generate_logits")
             mine = [job for job in jobs if job.comment.endswith(f"_{worker}")]
             found[:] = mine[-1:]
             return bool(found) and found[0].state == state
@@ -125,4 +192,5 @@ def digest(place: Place) -> str:
     return sha256(place.cache / "teacher_logits.h5")
 
 
-__all__ = ["Parts", "Project", "digest", "wait_until"]
+# A fault, what happened, the parts that were seen, the project: into the table at the end.
+Note = Callable[[str, str, Parts, Project], None]
