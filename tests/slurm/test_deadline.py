@@ -1,0 +1,50 @@
+"""A worker that knows its job's time limit: a pass that needs five time slots takes five, and nobody's help."""
+
+import json
+import os
+import signal
+
+from cluster import Cluster
+from place import merge
+from project import CONFIG, PROFILE, Note, Parts, Project
+
+SLOT_S = 60  # the shortest limit that SLURM has; a worker ends 20 s before it
+SLOTS = 5
+
+
+def use_up_a_slot(project: Project, cluster: Cluster, parts: Parts, *, number: int) -> None:
+    """Stop the worker once so many parts are done, until its slot is used up; it then ends by itself."""
+    job = project.worker_job(0)
+    cluster.wait_until(lambda: parts.done >= number, f"{number} parts are done")
+    worker = project.workers()[0]
+    os.kill(worker, signal.SIGSTOP)
+
+    def is_used_up() -> bool:
+        minutes, seconds = cluster.run("squeue", "-h", "-j", job.id, "-o", "%M").split(":")
+        return 60 * int(minutes) + int(seconds) > SLOT_S - 20
+
+    cluster.wait_until(is_used_up, "the slot is used up")
+    os.kill(worker, signal.SIGCONT)
+    cluster.wait_until(lambda: cluster.state(job.id) == "FAILED", "the worker ended")
+
+
+def test_a_pass_that_needs_five_time_slots_takes_five_attempts(
+    teacher_left: Project, cluster: Cluster, note: Note
+) -> None:
+    """The worker is stopped in the middle of each slot but the last, as if the teacher were slow."""
+    project = teacher_left
+    project.write_config(merge(CONFIG, {"teacher": {"generation": {"num_workers": 1}}}))
+    profile = (project.path / PROFILE).read_text()
+    assert profile.count("runtime: 240 ") == 1, "a worker's time slot"
+    (project.path / PROFILE).write_text(profile.replace("runtime: 240 ", "runtime: 1 "))
+    (index,) = project.results.glob("tokens/*/index.json")
+    total = len(json.loads(index.read_text())["parts"])
+    with Parts(project) as parts:
+        process = project.start(project.merged)
+        for slot in range(1, SLOTS):
+            use_up_a_slot(project, cluster, parts, number=slot * total // SLOTS + 1)
+        project.finish(process)
+    assert project.states(0) == ["FAILED"] * (SLOTS - 1) + ["COMPLETED"]
+    assert project.log(0).count("stopped before the job's time limit") == SLOTS - 1
+    assert (parts.done, parts.again) == (total, 0)
+    note("five time slots", "ended before each limit by itself; retries went on", parts, project)
