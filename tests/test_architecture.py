@@ -69,8 +69,12 @@ ROOMS = (
     "demo",
     "checks",
     "planning",
+    "scorecards",
     "records",
+    "comparisons",
     "figures",
+    "tables",
+    "findings",
     "report",
 )
 # Every job on every node parses the Snakefile again: these must not be loaded for it.

@@ -18,12 +18,17 @@ from retort.index import TokenIndex
 from retort.metrics import measure_positions
 from retort.models import CausalLM, choose_device, load_pretrained, split_model
 from retort.provenance import compare_digests, digest_folder, read_json, write_json
-from retort.scores import DOCUMENTS_FILE, Scores, summarise, write_documents
+from retort.scores import (
+    DOCUMENTS_FILE,
+    METRICS_FORMAT,
+    METRICS_VERSION,
+    Scores,
+    summarise,
+    write_documents,
+)
 from retort.text_bytes import count_next_bytes
 from retort.tokens import SequenceTable, load_tokenizer
 
-METRICS_FORMAT = "retort-metrics"
-METRICS_VERSION = 2
 METRICS_FROM_TRAINING = (
     "run",
     "id",
@@ -146,6 +151,7 @@ def evaluate_run(
         "format": METRICS_FORMAT,
         "version": METRICS_VERSION,
         **{name: record[name] for name in METRICS_FROM_TRAINING},
+        "trained": _read_provenance(training_path.with_name("run.json")),
         "trained_tokens": record["trained_positions"],
         "training_seconds": record["seconds"],
         "teacher_parameters": teacher.num_parameters if teacher else None,
@@ -159,6 +165,16 @@ def evaluate_run(
     write_documents(out.with_name(DOCUMENTS_FILE), scores.sums)
     write_json(out, metrics)
     return f"evaluate {record['run']}  {_describe(found)}"
+
+
+def _read_provenance(path: Path) -> dict[str, Any] | None:
+    """Return what the report says of where a run comes from, out of its run.json; None where there is none."""
+    if not path.exists():
+        return None
+    run: dict[str, Any] = read_json(path)
+    kept = ("commit", "uncommitted_changes", "python", "versions", "finished")
+    found: dict[str, Any] = {name: run[name] for name in kept} | run["config"]
+    return found
 
 
 def _describe(found: dict[str, Any]) -> str:

@@ -29,6 +29,11 @@ class Estimate:
     low: float | None
     high: float | None
 
+    @property
+    def ends(self) -> tuple[float, float] | None:
+        """The interval, where there is one."""
+        return None if self.low is None or self.high is None else (self.low, self.high)
+
     def map(self, function: Callable[[float], float]) -> "Estimate":
         """Return the estimate of a rising function of the number."""
         ends = [None if end is None else function(end) for end in (self.low, self.high)]

@@ -23,6 +23,8 @@ from retort.breakdowns import Classes
 from retort.intervals import DocumentSums, Estimate, basic_interval, percentile_interval
 from retort.provenance import write_atomically
 
+METRICS_FORMAT = "retort-metrics"
+METRICS_VERSION = 2
 NUM_BINS = 15  # as in Guo et al.
 DOCUMENTS_FILE = "documents.csv"
 _OF_DOCUMENTS = ("positions", "bytes", "loss", "kl_to_teacher", "teacher_loss")
@@ -118,10 +120,7 @@ def _values(found: Mapping[str, Estimate], names: Any) -> dict[str, float | None
 
 
 def _intervals(found: Mapping[str, Estimate]) -> dict[str, list[float] | None]:
-    return {
-        name: None if e.low is None or e.high is None else [e.low, e.high]
-        for name, e in found.items()
-    }
+    return {name: list(e.ends) if e.ends else None for name, e in found.items()}
 
 
 def _sum_up(
