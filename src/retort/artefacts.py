@@ -45,8 +45,8 @@ REVISIONS = {
     "logits": 5,
     "validation": 2,
     "run": 3,
-    "evaluation": 1,
-    "report": 1,
+    "evaluation": 2,
+    "report": 2,
 }
 
 

@@ -1,31 +1,33 @@
-"""Held-out metrics of students and teachers.
+"""Held-out metrics of a student, and of its teacher where there is one: metrics.json, and documents.csv beside it.
 
-Legend: P counted positions, V vocabulary. All in nats over the whole vocabulary at temperature 1, means over counted
-held-out positions unless said otherwise:
-
-    loss            - log q(y), y the text's own token;  perplexity = exp(loss)
-    kl_to_teacher   KL(p || q) = sum_v p(v) (log p(v) - log q(v)), p the teacher, q the student
-    agreement       share of positions at which teacher and student have the same most probable token
+What each metric is: rooms `metrics` (a number at every position) and `scores` (means, intervals, classes). The
+teacher's side comes from what `score_validation` stored: no teacher is loaded here.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from numpy.typing import NDArray
 
+from retort.breakdowns import find_classes
 from retort.config import Evaluation
-from retort.features import TeacherFeatures, digest_keys, iterate_rows, read_features
+from retort.features import TeacherFeatures, digest_keys, read_features
 from retort.index import TokenIndex
-from retort.losses import perplexity
+from retort.metrics import measure_positions
 from retort.models import CausalLM, choose_device, load_pretrained, split_model
 from retort.provenance import compare_digests, digest_folder, read_json, write_json
-from retort.teacher import Scorer, score_features
-from retort.tokens import SequenceTable
+from retort.scores import (
+    DOCUMENTS_FILE,
+    METRICS_FORMAT,
+    METRICS_VERSION,
+    Scores,
+    summarise,
+    write_documents,
+)
+from retort.text_bytes import count_next_bytes
+from retort.tokens import SequenceTable, load_tokenizer
 
 METRICS_FROM_TRAINING = (
     "run",
@@ -48,84 +50,47 @@ METRICS_FROM_MANIFEST = (
     "fidelity_kl",
     "fidelity_agreement",
 )
-_ROWS = 1024  # logits held at once: [_ROWS, V] float32
 
 
-@dataclass
-class Sums:
-    """Sums over positions; float64, so that their order does not show."""
-
-    positions: int = 0
-    loss: float = 0.0
-    kl: float = 0.0
-    agreement: float = 0.0
-    teacher_loss: float = 0.0
-
-
-def next_tokens(table: SequenceTable) -> Tensor:
-    """Return the token that each counted position predicts, int64 [P], in the table's order."""
-    counted = np.flatnonzero(table.loss_mask)
-    return torch.from_numpy(np.asarray(table.ids)[counted + 1].astype(np.int64))
-
-
-def _student_logprobs(
-    student: CausalLM, table: SequenceTable, *, batch_size: int
-) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (rows among all counted positions, float32 logprobs [rows, V])."""
-    bounds = table.position_offsets
-    for index, features_PD in score_features(Scorer(student, batch_size), table):
-        for rows in iterate_rows(len(features_PD), rows=_ROWS):
-            start = int(bounds[index])
-            logits = student.head.logits(features_PD[rows])
-            yield slice(start + rows.start, start + rows.stop), logits.log_softmax(dim=-1).cpu()
-
-
-@torch.inference_mode()
 def evaluate_student(
-    student: CausalLM, table: SequenceTable, *, teacher: TeacherFeatures | None, batch_size: int
-) -> dict[str, Any]:
-    """Return {"validation": {...}, "teacher_validation": {...} | None} of one student on held-out sequences.
+    student: CausalLM,
+    table: SequenceTable,
+    *,
+    teacher: TeacherFeatures | None,
+    batch_size: int,
+    next_bytes: NDArray[np.int64] | None = None,
+    token_counts: NDArray[np.int64] | None = None,
+) -> Scores:
+    """Return the scores of one student on held-out sequences.
 
+    `next_bytes` [P]: bytes of text of the token that each counted position predicts; without it, no bits per byte.
+    `token_counts` [V]: how often each token comes in the training text; without it, no classes by frequency.
     Raises ValueError when there is nothing held out.
     """
     if table.num_positions == 0:
         raise ValueError(
             "no held-out position to evaluate on: raise dataset.validation_fraction, or give more documents."
         )
-    targets_P = next_tokens(table)
-    sums = Sums()
-    for rows, student_PV in _student_logprobs(student, table, batch_size=batch_size):
-        sums.positions += len(student_PV)
-        sums.loss += float(F.nll_loss(student_PV, targets_P[rows], reduction="sum"))
-        if teacher is not None:
-            _add_comparison(sums, student_PV, teacher.logprobs("val", rows), targets_P[rows])
-    n = sums.positions
-    has_teacher = teacher is not None
-    return {
-        "validation": {
-            "loss": sums.loss / n,
-            "perplexity": perplexity(sums.loss / n),
-            "positions": n,
-            "documents": len(np.unique(table.documents)),
-            "kl_to_teacher": sums.kl / n if has_teacher else None,
-            "agreement": sums.agreement / n if has_teacher else None,
-        },
-        "teacher_validation": (
-            {"loss": sums.teacher_loss / n, "perplexity": perplexity(sums.teacher_loss / n)}
-            if has_teacher
-            else None
-        ),
-    }
+    columns = measure_positions(student, table, teacher=teacher, batch_size=batch_size)
+    classes = find_classes(
+        table, token_counts=token_counts, teacher_entropy=columns.get("teacher_entropy")
+    )
+    documents_P = np.repeat(table.documents, np.diff(table.position_offsets))
+    return summarise(columns, documents_P, bytes_P=next_bytes, classes=classes)
 
 
-def _add_comparison(sums: Sums, student_PV: Tensor, teacher_PV: Tensor, targets_P: Tensor) -> None:
-    """Add KL(teacher || student), agreement and the teacher's loss; a student's layer may be the wider one."""
-    width = min(student_PV.shape[1], teacher_PV.shape[1])
-    teacher_PV, student_cut_PV = teacher_PV[:, :width], student_PV[:, :width]
-    terms_PV = teacher_PV.exp() * (teacher_PV - student_cut_PV)
-    sums.kl += float(terms_PV.masked_fill(teacher_PV == -torch.inf, 0.0).double().sum())
-    sums.agreement += int((teacher_PV.argmax(dim=-1) == student_PV.argmax(dim=-1)).sum())
-    sums.teacher_loss += float(F.nll_loss(teacher_PV, targets_P, reduction="sum"))
+def read_next_bytes(
+    table: SequenceTable, tokenizer_path: str
+) -> tuple[NDArray[np.int64] | None, dict[str, str]]:
+    """Return (bytes of each predicted token [P], {}), or (None, why there are none) where the tokenizer does not load.
+
+    A student that has no use of its tokenizer (one with code of its own, say) is measured all the same.
+    """
+    try:
+        tokenizer = load_tokenizer(tokenizer_path)
+    except ValueError as error:
+        return None, {"bits_per_byte": str(error)}
+    return count_next_bytes(table, tokenizer), {}
 
 
 def _refuse_other_student(folder: Path, record: dict[str, Any], source: Path) -> None:
@@ -166,15 +131,27 @@ def evaluate_run(
             teacher.require_teacher(
                 record["teacher"], source=features_path, made_from=training_path
             )
-    model = load_pretrained(str(folder), dtype=torch.float32).to(choose_device(device)).eval()
-    found = evaluate_student(
-        split_model(model), table, teacher=teacher, batch_size=evaluation.batch_size
+    chosen = choose_device(device)
+    model = load_pretrained(str(folder), dtype=torch.float32).to(chosen).eval()
+    next_bytes, why_no_bytes = read_next_bytes(table, str(folder))
+    scores = evaluate_student(
+        split_model(model),
+        table,
+        teacher=teacher.to(chosen) if teacher else None,
+        batch_size=evaluation.batch_size,
+        next_bytes=next_bytes,
+        token_counts=index.read_token_counts(),
     )
+    found = scores.sections
     found["validation"]["content"] = digest_keys(table)
+    found["not_defined"] |= why_no_bytes
     manifest = read_json(manifest_path) if manifest_path else None
     is_measured = manifest is not None and manifest["fidelity_kl"] is not None
     metrics = {
+        "format": METRICS_FORMAT,
+        "version": METRICS_VERSION,
         **{name: record[name] for name in METRICS_FROM_TRAINING},
+        "trained": _read_provenance(training_path.with_name("run.json")),
         "trained_tokens": record["trained_positions"],
         "training_seconds": record["seconds"],
         "teacher_parameters": teacher.num_parameters if teacher else None,
@@ -185,11 +162,27 @@ def evaluate_run(
         else None,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
+    write_documents(out.with_name(DOCUMENTS_FILE), scores.sums)
     write_json(out, metrics)
-    scores = found["validation"]
+    return f"evaluate {record['run']}  {_describe(found)}"
+
+
+def _read_provenance(path: Path) -> dict[str, Any] | None:
+    """Return what the report says of where a run comes from, out of its run.json; None where there is none."""
+    if not path.exists():
+        return None
+    run: dict[str, Any] = read_json(path)
+    kept = ("commit", "uncommitted_changes", "python", "versions", "finished")
+    found: dict[str, Any] = {name: run[name] for name in kept} | run["config"]
+    return found
+
+
+def _describe(found: dict[str, Any]) -> str:
+    scores, ends = found["validation"], found["intervals"]["validation"]["loss"]
+    interval = f" ({ends[0]:.4f} to {ends[1]:.4f})" if ends else ""
     against = (
         f", KL to the teacher {scores['kl_to_teacher']:.4f}, agreement {scores['agreement']:.1%}"
-        if teacher
+        if found["teacher_validation"]
         else ""
     )
-    return f"evaluate {record['run']}  held-out loss {scores['loss']:.4f} nats/token{against}"
+    return f"held-out loss {scores['loss']:.4f} nats/token{interval}{against}"

@@ -8,7 +8,7 @@ batches than the cache's were: against them `merge_h5` measures the fidelity of 
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,14 @@ class TeacherFeatures:
         if self.num_tokens < logits_PV.shape[1]:
             logits_PV[:, self.num_tokens :] = -torch.inf
         return logits_PV.log_softmax(dim=-1)
+
+    def to(self, device: torch.device) -> "TeacherFeatures":
+        """Return the same with the head on a device, where the logprobs are then made."""
+        head = self.head
+        moved = [
+            tensor if tensor is None else tensor.to(device) for tensor in (head.weight, head.bias)
+        ]
+        return replace(self, head=replace(head, weight=moved[0], bias=moved[1]))
 
     def require_teacher(self, weights: str, *, source: Path, made_from: Path) -> None:
         """Raise ValueError unless the teacher with these weights' fingerprint scored them."""

@@ -1,4 +1,4 @@
-"""Figures of runs: held-out loss and KL, and learning curves. Equal inputs give equal bytes.
+"""Figures of runs: held-out loss and KL, reliability, learning curves. Equal inputs give equal bytes.
 
 A run has one colour, marker and dash in every figure. Figures for the page are SVG with real text,
 whose colours are CSS variables (--ink, --grid, --series0 ...): one drawing serves light and dark.
@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from retort.provenance import write_atomically
 from retort.records import Record, TrainingLog, find_teachers, group_runs
+from retort.scorecards import Scorecard
 
 # (light, dark). Drawn in the light colours; `_to_page` turns those into CSS variables.
 INKS = {
@@ -119,6 +120,54 @@ def draw_curves(logs: Sequence[TrainingLog | None], *, key: str) -> list[str]:
         )
         for number, (words, since) in enumerate(halves.items())
     ]
+
+
+def draw_reliability(
+    group: Sequence[Record], styles: Sequence[int], *, key: str
+) -> list[tuple[str, str]]:
+    """Return (name, SVG) of each model: accuracy over confidence, with the intervals of the bins; teachers first."""
+    teachers = find_teachers(group)
+    cards: list[tuple[str, int | None, Scorecard]] = [
+        ("teacher" if len(teachers) == 1 else f"teacher {t.teacher}", None, t.teacher_card)
+        for t in teachers
+        if t.teacher_card
+    ]
+    cards += [(r.name, style, r.card) for r, style in zip(group, styles, strict=True)]
+    return [
+        (
+            name,
+            _to_page(
+                lambda axes, card=card, style=style: _draw_reliability(axes, card, style),  # type: ignore[misc]
+                (2.9, 2.6),
+                label="accuracy over confidence",
+                key=f"{key}{number}",
+            ),
+        )
+        for number, (name, style, card) in enumerate(cards)
+        if card.reliability
+    ]
+
+
+def _draw_reliability(axes: Axes, card: Scorecard, style: int | None) -> None:
+    """Draw one model's bins; a dot's size is its share of the positions. Below the diagonal is too sure."""
+    colour, marker, _ = (INKS["ink"][0], "o", "-") if style is None else _style(style)
+    axes.plot([0, 100], [0, 100], color=INKS["muted"][0], linewidth=1, linestyle=(0, (4, 3)))
+    most = max(b.positions for b in card.reliability)
+    for b in card.reliability:
+        x, y = 100 * b.confidence, 100 * b.accuracy.value
+        if b.accuracy.ends:
+            axes.plot([x, x], [100 * end for end in b.accuracy.ends], color=colour, linewidth=1.2)
+        size = 3 + 6 * math.sqrt(b.positions / most)
+        axes.plot([x], [y], color=colour, marker=marker, markersize=size, linestyle="none")
+    axes.set_xlim(0, 100)
+    axes.set_ylim(0, 100)
+    axes.set_xticks([0, 50, 100])
+    axes.set_yticks([0, 50, 100])
+    axes.grid(linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0)
+    axes.set_xlabel("confidence, %")
+    axes.set_title("right, %", loc="left", fontsize=10, color=INKS["muted"][0])
 
 
 def draw_swatch(style: int, *, key: str) -> str:

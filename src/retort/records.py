@@ -7,13 +7,21 @@ the same student size, seed and steps. What a run does not define is None.
 
 import csv
 import io
-import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from retort.scorecards import (
+    ClassRow,
+    Reader,
+    Scorecard,
+    open_metrics,
+    read_breakdown,
+    read_scorecard,
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,11 @@ class CacheFacts:
     tail_mass: float
     fidelity_kl: float
     fidelity_agreement: float
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether nothing of the teacher's distributions is left out."""
+        return self.method == "top_k" and self.tail_mass < 1e-9
 
 
 @dataclass(frozen=True)
@@ -56,6 +69,13 @@ class Record:
     agreement: float | None
     teacher_loss: float | None
     teacher_perplexity: float | None
+    card: Scorecard
+    teacher_card: Scorecard | None
+    breakdown: Mapping[str, tuple[ClassRow, ...]]
+    not_defined: Mapping[str, str]  # why a metric is None
+    trained: Mapping[
+        str, Any
+    ]  # keys of run.json by their dotted names: commit, versions.torch, training.alpha
     cache: CacheFacts | None
 
     @property
@@ -97,13 +117,11 @@ def load_metrics(paths: Sequence[Path]) -> list[Record]:
 
 
 def _read_record(path: Path) -> Record:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"no readable metrics in {path} ({error}): evaluate the run again."
-        ) from None
-    read = _Reader(path, raw)
+    read = open_metrics(path)
+    card = read_scorecard(read, whose="student")
+    teacher_card = read_scorecard(read, whose="teacher")
+    read.number("validation", "loss")  # of a student there is always one
+    assert card is not None, path
     return Record(
         path=path,
         name=read.text("run"),
@@ -132,11 +150,24 @@ def _read_record(path: Path) -> Record:
         agreement=read.number_or_none("validation", "agreement"),
         teacher_loss=read.number_or_none("teacher_validation", "loss"),
         teacher_perplexity=read.number_or_none("teacher_validation", "perplexity"),
+        card=card,
+        teacher_card=teacher_card,
+        breakdown=read_breakdown(read),
+        trained=dict(_flatten(read("trained") or {})),
+        not_defined={str(k): str(v) for k, v in read("not_defined").items()},
         cache=None if read("cache") is None else _read_cache(read),
     )
 
 
-def _read_cache(read: "_Reader") -> CacheFacts:
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _read_cache(read: Reader) -> CacheFacts:
     return CacheFacts(
         method=read.text("cache", "method"),
         dial=_describe_dial(read),
@@ -148,54 +179,9 @@ def _read_cache(read: "_Reader") -> CacheFacts:
     )
 
 
-def _describe_dial(read: "_Reader") -> str:
+def _describe_dial(read: Reader) -> str:
     top_k = read("cache", "top_k")
     return f"p >= {read.number('cache', 'min_probability'):g}" if top_k is None else f"k = {top_k}"
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """Looks keys up in one metrics.json, and says which key of which file is wrong."""
-
-    path: Path
-    raw: Any
-
-    def __call__(self, *keys: str) -> Any:
-        """Return the value under nested keys; None where it, or what should hold it, is null."""
-        value = self.raw
-        for depth, key in enumerate(keys):
-            if value is None and depth:
-                return None
-            if not isinstance(value, Mapping) or key not in value:
-                raise ValueError(f"{self.path} has no {'.'.join(keys)!r}: evaluate the run again.")
-            value = value[key]
-        return value
-
-    def _checked(self, keys: tuple[str, ...], types: tuple[type, ...], expected: str) -> Any:
-        value = self(*keys)
-        if not isinstance(value, types) or isinstance(value, bool):
-            found = f"{self.path}: {'.'.join(keys)} is {value!r}"
-            raise ValueError(f"{found}, expected {expected}. Evaluate the run again.")
-        return value
-
-    def text(self, *keys: str) -> str:
-        return str(self._checked(keys, (str,), "a text"))
-
-    def count(self, *keys: str) -> int:
-        return int(self._checked(keys, (int,), "a whole number"))
-
-    def number(self, *keys: str) -> float:
-        value = float(self._checked(keys, (int, float), "a number"))
-        if not math.isfinite(value):
-            raise ValueError(
-                f"{self.path}: {'.'.join(keys)} is {value}, expected a finite number. The run "
-                "diverged: lower training.learning_rate or raise training.warmup_steps, and train "
-                "it again."
-            )
-        return value
-
-    def number_or_none(self, *keys: str) -> float | None:
-        return None if self(*keys) is None else self.number(*keys)
 
 
 def load_logs(records: Sequence[Record]) -> list[TrainingLog | None]:
@@ -231,18 +217,23 @@ def group_runs(records: Sequence[Record]) -> list[list[Record]]:
     return list(groups.values())
 
 
+def compared_conditions(record: Record) -> tuple[int | str | None, ...]:
+    """Return what two runs must have in common for their losses to be compared."""
+    r = record
+    return (r.content, r.positions, r.documents, r.student_parameters, r.seed, r.steps)
+
+
 def find_baseline(
     record: Record, records: Sequence[Record], *, baseline: str | None = None
 ) -> Record | None:
     """Return the cross-entropy run to compare `record` with: the first fit, or the one named."""
 
-    def conditions(r: Record) -> tuple[int | str | None, ...]:
-        return (r.content, r.positions, r.documents, r.student_parameters, r.seed, r.steps)
-
     alike = [
         r
         for r in records
-        if not r.is_distilled and conditions(r) == conditions(record) and baseline in (None, r.name)
+        if not r.is_distilled
+        and compared_conditions(r) == compared_conditions(record)
+        and baseline in (None, r.name)
     ]
     return alike[0] if alike and record.is_distilled else None
 
@@ -294,23 +285,3 @@ def find_settings(records: Sequence[Record]) -> dict[str, list[str]]:
         ],
         "device": [r.device for r in records],
     }
-
-
-def render_csv(records: Sequence[Record]) -> str:
-    """Return the table of runs with all digits; an empty cell is not defined."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    skipped = {"path", "cache"}
-    plain = [f.name for f in fields(Record) if f.name not in skipped]
-    cached = [f.name for f in fields(CacheFacts)]
-    writer.writerow([*plain, "margin", *(f"cache_{name}" for name in cached)])
-    for record in records:
-        other = find_baseline(record, records)
-        margin = None if other is None else record.loss - other.loss
-        facts = (
-            [getattr(record.cache, name) for name in cached]
-            if record.cache
-            else [None] * len(cached)
-        )
-        writer.writerow([*(getattr(record, name) for name in plain), margin, *facts])
-    return text.getvalue()

@@ -16,13 +16,15 @@ from retort.evaluation import (
     METRICS_FROM_TRAINING,
     evaluate_run,
     evaluate_student,
-    next_tokens,
+    read_next_bytes,
 )
 from retort.features import TeacherFeatures, digest_keys, read_features, score_validation
 from retort.index import TokenIndex
+from retort.metrics import next_tokens
 from retort.models import CausalLM, load_pretrained, load_teacher, split_model
 from retort.provenance import digest_folder, read_json, write_json
 from retort.records import load_metrics
+from retort.scores import OF_BOTH, read_documents
 from retort.tokens import SequenceTable, load_tokenizer
 
 Matrix = NDArray[np.float64]
@@ -107,7 +109,7 @@ def test_metrics_are_those_of_a_reference(
     width: int, index: TokenIndex, features: TeacherFeatures, tiny_teacher: Path
 ) -> None:
     table, student = index.read_split("val"), make_student(width)
-    found = evaluate_student(student, table, teacher=features, batch_size=3)
+    found = evaluate_student(student, table, teacher=features, batch_size=3).sections
     log_q = log_probabilities(student.model, table)
     log_p = log_probabilities(load_pretrained(str(tiny_teacher)), table, num_tokens=NUM_TOKENS)
     tokens, n = np.array(expected_tokens(table)), len(log_q)
@@ -135,7 +137,7 @@ def test_a_teacher_is_its_own_best_student(
     teacher = load_teacher(str(tiny_teacher), section("teacher", device="cpu"))
     found = evaluate_student(
         teacher, table, teacher=replace(features, num_tokens=WIDTH), batch_size=3
-    )
+    ).sections
     assert abs(found["validation"]["kl_to_teacher"]) < 1e-6
     assert found["validation"]["agreement"] == 1.0
     assert found["validation"]["loss"] == pytest.approx(
@@ -152,16 +154,18 @@ def test_a_student_that_prefers_ids_unknown_to_its_teacher_does_not_agree(
         model.get_output_embeddings().weight[-2:] = torch.tensor([[100.0], [-100.0]])
     found = evaluate_student(
         split_model(model), index.read_split("val"), teacher=features, batch_size=8
-    )
+    ).sections
     assert found["validation"]["agreement"] < 0.05
 
 
 def test_batches_do_not_change_the_metrics(index: TokenIndex, features: TeacherFeatures) -> None:
     table, student = index.read_split("val"), make_student(WIDTH)
     one, many = (
-        evaluate_student(student, table, teacher=features, batch_size=b)["validation"]
+        evaluate_student(student, table, teacher=features, batch_size=b).sections["validation"]
         for b in (1, 16)
     )
+    for name in ("bytes", "bits_per_byte"):  # of no text here
+        assert one.pop(name) is many[name] is None
     for name, value in one.items():
         assert many[name] == pytest.approx(value, rel=1e-6, abs=1e-6)
 
@@ -169,9 +173,10 @@ def test_batches_do_not_change_the_metrics(index: TokenIndex, features: TeacherF
 def test_without_a_teacher_there_is_nothing_to_compare_with(index: TokenIndex) -> None:
     found = evaluate_student(
         make_student(WIDTH), index.read_split("val"), teacher=None, batch_size=4
-    )
+    ).sections
     assert found["teacher_validation"] is None
-    assert found["validation"]["kl_to_teacher"] is None and found["validation"]["agreement"] is None
+    assert all(found["validation"][name] is None for name in OF_BOTH)
+    assert found["not_defined"]["kl_to_teacher"] == "there is no teacher to compare with"
     assert found["validation"]["loss"] > 0
 
 
@@ -245,12 +250,22 @@ def test_metrics_file_holds_what_the_report_reads(
     line = run_rule(trained, index, features_path)
     path = trained.parent / "evaluation" / "metrics.json"
     found = read_json(path)
+    table = index.read_split("val")
     direct = evaluate_student(
-        make_student(WIDTH), index.read_split("val"), teacher=features, batch_size=8
-    )
-    content = digest_keys(index.read_split("val"))
-    assert found["validation"] == direct["validation"] | {"content": content}
-    assert found["teacher_validation"] == direct["teacher_validation"]
+        make_student(WIDTH),
+        table,
+        teacher=features,
+        batch_size=8,
+        next_bytes=read_next_bytes(table, str(tiny_teacher))[0],
+        token_counts=index.read_token_counts(),
+    ).sections
+    direct["validation"]["content"] = digest_keys(table)
+    assert {name: found[name] for name in direct} == direct
+    assert set(found["breakdown"]) == {"place", "frequency"}  # the teacher is nowhere sure
+    assert found["validation"]["bits_per_byte"] > 1 and found["not_defined"] == {}
+    by_document = read_documents(path.with_name("documents.csv"))
+    loss = by_document["loss"].sum() / by_document["positions"].sum()
+    assert loss == pytest.approx(found["validation"]["loss"])
     assert {name: found[name] for name in METRICS_FROM_TRAINING} == {
         name: TRAINED[name] for name in METRICS_FROM_TRAINING
     }
@@ -267,6 +282,18 @@ def test_a_run_without_a_teacher_has_metrics_too(trained: Path, index: TokenInde
     found = read_json(trained.parent / "evaluation" / "metrics.json")
     assert found["teacher"] is None and found["cache"] is None and "KL" not in line
     assert load_metrics([trained.parent / "evaluation" / "metrics.json"])[0].kl_to_teacher is None
+
+
+def test_a_tokenizer_that_does_not_load_costs_the_bits_per_byte_alone(
+    trained: Path, index: TokenIndex, features_path: Path
+) -> None:
+    (trained.parent / "final" / "tokenizer.json").write_text("{}")
+    final = digest_folder(trained.parent / "final")
+    write_json(trained, read_json(trained) | {"final": final})
+    run_rule(trained, index, features_path)
+    found = read_json(trained.parent / "evaluation" / "metrics.json")
+    assert found["validation"]["bits_per_byte"] is None and found["validation"]["loss"] > 0
+    assert "cannot load the tokenizer" in found["not_defined"]["bits_per_byte"]
 
 
 def test_features_of_other_held_out_sequences_are_refused(

@@ -45,8 +45,8 @@ GOLDEN_REVISIONS = {
     "logits": 5,
     "validation": 2,
     "run": 3,
-    "evaluation": 1,
-    "report": 1,
+    "evaluation": 2,
+    "report": 2,
 }
 GOLDEN_TOKENS = "eefcd4961849ab3dba7fbe8356c62eb572a8fb5858612a8037cf217d28a04eef"
 GOLDEN_INDEX = "8172b2419c159556dfcd793d6b0cf9880f242d4c3ea41da25b988c1e25ffc573"
@@ -63,11 +63,11 @@ GOLDEN_IDS = {
     "tokens": "fb3079b41a00",
     "logits": "5e1fae415129",
     "validation": "50345f86f16a",
-    "hard": ["68f91e3efbeb", "66c03167bc90"],
-    "both": ["4fd00754671d", "66c03167bc90"],
-    "live": ["ecf658b22669", "66c03167bc90"],
-    "check": "d5ee28e8cbd4",
-    "report": "18282227062f",
+    "hard": ["68f91e3efbeb", "bb6b7b988998"],
+    "both": ["4fd00754671d", "bb6b7b988998"],
+    "live": ["ecf658b22669", "bb6b7b988998"],
+    "check": "31a91daaa680",
+    "report": "1d6b7a57ce7c",
 }
 
 REPOSITORY = Path(__file__).parents[2]

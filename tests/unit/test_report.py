@@ -12,18 +12,18 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from retort.comparisons import compare_with_baseline, find_best, find_full
 from retort.figures import INKS, SERIES, _smooth, _thin
+from retort.findings import describe_outcome, find_warnings
+from retort.intervals import DocumentSums
 from retort.records import TrainingLog, find_baseline, find_caches, find_teachers, group_runs
 from retort.report import (
-    COLUMNS,
     WIDTH,
-    build_rows,
-    describe_outcome,
-    find_warnings,
     load_logs,
     load_metrics,
     make_report,
@@ -31,9 +31,24 @@ from retort.report import (
     save_comparison_figure,
     write_report,
 )
+from retort.scores import METRICS, write_documents
+from retort.tables import COLUMNS, build_breakdowns, build_metric_table, build_rows
 
 LOG_HEAD = "step,total_loss,hard_loss,soft_loss,perplexity,learning_rate,tokens_per_second"
 MARGIN, KL = -1, -3  # places in a row's cells
+
+
+def make_bin(confidence: float, accuracy: float) -> dict[str, Any]:
+    """Return a bin of the reliability curve."""
+    ends = {"low": accuracy - 0.02, "high": accuracy + 0.03}
+    return {"positions": 300, "confidence": confidence, "accuracy": accuracy} | ends
+
+
+def make_class(name: str, loss: float) -> dict[str, Any]:
+    """Return a row of a breakdown."""
+    metrics = {"loss": loss, "teacher_loss": loss - 0.5, "kl_to_teacher": 0.4}
+    counts = {"class": name, "positions": 32_768, "documents": 300}
+    return counts | metrics | {"intervals": {n: [v - 0.1, v + 0.1] for n, v in metrics.items()}}
 
 
 def write_run(folder: Path, name: str, kind: str = "hybrid", **changes: Any) -> Path:
@@ -43,6 +58,8 @@ def write_run(folder: Path, name: str, kind: str = "hybrid", **changes: Any) -> 
     """
     number = len(list(folder.glob("runs/*")))
     metrics: dict[str, Any] = {
+        "format": "retort-metrics",
+        "version": 2,
         "run": name,
         "id": f"{number:012x}",
         "distillation_type": kind,
@@ -64,8 +81,28 @@ def write_run(folder: Path, name: str, kind: str = "hybrid", **changes: Any) -> 
             "content": "c0ffee",
             "kl_to_teacher": 0.5,
             "agreement": 0.431,
+            "bits_per_byte": 1.21,
+            "reverse_kl": 0.61,
+            "overlap": 0.6,
+            "acceptance": 0.72,
+            "accuracy": 0.4,
+            "calibration_error": 0.02,
         },
-        "teacher_validation": {"loss": 2.752, "perplexity": 15.674},
+        "teacher_validation": {"loss": 2.752, "perplexity": 15.674, "bits_per_byte": 1.0},
+        "intervals": {
+            "validation": dict.fromkeys(METRICS) | {"agreement": [0.42, 0.44]},
+            "teacher_validation": dict.fromkeys(METRICS),
+        },
+        "not_defined": {},
+        "reliability": {
+            "student": [make_bin(0.2, 0.25), make_bin(0.7, 0.6)],
+            "teacher": [make_bin(0.5, 0.5)],
+        },
+        "breakdown": {
+            "language": [make_class("de", 2.5), make_class("en", 3.4)],
+            "place": [make_class("1 to 15", 4.0), make_class("from 1,024", 3.0)],
+        },
+        "trained": {"commit": "0123456789abcdef", "training": {"alpha": 0.5}},
         "cache": None
         if kind == "output"
         else {
@@ -98,7 +135,11 @@ def write_demo(folder: Path) -> list[Path]:
 
 def without_teacher() -> dict[str, Any]:
     """Return the changes that make a run one without a teacher."""
-    section = {"validation__kl_to_teacher": None, "validation__agreement": None}
+    both = ("kl_to_teacher", "reverse_kl", "agreement", "overlap", "acceptance")
+    section: dict[str, Any] = {f"validation__{name}": None for name in both}
+    section["not_defined"] = dict.fromkeys(both, "there is no teacher to compare with")
+    section["breakdown"] = {}
+    section["reliability__teacher"] = None
     return {"teacher": None, "teacher_parameters": None, "teacher_validation": None} | section
 
 
@@ -321,7 +362,7 @@ def test_a_warning_comes_with_its_number_and_not_before(
 
 def test_one_seed_and_unequal_text_are_said(tmp_path: Path) -> None:
     paths = write_demo(tmp_path)
-    assert "One seed gives no interval" in warnings_of(paths)
+    assert "not what another seed would: with one seed" in warnings_of(paths)
     assert "unequal text" not in warnings_of(paths)
     paths.append(write_run(tmp_path, "longer", trained_tokens=2_000_000))
     assert "unequal text was seen: longer (2,000,000 tokens; output 1,638,400)" in warnings_of(
@@ -351,6 +392,193 @@ def test_the_students_folder_is_found_from_both_places_of_metrics(tmp_path: Path
     (record,) = load_metrics([write_run(tmp_path, "hybrid")])
     assert (record.folder / "training_log.csv").exists()
     assert replace(record, path=Path("runs/mine/metrics.json")).folder == Path("runs/mine")
+
+
+# Intervals
+
+
+def write_losses(path: Path, gain: float, *, noise: float = 0.01) -> None:
+    """Write documents.csv of 50 documents: losses around 3 nats a token less `gain`, alike but for noise."""
+    chance = np.random.default_rng(round(1000 * gain))
+    positions = np.random.default_rng(0).integers(500, 2000, 50).astype(float)
+    own = np.random.default_rng(1).normal(3, 0.4, 50)
+    sums = DocumentSums(np.arange(50))
+    sums.add("positions", positions)
+    sums.add("loss", positions * (own - gain + chance.normal(0, noise, 50)))
+    write_documents(path.with_name("documents.csv"), sums)
+
+
+def write_measured(folder: Path, gains: dict[str, float], **options: Any) -> list[Path]:
+    """Write runs, each with the losses of its documents, and with those of metrics.json to match."""
+    paths = []
+    for name, gain in gains.items():
+        whole = {"cache__top_k": 300, "cache__tail_mass": 1e-13} if name == "full" else {}
+        kind = {"output": "output", "full": "logit"}.get(name, "hybrid")
+        changes = {"validation__loss": 3 - gain, "temperature": 1.0} | whole
+        paths.append(write_run(folder, name, kind, **changes))
+        write_losses(paths[-1], gain, **options)
+    return paths
+
+
+def test_a_margin_has_the_interval_of_the_same_documents(tmp_path: Path) -> None:
+    records = load_metrics(write_measured(tmp_path, {"output": 0.0, "hybrid": 0.1}))
+    found = compare_with_baseline(records[1], records)
+    assert found is not None and found.margin.ends is not None
+    low, high = found.margin.ends
+    assert -0.11 < low < found.margin.value < high < -0.09  # documents differ by 0.4
+    row = build_rows(records)[-1]
+    assert re.fullmatch(r"-0\.\d{3}±0\.00\d", row.cells[MARGIN]) and row.is_better
+    said = describe_outcome(records)
+    assert re.search(r"hybrid: .* \(0\.09\d to 0\.10\d\) below cross-entropy", said), said
+
+
+def test_what_may_be_chance_is_no_gain(tmp_path: Path) -> None:
+    paths = write_measured(tmp_path, {"output": 0.0, "hybrid": 0.004}, noise=0.05)
+    records = load_metrics(paths)
+    assert not build_rows(records)[-1].is_better
+    said = describe_outcome(records)
+    assert "did not beat cross-entropy" in said and "not clearly different" in said
+    assert 'class="better"' not in render_page(tmp_path, paths)
+
+
+def test_a_gain_beyond_chance_is_bold_in_the_page(tmp_path: Path) -> None:
+    paths = write_measured(tmp_path, {"output": 0.0, "hybrid": 0.1})
+    assert 'class="better"' in render_page(tmp_path, paths)
+
+
+def test_the_gap_to_full_distillation_is_said_where_such_a_run_is(tmp_path: Path) -> None:
+    paths = write_measured(tmp_path, {"output": 0.0, "hybrid": 0.15, "full": 0.2})
+    records = load_metrics(paths)
+    full = find_full(records[1], records)
+    assert full is not None and full.name == "full"
+    found = compare_with_baseline(records[1], records)
+    assert found is not None and found.gap_closed is not None and found.gap_closed.ends is not None
+    assert 0.7 < found.gap_closed.ends[0] < 0.75 < found.gap_closed.ends[1] < 0.8
+    summary = render_summary(records, report_path=Path("r.html"))
+    assert re.search(r"hybrid: 7\d % \(7\d to 7\d\) of what the teacher's whole", summary), summary
+    page = render_page(tmp_path, paths)
+    assert "gap closed, %" in page
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "summary.csv").read_text())))
+    assert float(rows[1]["gap_closed"]) == found.gap_closed.value
+    assert float(rows[1]["margin_low"]) < float(rows[1]["margin"]) < float(rows[1]["margin_high"])
+    without = load_metrics(paths[:2])
+    assert find_full(without[1], without) is None
+    assert "gap closed, %" not in render_page(tmp_path / "two", paths[:2])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"temperature": 2.0},
+        {"seed": 1},
+        {"cache__tail_mass": 0.01},
+        {"trained": {"training": {"divergence": "reverse_kl"}}},
+    ],
+)
+def test_full_distillation_is_under_the_same_conditions(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    whole = {"cache__tail_mass": 0.0, "temperature": 1.0}
+    paths = [
+        write_run(tmp_path, "hybrid", temperature=1.0),
+        write_run(tmp_path, "full", "logit", **(whole | changes)),
+    ]
+    records = load_metrics(paths)
+    assert find_full(records[0], records) is None
+
+
+def test_runs_are_compared_by_their_losses_document_by_document(tmp_path: Path) -> None:
+    records = load_metrics(write_measured(tmp_path, {"output": 0.0, "hybrid": 0.1, "other": 0.05}))
+    best = find_best(records, "loss")
+    assert best is not None and best.name == "hybrid"
+    paths = write_measured(tmp_path / "b", {"output": 0.0, "hybrid": 0.1, "other": 0.1})
+    assert find_best(load_metrics(paths), "loss") is None
+
+
+def test_by_other_metrics_a_run_is_best_whose_interval_is_apart(tmp_path: Path) -> None:
+    def agreeing(name: str, value: float) -> Path:
+        path = write_run(tmp_path, name, validation__agreement=value)
+        raw = json.loads(path.read_text())
+        raw["intervals"]["validation"]["agreement"] = [value - 0.01, value + 0.01]
+        path.write_text(json.dumps(raw))
+        return path
+
+    paths = [agreeing("a", 0.40), agreeing("b", 0.43), agreeing("c", 0.415)]
+    records = load_metrics(paths)
+    assert find_best(records, "agreement") is None
+    best = find_best(records[:2], "agreement")
+    assert best is not None and best.name == "b"
+    assert find_best(records[:1], "agreement") is None
+
+
+def test_documents_that_are_others_are_refused(tmp_path: Path) -> None:
+    paths = write_measured(tmp_path, {"output": 0.0, "hybrid": 0.1})
+    file = paths[1].with_name("documents.csv")
+    file.write_text(file.read_text().replace("\n7,", "\n77,"))
+    with pytest.raises(ValueError, match="are not of the same documents"):
+        make_report(paths, tmp_path / "report.html")
+
+
+def test_few_documents_are_said(tmp_path: Path) -> None:
+    assert "Only 9 held-out documents" in warnings_of(
+        [write_run(tmp_path, "few", validation__documents=9)]
+    )
+    assert "held-out documents: too few" not in warnings_of([write_run(tmp_path, "many")])
+
+
+# All metrics, reliability, classes
+
+
+def test_every_metric_of_every_model_is_in_the_page(tmp_path: Path) -> None:
+    records = load_metrics(write_demo(tmp_path))
+    table = build_metric_table(records)
+    assert [name for name, _, _ in table.rows] == ["teacher", "output", "logit", "hybrid"]
+    texts = dict(zip(table.heads[1:], [cell.text for cell in table.rows[3][2]], strict=True))
+    assert texts["bits per byte, bits/byte"] == "1.210" and texts["top-1 agreement, %"] == "43.1"
+    assert texts["speculative acceptance, %"] == "72.0"
+    assert texts["calibration error (ECE), %"] == "2.0"
+    agreement = table.rows[3][2][table.heads.index("top-1 agreement, %") - 1]
+    assert agreement.below == "42.0 to 44.0"
+    of_teacher = dict(zip(table.heads[1:], table.rows[0][2], strict=True))
+    assert of_teacher["bits per byte, bits/byte"].text == "1.000"
+    assert of_teacher["top-1 agreement, %"].text == "-"
+    words = Page(render_page(tmp_path, write_demo(tmp_path / "again"))).words
+    assert {"42.0 to 44.0", "72.0", "1.210"} <= set(words)
+
+
+def test_why_a_metric_is_missing_is_said_once(tmp_path: Path) -> None:
+    paths = [write_run(tmp_path, name, "output", **without_teacher()) for name in ("a", "b")]
+    text = " ".join(Page(render_page(tmp_path, paths)).words)
+    assert text.count("because there is no teacher to compare with") == 1
+    assert "a, b: no KL(teacher || student), KL(student || teacher), top-1 agreement" in text
+
+
+def test_classes_have_a_row_each_with_every_runs_loss(tmp_path: Path) -> None:
+    place, language = build_breakdowns(load_metrics(write_demo(tmp_path)))
+    assert place.title.startswith("Where in its document")
+    assert language.heads == ("class", "positions", "teacher", "output", "logit", "hybrid")
+    name, _, cells = language.rows[1]
+    assert (name, [cell.text for cell in cells]) == ("en", ["32,768", "2.900", *["3.400"] * 3])
+    assert cells[-1].below == "KL 0.400"
+
+
+def test_each_model_has_a_reliability_curve(tmp_path: Path) -> None:
+    text = render_page(tmp_path, write_demo(tmp_path))
+    assert text.count('aria-label="accuracy over confidence"') == 4
+    alone = render_page(
+        tmp_path, [write_run(tmp_path / "x", "alone", "output", **without_teacher())]
+    )
+    assert alone.count('aria-label="accuracy over confidence"') == 1
+    assert "All held-out positions are of one class." in alone
+
+
+def test_metrics_of_an_earlier_version_are_refused(tmp_path: Path) -> None:
+    path = write_run(tmp_path, "old")
+    raw = json.loads(path.read_text())
+    del raw["version"]
+    path.write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match="metrics of version None; this Retort reads version 2"):
+        load_metrics([path])
 
 
 # The page
@@ -566,7 +794,7 @@ def test_a_log_that_diverged_is_refused(tmp_path: Path) -> None:
         ({"seed": "0"}, "seed is '0', expected a whole number"),
         ({"steps": True}, "steps is True, expected a whole number"),
         ({"validation": {"loss": 3.0}}, "has no 'validation.positions'"),
-        ({"validation": None}, "validation.positions is None"),
+        ({"validation": None}, "validation.loss is None"),
     ],
 )
 def test_metrics_of_another_form_are_refused_by_key(

@@ -1,0 +1,173 @@
+"""What a distilled run gained over cross-entropy, and how sure that is, from what both said of the same documents.
+
+The *margin* of a run is its held-out loss minus its baseline's (see `records`): negative is better. The *gap* is what
+learning from the teacher's whole distributions (FullKD: `logit` from a live teacher, or from a cache that leaves
+nothing out) gains over cross-entropy; a run closes a share of it. Both are means over the same held-out documents, so
+their intervals draw the documents for all runs at once (room `intervals`).
+"""
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from retort.intervals import Estimate
+from retort.records import CacheFacts, Record, compared_conditions, find_baseline
+from retort.scores import DOCUMENTS_FILE, METRICS, OF_MODEL, compare_losses, read_documents
+
+# Of a record: what is no number, or has columns of its own with the ends of its interval.
+_NO_COLUMN = {
+    *("path", "cache", "card", "teacher_card", "breakdown", "not_defined", "trained"),
+    *("loss", "perplexity", "kl_to_teacher", "agreement", "teacher_loss", "teacher_perplexity"),
+}
+
+_OF_LOSS = ("loss", "perplexity", "bits_per_byte")  # rise and fall together on the same text
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A run beside its baseline, nats/token; `gap_closed` is a share, None where no FullKD run shows a gap."""
+
+    baseline: Record
+    margin: Estimate
+    gap_closed: Estimate | None
+
+
+def compare_with_baseline(
+    record: Record, records: Sequence[Record], *, baseline: str | None = None
+) -> Comparison | None:
+    """Return what a distilled run gained over the cross-entropy run that it can be compared with; None without one.
+
+    Without the documents.csv of both there is no interval, and no share of the gap.
+    """
+    other = find_baseline(record, records, baseline=baseline)
+    if other is None:
+        return None
+    full = find_full(record, records)
+    paths = [r.path.with_name(DOCUMENTS_FILE) for r in (record, other)]
+    if not all(path.exists() for path in paths):
+        return Comparison(other, Estimate(record.loss - other.loss, None, None), None)
+    full_path = full.path.with_name(DOCUMENTS_FILE) if full else None
+    if full_path and full_path.exists():
+        paths.append(full_path)
+    found = _compare(_stamp(paths))
+    return Comparison(other, found["margin"], found.get("gap_closed"))
+
+
+def find_full(record: Record, records: Sequence[Record]) -> Record | None:
+    """Return the run that learned from all that the teacher says, and is otherwise like `record`; None without one."""
+    alike = [
+        r
+        for r in records
+        if is_full(r)
+        and compared_conditions(r) == compared_conditions(record)
+        and (r.teacher, r.temperature) == (record.teacher, record.temperature)
+    ]
+    return alike[0] if alike and record.is_distilled else None
+
+
+def is_full(record: Record) -> bool:
+    """Say whether a run learned from the teacher's whole distributions alone, by KL(teacher || student)."""
+    is_whole = record.cache is None or record.cache.keeps_all
+    is_forward = record.trained.get("training.divergence", "forward_kl") == "forward_kl"
+    return record.distillation_type == "logit" and is_whole and is_forward
+
+
+def find_best(group: Sequence[Record], name: str) -> Record | None:
+    """Return the run that is best by a metric beyond the chance of the documents; None where no run clearly is.
+
+    By losses, runs are compared document by document; by other metrics, their intervals must not touch.
+    """
+    sign = 1 if METRICS[name].is_less_better else -1
+    known = sorted(
+        (r for r in group if name in r.card.metrics),
+        key=lambda r: sign * r.card.metrics[name].value,
+    )
+    if len(known) < 2:
+        return None
+    best, *others = known
+    return best if all(_is_clearly_better(best, other, name) for other in others) else None
+
+
+def _is_clearly_better(one: Record, other: Record, name: str) -> bool:
+    paths = [r.path.with_name(DOCUMENTS_FILE) for r in (one, other)]
+    if name in _OF_LOSS and all(path.exists() for path in paths):
+        margin = _compare(_stamp(paths))["margin"]
+        return margin.high is not None and margin.high < 0
+    mine, theirs = one.card.metrics[name].ends, other.card.metrics[name].ends
+    if mine is None or theirs is None:
+        return False
+    return mine[1] < theirs[0] if METRICS[name].is_less_better else mine[0] > theirs[1]
+
+
+def _stamp(paths: Sequence[Path]) -> tuple[tuple[Path, int, int], ...]:
+    return tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in paths)
+
+
+@lru_cache(maxsize=256)
+def _compare(files: tuple[tuple[Path, int, int], ...]) -> dict[str, Estimate]:
+    """Compare run, baseline and perhaps FullKD; a file's time and size are there to forget what it was before."""
+    tables = [read_documents(path) for path, _, _ in files]
+    for (path, _, _), table in zip(files, tables, strict=True):
+        if not all(
+            np.array_equal(table[name], tables[0][name]) for name in ("document", "positions")
+        ):
+            raise ValueError(
+                f"{path} and {files[0][0]} are not of the same documents, though their metrics say so: evaluate both "
+                "runs again."
+            )
+    names = ("run", "plain", "full")
+    losses = {name: table["loss"] for name, table in zip(names, tables, strict=False)}
+    found = compare_losses(losses, tables[0]["positions"])
+    assert all(math.isfinite(e.value) for e in found.values()), found
+    return found
+
+
+def render_csv(records: Sequence[Record]) -> str:
+    """Return the table of runs with all digits; an empty cell is not defined. Ends of intervals: _low and _high."""
+    plain = [f.name for f in fields(Record) if f.name not in _NO_COLUMN]
+    rows = [
+        {name: getattr(record, name) for name in plain}
+        | _columns_of("", record.card.metrics)
+        | _columns_of("teacher_", record.teacher_card.metrics if record.teacher_card else {})
+        | _columns_of_comparison(compare_with_baseline(record, records))
+        | {f"cache_{f.name}": getattr(record.cache, f.name, None) for f in fields(CacheFacts)}
+        for record in records
+    ]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _columns_of(whose: str, found: Mapping[str, Estimate]) -> dict[str, float | None]:
+    names = OF_MODEL if whose else tuple(METRICS)
+    return {
+        f"{whose}{name}{end}": value
+        for name in names
+        for end, value in _ends(found.get(name)).items()
+    }
+
+
+def _columns_of_comparison(found: Comparison | None) -> dict[str, float | None]:
+    estimates = {
+        "margin": found.margin if found else None,
+        "gap_closed": found.gap_closed if found else None,
+    }
+    return {
+        f"{name}{end}": value
+        for name, estimate in estimates.items()
+        for end, value in _ends(estimate).items()
+    }
+
+
+def _ends(found: Estimate | None) -> dict[str, float | None]:
+    if found is None:
+        return dict.fromkeys(("", "_low", "_high"))
+    return {"": found.value, "_low": found.low, "_high": found.high}

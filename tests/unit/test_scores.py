@@ -1,0 +1,237 @@
+"""Sections of metrics.json, against the definitions written out position by position."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from retort.breakdowns import Classes
+from retort.scores import (
+    METRICS,
+    OF_BOTH,
+    OF_MODEL,
+    Scores,
+    compare_losses,
+    read_documents,
+    summarise,
+    write_documents,
+)
+
+
+def make_columns(size: int, *, seed: int = 0, has_teacher: bool = True) -> dict[str, Any]:
+    chance = np.random.default_rng(seed)
+    columns: dict[str, Any] = {}
+    for whose in ("", "teacher_") if has_teacher else ("",):
+        confidence = chance.random(size) ** 0.5
+        columns |= {
+            f"{whose}loss": chance.gamma(2, 1.5, size),
+            f"{whose}entropy": chance.gamma(2, 1, size),
+            f"{whose}confidence": confidence,
+            f"{whose}accuracy": chance.random(size) < confidence**1.5,
+        }
+    if has_teacher:
+        columns |= {name: chance.random(size) for name in OF_BOTH}
+    return columns
+
+
+def make_scores(size: int = 4000, **options: Any) -> tuple[dict[str, Any], NDArray[Any], Scores]:
+    columns = make_columns(size, **options)
+    documents = np.sort(np.random.default_rng(9).integers(0, 40, size))
+    sizes = np.random.default_rng(8).integers(0, 9, size)
+    classes = {"language": Classes(("de", "en"), (documents % 2).astype(np.int64))}
+    columns["bytes"] = sizes
+    return columns, documents, summarise(columns, documents, bytes_P=sizes, classes=classes)
+
+
+def calibration_error(confidence: NDArray[Any], accuracy: NDArray[Any]) -> float:
+    """Guo et al. 2017, equation 3, with bins (m - 1) / 15 to m / 15."""
+    error = 0.0
+    for m in range(1, 16):
+        inside = [i for i, c in enumerate(confidence) if (m - 1) / 15 <= c < m / 15]
+        if inside:
+            acc = sum(bool(accuracy[i]) for i in inside) / len(inside)
+            conf = sum(confidence[i] for i in inside) / len(inside)
+            error += len(inside) / len(confidence) * abs(acc - conf)
+    return error
+
+
+def test_values_are_those_of_the_definitions() -> None:
+    columns, documents, scores = make_scores()
+    found = scores.sections
+    for section, whose in (("validation", ""), ("teacher_validation", "teacher_")):
+        values, losses = found[section], columns[f"{whose}loss"]
+        assert values["loss"] == pytest.approx(losses.mean())
+        assert values["perplexity"] == pytest.approx(math.exp(losses.mean()))
+        bits = sum(losses) / math.log(2) / columns["bytes"].sum()
+        assert values["bits_per_byte"] == pytest.approx(bits)
+        assert values["accuracy"] == pytest.approx(columns[f"{whose}accuracy"].mean())
+        error = calibration_error(columns[f"{whose}confidence"], columns[f"{whose}accuracy"])
+        assert values["calibration_error"] == pytest.approx(error)
+    for name in OF_BOTH:
+        assert found["validation"][name] == pytest.approx(columns[name].mean())
+    assert found["validation"]["positions"] == 4000
+    assert found["validation"]["documents"] == len(set(documents.tolist()))
+    assert found["validation"]["bytes"] == columns["bytes"].sum()
+
+
+def test_every_value_is_in_its_interval_and_has_a_unit() -> None:
+    _, _, scores = make_scores()
+    found = scores.sections
+    for section in ("validation", "teacher_validation"):
+        for name, (low, high) in found["intervals"][section].items():
+            value = found[section][name]
+            assert low < high
+            assert name == "calibration_error" or low <= value <= high
+            assert name in found["units"]
+    assert set(found["intervals"]["validation"]) == {*OF_MODEL, *OF_BOTH} == set(METRICS)
+    assert found["not_defined"] == {}
+
+
+def test_perplexity_has_the_interval_of_the_loss() -> None:
+    _, _, scores = make_scores()
+    ends = scores.sections["intervals"]["validation"]
+    assert ends["perplexity"] == pytest.approx([math.exp(x) for x in ends["loss"]])
+
+
+def test_the_reliability_curve_holds_every_position_once() -> None:
+    columns, _, scores = make_scores()
+    curve = scores.sections["reliability"]["student"]
+    assert sum(b["positions"] for b in curve) == 4000
+    for b in curve:
+        inside = (columns["confidence"] >= b["from"]) & (columns["confidence"] < b["to"])
+        assert b["positions"] == inside.sum()
+        assert b["accuracy"] == pytest.approx(columns["accuracy"][inside].mean())
+        assert b["confidence"] == pytest.approx(columns["confidence"][inside].mean())
+        assert b["from"] <= b["confidence"] <= b["to"] + 1e-12
+        assert b["low"] <= b["accuracy"] <= b["high"]
+
+
+@pytest.mark.parametrize("confidence", [0.0, 1.0])
+def test_the_ends_of_confidence_are_in_a_bin(confidence: float) -> None:
+    columns = make_columns(20, has_teacher=False) | {"confidence": np.full(20, confidence)}
+    found = summarise(columns, np.arange(20), bytes_P=None, classes={}).sections
+    (only,) = found["reliability"]["student"]
+    assert only["positions"] == 20
+
+
+def test_a_calibrated_model_has_hardly_an_error_and_a_boastful_one_has() -> None:
+    chance = np.random.default_rng(3)
+    columns = make_columns(20_000, has_teacher=False)
+    columns["accuracy"] = chance.random(20_000) < columns["confidence"]
+    documents = np.repeat(np.arange(200), 100)
+    found = summarise(columns, documents, bytes_P=None, classes={}).sections
+    assert found["validation"]["calibration_error"] < 0.015
+    columns["accuracy"] = chance.random(20_000) < columns["confidence"] - 0.1
+    found = summarise(columns, documents, bytes_P=None, classes={}).sections
+    low, high = found["intervals"]["validation"]["calibration_error"]
+    assert 0.08 < low < 0.1 < high < 0.12
+
+
+def test_classes_add_up_to_the_whole() -> None:
+    columns, documents, scores = make_scores()
+    rows = scores.sections["breakdown"]["language"]
+    assert [row["class"] for row in rows] == ["de", "en"]
+    whole = scores.sections["validation"]
+    for name in ("loss", *OF_BOTH):
+        total = sum(row[name] * row["positions"] for row in rows)
+        assert total / 4000 == pytest.approx(whole[name])
+    english = documents % 2 == 1
+    assert rows[1]["positions"] == english.sum()
+    assert rows[1]["teacher_loss"] == pytest.approx(columns["teacher_loss"][english].mean())
+    bits = columns["loss"][english].sum() / math.log(2) / columns["bytes"][english].sum()
+    assert rows[1]["bits_per_byte"] == pytest.approx(bits)
+    assert rows[0]["documents"] == len(set(documents[~english].tolist()))
+    low, high = rows[0]["intervals"]["loss"]
+    assert low < rows[0]["loss"] < high
+
+
+def test_without_a_teacher_what_compares_is_null_with_its_reason() -> None:
+    _, _, scores = make_scores(has_teacher=False)
+    found = scores.sections
+    assert found["teacher_validation"] is None and found["reliability"]["teacher"] is None
+    assert all(found["validation"][name] is None for name in OF_BOTH)
+    assert set(found["not_defined"]) == set(OF_BOTH)
+    assert found["validation"]["bits_per_byte"] > 0
+
+
+@pytest.mark.parametrize("sizes", [None, np.zeros(4, np.int64)])
+def test_without_text_there_are_no_bits_per_byte(sizes: NDArray[np.int64] | None) -> None:
+    columns = make_columns(4, has_teacher=False)
+    found = summarise(columns, np.arange(4), bytes_P=sizes, classes={}).sections
+    assert found["validation"]["bits_per_byte"] is None and found["validation"]["bytes"] is None
+    assert "bits_per_byte" in found["not_defined"]
+
+
+def test_one_document_has_values_but_no_intervals() -> None:
+    columns = make_columns(50)
+    found = summarise(columns, np.zeros(50, np.int64), bytes_P=None, classes={}).sections
+    assert found["validation"]["loss"] > 0
+    assert set(found["intervals"]["validation"].values()) == {None}
+
+
+# What tells two runs apart
+
+
+def test_documents_are_read_as_they_were_written(tmp_path: Path) -> None:
+    columns, documents, scores = make_scores()
+    write_documents(tmp_path / "documents.csv", scores.sums)
+    found = read_documents(tmp_path / "documents.csv")
+    for place, document in enumerate(found["document"]):
+        here = documents == document
+        assert found["positions"][place] == here.sum()
+        for name in ("bytes", "loss", "kl_to_teacher", "teacher_loss"):
+            assert found[name][place] == pytest.approx(columns[name][here].sum(), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "document,positions\n1,2\n", "document,positions,loss\n1,2,x\n"]
+)
+def test_a_foreign_file_of_documents_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "documents.csv").write_text(text)
+    with pytest.raises(ValueError, match="is not what `evaluate` writes"):
+        read_documents(tmp_path / "documents.csv")
+
+
+def make_losses(margin: float, gap: float, *, noise: float = 0.02) -> tuple[dict[str, Any], Any]:
+    """Sums of 60 documents: cross-entropy 3 nats a token, "full" better by `gap`, the run by `margin`."""
+    chance = np.random.default_rng(1)
+    positions = chance.integers(20, 200, 60).astype(float)
+    own = chance.normal(3, 0.5, 60)
+    losses = {
+        name: positions * (own - less + chance.normal(0, noise, 60))
+        for name, less in {"plain": 0.0, "run": margin, "full": gap}.items()
+    }
+    return losses, positions
+
+
+def test_margin_and_share_of_the_gap_are_those_of_the_means() -> None:
+    losses, positions = make_losses(0.15, 0.2)
+    found = compare_losses(losses, positions)
+    mean = {name: values.sum() / positions.sum() for name, values in losses.items()}
+    margin, share = found["margin"], found["gap_closed"]
+    assert margin.value == pytest.approx(mean["run"] - mean["plain"])
+    expected = (mean["plain"] - mean["run"]) / (mean["plain"] - mean["full"])
+    assert share.value == pytest.approx(expected)
+    assert margin.low is not None and margin.high is not None
+    assert -0.17 < margin.low < margin.value < margin.high < -0.13
+    assert share.low is not None and share.high is not None
+    assert 0.65 < share.low < share.value < share.high < 0.85
+
+
+def test_a_gap_that_may_be_none_has_no_share() -> None:
+    losses, positions = make_losses(0.1, 0.0)
+    assert set(compare_losses(losses, positions)) == {"margin"}
+    losses, positions = make_losses(0.1, 0.2)
+    assert set(compare_losses({k: losses[k] for k in ("plain", "run")}, positions)) == {"margin"}
+
+
+@given(st.integers(2, 30), st.integers(0, 99))
+def test_a_run_beside_itself_has_no_margin(size: int, seed: int) -> None:
+    losses = np.random.default_rng(seed).gamma(2, 2, size)
+    found = compare_losses({"plain": losses, "run": losses}, np.ones(size))["margin"]
+    assert (found.value, found.low, found.high) == (0.0, 0.0, 0.0)
