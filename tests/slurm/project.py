@@ -179,7 +179,7 @@ class Parts(threading.Thread):
     @property
     def done(self) -> int:
         """How many parts were seen."""
-        return len({name for name, *_ in self._files})
+        return len({name for name, *_ in self._files.copy()})  # a thread adds to them
 
     @property
     def again(self) -> int:
