@@ -78,6 +78,7 @@ ROOMS = (
     "tables",
     "findings",
     "report",
+    "by_hand",
 )
 # Every job on every node parses the Snakefile again: these must not be loaded for it.
 HEAVY = ("torch", "transformers", "datasets", "numpy", "h5py", "pyarrow", "pandas", "matplotlib")

@@ -3,9 +3,14 @@
     python workflow/scripts/evaluate.py --index results/tokens/mine/index.json \\
         --training results/runs/mine/training.json --features results/validation/mine/teacher_validation.safetensors \\
         --output results/runs/mine/evaluation/metrics.json
+
+Or any model on any text, without a pipeline; the table is printed, and metrics.json written where --output says:
+
+    python workflow/scripts/evaluate.py --model models/small --teacher models/large --data stories.jsonl
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from retort.commands import run_script, say
@@ -14,32 +19,61 @@ from retort.leases import lease_training
 
 
 def main() -> None:
-    """Write metrics.json."""
+    """Write metrics.json of a run; or print the table of two models."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--index", required=True, type=Path, help="index.json of the tokens")
-    parser.add_argument(
-        "--training", required=True, type=Path, help="training.json; final/ lies beside it"
-    )
-    parser.add_argument(
+    run = parser.add_argument_group("a run's student")
+    run.add_argument("--index", type=Path, help="index.json of the tokens")
+    run.add_argument("--training", type=Path, help="training.json; final/ lies beside it")
+    run.add_argument(
         "--features", type=Path, nargs="*", default=[], help="teacher_validation.safetensors"
     )
-    parser.add_argument(
+    run.add_argument(
         "--signal", type=Path, nargs="*", default=[], help="manifest.json of the run's cache"
+    )
+    hand = parser.add_argument_group("any models, by hand")
+    hand.add_argument("--model", help="folder or Hub id of the model to measure")
+    hand.add_argument("--teacher", help="folder or Hub id of the model to compare it with")
+    hand.add_argument(
+        "--data", nargs="+", help="files of text: JSON lines, CSV, Parquet, plain text"
+    )
+    hand.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="of the weights; auto is bfloat16 on a GPU",
+    )
+    hand.add_argument("--gpus", type=int, default=1, help="GPUs to hold, where there are any")
+    hand.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that comes with the models"
     )
     parser.add_argument(
         "--among-gpus", help="GPUs of this machine that may be used, such as 1,3,5,7; else all"
     )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--cpu-threads", type=int, default=1, help="threads on a CPU")
-    parser.add_argument("--output", required=True, type=Path, help="metrics.json")
-    add_section_flags(parser, "evaluation")
+    parser.add_argument(
+        "--output", type=Path, help="metrics.json; by hand, only where it is wanted"
+    )
+    for section in ("evaluation", "dataset"):
+        add_section_flags(parser, section)
     args = parser.parse_args()
-    with lease_training(1, device=args.device, among=args.among_gpus, say=say):
-        from retort.evaluation import evaluate_run
+    evaluate_models(args) if args.model or args.data else evaluate_run(args)
 
-        line = evaluate_run(
+
+def evaluate_run(args: argparse.Namespace) -> None:
+    """Measure the student of a run."""
+    missing = [f"--{name}" for name in ("index", "training", "output") if not getattr(args, name)]
+    if missing:
+        raise ValueError(
+            f"{', '.join(missing)} missing: a run's student needs --index, --training and --output; any models by "
+            "hand, --model and --data."
+        )
+    with lease_training(1, device=args.device, among=args.among_gpus, say=say):
+        from retort import evaluation
+
+        line = evaluation.evaluate_run(
             args.output,
             index_path=args.index,
             training_path=args.training,
@@ -50,6 +84,36 @@ def main() -> None:
             cpu_threads=args.cpu_threads,
         )
     say(line)
+
+
+def evaluate_models(args: argparse.Namespace) -> None:
+    """Measure a model by hand, and compare it with a teacher where one is given."""
+    if not (args.model and args.data):
+        raise ValueError("--model and --data go together: a model, and the files to measure it on.")
+    if args.index or args.training:
+        raise ValueError("--model measures any model by hand: leave out --index and --training.")
+    with lease_training(args.gpus, device=args.device, among=args.among_gpus, say=say):
+        from retort import by_hand
+
+        dataset = replace(
+            section_from_args(args, "dataset"),
+            name=by_hand.choose_loader(args.data),
+            data_files=tuple(args.data),
+        )
+        found = by_hand.evaluate_by_hand(
+            args.model,
+            args.teacher,
+            dataset=dataset,
+            evaluation=section_from_args(args, "evaluation"),
+            loading=by_hand.choose_loading(
+                device=args.device, dtype=args.dtype, trust_remote_code=args.trust_remote_code
+            ),
+            cpu_threads=args.cpu_threads,
+            say=say,
+        )
+    print(by_hand.render_metrics(found))
+    if args.output:
+        by_hand.write_metrics(args.output, found)
 
 
 if __name__ == "__main__":
