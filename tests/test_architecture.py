@@ -74,6 +74,7 @@ ROOMS = (
     "scorecards",
     "records",
     "comparisons",
+    "seeds",
     "figures",
     "tables",
     "findings",

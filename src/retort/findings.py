@@ -164,7 +164,7 @@ def _warn_of_comparisons(records: Sequence[Record], baseline: str | None) -> lis
         )
     else:
         found.append(
-            f"{seeds} seeds, but each row is one run, not a mean: intervals say what other held-out documents would "
-            "change, not what another seed would."
+            f"{seeds} seeds: each row is one run, whose interval says what other held-out documents would change. Means "
+            "over seeds, with what other seeds would change, stand apart."
         )
     return found

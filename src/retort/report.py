@@ -35,12 +35,15 @@ from retort.records import (
     load_metrics,
 )
 from retort.scores import METRICS
+from retort.seeds import average_seeds
 from retort.tables import (
     COLUMNS,
     build_breakdowns,
     build_metric_table,
     build_rows,
+    build_seed_table,
     describe_cache,
+    describe_seeds,
     format_kl,
     format_seconds,
 )
@@ -90,6 +93,7 @@ def render_summary(
         for run in records
         if (found := compare_with_baseline(run, records)) and found.gap_closed
     ]
+    facts += [f"{describe_seeds(mean)}." for mean in average_seeds(records)]
     notes = [
         f"note: {text}" for text in find_warnings(records, load_logs(records), baseline=baseline)
     ]
@@ -197,6 +201,7 @@ def _page_group(
         "missing": _explain_missing(group),
         "reliability": draw_reliability(group, styles, key=f"r{key}"),
         "breakdowns": build_breakdowns(group),
+        "seeds": build_seed_table(means) if (means := average_seeds(group)) else None,
     }
 
 

@@ -8,6 +8,7 @@ from retort.intervals import Estimate
 from retort.records import CacheFacts, Record, find_teachers
 from retort.scorecards import ClassRow
 from retort.scores import METRICS
+from retort.seeds import SeedMean
 
 # First and second line of a column's head, and its width, after the column of names.
 COLUMNS = (
@@ -218,6 +219,27 @@ def _gap(record: Record, group: Sequence[Record]) -> Cell:
     if found is None or found.gap_closed is None:
         return Cell("-")
     return Cell(*_texts(found.gap_closed, 100.0, 0))
+
+
+def build_seed_table(means: Sequence[SeedMean]) -> Table:
+    """Return the means over seeds, with their intervals; shares in percent."""
+    names = [n for n in _PAGE_METRICS if any(n in mean.means for mean in means)]
+    heads = ("runs", "seeds", *map(_head, names), "margin, nats/token")
+    rows = []
+    for mean in means:
+        cells = [Cell(str(mean.num_seeds)), *(_cell(n, mean.means.get(n)) for n in names)]
+        margin = mean.means.get("margin")
+        clear = margin is not None and is_gain(margin)
+        cells.append(Cell(*_texts(margin, 1.0, 3), clear) if margin else Cell("-"))
+        rows.append((mean.name, False, tuple(cells)))
+    return Table("Means over seeds", heads, tuple(rows))
+
+
+def describe_seeds(mean: SeedMean) -> str:
+    """Return the means over seeds of one kind of run in a line."""
+    loss, margin = mean.means["loss"], mean.means.get("margin")
+    text = f"{mean.name}, mean of {mean.num_seeds} seeds: held-out loss {_with_reach(loss)}"
+    return text + (f", margin {_with_reach(margin, is_signed=True)}" if margin else "")
 
 
 def build_breakdowns(group: Sequence[Record]) -> list[Table]:
