@@ -164,7 +164,7 @@ def _warn_of_comparisons(records: Sequence[Record], baseline: str | None) -> lis
         )
     else:
         found.append(
-            f"{seeds} seeds: each row is one run, whose interval says what other held-out documents would change. Means "
-            "over seeds, with what other seeds would change, stand apart."
+            f"{seeds} seeds: each row is one run, whose interval says what other held-out documents would change. "
+            "Means over seeds, with what other seeds would change, stand apart."
         )
     return found
