@@ -188,16 +188,25 @@ class Cluster:
         process = (self.folder / f"{daemon}.pid").read_text().strip()
         return Path(f"/proc/{process}").exists()
 
-    def wait_until(self, condition: Callable[[], object], what: str) -> None:
-        """Wait until a condition holds. Raises RuntimeError with the daemons' last words when it does not for long."""
+    def wait_until(
+        self,
+        condition: Callable[[], object],
+        what: str,
+        *,
+        process: "subprocess.Popen[bytes] | None" = None,
+    ) -> None:
+        """Wait until a condition holds.
+
+        Raises RuntimeError with the daemons' last words when it does not for long, or a process ends before.
+        """
         until = time.monotonic() + _PATIENCE_S
         while not condition():
-            if time.monotonic() > until:
-                ends = [
-                    f"--- {log}\n{log.read_text()[-1500:]}" for log in self.folder.glob("*.log")
-                ]
+            has_ended = process is not None and process.poll() is not None
+            if has_ended or time.monotonic() > until:
+                logs = self.folder.glob("*.log")
+                ends = [f"--- {log}\n{log.read_text()[-800:]}" for log in logs]
                 raise RuntimeError(f"waited in vain until {what}\n" + "\n".join(ends))
-                time.sleep(0.02)
+            time.sleep(0.02)
 
 
 def _processes() -> list[int]:

@@ -61,18 +61,19 @@ def undisturbed(
 
 
 @pytest.fixture
-def project(cluster: Cluster, undisturbed: Place, tmp_path: Path) -> Project:
+def project(cluster: Cluster, undisturbed: Place, tmp_path: Path) -> Iterator[Project]:
     """A project on the cluster, nothing run yet."""
-    return Project.from_parts(undisturbed, tmp_path / "project", cluster)
+    found = Project.from_parts(undisturbed, tmp_path / "project", cluster)
+    yield found
+    found.stop()
 
 
 @pytest.fixture
-def teacher_left(cluster: Cluster, undisturbed: Place, tmp_path: Path) -> Project:
+def teacher_left(project: Project, undisturbed: Place) -> Project:
     """A project on the cluster of which everything before the teacher's pass is done."""
-    found = Project.from_parts(undisturbed, tmp_path / "project", cluster)
     for name in ("checks", "teachers", "tokens", "validation"):
-        shutil.copytree(undisturbed.results / name, found.results / name)
-    return found
+        shutil.copytree(undisturbed.results / name, project.results / name)
+    return project
 
 
 @pytest.fixture
