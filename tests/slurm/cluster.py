@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 NODES = ("node1", "node2", "node3", "node4")
@@ -168,6 +169,15 @@ class Cluster:
     def state(self, job_id: str) -> str:
         """Return the state of a job."""
         return self.run("squeue", "-h", "--states", "all", "-j", job_id, "-o", "%T").strip()
+
+    def wait_for(self, state: str, *job_ids: str) -> None:
+        """Wait until jobs are in a state."""
+        for job_id in job_ids:
+            in_state = partial(self._is_in, state, job_id)
+            self.wait_until(in_state, f"job {job_id} is {state}")
+
+    def _is_in(self, state: str, job_id: str) -> bool:
+        return self.state(job_id) == state
 
     def hurry(self, job_id: str) -> None:
         """Let a requeued job start now: SLURM waits two minutes."""
