@@ -196,7 +196,9 @@ class Cluster:
 
     def _is_alive(self, daemon: str) -> bool:
         process = (self.folder / f"{daemon}.pid").read_text().strip()
-        return Path(f"/proc/{process}").exists()
+        with suppress(OSError):
+            return "\nState:\tZ" not in Path(f"/proc/{process}/status").read_text()
+        return False
 
     def wait_until(
         self,

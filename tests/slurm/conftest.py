@@ -94,9 +94,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     rows = [("fault", "what happened", "parts done again", "same digest")]
     for reports in terminalreporter.stats.values():
         for report in reports:
-            rows += [
-                value for name, value in getattr(report, "user_properties", ()) if name == "fault"
-            ]
+            if getattr(report, "when", None) == "call":
+                rows += [value for name, value in report.user_properties if name == "fault"]
     if len(rows) > 1:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         terminalreporter.section("faults on the cluster")

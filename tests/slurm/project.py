@@ -151,6 +151,11 @@ class Project(Place):
         jobs = self.jobs("generate_logits")
         return [job.state for job in jobs if job.comment.endswith(f"_{worker}")]
 
+    def scheduler_log(self, job: Job) -> str:
+        """Return what SLURM says of a job, with what the job said itself."""
+        (path,) = self.path.glob(f"logs/slurm/*/*/{job.id}.log")
+        return path.read_text()
+
     def worker_job(self, worker: int, *, state: str = "RUNNING") -> Job:
         """Return the last job of a worker, once it is in a state."""
         found: list[Job] = []

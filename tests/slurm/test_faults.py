@@ -37,10 +37,12 @@ def test_a_cancelled_worker_goes_on_from_its_parts(
     with Parts(project) as parts:
         process = project.start(project.merged)
         project.pause(process, 0, 1)
-        cluster.run("scancel", project.worker_job(0).id)
+        job = project.worker_job(0)
+        cluster.run("scancel", job.id)
         project.wake()
         project.finish(process)
     assert project.states(0) == ["CANCELLED", "COMPLETED"]
+    assert "interrupted by SIGTERM" in project.scheduler_log(job)
     note("scancel of a running worker", "CANCELLED; a second job went on", parts, project)
 
 
@@ -73,6 +75,7 @@ def test_at_its_time_limit_a_worker_ends_and_the_next_attempt_goes_on(
         project.wake()
         project.finish(process)
     assert project.states(0) == ["TIMEOUT", "COMPLETED"]
+    assert "interrupted by SIGTERM" in project.scheduler_log(job)
     note("time limit of a worker", "SIGTERM, TIMEOUT; a second job went on", parts, project)
 
 
