@@ -116,6 +116,7 @@ def test_preempted_workers_are_queued_again_and_go_on(
             "gpu",
             "-w",
             job.node,
+            "-N1",
             "--gpus=4",
             "-o",
             "/dev/null",
