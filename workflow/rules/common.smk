@@ -28,6 +28,10 @@ REPORT = f"{RESULTS}/reports/{PROJECT.report_id}/report.html"
 PYTHON = shlex.quote(sys.executable)
 SCRIPTS = f"{PYTHON} {shlex.quote(str(Path(workflow.basedir) / 'workflow' / 'scripts'))}/{{}}.py"
 
+# A time limit or scancel sends SIGTERM to every process of a job. The script obeys it, in a moment, and says so: bash
+# waits for its end, and tee (trap '' TERM in each rule) for its last words.
+shell.prefix("set -euo pipefail; trap : TERM; ")
+
 
 wildcard_constraints:
     corpus="[0-9a-f]{12}",
