@@ -142,7 +142,7 @@ class Project(Place):
 
     def wake(self) -> None:
         """Let every worker that was stopped go on."""
-        for process in self.workers().values():
+        for process in self._processes("generate_logits"):
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGCONT)
 
