@@ -1,7 +1,7 @@
 # Retort's two commands on a fresh machine (Linux, Python >= 3.11, make):
 #
 #   make demo    the whole pipeline on built-in text: one teacher, three students, a table, a report
-#   make test    every test that needs no cluster
+#   make test    every test that needs no cluster (make test-slurm: those on a real SLURM, started for them)
 #
 # Both make their own environment in .venv first (minutes, once).
 
@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-unit test-workflow test-slow campaign benchmark-cache benchmark-merge benchmark-teacher benchmark-training benchmark-feeding benchmark-groups benchmark-quality lint environment docs clean
+.PHONY: demo test test-unit test-workflow test-slow test-slurm campaign benchmark-cache benchmark-merge benchmark-teacher benchmark-training benchmark-feeding benchmark-groups benchmark-quality lint environment docs clean
 
 demo: $(READY)
 	$(BIN)/snakemake --cores $(CORES) --quiet rules
@@ -30,6 +30,11 @@ test-workflow: $(READY)
 # with a reason where they are absent). Fifty interruptions of workers are part of `make campaign`.
 test-slow: $(READY)
 	$(BIN)/pytest -m slow -n 2 tests/unit tests/workflow/test_real_input.py tests/workflow/test_gpu_groups.py
+
+# The profile, the pipeline and its faults on a real SLURM cluster of four pretended nodes, which is started for them in a
+# namespace: needs root and Debian's packages (tests/slurm/install.sh), and is skipped with a reason without them.
+test-slurm: $(READY)
+	tests/slurm/cluster.sh $(BIN)/pytest -m slurm tests/slurm
 
 # Kills at many points, every number of workers: about half an hour, not part of `make test`.
 campaign: $(READY)

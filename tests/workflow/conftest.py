@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from place import REPOSITORY, TINY, Place
+from place import REPOSITORY, Place, lay_out
 
 
 @pytest.fixture(scope="session")
@@ -22,12 +22,8 @@ def inputs(
     tiny_student: Path,
 ) -> Place:
     """The tiny parts and their config, nothing run yet; only to be copied."""
-    place = Place(tmp_path_factory.mktemp("inputs"))
-    shutil.copytree(tiny_teacher, place.path / "teacher")
-    shutil.copy(tiny_corpus, place.path / "documents.jsonl")
-    shutil.copy(tiny_student, place.path / "student.json")
-    place.write_config(TINY)
-    return place
+    path = tmp_path_factory.mktemp("inputs")
+    return lay_out(path, teacher=tiny_teacher, corpus=tiny_corpus, student=tiny_student)
 
 
 @pytest.fixture(scope="session")

@@ -179,6 +179,16 @@ class Place:
         return Place(path, self.repository, self.env, self.without)
 
 
+def lay_out(path: Path, *, teacher: Path, corpus: Path, student: Path) -> Place:
+    """Return a folder with copies of the tiny parts, nothing run yet."""
+    shutil.copytree(teacher, path / "teacher")
+    shutil.copy(corpus, path / "documents.jsonl")
+    shutil.copy(student, path / "student.json")
+    place = Place(path)
+    place.write_config(TINY)
+    return place
+
+
 def _hear_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background shell's children ignore it
 

@@ -1,12 +1,10 @@
 """What runs share is computed once, a config means the same everywhere, and the commands users type work."""
 
 import json
-import re
 import shutil
 from typing import Any
 
 import pytest
-import yaml
 from place import REPOSITORY, Place, tiny
 
 SHARDS = 2
@@ -124,20 +122,6 @@ def test_the_shipped_config_is_planned_without_any_flag(shipped: Place) -> None:
 
 def test_lint_finds_nothing(shipped: Place) -> None:
     assert "Congratulations" in shipped.snakemake("--lint", config=None)
-
-
-def test_the_slurm_profile_plans_as_shipped_where_there_is_no_slurm(shipped: Place) -> None:
-    pytest.importorskip("snakemake_executor_plugin_slurm")
-    profile = str(REPOSITORY / "profiles" / "slurm")
-    assert shipped.plan("--profile", profile, config=None) == shipped.plan(config=None)
-
-
-def test_the_slurm_profile_speaks_of_rules_that_exist() -> None:
-    """Snakemake ignores resources that are set for a rule it does not know."""
-    profile = yaml.safe_load((REPOSITORY / "profiles" / "slurm" / "config.yaml").read_text())
-    sources = "".join(p.read_text() for p in (REPOSITORY / "workflow" / "rules").glob("*.smk"))
-    known = set(re.findall(r"^rule (\w+):", sources, flags=re.MULTILINE))
-    assert set(profile["set-resources"]) <= known
 
 
 def test_one_key_on_the_command_line_changes_that_key_with_its_type(fresh: Place) -> None:

@@ -347,11 +347,33 @@ def find_teacher_work():
     return work
 
 
+def require_own_profile():
+    """Raise WorkflowError where jobs would be submitted by a profile that is as it was shipped."""
+    submitted = {
+        job.rule.name: job for job in workflow.dag.needrun_jobs() if not job.is_local
+    }
+    left = sorted(
+        {
+            name
+            for job in submitted.values()
+            for name, value in job.resources.items()
+            if value == "CHANGE_ME"
+        }
+    )
+    if left:
+        raise WorkflowError(
+            f"Nothing was submitted: {' and '.join(left)} still say CHANGE_ME. Write your own at the top of "
+            "profiles/slurm/config.yaml (docs/slurm.md)."
+        )
+
+
 def greet():
     """Say what the teacher will run on, before anything starts; under a scheduler that is another machine than this.
 
-    Raises WorkflowError where the results cannot be written, or this machine must run the teacher and cannot.
+    Raises WorkflowError where the results cannot be written, this machine must run the teacher and cannot, or the
+    profile says nothing of the user's account.
     """
+    require_own_profile()
     try:
         for folder in dict.fromkeys((RESULTS, CACHE)):
             require_writable(Path(folder))

@@ -1,0 +1,190 @@
+"""Faults of a cluster in the middle of the teacher's pass: nothing hangs, and the cache is the same, bit for bit.
+
+Workers are stopped (SIGSTOP) after some parts, so that what happens to them happens in the middle of their work.
+"""
+
+import os
+import signal
+import subprocess
+
+import pytest
+from cluster import NODES, Cluster
+from place import merge
+from project import CONFIG, Note, Parts, Project
+
+OUTAGE_S = 55  # longer than the SLURM plugin asks a controller in vain, if it is not told to
+
+
+def test_a_job_that_fails_is_the_only_one_that_runs_again(
+    teacher_left: Project, cluster: Cluster, note: Note
+) -> None:
+    project = teacher_left
+    with Parts(project) as parts:
+        process = project.start(project.merged)
+        project.pause(process, 0, 1)
+        os.kill(project.workers()[0], signal.SIGKILL)
+        project.wake()
+        project.finish(process)
+    assert project.states(0) == ["FAILED", "COMPLETED"]
+    assert project.states(1) == ["COMPLETED"]
+    note("a worker is killed (SIGKILL)", "FAILED; only its job ran again", parts, project)
+
+
+def test_a_cancelled_worker_goes_on_from_its_parts(
+    teacher_left: Project, cluster: Cluster, note: Note
+) -> None:
+    project = teacher_left
+    with Parts(project) as parts:
+        process = project.start(project.merged)
+        project.pause(process, 0, 1)
+        cluster.run("scancel", project.worker_job(0).id)
+        project.wake()
+        project.finish(process)
+    assert project.states(0) == ["CANCELLED", "COMPLETED"]
+    note("scancel of a running worker", "CANCELLED; a second job went on", parts, project)
+
+
+def test_a_job_that_is_cancelled_while_it_waits_is_submitted_again(
+    teacher_left: Project, cluster: Cluster, note: Note
+) -> None:
+    project = teacher_left
+    for node in NODES:
+        cluster.run("scontrol", "update", f"nodename={node}", "state=drain", "reason=full")
+    with Parts(project) as parts:
+        process = project.start(project.merged)
+        cluster.run("scancel", project.worker_job(0, state="PENDING").id)
+        for node in NODES:
+            cluster.run("scontrol", "update", f"nodename={node}", "state=resume")
+        project.finish(process)
+    assert project.states(0) == ["CANCELLED", "COMPLETED"]
+    note("scancel of a waiting worker", "CANCELLED; a second job ran", parts, project)
+
+
+def test_at_its_time_limit_a_worker_ends_and_the_next_attempt_goes_on(
+    teacher_left: Project, cluster: Cluster, note: Note
+) -> None:
+    project = teacher_left
+    with Parts(project) as parts:
+        process = project.start(project.merged)
+        project.pause(process, 0, 1)
+        job = project.worker_job(0)
+        cluster.run("scontrol", "update", f"jobid={job.id}", "EndTime=now+1")
+        cluster.wait_until(lambda: cluster.state(job.id) == "TIMEOUT", "the time limit is noticed")
+        project.wake()
+        project.finish(process)
+    assert project.states(0) == ["TIMEOUT", "COMPLETED"]
+    note("time limit of a worker", "SIGTERM, TIMEOUT; a second job went on", parts, project)
+
+
+def test_after_the_crash_of_a_node_its_worker_goes_on_elsewhere(
+    teacher_left: Project, cluster: Cluster, note: Note
+) -> None:
+    project = teacher_left
+    three_gpus = {"teacher": {"generation": {"gpus_per_model": 3}}}  # no node has room for two such
+    project.write_config(merge(CONFIG, three_gpus))
+    with Parts(project) as parts:
+        process = project.start(project.merged)
+        project.pause(process, 0, 1)
+        job = project.worker_job(0)
+        assert job.node != project.worker_job(1).node
+        assert cluster.crash(job.node) > 4, "the node's daemon, and all that ran"
+        project.wake()
+        project.worker_job(0, state="PENDING")
+        cluster.hurry(job.id)
+        project.finish(process)
+        elsewhere = project.worker_job(0, state="COMPLETED")
+    assert elsewhere.id == job.id, "SLURM put the same job into the queue again"
+    assert elsewhere.node != job.node
+    note("crash of a node", "requeued by SLURM, went on elsewhere", parts, project)
+
+
+def test_preempted_workers_are_queued_again_and_go_on(
+    teacher_left: Project, cluster: Cluster, note: Note
+) -> None:
+    project = teacher_left
+    project.fill_in(gpu_partition="scavenge")
+    with Parts(project) as parts:
+        process = project.start(project.merged)
+        project.pause(process, 0, 1)
+        job = project.worker_job(0)
+        others = [
+            "sbatch",
+            "-p",
+            "gpu",
+            "-w",
+            job.node,
+            "--gpus=4",
+            "-o",
+            "/dev/null",
+            "--wrap",
+            "sleep 5",
+        ]
+        cluster.run(*others)
+        assert project.worker_job(0, state="PENDING").id == job.id
+        for waiting in project.jobs("generate_logits", "PENDING"):
+            cluster.hurry(waiting.id)
+        project.wake()
+        project.finish(process)
+    assert "Restarts=1" in cluster.run("scontrol", "show", "job", job.id)
+    note("preemption", "requeued by SLURM, went on", parts, project)
+
+
+def test_after_a_sigkill_of_snakemake_two_jobs_may_be_one_worker(
+    teacher_left: Project, cluster: Cluster, note: Note
+) -> None:
+    project = teacher_left
+    with Parts(project) as parts:
+        target = project.merged
+        process = project.start(target)
+        project.pause(process, 0, 1)
+        old = [project.worker_job(worker) for worker in (0, 1)]
+        process.kill()
+        process.wait()
+        refused = project.try_snakemake(target)
+        assert refused.returncode != 0 and "--unlock" in refused.output
+        project.snakemake("--unlock")
+        process = project.start(target)
+        cluster.wait_until(
+            lambda: len(project.jobs("generate_logits", "RUNNING")) == 4, "all four run"
+        )
+        project.wake()
+        project.finish(process)
+        for job in old:
+            cluster.wait_until(
+                lambda job=job: cluster.state(job.id) == "COMPLETED", "the old job has ended"
+            )
+    assert project.plan(target) == {}
+    note("SIGKILL of Snakemake, same command", "two jobs of each worker at once", parts, project)
+
+
+def test_ctrl_c_cancels_the_jobs_and_the_same_command_goes_on(
+    teacher_left: Project, cluster: Cluster, note: Note
+) -> None:
+    project = teacher_left
+    with Parts(project) as parts:
+        target = project.merged
+        process = project.start(target)
+        project.pause(process, 0, 1)
+        jobs = [project.worker_job(worker) for worker in (0, 1)]
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=120) != 0
+        assert [cluster.state(job.id) for job in jobs] == ["CANCELLED", "CANCELLED"]
+        project.snakemake(target)
+    note("Ctrl-C, same command", "jobs CANCELLED; two others went on", parts, project)
+
+
+def test_jobs_are_not_forgotten_while_the_controller_is_away(
+    teacher_left: Project, cluster: Cluster, note: Note
+) -> None:
+    project = teacher_left
+    with Parts(project) as parts:
+        process = project.start(project.merged)
+        project.pause(process, 0, 1)
+        cluster.kill_controller()
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=OUTAGE_S)
+        cluster.start_controller()
+        project.wake()
+        project.finish(process)
+    assert project.states(0) == project.states(1) == ["COMPLETED"]
+    note("the controller is away for a minute", "jobs ran on, Snakemake waited", parts, project)

@@ -1,0 +1,84 @@
+"""The profiles: they speak of rules that exist, name every number that a scheduler asks for, and plan without one."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from place import REPOSITORY, Place
+
+PROFILE = REPOSITORY / "profiles" / "slurm" / "config.yaml"
+RULES = {
+    rule
+    for path in (REPOSITORY / "workflow" / "rules").glob("*.smk")
+    for rule in re.findall(r"^rule (\w+):", path.read_text(), flags=re.MULTILINE)
+}
+_LOCAL = re.search(r"^localrules:\n((?: {4}\w+,\n)+)", (REPOSITORY / "Snakefile").read_text(), re.M)
+assert _LOCAL
+SUBMITTED = RULES - set(re.findall(r"\w+", _LOCAL[1]))
+SLURM_COMMANDS = ("sbatch", "squeue", "sacct", "sacctmgr", "scontrol", "sinfo", "srun", "scancel")
+
+
+def read_profile(text: str | None = None) -> dict[str, Any]:
+    """Read the SLURM profile as Snakemake does."""
+    yte = pytest.importorskip("yte")
+    return yte.process_yaml(text or PROFILE.read_text(), require_use_yte=True)
+
+
+def test_the_slurm_profile_speaks_of_the_submitted_rules_and_of_no_other() -> None:
+    """Snakemake ignores resources that are set for a rule it does not know."""
+    assert set(read_profile()["set-resources"]) == SUBMITTED
+
+
+@pytest.mark.parametrize("rule", sorted(SUBMITTED))
+def test_every_submitted_rule_has_time_memory_and_cpus(rule: str) -> None:
+    given = read_profile()["set-resources"][rule]
+    assert {"runtime", "mem_mb"} <= given.keys()
+    assert {"cpus_per_task", "cpus_per_gpu"} & given.keys()
+    assert "attempt" in f"{given['runtime']} {given['mem_mb']}", "a retry gets more of something"
+
+
+def test_every_line_of_the_slurm_profile_says_why() -> None:
+    lines = PROFILE.read_text().splitlines()
+    keys = [line for line in lines if re.match(r" {0,2}[\w-]+:", line)]
+    sections = [line for line in keys if line.endswith(":")]
+    assert sections == ["__variables__:", "default-resources:", "set-resources:"]
+    assert all(" # " in line for line in keys if line not in sections)
+
+
+def test_the_default_profile_is_executor_neutral() -> None:
+    default = yaml.safe_load((REPOSITORY / "profiles" / "default" / "config.yaml").read_text())
+    assert not [key for key in default if re.search("executor|slurm|resources|jobs|retries", key)]
+    assert not default.keys() & read_profile().keys(), "it would win, key by key"
+
+
+@pytest.fixture
+def no_slurm(fresh: Place, tmp_path: Path) -> Place:
+    """A fresh clone's config, on a machine that has none of SLURM's commands."""
+    (fresh.path / "config").symlink_to(REPOSITORY / "config")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for folder in reversed(os.get_exec_path()):
+        for tool in Path(folder).glob("*") if Path(folder).is_dir() else ():
+            if tool.name not in SLURM_COMMANDS:
+                (tools / tool.name).unlink(missing_ok=True)
+                (tools / tool.name).symlink_to(tool)
+    return Place(fresh.path, env={"PATH": str(tools)})
+
+
+def test_the_slurm_profile_plans_as_shipped_where_there_is_no_slurm(no_slurm: Place) -> None:
+    pytest.importorskip("snakemake_executor_plugin_slurm")
+    profile = str(PROFILE.parent)
+    assert no_slurm.plan("--profile", profile, config=None) == no_slurm.plan(config=None)
+
+
+def test_a_profile_that_was_not_filled_in_submits_nothing(no_slurm: Place) -> None:
+    pytest.importorskip("snakemake_executor_plugin_slurm")
+    refused = no_slurm.try_snakemake("--profile", str(PROFILE.parent))
+    assert refused.returncode != 0
+    sentence = "Nothing was submitted: slurm_account and slurm_partition still say CHANGE_ME."
+    assert sentence in refused.output
+    assert "Traceback" not in refused.output
+    assert not no_slurm.results.exists() or not list(no_slurm.results.rglob("*.*"))
