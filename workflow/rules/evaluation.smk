@@ -13,7 +13,7 @@ rule evaluate:
         "logs/evaluate/{run}_{id}_{evaluation}.log",
     threads: get_cpu_threads
     resources:
-        gpu=get_training_gpus,
+        gpu=get_evaluation_gpus,
     params:
         script=SCRIPTS.format("evaluate"),
         flags=get_evaluation_flags,
