@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -423,3 +424,15 @@ def explain_failures():
     jobs = [(job.rule.name, Path(log)) for job in failed for log in job.log]
     if jobs:
         logger.error(f"\n{describe_failures(jobs)}\n")
+
+
+def cancel_forgotten_jobs():
+    """Let no SLURM job outlive the Snakemake that ends here.
+
+    While the slurm plugin (2.8) asks for the states of its jobs it has none in its list, so a Ctrl-C in that moment
+    cancels none.
+    """
+    name = getattr(workflow.scheduler._executor, "run_uuid", None)
+    if name is not None:
+        with contextlib.suppress(OSError):
+            subprocess.run(["scancel", "--name", name], check=False)
