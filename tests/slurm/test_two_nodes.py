@@ -94,17 +94,17 @@ def test_a_training_on_two_nodes_survives_scancel_and_the_crash_of_one(
     cluster.run("scancel", first.id)
     cluster.wait_until(lambda: cluster.state(first.id) == "CANCELLED", "the job is cancelled")
     cluster.wait_until(lambda: not cache_made.ranks(), "all ranks have ended")
-    print(read_log(cache_made))
     done = checkpoints(cache_made)
     cluster.wait_until(lambda: checkpoints(cache_made) - done, "a second job goes on")
     second = cache_made.jobs("train")[-1]
     assert second.id != first.id
     assert cluster.crash("node2") > 3, "the node's daemon, a launcher and its ranks"
-    cluster.wait_until(lambda: cluster.state(second.id) == "PENDING", "the job is queued again")
-    print(read_log(cache_made))
+    cluster.wait_until(lambda: cluster.state(second.id) != "RUNNING", "the crash is noticed")
     cluster.wait_until(lambda: not cache_made.ranks(), "all ranks have ended")
-    cluster.hurry(second.id)
+    # SLURM puts the job into the queue again, unless the other node's end was quicker; then Snakemake submits it again.
+    cluster.wait_until(lambda: cluster.state(second.id) != "COMPLETING", "the job has ended")
+    if cluster.state(second.id) == "PENDING":
+        cluster.hurry(second.id)
     cache_made.finish(process)
     assert "going on from checkpoint-" in read_log(cache_made)
     assert_same_student(cache_made, alone)
-    print(read_log(cache_made))
