@@ -85,8 +85,24 @@ def get_draw_flags(wildcards):
     return f"--reader {reader} --corpus-stamp {corpus.stamp} {flags(corpus.dataset)}"
 
 
+def get_tokenize_inputs(wildcards):
+    """The corpus where it is drawn, the teacher whose tokenizer is used, and while the shard is not there, the check.
+
+    What is still to be made of these waits for the check itself: ten thousand jobs need not say it once more.
+    """
+    made = [*get_corpus(wildcards), *get_tokenizer(wildcards)]
+    shard = f"{CACHE}/tokens/{wildcards.tokens}/shard_{wildcards.shard}.h5"
+    waits = not all(Path(path).exists() for path in made)
+    return made if waits or Path(shard).exists() else [*made, CHECK]
+
+
 def get_tokenize_flags(wildcards):
-    tokens = PROJECT.tokens[wildcards.tokens]
+    return tokenize_flags(wildcards.tokens)
+
+
+@functools.cache
+def tokenize_flags(tokens_id):
+    tokens = PROJECT.tokens[tokens_id]
     corpus = (
         f" --corpus {shlex.quote(str(tokens.corpus.folder))}"
         if tokens.corpus.is_drawn
