@@ -56,4 +56,5 @@ onsuccess:
 
 
 onerror:
+    cancel_forgotten_jobs()
     explain_failures()

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -27,6 +28,10 @@ CHECK = f"{RESULTS}/checks/{PROJECT.check_id}.json"
 REPORT = f"{RESULTS}/reports/{PROJECT.report_id}/report.html"
 PYTHON = shlex.quote(sys.executable)
 SCRIPTS = f"{PYTHON} {shlex.quote(str(Path(workflow.basedir) / 'workflow' / 'scripts'))}/{{}}.py"
+
+# A time limit or scancel sends SIGTERM to every process of a job. The script obeys it, in a moment, and says so: bash
+# waits for its end, and tee (trap '' TERM in each rule) for its last words.
+shell.prefix("set -euo pipefail; trap : TERM; ")
 
 
 wildcard_constraints:
@@ -435,3 +440,15 @@ def explain_failures():
     jobs = [(job.rule.name, Path(log)) for job in failed for log in job.log]
     if jobs:
         logger.error(f"\n{describe_failures(jobs)}\n")
+
+
+def cancel_forgotten_jobs():
+    """Let no SLURM job outlive the Snakemake that ends here.
+
+    While the slurm plugin (2.8) asks for the states of its jobs it has none in its list, so a Ctrl-C in that moment
+    cancels none.
+    """
+    name = getattr(workflow.scheduler._executor, "run_uuid", None)
+    if name is not None:
+        with contextlib.suppress(OSError):
+            subprocess.run(["scancel", "--name", name], check=False)

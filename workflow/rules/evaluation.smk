@@ -22,4 +22,4 @@ rule evaluate:
     shell:
         "{params.script} --index {input.index:q} --training {input.training:q}"
         " --features {input.features:q} --signal {input.signal:q} --output {output:q} {params.flags}"
-        " >> {log:q} 2> >(tee -a {log:q} >&2)"
+        " >> {log:q} 2> >(trap '' TERM; tee -a {log:q} >&2)"
