@@ -395,6 +395,7 @@ def greet():
     profile says nothing of the user's account.
     """
     require_own_profile()
+    remember_job_age()
     try:
         for folder in dict.fromkeys((RESULTS, CACHE)):
             require_writable(Path(folder))
@@ -440,6 +441,18 @@ def explain_failures():
     jobs = [(job.rule.name, Path(log)) for job in failed for log in job.log]
     if jobs:
         logger.error(f"\n{describe_failures(jobs)}\n")
+
+
+def remember_job_age():
+    """Let the slurm plugin (2.8) know for good how long the controller remembers jobs that ended.
+
+    It asks again at every look, takes a controller that is away for one that remembers nothing, and then asks sacct,
+    where there may be no accounting: it would not notice that the controller is back.
+    """
+    plugin = sys.modules.get("snakemake_executor_plugin_slurm")
+    age = plugin.get_min_job_age() if plugin and not workflow.local_exec else None
+    if age is not None:
+        plugin.get_min_job_age = lambda: age
 
 
 def cancel_forgotten_jobs():
