@@ -93,7 +93,7 @@ def read_next_bytes(
     return count_next_bytes(table, tokenizer), {}
 
 
-def _refuse_other_student(folder: Path, record: dict[str, Any], source: Path) -> None:
+def refuse_other_student(folder: Path, record: dict[str, Any], source: Path) -> None:
     """Raise ValueError when the student is not the one that training.json was written for."""
     faults = compare_digests(record["final"], digest_folder(folder))
     if faults:
@@ -122,7 +122,7 @@ def evaluate_run(
     index = TokenIndex.read(index_path)
     record = read_json(training_path)
     folder = training_path.parent / "final"
-    _refuse_other_student(folder, record, training_path)
+    refuse_other_student(folder, record, training_path)
     table = index.read_split("val", max_positions=evaluation.max_positions)
     teacher = read_features(features_path) if features_path else None
     if teacher is not None and features_path is not None:
