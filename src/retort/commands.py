@@ -64,7 +64,9 @@ def run_script(main: Callable[[], None]) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     _terminate_by(os.getpid())
-    if "LOCAL_RANK" not in os.environ and not sys.stdout.isatty():
+    # Of several processes that do one job, only the first launcher begins an attempt.
+    is_first = "LOCAL_RANK" not in os.environ and os.environ.get("SLURM_PROCID", "0") == "0"
+    if is_first and not sys.stdout.isatty():
         note(f"{ATTEMPT}{time.strftime('%Y-%m-%d %H:%M:%S')}  {Path(sys.argv[0]).name}")
     try:
         main()

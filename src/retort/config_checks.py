@@ -303,15 +303,16 @@ def require_even_share(batch_size: int, accumulation: int, gpus: int) -> None:
     """Raise ConfigError when a step's sequences, batch_size * accumulation, do not go into so many equal parts."""
     if (batch_size * accumulation) % gpus:
         raise ConfigError(
-            f"training.gpus is {gpus}, but training.batch_size {batch_size} x training.gradient_accumulation_steps "
-            f"{accumulation} is {batch_size * accumulation} sequences a step, which {gpus} GPUs cannot share evenly. "
-            f"Make it a multiple of {gpus}, or use a number of GPUs that divides it: any trains the same student."
+            f"training.gpus x training.nodes is {gpus}, but training.batch_size {batch_size} x "
+            f"training.gradient_accumulation_steps {accumulation} is {batch_size * accumulation} sequences a step, "
+            f"which {gpus} GPUs cannot share evenly. Make it a multiple of {gpus}, or use a number of GPUs that "
+            "divides it: any trains the same student."
         )
 
 
 def _check_several_gpus(c: Flat) -> None:
     size, accumulation = c["training.batch_size"], c["training.gradient_accumulation_steps"]
-    require_even_share(size, accumulation, c["training.gpus"])
+    require_even_share(size, accumulation, c["training.gpus"] * c["training.nodes"])
     if c["training.strategy"] == "fsdp" and c["training.device"] == "cpu":
         raise ConfigError(
             "training.strategy is 'fsdp' and training.device is 'cpu', but fsdp cuts a student over GPUs. Use "

@@ -130,6 +130,7 @@ class Training:
     save_total_limit: int
     resume_from_checkpoint: str | None
     gpus: int
+    nodes: int
     strategy: str
     device: str
     cpu_threads: int

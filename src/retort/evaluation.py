@@ -144,6 +144,8 @@ def evaluate_run(
     )
     found = scores.sections
     found["validation"]["content"] = digest_keys(table)
+    found["validation"]["leaked_sequences"] = index.count_leaked(table)
+    found["validation"]["sequences"] = len(table)
     found["not_defined"] |= why_no_bytes
     manifest = read_json(manifest_path) if manifest_path else None
     is_measured = manifest is not None and manifest["fidelity_kl"] is not None

@@ -88,6 +88,7 @@ def find_warnings(
             f"The runs were evaluated on {len(groups)} different validation sets ({sizes} "
             "positions): losses are compared only within a set."
         )
+    found += [_warn_of_leak(group[0]) for group in groups if group[0].leaked_sequences]
     beaten = [r for r in records if r.teacher_loss is not None and r.teacher_loss > r.loss]
     if beaten:
         pairs = [f"{r.name} ({r.loss:.3f}; teacher {r.teacher_loss:.3f})" for r in beaten]
@@ -120,6 +121,14 @@ def list_names(names: Sequence[str], *, most: int = 4) -> str:
     """Return names as a text; of many, the first ones and how many more."""
     shown = names if len(names) <= most else [*names[: most - 1], f"{len(names) - most + 1} more"]
     return ", ".join(shown)
+
+
+def _warn_of_leak(record: Record) -> str:
+    return (
+        f"{record.leaked_sequences:,} of {record.sequences:,} held-out sequences are in the training text too, to the "
+        "last token: held-out losses are better than on new text. Remove copies from the corpus, or hold out by "
+        "dataset.validation_fraction, which keeps equal documents on one side."
+    )
 
 
 def _warn_of_cache(names: str, cache: CacheFacts) -> list[str]:
@@ -164,7 +173,7 @@ def _warn_of_comparisons(records: Sequence[Record], baseline: str | None) -> lis
         )
     else:
         found.append(
-            f"{seeds} seeds, but each row is one run, not a mean: intervals say what other held-out documents would "
-            "change, not what another seed would."
+            f"{seeds} seeds: each row is one run, whose interval says what other held-out documents would change. "
+            "Means over seeds, with what other seeds would change, stand apart."
         )
     return found

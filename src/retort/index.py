@@ -20,7 +20,13 @@ from numpy.typing import NDArray
 
 from retort.provenance import digest, read_json, write_atomically, write_json
 from retort.sharding import reconcile
-from retort.shards import TOKENS_FORMAT, iterate_token_shard, read_about, read_token_shard
+from retort.shards import (
+    TOKENS_FORMAT,
+    iterate_keys,
+    iterate_token_shard,
+    read_about,
+    read_token_shard,
+)
 from retort.tokens import SPLITS, SequenceTable, concatenate_tables
 
 INDEX_VERSION = 3
@@ -299,6 +305,15 @@ class TokenIndex:
                 yield kept
                 if positions >= limit:
                     return
+
+    def count_leaked(self, held_out: SequenceTable) -> int:
+        """Return how many of the held-out sequences are, to the last token, among the training sequences too."""
+        wanted = {key.tobytes() for key in held_out.keys}
+        found: set[bytes] = set()
+        for name in self.content["shards"]:
+            for keys in iterate_keys(self.path.parent / name, "train"):
+                found |= wanted.intersection(row.tobytes() for row in keys)
+        return sum(key.tobytes() in found for key in held_out.keys)
 
     def read_sample(self, *, num_positions: int) -> tuple[NDArray[np.int64], SequenceTable]:
         """Return evenly spaced training sequences with about `num_positions` counted positions; reads no others.

@@ -41,9 +41,11 @@ def lock_folder() -> Path:
         if not named and folder.stat().st_uid != os.getuid():
             raise PermissionError(0, "it belongs to somebody else")
         if is_scheduled():
-            # ids may be counted anew in each job, so "0" of two jobs need not be one GPU
+            # ids may be counted anew in each job, so "0" of two jobs need not be one GPU; nor of two nodes, which may
+            # share a folder all the same
             step = os.environ.get("SLURM_STEP_ID", "batch")
-            folder /= f"slurm-{os.environ['SLURM_JOB_ID']}.{step}"
+            node = os.environ.get("SLURMD_NODENAME", "")
+            folder /= f"slurm-{os.environ['SLURM_JOB_ID']}.{step}-{node}"
             folder.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise _no_locks(folder, error) from None

@@ -1,10 +1,14 @@
-"""Several processes that train one student: *ranks*, started by torchrun, of which none outlives what started it."""
+"""Several processes that train one student: *ranks*, started by torchrun, of which none outlives what started it.
+
+On several nodes srun starts one launcher on each, and these meet at a port of the first node.
+"""
 
 import ctypes
 import os
 import re
 import signal
 import sys
+from collections.abc import Sequence
 
 from retort.commands import say
 from retort.config_checks import require_even_share
@@ -16,6 +20,8 @@ _OTHERS = re.compile(
     r"(LOCAL_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)|(PMI|OMPI_COMM_WORLD|MV2_COMM_WORLD)_(SIZE|RANK)"
 )
 _SETTINGS = ("ACCELERATE_", "FSDP_")  # they would decide what the config does not
+# Where launchers meet: below the ports that Linux gives to whoever asks for any (32768 and more).
+_FIRST_PORT, _PORTS = 20_000, 10_000
 
 
 def is_rank() -> bool:
@@ -45,11 +51,41 @@ def world_size() -> int:
     return int(os.environ["WORLD_SIZE"]) if is_rank() else 1
 
 
-def launch_ranks(count: int, *, threads: int) -> None:
-    """Run this very command line in `count` processes by torchrun, and wait for them.
+def find_meeting(nodes: int) -> list[str]:
+    """Return torchrun's flags by which the launchers of `nodes` nodes, one on each, find each other.
 
-    Raises SystemExit(1) when one fails: it has said why, and torchrun has ended the others; and with the shell's
-    status when a signal ended them all.
+    Their step of a SLURM job says which nodes those are; the port is made of the job's and the step's number, so that
+    jobs which share a node seldom meet at one, and a retry, which is another job, at another.
+    Raises ValueError where srun has not started one launcher on each of so many nodes.
+    """
+    if nodes == 1:
+        return ["--standalone"]
+    names = ("SLURM_STEP_NUM_NODES", "SLURM_STEP_NUM_TASKS")
+    if any(os.environ.get(name) != str(nodes) for name in names):
+        raise ValueError(
+            f"training.nodes is {nodes}, but srun has not started this command once on each of {nodes} nodes. Use "
+            "snakemake --profile profiles/slurm, which does, or put in front of the command, in an allocation of so "
+            f"many nodes: srun --nodes={nodes} --ntasks-per-node=1. On one machine use training.nodes: 1."
+        )
+    job, step = int(os.environ["SLURM_JOB_ID"]), int(os.environ["SLURM_STEP_ID"])
+    return [
+        f"--nnodes={nodes}",
+        f"--node-rank={os.environ['SLURM_NODEID']}",
+        f"--master-addr={first_node(os.environ['SLURM_STEP_NODELIST'])}",
+        f"--master-port={_FIRST_PORT + (64 * job + step) % _PORTS}",
+    ]
+
+
+def first_node(nodes: str) -> str:
+    """Return the first name of a list of nodes as SLURM writes it: gpu-[003-007,9],big1 -> gpu-003."""
+    return re.sub(r"\[(\d+)[^]]*\]", r"\1", re.split(r",(?![^[]*\])", nodes)[0])
+
+
+def launch_ranks(count: int, *, meeting: Sequence[str], threads: int) -> None:
+    """Run this very command line in `count` processes of this node by torchrun, and wait for them.
+
+    `meeting`: of find_meeting. Raises SystemExit(1) when one fails: it has said why, and torchrun has ended the others
+    of its node, and with them ends whoever talks to them; and with the shell's status when a signal ended them all.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -59,7 +95,7 @@ def launch_ranks(count: int, *, threads: int) -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP's advice is of no use to a user
     os.environ[_LAUNCHER] = str(os.getpid())
     try:
-        torchrun(["--standalone", f"--nproc-per-node={count}", *sys.argv])
+        torchrun([*meeting, f"--nproc-per-node={count}", *sys.argv])
     except ChildFailedError:
         raise SystemExit(1) from None
     except SignalException as error:

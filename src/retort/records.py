@@ -23,6 +23,12 @@ from retort.scorecards import (
     read_scorecard,
 )
 
+# Keys of run.json that say what a setting of its own says already, or when and how something ran.
+_SAID_OTHERWISE = {
+    *("finished", "training.distillation_type", "training.alpha", "training.temperature"),
+    *("training.seed", "training.max_steps", "training.device"),
+}
+
 
 @dataclass(frozen=True)
 class CacheFacts:
@@ -63,6 +69,8 @@ class Record:
     positions: int
     documents: int
     content: str | None  # digest of the held-out sequences
+    sequences: int
+    leaked_sequences: int  # of them, those that are in the training text too
     loss: float
     perplexity: float
     kl_to_teacher: float | None
@@ -144,6 +152,8 @@ def _read_record(path: Path) -> Record:
         content=None
         if read("validation", "content") is None
         else read.text("validation", "content"),
+        sequences=read.count("validation", "sequences"),
+        leaked_sequences=read.count("validation", "leaked_sequences"),
         loss=read.number("validation", "loss"),
         perplexity=read.number("validation", "perplexity"),
         kl_to_teacher=read.number_or_none("validation", "kl_to_teacher"),
@@ -267,7 +277,23 @@ def find_caches(records: Sequence[Record]) -> list[tuple[list[str], CacheFacts]]
 
 
 def find_settings(records: Sequence[Record]) -> dict[str, list[str]]:
-    """Return the settings that metrics.json records, by name: a text for each run, or a dash."""
+    """Return the settings that metrics.json records, by name: a text for each run, or a dash.
+
+    Of run.json, the commit and the versions, and those keys of the config in which runs differ.
+    """
+    return {**_find_own_settings(records), **_find_trained(records)}
+
+
+def _find_trained(records: Sequence[Record]) -> dict[str, list[str]]:
+    found = {}
+    for key in sorted({key for r in records for key in r.trained} - _SAID_OTHERWISE):
+        texts = [str(r.trained.get(key, "-")) for r in records]
+        if key.startswith(("versions.", "commit", "python")) or len(set(texts)) > 1:
+            found[key.removeprefix("versions.")] = texts
+    return found
+
+
+def _find_own_settings(records: Sequence[Record]) -> dict[str, list[str]]:
     return {
         "distillation type": [r.distillation_type for r in records],
         "alpha": ["-" if r.alpha is None else f"{r.alpha:g}" for r in records],

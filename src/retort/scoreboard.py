@@ -5,18 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from retort.intervals import Estimate
 from retort.provenance import read_json
 
 _FORMAT, _VERSION = "retort-benchmark", 1
 _Z = 1.96  # of a 95 % interval, by the standard error over examples
-
-
-@dataclass(frozen=True)
-class Score:
-    """One number of one model: its value, and the ends of a 95 % interval where there is a standard error."""
-
-    value: float
-    ends: tuple[float, float] | None
 
 
 @dataclass(frozen=True)
@@ -32,8 +25,8 @@ class Column:
 
     @property
     def title(self) -> str:
-        """The task and the metric."""
-        return f"{self.task}, {self.metric}"
+        """The task and the metric, and which way is better where that is downwards."""
+        return f"{self.task}, {self.metric}{' (less is better)' if self.is_less_better else ''}"
 
     @property
     def is_whole(self) -> bool:
@@ -46,7 +39,7 @@ class Scoreboard:
     """Columns, and the scores of each model in them; teachers first, a model that was not asked has none."""
 
     columns: tuple[Column, ...]
-    rows: tuple[tuple[str, bool, tuple[Score | None, ...]], ...]  # name, is it a teacher, scores
+    rows: tuple[tuple[str, bool, tuple[Estimate | None, ...]], ...]  # name, is it a teacher, scores
 
     @property
     def trials(self) -> list[str]:
@@ -61,7 +54,7 @@ class Scoreboard:
 
 def read_scoreboard(paths: Sequence[Path]) -> Scoreboard:
     """Read what `benchmark` wrote, in the order given. Raises ValueError where a file is something else."""
-    scores: dict[tuple[str, bool], dict[Column, Score]] = {}
+    scores: dict[tuple[str, bool], dict[Column, Estimate]] = {}
     for path in paths:
         raw = _open(path)
         model = (raw["run"] or f"teacher {raw['teacher']}", raw["run"] is None)
@@ -85,7 +78,7 @@ def _open(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _read_columns(raw: dict[str, Any]) -> dict[Column, Score]:
+def _read_columns(raw: dict[str, Any]) -> dict[Column, Estimate]:
     """Return a benchmark's own scores; of a collection without one of its own, those of all its tasks."""
     rows = raw["scores"]
     own = [row for row in rows if row["task"] == raw["benchmark"]] or rows
@@ -97,22 +90,23 @@ def _read_columns(raw: dict[str, Any]) -> dict[Column, Score]:
     return found
 
 
-def _score(value: float, error: float | None) -> Score:
-    return Score(value, None if error is None else (value - _Z * error, value + _Z * error))
+def _score(value: float, error: float | None) -> Estimate:
+    if error is None:
+        return Estimate(value, None, None)
+    return Estimate(value, value - _Z * error, value + _Z * error)
 
 
-def render_scoreboard(board: Scoreboard) -> str:
-    """Return the lines at the end of a run: one for each column, then every model's number."""
+def render_scoreboard(board: Scoreboard) -> list[str]:
+    """Return what is said at the end of a run: every model's number, a line for each column."""
     lines = []
     for place, column in enumerate(board.columns):
         found = [(name, scores[place]) for name, _, scores in board.rows]
         shown = ", ".join(f"{name} {_reach(score)}" for name, score in found if score is not None)
-        arrow = " (less is better)" if column.is_less_better else ""
-        lines.append(f"{column.title}{arrow}: {shown}")
-    return "\n".join(lines)
+        lines.append(f"{column.title}: {shown}")
+    return [*lines, *(f"a trial, not a result: {trial}" for trial in board.trials)]
 
 
-def _reach(score: Score) -> str:
+def _reach(score: Estimate) -> str:
     if score.ends is None:
         return f"{score.value:.3f}"
     return f"{score.value:.3f}\u00b1{score.ends[1] - score.value:.3f}"

@@ -40,6 +40,7 @@ _PIECE_BYTES = 1 << 20  # whole values: a multiple of every column's
 # What is read and verified at once: 1.3 MB of tokens, 0.5 MB beside them, and at least one sequence.
 _BLOCK_TOKENS = 1 << 18
 _BLOCK_SEQUENCES = 1 << 13
+_BLOCK_KEYS = 1 << 18  # 4 MB
 
 
 def tokenize_shard(
@@ -244,6 +245,14 @@ def iterate_token_shard(path: Path, split: str) -> Iterator[SequenceTable]:
             stop = first + max(1, fitting)
             yield _read_sequences(group, first, stop, source=path)
             first = stop
+
+
+def iterate_keys(path: Path, split: str) -> Iterator[NDArray[np.uint8]]:
+    """Yield the content keys of a split's sequences, [S, 16] at a time; nothing else of the shard is read."""
+    with _open_shard(path) as file:
+        keys = file[split]["keys"]
+        for first in range(0, len(keys), _BLOCK_KEYS):
+            yield keys[first : first + _BLOCK_KEYS]
 
 
 def _open_shard(path: Path) -> AbstractContextManager[Any]:

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from retort.comparisons import compare_with_baseline, find_best
 from retort.intervals import Estimate
 from retort.records import CacheFacts, Record, find_teachers
+from retort.scoreboard import Scoreboard
 from retort.scorecards import ClassRow
 from retort.scores import METRICS
+from retort.seeds import SeedMean
 
 # First and second line of a column's head, and its width, after the column of names.
 COLUMNS = (
@@ -220,6 +222,27 @@ def _gap(record: Record, group: Sequence[Record]) -> Cell:
     return Cell(*_texts(found.gap_closed, 100.0, 0))
 
 
+def build_seed_table(means: Sequence[SeedMean]) -> Table:
+    """Return the means over seeds, with their intervals; shares in percent."""
+    names = [n for n in _PAGE_METRICS if any(n in mean.means for mean in means)]
+    heads = ("runs", "seeds", *map(_head, names), "margin, nats/token")
+    rows = []
+    for mean in means:
+        cells = [Cell(str(mean.num_seeds)), *(_cell(n, mean.means.get(n)) for n in names)]
+        margin = mean.means.get("margin")
+        clear = margin is not None and is_gain(margin)
+        cells.append(Cell(*_texts(margin, 1.0, 3), clear) if margin else Cell("-"))
+        rows.append((mean.name, False, tuple(cells)))
+    return Table("Means over seeds", heads, tuple(rows))
+
+
+def describe_seeds(mean: SeedMean) -> str:
+    """Return the means over seeds of one kind of run in a line."""
+    loss, margin = mean.means["loss"], mean.means.get("margin")
+    text = f"{mean.name}, mean of {mean.num_seeds} seeds: held-out loss {_with_reach(loss)}"
+    return text + (f", margin {_with_reach(margin, is_signed=True)}" if margin else "")
+
+
 def build_breakdowns(group: Sequence[Record]) -> list[Table]:
     """Return a table for each way to tell positions apart: the loss of every run in every class, below it the KL."""
     tables = []
@@ -253,3 +276,15 @@ def _class_cell(row: ClassRow | None) -> Cell:
         return Cell("-")
     kl = row.metrics.get("kl_to_teacher")
     return Cell(_fixed(row.metrics["loss"].value), f"KL {kl.value:.3f}" if kl else "")
+
+
+def build_benchmark_table(board: Scoreboard) -> Table:
+    """Return every model's score in every benchmark, as the benchmark counts it, with its interval below."""
+    rows = ((name, is_t, tuple(map(_score_cell, scores))) for name, is_t, scores in board.rows)
+    return Table("", ("model", *(column.title for column in board.columns)), tuple(rows))
+
+
+def _score_cell(score: Estimate | None) -> Cell:
+    if score is None:
+        return Cell("-")
+    return Cell(*_texts(score, 1.0, 3))

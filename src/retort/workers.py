@@ -98,7 +98,9 @@ def run_worker(
         ):
             folder.mkdir(parents=True, exist_ok=True)
             place_part = next_part(missing, folder, worker=worker, num_workers=num_workers)
-            if is_late := deadline.forbids(writer.longest if place_part else 0.0):
+            # One part is tried whatever the time: else a slot that is hardly long enough would always be in vain.
+            is_first = place_part is not None and writer.longest == 0.0
+            if is_late := not is_first and deadline.forbids(writer.longest if place_part else 0.0):
                 break
             if place_part is None:
                 # This worker is writing, or living ones are at every part that is left: one of them may die.

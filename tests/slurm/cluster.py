@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 NODES = ("node1", "node2", "node3", "node4")
@@ -169,6 +170,15 @@ class Cluster:
         """Return the state of a job."""
         return self.run("squeue", "-h", "--states", "all", "-j", job_id, "-o", "%T").strip()
 
+    def wait_for(self, state: str, *job_ids: str) -> None:
+        """Wait until jobs are in a state."""
+        for job_id in job_ids:
+            in_state = partial(self._is_in, state, job_id)
+            self.wait_until(in_state, f"job {job_id} is {state}")
+
+    def _is_in(self, state: str, job_id: str) -> bool:
+        return self.state(job_id) == state
+
     def hurry(self, job_id: str) -> None:
         """Let a requeued job start now: SLURM waits two minutes."""
         self.run("scontrol", "update", f"jobid={job_id}", "StartTime=now")
@@ -186,18 +196,29 @@ class Cluster:
 
     def _is_alive(self, daemon: str) -> bool:
         process = (self.folder / f"{daemon}.pid").read_text().strip()
-        return Path(f"/proc/{process}").exists()
+        with suppress(OSError):
+            return "\nState:\tZ" not in Path(f"/proc/{process}/status").read_text()
+        return False
 
-    def wait_until(self, condition: Callable[[], object], what: str) -> None:
-        """Wait until a condition holds. Raises RuntimeError with the daemons' last words when it does not for long."""
+    def wait_until(
+        self,
+        condition: Callable[[], object],
+        what: str,
+        *,
+        process: "subprocess.Popen[bytes] | None" = None,
+    ) -> None:
+        """Wait until a condition holds.
+
+        Raises RuntimeError with the daemons' last words when it does not for long, or a process ends before.
+        """
         until = time.monotonic() + _PATIENCE_S
         while not condition():
-            if time.monotonic() > until:
-                ends = [
-                    f"--- {log}\n{log.read_text()[-1500:]}" for log in self.folder.glob("*.log")
-                ]
+            has_ended = process is not None and process.poll() is not None
+            if has_ended or time.monotonic() > until:
+                logs = self.folder.glob("*.log")
+                ends = [f"--- {log}\n{log.read_text()[-800:]}" for log in logs]
                 raise RuntimeError(f"waited in vain until {what}\n" + "\n".join(ends))
-                time.sleep(0.02)
+            time.sleep(0.02)
 
 
 def _processes() -> list[int]:

@@ -29,6 +29,6 @@ status=0
         address=$((address + 1))
     done
     mount --bind "$RETORT_CLUSTER/hosts" /etc/hosts
-    exec "$@"
+    "$@" || exit # not exec: this shell also waits for daemons that were killed, which would stay zombies
 ' cluster "$@" || status=$?
 exit $status

@@ -61,18 +61,19 @@ def undisturbed(
 
 
 @pytest.fixture
-def project(cluster: Cluster, undisturbed: Place, tmp_path: Path) -> Project:
+def project(cluster: Cluster, undisturbed: Place, tmp_path: Path) -> Iterator[Project]:
     """A project on the cluster, nothing run yet."""
-    return Project.from_parts(undisturbed, tmp_path / "project", cluster)
+    found = Project.from_parts(undisturbed, tmp_path / "project", cluster)
+    yield found
+    found.stop()
 
 
 @pytest.fixture
-def teacher_left(cluster: Cluster, undisturbed: Place, tmp_path: Path) -> Project:
+def teacher_left(project: Project, undisturbed: Place) -> Project:
     """A project on the cluster of which everything before the teacher's pass is done."""
-    found = Project.from_parts(undisturbed, tmp_path / "project", cluster)
     for name in ("checks", "teachers", "tokens", "validation"):
-        shutil.copytree(undisturbed.results / name, found.results / name)
-    return found
+        shutil.copytree(undisturbed.results / name, project.results / name)
+    return project
 
 
 @pytest.fixture
@@ -93,9 +94,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     rows = [("fault", "what happened", "parts done again", "same digest")]
     for reports in terminalreporter.stats.values():
         for report in reports:
-            rows += [
-                value for name, value in getattr(report, "user_properties", ()) if name == "fault"
-            ]
+            if getattr(report, "when", None) == "call":
+                rows += [value for name, value in report.user_properties if name == "fault"]
     if len(rows) > 1:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         terminalreporter.section("faults on the cluster")

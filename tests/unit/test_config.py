@@ -593,7 +593,7 @@ def test_a_contradiction_is_told_before_a_feature_still_to_come() -> None:
 
 def test_ranks_that_could_not_share_a_step_or_a_student_are_refused_before_any_job() -> None:
     message = refusal(merge(STUDENT, {"training": {"gpus": 3, "batch_size": 4}}))
-    assert "training.gpus is 3" in message and "is 4 sequences a step" in message
+    assert "training.gpus x training.nodes is 3" in message and "is 4 sequences a step" in message
     message = refusal(merge(STUDENT, {"training": {"strategy": "fsdp", "device": "cpu"}}))
     assert "training.strategy is 'fsdp' and training.device is 'cpu'" in message
 

@@ -25,7 +25,7 @@ from retort.models import CausalLM, load_pretrained, load_teacher, split_model
 from retort.provenance import digest_folder, read_json, write_json
 from retort.records import load_metrics
 from retort.scores import OF_BOTH, read_documents
-from retort.tokens import SequenceTable, load_tokenizer
+from retort.tokens import SequenceTable, concatenate_tables, load_tokenizer
 
 Matrix = NDArray[np.float64]
 
@@ -259,7 +259,11 @@ def test_metrics_file_holds_what_the_report_reads(
         next_bytes=read_next_bytes(table, str(tiny_teacher))[0],
         token_counts=index.read_token_counts(),
     ).sections
-    direct["validation"]["content"] = digest_keys(table)
+    direct["validation"] |= {
+        "content": digest_keys(table),
+        "sequences": len(table),
+        "leaked_sequences": 0,
+    }
     assert {name: found[name] for name in direct} == direct
     assert set(found["breakdown"]) == {"place", "frequency"}  # the teacher is nowhere sure
     assert found["validation"]["bits_per_byte"] > 1 and found["not_defined"] == {}
@@ -328,3 +332,13 @@ def test_a_student_is_not_compared_with_another_teacher(
         run_rule(trained, index, features_path)
     write_json(trained, read_json(trained) | {"teacher": features.teacher})
     run_rule(trained, index, features_path)
+
+
+def test_held_out_sequences_that_are_trained_on_are_counted(
+    index: TokenIndex, tmp_path: Path
+) -> None:
+    held_out, train = index.read_split("val"), index.read_split("train")
+    assert index.count_leaked(held_out) == 0
+    mixed = concatenate_tables([held_out.slice(0, 5), train.slice(2, 6), train.slice(2, 3)])
+    assert index.count_leaked(mixed) == 5
+    assert index.count_leaked(train) == len(train)

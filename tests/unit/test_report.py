@@ -79,6 +79,8 @@ def write_run(folder: Path, name: str, kind: str = "hybrid", **changes: Any) -> 
             "positions": 65_536,
             "documents": 412,
             "content": "c0ffee",
+            "sequences": 500,
+            "leaked_sequences": 0,
             "kl_to_teacher": 0.5,
             "agreement": 0.431,
             "bits_per_byte": 1.21,
@@ -347,6 +349,12 @@ def test_outcome_claims_no_gain_where_nothing_can_be_compared(tmp_path: Path) ->
     [
         ("cache__tail_mass", 0.2, 0.2001, "Tail mass 0.200 is high"),
         ("cache__fidelity_kl", 0.05, 0.051, "Fidelity KL 0.051 nats is high"),
+        (
+            "validation__leaked_sequences",
+            0,
+            25,
+            "25 of 500 held-out sequences are in the training text",
+        ),
         ("validation__positions", 1000, 999, "Only 999 held-out positions: too few to tell"),
         ("teacher_validation__loss", 3.213, 3.214, "A teacher's held-out loss is worse"),
     ],
@@ -752,6 +760,28 @@ def test_smoothing_keeps_straight_lines_away_from_the_ends(slope: float, count: 
 def test_the_figure_is_refused_as_any_other_kind_of_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"suffix '\.pdf', expected \.png or \.svg"):
         save_comparison_figure(load_metrics(write_demo(tmp_path)), tmp_path / "figure.pdf")
+
+
+# Where the numbers come from
+
+
+def test_the_page_says_commit_versions_and_in_which_keys_runs_differ(tmp_path: Path) -> None:
+    def trained(**training: Any) -> dict[str, Any]:
+        return {
+            "commit": "0123456789abcdef",
+            "versions": {"torch": "2.13.0"},
+            "finished": "2026-11-25T20:00:00Z",
+            "training": {"alpha": 0.5, "batch_size": 16, **training},
+        }
+
+    paths = [
+        write_run(tmp_path, "slow", trained=trained(learning_rate=1e-3)),
+        write_run(tmp_path, "fast", trained=trained(learning_rate=5e-3)),
+    ]
+    words = " ".join(Page(render_page(tmp_path, paths)).words)
+    assert "The runs differ in training.learning_rate" in " ".join(words.split())
+    assert "commit 0123456789abcdef" in words and "torch 2.13.0" in words
+    assert "batch_size" not in words and "2026-11-25T20" not in words
 
 
 # What is refused

@@ -70,7 +70,7 @@ SEEN_IN_THE_CONFIG = {
     ),
     "a batch that GPUs cannot share": (
         over(training={"gpus": 3}),
-        ["training.gpus is 3", "is 4 sequences a step"],
+        ["training.gpus x training.nodes is 3", "is 4 sequences a step"],
     ),
     "missing file": (
         over(dataset={"data_files": "documents.json"}),

@@ -10,7 +10,7 @@ from pathlib import Path
 from retort.artefacts import plan_project
 from retort.config import load_runs, section_flags
 from retort.failures import describe_failures
-from retort.gpus import count_workers, detect_gpus, describe_machine
+from retort.gpus import count_workers, describe_machine, detect_gpus, is_scheduled
 from retort.provenance import require_writable
 from snakemake.exceptions import WorkflowError
 from snakemake.settings.enums import Quietness
@@ -27,6 +27,10 @@ CHECK = f"{RESULTS}/checks/{PROJECT.check_id}.json"
 REPORT = f"{RESULTS}/reports/{PROJECT.report_id}/report.html"
 PYTHON = shlex.quote(sys.executable)
 SCRIPTS = f"{PYTHON} {shlex.quote(str(Path(workflow.basedir) / 'workflow' / 'scripts'))}/{{}}.py"
+
+# A time limit or scancel sends SIGTERM to every process of a job. The script obeys it, in a moment, and says so: bash
+# waits for its end, and tee (trap '' TERM in each rule) for its last words.
+shell.prefix("set -euo pipefail; trap : TERM; ")
 
 
 wildcard_constraints:
@@ -310,11 +314,58 @@ def get_cpu_threads(wildcards):
 
 
 def get_teacher_gpus(wildcards):
-    return artefact(wildcards).config.teacher.generation.gpus_per_model
+    teacher = artefact(wildcards).config.teacher
+    return 0 if teacher.device == "cpu" else teacher.generation.gpus_per_model
 
 
 def get_training_gpus(wildcards):
-    return PROJECT.runs[wildcards.run].config.training.gpus
+    """The GPUs of all nodes together."""
+    training = PROJECT.runs[wildcards.run].config.training
+    return 0 if training.device == "cpu" else training.gpus * training.nodes
+
+
+def get_evaluation_gpus(wildcards):
+    return min(1, get_training_gpus(wildcards))
+
+
+def several_nodes(resource):
+    """A resource function by which SLURM gives a training several nodes; unset where one is enough.
+
+    The slurm plugin lets a job that is "mpi" start its own step, and wants several tasks on a node of it: two, with half
+    of a node's threads each. `gres` gives every node as many GPUs as the next; a sum alone may be dealt unevenly.
+    """
+
+    def get_resource(wildcards, threads):
+        training = PROJECT.runs[wildcards.run].config.training
+        if training.nodes == 1:
+            return None
+        on_cpu = training.device == "cpu"
+        return {
+            "nodes": training.nodes,
+            "gres": None if on_cpu else f"gpu:{training.gpus}",
+            "mpi": "srun",
+            "tasks_per_node": 2,
+            "cpus_per_task": (threads + 1) // 2 if on_cpu else None,
+        }[resource]
+
+    return get_resource
+
+
+SEVERAL_NODES = {
+    name: several_nodes(name)
+    for name in ("nodes", "gres", "mpi", "tasks_per_node", "cpus_per_task")
+}
+
+
+def get_srun(wildcards):
+    """What starts a training once on each of several nodes; nothing for one."""
+    training = PROJECT.runs[wildcards.run].config.training
+    if training.nodes == 1:
+        return ""
+    words = f"srun --nodes={training.nodes} --ntasks-per-node=1 --cpu-bind=none"
+    if training.device != "cpu":
+        words += f" --gres=gpu:{training.gpus}"
+    return f"{words} --kill-on-bad-exit=1 --input=none"
 
 
 def get_all_metrics(wildcards):
@@ -370,6 +421,8 @@ def greet():
             require_writable(Path(folder))
     except ValueError as error:
         raise WorkflowError(str(error)) from None
+    if workflow.local_exec and not is_scheduled():
+        refuse_several_nodes()
     for generation, must_run in find_teacher_work().items():
         try:
             logger.info(describe_machine(generation, detected=detected_gpus()))
@@ -377,6 +430,17 @@ def greet():
             if must_run and workflow.local_exec:
                 raise WorkflowError(str(error)) from None
             logger.warning(str(error))
+
+
+def refuse_several_nodes():
+    """Raise WorkflowError where a student is still to be trained on several nodes, and nobody gives them."""
+    for name, run in PROJECT.runs.items():
+        nodes = run.config.training.nodes
+        if nodes > 1 and not (run.folder / "training.json").exists():
+            raise WorkflowError(
+                f"Nothing was started. In run '{name}', training.nodes is {nodes}, but without SLURM there is one "
+                "machine. Use snakemake --profile profiles/slurm, or training.nodes: 1, which trains the same student."
+            )
 
 
 def point_to_report():

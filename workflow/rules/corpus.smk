@@ -13,7 +13,7 @@ rule check_inputs:
         "Checking the inputs: models, vocabularies, corpora, folders"
     shell:
         "{params.script} --config {params.config:q} --output {output:q}"
-        " >> {log:q} 2> >(tee -a {log:q} >&2)"
+        " >> {log:q} 2> >(trap '' TERM; tee -a {log:q} >&2)"
 
 
 rule draw_corpus:
@@ -30,7 +30,7 @@ rule draw_corpus:
         "Drawing the corpus {wildcards.corpus}{wildcards.reader}"
     shell:
         "{params.script} --output {output:q} {params.flags}"
-        " >> {log:q} 2> >(tee -a {log:q} >&2)"
+        " >> {log:q} 2> >(trap '' TERM; tee -a {log:q} >&2)"
 
 
 rule tokenize_shard:
@@ -49,7 +49,7 @@ rule tokenize_shard:
         "Tokenizing shard {wildcards.shard}"
     shell:
         "{params.script} --shard {wildcards.shard} --output {output:q} {params.flags}"
-        " >> {log:q} 2> >(tee -a {log:q} >&2)"
+        " >> {log:q} 2> >(trap '' TERM; tee -a {log:q} >&2)"
 
 
 rule index_tokens:
@@ -66,4 +66,4 @@ rule index_tokens:
         "Listing the parts of teacher work in {output}"
     shell:
         "{params.script} --shards {input:q} --streaming-chunk-size {params.chunk_size}"
-        " --output {output:q} >> {log:q} 2> >(tee -a {log:q} >&2)"
+        " --output {output:q} >> {log:q} 2> >(trap '' TERM; tee -a {log:q} >&2)"

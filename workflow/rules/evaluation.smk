@@ -13,7 +13,7 @@ rule evaluate:
         "logs/evaluate/{run}_{id}_{evaluation}.log",
     threads: get_cpu_threads
     resources:
-        gpu=get_training_gpus,
+        gpu=get_evaluation_gpus,
     params:
         script=SCRIPTS.format("evaluate"),
         flags=get_evaluation_flags,
@@ -22,7 +22,7 @@ rule evaluate:
     shell:
         "{params.script} --index {input.index:q} --training {input.training:q}"
         " --features {input.features:q} --signal {input.signal:q} --output {output:q} {params.flags}"
-        " >> {log:q} 2> >(tee -a {log:q} >&2)"
+        " >> {log:q} 2> >(trap '' TERM; tee -a {log:q} >&2)"
 
 
 rule benchmark:
@@ -37,7 +37,7 @@ rule benchmark:
         "logs/benchmark/{run}_{id}_{task}_{benchmark}.log",
     threads: get_cpu_threads
     resources:
-        gpu=get_training_gpus,
+        gpu=get_evaluation_gpus,
     params:
         script=SCRIPTS.format("benchmark"),
         flags=get_benchmark_flags,
@@ -45,7 +45,7 @@ rule benchmark:
         "Benchmark {wildcards.task} of the student {wildcards.run}"
     shell:
         "{params.script} --record {input.record:q} --output {output:q} {params.flags}"
-        " >> {log:q} 2> >(tee -a {log:q} >&2)"
+        " >> {log:q} 2> >(trap '' TERM; tee -a {log:q} >&2)"
 
 
 use rule benchmark as benchmark_teacher with:

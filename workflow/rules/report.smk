@@ -17,4 +17,4 @@ rule report:
         "Writing the report"
     shell:
         "{params.script} --metrics {input.metrics:q} --benchmarks {input.benchmarks:q} --output {output.html:q}"
-        " >> {log:q} 2> >(tee -a {log:q} >&2)"
+        " >> {log:q} 2> >(trap '' TERM; tee -a {log:q} >&2)"

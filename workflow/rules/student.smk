@@ -12,12 +12,14 @@ rule train:
         "logs/train/{run}_{id}.log",
     threads: get_cpu_threads
     resources:
+        **SEVERAL_NODES,
         gpu=get_training_gpus,
     params:
+        srun=get_srun,
         script=SCRIPTS.format("train"),
         flags=get_train_flags,
     message:
         "Training the student {wildcards.run}"
     shell:
-        "{params.script} --name {wildcards.run} --index {input.index:q} --output {output:q}"
-        " {params.flags} >> {log:q} 2> >(tee -a {log:q} >&2)"
+        "{params.srun} {params.script} --name {wildcards.run} --index {input.index:q} --output {output:q}"
+        " {params.flags} >> {log:q} 2> >(trap '' TERM; tee -a {log:q} >&2)"

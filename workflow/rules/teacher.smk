@@ -19,7 +19,7 @@ rule resolve_teacher:
         "Recording the fingerprint of teacher {wildcards.teacher}"
     shell:
         "{params.script} --output {output:q} {params.flags}"
-        " >> {log:q} 2> >(tee -a {log:q} >&2)"
+        " >> {log:q} 2> >(trap '' TERM; tee -a {log:q} >&2)"
 
 
 rule demo_teacher:
@@ -42,7 +42,7 @@ rule demo_teacher:
         "Training the demo's teacher and its tokenizer"
     shell:
         "{params.script} --output {output:q} {params.flags}"
-        " >> {log:q} 2> >(tee -a {log:q} >&2)"
+        " >> {log:q} 2> >(trap '' TERM; tee -a {log:q} >&2)"
 
 
 rule score_validation:
@@ -68,7 +68,7 @@ rule score_validation:
     shell:
         "{params.script} --index {input.index:q} --fingerprint {input.fingerprint:q}"
         " --output {output:q} {params.teacher} {params.evaluation}"
-        " >> {log:q} 2> >(tee -a {log:q} >&2)"
+        " >> {log:q} 2> >(trap '' TERM; tee -a {log:q} >&2)"
 
 
 rule plan:
@@ -86,7 +86,7 @@ rule plan:
         "Planning the cache: bytes, room on the disk"
     shell:
         "{params.script} --index {input.index:q} --fingerprint {input.fingerprint:q}"
-        " --output {output:q} {params.cache} >> {log:q} 2> >(tee -a {log:q} >&2)"
+        " --output {output:q} {params.cache} >> {log:q} 2> >(trap '' TERM; tee -a {log:q} >&2)"
 
 
 rule generate_logits:
@@ -113,7 +113,7 @@ rule generate_logits:
     shell:
         "{params.script} --index {input.index:q} --fingerprint {input.fingerprint:q}"
         " --worker {wildcards.worker} --num-workers {params.num_workers} --output {output:q}"
-        " {params.teacher} {params.cache} {params.terminal} >> {log:q} 2> >(tee -a {log:q} >&2)"
+        " {params.teacher} {params.cache} {params.terminal} >> {log:q} 2> >(trap '' TERM; tee -a {log:q} >&2)"
 
 
 rule merge_h5:
@@ -134,4 +134,4 @@ rule merge_h5:
     shell:
         "{params.script} --index {input.index:q} --fingerprint {input.fingerprint:q}"
         " --features {input.features:q} --output {output:q} {params.cache}"
-        " >> {log:q} 2> >(tee -a {log:q} >&2)"
+        " >> {log:q} 2> >(trap '' TERM; tee -a {log:q} >&2)"

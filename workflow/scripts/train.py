@@ -11,7 +11,7 @@ from pathlib import Path
 from retort.commands import run_script, say
 from retort.config import add_section_flags, section_from_args
 from retort.leases import keep_in_use, lease_training
-from retort.ranks import die_with_parent, is_rank, launch_ranks, rank
+from retort.ranks import die_with_parent, find_meeting, is_rank, launch_ranks, rank
 
 
 def read_command_line() -> argparse.Namespace:
@@ -88,10 +88,12 @@ def main() -> None:
         return
     training = section_from_args(args, "training")
     count, device = training.gpus, training.device
+    meeting = find_meeting(training.nodes)
     with lease_training(count, device=device, among=args.among_gpus, say=say) as held:
         # On a machine without GPUs one process trains, unless the CPU was asked for.
-        if count > 1 and (held or device == "cpu"):
-            launch_ranks(count, threads=training.cpu_threads)
+        ranks = count if held or device == "cpu" else 1
+        if ranks * training.nodes > 1:
+            launch_ranks(ranks, meeting=meeting, threads=training.cpu_threads)
         else:
             train(args)
 
