@@ -8,9 +8,11 @@ import difflib
 import logging
 import os
 import sys
+from contextlib import redirect_stderr
 from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -56,7 +58,7 @@ def run_tasks(
     name: str, model: PreTrainedModel, tokenizer: Any, *, settings: Evaluation
 ) -> dict[str, Any]:
     """Return what the harness says of a model: `scores` (a row for each task and metric), `examples`, `versions`."""
-    loaded = load_tasks(name, tasks_dir=settings.benchmark_tasks_dir)
+    load_tasks(name, tasks_dir=settings.benchmark_tasks_dir)  # refused here, by a sentence
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
@@ -64,17 +66,21 @@ def run_tasks(
     lm = HFLM(
         pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size, truncation=True
     )
-    found = lm_eval.simple_evaluate(
-        model=lm,
-        tasks=[*loaded["groups"].values()][:1] or [*loaded["tasks"].values()],
-        task_manager=_find_manager(name, settings.benchmark_tasks_dir),
-        limit=settings.benchmark_limit,
-        log_samples=False,
-        random_seed=seed,
-        numpy_random_seed=seed,
-        torch_random_seed=seed,
-        fewshot_random_seed=seed,
-    )
+    with (
+        Path(os.devnull).open("w") as nowhere,
+        redirect_stderr(nowhere),
+    ):  # its bars belong to no log
+        found = lm_eval.simple_evaluate(
+            model=lm,
+            tasks=[name],
+            task_manager=_find_manager(name, settings.benchmark_tasks_dir),
+            limit=settings.benchmark_limit,
+            log_samples=False,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
     assert found is not None, name
     counts = found["n-samples"].values()
     return {

@@ -161,7 +161,7 @@ def _judge(said: bytes | None, word: str, limits: Limits) -> Outcome:
 
 def _command(limits: Limits, runner: str = _RUNNER) -> list[str]:
     """Return the command that runs `_RUNNER` in bubblewrap, with nothing of the machine but what Python needs."""
-    words = ["bwrap", "--die-with-parent", "--new-session", "--clearenv"]
+    words = [str(shutil.which("bwrap")), "--die-with-parent", "--new-session", "--clearenv"]
     words += ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
     words += ["--unshare-cgroup-try", "--hostname", "sandbox"]
     if os.getuid() == 0:
@@ -204,6 +204,7 @@ def require_sandbox() -> None:
     done = subprocess.run(
         _command(Limits(), runner="pass"),
         stdin=subprocess.DEVNULL,
+        env={},
         capture_output=True,
         text=True,
         errors="replace",

@@ -8,7 +8,6 @@
 """
 
 import argparse
-import os
 from pathlib import Path
 
 from retort.commands import run_script, say
@@ -39,7 +38,6 @@ def main() -> None:
     for section in ("evaluation", "teacher", "teacher.generation"):
         add_section_flags(parser, section)
     args = parser.parse_args()
-    os.environ.setdefault("TQDM_DISABLE", "1")  # before anything loads tqdm: bars belong to no log
     benchmark_teacher(args) if args.teacher else benchmark_run(args)
 
 
