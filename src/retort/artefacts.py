@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from retort.benchmark_plans import Benchmark, plan_benchmarks
 from retort.config import Config, Dataset, Student, Teacher, identity
 from retort.corpus import (
     TOKENIZING_KEYS,
@@ -46,6 +47,7 @@ REVISIONS = {
     "validation": 2,
     "run": 3,
     "evaluation": 2,
+    "benchmark": 1,
     "report": 2,
 }
 
@@ -128,7 +130,7 @@ class Validation:
 
 @dataclass(frozen=True)
 class Run:
-    """One student trained, and its evaluation."""
+    """One student trained, its evaluation and its benchmarks."""
 
     name: str
     id: str
@@ -140,6 +142,7 @@ class Run:
     teacher: TeacherModel | None
     logits: Logits | None
     validation: Validation | None
+    benchmarks: tuple[Benchmark, ...]
 
     @property
     def metrics_path(self) -> Path:
@@ -159,6 +162,13 @@ class Project:
     tokens: dict[str, Tokens] = field(default_factory=dict)
     logits: dict[str, Logits] = field(default_factory=dict)
     validations: dict[str, Validation] = field(default_factory=dict)
+    teacher_benchmarks: dict[Path, Benchmark] = field(default_factory=dict)  # by their path
+
+    @property
+    def benchmarks(self) -> dict[Path, Benchmark]:
+        """All benchmarks by their path, those of teachers first."""
+        of_runs = {b.path: b for run in self.runs.values() for b in run.benchmarks}
+        return self.teacher_benchmarks | of_runs
 
 
 def plan_project(configs: Mapping[str, Config]) -> Project:
@@ -181,16 +191,20 @@ def plan_project(configs: Mapping[str, Config]) -> Project:
     for teacher in {t.id: t for t in teachers}.values():
         refuse_other_teacher(teacher)
     corpora = [r.tokens.corpus for r in everything] + [t.corpus for t in teachers if t.corpus]
-    evaluations = [[r.name, r.id, r.evaluation_id] for r in everything]
+    evaluations: list[Any] = [[r.name, r.id, r.evaluation_id] for r in everything]
+    teacher_benchmarks = {b.path: b for r in everything for b in _plan_teacher_benchmarks(r)}
+    ids = [[str(b.path)] for b in teacher_benchmarks.values()]
+    ids += [[r.name, r.id, b.id] for r in everything for b in r.benchmarks]
     return Project(
         runs=runs,
-        check_id=digest(["check", evaluations]),
-        report_id=digest(["report", REVISIONS["report"], evaluations]),
+        check_id=digest(["check", evaluations, *ids]),
+        report_id=digest(["report", REVISIONS["report"], evaluations, *ids]),
         corpora={c.id: c for c in corpora},
         teachers={t.id: t for t in teachers},
         tokens={r.tokens.id: r.tokens for r in everything},
         logits={r.logits.id: r.logits for r in everything if r.logits},
         validations={r.validation.id: r.validation for r in everything if r.validation},
+        teacher_benchmarks=teacher_benchmarks,
     )
 
 
@@ -257,21 +271,30 @@ def _plan_run(name: str, config: Config) -> Run:
             "evaluation",
             REVISIONS["evaluation"],
             validation.id if validation else None,
-            identity(config.evaluation),
+            identity(config.evaluation.without_benchmarks()),
         ]
     )
+    folder = results / "runs" / name / run_id
     return Run(
         name=name,
         id=run_id,
         evaluation_id=evaluation_id,
-        folder=results / "runs" / name / run_id,
+        folder=folder,
         config=config,
         student=digest(student),
         tokens=tokens,
         teacher=teacher,
         logits=logits,
         validation=validation,
+        benchmarks=plan_benchmarks(config, folder, revision=REVISIONS["benchmark"]),
     )
+
+
+def _plan_teacher_benchmarks(run: Run) -> tuple[Benchmark, ...]:
+    """Name those of a run's teacher, where it is asked for; its folder is that of all runs that share it."""
+    if run.teacher is None or not run.config.evaluation.benchmark_teacher:
+        return ()
+    return plan_benchmarks(run.config, run.teacher.folder, revision=REVISIONS["benchmark"])
 
 
 def _plan_corpus(config: Config) -> Corpus:

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from retort.benchmarks import check_benchmarks
 from retort.config import Config, Teacher, Tracking
 from retort.corpus import check_corpus
 from retort.demo import DEMO_TEACHER, DemoTokenizer
@@ -44,6 +45,7 @@ def check_project(configs: Mapping[str, Config]) -> dict[str, Any]:
         notes.append(note)
         notes.append(f"run {name}: {_check_student(config, tokenizer, width)}")
         _check_trackers(config.tracking)
+        notes += check_benchmarks(config.evaluation)
     return {"runs": list(configs), "notes": list(dict.fromkeys(notes))}
 
 

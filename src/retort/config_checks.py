@@ -30,12 +30,6 @@ def _is_set(value: Any) -> bool:
 
 _BRING_OWN = "leave synthesis out, and bring prompts with responses as dataset.data_files."
 LATER = {
-    "evaluation.benchmarks": Later(
-        bool,
-        "benchmarks",
-        "leave it [] and give a run's final/ folder to a benchmark harness of your own.",
-    ),
-    "evaluation.allow_code_execution": Later(bool, "benchmarks that run code", "leave it false."),
     "synthesis.provider": Later(_is_set, "synthesis", _BRING_OWN),
     "synthesis.model": Later(_is_set, "synthesis", _BRING_OWN),
     "synthesis.base_url": Later(_is_set, "synthesis", _BRING_OWN),
@@ -62,6 +56,7 @@ def check_config(c: Flat, defaults: Flat) -> None:
     _check_student(c)
     _check_alpha(c)
     _check_training(c, defaults)
+    _check_benchmarks(c)
     _refuse_later_features(c)
 
 
@@ -322,6 +317,41 @@ def _check_several_gpus(c: Flat) -> None:
         raise ConfigError(
             "training.strategy is 'fsdp' and training.device is 'cpu', but fsdp cuts a student over GPUs. Use "
             "training.strategy: ddp, or another device."
+        )
+
+
+def _check_benchmarks(c: Flat) -> None:
+    names = list(c["evaluation.benchmarks"])
+    if c["evaluation.benchmark_teacher"] and c["teacher.model_path"] is None:
+        raise ConfigError(
+            "evaluation.benchmark_teacher is true, but teacher.model_path is null: there is no teacher to run them on. "
+            "Set teacher.model_path, or evaluation.benchmark_teacher: false."
+        )
+    if "humaneval" not in names:
+        return
+    if not c["evaluation.allow_code_execution"]:
+        raise ConfigError(
+            f"evaluation.benchmarks is {names}, and humaneval runs the code that a student writes, but "
+            "evaluation.allow_code_execution is false. Set evaluation.allow_code_execution: true to let it, inside "
+            "bubblewrap (docs/guide.md), or take humaneval out."
+        )
+    if c["evaluation.humaneval_file"] is None:
+        raise ConfigError(
+            f"evaluation.benchmarks is {names}, but evaluation.humaneval_file is null, which should be a local copy of "
+            "its problems. Take data/HumanEval.jsonl.gz from https://github.com/openai/human-eval and give its path."
+        )
+    completions, ks = c["evaluation.humaneval_completions"], list(c["evaluation.humaneval_pass_at"])
+    if max(ks) > completions:
+        raise ConfigError(
+            f"evaluation.humaneval_pass_at is {ks}, but evaluation.humaneval_completions is {completions}: pass@k "
+            f"needs k completions at least. Set evaluation.humaneval_completions to {max(ks)} or more (twice as many "
+            "estimate it better), or ask for smaller k."
+        )
+    if completions > 1 and c["evaluation.humaneval_temperature"] == 0:
+        raise ConfigError(
+            f"evaluation.humaneval_completions is {completions}, but evaluation.humaneval_temperature is 0, which "
+            "writes the same completion every time. Set evaluation.humaneval_temperature, for instance 0.2 for pass@1 "
+            "and 0.8 for pass@100, or evaluation.humaneval_completions: 1."
         )
 
 

@@ -288,7 +288,7 @@ def _expected_type(kind: str, schema: Schema) -> str:
         return str(schema.get("accepts", "text"))
     if kind == "array":
         items = schema["items"]
-        plural = {"number": "numbers", "string": "texts"}[items["type"]]
+        plural = {"number": "numbers", "integer": "whole numbers", "string": "texts"}[items["type"]]
         amount = " (at least one)" if "minItems" in schema else ""
         once = ", none twice" if schema.get("uniqueItems") else ""
         return f"a list of {plural}{_range(items)}{amount}{once}"

@@ -1,8 +1,12 @@
 """The sections of the config as frozen records; a test holds their fields to the schema's keys."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
+
+from retort.config_schema import section_schema
+
+HUMANEVAL = "humaneval"  # the benchmark that is run here, not by lm-evaluation-harness: it runs a model's code
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,43 @@ class Evaluation:
     max_positions: int
     fidelity_positions: int
     benchmarks: tuple[str, ...]
+    benchmark_tasks_dir: str | None
+    benchmark_teacher: bool
+    benchmark_limit: int | None
+    benchmark_seed: int
+    humaneval_file: str | None
+    humaneval_completions: int
+    humaneval_pass_at: tuple[int, ...]
+    humaneval_temperature: float
+    humaneval_max_new_tokens: int
     allow_code_execution: bool
+    code_timeout_s: float
+
+    def without_benchmarks(self) -> "Evaluation":
+        """Return what says how a model is measured on held-out text; all else at its default."""
+        return _keep(self, lambda key: key not in _OF_BENCHMARKS)
+
+    def of_benchmark(self, name: str) -> "Evaluation":
+        """Return what one benchmark is run by; all else, the list of benchmarks too, at its default."""
+        of_code = ("allow_code_execution", "code_timeout_s")
+        mine = [key for key in _OF_BENCHMARKS if key.startswith("humaneval_") or key in of_code]
+        if name != HUMANEVAL:
+            mine = ["benchmark_tasks_dir"]
+        return _keep(self, {"batch_size", "benchmark_limit", "benchmark_seed", *mine}.__contains__)
+
+
+_OF_BENCHMARKS = tuple(
+    key
+    for key in Evaluation.__dataclass_fields__
+    if key.startswith(("benchmark", "humaneval_"))
+    or key in ("allow_code_execution", "code_timeout_s")
+)
+
+
+def _keep(evaluation: Evaluation, is_kept: Callable[[str], bool]) -> Evaluation:
+    keys = section_schema("evaluation")["properties"].items()
+    others = {key: freeze(schema["default"]) for key, schema in keys if not is_kept(key)}
+    return replace(evaluation, **others)
 
 
 @dataclass(frozen=True)

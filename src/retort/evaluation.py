@@ -95,7 +95,7 @@ def read_next_bytes(
     return count_next_bytes(table, tokenizer), {}
 
 
-def _refuse_other_student(folder: Path, record: dict[str, Any], source: Path) -> None:
+def refuse_other_student(folder: Path, record: dict[str, Any], source: Path) -> None:
     """Raise ValueError when the student is not the one that training.json was written for."""
     faults = compare_digests(record["final"], digest_folder(folder))
     if faults:
@@ -144,7 +144,7 @@ def evaluate_run(
     index = TokenIndex.read(index_path)
     record = read_json(training_path)
     folder = training_path.parent / "final"
-    _refuse_other_student(folder, record, training_path)
+    refuse_other_student(folder, record, training_path)
     table = index.read_split("val", max_positions=evaluation.max_positions)
     is_foreign = fingerprint_path is not None and not _has_tokenizer(fingerprint_path, index)
     teacher = None

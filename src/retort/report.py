@@ -34,10 +34,12 @@ from retort.records import (
     load_logs,
     load_metrics,
 )
+from retort.scoreboard import Scoreboard, read_scoreboard, render_scoreboard
 from retort.scores import METRICS
 from retort.seeds import average_seeds
 from retort.tables import (
     COLUMNS,
+    build_benchmark_table,
     build_breakdowns,
     build_metric_table,
     build_rows,
@@ -52,22 +54,30 @@ WIDTH = 100  # columns of the terminal's table
 _NAME_WIDTH = WIDTH - sum(width + 2 for _, _, width in COLUMNS)
 
 
-def make_report(metrics_paths: Sequence[Path], out_html: Path) -> str:
+def make_report(
+    metrics_paths: Sequence[Path], out_html: Path, *, benchmark_paths: Sequence[Path] = ()
+) -> str:
     """Write the page, and beside it summary.csv and summary.txt; return the latter's text.
 
-    Raises ValueError where a file is missing, is not what `evaluate` or `train` writes, or has NaN.
+    Raises ValueError where a file is missing, is not what `evaluate`, `benchmark` or `train` writes, or has NaN.
     """
     records = load_metrics(metrics_paths)
+    board = read_scoreboard(benchmark_paths)
     out_html.parent.mkdir(parents=True, exist_ok=True)
-    summary = render_summary(records, report_path=out_html)
+    summary = render_summary(records, report_path=out_html, board=board)
     write_atomically(out_html.with_name("summary.txt"), (summary + "\n").encode())
     # The page comes last: where it is, the rest is too.
-    write_report(records, load_logs(records), out_html, out_html.with_name("summary.csv"))
+    summary_csv = out_html.with_name("summary.csv")
+    write_report(records, load_logs(records), out_html, summary_csv, board=board)
     return summary
 
 
 def render_summary(
-    records: Sequence[Record], *, report_path: Path, baseline: str | None = None
+    records: Sequence[Record],
+    *,
+    report_path: Path,
+    baseline: str | None = None,
+    board: Scoreboard | None = None,
 ) -> str:
     """Return the text at the end of a run: the table, what it means, and where to look next.
 
@@ -94,6 +104,7 @@ def render_summary(
         if (found := compare_with_baseline(run, records)) and found.gap_closed
     ]
     facts += [f"{describe_seeds(mean)}." for mean in average_seeds(records)]
+    facts += render_scoreboard(board) if board else []
     notes = [
         f"note: {text}" for text in find_warnings(records, load_logs(records), baseline=baseline)
     ]
@@ -157,7 +168,12 @@ def _wrap(text: str) -> str:
 
 
 def write_report(
-    records: Sequence[Record], logs: Sequence[TrainingLog | None], out_html: Path, summary_csv: Path
+    records: Sequence[Record],
+    logs: Sequence[TrainingLog | None],
+    out_html: Path,
+    summary_csv: Path,
+    *,
+    board: Scoreboard | None = None,
 ) -> None:
     """Write the page (one file that fetches nothing) and a table of the runs with all digits."""
     source = resources.files("retort").joinpath("report.html.j2").read_text(encoding="utf-8")
@@ -176,6 +192,8 @@ def write_report(
         legend=[(r.name, draw_swatch(i, key=f"s{i}")) for i, r in enumerate(records) if logs[i]],
         caches=find_caches(records),
         warnings=find_warnings(records, logs),
+        benchmarks=build_benchmark_table(board) if board and board.rows else None,
+        trials=board.trials if board else [],
         shared={k: v[0] for k, v in settings.items() if len(set(v)) == 1},
         differing={k: v for k, v in settings.items() if len(set(v)) > 1},
         inks=INKS,

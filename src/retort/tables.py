@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from retort.comparisons import compare_with_baseline, find_best
 from retort.intervals import Estimate
 from retort.records import CacheFacts, Record, find_teachers
+from retort.scoreboard import Scoreboard
 from retort.scorecards import ClassRow
 from retort.scores import METRICS
 from retort.seeds import SeedMean
@@ -275,3 +276,15 @@ def _class_cell(row: ClassRow | None) -> Cell:
         return Cell("-")
     kl = row.metrics.get("kl_to_teacher")
     return Cell(_fixed(row.metrics["loss"].value), f"KL {kl.value:.3f}" if kl else "")
+
+
+def build_benchmark_table(board: Scoreboard) -> Table:
+    """Return every model's score in every benchmark, as the benchmark counts it, with its interval below."""
+    rows = ((name, is_t, tuple(map(_score_cell, scores))) for name, is_t, scores in board.rows)
+    return Table("", ("model", *(column.title for column in board.columns)), tuple(rows))
+
+
+def _score_cell(score: Estimate | None) -> Cell:
+    if score is None:
+        return Cell("-")
+    return Cell(*_texts(score, 1.0, 3))

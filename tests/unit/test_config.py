@@ -571,8 +571,6 @@ def test_alpha_follows_the_distillation_type_and_is_never_null(kind: str, alpha:
 @pytest.mark.parametrize(
     "key, value, meanwhile",
     [
-        ("evaluation.benchmarks", ["humaneval"], "leave it []"),
-        ("evaluation.allow_code_execution", True, "leave it false"),
         ("synthesis.provider", "openai", "leave synthesis out"),
         ("synthesis.model", "m", "leave synthesis out"),
         ("synthesis.base_url", "http://localhost", "leave synthesis out"),

@@ -46,6 +46,7 @@ GOLDEN_REVISIONS = {
     "validation": 2,
     "run": 3,
     "evaluation": 2,
+    "benchmark": 1,
     "report": 2,
 }
 GOLDEN_TOKENS = "eefcd4961849ab3dba7fbe8356c62eb572a8fb5858612a8037cf217d28a04eef"

@@ -65,8 +65,8 @@ SEEN_IN_THE_CONFIG = {
         ["gpus_per_model is 4", "0,1", "List at least 4"],
     ),
     "a feature to come": (
-        over(evaluation={"allow_code_execution": True}),
-        ["evaluation.allow_code_execution is true", "later version"],
+        over(synthesis={"provider": "openai"}),
+        ["synthesis.provider is", "later version"],
     ),
     "a batch that GPUs cannot share": (
         over(training={"gpus": 3}),

@@ -43,6 +43,8 @@ wildcard_constraints:
     validation="[0-9a-f]{12}",
     id="[0-9a-f]{12}",
     evaluation="[0-9a-f]{12}",
+    task="[^/]+",
+    benchmark="[0-9a-f]{12}",
     run="[A-Za-z0-9][A-Za-z0-9._-]*",
     shard="[0-9]{5}",
     worker="[0-9]+",
@@ -185,7 +187,7 @@ def get_merge_flags(wildcards):
 def get_evaluation_flags(wildcards):
     config = artefact(wildcards).config
     threads = get_cpu_threads(wildcards)
-    words = [flags(config.evaluation), gpu_flags(config)]
+    words = [flags(config.evaluation.without_benchmarks()), gpu_flags(config)]
     return " ".join(
         [*words, f"--device {config.training.device} --cpu-threads {threads}"]
     )
@@ -202,7 +204,39 @@ def gpu_flags(config):
 
 
 def get_sample_flags(wildcards):
-    return flags(artefact(wildcards).config.evaluation)
+    return flags(artefact(wildcards).config.evaluation.without_benchmarks())
+
+
+def get_benchmark(wildcards):
+    """The benchmark of a run's student, or of a teacher, that a job's wildcards name."""
+    if "run" in wildcards.keys():
+        model = PROJECT.runs[wildcards.run].folder
+    else:
+        model = PROJECT.teachers[wildcards.teacher].folder
+    place = f"benchmarks/{wildcards.task}/{wildcards.benchmark}/benchmark.json"
+    return PROJECT.benchmarks[model / place]
+
+
+def get_benchmark_flags(wildcards):
+    found = get_benchmark(wildcards)
+    config = found.config
+    words = ["--benchmark", shlex.quote(found.name), flags(found.settings)]
+    if "run" in wildcards.keys():
+        words += [gpu_flags(config), f"--device {config.training.device}"]
+        words.append(f"--cpu-threads {get_cpu_threads(wildcards)}")
+    else:
+        path = PROJECT.teachers[wildcards.teacher].model_path
+        words += ["--teacher", shlex.quote(path)]
+        words.append(flags(config.teacher, config.teacher.generation))
+    return " ".join(words)
+
+
+def get_benchmark_teacher_gpus(wildcards):
+    return get_benchmark(wildcards).config.teacher.generation.gpus_per_model
+
+
+def get_benchmark_teacher_threads(wildcards):
+    return get_benchmark(wildcards).config.teacher.generation.cpu_threads
 
 
 @functools.cache
@@ -353,6 +387,10 @@ def get_srun(wildcards):
 
 def get_all_metrics(wildcards):
     return [str(run.metrics_path) for run in PROJECT.runs.values()]
+
+
+def get_all_benchmarks(wildcards):
+    return [str(path) for path in PROJECT.benchmarks]
 
 
 def find_teacher_work():

@@ -1,4 +1,4 @@
-# A student is compared with its teacher on held-out text.
+# A student is compared with its teacher on held-out text, and both are examined by benchmarks.
 
 
 rule evaluate:
@@ -23,3 +23,43 @@ rule evaluate:
         "{params.script} --index {input.index:q} --training {input.training:q}"
         " --features {input.features:q} --signal {input.signal:q} --output {output:q} {params.flags}"
         " >> {log:q} 2> >(trap '' TERM; tee -a {log:q} >&2)"
+
+
+rule benchmark:
+    input:
+        record=ancient(rules.train.output[0]),
+        check=check_unless(
+            f"{RESULTS}/runs/{{run}}/{{id}}/benchmarks/{{task}}/{{benchmark}}/benchmark.json"
+        ),
+    output:
+        f"{RESULTS}/runs/{{run}}/{{id}}/benchmarks/{{task}}/{{benchmark}}/benchmark.json",
+    log:
+        "logs/benchmark/{run}_{id}_{task}_{benchmark}.log",
+    threads: get_cpu_threads
+    resources:
+        gpu=get_evaluation_gpus,
+    params:
+        script=SCRIPTS.format("benchmark"),
+        flags=get_benchmark_flags,
+    message:
+        "Benchmark {wildcards.task} of the student {wildcards.run}"
+    shell:
+        "{params.script} --record {input.record:q} --output {output:q} {params.flags}"
+        " >> {log:q} 2> >(trap '' TERM; tee -a {log:q} >&2)"
+
+
+use rule benchmark as benchmark_teacher with:
+    input:
+        record=ancient(f"{CACHE}/teachers/{{teacher}}/fingerprint.json"),
+        check=check_unless(
+            f"{CACHE}/teachers/{{teacher}}/benchmarks/{{task}}/{{benchmark}}/benchmark.json"
+        ),
+    output:
+        f"{CACHE}/teachers/{{teacher}}/benchmarks/{{task}}/{{benchmark}}/benchmark.json",
+    log:
+        "logs/benchmark/teacher_{teacher}_{task}_{benchmark}.log",
+    threads: get_benchmark_teacher_threads
+    resources:
+        gpu=get_benchmark_teacher_gpus,
+    message:
+        "Benchmark {wildcards.task} of the teacher"

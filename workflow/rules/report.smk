@@ -3,7 +3,8 @@
 
 rule report:
     input:
-        ancient(get_all_metrics),
+        metrics=ancient(get_all_metrics),
+        benchmarks=ancient(get_all_benchmarks),
     output:
         html=REPORT,
         table=REPORT.replace("report.html", "summary.csv"),
@@ -15,5 +16,5 @@ rule report:
     message:
         "Writing the report"
     shell:
-        "{params.script} --metrics {input:q} --output {output.html:q}"
+        "{params.script} --metrics {input.metrics:q} --benchmarks {input.benchmarks:q} --output {output.html:q}"
         " >> {log:q} 2> >(trap '' TERM; tee -a {log:q} >&2)"

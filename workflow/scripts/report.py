@@ -19,10 +19,13 @@ def main() -> None:
         "--metrics", required=True, type=Path, nargs="+", help="metrics.json of every run"
     )
     parser.add_argument(
+        "--benchmarks", type=Path, nargs="*", default=[], help="benchmark.json of runs and teachers"
+    )
+    parser.add_argument(
         "--output", required=True, type=Path, help="report.html; the summaries lie beside it"
     )
     args = parser.parse_args()
-    say(make_report(args.metrics, args.output))
+    say(make_report(args.metrics, args.output, benchmark_paths=args.benchmarks))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,350 @@
+"""Code that nobody has read does no harm: every way out is tried, in the real bubblewrap.
+
+A program has passed when it came to its end; each of these asserts, from inside, that its way out is closed.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from retort import sandbox
+from retort.sandbox import Limits, require_sandbox, run_program
+
+
+def _why_not() -> str | None:
+    if shutil.which("bwrap") is None:
+        return f"no bubblewrap here: {sandbox.INSTALL}"
+    try:
+        require_sandbox()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+needs_sandbox = pytest.mark.skipif(_why_not() is not None, reason=str(_why_not()))
+PATIENT = Limits(seconds=120.0)  # a busy machine is slow, not wrong
+
+ESCAPES = {
+    "a fork": """
+import os
+try:
+    child = os.fork()
+except OSError:
+    child = None
+if child == 0:
+    os._exit(0)
+assert child is None
+""",
+    "a thread": """
+import threading
+try:
+    threading.Thread(target=print).start()
+    started = True
+except RuntimeError:
+    started = False
+assert not started
+""",
+    "a command": """
+import os, subprocess
+for way in (lambda: subprocess.run(["/bin/true"]), lambda: os.posix_spawn("/bin/true", ["true"], {})):
+    try:
+        way()
+    except OSError:
+        continue
+    raise AssertionError("it ran")
+""",
+    "a socket to the world or to this machine": """
+import socket
+for address in (("1.1.1.1", 53), ("127.0.0.1", 22)):
+    try:
+        socket.create_connection(address, timeout=5)
+    except OSError:
+        continue
+    raise AssertionError(address)
+with open("/proc/net/dev") as file:
+    assert [line.split(":")[0].strip() for line in file if ":" in line] == ["lo"]
+""",
+    "a huge allocation": """
+held = []
+try:
+    while True:
+        held.append(bytearray(1 << 24))
+except MemoryError:
+    reached = len(held) << 24
+    held.clear()
+assert 1 << 26 < reached <= 1 << 30, reached
+""",
+    "a huge file, or many": """
+import os
+written = 0
+try:
+    for number in range(100):
+        with open(f"/tmp/{number}", "wb") as file:
+            written += file.write(bytes(1 << 20))
+except OSError:
+    pass
+assert 0 < written <= 16 << 20, written
+""",
+    "a file of the system": """
+import os
+for folder in ("/", "/usr", "/usr/bin", "/etc", "/dev", "/dev/shm", "/proc/sys/kernel", "/python", "/python/lib"):
+    if not os.path.isdir(folder):
+        continue
+    try:
+        os.close(os.open(folder + "/written", os.O_CREAT | os.O_WRONLY))
+    except OSError:
+        continue
+    raise AssertionError(folder)
+""",
+    "its parent, and all others": """
+import os, signal
+assert os.getpid() < 10 and [p for p in os.listdir("/proc") if p.isdigit() and int(p) > 10] == []
+for process in (os.getppid(), 1, -1):
+    try:
+        os.kill(process, signal.SIGKILL)
+    except OSError:
+        pass
+""",
+    "rights": """
+import os
+with open("/proc/self/status") as file:
+    found = dict(line.split(":", 1) for line in file)
+assert int(found["CapEff"], 16) == int(found["CapPrm"], 16) == 0, found["CapEff"]
+assert found["NoNewPrivs"].strip() == "1"
+assert os.getuid() != 0 or os.stat("/proc/1").st_uid == 0
+for become_root in (lambda: os.setuid(0), lambda: os.chroot("/"), lambda: os.setgroups([0])):
+    if os.getuid() == 0:
+        break  # of a namespace in which it is nobody
+    try:
+        become_root()
+    except OSError:
+        continue
+    raise AssertionError
+""",
+    "namespaces of its own": """
+import ctypes
+libc = ctypes.CDLL(None)
+for flag in (0x10000000, 0x00020000, 0x40000000, 0x20000000):  # user, mount, network, process
+    assert libc.unshare(flag) != 0, hex(flag)
+""",
+    "limits raised": """
+import resource
+for name in ("RLIMIT_AS", "RLIMIT_NPROC", "RLIMIT_FSIZE", "RLIMIT_CPU"):
+    limit = getattr(resource, name)
+    most = resource.getrlimit(limit)[1]
+    try:
+        resource.setrlimit(limit, (most + 1, most + 1))
+    except (OSError, ValueError):
+        continue
+    raise AssertionError(name)
+""",
+}
+
+
+# Guesses where the verdict goes, but not the word that goes with it.
+PRETENDER = """
+import os
+for place in range(3, 64):
+    try:
+        os.write(place, b'{"word": "x", "failure": null}')
+    except OSError:
+        pass
+os._exit(0)
+"""
+FLOOD = """
+import os
+for place in range(64):
+    try:
+        while True:
+            os.write(place, b"x" * 65536)
+    except OSError:
+        pass
+"""
+
+
+@needs_sandbox
+@pytest.mark.parametrize("escape", ESCAPES)
+def test_there_is_no_way_out_by(escape: str) -> None:
+    outcome = run_program(ESCAPES[escape], limits=PATIENT)
+    assert outcome.has_passed, outcome.failure
+
+
+@needs_sandbox
+def test_home_files_and_environment_are_not_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = tmp_path / "token"
+    secret.write_text("hf_secret")
+    tmp_path.chmod(0o755)
+    secret.chmod(0o644)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    program = f"""
+import os
+assert "hf_secret" not in str(dict(os.environ)), "environment"
+for process in (p for p in os.listdir("/proc") if p.isdigit()):
+    try:
+        with open(f"/proc/{{process}}/environ", "rb") as file:
+            assert b"hf_secret" not in file.read(), process
+    except OSError:
+        pass
+for place in {[str(secret), str(Path.home()), str(Path.cwd()), "/etc/passwd", "/var", "/run", "/sys"]}:
+    assert not os.path.exists(place), place
+assert os.listdir("/tmp") == []
+open("/tmp/mine", "w").close()
+"""
+    outcome = run_program(program, limits=PATIENT)
+    assert outcome.has_passed, outcome.failure
+    assert run_program(program, limits=PATIENT).has_passed  # what one wrote, the next does not see
+
+
+@needs_sandbox
+def test_a_fork_bomb_is_over_when_its_time_is() -> None:
+    before = _processes()
+    outcome = run_program(
+        "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass\n",
+        limits=Limits(seconds=3.0),
+    )
+    assert not outcome.has_passed
+    assert _processes() <= before
+
+
+def _processes() -> set[str]:
+    """The sandboxed Pythons of this machine that this process started."""
+    mine = set()
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (place / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if b"bwrap" in command.split(b"\0")[0] and _is_ours(place):
+            mine.add(place.name)
+    return mine
+
+
+def _is_ours(place: Path) -> bool:
+    fields = (place / "stat").read_text().rsplit(")", 1)[1].split()
+    return int(fields[1]) == os.getpid()
+
+
+@needs_sandbox
+@pytest.mark.parametrize(
+    "program",
+    [
+        "while True: pass",
+        "import time; time.sleep(1000)",
+        "import signal\nfor s in (1, 2, 15, 24): signal.signal(s, signal.SIG_IGN)\nwhile True: pass",
+    ],
+)
+def test_a_program_without_end_has_failed(program: str) -> None:
+    outcome = run_program(program, limits=Limits(seconds=2.0))
+    assert not outcome.has_passed
+    assert outcome.failure is not None
+
+
+@needs_sandbox
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import os; os._exit(0)",
+        "import sys; sys.exit(0)",
+        "raise SystemExit",
+        "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+        "raise KeyboardInterrupt",
+        "def broken(:",
+        "assert False, 'no'",
+        "import sys; sys.setrecursionlimit(10**9)\ndef f(): f()\nf()",
+        PRETENDER,
+    ],
+)
+def test_a_program_that_leaves_before_its_end_has_not_passed(program: str) -> None:
+    assert not run_program(program, limits=PATIENT).has_passed
+
+
+@needs_sandbox
+def test_a_flood_of_output_is_not_kept() -> None:
+    assert not run_program(FLOOD, limits=Limits(seconds=5.0)).has_passed
+    assert run_program("print('x' * 10**7)", limits=PATIENT).has_passed
+
+
+@needs_sandbox
+def test_what_runs_inside_ends_with_whoever_started_it() -> None:
+    code = (
+        "from retort.sandbox import Limits, run_program\n"
+        "print('ready', flush=True)\n"
+        "run_program('while True: pass  # orphan-of-a-test', limits=Limits(seconds=600))\n"
+    )
+    starter = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    try:
+        assert starter.stdout is not None
+        starter.stdout.readline()
+        _wait(lambda: len(_below(starter.pid)) >= 3)
+        below = _below(starter.pid)
+    finally:
+        starter.kill()
+        starter.wait()
+    _wait(lambda: not any(Path(f"/proc/{process}").exists() for process in below))
+
+
+def _below(process: int) -> list[int]:
+    """A process's children and theirs."""
+    children = [
+        int(p) for p in Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    ]
+    return children + [grandchild for child in children for grandchild in _below(child)]
+
+
+def _wait(condition) -> None:  # type: ignore[no-untyped-def]
+    until = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def _forgetful() -> Iterator[None]:
+    require_sandbox.cache_clear()
+    yield
+    require_sandbox.cache_clear()
+
+
+@pytest.mark.usefixtures("_forgetful")
+def test_without_bubblewrap_nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match="bubblewrap is not installed") as refusal:
+        run_program("pass", limits=Limits())
+    assert "apt-get install bubblewrap" in str(refusal.value)
+
+
+@pytest.mark.usefixtures("_forgetful")
+def test_where_bubblewrap_may_not_run_nothing_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    refusing = tmp_path / "bwrap"
+    refusing.write_text(
+        "#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2\nexit 1\n"
+    )
+    refusing.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(ValueError, match="may not run here: bwrap: No permissions") as refusal:
+        run_program("pass", limits=Limits())
+    assert len(str(refusal.value).splitlines()) == 1
+
+
+@pytest.mark.usefixtures("_forgetful")
+def test_a_sandbox_that_does_not_hold_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    open_door = tmp_path / "bwrap"  # runs the command outside of any sandbox
+    open_door.write_text(
+        f'#!/bin/sh\nwhile [ "$1" != -I ]; do shift; done\nexec {sys.executable} "$@"\n'
+    )
+    open_door.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(ValueError, match="does not hold"):
+        run_program("pass", limits=Limits())

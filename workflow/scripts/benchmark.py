@@ -1,0 +1,80 @@
+"""Run one benchmark on a run's student, or on a teacher: a task of lm-evaluation-harness, or humaneval.
+
+    python workflow/scripts/benchmark.py --benchmark hellaswag --record results/runs/mine/training.json \\
+        --output results/runs/mine/benchmarks/hellaswag/benchmark.json
+    python workflow/scripts/benchmark.py --benchmark humaneval --evaluation-allow-code-execution \\
+        --evaluation-humaneval-file HumanEval.jsonl.gz --teacher models/teacher \\
+        --record results/teachers/mine/fingerprint.json --output teacher_humaneval/benchmark.json
+"""
+
+import argparse
+from pathlib import Path
+
+from retort.commands import run_script, say
+from retort.config import add_section_flags, section_from_args
+from retort.leases import lease_teacher, lease_training
+
+
+def main() -> None:
+    """Write benchmark.json."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--benchmark", required=True, help="its name")
+    parser.add_argument(
+        "--record",
+        required=True,
+        type=Path,
+        help="training.json of a run (final/ lies beside it), or fingerprint.json of the teacher",
+    )
+    parser.add_argument("--teacher", help="folder or Hub id of the teacher; without it, a student")
+    parser.add_argument("--output", required=True, type=Path, help="benchmark.json")
+    parser.add_argument(
+        "--among-gpus", help="GPUs that a student may use, such as 1,3,5,7; else all"
+    )
+    parser.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="of a student"
+    )
+    for section in ("evaluation", "teacher", "teacher.generation"):
+        add_section_flags(parser, section)
+    args = parser.parse_args()
+    benchmark_teacher(args) if args.teacher else benchmark_run(args)
+
+
+def benchmark_run(args: argparse.Namespace) -> None:
+    """Examine the student of a run."""
+    with lease_training(1, device=args.device, among=args.among_gpus, say=say):
+        from retort import benchmarks
+
+        line = benchmarks.benchmark_run(
+            args.output,
+            name=args.benchmark,
+            training_path=args.record,
+            settings=section_from_args(args, "evaluation"),
+            device=args.device,
+            cpu_threads=section_from_args(args, "teacher.generation").cpu_threads,
+            say=say,
+        )
+    say(line)
+
+
+def benchmark_teacher(args: argparse.Namespace) -> None:
+    """Examine a teacher, on a GPU group."""
+    section = section_from_args(args, "teacher")
+    with lease_teacher(section.generation, worker=0, device=section.device, say=say):
+        from retort import benchmarks
+
+        line = benchmarks.benchmark_teacher(
+            args.output,
+            name=args.benchmark,
+            teacher_path=args.teacher,
+            fingerprint_path=args.record,
+            section=section,
+            settings=section_from_args(args, "evaluation"),
+            say=say,
+        )
+    say(line)
+
+
+if __name__ == "__main__":
+    run_script(main)
