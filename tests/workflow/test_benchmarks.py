@@ -1,4 +1,4 @@
-"""Benchmarks in the workflow: made once for each model and name, shown in the report, refused early where they cannot."""
+"""Benchmarks in the workflow: made once for each model and name, shown in the report, refused early."""
 
 import gzip
 import json
