@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-unit test-workflow test-slow test-slurm campaign benchmark-cache benchmark-merge benchmark-teacher benchmark-training benchmark-feeding benchmark-groups benchmark-quality lint environment docs clean
+.PHONY: demo test test-unit test-workflow test-slow test-slurm campaign benchmark-cache benchmark-merge benchmark-teacher benchmark-training benchmark-feeding benchmark-groups benchmark-graph benchmark-quality lint environment docs clean
 
 demo: $(READY)
 	$(BIN)/snakemake --cores $(CORES) --quiet rules
@@ -66,6 +66,10 @@ benchmark-feeding: $(READY)
 # One to eight GPU groups with pretended work, about five minutes: make benchmark-groups FLAGS="--parts 160 --seconds 96"
 benchmark-groups: $(READY)
 	$(BIN)/python benchmarks/groups.py $(FLAGS)
+
+# Planning 10,000 shards and 64 workers beside plain Snakemake, one to two minutes: make benchmark-graph FLAGS="--shards 2000"
+benchmark-graph: $(READY)
+	$(BIN)/python benchmarks/graph.py $(FLAGS)
 
 # What a student keeps of the teacher, by bytes a position: an hour and a half of one core.
 benchmark-quality: $(READY)

@@ -22,6 +22,8 @@ container: "docker://python:3.12"
 
 
 include: "workflow/rules/common.smk"
+include: "workflow/rules/machines.smk"
+include: "workflow/rules/messages.smk"
 include: "workflow/rules/corpus.smk"
 include: "workflow/rules/teacher.smk"
 include: "workflow/rules/student.smk"
@@ -56,4 +58,5 @@ onsuccess:
 
 
 onerror:
+    cancel_forgotten_jobs()
     explain_failures()

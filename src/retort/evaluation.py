@@ -22,6 +22,8 @@ from retort.scores import (
     DOCUMENTS_FILE,
     METRICS_FORMAT,
     METRICS_VERSION,
+    OF_BOTH,
+    OTHER_TOKENIZER,
     Scores,
     summarise,
     write_documents,
@@ -103,6 +105,23 @@ def refuse_other_student(folder: Path, record: dict[str, Any], source: Path) -> 
         )
 
 
+def _open_teacher(
+    path: Path, table: SequenceTable, weights: str | None, *, made_from: Path
+) -> TeacherFeatures:
+    """Read what the teacher said of the very sequences of `table`; it must be the one that was trained with, if any."""
+    teacher = read_features(path)
+    teacher.require("val", table, source=path)
+    if weights is not None:
+        teacher.require_teacher(weights, source=path, made_from=made_from)
+    return teacher
+
+
+def _has_tokenizer(fingerprint_path: Path, index: TokenIndex) -> bool:
+    """Say whether a recorded teacher has the tokenizer that made the tokens."""
+    own = read_json(fingerprint_path)["tokenizer"]["fingerprint"]
+    return bool(own == index.content["tokenizer"]["fingerprint"])
+
+
 def evaluate_run(
     out: Path,
     *,
@@ -113,9 +132,12 @@ def evaluate_run(
     evaluation: Evaluation,
     device: str,
     cpu_threads: int,
+    fingerprint_path: Path | None = None,
 ) -> str:
     """Evaluate the student in final/ beside training.json, write metrics.json, return its line.
 
+    `fingerprint_path`: the teacher's record, where the student did not learn from a cache: a teacher with another
+    tokenizer read other tokens than it knows, and nothing is compared with it.
     Raises ValueError when final/ is not what training wrote, or the teacher is not the one that was trained with.
     """
     torch.set_num_threads(cpu_threads)
@@ -124,13 +146,10 @@ def evaluate_run(
     folder = training_path.parent / "final"
     refuse_other_student(folder, record, training_path)
     table = index.read_split("val", max_positions=evaluation.max_positions)
-    teacher = read_features(features_path) if features_path else None
-    if teacher is not None and features_path is not None:
-        teacher.require("val", table, source=features_path)
-        if record["teacher"] is not None:
-            teacher.require_teacher(
-                record["teacher"], source=features_path, made_from=training_path
-            )
+    is_foreign = fingerprint_path is not None and not _has_tokenizer(fingerprint_path, index)
+    teacher = None
+    if features_path is not None and not is_foreign:
+        teacher = _open_teacher(features_path, table, record["teacher"], made_from=training_path)
     chosen = choose_device(device)
     model = load_pretrained(str(folder), dtype=torch.float32).to(chosen).eval()
     next_bytes, why_no_bytes = read_next_bytes(table, str(folder))
@@ -147,6 +166,8 @@ def evaluate_run(
     found["validation"]["leaked_sequences"] = index.count_leaked(table)
     found["validation"]["sequences"] = len(table)
     found["not_defined"] |= why_no_bytes
+    if is_foreign:
+        found["not_defined"] |= dict.fromkeys(OF_BOTH, OTHER_TOKENIZER)
     manifest = read_json(manifest_path) if manifest_path else None
     is_measured = manifest is not None and manifest["fidelity_kl"] is not None
     metrics = {

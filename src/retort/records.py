@@ -81,9 +81,7 @@ class Record:
     teacher_card: Scorecard | None
     breakdown: Mapping[str, tuple[ClassRow, ...]]
     not_defined: Mapping[str, str]  # why a metric is None
-    trained: Mapping[
-        str, Any
-    ]  # keys of run.json by their dotted names: commit, versions.torch, training.alpha
+    trained: Mapping[str, Any]  # of run.json, by dotted names: commit, training.alpha
     cache: CacheFacts | None
 
     @property

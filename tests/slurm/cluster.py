@@ -22,7 +22,8 @@ CPUS = 32
 _PATIENCE_S = 600
 
 # Partition `scavenge` is preempted by the other two. A killed node is missed after some 10 s, a job at its time limit
-# gets SIGTERM (SLURM looks every 30 s) and 5 s later SIGKILL.
+# gets SIGTERM (SLURM looks every 30 s) and 5 s later SIGKILL. All listen at every address of the machine, hence the
+# ports: an srun that listens at one address would not be heard by a step on another node.
 _CONFIG = """\
 ClusterName=retort
 SlurmctldHost=login

@@ -226,7 +226,14 @@ def trained(tmp_path: Path, tiny_teacher: Path) -> Path:
     return tmp_path / "training.json"
 
 
-def run_rule(trained: Path, index: TokenIndex, features_path: Path | None, **values: Any) -> str:
+def run_rule(
+    trained: Path,
+    index: TokenIndex,
+    features_path: Path | None,
+    *,
+    fingerprint: Path | None = None,
+    **values: Any,
+) -> str:
     write_json(trained.parent / "manifest.json", MANIFEST)
     return evaluate_run(
         trained.parent / "evaluation" / "metrics.json",
@@ -237,6 +244,7 @@ def run_rule(trained: Path, index: TokenIndex, features_path: Path | None, **val
         evaluation=section("evaluation", **values),
         device="cpu",
         cpu_threads=1,
+        fingerprint_path=fingerprint,
     )
 
 
@@ -298,6 +306,24 @@ def test_a_tokenizer_that_does_not_load_costs_the_bits_per_byte_alone(
     found = read_json(trained.parent / "evaluation" / "metrics.json")
     assert found["validation"]["bits_per_byte"] is None and found["validation"]["loss"] > 0
     assert "cannot load the tokenizer" in found["not_defined"]["bits_per_byte"]
+
+
+def test_with_a_teacher_of_another_tokenizer_nothing_is_compared(
+    trained: Path, index: TokenIndex, features_path: Path, tmp_path: Path
+) -> None:
+    known = read_json(features_path.parent / "fingerprint.json")
+    write_json(tmp_path / "same.json", known)
+    run_rule(trained, index, features_path, fingerprint=tmp_path / "same.json")
+    path = trained.parent / "evaluation" / "metrics.json"
+    assert read_json(path)["validation"]["kl_to_teacher"] > 0
+    known["tokenizer"]["fingerprint"] = "0123456789ab"
+    write_json(tmp_path / "other.json", known)
+    run_rule(trained, index, features_path, fingerprint=tmp_path / "other.json")
+    found = read_json(path)
+    assert found["teacher"] is None and found["teacher_validation"] is None
+    assert set(found["not_defined"]) == set(OF_BOTH)
+    assert "different tokenizers" in found["not_defined"]["kl_to_teacher"]
+    assert found["validation"]["bits_per_byte"] > 0
 
 
 def test_features_of_other_held_out_sequences_are_refused(

@@ -1,6 +1,7 @@
 """What runs share is computed once, a config means the same everywhere, and the commands users type work."""
 
 import json
+import re
 import shutil
 from typing import Any
 
@@ -40,6 +41,17 @@ ONE_RUN = {
 
 def test_one_run_needs_every_job_once(fresh: Place) -> None:
     assert plan_runs(fresh, {"only": distil()}) == ONE_RUN
+
+
+def test_workers_wait_for_the_index_not_for_every_shard(fresh: Place) -> None:
+    generation = {"generation": {"num_workers": 3}}
+    fresh.write_config(tiny(runs={"only": distil()}, dataset={"num_shards": 7}, teacher=generation))
+    edges = read_dag(fresh.snakemake("--dag"))
+    assert edges["tokenize_shard"] == {"resolve_teacher"}, "one input of each of many jobs"
+    assert edges["index_tokens"] == {"tokenize_shard"}
+    for rule in ("score_validation", "plan", "generate_logits", "merge_h5", "train", "evaluate"):
+        assert "tokenize_shard" not in edges[rule], rule
+    assert edges["generate_logits"] == {"index_tokens", "resolve_teacher", "plan", "check_inputs"}
 
 
 def test_two_top_k_share_tokens_and_the_held_out_pass(fresh: Place) -> None:
@@ -185,6 +197,15 @@ def test_a_machine_without_gpus_says_so_once(done: Place) -> None:
     shutil.rmtree(done.results / "reports")
     said = done.snakemake("--resources", "gpu=8", cores=8)
     assert said.count("No GPU found here") == 1
+
+
+def read_dag(said: str) -> dict[str, set[str]]:
+    """Read Snakemake's graph (--dag): the rules whose outputs a rule's jobs take, by rule."""
+    names = dict(re.findall(r'^\s*(\d+)\[label = "(\w+)', said, flags=re.MULTILINE))
+    edges: dict[str, set[str]] = {name: set() for name in names.values()}
+    for source, target in re.findall(r"^\s*(\d+) -> (\d+)", said, flags=re.MULTILINE):
+        edges[names[target]].add(names[source])
+    return edges
 
 
 def _rows(said: str) -> set[str]:

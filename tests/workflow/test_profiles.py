@@ -13,7 +13,7 @@ PROFILE = REPOSITORY / "profiles" / "slurm" / "config.yaml"
 RULES = {
     rule
     for path in (REPOSITORY / "workflow" / "rules").glob("*.smk")
-    for rule in re.findall(r"^rule (\w+):", path.read_text(), flags=re.MULTILINE)
+    for rule in re.findall(r"^(?:use rule \w+ as|rule) (\w+)", path.read_text(), flags=re.MULTILINE)
 }
 _LOCAL = re.search(r"^localrules:\n((?: {4}\w+,\n)+)", (REPOSITORY / "Snakefile").read_text(), re.M)
 assert _LOCAL

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from place import Place, wait_until
+from place import Place, tiny, wait_until
 from safetensors.torch import load_file
 from test_by_hand import read_commands, with_output
 from torch import Tensor
@@ -202,4 +202,20 @@ def test_ranks_need_a_batch_that_they_can_share(student: Student) -> None:
     done = student.place.execute(student.command("odd", "--gpus", "5"))
     assert done.returncode == 1
     assert "12 sequences a step, which 5 GPUs cannot share evenly" in done.output
+    assert "Traceback" not in done.output
+
+
+def test_several_nodes_without_slurm_are_refused_before_anything_starts(fresh: Place) -> None:
+    fresh.write_config(tiny(training={"nodes": 2}))
+    refused = fresh.try_snakemake()
+    assert refused.returncode != 0
+    assert "In run 'hard', training.nodes is 2, but without SLURM" in refused.output
+    assert "Traceback" not in refused.output
+    assert not list(fresh.results.glob("*/*")), "nothing was made"
+
+
+def test_several_nodes_by_hand_need_srun(student: Student) -> None:
+    done = student.place.execute(student.command("nodes", "--nodes", "2"))
+    assert done.returncode == 1
+    assert "srun has not started this command once on each of 2 nodes" in done.output
     assert "Traceback" not in done.output

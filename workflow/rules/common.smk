@@ -1,6 +1,5 @@
-# What the rules share: the plan of artefacts, and get_* functions from wildcards to inputs, flags and resources.
+# What the rules share: the plan of artefacts, and get_* functions from wildcards to inputs and flags.
 # Every node parses this file again for every job it runs: nothing here may import torch.
-import contextlib
 import functools
 import json
 import shlex
@@ -9,11 +8,7 @@ from pathlib import Path
 
 from retort.artefacts import plan_project
 from retort.config import load_runs, section_flags
-from retort.failures import describe_failures
-from retort.gpus import count_workers, describe_machine, detect_gpus, is_scheduled
-from retort.provenance import require_writable
 from snakemake.exceptions import WorkflowError
-from snakemake.settings.enums import Quietness
 
 try:
     PROJECT = plan_project(load_runs(config))
@@ -86,8 +81,24 @@ def get_draw_flags(wildcards):
     return f"--reader {reader} --corpus-stamp {corpus.stamp} {flags(corpus.dataset)}"
 
 
+def get_tokenize_inputs(wildcards):
+    """The corpus where it is drawn, the teacher whose tokenizer is used, and while the shard is not there, the check.
+
+    What is still to be made of these waits for the check itself: ten thousand jobs need not say it once more.
+    """
+    made = [*get_corpus(wildcards), *get_tokenizer(wildcards)]
+    shard = f"{CACHE}/tokens/{wildcards.tokens}/shard_{wildcards.shard}.h5"
+    waits = not all(Path(path).exists() for path in made)
+    return made if waits or Path(shard).exists() else [*made, CHECK]
+
+
 def get_tokenize_flags(wildcards):
-    tokens = PROJECT.tokens[wildcards.tokens]
+    return tokenize_flags(wildcards.tokens)
+
+
+@functools.cache
+def tokenize_flags(tokens_id):
+    tokens = PROJECT.tokens[tokens_id]
     corpus = (
         f" --corpus {shlex.quote(str(tokens.corpus.folder))}"
         if tokens.corpus.is_drawn
@@ -214,40 +225,6 @@ def get_benchmark_flags(wildcards):
     return " ".join(words)
 
 
-def get_benchmark_teacher_gpus(wildcards):
-    return get_benchmark(wildcards).config.teacher.generation.gpus_per_model
-
-
-def get_benchmark_teacher_threads(wildcards):
-    return get_benchmark(wildcards).config.teacher.generation.cpu_threads
-
-
-@functools.cache
-def detected_gpus():
-    """The GPUs of the machine that reads the config; a broken driver is an error of the job that needs it."""
-    try:
-        return detect_gpus()
-    except ValueError as error:
-        logger.warning(str(error))
-        return ()
-
-
-def get_num_workers(wildcards):
-    """How many workers share a cache's parts. It names nothing, so it may differ between machines and runs."""
-    generation = PROJECT.logits[wildcards.logits].config.teacher.generation
-    return count_workers(generation, detected=detected_gpus())
-
-
-def get_terminal(wildcards):
-    """The terminal, as worker 0's descriptor 3: its bar must not go where stderr goes, into the log."""
-    quiet = workflow.output_settings.quiet or set()
-    is_shown = wildcards.worker == "0" and not {
-        Quietness.ALL,
-        Quietness.PROGRESS,
-    } & set(quiet)
-    return "--terminal 3 3>&2" if is_shown else ""
-
-
 def get_receipts(wildcards):
     folder = f"{CACHE}/logits/{wildcards.logits}"
     return [
@@ -302,162 +279,9 @@ def get_train_flags(wildcards):
     return " ".join(words)
 
 
-def get_cpu_threads(wildcards):
-    """The threads that the config fixes (another number changes bits); Snakemake may run fewer at once."""
-    found = artefact(wildcards)
-    is_run = hasattr(found, "evaluation_id")
-    if not is_run:
-        return found.config.teacher.generation.cpu_threads
-    training = found.config.training
-    ranks = training.gpus if training.device == "cpu" else 1
-    return training.cpu_threads * ranks
-
-
-def get_teacher_gpus(wildcards):
-    teacher = artefact(wildcards).config.teacher
-    return 0 if teacher.device == "cpu" else teacher.generation.gpus_per_model
-
-
-def get_training_gpus(wildcards):
-    """The GPUs of all nodes together."""
-    training = PROJECT.runs[wildcards.run].config.training
-    return 0 if training.device == "cpu" else training.gpus * training.nodes
-
-
-def get_evaluation_gpus(wildcards):
-    return min(1, get_training_gpus(wildcards))
-
-
-def several_nodes(resource):
-    """A resource function by which SLURM gives a training several nodes; unset where one is enough.
-
-    The slurm plugin lets a job that is "mpi" start its own step, and wants several tasks on a node of it: two, with half
-    of a node's threads each. `gres` gives every node as many GPUs as the next; a sum alone may be dealt unevenly.
-    """
-
-    def get_resource(wildcards, threads):
-        training = PROJECT.runs[wildcards.run].config.training
-        if training.nodes == 1:
-            return None
-        on_cpu = training.device == "cpu"
-        return {
-            "nodes": training.nodes,
-            "gres": None if on_cpu else f"gpu:{training.gpus}",
-            "mpi": "srun",
-            "tasks_per_node": 2,
-            "cpus_per_task": (threads + 1) // 2 if on_cpu else None,
-        }[resource]
-
-    return get_resource
-
-
-SEVERAL_NODES = {
-    name: several_nodes(name)
-    for name in ("nodes", "gres", "mpi", "tasks_per_node", "cpus_per_task")
-}
-
-
-def get_srun(wildcards):
-    """What starts a training once on each of several nodes; nothing for one."""
-    training = PROJECT.runs[wildcards.run].config.training
-    if training.nodes == 1:
-        return ""
-    words = f"srun --nodes={training.nodes} --ntasks-per-node=1 --cpu-bind=none"
-    if training.device != "cpu":
-        words += f" --gres=gpu:{training.gpus}"
-    return f"{words} --kill-on-bad-exit=1 --input=none"
-
-
 def get_all_metrics(wildcards):
     return [str(run.metrics_path) for run in PROJECT.runs.values()]
 
 
 def get_all_benchmarks(wildcards):
     return [str(path) for path in PROJECT.benchmarks]
-
-
-def find_teacher_work():
-    """Every way in which a teacher is run, and whether any of what it makes is still to be made."""
-    made = [(logits, "manifest.json") for logits in PROJECT.logits.values()]
-    for validation in PROJECT.validations.values():
-        made.append((validation, "teacher_validation.safetensors"))
-    work = {}
-    for found, name in made:
-        generation = found.config.teacher.generation
-        is_missing = not (found.folder / name).exists()
-        work[generation] = work.get(generation, False) or is_missing
-    return work
-
-
-def require_own_profile():
-    """Raise WorkflowError where jobs would be submitted by a profile that is as it was shipped."""
-    submitted = {
-        job.rule.name: job for job in workflow.dag.needrun_jobs() if not job.is_local
-    }
-    left = sorted(
-        {
-            name
-            for job in submitted.values()
-            for name, value in job.resources.items()
-            if value == "CHANGE_ME"
-        }
-    )
-    if left:
-        raise WorkflowError(
-            f"Nothing was submitted: {' and '.join(left)} still say CHANGE_ME. Write your own at the top of "
-            "profiles/slurm/config.yaml (docs/slurm.md)."
-        )
-
-
-def greet():
-    """Say what the teacher will run on, before anything starts; under a scheduler that is another machine than this.
-
-    Raises WorkflowError where the results cannot be written, this machine must run the teacher and cannot, or the
-    profile says nothing of the user's account.
-    """
-    require_own_profile()
-    try:
-        for folder in dict.fromkeys((RESULTS, CACHE)):
-            require_writable(Path(folder))
-    except ValueError as error:
-        raise WorkflowError(str(error)) from None
-    if workflow.local_exec and not is_scheduled():
-        refuse_several_nodes()
-    for generation, must_run in find_teacher_work().items():
-        try:
-            logger.info(describe_machine(generation, detected=detected_gpus()))
-        except ValueError as error:
-            if must_run and workflow.local_exec:
-                raise WorkflowError(str(error)) from None
-            logger.warning(str(error))
-
-
-def refuse_several_nodes():
-    """Raise WorkflowError where a student is still to be trained on several nodes, and nobody gives them."""
-    for name, run in PROJECT.runs.items():
-        nodes = run.config.training.nodes
-        if nodes > 1 and not (run.folder / "training.json").exists():
-            raise WorkflowError(
-                f"Nothing was started. In run '{name}', training.nodes is {nodes}, but without SLURM there is one "
-                "machine. Use snakemake --profile profiles/slurm, or training.nodes: 1, which trains the same student."
-            )
-
-
-def point_to_report():
-    """Let results/report.html and summary.txt be those of the config that was asked for last, once they exist."""
-    if Path(REPORT).exists() and workflow.is_main_process:
-        logger.info(f"Report of this config: {RESULTS}/report.html")
-    for made in (Path(REPORT), Path(REPORT).with_name("summary.txt")):
-        link, target = Path(RESULTS) / made.name, made.relative_to(RESULTS)
-        if made.exists() and not (link.is_symlink() and link.readlink() == target):
-            with contextlib.suppress(OSError):  # somebody else's results, read only
-                link.unlink(missing_ok=True)
-                link.symlink_to(target)
-
-
-def explain_failures():
-    """Say why jobs failed; those that Snakemake interrupted are not among them."""
-    failed = sorted(workflow.scheduler.failed, key=lambda job: str(job.log))
-    jobs = [(job.rule.name, Path(log)) for job in failed for log in job.log]
-    if jobs:
-        logger.error(f"\n{describe_failures(jobs)}\n")

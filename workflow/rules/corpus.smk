@@ -34,10 +34,9 @@ rule draw_corpus:
 
 
 rule tokenize_shard:
+    # There may be ten thousand of these jobs: what is here once is evaluated, and formatted, so many times.
     input:
-        check=check_unless(f"{CACHE}/tokens/{{tokens}}/shard_{{shard}}.h5"),
-        corpus=ancient(get_corpus),
-        tokenizer=ancient(get_tokenizer),
+        ancient(get_tokenize_inputs),
     output:
         f"{CACHE}/tokens/{{tokens}}/shard_{{shard}}.h5",
     log:
@@ -45,8 +44,6 @@ rule tokenize_shard:
     params:
         script=SCRIPTS.format("tokenize_shard"),
         flags=get_tokenize_flags,
-    message:
-        "Tokenizing shard {wildcards.shard}"
     shell:
         "{params.script} --shard {wildcards.shard} --output {output:q} {params.flags}"
         " >> {log:q} 2> >(trap '' TERM; tee -a {log:q} >&2)"

@@ -30,7 +30,11 @@ def main() -> None:
         "--features", type=Path, nargs="*", default=[], help="teacher_validation.safetensors"
     )
     run.add_argument(
-        "--signal", type=Path, nargs="*", default=[], help="manifest.json of the run's cache"
+        "--signal",
+        type=Path,
+        nargs="*",
+        default=[],
+        help="manifest.json of the run's cache, or fingerprint.json of its teacher",
     )
     hand = parser.add_argument_group("any models, by hand")
     hand.add_argument("--model", help="folder or Hub id of the model to measure")
@@ -79,6 +83,7 @@ def evaluate_run(args: argparse.Namespace) -> None:
             training_path=args.training,
             features_path=next(iter(args.features), None),
             manifest_path=next((p for p in args.signal if p.name == "manifest.json"), None),
+            fingerprint_path=next((p for p in args.signal if p.name == "fingerprint.json"), None),
             evaluation=section_from_args(args, "evaluation"),
             device=args.device,
             cpu_threads=args.cpu_threads,

@@ -1,0 +1,120 @@
+# What is said and done before the first job and after the last, by the Snakemake that was typed.
+import contextlib
+import subprocess
+import sys
+
+from retort.failures import describe_failures
+from retort.gpus import describe_machine, is_scheduled
+from retort.provenance import require_writable
+
+
+def greet():
+    """Say what the teacher will run on, before anything starts; under a scheduler that is another machine than this.
+
+    Raises WorkflowError where the results cannot be written, this machine must run the teacher and cannot, or the
+    profile says nothing of the user's account.
+    """
+    require_own_profile()
+    remember_job_age()
+    try:
+        for folder in dict.fromkeys((RESULTS, CACHE)):
+            require_writable(Path(folder))
+    except ValueError as error:
+        raise WorkflowError(str(error)) from None
+    if workflow.local_exec and not is_scheduled():
+        refuse_several_nodes()
+    for generation, must_run in find_teacher_work().items():
+        try:
+            logger.info(describe_machine(generation, detected=detected_gpus()))
+        except ValueError as error:
+            if must_run and workflow.local_exec:
+                raise WorkflowError(str(error)) from None
+            logger.warning(str(error))
+
+
+def find_teacher_work():
+    """Every way in which a teacher is run, and whether any of what it makes is still to be made."""
+    made = [(logits, "manifest.json") for logits in PROJECT.logits.values()]
+    for validation in PROJECT.validations.values():
+        made.append((validation, "teacher_validation.safetensors"))
+    work = {}
+    for found, name in made:
+        generation = found.config.teacher.generation
+        is_missing = not (found.folder / name).exists()
+        work[generation] = work.get(generation, False) or is_missing
+    return work
+
+
+def require_own_profile():
+    """Raise WorkflowError where jobs would be submitted by a profile that is as it was shipped."""
+    submitted = {
+        job.rule.name: job for job in workflow.dag.needrun_jobs() if not job.is_local
+    }
+    left = sorted(
+        {
+            name
+            for job in submitted.values()
+            for name, value in job.resources.items()
+            if value == "CHANGE_ME"
+        }
+    )
+    if left:
+        raise WorkflowError(
+            f"Nothing was submitted: {' and '.join(left)} still say CHANGE_ME. Write your own at the top of "
+            "profiles/slurm/config.yaml (docs/slurm.md)."
+        )
+
+
+def refuse_several_nodes():
+    """Raise WorkflowError where a student is still to be trained on several nodes, and nobody gives them."""
+    for name, run in PROJECT.runs.items():
+        nodes = run.config.training.nodes
+        if nodes > 1 and not (run.folder / "training.json").exists():
+            raise WorkflowError(
+                f"Nothing was started. In run '{name}', training.nodes is {nodes}, but without SLURM there is one "
+                "machine. Use snakemake --profile profiles/slurm, or training.nodes: 1, which trains the same student."
+            )
+
+
+def point_to_report():
+    """Let results/report.html and summary.txt be those of the config that was asked for last, once they exist."""
+    if Path(REPORT).exists() and workflow.is_main_process:
+        logger.info(f"Report of this config: {RESULTS}/report.html")
+    for made in (Path(REPORT), Path(REPORT).with_name("summary.txt")):
+        link, target = Path(RESULTS) / made.name, made.relative_to(RESULTS)
+        if made.exists() and not (link.is_symlink() and link.readlink() == target):
+            with contextlib.suppress(OSError):  # somebody else's results, read only
+                link.unlink(missing_ok=True)
+                link.symlink_to(target)
+
+
+def explain_failures():
+    """Say why jobs failed; those that Snakemake interrupted are not among them."""
+    failed = sorted(workflow.scheduler.failed, key=lambda job: str(job.log))
+    jobs = [(job.rule.name, Path(log)) for job in failed for log in job.log]
+    if jobs:
+        logger.error(f"\n{describe_failures(jobs)}\n")
+
+
+def remember_job_age():
+    """Let the slurm plugin (2.8) know for good how long the controller remembers jobs that ended.
+
+    It asks again at every look, takes a controller that is away for one that remembers nothing, and then asks sacct,
+    where there may be no accounting: it would not notice that the controller is back.
+    """
+    plugin = sys.modules.get("snakemake_executor_plugin_slurm")
+    age = plugin.get_min_job_age() if plugin and not workflow.local_exec else None
+    if age is not None:
+        plugin.get_min_job_age = lambda: age
+
+
+def cancel_forgotten_jobs():
+    """Let no SLURM job outlive the Snakemake that ends here.
+
+    While the slurm plugin (2.8) asks for the states of its jobs it has none in its list, so a Ctrl-C in that moment
+    cancels none.
+    """
+    name = getattr(workflow.scheduler._executor, "run_uuid", None)
+    if name is not None:
+        with contextlib.suppress(OSError):
+            subprocess.run(["scancel", "--name", name], check=False)
