@@ -162,9 +162,8 @@ def _index_tasks(tasks_dir: str | None, has_defaults: bool) -> Any:
 def _cannot_load(name: str, error: Exception) -> str:
     is_offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "ON", "YES")
     advice = (
-        "HF_HUB_OFFLINE is set, so data that were not fetched before are not there: run the check where there is "
-        "network (snakemake with the target of the rule check_inputs, or lm-eval itself), or bring a task file with "
-        "local data (evaluation.benchmark_tasks_dir)"
+        "HF_HUB_OFFLINE is set, so data that were not fetched before are not there. Type, where there is network: "
+        "snakemake --cores 1 check_inputs; or bring a task file with local data (evaluation.benchmark_tasks_dir)"
         if is_offline
         else "its data must be on this machine, or within reach"
     )
