@@ -8,11 +8,11 @@ import difflib
 import logging
 import os
 import sys
-from contextlib import redirect_stderr
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -66,10 +66,7 @@ def run_tasks(
     lm = HFLM(
         pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size, truncation=True
     )
-    with (
-        Path(os.devnull).open("w") as nowhere,
-        redirect_stderr(nowhere),
-    ):  # its bars belong to no log
+    with _quiet():
         found = lm_eval.simple_evaluate(
             model=lm,
             tasks=[name],
@@ -89,6 +86,21 @@ def run_tasks(
         "examples_in_all": sum(count["original"] for count in counts),
         "versions": {"lm_eval": metadata.version("lm_eval")} | dict(found["versions"]),
     }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Send what the harness says on stderr nowhere: its bars belong to no log, nor what git says of this folder."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _read_scores(found: dict[str, Any]) -> list[dict[str, Any]]:
@@ -150,9 +162,8 @@ def _index_tasks(tasks_dir: str | None, has_defaults: bool) -> Any:
 def _cannot_load(name: str, error: Exception) -> str:
     is_offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "ON", "YES")
     advice = (
-        "HF_HUB_OFFLINE is set, so data that were not fetched before are not there: run the check where there is "
-        "network (snakemake with the target of the rule check_inputs, or lm-eval itself), or bring a task file with "
-        "local data (evaluation.benchmark_tasks_dir)"
+        "HF_HUB_OFFLINE is set, so data that were not fetched before are not there. Type, where there is network: "
+        "snakemake --cores 1 check_inputs; or bring a task file with local data (evaluation.benchmark_tasks_dir)"
         if is_offline
         else "its data must be on this machine, or within reach"
     )

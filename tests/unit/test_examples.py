@@ -32,6 +32,7 @@ SCENARIOS = {
     "code_student_slurm",
     "sweep_alpha_temperature",
     "two_teachers",
+    "benchmarks",
 }
 each_example = pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
 

@@ -30,4 +30,7 @@ def _list_files(config: dict[str, object]) -> list[str]:
     dataset = config["dataset"]
     assert isinstance(dataset, dict)
     files = dataset.get("data_files", [])
-    return [files] if isinstance(files, str) else list(files)
+    evaluation = config.get("evaluation", {})
+    assert isinstance(evaluation, dict)
+    problems = [evaluation["humaneval_file"]] if "humaneval_file" in evaluation else []
+    return [*([files] if isinstance(files, str) else files), *problems]

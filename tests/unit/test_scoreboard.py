@@ -1,0 +1,77 @@
+"""Benchmarks side by side: teachers first, a dash where one was not run, a trial is called one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from retort.scoreboard import read_scoreboard, render_scoreboard
+from retort.tables import build_benchmark_table
+
+
+def write(path: Path, benchmark: str, scores: list[dict[str, Any]], **values: Any) -> Path:
+    raw = {
+        "format": "retort-benchmark",
+        "version": 1,
+        "benchmark": benchmark,
+        "run": None,
+        "teacher": None,
+        "examples": 100,
+        "examples_in_all": 100,
+        "scores": scores,
+    }
+    path.write_text(json.dumps(raw | values))
+    return path
+
+
+def score(task: str, value: float, error: float | None = 0.01, **values: Any) -> dict[str, Any]:
+    row = {"task": task, "metric": "acc", "value": value, "standard_error": error}
+    return row | {"is_less_better": False} | values
+
+
+def test_models_stand_side_by_side(tmp_path: Path) -> None:
+    paths = [
+        write(tmp_path / "a", "arc", [score("arc", 0.5)], run="small"),
+        write(tmp_path / "b", "arc", [score("arc", 0.75, None)], teacher="big"),
+        write(
+            tmp_path / "c",
+            "wiki",
+            [score("wiki", 9.0, is_less_better=True)],
+            run="small",
+            examples=10,
+        ),
+    ]
+    board = read_scoreboard(paths)
+    assert render_scoreboard(board) == [
+        "arc, acc: teacher big 0.750, small 0.500\u00b10.020",
+        "wiki, acc (less is better): small 9.000\u00b10.020",
+        "a trial, not a result: wiki: 10 of 100 examples",
+    ]
+    table = build_benchmark_table(board)
+    assert [(name, is_teacher) for name, is_teacher, _ in table.rows] == [
+        ("teacher big", True),
+        ("small", False),
+    ]
+    assert [[cell.text for cell in cells] for _, _, cells in table.rows] == [
+        ["0.750", "-"],
+        ["0.500", "9.000"],
+    ]
+    assert table.rows[1][2][0].below == "0.480 to 0.520"
+
+
+def test_a_group_shows_its_own_score_and_a_collection_all_of_its_tasks(tmp_path: Path) -> None:
+    parts = [score("one", 0.1), score("two", 0.2)]
+    group = write(tmp_path / "a", "mmlu", [score("mmlu", 0.3), *parts], run="r")
+    collection = write(tmp_path / "b", "tag", parts, run="r")
+    columns = [column.task for column in read_scoreboard([group, collection]).columns]
+    assert columns == ["mmlu", "one", "two"]
+
+
+def test_no_benchmarks_are_nothing_and_other_files_are_refused(tmp_path: Path) -> None:
+    assert render_scoreboard(read_scoreboard([])) == []
+    other = write(tmp_path / "a", "arc", [], version=2)
+    with pytest.raises(ValueError, match="run the benchmark again"):
+        read_scoreboard([other])
+    with pytest.raises(ValueError, match="does not exist"):
+        read_scoreboard([tmp_path / "missing"])
