@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-unit test-workflow test-slow test-slurm campaign benchmark-cache benchmark-merge benchmark-teacher benchmark-training benchmark-feeding benchmark-groups benchmark-graph benchmark-quality lint environment docs clean
+.PHONY: demo test test-unit test-workflow test-slow test-slurm test-slurm-runs test-slurm-faults campaign benchmark-cache benchmark-merge benchmark-teacher benchmark-training benchmark-feeding benchmark-groups benchmark-graph benchmark-quality lint environment docs clean
 
 demo: $(READY)
 	$(BIN)/snakemake --cores $(CORES) --quiet rules
@@ -35,7 +35,13 @@ test-slow: $(READY)
 # The profile, the pipeline and its faults on a real SLURM cluster of four pretended nodes, which is started for them in a
 # namespace: needs root and Debian's packages (tests/slurm/install.sh), and is skipped with a reason without them.
 test-slurm: $(READY)
-	tests/slurm/cluster.sh $(BIN)/pytest -m slurm tests/slurm
+	$(MAKE) --jobs=2 --output-sync test-slurm-runs test-slurm-faults
+
+test-slurm-runs: $(READY)
+	tests/slurm/cluster.sh $(BIN)/pytest -m slurm tests/slurm --ignore tests/slurm/test_faults.py
+
+test-slurm-faults: $(READY)
+	tests/slurm/cluster.sh $(BIN)/pytest -m slurm tests/slurm/test_faults.py
 
 # Kills at many points, every number of workers: about half an hour, not part of `make test`.
 campaign: $(READY)
