@@ -21,7 +21,7 @@ demo: $(READY)
 test: test-unit test-workflow test-slow
 
 test-unit: $(READY)
-	$(BIN)/pytest tests/unit tests/test_architecture.py -n 2
+	$(BIN)/pytest tests/unit tests/test_architecture.py -n 2 --durations 25 --durations-min 1
 
 test-workflow: $(READY)
 	$(BIN)/pytest tests/workflow -n 2
