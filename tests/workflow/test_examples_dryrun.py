@@ -7,6 +7,8 @@ import pytest
 import yaml
 from place import REPOSITORY, Place
 
+from retort.sweeps import expand_runs
+
 EXAMPLES = sorted((REPOSITORY / "config" / "examples").glob("*.yaml"))
 ONE_DOCUMENT = {"text": "Some text.", "content": "x = 1", "prompt": "Say it.", "response": "It."}
 
@@ -20,7 +22,7 @@ def test_an_example_is_planned(path: Path, tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps(ONE_DOCUMENT) + "\n")
     planned = place.plan("--resources", "gpu=8", config=f"config/examples/{path.name}", cores=8)
-    runs = config.get("runs") or {"student": {}}
+    runs = expand_runs(config.get("runs")) or {"student": {}}
     assert planned["train"] == planned["evaluate"] == len(runs)
     assert planned["check_inputs"] == planned["report"] == 1
     assert "demo_teacher" not in planned
