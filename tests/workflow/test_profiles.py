@@ -42,7 +42,7 @@ def test_every_submitted_rule_has_time_memory_and_cpus(rule: str) -> None:
 
 def test_every_line_of_the_slurm_profile_says_why() -> None:
     lines = PROFILE.read_text().splitlines()
-    keys = [line for line in lines if re.match(r" {0,2}[\w-]+:", line)]
+    keys = [line for line in lines if re.match(r" *[\w-]+:", line)]
     sections = [line for line in keys if line.endswith(":")]
     assert sections == ["__variables__:", "default-resources:", "set-resources:"]
     assert all(" # " in line for line in keys if line not in sections)
