@@ -163,8 +163,8 @@ def score_humaneval(
     complete: Callable[[Any], list[str]], *, settings: Evaluation, say: Callable[[str], None]
 ) -> tuple[dict[str, Any], list[Attempt]]:
     """Return the same of anything that goes on from prompts."""
-    path = Path(str(settings.humaneval_file))
-    problems = read_problems(path, limit=settings.benchmark_limit)
+    everything = read_problems(Path(str(settings.humaneval_file)))
+    problems = everything[: settings.benchmark_limit]
     attempts = attempt_problems(
         problems,
         complete,
@@ -180,7 +180,7 @@ def score_humaneval(
     found = {
         "scores": rows,
         "examples": len(problems),
-        "examples_in_all": len(read_problems(path)),
+        "examples_in_all": len(everything),
         "versions": {},
     }
     return found, attempts

@@ -32,6 +32,7 @@ from retort.models import (
 )
 from retort.provenance import write_json
 from retort.scores import METRICS, METRICS_FORMAT, METRICS_VERSION, OF_BOTH, OTHER_TOKENIZER, Scores
+from retort.tables import name_metric
 from retort.text_bytes import count_next_bytes
 from retort.tokens import SequenceTable, TokenCounts, load_tokenizer, tokenize_documents
 
@@ -260,7 +261,7 @@ def render_metrics(found: dict[str, Any]) -> str:
     names = [
         name for name in METRICS if any(values.get(name) is not None for values, _, _ in shown)
     ]
-    titles = {name: f"{METRICS[name].title}, {METRICS[name].unit or '%'}" for name in names}
+    titles = {name: name_metric(name) for name in names}
     width = max(map(len, titles.values()))
     lines = [f"{whose:<8} {found[whose]}" for whose in ("model", "teacher") if found[whose]]
     lines += ["", " " * width + "".join(f"{name:>{_WIDTH}}" for _, _, name in shown)]

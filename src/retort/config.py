@@ -16,6 +16,7 @@ from retort.config_schema import (
     Schema,
     expected,
     fill_defaults,
+    flatten,
     is_section,
     leaves,
     load_schema,
@@ -92,7 +93,7 @@ def load_runs(raw: Mapping[str, Any]) -> dict[str, Config]:
     for name, overrides in (runs or {"student": {}}).items():
         complete = fill_defaults(merge(values, overrides), schema)
         try:
-            check_config(dict(_flatten(complete)), _defaults())
+            check_config(dict(flatten(complete)), _defaults())
         except ConfigError as error:
             raise ConfigError(f"In run '{name}': {error}" if runs else str(error)) from None
         training = complete["training"]
@@ -219,14 +220,6 @@ def _names_artefacts(schema: Schema, section: Schema) -> bool:
 @cache
 def _defaults() -> dict[str, Any]:
     return {".".join(path): schema["default"] for path, schema in leaves()}
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _flag_keys(section: str) -> Iterator[tuple[str, Schema]]:

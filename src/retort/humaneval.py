@@ -47,8 +47,8 @@ class Attempt:
     outcome: Outcome
 
 
-def read_problems(path: Path, *, limit: int | None = None) -> list[Problem]:
-    """Read the problems of a .jsonl or .jsonl.gz, the first `limit` where it is given.
+def read_problems(path: Path) -> list[Problem]:
+    """Read the problems of a .jsonl or .jsonl.gz.
 
     Raises ValueError, with file and line, where it is no copy of HumanEval.
     """
@@ -65,7 +65,7 @@ def read_problems(path: Path, *, limit: int | None = None) -> list[Problem]:
         raise ValueError(
             f"evaluation.humaneval_file {str(path)!r} is empty: 164 problems expected."
         )
-    return found[:limit]
+    return found
 
 
 def _read_problem(line: str, path: Path, number: int) -> Problem:

@@ -9,11 +9,12 @@ import csv
 import io
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from retort.config_schema import flatten
 from retort.scorecards import (
     ClassRow,
     Reader,
@@ -161,18 +162,10 @@ def _read_record(path: Path) -> Record:
         card=card,
         teacher_card=teacher_card,
         breakdown=read_breakdown(read),
-        trained=dict(_flatten(read("trained") or {})),
+        trained=dict(flatten(read("trained") or {})),
         not_defined={str(k): str(v) for k, v in read("not_defined").items()},
         cache=None if read("cache") is None else _read_cache(read),
     )
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _read_cache(read: Reader) -> CacheFacts:

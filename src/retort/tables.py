@@ -191,11 +191,12 @@ def build_metric_table(group: Sequence[Record]) -> Table:
         rows.append((record.name, False, (*cells, gap)))
     if all(gap.text == "-" for gap in gaps):
         rows = [(name, is_teacher, cells[:-1]) for name, is_teacher, cells in rows]
-        return Table("", ("run", *map(_head, shown)), tuple(rows))
-    return Table("", ("run", *map(_head, shown), "gap closed, %"), tuple(rows))
+        return Table("", ("run", *map(name_metric, shown)), tuple(rows))
+    return Table("", ("run", *map(name_metric, shown), "gap closed, %"), tuple(rows))
 
 
-def _head(name: str) -> str:
+def name_metric(name: str) -> str:
+    """Return a metric's title and unit; a share of 1 is given in percent."""
     metric = METRICS[name]
     return f"{metric.title}, {metric.unit or '%'}"
 
@@ -225,7 +226,7 @@ def _gap(record: Record, group: Sequence[Record]) -> Cell:
 def build_seed_table(means: Sequence[SeedMean]) -> Table:
     """Return the means over seeds, with their intervals; shares in percent."""
     names = [n for n in _PAGE_METRICS if any(n in mean.means for mean in means)]
-    heads = ("runs", "seeds", *map(_head, names), "margin, nats/token")
+    heads = ("runs", "seeds", *map(name_metric, names), "margin, nats/token")
     rows = []
     for mean in means:
         cells = [Cell(str(mean.num_seeds)), *(_cell(n, mean.means.get(n)) for n in names)]

@@ -244,7 +244,6 @@ def generate_logits(
     index = TokenIndex.read(index_path)
     header = build_header(index, read_json(fingerprint_path), cache, source=fingerprint_path)
     folder = receipt.parent
-    deadline = Deadline()
     if is_merged(folder / CACHE_FILE, header):
         say("the merged cache is there already: nothing to do")
         report = WorkerReport(worker, num_workers, [], 0, 0.0)
@@ -261,7 +260,7 @@ def generate_logits(
                 load=lambda: _load(teacher_path, section, fingerprint_path, longest=index.longest),
                 say=say,
                 progress=progress,
-                deadline=deadline,
+                deadline=Deadline(),
             )
     if report.left:
         say(
