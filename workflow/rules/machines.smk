@@ -17,7 +17,10 @@ def get_cpu_threads(wildcards):
 
 
 def get_teacher_gpus(wildcards):
-    teacher = artefact(wildcards).config.teacher
+    return teacher_gpus(artefact(wildcards).config.teacher)
+
+
+def teacher_gpus(teacher):
     return 0 if teacher.device == "cpu" else teacher.generation.gpus_per_model
 
 
@@ -32,7 +35,7 @@ def get_evaluation_gpus(wildcards):
 
 
 def get_benchmark_teacher_gpus(wildcards):
-    return get_benchmark(wildcards).config.teacher.generation.gpus_per_model
+    return teacher_gpus(get_benchmark(wildcards).config.teacher)
 
 
 def get_benchmark_teacher_threads(wildcards):
