@@ -44,11 +44,11 @@ REVISIONS = {
     "demo_teacher": 2,  # trained here, while another teacher is only recorded
     "tokens": 3,
     "logits": 5,
-    "validation": 2,
+    "validation": 3,
     "run": 3,
-    "evaluation": 2,
+    "evaluation": 3,
     "benchmark": 1,
-    "report": 2,
+    "report": 3,
 }
 
 
@@ -373,10 +373,12 @@ def _plan_logits(config: Config, tokens: Tokens, teacher: TeacherModel) -> Logit
 
 
 def _plan_validation(config: Config, tokens: Tokens, teacher: TeacherModel) -> Validation:
-    positions = {k: v for k, v in identity(config.evaluation).items() if k.endswith("_positions")}
-    validation_id = digest(
-        ["validation", REVISIONS["validation"], tokens.id, teacher.id, positions]
-    )
+    said = {
+        key: value
+        for key, value in identity(config.evaluation.without_benchmarks()).items()
+        if key.endswith("_positions") or "sample" in key
+    }
+    validation_id = digest(["validation", REVISIONS["validation"], tokens.id, teacher.id, said])
     return Validation(
         validation_id, _cache_root(config) / "validation" / validation_id, tokens, teacher, config
     )

@@ -18,7 +18,7 @@ from retort.config_sections import build_section
 from retort.corpus import read_documents
 from retort.documents import Counts, Document
 from retort.evaluation import evaluate_student
-from retort.features import TeacherFeatures, collect_features, digest_keys
+from retort.features import OTHER_TOKENIZER, TeacherFeatures, collect_features, digest_keys
 from retort.models import (
     CausalLM,
     choose_device,
@@ -31,7 +31,7 @@ from retort.models import (
     split_model,
 )
 from retort.provenance import write_json
-from retort.scores import METRICS, METRICS_FORMAT, METRICS_VERSION, OF_BOTH, OTHER_TOKENIZER, Scores
+from retort.scores import METRICS, METRICS_FORMAT, METRICS_VERSION, OF_BOTH, Scores
 from retort.tables import name_metric
 from retort.text_bytes import count_next_bytes
 from retort.tokens import SequenceTable, TokenCounts, load_tokenizer, tokenize_documents

@@ -1,12 +1,17 @@
 """A model goes on from a prompt: greedy, or drawn with a seed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria
+
+from retort.commands import first_line
+from retort.config import Evaluation
+from retort.samples import Prompt, Sample, Samples
+from retort.tokens import encode_beginning
 
 TOP_P = 0.95  # the nucleus that is drawn from, as in Chen et al., 2021
 _LOOK_EVERY = 16  # tokens
@@ -26,13 +31,22 @@ class Sampling:
 def complete_prompts(
     model: PreTrainedModel, tokenizer: Any, prompts: Sequence[str], *, sampling: Sampling
 ) -> list[str]:
-    """Return one completion of each prompt, as text.
+    """Return one completion of each prompt, as text. Equal arguments on one device give equal completions."""
+    ids = [encode_beginning(prompt, tokenizer) for prompt in prompts]
+    return complete_ids(model, tokenizer, ids, sampling=sampling)
+
+
+def complete_ids(
+    model: PreTrainedModel, tokenizer: Any, prompts: Sequence[list[int]], *, sampling: Sampling
+) -> list[str]:
+    """Return one completion of each prompt of token ids, as text.
 
     A prompt keeps its last tokens where it and its completion would be longer than the model can read (of a context
     too short for both, half is the completion's). Equal arguments on one device give equal completions.
     """
+    context = longest_context(model)
     room = _completion_room(model, sampling.max_new_tokens)
-    ids = [_encode(tokenizer, prompt, room, model) for prompt in prompts]
+    ids = [p if context is None else p[-(context - room) :] for p in prompts]
     order = sorted(range(len(ids)), key=lambda place: len(ids[place]))
     found: list[str] = [""] * len(ids)
     torch.manual_seed(sampling.seed)
@@ -44,6 +58,37 @@ def complete_prompts(
     return found
 
 
+def sample_model(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    prompts: list[Prompt],
+    settings: Evaluation,
+    *,
+    say: Callable[[str], None],
+) -> Samples:
+    """Return a model's continuations; one that cannot write keeps its numbers all the same, and `missing` says why."""
+    try:
+        texts = [
+            complete_ids(model, tokenizer, [list(p.ids) for p in prompts], sampling=sampling)
+            for sampling in _ways(settings)
+        ]
+    except Exception as error:  # models with code of their own fail in ways of their own
+        missing = (
+            f"{type(model).__name__} did not write ({type(error).__name__}: {first_line(error)})"
+        )
+        say(f"no samples: {missing}")
+        return Samples(tuple(prompts), missing=missing)
+    return Samples(tuple(prompts), tuple(map(Sample, *texts)) if prompts else ())
+
+
+def _ways(settings: Evaluation) -> list[Sampling]:
+    longest, seed = settings.sample_max_new_tokens, settings.sample_seed
+    return [
+        Sampling(temperature=temperature, max_new_tokens=longest, seed=seed)
+        for temperature in (0.0, settings.sample_temperature)
+    ]
+
+
 def longest_context(model: PreTrainedModel) -> int | None:
     """Return how many tokens a model can read; None where its config does not say."""
     length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -53,14 +98,6 @@ def longest_context(model: PreTrainedModel) -> int | None:
 def _completion_room(model: PreTrainedModel, max_new_tokens: int) -> int:
     context = longest_context(model)
     return max_new_tokens if context is None else min(max_new_tokens, max(1, context // 2))
-
-
-def _encode(tokenizer: Any, prompt: str, room: int, model: PreTrainedModel) -> list[int]:
-    ids: list[int] = tokenizer(prompt)["input_ids"]
-    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
-        ids = ids[:-1]  # some tokenizers end every text; this one is to go on
-    context = longest_context(model)
-    return ids if context is None else ids[-(context - room) :]
 
 
 @torch.inference_mode()

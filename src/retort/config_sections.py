@@ -143,6 +143,11 @@ class Evaluation:
     batch_size: int
     max_positions: int
     fidelity_positions: int
+    num_samples: int
+    sample_prompts: tuple[str, ...]
+    sample_max_new_tokens: int
+    sample_temperature: float
+    sample_seed: int
     benchmarks: tuple[str, ...]
     benchmark_tasks_dir: str | None
     benchmark_teacher: bool

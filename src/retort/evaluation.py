@@ -4,26 +4,43 @@ What each metric is: rooms `metrics` (a number at every position) and `scores` (
 teacher's side comes from what `score_validation` stored: no teacher is loaded here.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import PreTrainedModel
 
 from retort.breakdowns import find_classes
+from retort.completions import sample_model
 from retort.config import Evaluation
-from retort.features import TeacherFeatures, digest_keys, read_features
+from retort.features import (
+    OTHER_TOKENIZER,
+    TeacherFeatures,
+    digest_keys,
+    has_tokenizer,
+    read_features,
+)
 from retort.index import TokenIndex
 from retort.metrics import measure_positions
 from retort.models import CausalLM, choose_device, load_pretrained, split_model
 from retort.provenance import compare_digests, digest_folder, read_json, write_json
+from retort.samples import (
+    SAMPLES_FILE,
+    Samples,
+    choose_prompts,
+    read_samples,
+    require_prompts,
+    write_samples,
+)
 from retort.scores import (
     DOCUMENTS_FILE,
     METRICS_FORMAT,
     METRICS_VERSION,
     OF_BOTH,
-    OTHER_TOKENIZER,
     Scores,
     summarise,
     write_documents,
@@ -81,18 +98,15 @@ def evaluate_student(
     return summarise(columns, documents_P, bytes_P=next_bytes, classes=classes)
 
 
-def read_next_bytes(
-    table: SequenceTable, tokenizer_path: str
-) -> tuple[NDArray[np.int64] | None, dict[str, str]]:
-    """Return (bytes of each predicted token [P], {}), or (None, why there are none) where the tokenizer does not load.
+def _load_own_tokenizer(path: str) -> tuple[Any, str | None]:
+    """Return (tokenizer, None), or (None, why) where it does not load.
 
     A student that has no use of its tokenizer (one with code of its own, say) is measured all the same.
     """
     try:
-        tokenizer = load_tokenizer(tokenizer_path)
+        return load_tokenizer(path), None
     except ValueError as error:
-        return None, {"bits_per_byte": str(error)}
-    return count_next_bytes(table, tokenizer), {}
+        return None, str(error)
 
 
 def refuse_other_student(folder: Path, record: dict[str, Any], source: Path) -> None:
@@ -116,10 +130,24 @@ def _open_teacher(
     return teacher
 
 
-def _has_tokenizer(fingerprint_path: Path, index: TokenIndex) -> bool:
-    """Say whether a recorded teacher has the tokenizer that made the tokens."""
-    own = read_json(fingerprint_path)["tokenizer"]["fingerprint"]
-    return bool(own == index.content["tokenizer"]["fingerprint"])
+def _sample_student(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    table: SequenceTable,
+    evaluation: Evaluation,
+    *,
+    teacher_path: Path | None,
+    say: Callable[[str], None],
+) -> dict[str, Samples]:
+    """Let the student continue the prompts that its teacher was given; return both sides."""
+    prompts = choose_prompts(table, tokenizer, evaluation)
+    found = {"student": sample_model(model, tokenizer, prompts, evaluation, say=say)}
+    if teacher_path is not None:
+        teacher = read_samples(teacher_path)["teacher"]
+        if teacher.missing is None:
+            require_prompts(teacher, prompts, source=teacher_path)
+        found["teacher"] = replace(teacher, prompts=tuple(prompts))
+    return found
 
 
 def evaluate_run(
@@ -133,11 +161,13 @@ def evaluate_run(
     device: str,
     cpu_threads: int,
     fingerprint_path: Path | None = None,
+    say: Callable[[str], None] = print,
 ) -> str:
     """Evaluate the student in final/ beside training.json, write metrics.json, return its line.
 
+    What the student writes goes into samples.json beside it; what its teacher writes lies beside `features_path`.
     `fingerprint_path`: the teacher's record, where the student did not learn from a cache: a teacher with another
-    tokenizer read other tokens than it knows, and nothing is compared with it.
+    tokenizer knows other tokens, and nothing is compared with it.
     Raises ValueError when final/ is not what training wrote, or the teacher is not the one that was trained with.
     """
     torch.set_num_threads(cpu_threads)
@@ -146,48 +176,60 @@ def evaluate_run(
     folder = training_path.parent / "final"
     refuse_other_student(folder, record, training_path)
     table = index.read_split("val", max_positions=evaluation.max_positions)
-    is_foreign = fingerprint_path is not None and not _has_tokenizer(fingerprint_path, index)
+    is_foreign = fingerprint_path is not None and not has_tokenizer(
+        read_json(fingerprint_path), index
+    )
     teacher = None
     if features_path is not None and not is_foreign:
         teacher = _open_teacher(features_path, table, record["teacher"], made_from=training_path)
     chosen = choose_device(device)
     model = load_pretrained(str(folder), dtype=torch.float32).to(chosen).eval()
-    next_bytes, why_no_bytes = read_next_bytes(table, str(folder))
+    tokenizer, why_none = _load_own_tokenizer(str(folder))
+    samples = {"student": Samples((), missing=why_none)}
+    if tokenizer:
+        beside = features_path.with_name(SAMPLES_FILE) if features_path else None
+        samples = _sample_student(model, tokenizer, table, evaluation, teacher_path=beside, say=say)
     scores = evaluate_student(
         split_model(model),
         table,
         teacher=teacher.to(chosen) if teacher else None,
         batch_size=evaluation.batch_size,
-        next_bytes=next_bytes,
+        next_bytes=count_next_bytes(table, tokenizer) if tokenizer else None,
         token_counts=index.read_token_counts(),
     )
     found = scores.sections
     found["validation"]["content"] = digest_keys(table)
     found["validation"]["leaked_sequences"] = index.count_leaked(table)
     found["validation"]["sequences"] = len(table)
-    found["not_defined"] |= why_no_bytes
-    if is_foreign:
-        found["not_defined"] |= dict.fromkeys(OF_BOTH, OTHER_TOKENIZER)
+    found["not_defined"] |= {"bits_per_byte": why_none} if why_none else {}
+    found["not_defined"] |= dict.fromkeys(OF_BOTH, OTHER_TOKENIZER) if is_foreign else {}
+    provenance = _read_provenance(training_path.with_name("run.json"))
+    metrics = _describe_run(record, teacher, manifest_path) | {"trained": provenance} | found
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_samples(out.with_name(SAMPLES_FILE), samples)
+    write_documents(out.with_name(DOCUMENTS_FILE), scores.sums)
+    write_json(out, metrics)
+    return f"evaluate {record['run']}  {_describe(found)}"
+
+
+def _describe_run(
+    record: dict[str, Any], teacher: TeacherFeatures | None, manifest_path: Path | None
+) -> dict[str, Any]:
+    """Return what metrics.json says of a run beside its scores: training, teacher, cache."""
     manifest = read_json(manifest_path) if manifest_path else None
     is_measured = manifest is not None and manifest["fidelity_kl"] is not None
-    metrics = {
+    return {
         "format": METRICS_FORMAT,
         "version": METRICS_VERSION,
         **{name: record[name] for name in METRICS_FROM_TRAINING},
-        "trained": _read_provenance(training_path.with_name("run.json")),
         "trained_tokens": record["trained_positions"],
         "training_seconds": record["seconds"],
         "teacher_parameters": teacher.num_parameters if teacher else None,
         "teacher": teacher.name if teacher else None,
-        **found,
         "cache": {name: manifest[name] for name in METRICS_FROM_MANIFEST}
         if manifest and is_measured
         else None,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_documents(out.with_name(DOCUMENTS_FILE), scores.sums)
-    write_json(out, metrics)
-    return f"evaluate {record['run']}  {_describe(found)}"
 
 
 def _read_provenance(path: Path) -> dict[str, Any] | None:

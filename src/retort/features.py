@@ -20,15 +20,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from retort.completions import sample_model
 from retort.config import Evaluation, Teacher
 from retort.index import TokenIndex
 from retort.models import CausalLM, Head, load_recorded_teacher
 from retort.provenance import read_json, replacing
+from retort.samples import SAMPLES_FILE, Samples, choose_prompts, write_samples
 from retort.teacher import Scorer, score_features
-from retort.tokens import SequenceTable
+from retort.tokens import SequenceTable, load_tokenizer
 
 FEATURES_FORMAT = "retort-features"
 FEATURES_VERSION = 2
+OTHER_TOKENIZER = "student and teacher have different tokenizers, so their distributions are over different tokens"
 
 
 @dataclass(frozen=True)
@@ -124,8 +127,11 @@ def write_features(path: Path, found: TeacherFeatures) -> None:
 
 def _checksum_tensors(tensors: dict[str, Tensor]) -> dict[str, str]:
     """Return the xxh3-128 of each tensor's bytes."""
+    empty = torch.zeros(0, dtype=torch.uint8)  # a view of nothing is refused
     return {
-        name: xxhash.xxh3_128_hexdigest(tensor.contiguous().view(torch.uint8).numpy().data)
+        name: xxhash.xxh3_128_hexdigest(
+            (tensor.contiguous().view(torch.uint8) if tensor.numel() else empty).numpy().data
+        )
         for name, tensor in tensors.items()
     }
 
@@ -223,8 +229,13 @@ def score_validation(
     evaluation: Evaluation,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Score the held-out sequences, and an evenly spaced sample of the training sequences, with one teacher."""
+    """Score the held-out sequences, and an evenly spaced sample of the training sequences, with one teacher.
+
+    The teacher continues some prompts too, for samples.json beside it. One that has another tokenizer than the
+    sequences were made with (students of text alone may have such a teacher) reads none: both files then say nothing.
+    """
     torch.set_num_threads(section.generation.cpu_threads)
+    samples_path = out.with_name(SAMPLES_FILE)
     index = TokenIndex.read(index_path)
     validation = index.read_split("val", max_positions=evaluation.max_positions)
     if validation.num_positions == 0:
@@ -233,6 +244,11 @@ def score_validation(
             f"more documents ({index.content['train']['documents']} are there to train on)."
         )
     record = read_json(fingerprint_path)
+    if not has_tokenizer(record, index):
+        say(f"the teacher has another tokenizer than the text was cut with: {OTHER_TOKENIZER}.")
+        write_samples(samples_path, {"teacher": Samples((), missing=OTHER_TOKENIZER)})
+        write_features(out, _say_nothing(record, validation))
+        return
     places, training = index.read_sample(num_positions=evaluation.fidelity_positions)
     say(
         f"{validation.num_positions:,} held-out positions, {training.num_positions:,} to measure the cache with"
@@ -240,6 +256,11 @@ def score_validation(
     teacher = load_recorded_teacher(
         teacher_path, section, record_path=fingerprint_path, longest=index.longest
     )
+    tokenizer = load_tokenizer(
+        teacher_path, revision=record["revision"], trust_remote_code=section.trust_remote_code
+    )
+    prompts = choose_prompts(validation, tokenizer, evaluation)
+    samples = sample_model(teacher.model, tokenizer, prompts, evaluation, say=say)
     found = score_tables(
         teacher,
         fingerprint=record["weights"],
@@ -252,4 +273,27 @@ def score_validation(
         say=say,
     )
     teacher.require_unchanged()
+    write_samples(samples_path, {"teacher": samples})
     write_features(out, found)
+
+
+def has_tokenizer(record: dict[str, Any], index: TokenIndex) -> bool:
+    """Say whether a recorded teacher has the tokenizer that made the tokens."""
+    return bool(record["tokenizer"]["fingerprint"] == index.content["tokenizer"]["fingerprint"])
+
+
+def _say_nothing(record: dict[str, Any], validation: SequenceTable) -> TeacherFeatures:
+    """Return the features of a teacher that has read nothing."""
+    return TeacherFeatures(
+        features={"val": torch.empty((0, 0)), "train": torch.empty((0, 0))},
+        train_sequences=np.zeros(0, np.int64),
+        head=Head(weight=None),
+        num_tokens=0,
+        teacher=record["weights"],
+        name=record["name"],
+        num_parameters=0,
+        keys={
+            "val": digest_keys(validation.slice(0, 0)),
+            "train": digest_keys(validation.slice(0, 0)),
+        },
+    )

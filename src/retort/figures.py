@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from retort.intervals import Estimate
 from retort.provenance import write_atomically
 from retort.records import Record, TrainingLog, find_teachers, group_runs
 from retort.scorecards import Scorecard
@@ -168,6 +169,70 @@ def _draw_reliability(axes: Axes, card: Scorecard, style: int | None) -> None:
     axes.tick_params(length=0)
     axes.set_xlabel("confidence, %")
     axes.set_title("right, %", loc="left", fontsize=10, color=INKS["muted"][0])
+
+
+def draw_costs(group: Sequence[Record], styles: Sequence[int], *, key: str) -> list[str]:
+    """Return held-out loss over what it cost, an SVG each: bytes of teacher a token, and training time.
+
+    Empty where there is nothing to tell apart: a single run.
+    """
+    if len(group) < 2:
+        return []
+    losses = [record.card.metrics["loss"] for record in group]
+    stored = [r.cache.bytes_per_position if r.cache and r.is_distilled else None for r in group]
+    live = [r.is_distilled and r.cache is None for r in group]
+    minutes = [record.training_seconds / 60 for record in group]
+    teachers = [t.teacher_loss for t in find_teachers(group) if t.teacher_loss is not None]
+    panels: list[tuple[str, Sequence[float | None]]] = []
+    if any(x is not None for x in stored):
+        bytes_used = [
+            None if is_live else x or 0.0 for x, is_live in zip(stored, live, strict=True)
+        ]
+        panels.append(("stored teacher, bytes/token (0: from text alone)", bytes_used))
+    is_short = max(minutes) < 2
+    times = [60 * m for m in minutes] if is_short else minutes
+    panels.append((f"training time, {'seconds' if is_short else 'minutes'}", times))
+    return [
+        _to_page(
+            lambda axes, costs=costs, label=label: _draw_costs(  # type: ignore[misc]
+                axes, costs, losses, styles, teachers=teachers, label=label
+            ),
+            (_PANEL_INCHES, 3.1),
+            label=f"held-out loss over {label}",
+            key=f"{key}{number}",
+        )
+        for number, (label, costs) in enumerate(panels)
+    ]
+
+
+def _draw_costs(
+    axes: Axes,
+    costs: Sequence[float | None],
+    losses: Sequence[Estimate],
+    styles: Sequence[int],
+    *,
+    teachers: Sequence[float],
+    label: str,
+) -> None:
+    """Draw each run's loss, with its interval, over its cost; further down and to the left is better."""
+    known = [x for x in costs if x is not None]
+    for cost, loss, style in zip(costs, losses, styles, strict=True):
+        if cost is None:
+            continue
+        colour, marker, _ = _style(style)
+        if loss.ends:
+            axes.plot([cost, cost], loss.ends, color=colour, linewidth=1.2, alpha=0.6)
+        axes.plot([cost], [loss.value], color=colour, marker=marker, markersize=8, linestyle="none")
+    for level in teachers:
+        axes.axhline(level, color=INKS["ink"][0], linewidth=1.3, linestyle=(0, (4, 3)))
+    axes.set_xlim(-0.04 * max(known), 1.08 * max(known))
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.grid(linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0)
+    axes.set_xlabel(label)
+    axes.set_title("held-out loss, nats/token", loc="left", fontsize=10, color=INKS["muted"][0])
 
 
 def draw_swatch(style: int, *, key: str) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from retort.config_schema import flatten
+from retort.samples import SAMPLES_FILE, Samples, read_samples
 from retort.scorecards import (
     ClassRow,
     Reader,
@@ -208,6 +209,12 @@ def _read_log(path: Path) -> TrainingLog | None:
                 "diverged: lower training.learning_rate, and train it again."
             )
     return TrainingLog(tuple(s for s, _ in points), tuple(x for _, x in points)) if points else None
+
+
+def load_samples(records: Sequence[Record]) -> list[dict[str, Samples]]:
+    """Read what each run's student, and its teacher, wrote; nothing where there is no samples.json."""
+    paths = [record.path.with_name(SAMPLES_FILE) for record in records]
+    return [read_samples(path) if path.exists() else {} for path in paths]
 
 
 def group_runs(records: Sequence[Record]) -> list[list[Record]]:

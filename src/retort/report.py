@@ -4,6 +4,8 @@ The *margin* of a distilled run is its held-out loss minus its baseline's (see `
 is better. What is not defined is a dash. Equal inputs give equal bytes.
 """
 
+import base64
+import hashlib
 import textwrap
 from collections.abc import Sequence
 from importlib import resources
@@ -16,6 +18,7 @@ from retort.figures import (
     INKS,
     SERIES,
     draw_comparison,
+    draw_costs,
     draw_curves,
     draw_reliability,
     draw_swatch,
@@ -33,6 +36,7 @@ from retort.records import (
     group_runs,
     load_logs,
     load_metrics,
+    load_samples,
 )
 from retort.scoreboard import Scoreboard, read_scoreboard, render_scoreboard
 from retort.scores import METRICS
@@ -43,11 +47,13 @@ from retort.tables import (
     build_breakdowns,
     build_metric_table,
     build_rows,
+    build_samples,
     build_seed_table,
     describe_cache,
     describe_seeds,
     format_kl,
     format_seconds,
+    sort_key,
 )
 
 WIDTH = 100  # columns of the terminal's table
@@ -176,11 +182,16 @@ def write_report(
     board: Scoreboard | None = None,
 ) -> None:
     """Write the page (one file that fetches nothing) and a table of the runs with all digits."""
-    source = resources.files("retort").joinpath("report.html.j2").read_text(encoding="utf-8")
+    source = _read_resource("report.html.j2")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"typeset": _typeset, "seconds": format_seconds, "kl": format_kl}
+    environment.filters |= {
+        "typeset": _typeset,
+        "seconds": format_seconds,
+        "kl": format_kl,
+        "sort_key": sort_key,
+    }
     settings = find_settings(records)
     page = environment.from_string(source).render(
         records=records,
@@ -190,6 +201,8 @@ def write_report(
         ],
         curves=draw_curves(logs, key="c"),
         legend=[(r.name, draw_swatch(i, key=f"s{i}")) for i, r in enumerate(records) if logs[i]],
+        samples=build_samples(records, load_samples(records)),
+        script=_script("report.js"),
         caches=find_caches(records),
         warnings=find_warnings(records, logs),
         benchmarks=build_benchmark_table(board) if board and board.rows else None,
@@ -201,6 +214,17 @@ def write_report(
     )
     write_atomically(summary_csv, render_csv(records).encode())
     write_atomically(out_html, page.encode())
+
+
+def _read_resource(name: str) -> str:
+    return resources.files("retort").joinpath(name).read_text(encoding="utf-8")
+
+
+def _script(name: str) -> dict[str, str]:
+    """Return a script and the digest by which the page's policy lets this script run, and no other."""
+    text = _read_resource(name)
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return {"text": text, "digest": f"sha256-{digest}"}
 
 
 def _page_group(
@@ -217,6 +241,11 @@ def _page_group(
         "panels": draw_comparison(group, styles, key=key),
         "metrics": build_metric_table(group),
         "missing": _explain_missing(group),
+        "costs": draw_costs(group, styles, key=f"q{key}"),
+        "legend": [
+            (r.name, draw_swatch(style, key=f"l{key}{style}"))
+            for r, style in zip(group, styles, strict=True)
+        ],
         "reliability": draw_reliability(group, styles, key=f"r{key}"),
         "breakdowns": build_breakdowns(group),
         "seeds": build_seed_table(means) if (means := average_seeds(group)) else None,

@@ -55,7 +55,6 @@ METRICS = {
 OF_BOTH = ("kl_to_teacher", "reverse_kl", "agreement", "overlap", "acceptance")
 OF_MODEL = tuple(name for name in METRICS if name not in OF_BOTH)
 NO_TEACHER = "there is no teacher to compare with"
-OTHER_TOKENIZER = "student and teacher have different tokenizers, so their distributions are over different tokens"
 NO_BYTES = "the predicted tokens are no text"
 
 

@@ -1,11 +1,13 @@
 """Rows and cells of the tables: of the terminal's, and of the page's. What is not defined is a dash."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from retort.comparisons import compare_with_baseline, find_best
 from retort.intervals import Estimate
 from retort.records import CacheFacts, Record, find_teachers
+from retort.samples import Prompt, Samples
 from retort.scoreboard import Scoreboard
 from retort.scorecards import ClassRow
 from retort.scores import METRICS
@@ -104,6 +106,15 @@ def _perplexity(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:,.2f}" if value < 99_999 else f"{value:.2e}"
+
+
+def sort_key(text: str) -> str:
+    """Return what a cell is sorted by: its number without signs of typesetting and reach; a dash has none."""
+    found = re.match(r"([+-]?[0-9][0-9,]*(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)([TBM]?)", text)
+    if not found:
+        return "" if text == "-" else text
+    factor = {"": 1.0, "M": 1e6, "B": 1e9, "T": 1e12}[found[2]]
+    return repr(float(found[1].replace(",", "")) * factor)
 
 
 def _size(count: int | None) -> str:
@@ -289,3 +300,57 @@ def _score_cell(score: Estimate | None) -> Cell:
     if score is None:
         return Cell("-")
     return Cell(*_texts(score, 1.0, 3))
+
+
+# What was written -----------------------------------------------------------------------------------
+
+TEXT = "the text itself"
+
+
+@dataclass(frozen=True)
+class Written:
+    """What one model wrote after a prompt: greedily, and drawn with a seed; `missing` says why it wrote nothing."""
+
+    name: str
+    greedy: str = ""
+    drawn: str | None = None
+    missing: str | None = None
+
+
+@dataclass(frozen=True)
+class SampleBlock:
+    """One prompt, and what the held-out text, teachers and students have after it."""
+
+    prompt: str
+    lines: tuple[Written, ...]
+
+
+def build_samples(
+    records: Sequence[Record], found: Sequence[Mapping[str, Samples]]
+) -> list[SampleBlock]:
+    """Return a block for each prompt, in the order given: the text first, then teachers, then runs."""
+    prompts: dict[tuple[int, ...], Prompt] = {}
+    lines: dict[tuple[int, ...], list[tuple[int, Written]]] = {}
+    for record, samples in zip(records, found, strict=True):
+        teacher = f"teacher {record.teacher}" if record.teacher else "teacher"
+        for rank, (whose, name) in enumerate((("teacher", teacher), ("student", record.name))):
+            for prompt, written in _pair(samples.get(whose), name):
+                prompts.setdefault(prompt.ids, prompt)
+                known = lines.setdefault(prompt.ids, [])
+                if (rank, written) not in known:  # a teacher that several runs share
+                    known.append((rank, written))
+    blocks = []
+    for ids, prompt in prompts.items():
+        text = [] if prompt.reference is None else [Written(TEXT, prompt.reference)]
+        ranked = sorted(lines[ids], key=lambda line: line[0])
+        blocks.append(SampleBlock(prompt.text, (*text, *(written for _, written in ranked))))
+    return blocks
+
+
+def _pair(samples: Samples | None, name: str) -> list[tuple[Prompt, Written]]:
+    if samples is None:
+        return []
+    if samples.missing is not None:
+        return [(prompt, Written(name, missing=samples.missing)) for prompt in samples.prompts]
+    pairs = zip(samples.prompts, samples.continued, strict=True)
+    return [(prompt, Written(name, found.greedy, found.drawn)) for prompt, found in pairs]

@@ -296,28 +296,34 @@ def _encode(
     plain = dataset.prompt_column is None
     bodies = tokenizer([d.text for d in batch], add_special_tokens=plain)["input_ids"]
     for document, body in zip(batch, bodies, strict=True):
-        head = (
-            _ids(tokenizer, f"{document.prompt}\n", special=True)
-            if document.prompt is not None
-            else []
-        )
+        head = encode_prompt(document.prompt, tokenizer) if document.prompt is not None else []
         if end and body[-1:] == end:  # some tokenizers add the end themselves
             body = body[:-1]
         yield document, [*head, *body, *end], len(head)
 
 
-def _ids(tokenizer: Any, text: str, *, special: bool) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
-    return ids[:-1] if special and ids and ids[-1] == tokenizer.eos_token_id else ids
+def encode_prompt(prompt: str, tokenizer: Any) -> list[int]:
+    """Return the ids after which a response begins: through the chat template, or, where there is none, a line."""
+    if getattr(tokenizer, "chat_template", None):
+        asked = [{"role": "user", "content": prompt}]
+        options = {"tokenize": True, "return_dict": False}
+        return list(tokenizer.apply_chat_template(asked, add_generation_prompt=True, **options))
+    return encode_beginning(f"{prompt}\n", tokenizer)
+
+
+def encode_beginning(text: str, tokenizer: Any) -> list[int]:
+    """Return the ids of a text that goes on: with the special tokens that a text begins with, not with its end."""
+    ids: list[int] = tokenizer(text)["input_ids"]
+    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def _apply_chat_template(document: Document, tokenizer: Any) -> tuple[list[int], int]:
     """Return (ids, first response token) of one prompt + response through the tokenizer's chat template."""
+    assert document.prompt is not None
     prompt = [{"role": "user", "content": document.prompt}]
     both = [*prompt, {"role": "assistant", "content": document.text}]
-    options = {"tokenize": True, "return_dict": False}
-    head = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options)
-    ids = tokenizer.apply_chat_template(both, **options)
+    head = encode_prompt(document.prompt, tokenizer)
+    ids = tokenizer.apply_chat_template(both, tokenize=True, return_dict=False)
     if ids[: len(head)] == head:
         return list(ids), len(head)
     # A token may span the end of the prompt and the response's first letters: then the two are tokenized apart, as

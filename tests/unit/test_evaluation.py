@@ -16,7 +16,6 @@ from retort.evaluation import (
     METRICS_FROM_TRAINING,
     evaluate_run,
     evaluate_student,
-    read_next_bytes,
 )
 from retort.features import TeacherFeatures, digest_keys, read_features, score_validation
 from retort.index import TokenIndex
@@ -25,6 +24,7 @@ from retort.models import CausalLM, load_pretrained, load_teacher, split_model
 from retort.provenance import digest_folder, read_json, write_json
 from retort.records import load_metrics
 from retort.scores import OF_BOTH, read_documents
+from retort.text_bytes import count_next_bytes
 from retort.tokens import SequenceTable, concatenate_tables, load_tokenizer
 
 Matrix = NDArray[np.float64]
@@ -264,7 +264,7 @@ def test_metrics_file_holds_what_the_report_reads(
         table,
         teacher=features,
         batch_size=8,
-        next_bytes=read_next_bytes(table, str(tiny_teacher))[0],
+        next_bytes=count_next_bytes(table, load_tokenizer(str(tiny_teacher))),
         token_counts=index.read_token_counts(),
     ).sections
     direct["validation"] |= {

@@ -43,11 +43,11 @@ GOLDEN_REVISIONS = {
     "demo_teacher": 2,
     "tokens": 3,
     "logits": 5,
-    "validation": 2,
+    "validation": 3,
     "run": 3,
-    "evaluation": 2,
+    "evaluation": 3,
     "benchmark": 1,
-    "report": 2,
+    "report": 3,
 }
 GOLDEN_TOKENS = "eefcd4961849ab3dba7fbe8356c62eb572a8fb5858612a8037cf217d28a04eef"
 GOLDEN_INDEX = "8172b2419c159556dfcd793d6b0cf9880f242d4c3ea41da25b988c1e25ffc573"
@@ -63,12 +63,12 @@ GOLDEN_IDS = {
     "teacher": "cafd4f497ccf",
     "tokens": "fb3079b41a00",
     "logits": "5e1fae415129",
-    "validation": "50345f86f16a",
-    "hard": ["68f91e3efbeb", "bb6b7b988998"],
-    "both": ["4fd00754671d", "bb6b7b988998"],
-    "live": ["ecf658b22669", "bb6b7b988998"],
-    "check": "31a91daaa680",
-    "report": "1d6b7a57ce7c",
+    "validation": "4ab969f4a1ee",
+    "hard": ["68f91e3efbeb", "415378b55f7a"],
+    "both": ["4fd00754671d", "415378b55f7a"],
+    "live": ["ecf658b22669", "415378b55f7a"],
+    "check": "5c46bbe76330",
+    "report": "0ea00e3b118e",
 }
 
 REPOSITORY = Path(__file__).parents[2]

@@ -87,6 +87,7 @@ def evaluate_run(args: argparse.Namespace) -> None:
             evaluation=section_from_args(args, "evaluation"),
             device=args.device,
             cpu_threads=args.cpu_threads,
+            say=say,
         )
     say(line)
 

@@ -3,6 +3,8 @@
     python workflow/scripts/score_validation.py --index results/tokens/mine/index.json --teacher models/teacher \\
         --fingerprint results/teachers/mine/fingerprint.json \\
         --output results/validation/mine/teacher_validation.safetensors
+
+What the teacher writes when it continues some prompts goes into samples.json beside it.
 """
 
 import argparse
