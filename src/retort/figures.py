@@ -8,7 +8,6 @@ import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -17,8 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from retort.intervals import Estimate
-from retort.provenance import write_atomically
-from retort.records import Record, TrainingLog, find_teachers, group_runs
+from retort.records import Record, TrainingLog, find_teachers
 from retort.scorecards import Scorecard
 
 # (light, dark). Drawn in the light colours; `_to_page` turns those into CSS variables.
@@ -62,36 +60,6 @@ _PANEL_INCHES = 4.4  # a panel fills a phone; a wide screen shows two side by si
 _CURVE_POINTS = 400  # about as many as a panel has pixels
 
 _Draw = Callable[[Axes], None]
-
-
-def save_comparison_figure(records: Sequence[Record], path: Path) -> None:
-    """Write held-out loss and KL to the teacher of one group, .png or .svg, on white (README).
-
-    Raises ValueError when the runs have different validation sets, or for another suffix.
-    """
-    groups = group_runs(records)
-    if len(groups) != 1:
-        raise ValueError(
-            f"{len(groups)} different validation sets, but a figure compares runs of one: "
-            "give the runs of one."
-        )
-    formats: dict[str, dict[str, None]] = {
-        ".svg": {"Date": None, "Creator": None},
-        ".png": {"Software": None},
-    }
-    if path.suffix not in formats:
-        raise ValueError(f"figure {str(path)!r} has suffix {path.suffix!r}, expected .png or .svg.")
-    panels = _comparison_panels(records, range(len(records)))
-    size = (_PANEL_INCHES * len(panels), _dots_height(len(records)))
-    content = io.BytesIO()
-    with matplotlib.rc_context(_DRAWING | {"svg.fonttype": "path"}):  # looks the same everywhere
-        figure = Figure(figsize=size, layout="constrained", facecolor="white")
-        for axes, (_, draw) in zip(
-            figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-        ):
-            draw(axes)
-        figure.savefig(content, format=path.suffix[1:], dpi=200, metadata=formats[path.suffix])
-    write_atomically(path, content.getvalue())
 
 
 def draw_comparison(records: Sequence[Record], styles: Sequence[int], *, key: str) -> list[str]:

@@ -23,7 +23,6 @@ from retort.figures import (
     draw_reliability,
     draw_swatch,
 )
-from retort.figures import save_comparison_figure as save_comparison_figure
 from retort.findings import FEW_POSITIONS, describe_outcome, find_warnings, list_names
 from retort.intervals import Estimate
 from retort.provenance import write_atomically
@@ -53,6 +52,7 @@ from retort.tables import (
     describe_seeds,
     format_kl,
     format_seconds,
+    mark_lines,
     sort_key,
 )
 
@@ -191,6 +191,7 @@ def write_report(
         "seconds": format_seconds,
         "kl": format_kl,
         "sort_key": sort_key,
+        "lines": mark_lines,
     }
     settings = find_settings(records)
     page = environment.from_string(source).render(

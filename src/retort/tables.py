@@ -278,7 +278,9 @@ def _class_cells(name: str, rows_of: Mapping[str, Mapping[str, ClassRow]]) -> tu
     teachers = [
         row.metrics["teacher_loss"] for row in found if row and "teacher_loss" in row.metrics
     ]
-    size = Cell(f"{first.positions:,}", f"{first.documents:,} documents")
+    size = Cell(
+        f"{first.positions:,}", f"{first.documents:,} document{'' if first.documents == 1 else 's'}"
+    )
     teacher = Cell(_fixed(teachers[0].value if teachers else None))
     return (size, teacher, *map(_class_cell, found))
 
@@ -329,10 +331,11 @@ def build_samples(
     records: Sequence[Record], found: Sequence[Mapping[str, Samples]]
 ) -> list[SampleBlock]:
     """Return a block for each prompt, in the order given: the text first, then teachers, then runs."""
+    has_several = len({record.teacher for record in records if record.teacher}) > 1
     prompts: dict[tuple[int, ...], Prompt] = {}
     lines: dict[tuple[int, ...], list[tuple[int, Written]]] = {}
     for record, samples in zip(records, found, strict=True):
-        teacher = f"teacher {record.teacher}" if record.teacher else "teacher"
+        teacher = f"teacher {record.teacher}" if has_several else "teacher"
         for rank, (whose, name) in enumerate((("teacher", teacher), ("student", record.name))):
             for prompt, written in _pair(samples.get(whose), name):
                 prompts.setdefault(prompt.ids, prompt)
@@ -345,6 +348,19 @@ def build_samples(
         ranked = sorted(lines[ids], key=lambda line: line[0])
         blocks.append(SampleBlock(prompt.text, (*text, *(written for _, written in ranked))))
     return blocks
+
+
+def mark_lines(text: str) -> str:
+    """Return what a model wrote with a sign for every empty line: small models write dozens of them."""
+    if not text:
+        return "(nothing)"
+    whole = re.sub(r"\n\n+", lambda run: _mark_run(len(run[0]) - 1) + "\n", text)
+    return whole.removesuffix("\n") + ("\N{RETURN SYMBOL}" if text.endswith("\n") else "")
+
+
+def _mark_run(count: int) -> str:
+    sign = "\N{RETURN SYMBOL}"
+    return sign * count if count <= 3 else f"{sign}\N{MULTIPLICATION SIGN}{count}"
 
 
 def _pair(samples: Samples | None, name: str) -> list[tuple[Prompt, Written]]:

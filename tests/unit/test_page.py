@@ -88,6 +88,8 @@ def open_page(browser: Browser, report: Path, **options: Any) -> tuple[Page, lis
         ),
     )
     page.goto(report.as_uri())
+    for closed in page.locator("details:not([open]) summary").all():
+        closed.click()
     return page, faults
 
 
@@ -143,7 +145,10 @@ def test_without_scripts_everything_is_there_but_the_sorting(
 
 def test_what_models_write_is_text_and_no_page(browser: Browser, report: Path) -> None:
     page, faults = open_page(browser, report)
-    assert page.locator(".prompt p").first.inner_text() == "Once upon a time <b>there</b> was a & b"
+    assert (
+        page.locator(".prompt .written").first.inner_text()
+        == "Once upon a time <b>there</b> was a & b"
+    )
     assert page.locator("script").count() == 1
     assert page.get_by_text("</script><script>alert(1)</script>").count() == 4
     assert faults == []

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from retort.comparisons import compare_with_baseline, find_best, find_full
-from retort.figures import INKS, SERIES, _smooth, _thin
+from retort.figures import INKS, SERIES, _smooth, _thin, draw_costs
 from retort.findings import describe_outcome, find_warnings
 from retort.intervals import DocumentSums
 from retort.records import TrainingLog, find_baseline, find_caches, find_teachers, group_runs
@@ -30,11 +30,20 @@ from retort.report import (
     load_metrics,
     make_report,
     render_summary,
-    save_comparison_figure,
     write_report,
 )
+from retort.samples import Prompt, Sample, Samples
 from retort.scores import METRICS, write_documents
-from retort.tables import COLUMNS, build_breakdowns, build_metric_table, build_rows
+from retort.tables import (
+    COLUMNS,
+    TEXT,
+    build_breakdowns,
+    build_metric_table,
+    build_rows,
+    build_samples,
+    mark_lines,
+    sort_key,
+)
 
 LOG_HEAD = "step,total_loss,hard_loss,soft_loss,perplexity,learning_rate,tokens_per_second"
 MARGIN, KL = -1, -3  # places in a row's cells
@@ -288,8 +297,6 @@ def test_runs_of_different_validation_sets_get_tables_of_their_own(tmp_path: Pat
     summary = render_summary(records, report_path=Path("r.html"))
     assert summary.count("perplexity") == 2
     assert "2 different validation sets (65,536, 70,000 positions)" in summary
-    with pytest.raises(ValueError, match="2 different validation sets"):
-        save_comparison_figure(records, tmp_path / "figure.png")
 
 
 def test_one_teacher_is_one_row_whatever_rounding_did_and_two_are_two(tmp_path: Path) -> None:
@@ -725,10 +732,8 @@ def test_equal_inputs_give_equal_bytes(tmp_path: Path) -> None:
         folder.mkdir()
         records = load_metrics(paths)
         write_report(records, load_logs(records), folder / "a.html", folder / "a.csv")
-        save_comparison_figure(records, folder / "a.png")
-        save_comparison_figure(records, folder / "a.svg")
         made.append({path.name: path.read_bytes() for path in folder.iterdir()})
-    assert len(made[0]) == 4
+    assert len(made[0]) == 2
     assert made[0] == made[1]
 
 
@@ -762,9 +767,68 @@ def test_smoothing_keeps_straight_lines_away_from_the_ends(slope: float, count: 
     assert smooth[middle] == pytest.approx(line[middle], abs=1e-6)
 
 
-def test_the_figure_is_refused_as_any_other_kind_of_file(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"suffix '\.pdf', expected \.png or \.svg"):
-        save_comparison_figure(load_metrics(write_demo(tmp_path)), tmp_path / "figure.pdf")
+def test_costs_are_drawn_for_two_runs_and_more_and_bytes_only_of_what_is_stored(
+    tmp_path: Path,
+) -> None:
+    records = load_metrics(write_demo(tmp_path))
+    styles = range(len(records))
+    bytes_used, times = draw_costs(records, styles, key="k")
+    assert "stored teacher, bytes/token (0: from text alone)" in bytes_used
+    assert "training time, seconds" in times
+    assert draw_costs(records[:1], styles, key="k") == []
+    live = [replace(record, cache=None, training_seconds=900.0) for record in records]
+    (alone,) = draw_costs(live, styles, key="k")
+    assert "training time, minutes" in alone
+
+
+# What is written
+
+
+def test_samples_stand_by_prompt_the_text_first_then_teacher_then_runs(tmp_path: Path) -> None:
+    records = load_metrics(write_demo(tmp_path))
+    prompts = (Prompt((1,), "once", " upon"), Prompt((2,), "twice", None))
+    teacher = Samples(prompts, (Sample("t1", "T1"), Sample("t2", "T2")))
+    found: list[dict[str, Samples]] = [
+        {"teacher": teacher, "student": Samples(prompts, (Sample("a1", ""), Sample("a2", "")))},
+        {"teacher": teacher, "student": Samples(prompts, missing="it cannot")},
+        {},
+    ]
+    first, second = build_samples(records, found)
+    assert [line.name for line in first.lines] == [TEXT, "teacher", "output", "logit"]
+    assert (first.prompt, first.lines[0].greedy, first.lines[0].drawn) == ("once", " upon", None)
+    assert (first.lines[1].greedy, first.lines[1].drawn) == ("t1", "T1")
+    assert [(line.name, line.greedy) for line in second.lines] == [
+        ("teacher", "t2"),
+        ("output", "a2"),
+        ("logit", ""),
+    ]
+    assert second.lines[-1].missing == "it cannot"
+    assert build_samples(records, [{}, {}, {}]) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("", "(nothing)"),
+        ("a\nb", "a\nb"),
+        ("a\n\n\nb\n", "a\u23ce\u23ce\nb\u23ce"),
+        ("a\n" + "\n" * 60, "a\u23ce\u00d760\u23ce"),
+    ],
+)
+def test_empty_lines_become_signs(text: str, shown: str) -> None:
+    assert mark_lines(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        *[("3.213\u00b10.020", "3.213"), ("-0.572\u00b10.085", "-0.572"), ("918,656", "918656.0")],
+        *[("1.235M", "1235000.0"), ("7.1B", "7100000000.0"), ("1.23e+07", "12300000.0")],
+        *[("-", ""), ("hybrid", "hybrid"), ("+0.001", "0.001")],
+    ],
+)
+def test_cells_are_sorted_by_their_numbers(text: str, key: str) -> None:
+    assert sort_key(text) == key
 
 
 # Where the numbers come from
