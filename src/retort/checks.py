@@ -105,11 +105,11 @@ def _check_teacher(config: Config) -> tuple[Any, int, str]:
         trust_remote_code=section.trust_remote_code,
     )
     width = output_width(model)
-    if len(tokenizer) > width:
+    if len(tokenizer) > width and config.training.distillation_type != "output":
         raise ValueError(
             f"the tokenizer {dataset.tokenizer or section.model_path!r} has {len(tokenizer)} tokens, but the output "
             f"layer of teacher {section.model_path!r} only {width}: they do not belong together. Leave "
-            "dataset.tokenizer out to use the teacher's own."
+            "dataset.tokenizer out to use the teacher's own; runs of type output may keep another one."
         )
     refuse_short_context(
         model, dataset.max_length, f"teacher {section.model_path!r}", what="dataset.max_length"
@@ -121,7 +121,7 @@ def _check_teacher(config: Config) -> tuple[Any, int, str]:
     )
     return (
         tokenizer,
-        width,
+        max(width, len(tokenizer)),
         f"teacher: {section.model_path}, {model.model_type}, {width:,} ids{beyond}",
     )
 

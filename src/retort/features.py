@@ -231,8 +231,8 @@ def score_validation(
 ) -> None:
     """Score the held-out sequences, and an evenly spaced sample of the training sequences, with one teacher.
 
-    The teacher continues some prompts too, for samples.json beside it. One that has another tokenizer than the
-    sequences were made with (students of text alone may have such a teacher) reads none: both files then say nothing.
+    The teacher continues some prompts too, for samples.json beside it. Sequences of another tokenizer (students of
+    text alone may have one) may hold ids that the teacher does not know: then both files say nothing.
     """
     torch.set_num_threads(section.generation.cpu_threads)
     samples_path = out.with_name(SAMPLES_FILE)
@@ -244,9 +244,10 @@ def score_validation(
             f"more documents ({index.content['train']['documents']} are there to train on)."
         )
     record = read_json(fingerprint_path)
-    if not has_tokenizer(record, index):
-        say(f"the teacher has another tokenizer than the text was cut with: {OTHER_TOKENIZER}.")
-        write_samples(samples_path, {"teacher": Samples((), missing=OTHER_TOKENIZER)})
+    samples = Samples((), missing=OTHER_TOKENIZER)
+    if int(index.content["tokenizer"]["size"]) > record["vocabulary"]:
+        say(f"the teacher does not know the tokens of this text: {OTHER_TOKENIZER}.")
+        write_samples(samples_path, {"teacher": samples})
         write_features(out, _say_nothing(record, validation))
         return
     places, training = index.read_sample(num_positions=evaluation.fidelity_positions)
@@ -256,11 +257,12 @@ def score_validation(
     teacher = load_recorded_teacher(
         teacher_path, section, record_path=fingerprint_path, longest=index.longest
     )
-    tokenizer = load_tokenizer(
-        teacher_path, revision=record["revision"], trust_remote_code=section.trust_remote_code
-    )
-    prompts = choose_prompts(validation, tokenizer, evaluation)
-    samples = sample_model(teacher.model, tokenizer, prompts, evaluation, say=say)
+    if has_tokenizer(record, index):
+        tokenizer = load_tokenizer(
+            teacher_path, revision=record["revision"], trust_remote_code=section.trust_remote_code
+        )
+        prompts = choose_prompts(validation, tokenizer, evaluation)
+        samples = sample_model(teacher.model, tokenizer, prompts, evaluation, say=say)
     found = score_tables(
         teacher,
         fingerprint=record["weights"],

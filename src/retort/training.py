@@ -400,7 +400,7 @@ def train_run(
     _refuse_other_student(student, expected_student)
     # The width of the teacher's output layer, also for a run that learns from text alone: students of one config are of
     # one size.
-    vocabulary = record["vocabulary"] if record else len(tokenizer)
+    vocabulary = max(record["vocabulary"] if record else 0, len(tokenizer))
     config = student_config(student, vocabulary=vocabulary, tokenizer=tokenizer)
     refuse_short_context(config, index.longest, name_student(student))
     teacher = None

@@ -10,7 +10,7 @@ import torch
 from tiny import record, section, tokenize
 
 from retort.completions import sample_model
-from retort.features import score_validation
+from retort.features import read_features, score_validation
 from retort.index import TokenIndex
 from retort.models import load_pretrained
 from retort.samples import (
@@ -153,25 +153,29 @@ def test_a_file_gives_back_what_was_written_and_refuses_what_was_changed(
         require_prompts(student, list(prompts[:1]), source=path)
 
 
-def test_a_teacher_with_another_tokenizer_reads_nothing(
-    tmp_path: Path, index: TokenIndex, tiny_teacher: Path
+@pytest.mark.parametrize("is_too_wide", [True, False])
+def test_a_teacher_is_asked_nothing_about_tokens_of_another_tokenizer(
+    is_too_wide: bool, tmp_path: Path, index: TokenIndex, tiny_teacher: Path
 ) -> None:
     fingerprint = record(tmp_path, tiny_teacher)
     changed = json.loads(fingerprint.read_text())
     changed["tokenizer"]["fingerprint"] = "another"
-    changed["name"] = "a folder that is not loaded"
+    changed |= {"vocabulary": 299} if is_too_wide else {}
     fingerprint.write_text(json.dumps(changed))
     said: list[str] = []
     score_validation(
         tmp_path / "features.safetensors",
         index_path=index.path,
-        teacher_path="nowhere",
+        teacher_path="nowhere" if is_too_wide else str(tiny_teacher),
         fingerprint_path=fingerprint,
         section=section("teacher", device="cpu"),
         evaluation=settings(),
         say=said.append,
     )
-    assert len(said) == 1 and "another tokenizer" in said[0]
     found = read_samples(tmp_path / "samples.json")["teacher"]
     assert found.prompts == () and found.missing and "different tokenizers" in found.missing
-    assert (tmp_path / "features.safetensors").exists()
+    features = read_features(tmp_path / "features.safetensors")
+    assert len(features.features["val"]) == (
+        0 if is_too_wide else index.read_split("val").num_positions
+    )
+    assert any("does not know the tokens" in text for text in said) == is_too_wide

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from place import Place, tiny
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def find_run(place: Place, name: str) -> tuple[Path, dict[str, Any], dict[str, Any]]:
@@ -50,7 +50,7 @@ def test_students_of_prompts_and_responses_need_no_teacher(fresh: Place) -> None
 
 @pytest.fixture(scope="module")
 def trained(finished: Place, tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """The finished workflow, asked for four more students."""
+    """The finished workflow, asked for more students."""
     place = finished.copy_to(tmp_path_factory.mktemp("ways") / "project")
     several = {
         "batch_size": 2,
@@ -83,7 +83,14 @@ def trained(finished: Place, tmp_path_factory: pytest.TempPathFactory) -> Place:
             "student": {"config": None, "model_path": "teacher"},
             "training": {"distillation_type": "logit", **schedule},
         },
+        "foreign": {
+            "dataset": {"tokenizer": "foreign"},
+            "training": {"distillation_type": "output"},
+        },
     }
+    own = AutoTokenizer.from_pretrained(place.path / "teacher")
+    own.add_tokens([f"word{i}" for i in range(200)] + ["e", "a"])  # ids beyond the teacher's layer
+    own.save_pretrained(place.path / "foreign")
     place.write_config(tiny(runs=runs))
     place.snakemake()
     return place
@@ -117,3 +124,18 @@ def test_a_student_that_starts_from_the_teacher_stays_near_it(trained: Place) ->
     assert rates[0] < max(rates) > rates[-1], "a warm-up and a decay"
     others = find_run(trained, "both")[2]["validation"]["kl_to_teacher"]
     assert metrics["validation"]["kl_to_teacher"] < others / 2
+
+
+def test_a_student_with_a_tokenizer_of_its_own_is_measured_without_its_teacher(
+    trained: Place,
+) -> None:
+    folder, _, metrics = find_run(trained, "foreign")
+    assert metrics["validation"]["bits_per_byte"] > 0 and metrics["teacher_validation"] is None
+    reasons = metrics["not_defined"]
+    assert set(reasons) == {"kl_to_teacher", "reverse_kl", "agreement", "overlap", "acceptance"}
+    assert all("different tokenizers" in why for why in reasons.values())
+    page = (trained.results / "report.html").read_text()
+    assert "foreign: no KL(teacher || student), " in page
+    samples = json.loads(next(folder.glob("evaluation/*/samples.json")).read_text())["models"]
+    assert "different tokenizers" in samples["teacher"]["missing"]
+    assert len(samples["student"]["continued"]) == 4
