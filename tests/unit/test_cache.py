@@ -189,6 +189,7 @@ def test_a_cache_opened_before_a_fork_is_read_by_all_children(merged: Path) -> N
 # Nothing is trusted unread
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["top_k", *CODED])
 def test_a_bit_flipped_anywhere_is_refused_or_changes_nothing(
     method: str, part: Path, index: TokenIndex

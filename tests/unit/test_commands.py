@@ -80,6 +80,7 @@ def run_on_a_small_disk(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_full_disk_is_one_sentence_whichever_library_writes(writer: str, tmp_path: Path) -> None:
     body = f"path = '{tmp_path}/file'\n    {WRITERS[writer]}"

@@ -77,6 +77,7 @@ def numbered(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 # --- Sharding and order
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     num_shards=st.integers(1, 200),
@@ -619,6 +620,7 @@ def test_a_drawn_file_cut_short_is_refused(numbered: Dataset, tmp_path: Path) ->
         list(read_drawn(tmp_path, shard=1, counts=Counts()))
 
 
+@pytest.mark.slow
 def test_a_stream_holds_no_more_than_its_shuffle_buffer_in_memory(tmp_path: Path) -> None:
     """Ten times the documents, the same peak of what Python itself has allocated."""
     import tracemalloc

@@ -231,6 +231,7 @@ def long_stream(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_ten_times_the_samples_take_no_more_memory(long_stream: Path, shuffle: bool) -> None:
     peaks = []

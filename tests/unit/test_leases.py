@@ -175,6 +175,7 @@ def start_holder(folder: Path, candidates: list[list[str]], *, seconds: float) -
     return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_jobs_of_all_sizes_never_share_a_gpu_and_all_finish_despite_kills(tmp_path: Path) -> None:
     """24 processes on 8 ids; 6 of them hang while they hold and are killed. Each also takes a lock of its own on
     every GPU that it was given: were one given twice, that would fail."""

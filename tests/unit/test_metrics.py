@@ -137,6 +137,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_at_131072_tokens_whatever_the_positions() -> None:
     def measure(length: int) -> float:
         done = subprocess.run(

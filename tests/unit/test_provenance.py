@@ -167,6 +167,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_a_writer_killed_at_any_moment_leaves_a_whole_file(tmp_path: Path) -> None:
     path, chance = tmp_path / "state.json", random.Random(0)
     number = 0

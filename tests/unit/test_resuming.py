@@ -140,6 +140,7 @@ def test_a_damaged_checkpoint_is_not_gone_on_from(
         assert (name in said[0]) == (not (name == "complete.json" and bad is None))
 
 
+@pytest.mark.slow
 def test_going_on_at_an_epochs_end_or_within_one_gives_the_same_weights(
     bench: Bench, dropout_student: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -216,6 +217,7 @@ def test_a_second_process_on_the_same_run_waits(
     assert_same_weights(folder, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_window_of_the_log_that_spans_a_checkpoint_is_whole(
     bench: Bench, dropout_student: Path, tmp_path: Path
 ) -> None:

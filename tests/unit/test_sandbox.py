@@ -148,6 +148,7 @@ for name in ("RLIMIT_AS", "RLIMIT_NPROC", "RLIMIT_FSIZE", "RLIMIT_CPU"):
 
 
 # Guesses where the verdict goes, but not the word that goes with it.
+RECURSION = "import sys; sys.setrecursionlimit(10**9)\ndef f(): f()\nf()"
 PRETENDER = """
 import os
 for place in range(3, 64):
@@ -258,7 +259,9 @@ def test_a_program_without_end_has_failed(program: str) -> None:
         "raise KeyboardInterrupt",
         "def broken(:",
         "assert False, 'no'",
-        "import sys; sys.setrecursionlimit(10**9)\ndef f(): f()\nf()",
+        pytest.param(
+            RECURSION, marks=pytest.mark.slow
+        ),  # half a minute until its memory is used up
         PRETENDER,
     ],
 )
@@ -266,6 +269,7 @@ def test_a_program_that_leaves_before_its_end_has_not_passed(program: str) -> No
     assert not run_program(program, limits=PATIENT).has_passed
 
 
+@pytest.mark.slow
 @needs_sandbox
 def test_a_flood_of_output_is_not_kept() -> None:
     assert not run_program(FLOOD, limits=Limits(seconds=5.0)).has_passed

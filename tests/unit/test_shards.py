@@ -355,6 +355,7 @@ def train_tokenizer(words: str) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>")
 
 
+@pytest.mark.slow
 def test_odd_documents_are_handled_and_counted(tmp_path: Path) -> None:
     word = " blue-bird-on-a-green-hill-house".replace("-", "")
     tokenizer = train_tokenizer(word)

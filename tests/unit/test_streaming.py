@@ -152,6 +152,7 @@ def test_blocks_of_any_size_give_the_same_index_and_the_same_sequences(
 # Kills and full disks
 
 
+@pytest.mark.slow
 def test_a_tokenization_killed_at_any_moment_leaves_a_whole_shard_or_none(tmp_path: Path) -> None:
     corpus, folder = bytewise.write_corpus(tmp_path / "c.jsonl", 300), tmp_path / "tokens"
     out = folder / "shard_00000.h5"

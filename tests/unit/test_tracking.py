@@ -49,6 +49,7 @@ def _read_when_written(path: Path) -> bytes:
     return stored
 
 
+@pytest.mark.slow
 def test_wandb_works_without_a_network(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -125,6 +125,7 @@ def own_loss(folder: Path, texts: list[str]) -> tuple[float, int, int]:
     return loss, positions, size
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_table_and_writes_metrics_where_asked(
     student: Path, tiny_teacher: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -160,6 +161,7 @@ def test_losses_and_bits_per_byte_are_those_of_the_models_themselves(
         assert scores["bits_per_byte"] == pytest.approx(loss / math.log(2) / size, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_with_two_tokenizers_only_bits_per_byte_are_to_be_compared(
     student: Path, stranger: Path, data: Path
 ) -> None:

@@ -158,6 +158,7 @@ class Mortal(CausalLM):
         return super().features(*args, **kwargs)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=8)
 @given(
     lives=st.lists(st.tuples(st.integers(0, 4), st.integers(1, 5), st.integers(0, 14)), max_size=4)
@@ -282,6 +283,7 @@ def test_three_processes_at_once_leave_the_bytes_of_one(
     assert read_parts(tmp_path) == undisturbed
 
 
+@pytest.mark.slow
 def test_a_living_workers_part_is_left_to_it_and_a_killed_ones_is_taken_over(
     job: Job,
     undisturbed: dict[str, bytes],
