@@ -1,12 +1,15 @@
 """Tasks of lm-evaluation-harness: a local file on a real model, offline; what is missing is said in one sentence."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from hub import NAME, serve
 from tiny import section
 from transformers import AutoModelForCausalLM
 
@@ -107,3 +110,42 @@ def test_an_unknown_benchmark_is_refused_with_the_nearest_names() -> None:
     with pytest.raises(ValueError, match="'helaswag', which is none of") as refusal:
         check_benchmarks(settings(None, "helaswag"))
     assert "Did you mean 'hellaswag'" in str(refusal.value)
+
+
+FROM_HUB = """
+import json, sys
+from tiny import section
+from retort.benchmarks import check_benchmarks
+print(json.dumps(check_benchmarks(section("evaluation", benchmarks=["animals"], benchmark_tasks_dir=sys.argv[1]))))
+"""
+
+
+@pytest.mark.slow
+def test_data_of_a_hub_are_fetched_by_the_check_and_then_needed_no_more(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="the extra eval is not installed")
+    data = tmp_path / "hub"
+    tasks = write_task(tmp_path / "tasks", dataset_path=NAME, dataset_kwargs={})
+    data.mkdir()
+    (tasks / "animals.jsonl").rename(data / "test.jsonl")
+
+    def check(**environment: str) -> "subprocess.CompletedProcess[str]":
+        paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+        known = os.environ | {"HF_HOME": str(tmp_path / "home"), "PYTHONPATH": paths}
+        return subprocess.run(
+            [sys.executable, "-c", FROM_HUB, str(tasks)],
+            env=known | environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    offline = check(HF_HUB_OFFLINE="1")
+    assert "benchmark 'animals' cannot be loaded" in offline.stderr
+    with serve(data) as hub:
+        online = check(**hub.environment)
+        assert online.returncode == 0, online.stderr
+        assert json.loads(online.stdout.splitlines()[-1]) == ["benchmark animals: 4 examples"]
+        assert hub.requests["test.jsonl"] == 1
+    staged = check(HF_HUB_OFFLINE="1")
+    assert staged.returncode == 0, staged.stderr
+    assert json.loads(staged.stdout.splitlines()[-1]) == ["benchmark animals: 4 examples"]
