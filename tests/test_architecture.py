@@ -65,6 +65,7 @@ ROOMS = (
     "trainer",
     "model_card",
     "training",
+    "runs",
     "intervals",
     "text_bytes",
     "metrics",

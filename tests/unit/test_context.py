@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from retort.features import score_validation
 from retort.index import TokenIndex
-from retort.training import train_run
+from retort.runs import train_run
 from retort.workers import generate_logits
 
 LONGEST = 48

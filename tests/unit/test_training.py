@@ -19,10 +19,10 @@ from retort.artefacts import student_content
 from retort.cache import LogitCache
 from retort.codec import Codec
 from retort.provenance import digest, read_json, write_json
+from retort.runs import train_run
 from retort.training import (
     LOG_COLUMNS,
     find_tail,
-    train_run,
 )
 
 

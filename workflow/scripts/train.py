@@ -46,7 +46,7 @@ def read_command_line() -> argparse.Namespace:
 
 def train(args: argparse.Namespace, *, is_first: bool = True) -> None:
     """Train in this process; of several ranks the first one speaks."""
-    from retort.training import train_run
+    from retort.runs import train_run
 
     train_run(
         args.output,
