@@ -50,6 +50,7 @@ ROOMS = (
     "parts",
     "samples",
     "models",
+    "students",
     "completions",
     "selection",
     "teacher",

@@ -21,12 +21,11 @@ from retort.corpus import check_corpus
 from retort.demo import DEMO_TEACHER, DemoTokenizer
 from retort.models import (
     load_model_config,
-    name_student,
     output_width,
     refuse_short_context,
-    student_config,
 )
 from retort.provenance import fingerprint_weights, require_writable
+from retort.students import name_student, student_config
 from retort.tokens import load_tokenizer
 
 

@@ -4,7 +4,6 @@ A causal LM is used in two halves: its *body*, token ids -> hidden states, and i
 so that the head (most of the work at a large vocabulary) runs only where a prediction counts.
 """
 
-import json
 import math
 import os
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from retort.config import Student, Teacher
+from retort.config import Teacher
 from retort.provenance import (
     digest,
     fingerprint_weights,
@@ -314,41 +313,6 @@ def load_pretrained(path: str, **options: Any) -> PreTrainedModel:
     return model
 
 
-def student_config(section: Student, *, vocabulary: int, tokenizer: Any) -> PretrainedConfig:
-    """Return the student's transformers config; `vocab_size` and special ids are filled in where absent.
-
-    Raises ValueError when the student's vocabulary is smaller than `vocabulary`, the ids it must predict.
-    """
-    if section.model_path is not None:
-        config = load_model_config(section.model_path)
-    else:
-        path = Path(str(section.config))
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        model_type = content.pop("model_type")
-        content.setdefault("vocab_size", vocabulary)
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            content.setdefault(name, getattr(tokenizer, name))
-        try:
-            config = AutoConfig.for_model(model_type, **content)
-        except Exception as error:
-            raise ValueError(
-                f"student.config {str(path)!r} is no valid transformers {model_type!r} config: {error}"
-            ) from error
-    size = int(config.get_text_config().vocab_size)
-    if size < vocabulary:
-        source = section.config or section.model_path
-        raise ValueError(
-            f"the student's vocab_size is {size} ({source}), smaller than the {vocabulary} ids it must predict. "
-            f"Set vocab_size: {vocabulary}, or leave it out of the JSON to have it filled in."
-        )
-    return config
-
-
-def name_student(section: Student) -> str:
-    """Return the student's name in messages."""
-    return f"the student ({section.config or section.model_path})"
-
-
 def refuse_short_context(
     config: PretrainedConfig, length: int, name: str, *, what: str = "the longest sequence"
 ) -> None:
@@ -360,30 +324,6 @@ def refuse_short_context(
             f"(max_position_embeddings). Set dataset.max_length: {limit} or less (by hand: tokenize_shard.py "
             f"--dataset-max-length {limit}), or use a model with a longer context."
         )
-
-
-def build_student(
-    section: Student, *, vocabulary: int, tokenizer: Any, seed: int
-) -> PreTrainedModel:
-    """Build the student in float32: from a config with weights drawn by `seed`, or from a checkpoint."""
-    config = student_config(section, vocabulary=vocabulary, tokenizer=tokenizer)
-    torch.manual_seed(seed)
-    name = name_student(section)
-    try:
-        model: PreTrainedModel = (
-            AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-            if section.model_path is None
-            else load_pretrained(section.model_path, dtype=torch.float32)
-        )
-        require_causal(model, name=name)
-    except (RuntimeError, KeyError, AttributeError, TypeError, IndexError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise ValueError(
-            f"{name} cannot be built: {type(error).__name__}: {error}. Its sizes do not go together, or a key is "
-            "missing or misspelt: compare it with config/students/."
-        ) from error
-    return model
 
 
 def describe_device(device: torch.device) -> str:

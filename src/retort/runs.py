@@ -12,12 +12,11 @@ from retort.config_checks import DEFAULT_ALPHA
 from retort.index import TokenIndex
 from retort.models import (
     load_recorded_teacher,
-    name_student,
     refuse_short_context,
-    student_config,
 )
 from retort.provenance import describe_run, digest, digest_folder, read_json, write_json
 from retort.ranks import rank
+from retort.students import name_student, student_config
 from retort.tokens import SequenceTable, fingerprint_of_tokenizer, load_tokenizer
 from retort.training import Job, train_student
 

@@ -43,7 +43,6 @@ from retort.fused_loss import LossSettings
 from retort.model_card import write_card
 from retort.models import (
     CausalLM,
-    build_student,
     choose_device,
     describe_device,
     split_model,
@@ -53,6 +52,7 @@ from retort.provenance import (
 )
 from retort.ranks import cut_global_batch, ignore_surroundings, rank, world_size
 from retort.student_loss import attach_loss
+from retort.students import build_student
 from retort.tokens import SequenceTable
 from retort.trainer import DistillationTrainer, ProgressCallback
 

@@ -16,8 +16,8 @@ from retort.config import Student
 from retort.corpus import read_documents
 from retort.demo import DEMO_TEACHER, DemoTokenizer, make_demo_teacher, train_tokenizer
 from retort.documents import Counts, Document
-from retort.models import student_config
 from retort.provenance import fingerprint_tokenizer, fingerprint_weights, read_json
+from retort.students import student_config
 
 SMALL = replace(
     DEMO_TEACHER,

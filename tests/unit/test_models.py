@@ -28,7 +28,6 @@ from transformers import (
 
 from retort.models import (
     Head,
-    build_student,
     choose_device,
     choose_dtype,
     fingerprint_model,
@@ -41,9 +40,9 @@ from retort.models import (
     require_causal,
     require_weights,
     split_model,
-    student_config,
 )
 from retort.provenance import read_json, write_json
+from retort.students import build_student, student_config
 from retort.tokens import fingerprint_of_tokenizer, load_tokenizer
 
 SMALL: dict[str, Any] = {
