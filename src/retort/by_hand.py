@@ -19,6 +19,7 @@ from retort.corpus import read_documents
 from retort.documents import Counts, Document
 from retort.evaluation import evaluate_student
 from retort.features import OTHER_TOKENIZER, TeacherFeatures, collect_features, digest_keys
+from retort.intervals import Estimate
 from retort.models import (
     CausalLM,
     choose_device,
@@ -32,7 +33,7 @@ from retort.models import (
 )
 from retort.provenance import write_json
 from retort.scores import METRICS, METRICS_FORMAT, METRICS_VERSION, OF_BOTH, Scores
-from retort.tables import name_metric
+from retort.tables import format_metric, name_metric
 from retort.text_bytes import count_next_bytes
 from retort.tokens import SequenceTable, TokenCounts, load_tokenizer, tokenize_documents
 
@@ -281,13 +282,7 @@ def render_metrics(found: dict[str, Any]) -> str:
 
 
 def _cell(name: str, values: dict[str, Any], ends: dict[str, list[float] | None]) -> str:
-    value = values.get(name)
-    if value is None:
+    if values.get(name) is None:
         return "-"
-    scale, digits = (1, 3) if METRICS[name].unit else (100, 1)
-    text = f"{scale * value:,.{digits}f}"
-    interval = ends.get(name)
-    if interval is None:
-        return text
-    low, high = (f"{scale * end:,.{digits}f}" for end in interval)
-    return f"{text} ({low} to {high})"
+    text, interval = format_metric(name, Estimate(values[name], *(ends.get(name) or (None, None))))
+    return f"{text} ({interval})" if interval else text

@@ -213,17 +213,20 @@ def name_metric(name: str) -> str:
 
 
 def _cell(name: str, found: Estimate | None, *, is_best: bool = False) -> Cell:
-    if found is None:
-        return Cell("-")
+    return Cell("-") if found is None else Cell(*format_metric(name, found), is_best)
+
+
+def format_metric(name: str, found: Estimate) -> tuple[str, str]:
+    """Return a metric's value, a share in percent, and its interval ("" without one)."""
     scale, digits = (1.0, 3) if METRICS[name].unit else (100.0, 1)
-    return Cell(*_texts(found, scale, digits), is_best)
+    return _texts(found, scale, digits)
 
 
 def _texts(found: Estimate, scale: float, digits: int) -> tuple[str, str]:
-    text = f"{found.value * scale:.{digits}f}"
+    text = f"{found.value * scale:,.{digits}f}"
     if found.ends is None:
         return text, ""
-    low, high = (f"{end * scale:.{digits}f}" for end in found.ends)
+    low, high = (f"{end * scale:,.{digits}f}" for end in found.ends)
     return text, f"{low} to {high}"
 
 
