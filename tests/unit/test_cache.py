@@ -327,9 +327,8 @@ def test_sequences_rolled_against_their_records_are_refused(even: Path, column: 
 # A part is atomic
 
 
-@pytest.mark.parametrize(
-    "method", ["top_k", "top_p", pytest.param("sampled", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["top_k", "top_p", "sampled"])
 def test_a_writer_killed_at_any_moment_leaves_whole_parts_or_none(
     method: str, tmp_path: Path
 ) -> None:

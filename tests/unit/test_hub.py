@@ -86,13 +86,14 @@ def cut_and_stall(name: str, number: int) -> Any:
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "shuffle", "fault"),
     [
         ("jsonl", False, cut_and_stall),
-        pytest.param("jsonl", True, lambda *_: None, marks=pytest.mark.slow),
-        pytest.param("parquet", True, cut_and_stall, marks=pytest.mark.slow),
-        pytest.param("parquet", False, lambda *_: None, marks=pytest.mark.slow),
+        ("jsonl", True, lambda *_: None),
+        ("parquet", True, cut_and_stall),
+        ("parquet", False, lambda *_: None),
     ],
 )
 def test_a_stream_is_drawn_like_files_whatever_happens_on_the_way(

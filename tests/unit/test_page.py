@@ -93,8 +93,9 @@ def open_page(browser: Browser, report: Path, **options: Any) -> tuple[Page, lis
     return page, faults
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [320, 390, 768, 1440])
+@pytest.mark.parametrize(
+    ("width", "scheme"), [(320, "dark"), (390, "light"), (768, "dark"), (1440, "light")]
+)
 def test_page_fits_and_says_nothing_to_the_console(
     width: int, scheme: Any, browser: Browser, report: Path
 ) -> None:

@@ -42,9 +42,8 @@ def measure_peaks(folder: Path, num_documents: int) -> list[float]:
     return peaks
 
 
-@pytest.mark.parametrize(
-    "num_documents", [400, pytest.param(10_000, marks=pytest.mark.slow)], ids=["small", "large"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("num_documents", [400, 10_000], ids=["small", "large"])
 def test_memory_does_not_grow_with_the_corpus(num_documents: int, tmp_path: Path) -> None:
     once, tenfold = (measure_peaks(tmp_path, n) for n in (num_documents, 10 * num_documents))
     assert all(more - less < 25 for less, more in zip(once, tenfold, strict=True)), (once, tenfold)
@@ -114,6 +113,7 @@ def test_a_stream_of_documents_gives_the_bytes_of_all_at_once(
             assert np.array_equal(values, getattr(table, name)), name
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(
     sizes=st.lists(st.integers(0, 9), min_size=1, max_size=3),

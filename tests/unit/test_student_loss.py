@@ -174,10 +174,8 @@ def test_a_frozen_tied_weight_stays_frozen() -> None:
     assert "model.embed_tokens.weight" not in found and found
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["llama, tied", pytest.param("gemma2: softcap, scaled embedding", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama, tied", "gemma2: softcap, scaled embedding"])
 def test_a_compiled_student_learns_the_same(name: str) -> None:
     model = build(name)
     attach_loss(split_model(model), LossSettings(0.25, 2.0, chunk_size=4))

@@ -32,6 +32,7 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_the_curve_that_is_on_disk(bench: Bench, tmp_path: Path) -> None:
     bench.train(tmp_path, bench.cache, tracking={"use_tensorboard": True})
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
