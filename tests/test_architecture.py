@@ -76,6 +76,7 @@ ROOMS = (
     "benchmarks",
     "demo",
     "checks",
+    "staging",
     "planning",
     "scorecards",
     "records",
