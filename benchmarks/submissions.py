@@ -15,7 +15,6 @@ import itertools
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import threading
@@ -132,8 +131,8 @@ def run_typed(project: Project) -> Span:
     script = project.path / "typed.sh"
     script.write_text("\n".join(["#!/bin/bash", "set -e", *lines, ""]))
     cluster = project.cluster
-    sbatch = "sbatch --parsable -p cpu -c 4 --mem 8000 --export ALL -o typed.log typed.sh".split()
-    submitted = project.execute(sbatch)
+    asked = ["--partition=cpu", "--cpus-per-task=4", "--mem=8000", "--output=typed.log"]
+    submitted = project.execute(["sbatch", "--parsable", *asked, "typed.sh"])
     job = submitted.output.strip()
     while cluster.state(job) in ("PENDING", "RUNNING", "COMPLETING"):
         time.sleep(1)
