@@ -5,7 +5,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 from cluster import Cluster
 from place import REPOSITORY, merge, sha256
 from project import CONFIG, Project, digest
@@ -30,14 +29,12 @@ def environment(hub: Hub, home: Path) -> dict[str, str]:
     return hub.environment | {"HF_HOME": str(home)}
 
 
-@pytest.mark.parametrize("streaming", [True, False], ids=["stream", "dataset"])
 def test_what_was_staged_on_the_login_node_takes_a_student_to_its_end_without_the_hub(
-    project: Project, cluster: Cluster, tmp_path: Path, streaming: bool
+    project: Project, cluster: Cluster, tmp_path: Path
 ) -> None:
     """The Hub is stopped before the first job; the same project, alone and beside the Hub, makes the same bytes."""
     lay_out_hub(project, tmp_path / "hub")
-    section = {"name": NAME, "data_files": None, "streaming": streaming}
-    section |= {"max_samples": 120} if streaming else {}
+    section = {"name": NAME, "data_files": None, "streaming": True, "max_samples": 120}
     config = merge(CONFIG, {"dataset": section, "teacher": {"model_path": MODEL}})
     project.write_config(merge(config, {"teacher": {"generation": {"gpus_per_model": 2}}}))
     alone = project.copy_to(tmp_path / "alone")
