@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-unit test-workflow test-slow test-slurm test-slurm-runs test-slurm-faults campaign benchmark-cache benchmark-merge benchmark-teacher benchmark-training benchmark-feeding benchmark-groups benchmark-graph benchmark-quality lint environment docs clean
+.PHONY: demo test test-unit test-workflow test-slow test-slurm test-slurm-runs test-slurm-faults campaign benchmark-cache benchmark-merge benchmark-teacher benchmark-training benchmark-feeding benchmark-groups benchmark-graph benchmark-submissions benchmark-quality lint environment docs clean
 
 demo: $(READY)
 	$(BIN)/snakemake --cores $(CORES) --quiet rules
@@ -76,6 +76,11 @@ benchmark-groups: $(READY)
 # Planning 10,000 shards and 64 workers beside plain Snakemake, one to two minutes: make benchmark-graph FLAGS="--shards 2000"
 benchmark-graph: $(READY)
 	$(BIN)/python benchmarks/graph.py $(FLAGS)
+
+# Shards on a SLURM cluster (as make test-slurm starts it) beside the same scripts in one sbatch, a quarter of an hour:
+# make benchmark-submissions FLAGS="--shards 20 --typed"
+benchmark-submissions: $(READY)
+	tests/slurm/cluster.sh $(BIN)/python benchmarks/submissions.py $(FLAGS)
 
 # What a student keeps of the teacher, by bytes a position: an hour and a half of one core.
 benchmark-quality: $(READY)

@@ -79,6 +79,7 @@ ROOMS = (
     "benchmarks",
     "demo",
     "checks",
+    "staging",
     "planning",
     "scorecards",
     "records",

@@ -57,6 +57,14 @@ class Project(Place):
             assert found == 1, name
         (self.path / PROFILE).write_text(text)
 
+    def group_shards(self, number: int) -> None:
+        """Uncomment the profile's last block, as docs/slurm.md says, with so many shards in a job."""
+        text, found = re.subn(r"(?m)^# (?=[\w-]+: \[)", "", (self.path / PROFILE).read_text())
+        assert found == 4
+        text, found = re.subn(r"tokenize=\d+", f"tokenize={number}", text)
+        assert found == 1, text
+        (self.path / PROFILE).write_text(text)
+
     def command(
         self, *arguments: str, config: str | None = CONFIG_FILE, cores: int = 0
     ) -> list[str]:

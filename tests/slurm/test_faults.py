@@ -3,28 +3,60 @@
 Workers are stopped (SIGSTOP) after some parts, so that what happens to them happens in the middle of their work.
 """
 
+import ctypes
 import os
 import signal
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from cluster import NODES, Cluster
 from place import merge
 from project import CONFIG, Note, Parts, Project
 
+from retort.deadlines import OUT_OF_TIME
+
+Interrupted = tuple["subprocess.Popen[bytes]", Parts]
+_PTRACE_SEIZE, _PTRACE_INTERRUPT, _WALL = 0x4206, 0x4207, 0x40000000  # of Linux
 OUTAGE_S = 55  # longer than the SLURM plugin asks a controller in vain, if it is not told to
+
+
+@contextmanager
+def interrupted(project: Project) -> Iterator[Interrupted]:
+    """Start the teacher's pass and stop both workers; after the block they go on, and all must end well."""
+    with Parts(project) as parts:
+        process = project.start(project.merged)
+        project.pause(process, 0, 1)
+        yield process, parts
+        project.wake()
+        project.finish(process)
+
+
+@contextmanager
+def hung(worker: int) -> Iterator[None]:
+    """Let a process be deaf to every signal but SIGKILL, as in a driver that hangs; the block must end with its death.
+
+    A SIGCONT would end a SIGSTOP. Traced, the main thread, which in Python hears signals, stays where it is.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.ptrace(_PTRACE_SEIZE, worker, None, None) == 0, os.strerror(ctypes.get_errno())
+    assert libc.ptrace(_PTRACE_INTERRUPT, worker, None, None) == 0
+    os.waitpid(worker, _WALL)
+    yield
+    while True:
+        _, status = os.waitpid(worker, _WALL)
+        if not os.WIFSTOPPED(status):
+            break
+    assert os.WTERMSIG(status) == signal.SIGKILL
 
 
 def test_a_job_that_fails_is_the_only_one_that_runs_again(
     teacher_left: Project, cluster: Cluster, note: Note
 ) -> None:
     project = teacher_left
-    with Parts(project) as parts:
-        process = project.start(project.merged)
-        project.pause(process, 0, 1)
+    with interrupted(project) as (_, parts):
         os.kill(project.workers()[0], signal.SIGKILL)
-        project.wake()
-        project.finish(process)
     assert project.states(0) == ["FAILED", "COMPLETED"]
     assert project.states(1) == ["COMPLETED"]
     note("a worker is killed (SIGKILL)", "FAILED; only its job ran again", parts, project)
@@ -34,13 +66,9 @@ def test_a_cancelled_worker_goes_on_from_its_parts(
     teacher_left: Project, cluster: Cluster, note: Note
 ) -> None:
     project = teacher_left
-    with Parts(project) as parts:
-        process = project.start(project.merged)
-        project.pause(process, 0, 1)
+    with interrupted(project) as (_, parts):
         job = project.worker_job(0)
         cluster.run("scancel", job.id)
-        project.wake()
-        project.finish(process)
     assert project.states(0) == ["CANCELLED", "COMPLETED"]
     assert "interrupted by SIGTERM" in project.scheduler_log(job)
     note("scancel of a running worker", "CANCELLED; a second job went on", parts, project)
@@ -66,17 +94,34 @@ def test_at_its_time_limit_a_worker_ends_and_the_next_attempt_goes_on(
     teacher_left: Project, cluster: Cluster, note: Note
 ) -> None:
     project = teacher_left
-    with Parts(project) as parts:
-        process = project.start(project.merged)
-        project.pause(process, 0, 1)
+    with interrupted(project) as (_, parts):
         job = project.worker_job(0)
         cluster.run("scontrol", "update", f"jobid={job.id}", "EndTime=now+1")
         cluster.wait_for("TIMEOUT", job.id)
-        project.wake()
-        project.finish(process)
     assert project.states(0) == ["TIMEOUT", "COMPLETED"]
     assert "interrupted by SIGTERM" in project.scheduler_log(job)
     note("time limit of a worker", "SIGTERM, TIMEOUT; a second job went on", parts, project)
+
+
+def test_a_worker_that_cannot_obey_is_killed_at_its_time_limit_and_the_next_attempt_goes_on(
+    teacher_left: Project, cluster: Cluster, note: Note
+) -> None:
+    """SIGTERM is not heard, so SLURM's SIGKILL follows; the worker has no time to end by itself either."""
+    project = teacher_left
+    with interrupted(project) as (_, parts):
+        job = project.worker_job(0)
+        with hung(project.workers()[0]):
+            cluster.run("scontrol", "update", f"jobid={job.id}", "EndTime=now+1")
+            cluster.wait_for("TIMEOUT", job.id)
+            done = parts.done
+        log = project.log(0)
+    assert project.states(0) == ["TIMEOUT", "COMPLETED"]
+    assert "DUE TO TIME LIMIT" in project.scheduler_log(job)
+    assert "interrupted" not in log and OUT_OF_TIME not in log
+    assert 3 <= done < parts.done
+    note(
+        "a worker hangs at its time limit", "SIGTERM, SIGKILL; a second job went on", parts, project
+    )
 
 
 def test_after_the_crash_of_a_node_its_worker_goes_on_elsewhere(
@@ -85,17 +130,13 @@ def test_after_the_crash_of_a_node_its_worker_goes_on_elsewhere(
     project = teacher_left
     three_gpus = {"teacher": {"generation": {"gpus_per_model": 3}}}  # no node has room for two such
     project.write_config(merge(CONFIG, three_gpus))
-    with Parts(project) as parts:
-        process = project.start(project.merged)
-        project.pause(process, 0, 1)
+    with interrupted(project) as (_, parts):
         job = project.worker_job(0)
         assert job.node != project.worker_job(1).node
         assert cluster.crash(job.node) > 4, "the node's daemon, and all that ran"
-        project.wake()
         project.worker_job(0, state="PENDING")
         cluster.hurry(job.id)
-        project.finish(process)
-        elsewhere = project.worker_job(0, state="COMPLETED")
+    elsewhere = project.worker_job(0, state="COMPLETED")
     assert elsewhere.id == job.id, "SLURM put the same job into the queue again"
     assert elsewhere.node != job.node
     note("crash of a node", "requeued by SLURM, went on elsewhere", parts, project)
@@ -106,29 +147,13 @@ def test_preempted_workers_are_queued_again_and_go_on(
 ) -> None:
     project = teacher_left
     project.fill_in(gpu_partition="scavenge")
-    with Parts(project) as parts:
-        process = project.start(project.merged)
-        project.pause(process, 0, 1)
+    with interrupted(project) as (_, parts):
         job = project.worker_job(0)
-        others = [
-            "sbatch",
-            "-p",
-            "gpu",
-            "-w",
-            job.node,
-            "-N1",
-            "--gpus=4",
-            "-o",
-            "/dev/null",
-            "--wrap",
-            "sleep 5",
-        ]
-        cluster.run(*others)
+        others = f"sbatch -p gpu -w {job.node} -N1 --gpus=4 -o /dev/null --wrap".split()
+        cluster.run(*others, "sleep 5")
         assert project.worker_job(0, state="PENDING").id == job.id
         for waiting in project.jobs("generate_logits", "PENDING"):
             cluster.hurry(waiting.id)
-        project.wake()
-        project.finish(process)
     assert "Restarts=1" in cluster.run("scontrol", "show", "job", job.id)
     note("preemption", "requeued by SLURM, went on", parts, project)
 
@@ -183,14 +208,10 @@ def test_jobs_are_not_forgotten_while_the_controller_is_away(
     teacher_left: Project, cluster: Cluster, note: Note
 ) -> None:
     project = teacher_left
-    with Parts(project) as parts:
-        process = project.start(project.merged)
-        project.pause(process, 0, 1)
+    with interrupted(project) as (process, parts):
         cluster.kill_controller()
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(timeout=OUTAGE_S)
         cluster.start_controller()
-        project.wake()
-        project.finish(process)
     assert project.states(0) == project.states(1) == ["COMPLETED"]
     note("the controller is away for a minute", "jobs ran on, Snakemake waited", parts, project)

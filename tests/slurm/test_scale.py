@@ -7,17 +7,9 @@ from pathlib import Path
 
 from cluster import Cluster
 from place import merge
-from project import CONFIG, PROFILE, Project
+from project import CONFIG, Project
 
 SHARDS = 3
-
-
-def take_the_marks(project: Project) -> None:
-    """Uncomment the profile's last block, as docs/slurm.md says."""
-    path = project.path / PROFILE
-    text, found = re.subn(r"(?m)^# (?=[\w-]+: \[)", "", path.read_text())
-    assert found == 4
-    path.write_text(text)
 
 
 def span(log: Path) -> tuple[float, float]:
@@ -30,7 +22,7 @@ def span(log: Path) -> tuple[float, float]:
 def test_a_group_of_shards_is_one_job_with_the_memory_of_one_and_the_time_of_all(
     project: Project, cluster: Cluster
 ) -> None:
-    take_the_marks(project)
+    project.group_shards(20)
     project.write_config(merge(CONFIG, {"dataset": {"num_shards": SHARDS}}))
     project.snakemake(project.find_output(r"tokens/\w+/index\.json$"))
     (job,) = project.jobs()

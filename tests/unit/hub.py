@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on 127.0.0.1: enough of its API for `datasets` to stream a dataset, with faults on demand.
+"""A Hugging Face Hub on 127.0.0.1: enough of its API to stream a dataset and to fetch a model, with faults on demand.
 
 Clients run in subprocesses with `HF_ENDPOINT` set, as users' do: huggingface_hub reads it when it is imported.
 """
@@ -12,9 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 NAME = "someone/stories"
+MODEL = "someone/teacher"
 SHA = "0123456789abcdef0123456789abcdef01234567"
 _STALL_S = 30.0
 
@@ -24,7 +26,7 @@ Fault = Callable[[str, int], "int | tuple[str, int] | str | None"]
 
 @dataclass
 class Hub:
-    """The files of one dataset, and what was asked of them."""
+    """The files of one dataset, maybe of one model, and what was asked of them."""
 
     folder: Path
     fault: Fault = lambda *_: None
@@ -32,6 +34,7 @@ class Hub:
     requests: Counter[str] = field(default_factory=Counter)  # for content, by file
     sent: Counter[str] = field(default_factory=Counter)  # bytes of content, by file
     endpoint: str = ""
+    model: Path | None = None
 
     @property
     def environment(self) -> dict[str, str]:
@@ -46,9 +49,9 @@ class Hub:
 
 
 @contextmanager
-def serve(folder: Path, fault: Fault = lambda *_: None, **keys: str) -> Iterator[Hub]:
-    """Serve a folder as the dataset someone/stories for as long as the block lasts."""
-    hub = Hub(folder, fault, **keys)  # type: ignore[arg-type]
+def serve(folder: Path, fault: Fault = lambda *_: None, **keys: Any) -> Iterator[Hub]:
+    """Serve a folder as the dataset someone/stories for as long as the block lasts; `model`, as someone/teacher."""
+    hub = Hub(folder, fault, **keys)
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Handler,), {"hub": hub}))
     server.daemon_threads = True
     hub.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
@@ -69,15 +72,21 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        api, content = f"/api/datasets/{NAME}", f"/datasets/{NAME}/resolve/"
+        is_model = path.startswith((f"/api/models/{MODEL}", f"/{MODEL}/")) and self.hub.model
+        name, folder = (MODEL, self.hub.model) if is_model else (NAME, self.hub.folder)
+        assert folder is not None
+        api = f"/api/{'models' if is_model else 'datasets'}/{name}"
+        content = f"{'' if is_model else '/datasets'}/{name}/resolve/"
         if path.startswith(f"{api}/tree/"):
-            self.answer(self.describe(sorted(self.hub.folder.iterdir())))
+            # Of a folder inside (chat templates, say) there is none.
+            is_top = path.removeprefix(f"{api}/tree/").count("/") == 0
+            self.answer(self.describe(sorted(folder.iterdir())) if is_top else [])
         elif path == api or path.startswith(f"{api}/revision/"):
-            about = {"id": NAME, "sha": SHA, "private": False, "gated": False, "disabled": False}
-            names = [{"rfilename": p.name} for p in sorted(self.hub.folder.iterdir())]
+            about = {"id": name, "sha": SHA, "private": False, "gated": False, "disabled": False}
+            names = [{"rfilename": p.name} for p in sorted(folder.iterdir())]
             self.answer(about | {"downloads": 0, "likes": 0, "tags": [], "siblings": names})
         elif path.startswith(content):
-            self.send_content(path.rpartition("/")[2])
+            self.send_content(folder / path.rpartition("/")[2])
         else:
             self.answer({"error": "not found"}, status=404)
 
@@ -104,8 +113,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def send_content(self, name: str) -> None:
-        path = self.hub.folder / name
+    def send_content(self, path: Path) -> None:
+        name = path.name
         if not path.is_file():
             self.answer({"error": "no such file"}, 404, X_Error_Code="EntryNotFound")
             return

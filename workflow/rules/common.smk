@@ -8,6 +8,7 @@ from pathlib import Path
 
 from retort.artefacts import plan_project
 from retort.config import load_runs, section_flags
+from retort.sources import is_hub
 from snakemake.exceptions import WorkflowError
 
 try:
@@ -73,6 +74,14 @@ def get_corpus(wildcards):
         is_apart = len(records) > 1
         return [str(records[int(wildcards.shard)])] if is_apart else map(str, records)
     return map(str, PROJECT.teachers[wildcards.teacher].corpus.records)
+
+
+def get_staged(wildcards):
+    """What `stage` leaves to other rules: the records of teachers that are not trained here, and drawn corpora."""
+    teachers = [t.folder for t in PROJECT.teachers.values() if t.corpus is None]
+    corpora = [c for c in PROJECT.corpora.values() if is_hub(c.dataset)]
+    records = [str(record) for corpus in corpora for record in corpus.records]
+    return [*(f"{folder}/fingerprint.json" for folder in teachers), *records]
 
 
 def get_draw_flags(wildcards):

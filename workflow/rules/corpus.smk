@@ -1,4 +1,4 @@
-# Text becomes sequences of tokens: check_inputs -> draw_corpus -> tokenize_shard -> index_tokens.
+# Text becomes sequences of tokens: check_inputs (-> stage) -> draw_corpus -> tokenize_shard -> index_tokens.
 
 
 rule check_inputs:
@@ -13,6 +13,23 @@ rule check_inputs:
         "Checking the inputs: models, vocabularies, corpora, folders"
     shell:
         "{params.script} --config {params.config:q} --output {output:q}"
+        " >> {log:q} 2> >(trap '' TERM; tee -a {log:q} >&2)"
+
+
+rule stage:
+    # snakemake stage --cores 2, where there is a network: all that other machines would want of it.
+    input:
+        check=ancient(CHECK),
+        made=ancient(get_staged),
+    log:
+        f"logs/stage/{PROJECT.check_id}.log",
+    params:
+        script=SCRIPTS.format("stage"),
+        config=lambda wildcards: json.dumps(config, sort_keys=True),
+    message:
+        "Fetching what comes from the Hub"
+    shell:
+        "{params.script} --config {params.config:q}"
         " >> {log:q} 2> >(trap '' TERM; tee -a {log:q} >&2)"
 
 

@@ -21,8 +21,11 @@ def greet():
             require_writable(Path(folder))
     except ValueError as error:
         raise WorkflowError(str(error)) from None
-    if workflow.local_exec and not is_scheduled():
+    asked = {job.rule.name for job in workflow.dag.needrun_jobs()}
+    if "train" in asked and workflow.local_exec and not is_scheduled():
         refuse_several_nodes()
+    if not {"score_validation", "generate_logits"} & asked:
+        return
     for generation, must_run in find_teacher_work().items():
         try:
             logger.info(describe_machine(generation, detected=detected_gpus()))

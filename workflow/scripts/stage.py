@@ -1,0 +1,30 @@
+"""Fetch what a config takes from the Hub into this machine's cache: models, tokenizers, datasets.
+
+python workflow/scripts/stage.py --config mine.yaml
+"""
+
+import argparse
+from pathlib import Path
+
+import yaml
+
+from retort.commands import run_script, say
+from retort.config import load_runs
+
+
+def main() -> None:
+    """Read the config (a file, or its text as Snakemake has it) and fetch."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="a YAML file, or the config itself as JSON")
+    args = parser.parse_args()
+    text = args.config if args.config.lstrip().startswith("{") else Path(args.config).read_text()
+    from retort.staging import stage_project
+
+    for line in stage_project(load_runs(yaml.safe_load(text) or {})):
+        say(line)
+
+
+if __name__ == "__main__":
+    run_script(main)
