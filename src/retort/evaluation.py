@@ -143,7 +143,13 @@ def _sample_student(
     prompts = choose_prompts(table, tokenizer, evaluation)
     found = {"student": sample_model(model, tokenizer, prompts, evaluation, say=say)}
     if teacher_path is not None:
-        teacher = read_samples(teacher_path)["teacher"]
+        written = read_samples(teacher_path)
+        if "teacher" not in written:
+            raise ValueError(
+                f"{teacher_path} holds no teacher's continuations ({', '.join(written)} only). Delete "
+                f"{teacher_path.parent} and run the same command again."
+            )
+        teacher = written["teacher"]
         if teacher.missing is None:
             require_prompts(teacher, prompts, source=teacher_path)
         found["teacher"] = replace(teacher, prompts=tuple(prompts))

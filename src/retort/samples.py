@@ -100,7 +100,14 @@ def read_samples(path: Path) -> dict[str, Samples]:
         }
         if any(m.missing is None and len(m.continued) != len(prompts) for m in found.values()):
             raise ValueError("prompts and continuations differ in number")
-    except (OSError, KeyError, TypeError, ValueError) as error:
+        texts = [p.text for p in prompts] + [p.reference or "" for p in prompts]
+        texts += [t for m in found.values() for s in m.continued for t in (s.greedy, s.drawn)]
+        texts += [m.missing or "" for m in found.values()]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("something that was written is no text")
+        if not found:
+            raise ValueError("it names no model")
+    except (AttributeError, OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} holds no samples that can be read ({error!r}): delete it, with what lies beside it, and run the "
             "same command again."

@@ -145,6 +145,12 @@ def test_a_file_gives_back_what_was_written_and_refuses_what_was_changed(
         path.write_text(text.replace(old, new, 1))
         with pytest.raises(ValueError, match=r"samples.json holds no samples.*delete it"):
             read_samples(path)
+    whole = json.loads(text)
+    first = {**whole["prompts"][0], "text": 5}
+    for change in ({"models": []}, {"models": {}}, {"prompts": [first, *whole["prompts"][1:]]}):
+        path.write_text(json.dumps(whole | change))
+        with pytest.raises(ValueError, match=r"samples.json holds no samples.*delete it"):
+            read_samples(path)
     path.unlink()
     with pytest.raises(ValueError, match=r"samples.json holds no samples.*delete it"):
         read_samples(path)
