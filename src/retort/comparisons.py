@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -49,14 +50,23 @@ def compare_with_baseline(
     if other is None:
         return None
     full = find_full(record, records)
-    paths = [r.path.with_name(DOCUMENTS_FILE) for r in (record, other)]
-    if not all(path.exists() for path in paths):
+    if not all(map(has_documents, (record, other))):
         return Comparison(other, Estimate(record.loss - other.loss, None, None), None)
-    full_path = full.path.with_name(DOCUMENTS_FILE) if full else None
-    if full_path and full_path.exists():
-        paths.append(full_path)
-    found = _compare(_stamp(paths))
+    compared = [record, other, *([full] if full and has_documents(full) else [])]
+    found = _compare(tuple(map(_stamp, compared)))
     return Comparison(other, found["margin"], found.get("gap_closed"))
+
+
+def compare_losses_of(one: Record, other: Record) -> Estimate:
+    """Return the held-out loss of one run minus another's on the same documents; without their sums, no interval."""
+    if not all(map(has_documents, (one, other))):
+        return Estimate(one.loss - other.loss, None, None)
+    return _compare((_stamp(one), _stamp(other)))["margin"]
+
+
+def has_documents(record: Record) -> bool:
+    """Say whether the sums of each document, which intervals of differences are drawn from, lie beside the metrics."""
+    return record.path.with_name(DOCUMENTS_FILE).exists()
 
 
 def find_full(record: Record, records: Sequence[Record]) -> Record | None:
@@ -95,9 +105,8 @@ def find_best(group: Sequence[Record], name: str) -> Record | None:
 
 
 def _is_clearly_better(one: Record, other: Record, name: str) -> bool:
-    paths = [r.path.with_name(DOCUMENTS_FILE) for r in (one, other)]
-    if name in _OF_LOSS and all(path.exists() for path in paths):
-        margin = _compare(_stamp(paths))["margin"]
+    if name in _OF_LOSS and all(map(has_documents, (one, other))):
+        margin = compare_losses_of(one, other)
         return margin.high is not None and margin.high < 0
     mine, theirs = one.card.metrics[name].ends, other.card.metrics[name].ends
     if mine is None or theirs is None:
@@ -105,21 +114,38 @@ def _is_clearly_better(one: Record, other: Record, name: str) -> bool:
     return mine[1] < theirs[0] if METRICS[name].is_less_better else mine[0] > theirs[1]
 
 
-def _stamp(paths: Sequence[Path]) -> tuple[tuple[Path, int, int], ...]:
-    return tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in paths)
+class _Stamp(NamedTuple):
+    """A run's sums by document; the file's time and size are there to forget what it was before."""
+
+    path: Path
+    time: int
+    size: int
+    loss: float
+
+
+def _stamp(record: Record) -> _Stamp:
+    path = record.path.with_name(DOCUMENTS_FILE)
+    about = path.stat()
+    return _Stamp(path, about.st_mtime_ns, about.st_size, record.loss)
 
 
 @lru_cache(maxsize=256)
-def _compare(files: tuple[tuple[Path, int, int], ...]) -> dict[str, Estimate]:
-    """Compare run, baseline and perhaps FullKD; a file's time and size are there to forget what it was before."""
-    tables = [read_documents(path) for path, _, _ in files]
-    for (path, _, _), table in zip(files, tables, strict=True):
+def _compare(files: tuple[_Stamp, ...]) -> dict[str, Estimate]:
+    """Compare run, baseline and perhaps FullKD. Raises ValueError for sums of another run, or of other documents."""
+    tables = [read_documents(file.path) for file in files]
+    for file, table in zip(files, tables, strict=True):
+        loss = float(table["loss"].sum() / table["positions"].sum())
+        if not math.isclose(loss, file.loss, rel_tol=1e-6):
+            raise ValueError(
+                f"{file.path} sums up to a loss of {loss:.6f}, but metrics.json beside it says {file.loss:.6f}: one of "
+                "them is another run's. Evaluate the run again."
+            )
         if not all(
             np.array_equal(table[name], tables[0][name]) for name in ("document", "positions")
         ):
             raise ValueError(
-                f"{path} and {files[0][0]} are not of the same documents, though their metrics say so: evaluate both "
-                "runs again."
+                f"{file.path} and {files[0].path} are not of the same documents, though their metrics say so: evaluate "
+                "both runs again."
             )
     names = ("run", "plain", "full")
     losses = {name: table["loss"] for name, table in zip(names, tables, strict=False)}

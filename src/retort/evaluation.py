@@ -137,19 +137,14 @@ def _sample_student(
     evaluation: Evaluation,
     *,
     teacher_path: Path | None,
+    weights: str | None,
     say: Callable[[str], None],
 ) -> dict[str, Samples]:
     """Let the student continue the prompts that its teacher was given; return both sides."""
     prompts = choose_prompts(table, tokenizer, evaluation)
     found = {"student": sample_model(model, tokenizer, prompts, evaluation, say=say)}
     if teacher_path is not None:
-        written = read_samples(teacher_path)
-        if "teacher" not in written:
-            raise ValueError(
-                f"{teacher_path} holds no teacher's continuations ({', '.join(written)} only). Delete "
-                f"{teacher_path.parent} and run the same command again."
-            )
-        teacher = written["teacher"]
+        teacher = read_samples(teacher_path, of=weights, whose="teacher")["teacher"]
         if teacher.missing is None:
             require_prompts(teacher, prompts, source=teacher_path)
         found["teacher"] = replace(teacher, prompts=tuple(prompts))
@@ -194,7 +189,15 @@ def evaluate_run(
     samples = {"student": Samples((), missing=why_none)}
     if tokenizer:
         beside = features_path.with_name(SAMPLES_FILE) if features_path else None
-        samples = _sample_student(model, tokenizer, table, evaluation, teacher_path=beside, say=say)
+        samples = _sample_student(
+            model,
+            tokenizer,
+            table,
+            evaluation,
+            teacher_path=beside,
+            weights=record["teacher"],
+            say=say,
+        )
     scores = evaluate_student(
         split_model(model),
         table,
@@ -212,7 +215,7 @@ def evaluate_run(
     provenance = _read_provenance(training_path.with_name("run.json"))
     metrics = _describe_run(record, teacher, manifest_path) | {"trained": provenance} | found
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_samples(out.with_name(SAMPLES_FILE), samples)
+    write_samples(out.with_name(SAMPLES_FILE), samples, of=record["id"])
     write_documents(out.with_name(DOCUMENTS_FILE), scores.sums)
     write_json(out, metrics)
     return f"evaluate {record['run']}  {_describe(found)}"

@@ -247,7 +247,7 @@ def score_validation(
     samples = Samples((), missing=OTHER_TOKENIZER)
     if int(index.content["tokenizer"]["size"]) > record["vocabulary"]:
         say(f"the teacher does not know the tokens of this text: {OTHER_TOKENIZER}.")
-        write_samples(samples_path, {"teacher": samples})
+        write_samples(samples_path, {"teacher": samples}, of=record["weights"])
         write_features(out, _say_nothing(record, validation))
         return
     places, training = index.read_sample(num_positions=evaluation.fidelity_positions)
@@ -275,7 +275,7 @@ def score_validation(
         say=say,
     )
     teacher.require_unchanged()
-    write_samples(samples_path, {"teacher": samples})
+    write_samples(samples_path, {"teacher": samples}, of=record["weights"])
     write_features(out, found)
 
 

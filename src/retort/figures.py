@@ -15,6 +15,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import offset_copy
 
 from retort.intervals import Estimate
 from retort.records import Record, TrainingLog, find_teachers
@@ -185,13 +186,21 @@ def _draw_costs(
 ) -> None:
     """Draw each run's loss, with its interval, over its cost; further down and to the left is better."""
     known = [x for x in costs if x is not None]
-    for cost, loss, style in zip(costs, losses, styles, strict=True):
+    for place, (cost, loss, style) in enumerate(zip(costs, losses, styles, strict=True)):
         if cost is None:
             continue
         colour, marker, _ = _style(style)
+        # Runs of one cache cost the same: a few points apart, their intervals can be told apart.
+        aside = 4 * (place - (len(costs) - 1) / 2) if len(costs) <= 8 else 0
+        at = offset_copy(axes.transData, axes.get_figure(root=True), x=aside, units="points")
         if loss.ends:
-            axes.plot([cost, cost], loss.ends, color=colour, linewidth=1.2, alpha=0.6)
-        axes.plot([cost], [loss.value], color=colour, marker=marker, markersize=8, linestyle="none")
+            axes.plot([cost, cost], loss.ends, color=colour, linewidth=1.4, transform=at)
+        axes.plot(
+            [cost], [loss.value], color=colour, marker=marker, markersize=7, ls="none", transform=at
+        )
+    ends = [end for loss in losses for end in loss.ends or (loss.value,)]
+    room = 0.08 * max(max([*ends, *teachers]) - min([*ends, *teachers]), 0.02)
+    axes.set_ylim(min([*ends, *teachers]) - room, max([*ends, *teachers]) + room)
     for level in teachers:
         axes.axhline(level, color=INKS["ink"][0], linewidth=1.3, linestyle=(0, (4, 3)))
     axes.set_xlim(-0.04 * max(known), 1.08 * max(known))
@@ -331,7 +340,8 @@ def _draw_dots(
 
 def _draw_teacher(axes: Axes, loss: float, *, level: int, is_left: bool) -> None:
     """Draw a teacher's loss as a line, named above; `level` stacks the names of several."""
-    axes.axvline(loss, color=INKS["ink"][0], linewidth=1.3, linestyle=(0, (4, 3)))
+    # Below the names, whose ground would else be crossed.
+    axes.axvline(loss, color=INKS["ink"][0], linewidth=1.3, linestyle=(0, (4, 3)), zorder=1)
     axes.annotate(
         f"teacher {loss:.3f}",
         (loss, 1),

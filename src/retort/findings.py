@@ -7,7 +7,7 @@ interval, where it is not zero to three digits.
 import math
 from collections.abc import Sequence
 
-from retort.comparisons import compare_with_baseline
+from retort.comparisons import compare_losses_of, compare_with_baseline, has_documents
 from retort.intervals import Estimate
 from retort.records import (
     CacheFacts,
@@ -18,6 +18,7 @@ from retort.records import (
     find_teachers,
     group_runs,
 )
+from retort.scores import DOCUMENTS_FILE
 from retort.tables import is_clear, is_gain, signed
 
 HIGH_TAIL_MASS = 0.2
@@ -57,6 +58,20 @@ def describe_outcome(group: Sequence[Record], *, baseline: str | None = None) ->
     return (
         f"Distillation did not beat cross-entropy: the best distilled run, {run.name}, has "
         f"held-out loss {run.loss:.3f}, {_distance(found.margin)} {against}{teacher}."
+    )
+
+
+def describe_next_best(group: Sequence[Record], *, baseline: str | None = None) -> str | None:
+    """Return how the best run compares with the next best, unless the outcome says so; None where there is none."""
+    if len(group) < 2 or group[0].positions < FEW_POSITIONS:
+        return None
+    best, second = sorted(group, key=lambda r: r.loss)[:2]
+    found = compare_with_baseline(best, group, baseline=baseline)
+    if found is not None and found.baseline is second:
+        return None
+    margin = compare_losses_of(best, second)
+    return (
+        f"{best.name} is {_distance(margin)} the next best run, {second.name} ({second.loss:.3f})."
     )
 
 
@@ -111,6 +126,12 @@ def find_warnings(
                 f"{FEW_DOCUMENTS} or more would do."
             )
     found += _warn_of_comparisons(records, baseline)
+    bare = [r.name for r in records if not has_documents(r)]
+    if bare:
+        found.append(
+            f"No {DOCUMENTS_FILE} beside the metrics of {list_names(bare)}: how sure their margins are is not known. "
+            "Evaluate them again."
+        )
     missing = [r.name for r, log in zip(records, logs, strict=True) if log is None]
     if missing:
         found.append(f"No training log found, so no learning curve drawn: {list_names(missing)}.")

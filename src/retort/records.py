@@ -163,8 +163,8 @@ def _read_record(path: Path) -> Record:
         card=card,
         teacher_card=teacher_card,
         breakdown=read_breakdown(read),
-        trained=dict(flatten(read("trained") or {})),
-        not_defined={str(k): str(v) for k, v in read("not_defined").items()},
+        trained=dict(flatten(read.mapping("trained"))),
+        not_defined={str(k): str(v) for k, v in read.mapping("not_defined").items()},
         cache=None if read("cache") is None else _read_cache(read),
     )
 
@@ -214,7 +214,10 @@ def _read_log(path: Path) -> TrainingLog | None:
 def load_samples(records: Sequence[Record]) -> list[dict[str, Samples]]:
     """Read what each run's student, and its teacher, wrote; nothing where there is no samples.json."""
     paths = [record.path.with_name(SAMPLES_FILE) for record in records]
-    return [read_samples(path) if path.exists() else {} for path in paths]
+    return [
+        read_samples(path, of=record.id, whose="student") if path.exists() else {}
+        for path, record in zip(paths, records, strict=True)
+    ]
 
 
 def group_runs(records: Sequence[Record]) -> list[list[Record]]:

@@ -23,7 +23,13 @@ from retort.figures import (
     draw_reliability,
     draw_swatch,
 )
-from retort.findings import FEW_POSITIONS, describe_outcome, find_warnings, list_names
+from retort.findings import (
+    FEW_POSITIONS,
+    describe_next_best,
+    describe_outcome,
+    find_warnings,
+    list_names,
+)
 from retort.intervals import Estimate
 from retort.provenance import write_atomically
 from retort.records import (
@@ -143,8 +149,10 @@ def _render_group(group: Sequence[Record], baseline: str | None) -> str:
             lines += textwrap.wrap(name, WIDTH)
             name = ""
         lines.append(_align(name, row.cells, name_width))
-    outcome = _wrap(describe_outcome(group, baseline=baseline))
-    return "\n".join([_wrap(describe_group(group)), "", *lines, "", outcome])
+    outcome = [describe_outcome(group, baseline=baseline)]
+    if next_best := describe_next_best(group, baseline=baseline):
+        outcome.append(next_best)
+    return "\n".join([_wrap(describe_group(group)), "", *lines, "", *map(_wrap, outcome)])
 
 
 def describe_group(group: Sequence[Record]) -> str:
@@ -194,6 +202,7 @@ def write_report(
         "lines": mark_lines,
     }
     settings = find_settings(records)
+    samples = load_samples(records)
     page = environment.from_string(source).render(
         records=records,
         columns=[[part for part in column[:2] if part] for column in COLUMNS],
@@ -202,7 +211,8 @@ def write_report(
         ],
         curves=draw_curves(logs, key="c"),
         legend=[(r.name, draw_swatch(i, key=f"s{i}")) for i, r in enumerate(records) if logs[i]],
-        samples=build_samples(records, load_samples(records)),
+        samples=build_samples(records, samples),
+        silent=[r.name for r, found in zip(records, samples, strict=True) if not found],
         script=_script("report.js"),
         caches=find_caches(records),
         warnings=find_warnings(records, logs),
@@ -235,6 +245,7 @@ def _page_group(
     styles = [index for index, record in enumerate(records) if record in group]
     return {
         "outcome": describe_outcome(group),
+        "next_best": describe_next_best(group),
         "is_telling": group[0].positions >= FEW_POSITIONS,
         "about": describe_group(group),
         "rows": build_rows(group),

@@ -9,8 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 
+from retort.commands import first_line
 from retort.config import Evaluation
 from retort.provenance import read_json, write_json
 from retort.tokens import Sequence, SequenceTable, encode_beginning, encode_prompt
@@ -18,7 +20,35 @@ from retort.tokens import Sequence, SequenceTable, encode_beginning, encode_prom
 SAMPLES_FILE = "samples.json"
 SAMPLES_FORMAT = "retort-samples"
 SAMPLES_VERSION = 1
-_PROMPT_TOKENS = 32  # of a text that has no question
+_PROMPT_TOKENS = 32  # of a text that has no question, at most
+_TEXT = {"type": "string"}
+_TEXT_OR_NULL = {"type": ["string", "null"]}
+
+
+def _object(**properties: Any) -> dict[str, Any]:
+    """Return the schema of an object with these keys and no others."""
+    names = list(properties)
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": names,
+        "additionalProperties": False,
+    }
+
+
+_PROMPT = _object(
+    ids={"type": "array", "items": {"type": "integer"}}, text=_TEXT, reference=_TEXT_OR_NULL
+)
+_MODEL = _object(
+    missing=_TEXT_OR_NULL, continued={"type": "array", "items": _object(greedy=_TEXT, drawn=_TEXT)}
+)
+_SCHEMA = _object(
+    format={"const": SAMPLES_FORMAT},
+    version={"const": SAMPLES_VERSION},
+    of=_TEXT,
+    prompts={"type": "array", "items": _PROMPT},
+    models={"type": "object", "additionalProperties": _MODEL, "minProperties": 1},
+)
 
 
 @dataclass(frozen=True)
@@ -65,32 +95,52 @@ def _cut_prompt(row: Sequence, tokenizer: Any, num_new: int) -> Prompt:
     stop = int(row.segment_starts[1]) if len(row.segment_starts) > 1 else len(row.ids)
     cut = int(np.argmax(row.loss_mask)) + 1
     if cut == 1:  # no question: the text counts from its first token on
-        cut = min(_PROMPT_TOKENS, stop // 2)
+        cut = _find_word_end(row, tokenizer, min(_PROMPT_TOKENS, stop // 2))
     ids = row.ids[:cut].tolist()
-    decode = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    text: str = tokenizer.decode(ids, **decode)
-    whole: str = tokenizer.decode(row.ids[: min(stop, cut + num_new)].tolist(), **decode)
+    text = _decode(tokenizer, ids)
+    whole = _decode(tokenizer, row.ids[: min(stop, cut + num_new)].tolist())
     return Prompt(tuple(ids), text, whole[len(text) :] if whole.startswith(text) else None)
 
 
-def write_samples(path: Path, found: dict[str, Samples]) -> None:
-    """Write samples.json: the prompts, and under each model's name ("teacher", "student") its continuations."""
+def _find_word_end(row: Sequence, tokenizer: Any, longest: int) -> int:
+    """Return the largest cut, up to `longest`, after which a word begins: half a word is no fair prompt."""
+    for cut in range(longest, longest // 2, -1):
+        before, after = (_decode(tokenizer, row.ids[:end].tolist()) for end in (cut, cut + 1))
+        if after.startswith(before) and after[len(before) :][:1].isspace():
+            return cut
+    return longest
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text
+
+
+def write_samples(path: Path, found: dict[str, Samples], *, of: str) -> None:
+    """Write samples.json: the prompts, and under each model's name ("teacher", "student") its continuations.
+
+    `of`: the run's id, or the fingerprint of the teacher's weights where it is the teacher's own file.
+    """
     prompts = next(iter(found.values())).prompts
     assert all(samples.prompts == prompts for samples in found.values())
     models = {
         whose: {"missing": samples.missing, "continued": [asdict(s) for s in samples.continued]}
         for whose, samples in found.items()
     }
-    header = {"format": SAMPLES_FORMAT, "version": SAMPLES_VERSION}
+    header = {"format": SAMPLES_FORMAT, "version": SAMPLES_VERSION, "of": of}
     write_json(path, header | {"prompts": [asdict(p) for p in prompts], "models": models})
 
 
-def read_samples(path: Path) -> dict[str, Samples]:
-    """Read samples.json: continuations by model. Raises ValueError where it is damaged, foreign or newer."""
+def read_samples(path: Path, *, of: str | None, whose: str) -> dict[str, Samples]:
+    """Read samples.json: continuations by model, those of `whose` among them.
+
+    Raises ValueError where it is damaged, newer, or of something else than `of` (None: of whatever it may be).
+    """
     try:
         content = read_json(path)
-        if (content["format"], content["version"]) != (SAMPLES_FORMAT, SAMPLES_VERSION):
-            raise ValueError(f"it is {content['format']!r} version {content['version']!r}")
+        jsonschema.validate(content, _SCHEMA)
+        if of not in (None, content["of"]):
+            raise ValueError(f"it is of {content['of']}, not of {of}")
         prompts = tuple(
             Prompt(tuple(p["ids"]), p["text"], p["reference"]) for p in content["prompts"]
         )
@@ -98,19 +148,15 @@ def read_samples(path: Path) -> dict[str, Samples]:
             whose: Samples(prompts, tuple(Sample(**s) for s in m["continued"]), m["missing"])
             for whose, m in content["models"].items()
         }
-        if any(m.missing is None and len(m.continued) != len(prompts) for m in found.values()):
-            raise ValueError("prompts and continuations differ in number")
-        texts = [p.text for p in prompts] + [p.reference or "" for p in prompts]
-        texts += [t for m in found.values() for s in m.continued for t in (s.greedy, s.drawn)]
-        texts += [m.missing or "" for m in found.values()]
-        if not all(isinstance(text, str) for text in texts):
-            raise ValueError("something that was written is no text")
-        if not found:
-            raise ValueError("it names no model")
-    except (AttributeError, OSError, KeyError, TypeError, ValueError) as error:
+        if whose not in found:
+            raise ValueError(f"there is nothing of the {whose}")
+        for name, model in found.items():
+            if len(model.continued) != (len(prompts) if model.missing is None else 0):
+                raise ValueError(f"{name}: {len(model.continued)} of {len(prompts)} continuations")
+    except (OSError, ValueError, jsonschema.ValidationError) as error:
         raise ValueError(
-            f"{path} holds no samples that can be read ({error!r}): delete it, with what lies beside it, and run the "
-            "same command again."
+            f"{path} holds no samples that can be read ({first_line(error)}): delete the folder {path.parent} and run "
+            "the same command again."
         ) from None
     return found
 

@@ -70,6 +70,11 @@ class Reader:
     def text(self, *keys: str | int) -> str:
         return str(self._checked(keys, (str,), "a text"))
 
+    def mapping(self, *keys: str | int) -> Mapping[str, Any]:
+        """Return a section; an empty one where it is null."""
+        found: Mapping[str, Any] = {}
+        return found if self(*keys) is None else self._checked(keys, (dict,), "a mapping")
+
     def count(self, *keys: str | int) -> int:
         return int(self._checked(keys, (int,), "a whole number"))
 
@@ -127,7 +132,7 @@ def read_scorecard(read: Reader, *, whose: str) -> Scorecard | None:
 def read_breakdown(read: Reader) -> dict[str, tuple[ClassRow, ...]]:
     """Return the classes of each breakdown, in the order of the file."""
     found = {}
-    for kind, rows in read("breakdown").items():
+    for kind, rows in read.mapping("breakdown").items():
         places = [("breakdown", kind, place) for place in range(len(rows))]
         found[kind] = tuple(_read_class(read, place) for place in places)
     return found

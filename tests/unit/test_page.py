@@ -45,20 +45,22 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
-def write_student_samples(path: Path, name: str) -> None:
+def write_student_samples(path: Path) -> None:
     """Write samples.json as `evaluate` does, with text that is long, wild or empty."""
     prompts = (
         Prompt((1, 2, 3), "Once upon a time <b>there</b> was a & b", " in the text"),
         Prompt((4, 5), "a_very_long_word_without_any_break_" * 12, None),
     )
     teacher = (Sample(" a dog", " a cat"), Sample("x" * 900, ""))
+    metrics = json.loads(path.read_text())
     student = (
-        Sample(f" {name}", "\n\n  indented\n"),
+        Sample(f" {metrics['run']}", "\n\n  indented\n"),
         Sample("", "</script><script>alert(1)</script>"),
     )
     write_samples(
         path.with_name("samples.json"),
         {"teacher": Samples(prompts, teacher), "student": Samples(prompts, student)},
+        of=metrics["id"],
     )
 
 
@@ -68,7 +70,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     paths = write_demo(folder)
     paths.append(write_run(folder, "a-run-whose-name-" + "goes-on-" * 8, seed=1, steps=900))
     for path in paths:
-        write_student_samples(path, json.loads(path.read_text())["run"])
+        write_student_samples(path)
     make_report(paths, folder / "report.html")
     return folder / "report.html"
 

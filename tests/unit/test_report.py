@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 
 from retort.comparisons import compare_with_baseline, find_best, find_full
 from retort.figures import INKS, SERIES, _smooth, _thin, draw_costs
-from retort.findings import describe_outcome, find_warnings
+from retort.findings import describe_next_best, describe_outcome, find_warnings
 from retort.intervals import DocumentSums
 from retort.records import TrainingLog, find_baseline, find_caches, find_teachers, group_runs
 from retort.report import (
@@ -32,7 +33,7 @@ from retort.report import (
     render_summary,
     write_report,
 )
-from retort.samples import Prompt, Sample, Samples
+from retort.samples import Prompt, Sample, Samples, write_samples
 from retort.scores import METRICS, write_documents
 from retort.tables import (
     COLUMNS,
@@ -415,23 +416,30 @@ def test_the_students_folder_is_found_from_both_places_of_metrics(tmp_path: Path
 
 
 def write_losses(path: Path, gain: float, *, noise: float = 0.01) -> None:
-    """Write documents.csv of 50 documents: losses around 3 nats a token less `gain`, alike but for noise."""
+    """Write documents.csv of 50 documents: losses around 3 nats a token less `gain`, alike but for noise.
+
+    Their mean becomes the loss in metrics.json.
+    """
     chance = np.random.default_rng(round(1000 * gain))
     positions = np.random.default_rng(0).integers(500, 2000, 50).astype(float)
     own = np.random.default_rng(1).normal(3, 0.4, 50)
     sums = DocumentSums(np.arange(50))
     sums.add("positions", positions)
-    sums.add("loss", positions * (own - gain + chance.normal(0, noise, 50)))
+    losses = positions * (own - gain + chance.normal(0, noise, 50))
+    sums.add("loss", losses)
     write_documents(path.with_name("documents.csv"), sums)
+    metrics = json.loads(path.read_text())
+    metrics["validation"]["loss"] = losses.sum() / positions.sum()
+    path.write_text(json.dumps(metrics))
 
 
 def write_measured(folder: Path, gains: dict[str, float], **options: Any) -> list[Path]:
-    """Write runs, each with the losses of its documents, and with those of metrics.json to match."""
+    """Write runs, each with the losses of its documents."""
     paths = []
     for name, gain in gains.items():
         whole = {"cache__top_k": 300, "cache__tail_mass": 1e-13} if name == "full" else {}
         kind = {"output": "output", "full": "logit"}.get(name, "hybrid")
-        changes = {"validation__loss": 3 - gain, "temperature": 1.0} | whole
+        changes = {"temperature": 1.0} | whole
         paths.append(write_run(folder, name, kind, **changes))
         write_losses(paths[-1], gain, **options)
     return paths
@@ -533,6 +541,56 @@ def test_documents_that_are_others_are_refused(tmp_path: Path) -> None:
     file = paths[1].with_name("documents.csv")
     file.write_text(file.read_text().replace("\n7,", "\n77,"))
     with pytest.raises(ValueError, match="are not of the same documents"):
+        make_report(paths, tmp_path / "report.html")
+
+
+def test_documents_of_another_run_are_refused_and_missing_ones_said(tmp_path: Path) -> None:
+    paths = write_measured(tmp_path, {"output": 0.0, "hybrid": 0.1, "other": 0.3})
+    files = [path.with_name("documents.csv") for path in paths]
+    files[1].write_bytes(files[2].read_bytes())
+    with pytest.raises(
+        ValueError, match=r"sums up to a loss of 2\.\d+, but metrics\.json .*another run's"
+    ):
+        make_report(paths, tmp_path / "report.html")
+    files[1].unlink()
+    text = warnings_of(paths)
+    assert (
+        "No documents.csv beside the metrics of hybrid: how sure their margins are is not known"
+        in text
+    )
+
+
+def test_the_best_run_is_held_against_the_next_best(tmp_path: Path) -> None:
+    paths = write_measured(tmp_path, {"output": 0.0, "hybrid": 0.1, "third": 0.103})
+    records = load_metrics(paths)
+    said = describe_next_best(records)
+    assert said is not None and said.startswith("third is not clearly different (-0.00")
+    assert "the next best run, hybrid (2.9" in said
+    assert said in " ".join(make_report(paths, tmp_path / "report.html").split())
+    assert said.split(" (")[0] in (tmp_path / "report.html").read_text()
+    assert describe_next_best(records[:2]) is None  # the outcome says so already
+    assert describe_next_best(records[:1]) is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("trained", [1]), ("not_defined", ["loss"]), ("breakdown", 3)]
+)
+def test_a_section_that_is_no_mapping_is_refused(key: str, value: Any, tmp_path: Path) -> None:
+    path = write_run(tmp_path, "one", **{key: value})
+    with pytest.raises(ValueError, match=f"metrics.json: {key} is .*, expected a mapping"):
+        load_metrics([path])
+
+
+def test_samples_of_another_run_are_refused_and_missing_ones_said(tmp_path: Path) -> None:
+    paths = write_demo(tmp_path)
+    records = load_metrics(paths)
+    samples = Samples((Prompt((1,), "once", None),), (Sample("a", "b"),))
+    for path, record in zip(paths[:2], records[:2], strict=True):
+        write_samples(path.with_name("samples.json"), {"student": samples}, of=record.id)
+    page = render_page(tmp_path, paths)
+    assert "Without samples (samples.json is not there): hybrid." in page
+    shutil.copy(paths[0].with_name("samples.json"), paths[1].with_name("samples.json"))
+    with pytest.raises(ValueError, match="it is of 000000000000, not of 000000000001"):
         make_report(paths, tmp_path / "report.html")
 
 

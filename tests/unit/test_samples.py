@@ -58,7 +58,8 @@ def test_prompts_are_beginnings_of_different_held_out_documents(
     assert len(prompts) == 3 and begun == sorted(set(begun))
     for prompt, place in zip(prompts, begun, strict=True):
         whole = tokenizer.decode(firsts[place].ids.tolist())
-        assert prompt.reference and whole.startswith(prompt.text + prompt.reference)
+        assert prompt.reference and prompt.reference[0].isspace()  # it ends with a word
+        assert whole.startswith(prompt.text + prompt.reference)
     assert prompts == choose_prompts(table, tokenizer, settings(num_samples=3))
 
 
@@ -138,22 +139,35 @@ def test_a_file_gives_back_what_was_written_and_refuses_what_was_changed(
     teacher = Samples(prompts, missing="no words")
     student = Samples(prompts, (Sample("a", "b"), Sample("", "\N{GREEK SMALL LETTER PI}")))
     path = tmp_path / "samples.json"
-    write_samples(path, {"teacher": teacher, "student": student})
-    assert read_samples(path) == {"teacher": teacher, "student": student}
+    write_samples(path, {"teacher": teacher, "student": student}, of="abc")
+    assert read_samples(path, of="abc", whose="student") == {"teacher": teacher, "student": student}
     text = path.read_text()
     for old, new in (("retort-samples", "other"), ('"greedy"', '"gready"'), ("{", "")):
         path.write_text(text.replace(old, new, 1))
-        with pytest.raises(ValueError, match=r"samples.json holds no samples.*delete it"):
-            read_samples(path)
+        with pytest.raises(ValueError, match=r"samples.json holds no samples.*delete the folder"):
+            read_samples(path, of="abc", whose="student")
     whole = json.loads(text)
     first = {**whole["prompts"][0], "text": 5}
-    for change in ({"models": []}, {"models": {}}, {"prompts": [first, *whole["prompts"][1:]]}):
+    both = {"missing": "why", "continued": whole["models"]["student"]["continued"]}
+    student_only = {"models": {"student": whole["models"]["student"]}}
+    path.write_text(json.dumps(whole | student_only))
+    with pytest.raises(ValueError, match="nothing of the teacher"):
+        read_samples(path, of="abc", whose="teacher")
+    path.write_text(text)
+    with pytest.raises(ValueError, match="it is of abc, not of xyz"):
+        read_samples(path, of="xyz", whose="student")
+    for change in (
+        {"models": []},
+        {"models": {}},
+        {"prompts": [first, *whole["prompts"][1:]]},
+        {"models": {"student": both}},
+    ):
         path.write_text(json.dumps(whole | change))
-        with pytest.raises(ValueError, match=r"samples.json holds no samples.*delete it"):
-            read_samples(path)
+        with pytest.raises(ValueError, match=r"samples.json holds no samples.*delete the folder"):
+            read_samples(path, of="abc", whose="student")
     path.unlink()
-    with pytest.raises(ValueError, match=r"samples.json holds no samples.*delete it"):
-        read_samples(path)
+    with pytest.raises(ValueError, match=r"samples.json holds no samples.*delete the folder"):
+        read_samples(path, of="abc", whose="student")
     require_prompts(student, list(prompts), source=path)
     with pytest.raises(ValueError, match=r"other prompts \(2\).*given \(1\).*Delete"):
         require_prompts(student, list(prompts[:1]), source=path)
@@ -178,7 +192,9 @@ def test_a_teacher_is_asked_nothing_about_tokens_of_another_tokenizer(
         evaluation=settings(),
         say=said.append,
     )
-    found = read_samples(tmp_path / "samples.json")["teacher"]
+    found = read_samples(tmp_path / "samples.json", of=changed["weights"], whose="teacher")[
+        "teacher"
+    ]
     assert found.prompts == () and found.missing and "different tokenizers" in found.missing
     features = read_features(tmp_path / "features.safetensors")
     assert len(features.features["val"]) == (
