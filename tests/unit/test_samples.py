@@ -201,3 +201,23 @@ def test_a_teacher_is_asked_nothing_about_tokens_of_another_tokenizer(
         0 if is_too_wide else index.read_split("val").num_positions
     )
     assert any("does not know the tokens" in text for text in said) == is_too_wide
+
+
+def test_prompts_of_any_kind_are_continued(
+    index: TokenIndex, tokenizer: Any, tiny_teacher: Path
+) -> None:
+    odd = (
+        "<script>alert(1)</script>",
+        "\N{GRINNING FACE} \N{HEBREW LETTER ALEF}\N{ARABIC LETTER BEH}",
+        "   ",
+        "\n",
+        "word " * 10_000,  # many times the context
+        "a\0b",
+    )
+    model = load_pretrained(str(tiny_teacher), dtype=torch.float32).eval()
+    chosen = settings(num_samples=100, sample_prompts=odd, sample_max_new_tokens=4)
+    table = index.read_split("val")
+    prompts = choose_prompts(table, tokenizer, chosen)
+    assert len(prompts) == len(set(table.documents.tolist())) + len(odd)
+    found = sample_model(model, tokenizer, prompts, chosen, say=pytest.fail)
+    assert len(found.continued) == len(prompts) and found.missing is None
