@@ -38,6 +38,7 @@ localrules:
     plan,
     report,
     resolve_teacher,
+    synthesize_online,
 
 
 rule all:

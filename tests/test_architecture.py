@@ -18,6 +18,7 @@ ROOMS = (
     "commands",
     "config_schema",
     "sweeps",
+    "synthesis_checks",
     "config_checks",
     "config_sections",
     "config",
@@ -37,6 +38,7 @@ ROOMS = (
     "corpus",
     "drawing",
     "benchmark_plans",
+    "synthesis_plans",
     "artefacts",
     "tokens",
     "h5files",
@@ -74,6 +76,14 @@ ROOMS = (
     "completions",
     "harness",
     "benchmarks",
+    "prompts",
+    "providers",
+    "journal",
+    "asking",
+    "writing",
+    "contamination",
+    "filters",
+    "synthesis",
     "demo",
     "checks",
     "planning",
@@ -89,7 +99,18 @@ ROOMS = (
     "by_hand",
 )
 # Every job on every node parses the Snakefile again: these must not be loaded for it.
-HEAVY = ("torch", "transformers", "datasets", "numpy", "h5py", "pyarrow", "pandas", "matplotlib")
+HEAVY = (
+    "torch",
+    "transformers",
+    "datasets",
+    "numpy",
+    "h5py",
+    "pyarrow",
+    "pandas",
+    "matplotlib",
+    "openai",
+    "anthropic",
+)
 
 
 def find_imports(path: Path) -> set[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from retort.artefacts import plan_project
 from retort.config import load_runs, section_flags
+from retort.synthesis_plans import local_model
 from snakemake.exceptions import WorkflowError
 
 try:
@@ -29,6 +30,8 @@ shell.prefix("set -euo pipefail; trap : TERM; ")
 
 
 wildcard_constraints:
+    answers="(api-)?[0-9a-f]{12}",
+    synthesis="[0-9a-f]{12}",
     corpus="[0-9a-f]{12}",
     reader="(_[0-9]{5})?",
     teacher="(demo-)?[0-9a-f]{12}",
@@ -64,7 +67,7 @@ def check_unless(made):
 
 
 def get_corpus(wildcards):
-    """The drawn corpus of a demo_teacher or tokenize_shard job, as input; none where nothing is drawn.
+    """The corpus of a demo_teacher or tokenize_shard job, as input, where it is drawn or written by a model.
 
     Where each shard is drawn by a reader of its own, a shard waits for that reader alone.
     """
@@ -73,6 +76,19 @@ def get_corpus(wildcards):
         is_apart = len(records) > 1
         return [str(records[int(wildcards.shard)])] if is_apart else map(str, records)
     return map(str, PROJECT.teachers[wildcards.teacher].corpus.records)
+
+
+def get_synthesis_flags(wildcards):
+    """What is asked of whom; a server is not told how a model is loaded here, and the key is in the environment."""
+    plan = PROJECT.syntheses[wildcards.synthesis]
+    words = [flags(plan.section), flags(plan.config.evaluation.of_problems())]
+    words.append(f"--stamp {plan.stamp}")
+    if plan.section.provider == "local":
+        model, revision = local_model(plan.config)
+        words.append(f"--local-model {shlex.quote(model)}")
+        words.append(f"--local-revision {shlex.quote(revision)}" if revision else "")
+        words.append(flags(plan.config.teacher, plan.config.teacher.generation))
+    return " ".join(words)
 
 
 def get_draw_flags(wildcards):
@@ -102,7 +118,11 @@ def tokenize_flags(tokens_id):
     corpus = (
         f" --corpus {shlex.quote(str(tokens.corpus.folder))}"
         if tokens.corpus.is_drawn
-        else f" --corpus-stamp {tokens.corpus.stamp}"
+        else (
+            f" --synthesis {shlex.quote(str(tokens.corpus.synthesis.record))}"
+            if tokens.corpus.synthesis
+            else f" --corpus-stamp {tokens.corpus.stamp}"
+        )
     )
     expected = (
         f" --expected-tokenizer {tokens.fingerprint}" if tokens.fingerprint else ""
