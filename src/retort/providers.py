@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 from retort.commands import first_line
@@ -189,8 +190,8 @@ class _Client:
                 "correct synthesis.base_url."
             ) from None
         model = str(self.section.model)
-        # Some servers load any model on demand, and list those that they have loaded once.
-        if model not in served and not os.path.exists(model):  # noqa: PTH110
+        # `transformers serve` lists what is in the Hub's cache, and serves folders besides.
+        if served and model not in served and not Path(model).exists():
             shown = ", ".join(served[:8]) or "none"
             raise ValueError(
                 f"synthesis.model is {model!r}, but {where} serves {shown}{' ...' if len(served) > 8 else ''}. "

@@ -38,6 +38,7 @@ from retort.tokens import SequenceTable, TokenCounts, tokenize_documents
 
 # What the digests below were made with.
 GOLDEN_REVISIONS = {
+    "synthesis": 1,
     "corpus": 1,
     "teacher": 2,
     "demo_teacher": 2,
