@@ -11,7 +11,6 @@ from typing import Any
 
 from retort.config import Evaluation
 from retort.config_sections import HUMANEVAL
-from retort.harness import load_tasks
 from retort.humaneval import read_problems
 
 _WORD = re.compile(r"\w+")
@@ -69,6 +68,8 @@ def _read_problems(name: str, evaluation: Evaluation) -> list[str]:
     if name == HUMANEVAL:
         problems = read_problems(Path(str(evaluation.humaneval_file)))
         return [text for problem in problems for text in (problem.prompt, problem.test)]
+    from retort.harness import load_tasks  # loads torch, which nothing else here needs
+
     tasks = load_tasks(name, tasks_dir=evaluation.benchmark_tasks_dir)["tasks"].values()
     return [text for task in tasks for doc in task.eval_docs for text in _read_doc(task, doc)]
 

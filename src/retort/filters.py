@@ -47,6 +47,7 @@ _FENCE = re.compile(
 _CODE = re.compile(r"`[^`\n]*`|https?://\S+")
 _SHINGLE_WORDS = 5
 _PERMUTATIONS = 128
+_INDEXED = 0.9  # the index cannot tell apart what is more alike; each hit is compared by itself
 # A detector guesses at less.
 _LEAST_PROSE = 60
 _LEAST_PROBABILITY = 0.9
@@ -196,7 +197,7 @@ class _NearDuplicates:
         from datasketch import MinHash, MinHashLSH
 
         self.make, self.threshold = MinHash, threshold
-        self.index = MinHashLSH(threshold=threshold, num_perm=_PERMUTATIONS)
+        self.index = MinHashLSH(threshold=min(threshold, _INDEXED), num_perm=_PERMUTATIONS)
         self.kept: dict[int, Any] = {}
 
     def has(self, place: int, text: str) -> bool:

@@ -282,8 +282,8 @@ class _Anthropic(_Client):
             model=section.model,
             messages=[{"role": "user", "content": prompt}],
             max_tokens=section.max_tokens,
+            extra_body=self._sampling(),  # the client of today has no words for it; older models take it
             **system,
-            **self._sampling(),
         )
 
     def _read(self, message: Any) -> Answer:

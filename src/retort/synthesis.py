@@ -24,7 +24,7 @@ from retort.journal import Journal
 from retort.prompts import Prompt, Prompts, read_prompts
 from retort.provenance import describe_run, digest_file, stamp_files, write_atomically, write_json
 from retort.providers import Answer, open_provider
-from retort.synthesis_plans import RESPONSES_FILE, list_prompt_files
+from retort.synthesis_plans import RESPONSES_FILE, list_prompt_files, local_model
 
 FORMAT = {"format": "retort synthesis", "version": 1}
 JOURNAL_FILE = "journal.jsonl"
@@ -57,9 +57,22 @@ def check_synthesis(config: Config, *, say: Callable[[str], None]) -> list[str]:
     if section.decontaminate:
         _, missing = read_benchmarks(config.evaluation, say=say)
         notes += [f"synthesis: NOT compared with the problems of {name}" for name in missing]
-    if section.provider != "local":
+    if section.provider == "local":
+        _check_local(config)
+    else:
         notes.append(f"synthesis: {asyncio.run(_check_provider(section))}")
     return notes
+
+
+def _check_local(config: Config) -> None:
+    """Raise ValueError where the config or the tokenizer of a local model cannot be read."""
+    from retort.models import load_model_config
+    from retort.tokens import load_tokenizer
+
+    path, revision = local_model(config)
+    trust = config.teacher.trust_remote_code
+    load_model_config(path, revision=revision, trust_remote_code=trust)
+    load_tokenizer(path, revision=revision, trust_remote_code=trust)
 
 
 async def _check_provider(section: Synthesis) -> str:

@@ -23,6 +23,7 @@ from retort.providers import Answer
 from retort.tokens import load_tokenizer
 
 _SEEDS = 2**32
+_TEMPERATURE = 0.7  # where the config leaves it to the provider
 
 
 class Writer:
@@ -68,7 +69,9 @@ class Writer:
         model, tokenizer = self._load()
         longest = self.section.max_tokens
         sampling = Sampling(
-            temperature=1.0 if self.section.temperature is None else self.section.temperature,
+            temperature=_TEMPERATURE
+            if self.section.temperature is None
+            else self.section.temperature,
             max_new_tokens=longest,
             seed=self.section.seed,
             top_p=self.section.top_p or 1.0,

@@ -100,12 +100,13 @@ class Proxy:
         self.delay_s, self.most_at_once = 0.0, 0
 
     async def _start(self) -> None:
-        self._session = aiohttp.ClientSession()
+        # A connection that is kept may be closed by the server in the very moment that it is used again.
+        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True))
         app = web.Application()
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_post("/v1/messages", self._messages)
         app.router.add_get("/v1/models", self._models)
-        self._runner = web.AppRunner(app, shutdown_timeout=0.1)
+        self._runner = web.AppRunner(app, shutdown_timeout=0.1, handler_cancellation=True)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", 0)
         await site.start()

@@ -69,9 +69,11 @@ def configure(proxy: Proxy, model: Path, prompts: str, **over: Any) -> Synthesis
         "base_url": proxy.url,
         "prompts": prompts,
         "temperature": 0.0,
-        "max_tokens": 24,
+        "max_tokens": 12,
         "keep_truncated": True,
-        "timeout_s": 4.0,
+        "keep_duplicates": True,  # greedy answers of a small model are much alike
+        "near_duplicates": None,
+        "timeout_s": 120.0,
     }
     section: Synthesis = build_section(
         "synthesis", fill_defaults(values | over, section_schema("synthesis"))
@@ -114,7 +116,7 @@ def test_a_fault_is_asked_again_and_leaves_no_trace_in_the_responses(
     proxy: Proxy, model: Path, tmp_path: Path, fault: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompts = write_prompts(tmp_path, PROMPTS[:4])
-    section = configure(proxy, model, prompts, concurrency=1)
+    section = configure(proxy, model, prompts, concurrency=1, timeout_s=4.0)
     expected, *_ = run(tmp_path / "undisturbed", section)
     proxy.forget()
     proxy.faults.extend(["none", fault])
@@ -197,8 +199,9 @@ def test_a_synthesis_killed_again_and_again_pays_for_nothing_twice_but_what_was_
     command = [sys.executable, str(SCRIPT), "--output", str(record)]
     command += ["--synthesis-provider", "openai", "--synthesis-model", str(model)]
     command += ["--synthesis-base-url", proxy.url, "--synthesis-prompts", prompts]
-    command += ["--synthesis-temperature", "0", "--synthesis-max-tokens", "24"]
-    command += ["--synthesis-keep-truncated", "--synthesis-concurrency", str(width)]
+    command += ["--synthesis-temperature", "0", "--synthesis-max-tokens", "12"]
+    command += ["--synthesis-keep-truncated", "--synthesis-keep-duplicates"]
+    command += ["--synthesis-near-duplicates", "null", "--synthesis-concurrency", str(width)]
     log = (tmp_path / "killed.log").open("ab")
     kills, lines = 0, []
     while True:
@@ -257,7 +260,7 @@ def test_the_budget_is_never_passed_and_more_of_it_goes_on(
 ) -> None:
     prices = {"price_per_million_input": 1000.0, "price_per_million_output": 2000.0}
     section = configure(proxy, model, write_prompts(tmp_path, PROMPTS[:12]), **prices)
-    budget = {"cost": {"max_cost": 0.6}, "tokens": {"max_total_tokens": 400}}[limit]
+    budget = {"cost": {"max_cost": 0.4}, "tokens": {"max_total_tokens": 300}}[limit]
     proxy.faults.extend(["none", "malformed JSON"])  # counted at its most
     with pytest.raises(Stopped, match="the budget is used up") as raised:
         run(tmp_path, replace(section, **budget))
@@ -265,7 +268,7 @@ def test_the_budget_is_never_passed_and_more_of_it_goes_on(
     sent = len(proxy.asked)
     assert 1 < sent < 12 and proxy.at_once == 0
     spent = _spent(tmp_path / "answers" / JOURNAL_FILE)
-    assert spent["cost"] <= 0.6 if limit == "cost" else spent["tokens"] <= 400
+    assert spent["cost"] <= 0.4 if limit == "cost" else spent["tokens"] <= 300
     with pytest.raises(Stopped):
         run(tmp_path, replace(section, **budget))
     assert len(proxy.asked) == sent, "nothing more is sent by the same command"
@@ -307,7 +310,7 @@ def test_anthropics_client_is_asked_the_same_way(proxy: Proxy, model: Path, tmp_
     proxy.forget()
     url = proxy.url.removesuffix("/v1")
     proxy.faults.extend(["429", "none", "529", "malformed JSON", "hang", "none", "401"])
-    other = replace(section, provider="anthropic", base_url=url)
+    other = replace(section, provider="anthropic", base_url=url, timeout_s=4.0)
     with pytest.raises(ValueError, match="anthropic refused") as raised:
         run(tmp_path / "anthropic", other)
     assert KEY not in str(raised.value)
