@@ -58,7 +58,7 @@ def describe_estimate(section: Synthesis, prompts: Sequence[Prompt]) -> str:
     if any(prices):
         read = Paid(input_tokens=guessed.input_tokens).cost(*prices)
         written = guessed.cost(*prices) - read
-        return f"{line}; about {read:,.4g} for the prompts and at most {written:,.4g} for the responses"
+        return f"{line}; about {read:,.4f} for the prompts and at most {written:,.4f} for the responses"
     return f"{line}; no price is set (synthesis.price_per_million_input, price_per_million_output)"
 
 

@@ -48,7 +48,7 @@ def check_synthesis(config: Config, *, say: Callable[[str], None]) -> list[str]:
     section = config.synthesis
     require_filters(section)
     found = read_prompts(section)
-    notes = [f"synthesis: {len(found.prompts):,} prompts, {found.twice:,} more are copies"]
+    notes = [f"synthesis: {len(found.prompts):,} prompts; {found.twice:,} copies are left out"]
     if section.num_examples is not None and len(found.prompts) < section.num_examples:
         raise ValueError(
             f"synthesis.num_examples is {section.num_examples:,}, but there are {len(found.prompts):,} different "

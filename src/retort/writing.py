@@ -4,6 +4,7 @@ A batch is `batch_size` prompts in their order, drawn with a seed of its own. So
 model and the settings, and not on what was answered before, or in which attempt.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -23,6 +24,7 @@ from retort.providers import Answer
 from retort.tokens import load_tokenizer
 
 _SEEDS = 2**32
+_LINE_S = 10.0
 _TEMPERATURE = 0.7  # where the config leaves it to the provider
 
 
@@ -44,6 +46,7 @@ class Writer:
         self.model_path, self.loading = model_path, loading
         self.device = "none"  # until the model is loaded
         self._say, self._terminal = say, terminal
+        self._said = time.monotonic()
         self._loaded: tuple[PreTrainedModel, Any] | None = None
 
     def write(self, places: Sequence[int]) -> None:
@@ -61,9 +64,14 @@ class Writer:
                     if place not in self.journal.answers:
                         self.journal.keep(place, answer)
                 bar.update()
-                self._say(
-                    f"batch {number:,} of {len(starts):,}: {self.journal.paid.tokens:,} tokens"
-                )
+                self._tell(number, len(starts))
+
+    def _tell(self, number: int, count: int) -> None:
+        """Say a line every ten seconds, and at the end; a bar says it all the time."""
+        now = time.monotonic()
+        if self._terminal is None and (now - self._said >= _LINE_S or number == count):
+            self._said = now
+            self._say(f"batch {number:,} of {count:,}: {self.journal.paid.tokens:,} tokens")
 
     def _answer(self, start: int, batch: range) -> list[Answer]:
         model, tokenizer = self._load()
