@@ -95,7 +95,7 @@ class Asker:
         self.retries = 0
         self._say, self._terminal = say, terminal
         self._requests, self._tokens = _limiters(section, prompts)
-        self._stopped: ValueError | None = None
+        self._stopped: ValueError | OSError | None = None
 
     async def ask(self, places: Sequence[int]) -> None:
         """Ask these prompts. What is in flight when asking must stop is waited for: it will have been paid.
@@ -118,7 +118,7 @@ class Asker:
                 return
             try:
                 await self._ask_one(place)
-            except ValueError as error:
+            except (ValueError, OSError) as error:  # the disk may be full
                 self._stopped = self._stopped or error
             self._progress.show()
 

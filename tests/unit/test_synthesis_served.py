@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -345,3 +346,24 @@ def test_the_key_is_in_no_file_log_or_error(
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 10 and not [p for p in files if KEY.encode() in p.read_bytes()]
     assert any("***" in error for error in errors), "the key was echoed, and hidden"
+
+
+@pytest.mark.parametrize("kind, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_job_that_is_told_to_end_while_it_waits_for_a_server_ends(
+    tmp_path: Path, kind: signal.Signals, status: int
+) -> None:
+    prompts = write_prompts(tmp_path, PROMPTS[:3])
+    record = tmp_path / "answers" / "mine" / "synthesis.json"
+    journal = record.parents[1] / JOURNAL_FILE
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
+        command = [sys.executable, str(SCRIPT), "--output", str(record)]
+        command += ["--synthesis-provider", "openai", "--synthesis-model", "m"]
+        command += ["--synthesis-base-url", url, "--synthesis-prompts", prompts]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            while not journal.exists() or journal.read_text().count("sent") < 3:
+                assert process.poll() is None
+                time.sleep(0.05)
+            process.send_signal(kind)
+            said = process.communicate()[1]
+    assert process.returncode == status and "Traceback" not in said, said
