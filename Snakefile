@@ -39,6 +39,7 @@ localrules:
     report,
     resolve_teacher,
     stage,
+    synthesize_online,
 
 
 rule all:

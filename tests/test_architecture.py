@@ -18,6 +18,7 @@ ROOMS = (
     "commands",
     "config_schema",
     "sweeps",
+    "synthesis_checks",
     "config_checks",
     "config_sections",
     "config",
@@ -37,6 +38,7 @@ ROOMS = (
     "corpus",
     "drawing",
     "benchmark_plans",
+    "synthesis_plans",
     "artefacts",
     "tokens",
     "h5files",
@@ -77,6 +79,14 @@ ROOMS = (
     "humaneval",
     "harness",
     "benchmarks",
+    "prompts",
+    "providers",
+    "journal",
+    "asking",
+    "writing",
+    "contamination",
+    "filters",
+    "synthesis",
     "demo",
     "checks",
     "staging",
@@ -93,7 +103,18 @@ ROOMS = (
     "by_hand",
 )
 # Every job on every node parses the Snakefile again: these must not be loaded for it.
-HEAVY = ("torch", "transformers", "datasets", "numpy", "h5py", "pyarrow", "pandas", "matplotlib")
+HEAVY = (
+    "torch",
+    "transformers",
+    "datasets",
+    "numpy",
+    "h5py",
+    "pyarrow",
+    "pandas",
+    "matplotlib",
+    "openai",
+    "anthropic",
+)
 
 
 def find_imports(path: Path) -> set[str]:

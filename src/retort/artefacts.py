@@ -35,10 +35,13 @@ from retort.provenance import (
     suggest_path,
 )
 from retort.sources import list_files
+from retort.synthesis_checks import SYNTHESIS
+from retort.synthesis_plans import SynthesisPlan, plan_synthesis
 
 # Raise a number when the code makes other bytes from the same input: that, and only that, re-makes results.
 # tests/unit/test_golden.py fails when bytes change and the number does not.
 REVISIONS = {
+    "synthesis": 1,
     "corpus": 1,
     "teacher": 2,
     "demo_teacher": 2,  # trained here, while another teacher is only recorded
@@ -54,17 +57,23 @@ REVISIONS = {
 
 @dataclass(frozen=True)
 class Corpus:
-    """The documents of one `dataset` section; `is_drawn` when a rule writes them to `folder` first."""
+    """The documents of one `dataset` section; `is_drawn` when a rule writes them to `folder` first.
+
+    Of a synthesis, `dataset` is the section that reads its responses.
+    """
 
     id: str
     folder: Path
     dataset: Dataset
     is_drawn: bool
     stamp: str  # of the local files that the id's digests were taken of: whoever reads them compares it
+    synthesis: SynthesisPlan | None = None
 
     @property
     def records(self) -> list[Path]:
-        """The files that say that the corpus is drawn, one for each reader; none where nothing is drawn."""
+        """The files that say that the corpus is there, one for each reader that draws it; none where it was there."""
+        if self.synthesis:
+            return [self.synthesis.record]
         if not self.is_drawn:
             return []
         return [
@@ -157,6 +166,7 @@ class Project:
     runs: dict[str, Run]
     check_id: str
     report_id: str
+    syntheses: dict[str, SynthesisPlan] = field(default_factory=dict)
     corpora: dict[str, Corpus] = field(default_factory=dict)
     teachers: dict[str, TeacherModel] = field(default_factory=dict)
     tokens: dict[str, Tokens] = field(default_factory=dict)
@@ -199,6 +209,7 @@ def plan_project(configs: Mapping[str, Config]) -> Project:
         runs=runs,
         check_id=digest(["check", evaluations, *ids]),
         report_id=digest(["report", REVISIONS["report"], evaluations, *ids]),
+        syntheses={c.synthesis.id: c.synthesis for c in corpora if c.synthesis},
         corpora={c.id: c for c in corpora},
         teachers={t.id: t for t in teachers},
         tokens={r.tokens.id: r.tokens for r in everything},
@@ -298,6 +309,8 @@ def _plan_teacher_benchmarks(run: Run) -> tuple[Benchmark, ...]:
 
 
 def _plan_corpus(config: Config) -> Corpus:
+    if config.dataset.name == SYNTHESIS:
+        return _plan_made_corpus(config)
     dataset = config.dataset
     keys = corpus_keys(dataset)
     files = corpus_files(dataset)
@@ -313,6 +326,15 @@ def _plan_corpus(config: Config) -> Corpus:
     corpus_id = digest(["corpus", REVISIONS["corpus"], keys, content])
     folder = _cache_root(config) / "corpora" / corpus_id
     return Corpus(corpus_id, folder, dataset, is_drawn(dataset), stamp)
+
+
+def _plan_made_corpus(config: Config) -> Corpus:
+    """Name the corpus of a synthesis, whose bytes are not known yet, by what it is made of."""
+    plan = plan_synthesis(config, _cache_root(config), revision=REVISIONS["synthesis"])
+    keys = corpus_keys(config.dataset)
+    corpus_id = digest(["corpus", REVISIONS["corpus"], keys, plan.id])
+    dataset = plan.as_dataset(config.dataset)
+    return Corpus(corpus_id, plan.folder, dataset, False, plan.stamp, plan)
 
 
 def _plan_teacher(config: Config) -> TeacherModel:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from retort.benchmarks import check_benchmarks
+from retort.commands import say
 from retort.config import Config, Teacher, Tracking
 from retort.corpus import check_corpus
 from retort.demo import DEMO_TEACHER, DemoTokenizer
@@ -26,6 +27,8 @@ from retort.models import (
 )
 from retort.provenance import fingerprint_weights, require_writable
 from retort.students import name_student, student_config
+from retort.synthesis import check_synthesis
+from retort.synthesis_checks import SYNTHESIS
 from retort.tokens import load_tokenizer
 
 
@@ -39,7 +42,7 @@ def check_project(configs: Mapping[str, Config]) -> dict[str, Any]:
         require_writable(Path(config.output.results_dir))
         if config.output.cache_dir:
             require_writable(Path(config.output.cache_dir))
-        notes.append(_check_corpus(config))
+        notes += _check_corpus(config)
         tokenizer, width, note = _check_teacher(config)
         notes.append(note)
         notes.append(f"run {name}: {_check_student(config, tokenizer, width)}")
@@ -77,11 +80,13 @@ def _has_login(host: str) -> bool:
         return False
 
 
-def _check_corpus(config: Config) -> str:
+def _check_corpus(config: Config) -> list[str]:
+    if config.dataset.name == SYNTHESIS:
+        return check_synthesis(config, say=say)
     found = check_corpus(config.dataset)
     files = found.get("files") or []
     size = f", {len(files)} files, {found['bytes'] / 1e6:,.1f} MB" if files else ""
-    return f"corpus: {config.dataset.name}{size}"
+    return [f"corpus: {config.dataset.name}{size}"]
 
 
 def _check_teacher(config: Config) -> tuple[Any, int, str]:

@@ -26,6 +26,17 @@ class Sampling:
     seed: int
     stops: tuple[str, ...] = ()
     batch_size: int = 8
+    top_p: float = TOP_P
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model wrote to one prompt; `is_cut` where it had no room to come to an end."""
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    is_cut: bool
 
 
 def complete_prompts(
@@ -39,22 +50,19 @@ def complete_prompts(
 def complete_ids(
     model: PreTrainedModel, tokenizer: Any, prompts: Sequence[list[int]], *, sampling: Sampling
 ) -> list[str]:
-    """Return one completion of each prompt of token ids, as text.
+    """Return one completion of each prompt of token ids, as text; a long prompt is clipped.
 
-    A prompt keeps its last tokens where it and its completion would be longer than the model can read (of a context
-    too short for both, half is the completion's). Equal arguments on one device give equal completions.
+    Equal arguments on one device give equal completions.
     """
-    context = longest_context(model)
-    room = _completion_room(model, sampling.max_new_tokens)
-    ids = [p if context is None else p[-(context - room) :] for p in prompts]
+    ids = [clip_prompt(prompt, model, sampling.max_new_tokens) for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda place: len(ids[place]))
     found: list[str] = [""] * len(ids)
     torch.manual_seed(sampling.seed)
     for start in range(0, len(order), sampling.batch_size):
         places = order[start : start + sampling.batch_size]
-        texts = _complete_batch(model, tokenizer, [ids[p] for p in places], room, sampling)
-        for place, text in zip(places, texts, strict=True):
-            found[place] = text
+        written = complete_batch(model, tokenizer, [ids[p] for p in places], sampling=sampling)
+        for place, completion in zip(places, written, strict=True):
+            found[place] = completion.text
     return found
 
 
@@ -100,10 +108,38 @@ def _completion_room(model: PreTrainedModel, max_new_tokens: int) -> int:
     return max_new_tokens if context is None else min(max_new_tokens, max(1, context // 2))
 
 
+def clip_prompt(ids: list[int], model: PreTrainedModel, max_new_tokens: int) -> list[int]:
+    """Return a prompt's last tokens, as many as leave room for its completion.
+
+    Of a context too short for both, half is the completion's.
+    """
+    context = longest_context(model)
+    return ids if context is None else ids[-(context - _completion_room(model, max_new_tokens)) :]
+
+
+def list_ends(model: PreTrainedModel, tokenizer: Any) -> list[int]:
+    """Return the ids that end a text: the tokenizer's, and those of the model's own way of generating (chat models)."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    ends = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    return list(dict.fromkeys(end for end in ends if end is not None))
+
+
 @torch.inference_mode()
-def _complete_batch(
-    model: PreTrainedModel, tokenizer: Any, ids: list[list[int]], room: int, sampling: Sampling
-) -> list[str]:
+def complete_batch(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    ids: list[list[int]],
+    *,
+    sampling: Sampling,
+    ends: Sequence[int] | None = None,
+) -> list[Completion]:
+    """Return the completions of one batch of prompts, given as ids that leave room.
+
+    `ends` are the ids that end a text, the tokenizer's where not given. Drawn ones follow torch's global generator.
+    """
+    if ends is None:
+        ends = [tokenizer.eos_token_id]
+    room = _completion_room(model, sampling.max_new_tokens)
     filler = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     width = max(map(len, ids))
     ids_BT = torch.tensor([[filler] * (width - len(row)) + row for row in ids])
@@ -114,7 +150,7 @@ def _complete_batch(
         options = {
             "do_sample": True,
             "temperature": sampling.temperature,
-            "top_p": TOP_P,
+            "top_p": sampling.top_p,
             "top_k": 0,
         }
     if sampling.stops:
@@ -124,11 +160,11 @@ def _complete_batch(
         attention_mask=mask_BT.to(device),
         max_new_tokens=room,
         pad_token_id=filler,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=ends[0] if len(ends) == 1 else list(ends),
         **options,
     )
     new = [row[width:].tolist() for row in written_BT.cpu()]
-    return [_decode(tokenizer, *pair) for pair in zip(ids, new, strict=True)]
+    return [_describe(tokenizer, *pair, room, ends) for pair in zip(ids, new, strict=True)]
 
 
 class _Stopped(StoppingCriteria):  # type: ignore[misc]
@@ -145,10 +181,17 @@ class _Stopped(StoppingCriteria):  # type: ignore[misc]
         return torch.tensor(has_stop, device=input_ids.device)
 
 
+def _describe(
+    tokenizer: Any, prompt_ids: list[int], new_ids: list[int], room: int, ends: Sequence[int]
+) -> Completion:
+    length = next((place for place, i in enumerate(new_ids) if i in ends), None)
+    text = _decode(tokenizer, prompt_ids, new_ids[:length])
+    written = len(new_ids) if length is None else length + 1
+    return Completion(text, len(prompt_ids), written, is_cut=length is None and written >= room)
+
+
 def _decode(tokenizer: Any, prompt_ids: list[int], new_ids: list[int]) -> str:
     """Return the text of new tokens; decoded with their prompt, because some tokenizers drop a text's first space."""
-    if tokenizer.eos_token_id in new_ids:
-        new_ids = new_ids[: new_ids.index(tokenizer.eos_token_id)]
     options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     before: str = tokenizer.decode(prompt_ids, **options)
     whole: str = tokenizer.decode(prompt_ids + new_ids, **options)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache, partial
 from typing import Any
 
-from retort.config_checks import DEFAULT_ALPHA, LATER, check_config
+from retort.config_checks import DEFAULT_ALPHA, check_config
 from retort.config_schema import (
     ConfigError,
     Schema,
@@ -71,7 +71,7 @@ __all__ = [
 ]
 
 # Sections whose flags carry the section's name, so that one script can take several sections.
-_PREFIXED = ("dataset", "teacher", "cache", "student", "evaluation")
+_PREFIXED = ("dataset", "teacher", "cache", "student", "evaluation", "synthesis")
 # What a single job cannot be told: how many jobs there are.
 _NO_FLAG = ("teacher.generation.num_workers",)
 # Flags that users know by another name than the key's.
@@ -180,13 +180,7 @@ def section_flags(section: Any) -> list[str]:
 def readme() -> str:
     """Return config/README.md: how a config is given, and a table of the keys of every section."""
     tables = [_readme_table(section) for section in SECTIONS]
-    later: dict[str, str] = {}
-    for key, feature in LATER.items():
-        section = key.split(".")[0]
-        name = "synthesis.*" if section == "synthesis" else key
-        later[name] = f"- `{name}`: {feature.what}; until then, {feature.meanwhile}"
-    parts = [_README_HEAD, *tables, _README_RUNS, _README_LATER, *later.values(), ""]
-    return "\n".join(parts)
+    return "\n".join([_README_HEAD, *tables, _README_RUNS])
 
 
 def _readme_table(section: str) -> str:
@@ -285,12 +279,6 @@ runs:
   soft: {training: {distillation_type: logit, temperature: [1.0, 2.0], seed: [0, 1, 2]}}
 ```
 """
-
-_README_LATER = """## Still to come
-
-These keys are known, and refused until a later version has what they ask for:
-"""
-
 
 if __name__ == "__main__":
     print(readme(), end="")

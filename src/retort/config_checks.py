@@ -1,41 +1,21 @@
-"""What keys of the config say about each other, and the features still to come: refused here.
+"""What keys of the config say about each other: contradictions are refused here.
 
 The checks take a complete config as a flat mapping from the dotted key that users write to its
 value, and raise one `ConfigError`: value found, what was expected, what to do.
 """
 
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 from retort.config_schema import ConfigError, show
+from retort.synthesis_checks import SYNTHESIS, check_synthesis
 
 Flat = Mapping[str, Any]
 
 DEFAULT_ALPHA = {"output": 1.0, "logit": 0.0, "hybrid": 0.5}
 LOADERS = ("text", "json", "parquet", "csv")
 
-
-class Later(NamedTuple):
-    """A feature still to come: which values ask for it, its name, what to use meanwhile."""
-
-    is_wanted: Callable[[Any], bool]
-    what: str
-    meanwhile: str
-
-
-def _is_set(value: Any) -> bool:
-    return value is not None
-
-
-_BRING_OWN = "leave synthesis out, and bring prompts with responses as dataset.data_files."
-LATER = {
-    "synthesis.provider": Later(_is_set, "synthesis", _BRING_OWN),
-    "synthesis.model": Later(_is_set, "synthesis", _BRING_OWN),
-    "synthesis.base_url": Later(_is_set, "synthesis", _BRING_OWN),
-    "synthesis.num_examples": Later(_is_set, "synthesis", _BRING_OWN),
-    "synthesis.output": Later(_is_set, "synthesis", _BRING_OWN),
-}
 
 _DIALS = {
     "top_k": "cache.top_k",
@@ -57,7 +37,7 @@ def check_config(c: Flat, defaults: Flat) -> None:
     _check_alpha(c)
     _check_training(c, defaults)
     _check_benchmarks(c)
-    _refuse_later_features(c)
+    check_synthesis(c, defaults)
 
 
 def _check_streaming(c: Flat) -> None:
@@ -79,7 +59,7 @@ def _check_streaming(c: Flat) -> None:
 def _check_files(c: Flat) -> None:
     """Refuse sharding by files for what is no list of files."""
     name = c["dataset.name"]
-    if c["dataset.sharding"] != "files" or name in LOADERS:
+    if c["dataset.sharding"] != "files" or name in (*LOADERS, SYNTHESIS):
         return
     if name == "demo":
         raise ConfigError(
@@ -353,12 +333,3 @@ def _check_benchmarks(c: Flat) -> None:
             "writes the same completion every time. Set evaluation.humaneval_temperature, for instance 0.2 for pass@1 "
             "and 0.8 for pass@100, or evaluation.humaneval_completions: 1."
         )
-
-
-def _refuse_later_features(c: Flat) -> None:
-    for key, feature in LATER.items():
-        if feature.is_wanted(c[key]):
-            raise ConfigError(
-                f"{key} is {show(c[key])}: {feature.what} will come with a later version. "
-                f"Until then, {feature.meanwhile}"
-            )

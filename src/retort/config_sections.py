@@ -165,6 +165,11 @@ class Evaluation:
         """Return what says how a model is measured on held-out text; all else at its default."""
         return _keep(self, lambda key: key not in _OF_BENCHMARKS)
 
+    def of_problems(self) -> "Evaluation":
+        """Return what says which problems there are; all else at its default."""
+        kept = ("benchmarks", "benchmark_tasks_dir", "humaneval_file")
+        return _keep(self, kept.__contains__)
+
     def of_benchmark(self, name: str) -> "Evaluation":
         """Return what one benchmark is run by; all else, the list of benchmarks too, at its default."""
         of_code = ("allow_code_execution", "code_timeout_s")
@@ -194,8 +199,40 @@ class Synthesis:
 
     provider: str | None
     model: str | None
+    revision: str | None
     base_url: str | None
+    api_key_variable: str | None
+    prompts: str | tuple[str, ...] | None
+    prompts_split: str
+    prompt_column: str
+    templates: str | None
     num_examples: int | None
+    system_prompt: str | None
+    temperature: float | None
+    top_p: float | None
+    max_tokens: int
+    seed: int
+    batch_size: int
+    min_characters: int
+    max_characters: int | None
+    keep_truncated: bool
+    keep_refusals: bool
+    keep_duplicates: bool
+    near_duplicates: float | None
+    response_language: str | None
+    check_language: bool
+    check_code: bool
+    decontaminate: bool
+    decontamination_words: int
+    concurrency: int
+    requests_per_minute: int | None
+    tokens_per_minute: int | None
+    timeout_s: float
+    max_attempts: int
+    price_per_million_input: float
+    price_per_million_output: float
+    max_cost: float | None
+    max_total_tokens: int | None
     output: str | None
 
 

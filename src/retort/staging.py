@@ -9,7 +9,10 @@ from pathlib import Path
 
 from retort.config import Config
 from retort.hub import open_table
+from retort.prompts import read_prompts
 from retort.sources import is_hub
+from retort.synthesis_checks import SYNTHESIS
+from retort.synthesis_plans import list_prompt_files, local_model
 from retort.tokens import cannot_load, load_tokenizer
 
 
@@ -29,7 +32,13 @@ def stage_project(configs: Mapping[str, Config]) -> list[str]:
             models[str(config.student.model_path), None] = None
         if _is_hub_id(config.dataset.tokenizer):
             tokenizers[str(config.dataset.tokenizer)] = None
-        notes |= dict.fromkeys(_stage_corpus(config))
+        if config.dataset.name == SYNTHESIS:
+            notes |= dict.fromkeys(_stage_prompts(config))
+            model, revision = local_model(config)
+            if config.synthesis.provider == "local" and _is_hub_id(model):
+                models[model, revision] = None
+        else:
+            notes |= dict.fromkeys(_stage_corpus(config))
     for name, revision in models:
         notes[f"model {name}: {stage_model(name, revision=revision)}"] = None
     for name in tokenizers:
@@ -72,6 +81,14 @@ def _stage_corpus(config: Config) -> list[str]:
         f"dataset {dataset.name}, {split}: {len(open_table(dataset, split)):,} rows"
         for split in splits
     ]
+
+
+def _stage_prompts(config: Config) -> list[str]:
+    """Fetch prompts that are a dataset of the Hub."""
+    section = config.synthesis
+    if section.templates or list_prompt_files(section):
+        return []
+    return [f"prompts of {section.prompts}: {len(read_prompts(section).prompts):,}"]
 
 
 def _is_hub_id(name: str | None) -> bool:

@@ -31,7 +31,6 @@ from retort.config import (
     section_flags,
     section_from_args,
 )
-from retort.config_checks import LATER
 from retort.config_schema import (
     _MOVED,
     Schema,
@@ -565,41 +564,11 @@ def test_alpha_follows_the_distillation_type_and_is_never_null(kind: str, alpha:
     assert load({"training": {"distillation_type": kind}}).training.alpha == alpha
 
 
-# Features that are still to come.
-
-
-@pytest.mark.parametrize(
-    "key, value, meanwhile",
-    [
-        ("synthesis.provider", "openai", "leave synthesis out"),
-        ("synthesis.model", "m", "leave synthesis out"),
-        ("synthesis.base_url", "http://localhost", "leave synthesis out"),
-        ("synthesis.num_examples", 5, "leave synthesis out"),
-        ("synthesis.output", "a.jsonl", "leave synthesis out"),
-    ],
-)
-def test_a_feature_still_to_come_is_refused_not_ignored(
-    key: str, value: Any, meanwhile: str
-) -> None:
-    message = refusal(merge(STUDENT, nested(key, value)))
-    assert message.startswith(f"{key} is ") and "later version" in message, message
-    assert f"Until then, {meanwhile}" in message
-
-
-def test_a_contradiction_is_told_before_a_feature_still_to_come() -> None:
-    message = refusal(merge(STUDENT, merge(STREAM, {"cache": {"method": "top_p"}})))
-    assert "max_samples" in message
-
-
 def test_ranks_that_could_not_share_a_step_or_a_student_are_refused_before_any_job() -> None:
     message = refusal(merge(STUDENT, {"training": {"gpus": 3, "batch_size": 4}}))
     assert "training.gpus x training.nodes is 3" in message and "is 4 sequences a step" in message
     message = refusal(merge(STUDENT, {"training": {"strategy": "fsdp", "device": "cpu"}}))
     assert "training.strategy is 'fsdp' and training.device is 'cpu'" in message
-
-
-def test_later_features_name_keys_that_exist() -> None:
-    assert set(LATER) <= {".".join(path) for path, _ in leaves()}
 
 
 # Runs.

@@ -30,6 +30,7 @@ SCENARIOS = {
     "live_teacher_one_gpu",
     "code_student",
     "code_student_slurm",
+    "code_student_from_prompts",
     "sweep_alpha_temperature",
     "two_teachers",
     "benchmarks",

@@ -26,18 +26,25 @@ from retort.codec import Codec, SparseTargets
 from retort.config import load_runs
 from retort.config_schema import fill_defaults, section_schema
 from retort.config_sections import build_section
+from retort.contamination import Runs
 from retort.documents import Document
+from retort.filters import Sieve
 from retort.index import TokenIndex, write_index
+from retort.journal import Journal
 from retort.parts import (
     merge_parts,
     part_path,
     write_part,
 )
+from retort.prompts import read_prompts
+from retort.providers import Answer
 from retort.shards import write_token_shard
+from retort.synthesis import keep_examples
 from retort.tokens import SequenceTable, TokenCounts, tokenize_documents
 
 # What the digests below were made with.
 GOLDEN_REVISIONS = {
+    "synthesis": 1,
     "corpus": 1,
     "teacher": 2,
     "demo_teacher": 2,
@@ -49,6 +56,7 @@ GOLDEN_REVISIONS = {
     "benchmark": 1,
     "report": 3,
 }
+GOLDEN_SYNTHESIS = "f5bd73d65b9ca6b813b067107383f95bd8e210c6452c6e6a2c876d83cade2183"
 GOLDEN_TOKENS = "eefcd4961849ab3dba7fbe8356c62eb572a8fb5858612a8037cf217d28a04eef"
 GOLDEN_INDEX = "8172b2419c159556dfcd793d6b0cf9880f242d4c3ea41da25b988c1e25ffc573"
 GOLDEN_CACHE = "07790f9e4537d17732908a57574a3f5173eb24bfd870a56aebe57b959f04b255"
@@ -137,6 +145,36 @@ def explain(stage: str, found: Any) -> str:
 
 def test_revisions_are_those_that_the_digests_were_made_with() -> None:
     assert REVISIONS == GOLDEN_REVISIONS, "a revision was raised: make the digests here again"
+
+
+def test_the_same_templates_and_answers_give_the_same_corpus(tmp_path: Path) -> None:
+    pytest.importorskip("datasketch")
+    pytest.importorskip("py3langid")
+    path = tmp_path / "templates.yaml"
+    given = {
+        "categories": {"a": 0.7, "b": 0.3},
+        "languages": {"python": 0.5, "bash": 0.5},
+        "templates": {"a": ["Do {topic} in {language}."], "b": ["Say {topic}.", "Tell {topic}."]},
+        "topics": [f"thing {i}" for i in range(20)],
+    }
+    path.write_text(json.dumps(given))  # JSON is YAML
+    values = {"templates": str(path), "num_examples": 20, "near_duplicates": 0.5}
+    section = build_section("synthesis", fill_defaults(values, section_schema("synthesis")))
+    prompts = read_prompts(section).prompts
+    with Journal(tmp_path / "journal.jsonl") as journal:
+        for place in range(len(prompts)):
+            words = " ".join(f"w{place // 4}-{i + (place % 4) * (place % 3)}" for i in range(30))
+            finish = "length" if place % 7 == 3 else "stop"
+            journal.keep(place, Answer(words, finish, input_tokens=1, output_tokens=2, model="m"))
+        sieve = Sieve(section, Runs(["Say thing 3"], length=3))
+        kept = keep_examples(section, prompts, journal, sieve, lambda places: None)
+    fell = {reason for reason, number in kept.counts.items() if number}
+    assert (
+        fell == {"truncated", "contaminated", "duplicate", "near_duplicate"}
+        and len(kept.rows) == 20
+    )
+    found = sha256(json.dumps([kept.rows, kept.asked, kept.counts]).encode())
+    assert found == GOLDEN_SYNTHESIS, explain("responses", found)
 
 
 def test_the_same_documents_give_the_same_sequences() -> None:

@@ -64,9 +64,9 @@ SEEN_IN_THE_CONFIG = {
         over(teacher={"generation": {"gpus": "0,1", "gpus_per_model": 4}}),
         ["gpus_per_model is 4", "0,1", "List at least 4"],
     ),
-    "a feature to come": (
+    "responses that nobody reads": (
         over(synthesis={"provider": "openai"}),
-        ["synthesis.provider is", "later version"],
+        ["synthesis.provider is 'openai'", "Set dataset.name: synthesis"],
     ),
     "a batch that GPUs cannot share": (
         over(training={"gpus": 3}),

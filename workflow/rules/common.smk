@@ -9,6 +9,7 @@ from pathlib import Path
 from retort.artefacts import plan_project
 from retort.config import load_runs, section_flags
 from retort.sources import is_hub
+from retort.synthesis_plans import local_model
 from snakemake.exceptions import WorkflowError
 
 try:
@@ -30,6 +31,8 @@ shell.prefix("set -euo pipefail; trap : TERM; ")
 
 
 wildcard_constraints:
+    answers="(api-)?[0-9a-f]{12}",
+    synthesis="[0-9a-f]{12}",
     corpus="[0-9a-f]{12}",
     reader="(_[0-9]{5})?",
     teacher="(demo-)?[0-9a-f]{12}",
@@ -65,7 +68,7 @@ def check_unless(made):
 
 
 def get_corpus(wildcards):
-    """The drawn corpus of a demo_teacher or tokenize_shard job, as input; none where nothing is drawn.
+    """The corpus of a demo_teacher or tokenize_shard job, as input, where it is drawn or written by a model.
 
     Where each shard is drawn by a reader of its own, a shard waits for that reader alone.
     """
@@ -77,11 +80,28 @@ def get_corpus(wildcards):
 
 
 def get_staged(wildcards):
-    """What `stage` leaves to other rules: the records of teachers that are not trained here, and drawn corpora."""
+    """What `stage` leaves to other rules: records of teachers that are not trained here, corpora that need a network."""
     teachers = [t.folder for t in PROJECT.teachers.values() if t.corpus is None]
-    corpora = [c for c in PROJECT.corpora.values() if is_hub(c.dataset)]
+    corpora = [
+        corpus
+        for corpus in PROJECT.corpora.values()
+        if is_hub(corpus.dataset) or (corpus.synthesis and corpus.synthesis.is_online)
+    ]
     records = [str(record) for corpus in corpora for record in corpus.records]
     return [*(f"{folder}/fingerprint.json" for folder in teachers), *records]
+
+
+def get_synthesis_flags(wildcards):
+    """What is asked of whom; a server is not told how a model is loaded here, and the key is in the environment."""
+    plan = PROJECT.syntheses[wildcards.synthesis]
+    words = [flags(plan.section), flags(plan.config.evaluation.of_problems())]
+    words.append(f"--stamp {plan.stamp}")
+    if plan.section.provider == "local":
+        model, revision = local_model(plan.config)
+        words.append(f"--local-model {shlex.quote(model)}")
+        words.append(f"--local-revision {shlex.quote(revision)}" if revision else "")
+        words.append(flags(plan.config.teacher, plan.config.teacher.generation))
+    return " ".join(words)
 
 
 def get_draw_flags(wildcards):
@@ -111,7 +131,11 @@ def tokenize_flags(tokens_id):
     corpus = (
         f" --corpus {shlex.quote(str(tokens.corpus.folder))}"
         if tokens.corpus.is_drawn
-        else f" --corpus-stamp {tokens.corpus.stamp}"
+        else (
+            f" --synthesis {shlex.quote(str(tokens.corpus.synthesis.record))}"
+            if tokens.corpus.synthesis
+            else f" --corpus-stamp {tokens.corpus.stamp}"
+        )
     )
     expected = (
         f" --expected-tokenizer {tokens.fingerprint}" if tokens.fingerprint else ""

@@ -1,4 +1,4 @@
-# Text becomes sequences of tokens: check_inputs (-> stage) -> draw_corpus -> tokenize_shard -> index_tokens.
+# Text becomes sequences of tokens: check_inputs (-> stage) -> synthesize or draw_corpus -> tokenize_shard -> index_tokens.
 
 
 rule check_inputs:
@@ -31,6 +31,41 @@ rule stage:
     shell:
         "{params.script} --config {params.config:q}"
         " >> {log:q} 2> >(trap '' TERM; tee -a {log:q} >&2)"
+
+
+rule synthesize:
+    # The journal of answers, which were paid for, lies one folder up; the responses beside the record.
+    input:
+        check=check_unless(
+            f"{CACHE}/syntheses/{{answers}}/{{synthesis}}/synthesis.json"
+        ),
+    output:
+        f"{CACHE}/syntheses/{{answers}}/{{synthesis}}/synthesis.json",
+    log:
+        "logs/synthesize/{answers}_{synthesis}.log",
+    wildcard_constraints:
+        answers="[0-9a-f]{12}",
+    threads: get_synthesis_threads
+    resources:
+        gpu=get_synthesis_gpus,
+    params:
+        script=SCRIPTS.format("synthesize"),
+        flags=get_synthesis_flags,
+        terminal=get_terminal,
+    message:
+        "A model writes responses: {wildcards.answers}"
+    shell:
+        "{params.script} --output {output:q} {params.flags} {params.terminal}"
+        " >> {log:q} 2> >(trap '' TERM; tee -a {log:q} >&2)"
+
+
+# A server writes them: this needs a network, which compute nodes often have not, and no GPU. It runs where you type.
+use rule synthesize as synthesize_online with:
+    wildcard_constraints:
+        answers="api-[0-9a-f]{12}",
+    threads: 1
+    resources:
+        gpu=0,
 
 
 rule draw_corpus:

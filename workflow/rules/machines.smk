@@ -24,6 +24,14 @@ def teacher_gpus(teacher):
     return 0 if teacher.device == "cpu" else teacher.generation.gpus_per_model
 
 
+def get_synthesis_gpus(wildcards):
+    return teacher_gpus(PROJECT.syntheses[wildcards.synthesis].config.teacher)
+
+
+def get_synthesis_threads(wildcards):
+    return PROJECT.syntheses[wildcards.synthesis].config.teacher.generation.cpu_threads
+
+
 def get_training_gpus(wildcards):
     """The GPUs of all nodes together."""
     training = PROJECT.runs[wildcards.run].config.training
@@ -59,9 +67,9 @@ def get_num_workers(wildcards):
 
 
 def get_terminal(wildcards):
-    """The terminal, as worker 0's descriptor 3: its bar must not go where stderr goes, into the log."""
+    """The terminal, as descriptor 3 of worker 0 or of a synthesis: a bar must not go where stderr goes, into the log."""
     quiet = workflow.output_settings.quiet or set()
-    is_shown = wildcards.worker == "0" and not {
+    is_shown = wildcards.get("worker", "0") == "0" and not {
         Quietness.ALL,
         Quietness.PROGRESS,
     } & set(quiet)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from retort.commands import run_script, say
 from retort.config import add_section_flags, section_from_args
+from retort.synthesis_plans import refuse_other_responses
 
 
 def main() -> None:
@@ -25,6 +26,9 @@ def main() -> None:
     )
     parser.add_argument("--corpus", type=Path, help="folder of a drawn corpus, where there is one")
     parser.add_argument(
+        "--synthesis", type=Path, help="synthesis.json: refuse responses that are not what it says"
+    )
+    parser.add_argument(
         "--corpus-stamp",
         help="refuse local files whose sizes and times have another digest than this",
     )
@@ -37,6 +41,8 @@ def main() -> None:
     args = parser.parse_args()
     dataset = section_from_args(args, "dataset")
     os.environ["RAYON_NUM_THREADS"] = str(dataset.num_proc)
+    if args.synthesis:
+        refuse_other_responses(args.synthesis)
     from retort.shards import tokenize_shard
     from retort.tokens import fingerprint_of_tokenizer, load_tokenizer, refuse_other_tokenizer
 

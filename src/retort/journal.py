@@ -1,0 +1,154 @@
+"""The journal of answers: a file to which one whole line is added for each thing that happened, and never changed.
+
+*sent* is written before a request goes out, with the most that it can cost; *answer* or *away* (turned away: nothing
+paid) follows. So after a kill it is known what is there, what was paid, and what may have been paid besides: requests
+that were sent and never answered.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from retort.commands import say
+from retort.providers import Answer
+
+
+@dataclass
+class Paid:
+    """What a journal says was paid: of answers exactly, of lost requests at most."""
+
+    requests: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    lost_requests: int = 0
+    lost_input_tokens: int = 0
+    lost_output_tokens: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """All tokens, lost ones at their most."""
+        of_answers = self.input_tokens + self.output_tokens
+        return of_answers + self.lost_input_tokens + self.lost_output_tokens
+
+    def cost(self, price_in: float, price_out: float) -> float:
+        """Return the price of all that was or may have been paid, at prices of a million tokens."""
+        read = self.input_tokens + self.lost_input_tokens
+        written = self.output_tokens + self.lost_output_tokens
+        return (read * price_in + written * price_out) / 1e6
+
+
+@dataclass
+class Journal:
+    """The answers of one set of prompts, by the place of the prompt; opened by `with`, by one process at a time."""
+
+    path: Path
+    answers: dict[int, Answer] = field(default_factory=dict)
+    paid: Paid = field(default_factory=Paid)
+    # The most that requests in flight can cost, by place: (input, output) tokens of each attempt.
+    open: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+
+    def __enter__(self) -> "Journal":
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a+b")
+        self._read()
+        for place in list(
+            self.open
+        ):  # of a process that was killed: nobody waits for these answers any more
+            self._lose(place)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def _read(self) -> None:
+        """Take up every whole line; a torn last one, of a kill or a full disk, is cut off."""
+        self._file.seek(0)
+        end = 0
+        for number, line in enumerate(self._file, start=1):
+            if not line.endswith(b"\n"):
+                say(f"{self.path}: the last line was torn by a kill, and is cut off")
+                break
+            try:
+                self._take(json.loads(line))
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{self.path}, line {number}, is no line of a journal ({error!r}). Put the file back as it was; "
+                    "it holds answers that were paid for."
+                ) from None
+            end += len(line)
+        self._file.truncate(end)
+        self._file.seek(0, os.SEEK_END)
+
+    def _take(self, event: Mapping[str, Any]) -> None:
+        place, what = int(event["place"]), event["event"]
+        if what == "sent":
+            self.open.setdefault(place, []).append((event["input"], event["output"]))
+        elif what == "lost":
+            self._lose(place)
+        elif what == "away":
+            self._close(place)
+        elif what == "answer":
+            answer = Answer(**event["answer"])
+            self._close(place)
+            self.answers[place] = answer
+            self.paid.requests += 1
+            self.paid.input_tokens += answer.input_tokens
+            self.paid.output_tokens += answer.output_tokens
+        else:
+            raise ValueError(f"event {what!r}")
+
+    def _close(self, place: int) -> tuple[int, int]:
+        attempts = self.open.get(place) or [(0, 0)]
+        bound = attempts.pop()
+        if not attempts:
+            self.open.pop(place, None)
+        return bound
+
+    def _lose(self, place: int) -> None:
+        while place in self.open:
+            read, written = self._close(place)
+            self.paid.lost_requests += 1
+            self.paid.lost_input_tokens += read
+            self.paid.lost_output_tokens += written
+
+    def _add(self, event: dict[str, Any], *, is_lasting: bool = False) -> None:
+        line = json.dumps(event, ensure_ascii=True, separators=(",", ":")) + "\n"
+        self._file.write(line.encode())
+        self._file.flush()
+        if is_lasting:
+            os.fsync(self._file.fileno())
+        self._take(event)
+
+    def send(self, place: int, bound: tuple[int, int]) -> None:
+        """Note, before it goes out, that a request is sent, and the most (input, output) tokens that it can cost."""
+        self._add({"event": "sent", "place": place, "input": bound[0], "output": bound[1]})
+
+    def turn_away(self, place: int) -> None:
+        """Note that a request was not taken: nothing is paid."""
+        self._add({"event": "away", "place": place})
+
+    def lose(self, place: int) -> None:
+        """Note that a request has no answer, and may have been paid for."""
+        self._add({"event": "lost", "place": place})
+
+    def keep(self, place: int, answer: Answer) -> None:
+        """Write an answer; it is on the disk when this returns."""
+        self._add({"event": "answer", "place": place, "answer": asdict(answer)}, is_lasting=True)
+
+    @property
+    def reserved(self) -> Paid:
+        """What is paid, and what the requests in flight may cost besides."""
+        bounds = [bound for attempts in self.open.values() for bound in attempts]
+        total = Paid(**asdict(self.paid))
+        total.lost_input_tokens += sum(read for read, _ in bounds)
+        total.lost_output_tokens += sum(written for _, written in bounds)
+        return total

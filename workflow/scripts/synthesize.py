@@ -1,0 +1,63 @@
+"""Let a model write responses to prompts: a corpus, with everything that was paid for in a journal.
+
+    python workflow/scripts/synthesize.py --synthesis-provider openai --synthesis-base-url http://localhost:8000/v1 \\
+        --synthesis-model my-model --synthesis-prompts prompts.jsonl --output results/mine/synthesis.json
+"""
+
+import argparse
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+from retort.commands import run_script, say
+from retort.config import add_section_flags, section_from_args
+from retort.leases import lease_teacher
+from retort.progress import open_terminal
+
+
+def main() -> None:
+    """Hold a GPU group where the model is local; ask what is missing, write the responses and their record."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output",
+        required=True,
+        type=Path,
+        help="synthesis.json; responses.jsonl lies beside it, the journal one folder up",
+    )
+    parser.add_argument("--local-model", help="folder or Hub id of a model that answers here")
+    parser.add_argument("--local-revision", help="revision of a Hub model")
+    parser.add_argument(
+        "--stamp",
+        help="refuse prompts whose files have another digest of sizes and times than this",
+    )
+    parser.add_argument(
+        "--terminal", type=int, help="the descriptor of a terminal for the progress bar (stderr's)"
+    )
+    for section in ("synthesis", "evaluation", "teacher", "teacher.generation"):
+        add_section_flags(parser, section)
+    args = parser.parse_args()
+    loading = replace(section_from_args(args, "teacher"), revision=args.local_revision)
+    lease = (
+        lease_teacher(loading.generation, worker=0, device=loading.device, say=say)
+        if args.local_model
+        else nullcontext()
+    )
+    with lease:
+        from retort.synthesis import Task, synthesize
+
+        task = Task(
+            section=section_from_args(args, "synthesis"),
+            evaluation=section_from_args(args, "evaluation"),
+            local_model=args.local_model,
+            loading=loading,
+            stamp=args.stamp,
+            say=say,
+            terminal=open_terminal(args.terminal),
+        )
+        say(synthesize(args.output, task))
+
+
+if __name__ == "__main__":
+    run_script(main)
