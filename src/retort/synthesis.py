@@ -7,8 +7,9 @@ the very prompts that were missing.
 
 import asyncio
 import json
+import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -139,7 +140,7 @@ def _answer(
 ) -> tuple[Kept, str]:
     """Return what is kept of the answers of a server, or of a model that is loaded here, and where they were made."""
     if task.section.provider != "local":
-        return asyncio.run(_ask_server(task, prompts, journal, sieve)), "server"
+        return _ask_server(task, prompts, journal, sieve), "server"
     assert task.local_model is not None and task.loading is not None
     from retort.writing import Writer  # loads torch
 
@@ -156,23 +157,48 @@ def _answer(
     return kept, writer.device
 
 
-async def _ask_server(
-    task: Task, prompts: Sequence[Prompt], journal: Journal, sieve: Sieve
-) -> Kept:
-    """Keep examples in a thread, whose rounds are asked here: the clients' connections live in one event loop."""
+def _ask_server(task: Task, prompts: Sequence[Prompt], journal: Journal, sieve: Sieve) -> Kept:
+    """Keep examples, whose rounds are asked in one event loop: the clients' connections live in it.
+
+    No thread beside it: one that waits for a loop that a signal ended waits for ever, and the process with it.
+    """
     section = task.section
     provider = open_provider(section)
     asker = Asker(section, prompts, journal, provider, say=task.say, terminal=task.terminal)
-    loop = asyncio.get_running_loop()
+    with asyncio.Runner() as loop:
 
-    def ask(places: Sequence[int]) -> None:
-        task.say(describe_estimate(section, [prompts[p] for p in places]))
-        asyncio.run_coroutine_threadsafe(asker.ask(places), loop).result()
+        def ask(places: Sequence[int]) -> None:
+            task.say(describe_estimate(section, [prompts[p] for p in places]))
+            _run(loop, asker.ask(places))
+
+        try:
+            return keep_examples(section, prompts, journal, sieve, ask)
+        finally:
+            loop.run(provider.close())
+
+
+def _run(loop: asyncio.Runner, work: Coroutine[Any, Any, None]) -> None:
+    """Run to the end, or until SIGTERM, which then does what it does elsewhere.
+
+    It cancels the work between two steps. Raised within one, as the scripts' handler does, it would leave tasks behind
+    whose tracebacks asyncio prints. (Of SIGINT the runner takes care.)
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+
+    async def until_told() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        await work
 
     try:
-        return await asyncio.to_thread(keep_examples, section, prompts, journal, sieve, ask)
+        loop.run(until_told())
+    except asyncio.CancelledError:
+        signal.signal(signal.SIGTERM, handler)
+        signal.raise_signal(signal.SIGTERM)
+        raise
     finally:
-        await provider.close()
+        signal.signal(signal.SIGTERM, handler)
 
 
 def keep_examples(

@@ -18,6 +18,12 @@ def fail(log: Path, body: str) -> None:
         subprocess.run(command, stdout=file, stderr=file, check=False)
 
 
+# A shell that starts its jobs in the background lets them ignore SIGINT.
+INTERRUPTED = (
+    "import os, signal; signal.signal(2, signal.default_int_handler); os.kill(os.getpid(), 2)"
+)
+
+
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
@@ -37,7 +43,7 @@ def fail(log: Path, body: str) -> None:
         ),
         ("import os; os.kill(os.getpid(), 9)", "killed (SIGKILL)"),
         ("import os; os.kill(os.getpid(), 15)", "as by a time limit: what is finished is kept"),
-        ("import os; os.kill(os.getpid(), 2)", "It was interrupted"),
+        (INTERRUPTED, "It was interrupted"),
         (
             "from retort.deadlines import OUT_OF_TIME as o; print(o); raise SystemExit(75)",
             "The job's time limit came before the end of its work: what is finished is kept",

@@ -247,6 +247,7 @@ def test_code_is_parsed_in_its_language(language: str, right: str, wrong: str) -
     assert not has_broken_code(f"So:\n```brainfuck\n{wrong}\n```\n")
 
 
+@pytest.mark.slow
 def test_problems_of_benchmarks_are_found_in_prompts_and_responses(tmp_path: Path) -> None:
     problem = "def has_close_elements(numbers, threshold): Check if in given list of numbers, are any two close"
     row = {
