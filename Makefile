@@ -30,7 +30,7 @@ test-workflow: $(READY)
 # stories of ../shared/data (skipped with a reason where they are absent).
 test-slow: $(READY)
 	$(BIN)/pytest -m slow -n 2 tests/workflow/test_kills.py tests/workflow/test_real_input.py \
-		tests/workflow/test_gpu_groups.py tests/unit
+		tests/workflow/test_gpu_groups.py tests/workflow/test_synthesis.py tests/unit
 
 # The profile, the pipeline and its faults on a real SLURM cluster of four pretended nodes, which is started for them in a
 # namespace: needs root and Debian's packages (tests/slurm/install.sh), and is skipped with a reason without them.
