@@ -17,7 +17,8 @@ def test_a_script_explains_itself(script: Path, tmp_path: Path) -> None:
     done = Place(tmp_path).execute([sys.executable, str(script), "--help"])
     assert done.returncode == 0, done.output
     assert f"workflow/scripts/{script.name}" in done.output, "the exact command, to be copied"
-    assert "--output" in done.output
+    # What is staged goes into the cache of the Hub's own library.
+    assert "--output" in done.output or script.stem == "stage"
 
 
 def read_commands(place: Place) -> dict[str, list[str]]:
