@@ -395,12 +395,8 @@ def _plan_logits(config: Config, tokens: Tokens, teacher: TeacherModel) -> Logit
 
 
 def _plan_validation(config: Config, tokens: Tokens, teacher: TeacherModel) -> Validation:
-    said = {
-        key: value
-        for key, value in identity(config.evaluation.without_benchmarks()).items()
-        if key.endswith("_positions") or "sample" in key
-    }
-    validation_id = digest(["validation", REVISIONS["validation"], tokens.id, teacher.id, said])
+    asked = identity(config.evaluation.of_teacher())
+    validation_id = digest(["validation", REVISIONS["validation"], tokens.id, teacher.id, asked])
     return Validation(
         validation_id, _cache_root(config) / "validation" / validation_id, tokens, teacher, config
     )

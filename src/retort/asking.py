@@ -83,16 +83,10 @@ class Asker:
         say: Callable[[str], None],
         terminal: TextIO | None = None,
     ) -> None:
-        self.section, self.prompts, self.journal, self.provider = (
-            section,
-            prompts,
-            journal,
-            provider,
-        )
-        self.rejected: dict[
-            int, str
-        ] = {}  # by place; not in the journal: they cost nothing to ask again
-        self.retries = 0
+        self.section, self.prompts = section, prompts
+        self.journal, self.provider = journal, provider
+        # By place; not in the journal, for they cost nothing to ask again.
+        self.rejected: dict[int, str] = {}
         self._say, self._terminal = say, terminal
         self._requests, self._tokens = _limiters(section, prompts)
         self._stopped: ValueError | OSError | None = None
@@ -203,7 +197,6 @@ class Asker:
         return None
 
     def _note_retry(self, state: RetryCallState) -> None:
-        self.retries += 1
         error = state.outcome.exception() if state.outcome else None
         wait = state.next_action.sleep if state.next_action else 0.0
         self._progress.note(

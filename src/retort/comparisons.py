@@ -51,7 +51,7 @@ def compare_with_baseline(
         return None
     full = find_full(record, records)
     if not all(map(has_documents, (record, other))):
-        return Comparison(other, Estimate(record.loss - other.loss, None, None), None)
+        return Comparison(other, compare_losses_of(record, other), None)
     compared = [record, other, *([full] if full and has_documents(full) else [])]
     found = _compare(tuple(map(_stamp, compared)))
     return Comparison(other, found["margin"], found.get("gap_closed"))

@@ -165,6 +165,10 @@ class Evaluation:
         """Return what says how a model is measured on held-out text; all else at its default."""
         return _keep(self, lambda key: key not in _OF_BENCHMARKS)
 
+    def of_teacher(self) -> "Evaluation":
+        """Return what says on which text a teacher is measured, and what it writes; all else at its default."""
+        return _keep(self, lambda key: key.endswith("_positions") or "sample" in key)
+
     def of_problems(self) -> "Evaluation":
         """Return what says which problems there are; all else at its default."""
         kept = ("benchmarks", "benchmark_tasks_dir", "humaneval_file")

@@ -17,8 +17,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-import filelock
-
 from retort.commands import say
 from retort.config import Dataset
 from retort.corpus import (
@@ -35,7 +33,7 @@ from retort.corpus import (
 from retort.demo_text import describe_demo
 from retort.documents import Counts, Document, make_document
 from retort.hub import pin
-from retort.provenance import digest, read_json, stamp_files, write_json
+from retort.provenance import digest, held, read_json, stamp_files, write_json
 from retort.readers import naming, open_bytes
 from retort.sharding import Dealt, choose_sharding
 from retort.sources import is_hub
@@ -66,7 +64,9 @@ def draw_corpus(
         )
     out_dir.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        _lock(out_dir / f".draw_{reader:05d}.lock", stack)
+        busy = f"{out_dir} is being drawn by another process: waiting for it"
+        lock = out_dir / f".draw_{reader:05d}.lock"
+        stack.enter_context(held(lock, busy=busy, say=say, patience_s=_PATIENCE_S))
         drawn = _Drawn.resume(dataset, out_dir, reader)
         if not drawn.is_complete:
             with unchanged(dataset, stamp):
@@ -115,17 +115,6 @@ def read_drawn(
 
 def _drawn_path(out_dir: Path, shard: int) -> Path:
     return out_dir / f"documents_{shard:05d}.jsonl.gz"
-
-
-def _lock(path: Path, stack: ExitStack) -> None:
-    """Hold the folder for as long as the stack; say so where another draw holds it."""
-    lock = filelock.FileLock(path, fallback_to_soft=False)
-    try:
-        lock.acquire(timeout=_PATIENCE_S)
-    except filelock.Timeout:
-        say(f"{path.parent} is being drawn by another process: waiting for it")
-        lock.acquire()
-    stack.callback(lock.release)
 
 
 def _draw(drawn: "_Drawn") -> None:

@@ -286,16 +286,14 @@ def has_tokenizer(record: dict[str, Any], index: TokenIndex) -> bool:
 
 def _say_nothing(record: dict[str, Any], validation: SequenceTable) -> TeacherFeatures:
     """Return the features of a teacher that has read nothing."""
+    splits = ("val", "train")
     return TeacherFeatures(
-        features={"val": torch.empty((0, 0)), "train": torch.empty((0, 0))},
+        features=dict.fromkeys(splits, torch.empty((0, 0))),
         train_sequences=np.zeros(0, np.int64),
         head=Head(weight=None),
         num_tokens=0,
         teacher=record["weights"],
         name=record["name"],
         num_parameters=0,
-        keys={
-            "val": digest_keys(validation.slice(0, 0)),
-            "train": digest_keys(validation.slice(0, 0)),
-        },
+        keys=dict.fromkeys(splits, digest_keys(validation.slice(0, 0))),
     )

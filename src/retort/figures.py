@@ -149,19 +149,15 @@ def draw_costs(group: Sequence[Record], styles: Sequence[int], *, key: str) -> l
     if len(group) < 2:
         return []
     losses = [record.card.metrics["loss"] for record in group]
-    stored = [r.cache.bytes_per_position if r.cache and r.is_distilled else None for r in group]
-    live = [r.is_distilled and r.cache is None for r in group]
-    minutes = [record.training_seconds / 60 for record in group]
     teachers = [t.teacher_loss for t in find_teachers(group) if t.teacher_loss is not None]
-    panels: list[tuple[str, Sequence[float | None]]] = []
-    if any(x is not None for x in stored):
-        bytes_used = [
-            None if is_live else x or 0.0 for x, is_live in zip(stored, live, strict=True)
-        ]
-        panels.append(("stored teacher, bytes/token (0: from text alone)", bytes_used))
-    is_short = max(minutes) < 2
-    times = [60 * m for m in minutes] if is_short else minutes
-    panels.append((f"training time, {'seconds' if is_short else 'minutes'}", times))
+    seconds = [record.training_seconds for record in group]
+    unit, size = ("seconds", 1) if max(seconds) < 120 else ("minutes", 60)
+    panels: list[tuple[str, Sequence[float | None]]] = [
+        ("stored teacher, bytes/token (0: from text alone)", [_stored_bytes(r) for r in group]),
+        (f"training time, {unit}", [second / size for second in seconds]),
+    ]
+    if not any(panels[0][1]):
+        del panels[0]
     return [
         _to_page(
             lambda axes, costs=costs, label=label: _draw_costs(  # type: ignore[misc]
@@ -173,6 +169,13 @@ def draw_costs(group: Sequence[Record], styles: Sequence[int], *, key: str) -> l
         )
         for number, (label, costs) in enumerate(panels)
     ]
+
+
+def _stored_bytes(record: Record) -> float | None:
+    """Return what a run reads of the teacher, bytes a token: none from text alone, unknown of a live teacher."""
+    if not record.is_distilled:
+        return 0.0
+    return record.cache.bytes_per_position if record.cache else None
 
 
 def _draw_costs(
@@ -198,9 +201,10 @@ def _draw_costs(
         axes.plot(
             [cost], [loss.value], color=colour, marker=marker, markersize=7, ls="none", transform=at
         )
-    ends = [end for loss in losses for end in loss.ends or (loss.value,)]
-    room = 0.08 * max(max([*ends, *teachers]) - min([*ends, *teachers]), 0.02)
-    axes.set_ylim(min([*ends, *teachers]) - room, max([*ends, *teachers]) + room)
+    levels = [*teachers, *(end for loss in losses for end in loss.ends or (loss.value,))]
+    low, high = min(levels), max(levels)
+    room = 0.08 * max(high - low, 0.02)
+    axes.set_ylim(low - room, high + room)
     for level in teachers:
         axes.axhline(level, color=INKS["ink"][0], linewidth=1.3, linestyle=(0, (4, 3)))
     axes.set_xlim(-0.04 * max(known), 1.08 * max(known))

@@ -16,12 +16,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import filelock
 import xxhash
 
 _BLOCK_BYTES = 1 << 20
@@ -189,6 +190,24 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def held(
+    path: Path, *, busy: str, say: Callable[[str], None], patience_s: float = 0.0
+) -> Iterator[None]:
+    """Hold a lock file for as long as the block; say `busy` where another process holds it longer than that."""
+    # Not the soft lock that filelock falls back to without flock: it would outlive a killed process.
+    lock = filelock.FileLock(path, fallback_to_soft=False)
+    try:
+        lock.acquire(timeout=patience_s)
+    except filelock.Timeout:
+        say(busy)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def temporary_name(path: Path) -> Path:

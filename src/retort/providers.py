@@ -10,11 +10,13 @@ import json
 import os
 import sys
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 from retort.commands import first_line
 from retort.config import Synthesis
@@ -124,20 +126,28 @@ def open_provider(section: Synthesis) -> Provider:
     return cast(Provider, kinds[provider](section, key))
 
 
-class _Client:
-    """What the two clients, which one generator writes, have in common."""
+class _Client(ABC):
+    """What the two clients, which one generator writes, have in common; `kind` is the class of the library's client."""
 
-    library: Any
-    client: Any
+    kind: ClassVar[str]
 
     def __init__(self, section: Synthesis, key: str | None) -> None:
         self.section, self.key = section, key
+        self.library: Any = import_module(str(section.provider))
+        self.client = getattr(self.library, self.kind)(
+            api_key=key or "none",
+            base_url=section.base_url,
+            timeout=section.timeout_s,
+            max_retries=0,
+        )
 
+    @abstractmethod
     async def _create(self, section: Synthesis, prompt: str) -> Any:
-        raise NotImplementedError
+        """Send a request; return the client's message."""
 
+    @abstractmethod
     def _read(self, message: Any) -> Answer:
-        raise NotImplementedError
+        """Return what a message says. Raises _NotUnderstood where it is no answer."""
 
     async def answer(self, prompt: str) -> Answer:
         library = self.library
@@ -219,17 +229,7 @@ class _NotUnderstood(Exception):  # noqa: N818
 class _OpenAI(_Client):
     """Chat completions of any server that speaks OpenAI's protocol."""
 
-    def __init__(self, section: Synthesis, key: str | None) -> None:
-        super().__init__(section, key)
-        import openai
-
-        self.library = openai
-        self.client = openai.AsyncOpenAI(
-            api_key=key or "none",
-            base_url=section.base_url,
-            timeout=section.timeout_s,
-            max_retries=0,
-        )
+    kind = "AsyncOpenAI"
 
     async def _create(self, section: Synthesis, prompt: str) -> Any:
         system = [{"role": "system", "content": section.system_prompt}] * bool(
@@ -264,17 +264,7 @@ class _OpenAI(_Client):
 class _Anthropic(_Client):
     """Messages of Anthropic's API."""
 
-    def __init__(self, section: Synthesis, key: str | None) -> None:
-        super().__init__(section, key)
-        import anthropic
-
-        self.library = anthropic
-        self.client = anthropic.AsyncAnthropic(
-            api_key=key or "none",
-            base_url=section.base_url,
-            timeout=section.timeout_s,
-            max_retries=0,
-        )
+    kind = "AsyncAnthropic"
 
     async def _create(self, section: Synthesis, prompt: str) -> Any:
         system = {"system": section.system_prompt} if section.system_prompt else {}

@@ -40,7 +40,11 @@ def list_files(dataset: Dataset) -> list[Path]:
             f"dataset.name is {dataset.name!r}, which reads local files, but dataset.data_files is "
             "not set: give paths or globs, for example data_files: data/*.jsonl."
         )
-    return list(dict.fromkeys(path for pattern in patterns for path in _expand(pattern)))
+    return list(
+        dict.fromkeys(
+            path for pattern in patterns for path in expand(pattern, key="dataset.data_files")
+        )
+    )
 
 
 @dataclass(frozen=True)
@@ -102,24 +106,23 @@ def _refuse_hub_keys(dataset: Dataset) -> None:
             )
 
 
-def _expand(pattern: str) -> list[Path]:
+def expand(pattern: str, *, key: str) -> list[Path]:
+    """Return the files that a path or a glob names, sorted. Raises ValueError, with the config's key, for none."""
     if "://" in pattern:
         raise ValueError(
-            f"dataset.data_files {pattern!r} is an address, but local files are read: download it "
+            f"{key} {pattern!r} is an address, but local files are read: download it "
             "first, or give the Hub id of the dataset as dataset.name."
         )
     path = Path(pattern).expanduser()
     if path.is_dir():
-        raise ValueError(
-            f"dataset.data_files {pattern!r} is a folder: name its files, as in '{path}/*.jsonl'."
-        )
+        raise ValueError(f"{key} {pattern!r} is a folder: name its files, as in '{path}/*.jsonl'.")
     if path.is_file():
         return [path]
     is_glob = any(character in pattern for character in "*?[")
     found = _match(path) if is_glob else []
     if not found:
         raise ValueError(
-            f"dataset.data_files {pattern!r} {'matches no file' if is_glob else 'does not exist'} "
+            f"{key} {pattern!r} {'matches no file' if is_glob else 'does not exist'} "
             f"(looked in {Path.cwd()}).{suggest_path(path)} Paths are relative to the folder in which snakemake is "
             "started."
         )

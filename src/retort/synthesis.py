@@ -10,12 +10,9 @@ import json
 import signal
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
-
-import filelock
 
 from retort.asking import Asker, describe_estimate, describe_paid
 from retort.config import Config, Evaluation, Synthesis, Teacher, identity
@@ -23,7 +20,14 @@ from retort.contamination import Runs, read_benchmarks
 from retort.filters import Sieve, list_grammars, require_filters
 from retort.journal import Journal
 from retort.prompts import Prompt, Prompts, read_prompts
-from retort.provenance import describe_run, digest_file, stamp_files, write_atomically, write_json
+from retort.provenance import (
+    describe_run,
+    digest_file,
+    held,
+    stamp_files,
+    write_atomically,
+    write_json,
+)
 from retort.providers import Answer, open_provider
 from retort.synthesis_plans import RESPONSES_FILE, list_prompt_files, local_model
 
@@ -115,9 +119,9 @@ def synthesize(record_path: Path, task: Task) -> str:
     if section.decontaminate:
         texts, missing = read_benchmarks(task.evaluation, say=task.say)
     sieve = Sieve(section, Runs(texts, length=section.decontamination_words))
-    with ExitStack() as stack:
-        _lock(folder.parent / ".journal.lock", stack, task.say)
-        journal = stack.enter_context(Journal(folder.parent / JOURNAL_FILE))
+    busy = f"{folder.parent} is being asked by another process: waiting for it"
+    lock = held(folder.parent / ".journal.lock", busy=busy, say=task.say, patience_s=_PATIENCE_S)
+    with lock, Journal(folder.parent / JOURNAL_FILE) as journal:
         if journal.answers:
             paid = describe_paid(section, journal.paid)
             task.say(f"{len(journal.answers):,} answers are in the journal: {paid}")
@@ -289,17 +293,6 @@ def _list_fallen(counts: dict[str, int]) -> str:
     return (
         ", ".join(f"{number:,} {reason}" for reason, number in counts.items() if number) or "none"
     )
-
-
-def _lock(path: Path, stack: ExitStack, say: Callable[[str], None]) -> None:
-    """Hold the journal for as long as the stack; say so where another process asks the same prompts."""
-    lock = filelock.FileLock(path, fallback_to_soft=False)
-    try:
-        lock.acquire(timeout=_PATIENCE_S)
-    except filelock.Timeout:
-        say(f"{path.parent} is being asked by another process: waiting for it")
-        lock.acquire()
-    stack.callback(lock.release)
 
 
 def _refuse_too_few(section: Synthesis, kept: Kept) -> None:

@@ -20,6 +20,7 @@ from retort.provenance import (
     stamp_files,
     suggest_path,
 )
+from retort.sources import expand
 from retort.synthesis_checks import COLUMNS
 
 PROMPT_SUFFIXES = {
@@ -133,7 +134,7 @@ def list_prompt_files(section: Synthesis) -> list[Path]:
     Raises ValueError where one is missing.
     """
     if section.templates is not None:
-        return [_require_file("synthesis.templates", section.templates)]
+        return expand(section.templates, key="synthesis.templates")
     given = section.prompts
     patterns = [given] if isinstance(given, str) else list(given or ())
     if len(patterns) == 1 and is_hub_id(patterns[0]):
@@ -153,16 +154,7 @@ def choose_reader(path: Path) -> str | None:
 
 
 def _expand(pattern: str) -> list[Path]:
-    path = Path(pattern)
-    if path.is_file():
-        found = [path]
-    else:
-        root = Path(path.anchor)
-        is_glob = any(character in pattern for character in "*?[")
-        matches = root.glob(path.relative_to(root).as_posix()) if is_glob else []
-        found = sorted(p for p in matches if p.is_file() and not p.name.startswith("."))
-    if not found:
-        _require_file("synthesis.prompts", pattern)
+    found = expand(pattern, key="synthesis.prompts")
     for path in found:
         if choose_reader(path) is None:
             raise ValueError(
@@ -170,16 +162,6 @@ def _expand(pattern: str) -> list[Path]:
                 "compressed (.gz, .zst) or not. Rename or convert it."
             )
     return found
-
-
-def _require_file(key: str, name: str) -> Path:
-    path = Path(name)
-    if not path.is_file():
-        raise ValueError(
-            f"{key} {name!r} does not exist (looked in {Path.cwd()}).{suggest_path(path)} Paths are relative to the "
-            "folder in which snakemake is started."
-        )
-    return path
 
 
 def local_model(config: Config) -> tuple[str, str | None]:

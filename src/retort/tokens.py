@@ -305,10 +305,14 @@ def _encode(
 def encode_prompt(prompt: str, tokenizer: Any) -> list[int]:
     """Return the ids after which a response begins: through the chat template, or, where there is none, a line."""
     if getattr(tokenizer, "chat_template", None):
-        asked = [{"role": "user", "content": prompt}]
-        options = {"tokenize": True, "return_dict": False}
-        return list(tokenizer.apply_chat_template(asked, add_generation_prompt=True, **options))
+        return encode_chat([{"role": "user", "content": prompt}], tokenizer)
     return encode_beginning(f"{prompt}\n", tokenizer)
+
+
+def encode_chat(messages: list[dict[str, Any]], tokenizer: Any) -> list[int]:
+    """Return the ids of messages through the chat template, up to where the response begins."""
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+    return list(tokenizer.apply_chat_template(messages, **options))
 
 
 def encode_beginning(text: str, tokenizer: Any) -> list[int]:

@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import filelock
 import torch
 from accelerate.utils import broadcast_object_list
 from torch.distributed.fsdp import FSDPModule
@@ -47,9 +46,7 @@ from retort.models import (
     describe_device,
     split_model,
 )
-from retort.provenance import (
-    write_atomically,
-)
+from retort.provenance import held, write_atomically
 from retort.ranks import cut_global_batch, ignore_surroundings, rank, world_size
 from retort.student_loss import attach_loss
 from retort.students import build_student
@@ -167,18 +164,10 @@ def _alone(folder: Path, *, say: Callable[[str], None]) -> Iterator[None]:
         _wait_for_ranks()
         yield
         return
-    # Not the soft lock that filelock falls back to without flock: it would outlive a killed process.
-    lock = filelock.FileLock(folder / ".lock", fallback_to_soft=False)
-    try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
-        say(f"another process trains in {folder}: waiting for it to end")
-        lock.acquire()
-    try:
+    busy = f"another process trains in {folder}: waiting for it to end"
+    with held(folder / ".lock", busy=busy, say=say):
         _wait_for_ranks()
         yield
-    finally:
-        lock.release()
 
 
 def _wait_for_ranks() -> None:

@@ -21,7 +21,7 @@ from retort.models import describe_device, load_teacher
 from retort.prompts import Prompt
 from retort.provenance import digest
 from retort.providers import Answer
-from retort.tokens import load_tokenizer
+from retort.tokens import encode_beginning, encode_chat, load_tokenizer
 
 _SEEDS = 2**32
 _LINE_S = 10.0
@@ -116,13 +116,8 @@ class Writer:
         text, system = self.prompts[place].text, self.section.system_prompt
         if getattr(tokenizer, "chat_template", None):
             messages = [{"role": "system", "content": system}] * bool(system)
-            messages.append({"role": "user", "content": text})
-            ids = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-            return list(ids)
-        ids = tokenizer(f"{system}\n\n{text}" if system else text)["input_ids"]
-        return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else list(ids)
+            return encode_chat([*messages, {"role": "user", "content": text}], tokenizer)
+        return encode_beginning(f"{system}\n\n{text}" if system else text, tokenizer)
 
     def _load(self) -> tuple[PreTrainedModel, Any]:
         if self._loaded is None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from tiny import NUM_TOKENS, WIDTH, record, section, tokenize
+from tiny import NUM_TOKENS, WIDTH, record, section
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from retort.evaluation import (
@@ -28,14 +28,6 @@ from retort.text_bytes import count_next_bytes
 from retort.tokens import SequenceTable, concatenate_tables, load_tokenizer
 
 Matrix = NDArray[np.float64]
-
-
-@pytest.fixture(scope="module")
-def index(
-    tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_teacher: Path
-) -> TokenIndex:
-    folder = tmp_path_factory.mktemp("tokens")
-    return TokenIndex.read(tokenize(folder, tiny_corpus, tiny_teacher))
 
 
 @pytest.fixture(scope="module")

@@ -26,14 +26,6 @@ from retort.tokens import SequenceTable
 
 
 @pytest.fixture(scope="module")
-def index(
-    tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_teacher: Path
-) -> TokenIndex:
-    folder = tmp_path_factory.mktemp("tokens")
-    return TokenIndex.read(tokenize(folder, tiny_corpus, tiny_teacher))
-
-
-@pytest.fixture(scope="module")
 def features_path(
     tmp_path_factory: pytest.TempPathFactory, index: TokenIndex, tiny_teacher: Path
 ) -> Path:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import record, section, tokenize
+from tiny import record, section
 
 from retort.completions import sample_model
 from retort.features import read_features, score_validation
@@ -22,14 +22,6 @@ from retort.samples import (
     write_samples,
 )
 from retort.tokens import build_table, load_tokenizer
-
-
-@pytest.fixture(scope="module")
-def index(
-    tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_teacher: Path
-) -> TokenIndex:
-    folder = tmp_path_factory.mktemp("tokens")
-    return TokenIndex.read(tokenize(folder, tiny_corpus, tiny_teacher))
 
 
 @pytest.fixture(scope="module")

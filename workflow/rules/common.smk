@@ -231,7 +231,7 @@ def gpu_flags(config):
 
 
 def get_sample_flags(wildcards):
-    return flags(artefact(wildcards).config.evaluation.without_benchmarks())
+    return flags(artefact(wildcards).config.evaluation.of_teacher())
 
 
 def get_benchmark(wildcards):
