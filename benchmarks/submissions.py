@@ -47,11 +47,15 @@ class Span(NamedTuple):
 
 
 class Watch(threading.Thread):
-    """Looks at the processes of tokenize_shard.py all the time: when each was first and last there."""
+    """Looks at the processes of tokenize_shard.py all the time: when each was first and last there.
+
+    A script's children, until they execute something else, have its command line too, and are not counted.
+    """
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self._seen: dict[int, Span] = {}
+        self._children: set[int] = set()
         self._ended = threading.Event()
 
     def run(self) -> None:
@@ -62,14 +66,23 @@ class Watch(threading.Thread):
                 with suppress(OSError):
                     script = (path / "cmdline").read_bytes().split(b"\0")[1:2]
                     if script and script[0].endswith(b"/tokenize_shard.py"):
-                        number = int(path.name)
-                        self._seen[number] = Span(self._seen.get(number, Span(now, now)).began, now)
+                        self._see(int(path.name), _read_parent(path), now)
+
+    def _see(self, number: int, parent: int, now: float) -> None:
+        if parent in self._seen or parent in self._children:
+            self._children.add(number)  # for good: an orphan's parent is another
+        if number not in self._children:
+            self._seen[number] = Span(self._seen.get(number, Span(now, now)).began, now)
 
     def stop(self) -> list[Span]:
         """Return what was seen, in order."""
         self._ended.set()
         self.join()
         return sorted(self._seen.values())
+
+
+def _read_parent(process: Path) -> int:
+    return int((process / "stat").read_text().rpartition(")")[2].split()[1])
 
 
 def lay_out(folder: Path, cluster: Cluster, args: argparse.Namespace) -> Project:
@@ -188,6 +201,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="retort-submissions-") as name:
         project = lay_out(Path(name) / "project", cluster, args)
         whole, scripts = run_pipeline(project)
+        assert len(scripts) == args.shards, scripts
         jobs = sorted(read_allocation(cluster, job.id) for job in cluster.jobs())
         report(whole, jobs, scripts)
         if args.typed:

@@ -118,7 +118,10 @@ def test_a_student_that_starts_from_the_teacher_stays_near_it(trained: Place) ->
     _, training, metrics = find_run(trained, "continued")
     folder = find_run(trained, "continued")[0]
     log = (folder / "training_log.csv").read_text().splitlines()
-    index = json.loads(next(trained.results.glob("tokens/*/index.json")).read_text())
+    indices = (json.loads(path.read_text()) for path in trained.results.glob("tokens/*/index.json"))
+    index = min(
+        indices, key=lambda index: index["tokenizer"]["size"]
+    )  # the foreign one's is larger
     assert training["steps"] == -(-index["train"]["sequences"] // 8)  # half an epoch in fours
     rates = [float(line.split(",")[5]) for line in log[1:]]
     assert rates[0] < max(rates) > rates[-1], "a warm-up and a decay"
