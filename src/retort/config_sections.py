@@ -216,6 +216,7 @@ class Synthesis:
     top_p: float | None
     max_tokens: int
     seed: int
+    engine: str
     batch_size: int
     min_characters: int
     max_characters: int | None

@@ -70,9 +70,12 @@ def check_synthesis(config: Config, *, say: Callable[[str], None]) -> list[str]:
 
 
 def _check_local(config: Config) -> None:
-    """Raise ValueError where the config or the tokenizer of a local model cannot be read."""
+    """Raise ValueError where the config or the tokenizer of a local model cannot be read, or its engine is missing."""
     from retort.models import load_model_config
     from retort.tokens import load_tokenizer
+    from retort.vllm_writing import require_vllm
+
+    require_vllm(config.synthesis)
 
     path, revision = local_model(config)
     trust = config.teacher.trust_remote_code
@@ -146,9 +149,11 @@ def _answer(
     if task.section.provider != "local":
         return _ask_server(task, prompts, journal, sieve), "server"
     assert task.local_model is not None and task.loading is not None
-    from retort.writing import Writer  # loads torch
+    from retort.vllm_writing import VllmWriter, takes_vllm  # loads torch
+    from retort.writing import BatchWriter
 
-    writer = Writer(
+    kind = VllmWriter if takes_vllm(task.section, task.loading) else BatchWriter
+    writer = kind(
         task.section,
         prompts,
         journal,

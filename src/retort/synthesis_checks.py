@@ -86,6 +86,11 @@ def _check_provider(c: Flat) -> None:
             f"synthesis.base_url is {show(c['synthesis.base_url'])}, but synthesis.provider is local, which asks no "
             "server. Use provider openai, or remove base_url."
         )
+    if provider != "local" and c["synthesis.engine"] != "auto":
+        raise ConfigError(
+            f"synthesis.engine is {show(c['synthesis.engine'])}, but synthesis.provider is {provider}, whose server "
+            "has an engine of its own. Use provider local, or remove engine."
+        )
     if provider == "local" and model is None and c["teacher.model_path"] is None:
         raise ConfigError(
             "synthesis.provider is local, but synthesis.model and teacher.model_path are both null. Set one of them to "

@@ -44,7 +44,7 @@ _SHARED_KEYS = (
     "max_tokens",
     "seed",
 )
-_LOCAL_KEYS = ("revision", "batch_size")
+_LOCAL_KEYS = ("revision", "engine", "batch_size")
 # How the teacher's section loads a local model.
 _LOADING_KEYS = ("dtype", "attn_implementation", "trust_remote_code")
 

@@ -5,16 +5,25 @@ model and the settings, and not on what was answered before, or in which attempt
 """
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, ClassVar, TextIO
 
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from retort.commands import first_line, is_out_of_memory
-from retort.completions import Sampling, clip_prompt, complete_batch, list_ends
+from retort.completions import (
+    Completion,
+    Sampling,
+    clip_prompt,
+    complete_batch,
+    list_ends,
+    longest_context,
+)
 from retort.config import Synthesis, Teacher
 from retort.journal import Journal
 from retort.models import describe_device, load_teacher
@@ -28,8 +37,10 @@ _LINE_S = 10.0
 _TEMPERATURE = 0.7  # where the config leaves it to the provider
 
 
-class Writer:
-    """Answers prompts with a model, which is loaded when the first batch is missing."""
+class Writer(ABC):
+    """Answers prompts with a model of its own, which is loaded when the first answer is missing."""
+
+    unit: ClassVar[str]  # what is counted on the way
 
     def __init__(
         self,
@@ -47,7 +58,75 @@ class Writer:
         self.device = "none"  # until the model is loaded
         self._say, self._terminal = say, terminal
         self._said = time.monotonic()
-        self._loaded: tuple[PreTrainedModel, Any] | None = None
+        self._done = 0
+
+    @abstractmethod
+    def write(self, places: Sequence[int]) -> None:
+        """Answer the prompts of these places that are not answered yet."""
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return load_tokenizer(
+            self.model_path,
+            revision=self.loading.revision,
+            trust_remote_code=self.loading.trust_remote_code,
+        )
+
+    def _draw(self, start: int) -> tuple[Sampling, int]:
+        """Return how tokens are chosen, and the seed of the prompts from `start` on."""
+        section = self.section
+        sampling = Sampling(
+            temperature=_TEMPERATURE if section.temperature is None else section.temperature,
+            max_new_tokens=section.max_tokens,
+            seed=section.seed,
+            top_p=section.top_p or 1.0,
+        )
+        return sampling, int(digest([section.seed, start]), 16) % _SEEDS
+
+    def _encode(self, place: int) -> list[int]:
+        """Return a prompt's ids: through the model's chat template, or where it has none, as a text to go on from."""
+        text, system = self.prompts[place].text, self.section.system_prompt
+        if getattr(self.tokenizer, "chat_template", None):
+            messages = [{"role": "system", "content": system}] * bool(system)
+            return encode_chat([*messages, {"role": "user", "content": text}], self.tokenizer)
+        return encode_beginning(f"{system}\n\n{text}" if system else text, self.tokenizer)
+
+    def _keep(self, place: int, completion: Completion) -> None:
+        """Write an answer into the journal, unless it is there."""
+        if place in self.journal.answers:
+            return
+        path = Path(self.model_path)
+        answer = Answer(
+            text=completion.text,
+            finish="length" if completion.is_cut else "stop",
+            input_tokens=completion.prompt_tokens,
+            output_tokens=completion.new_tokens,
+            model=path.name if path.is_dir() else self.model_path,
+        )
+        self.journal.keep(place, answer)
+
+    def _open_bar(self, total: int) -> Any:
+        self._done = 0
+        return tqdm(
+            total=total, desc=self.unit, file=self._terminal, disable=self._terminal is None
+        )
+
+    def _advance(self, bar: Any) -> None:
+        """Move the bar; without a terminal, say a line every ten seconds, and at the end."""
+        bar.update()
+        self._done += 1
+        now = time.monotonic()
+        if self._terminal is None and (now - self._said >= _LINE_S or self._done == bar.total):
+            self._said = now
+            paid = self.journal.paid.tokens
+            self._say(f"{self._done:,} of {bar.total:,} {self.unit}: {paid:,} tokens")
+
+
+class BatchWriter(Writer):
+    """Runs transformers' generate."""
+
+    unit = "batches"
 
     def write(self, places: Sequence[int]) -> None:
         """Answer every batch in which one of these places is not answered yet."""
@@ -55,41 +134,22 @@ class Writer:
         starts = sorted(
             {place // size * size for place in places if place not in self.journal.answers}
         )
-        with tqdm(
-            total=len(starts), desc="batches", file=self._terminal, disable=not self._terminal
-        ) as bar:
-            for number, start in enumerate(starts, start=1):
+        with self._open_bar(len(starts)) as bar:
+            for start in starts:
                 batch = range(start, min(start + size, len(self.prompts)))
-                for place, answer in zip(batch, self._answer(start, batch), strict=True):
-                    if place not in self.journal.answers:
-                        self.journal.keep(place, answer)
-                bar.update()
-                self._tell(number, len(starts))
+                for place, completion in zip(batch, self._complete(start, batch), strict=True):
+                    self._keep(place, completion)
+                self._advance(bar)
 
-    def _tell(self, number: int, count: int) -> None:
-        """Say a line every ten seconds, and at the end; a bar says it all the time."""
-        now = time.monotonic()
-        if self._terminal is None and (now - self._said >= _LINE_S or number == count):
-            self._said = now
-            self._say(f"batch {number:,} of {count:,}: {self.journal.paid.tokens:,} tokens")
-
-    def _answer(self, start: int, batch: range) -> list[Answer]:
-        model, tokenizer = self._load()
-        longest = self.section.max_tokens
-        sampling = Sampling(
-            temperature=_TEMPERATURE
-            if self.section.temperature is None
-            else self.section.temperature,
-            max_new_tokens=longest,
-            seed=self.section.seed,
-            top_p=self.section.top_p or 1.0,
-        )
-        ids = [clip_prompt(self._encode(tokenizer, p), model, longest) for p in batch]
-        torch.manual_seed(int(digest([self.section.seed, start]), 16) % _SEEDS)
+    def _complete(self, start: int, batch: range) -> list[Completion]:
+        model, tokenizer = self._model, self.tokenizer
+        sampling, seed = self._draw(start)
+        context = longest_context(model.config)
+        ids = [clip_prompt(self._encode(p), context, sampling.max_new_tokens) for p in batch]
+        ends = list_ends(model.generation_config, tokenizer)
+        torch.manual_seed(seed)
         try:
-            written = complete_batch(
-                model, tokenizer, ids, sampling=sampling, ends=list_ends(model, tokenizer)
-            )
+            return complete_batch(model, tokenizer, ids, sampling=sampling, ends=ends)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -98,36 +158,10 @@ class Writer:
                 f"synthesis.batch_size (now {self.section.batch_size}), which asks anew, or raise "
                 "teacher.generation.gpus_per_model, which does not."
             ) from None
-        return [
-            Answer(
-                text=completion.text,
-                finish="length" if completion.is_cut else "stop",
-                input_tokens=completion.prompt_tokens,
-                output_tokens=completion.new_tokens,
-                model=Path(self.model_path).name
-                if Path(self.model_path).is_dir()
-                else self.model_path,
-            )
-            for completion in written
-        ]
 
-    def _encode(self, tokenizer: Any, place: int) -> list[int]:
-        """Return a prompt's ids: through the model's chat template, or where it has none, as a text to go on from."""
-        text, system = self.prompts[place].text, self.section.system_prompt
-        if getattr(tokenizer, "chat_template", None):
-            messages = [{"role": "system", "content": system}] * bool(system)
-            return encode_chat([*messages, {"role": "user", "content": text}], tokenizer)
-        return encode_beginning(f"{system}\n\n{text}" if system else text, tokenizer)
-
-    def _load(self) -> tuple[PreTrainedModel, Any]:
-        if self._loaded is None:
-            torch.set_num_threads(self.loading.generation.cpu_threads)
-            model = load_teacher(self.model_path, self.loading).model
-            self.device = describe_device(model.device)
-            tokenizer = load_tokenizer(
-                self.model_path,
-                revision=self.loading.revision,
-                trust_remote_code=self.loading.trust_remote_code,
-            )
-            self._loaded = model, tokenizer
-        return self._loaded
+    @cached_property
+    def _model(self) -> PreTrainedModel:
+        torch.set_num_threads(self.loading.generation.cpu_threads)
+        model = load_teacher(self.model_path, self.loading).model
+        self.device = describe_device(model.device)
+        return model

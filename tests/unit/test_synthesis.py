@@ -420,6 +420,7 @@ def over(raw: dict[str, Any], section: str, /, **values: Any) -> dict[str, Any]:
         ("synthesis", {"provider": "gpt"}, "openai, anthropic or local"),
         ("synthesis", {"model": None}, "synthesis.model is null"),
         ("synthesis", {"provider": "local", "base_url": "http://x/v1"}, "asks no server"),
+        ("synthesis", {"engine": "vllm"}, "has an engine of its own"),
         ("synthesis", {"prompts": None}, "both null"),
         ("synthesis", {"templates": "t.yaml"}, "both set"),
         ("synthesis", {"base_url": "http://me:secret@host/v1"}, "must not stand in a config"),
