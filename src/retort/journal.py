@@ -3,15 +3,20 @@
 *sent* is written before a request goes out, with the most that it can cost; *answer* or *away* (turned away: nothing
 paid) follows. So after a kill it is known what is there, what was paid, and what may have been paid besides: requests
 that were sent and never answered.
+
+Each line has the digest of its prompt, and that alone says to which prompt an answer belongs: where the prompts of the
+Hub changed meanwhile, an answer moves to the place where its prompt is now, or to none.
 """
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+import xxhash
 
 from retort.commands import say
 from retort.providers import Answer
@@ -41,24 +46,31 @@ class Paid:
         return (read * price_in + written * price_out) / 1e6
 
 
+def digest_prompt(text: str) -> str:
+    """Return 32 hex digits (xxh3-128) of a prompt."""
+    return xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogatepass"))
+
+
 @dataclass
 class Journal:
-    """The answers of one set of prompts, by the place of the prompt; opened by `with`, by one process at a time."""
+    """The answers to these prompts, by the place of the prompt; opened by `with`, by one process at a time."""
 
     path: Path
+    prompts: Sequence[str]
     answers: dict[int, Answer] = field(default_factory=dict)
     paid: Paid = field(default_factory=Paid)
-    # The most that requests in flight can cost, by place: (input, output) tokens of each attempt.
-    open: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    # The most that requests in flight can cost, by prompt: (input, output) tokens of each attempt.
+    open: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
 
     def __enter__(self) -> "Journal":
+        self._keys = [digest_prompt(prompt) for prompt in self.prompts]
+        self._places = {key: place for place, key in enumerate(self._keys)}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("a+b")
         self._read()
-        for place in list(
-            self.open
-        ):  # of a process that was killed: nobody waits for these answers any more
-            self._lose(place)
+        # Of a process that was killed: nobody waits for these answers any more.
+        for key in list(self.open):
+            self._lose(key)
         return self
 
     def __exit__(
@@ -89,38 +101,40 @@ class Journal:
         self._file.seek(0, os.SEEK_END)
 
     def _take(self, event: Mapping[str, Any]) -> None:
-        place, what = int(event["place"]), event["event"]
+        key, what = str(event["prompt"]), event["event"]
         if what == "sent":
-            self.open.setdefault(place, []).append((event["input"], event["output"]))
+            self.open.setdefault(key, []).append((event["input"], event["output"]))
         elif what == "lost":
-            self._lose(place)
+            self._lose(key)
         elif what == "away":
-            self._close(place)
+            self._close(key)
         elif what == "answer":
             answer = Answer(**event["answer"])
-            self._close(place)
-            self.answers[place] = answer
+            self._close(key)
+            if key in self._places:
+                self.answers[self._places[key]] = answer
             self.paid.requests += 1
             self.paid.input_tokens += answer.input_tokens
             self.paid.output_tokens += answer.output_tokens
         else:
             raise ValueError(f"event {what!r}")
 
-    def _close(self, place: int) -> tuple[int, int]:
-        attempts = self.open.get(place) or [(0, 0)]
+    def _close(self, key: str) -> tuple[int, int]:
+        attempts = self.open.get(key) or [(0, 0)]
         bound = attempts.pop()
         if not attempts:
-            self.open.pop(place, None)
+            self.open.pop(key, None)
         return bound
 
-    def _lose(self, place: int) -> None:
-        while place in self.open:
-            read, written = self._close(place)
+    def _lose(self, key: str) -> None:
+        while key in self.open:
+            read, written = self._close(key)
             self.paid.lost_requests += 1
             self.paid.lost_input_tokens += read
             self.paid.lost_output_tokens += written
 
-    def _add(self, event: dict[str, Any], *, is_lasting: bool = False) -> None:
+    def _add(self, what: str, place: int, *, is_lasting: bool = False, **facts: Any) -> None:
+        event = {"event": what, "place": place, "prompt": self._keys[place], **facts}
         line = json.dumps(event, ensure_ascii=True, separators=(",", ":")) + "\n"
         self._file.write(line.encode())
         self._file.flush()
@@ -130,19 +144,19 @@ class Journal:
 
     def send(self, place: int, bound: tuple[int, int]) -> None:
         """Note, before it goes out, that a request is sent, and the most (input, output) tokens that it can cost."""
-        self._add({"event": "sent", "place": place, "input": bound[0], "output": bound[1]})
+        self._add("sent", place, input=bound[0], output=bound[1])
 
     def turn_away(self, place: int) -> None:
         """Note that a request was not taken: nothing is paid."""
-        self._add({"event": "away", "place": place})
+        self._add("away", place)
 
     def lose(self, place: int) -> None:
         """Note that a request has no answer, and may have been paid for."""
-        self._add({"event": "lost", "place": place})
+        self._add("lost", place)
 
     def keep(self, place: int, answer: Answer) -> None:
         """Write an answer; it is on the disk when this returns."""
-        self._add({"event": "answer", "place": place, "answer": asdict(answer)}, is_lasting=True)
+        self._add("answer", place, is_lasting=True, answer=asdict(answer))
 
     @property
     def reserved(self) -> Paid:

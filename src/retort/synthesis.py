@@ -118,13 +118,14 @@ def synthesize(record_path: Path, task: Task) -> str:
     folder = record_path.parent
     folder.mkdir(parents=True, exist_ok=True)
     found = read_prompts(section)
-    texts, missing = list[str](), list[str]()
+    problems, missing = list[str](), list[str]()
     if section.decontaminate:
-        texts, missing = read_benchmarks(task.evaluation, say=task.say)
-    sieve = Sieve(section, Runs(texts, length=section.decontamination_words))
+        problems, missing = read_benchmarks(task.evaluation, say=task.say)
+    sieve = Sieve(section, Runs(problems, length=section.decontamination_words))
     busy = f"{folder.parent} is being asked by another process: waiting for it"
     lock = held(folder.parent / ".journal.lock", busy=busy, say=task.say, patience_s=_PATIENCE_S)
-    with lock, Journal(folder.parent / JOURNAL_FILE) as journal:
+    texts = [prompt.text for prompt in found.prompts]
+    with lock, Journal(folder.parent / JOURNAL_FILE, texts) as journal:
         if journal.answers:
             paid = describe_paid(section, journal.paid)
             task.say(f"{len(journal.answers):,} answers are in the journal: {paid}")

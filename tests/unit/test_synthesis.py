@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
 import time
 from collections import Counter
 from dataclasses import replace
@@ -10,12 +13,13 @@ from typing import Any
 
 import pytest
 import yaml
+from hub import NAME, serve
 from hypothesis import given
 from hypothesis import strategies as st
 
 from retort.artefacts import plan_project
 from retort.asking import wait_before_retry
-from retort.config import Evaluation, Synthesis, load_runs
+from retort.config import Evaluation, Synthesis, load_runs, section_flags
 from retort.config_schema import ConfigError, fill_defaults, section_schema
 from retort.config_sections import build_section
 from retort.contamination import Runs, read_benchmarks
@@ -26,6 +30,7 @@ from retort.providers import Answer, Lost, TurnedAway, open_provider, read_key, 
 from retort.synthesis import Task, check_synthesis, keep_examples, synthesize
 from retort.synthesis_plans import refuse_other_responses
 
+SCRIPT = Path(__file__).resolve().parents[2] / "workflow" / "scripts" / "synthesize.py"
 PROSE = "The weather in the mountains changes quickly, so take a warm coat and enough to drink with you."
 PROSE_DE = "Das Wetter in den Bergen wechselt schnell, also nimm einen warmen Mantel und genug zu trinken mit."
 
@@ -306,7 +311,7 @@ def test_what_is_kept_depends_on_the_answers_alone(order: list[int], wanted: int
 
 def test_a_journal_survives_a_torn_line_and_counts_what_was_in_flight(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
-    with Journal(path) as journal:
+    with Journal(path, "abcd") as journal:
         for place in (0, 1, 2, 3):
             journal.send(place, (10, 20))
         journal.keep(0, answer("half a \ud83d character"))
@@ -317,7 +322,7 @@ def test_a_journal_survives_a_torn_line_and_counts_what_was_in_flight(tmp_path: 
     with path.open("ab") as file:
         file.write(b'{"event":"answer","place":9,"ans')
     for _ in range(2):
-        with Journal(path) as journal:
+        with Journal(path, "abcd") as journal:
             assert list(journal.answers) == [0] and journal.answers[0].text.startswith("half")
             assert (journal.paid.requests, journal.paid.lost_requests) == (
                 1,
@@ -325,9 +330,21 @@ def test_a_journal_survives_a_torn_line_and_counts_what_was_in_flight(tmp_path: 
             )  # 2, and 3 in flight
         assert path.read_bytes() == whole
     path.write_bytes(b'{"event":"other","place":1}\n' + whole)
-    with pytest.raises(ValueError, match="line 1, is no line of a journal"), Journal(path):
+    with pytest.raises(ValueError, match="line 1, is no line of a journal"), Journal(path, "abcd"):
         pass
     assert path.read_bytes().endswith(whole), "what was paid for is never cut away"
+
+
+def test_an_answer_stays_with_its_prompt_whatever_becomes_of_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    with Journal(path, ["one", "two", "three"]) as journal:
+        for place, text in enumerate(("1", "2", "3")):
+            journal.send(place, (10, 20))
+            journal.keep(place, answer(text))
+        journal.send(1, (10, 20))
+    with Journal(path, ["new", "three", "one"]) as journal:
+        assert {place: a.text for place, a in journal.answers.items()} == {1: "3", 2: "1"}
+        assert (journal.paid.requests, journal.paid.lost_requests) == (3, 1), "paid all the same"
 
 
 class Tried:
@@ -536,6 +553,36 @@ def test_a_local_model_answers_the_same_wherever_it_was_interrupted(
     )
     assert whole.startswith(fewer) and fewer.count(b"\n") == 7
     assert journal.read_bytes() == b"".join(lines), "fewer examples ask nothing"
+
+
+@pytest.mark.slow
+def test_prompts_of_a_hub_are_asked_once_however_they_change(tmp_path: Path, local: Task) -> None:
+    """Rows of the Hub may change under a name: what was answered stays with its prompt, and only new ones are asked."""
+    data, record = tmp_path / "hub", tmp_path / "answers" / "mine" / "synthesis.json"
+    data.mkdir()
+    asked = replace(local.section, prompts=NAME, prompt_column="question", temperature=0.0)
+    command = [sys.executable, str(SCRIPT), "--output", str(record)]
+    command += ["--local-model", str(local.local_model), *section_flags(asked)]
+    command += section_flags(local.loading)
+
+    def run(prompts: list[str], cache: str) -> tuple[dict[str, str], int]:
+        rows = "".join(json.dumps({"question": prompt}) + "\n" for prompt in prompts)
+        (data / "train.jsonl").write_text(rows)
+        with serve(data) as hub:
+            environment = os.environ | hub.environment | {"HF_HOME": str(tmp_path / cache)}
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        lines = record.with_name("responses.jsonl").read_text().splitlines()
+        found = [json.loads(line) for line in lines]
+        assert [row["prompt"] for row in found] == prompts
+        paid = json.loads(record.read_text())["paid"]["requests"]
+        return {row["prompt"]: row["response"] for row in found}, paid
+
+    first, paid = run(["Say one", "Tell me of two", "And three", "Then four of them"], "before")
+    assert paid == 4
+    second, paid = run(["Tell me of two", "Now five", "Say one", "Then four of them"], "after")
+    assert paid == 5
+    assert all(second[prompt] == first[prompt] for prompt in first if prompt in second)
 
 
 def test_prompts_that_are_used_up_are_said_with_what_fell(tmp_path: Path, local: Task) -> None:
