@@ -31,6 +31,7 @@ def read_batches(bench: Bench, source: SequenceTable | LogitCache, folder: Path)
     return list(build_trainer(training_arguments(folder, job), job).get_train_dataloader())
 
 
+@pytest.mark.slow
 def test_batches_are_the_same_whatever_is_learned_from(bench: Bench, tmp_path: Path) -> None:
     from_text = read_batches(bench, bench.table, tmp_path)
     assert sum(len(b["input_ids"]) for b in from_text) == 4 * math.ceil(len(bench.table) / 4)

@@ -94,6 +94,7 @@ def test_the_index_knows_the_longest_sequence(index_path: Path) -> None:
     assert index.longest == max(found.values()) == LONGEST
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", [score_training, score_held_out, train_from_it])
 def test_a_teacher_too_short_for_the_longest_sequence_is_refused_before_anything_is_scored(
     use: Any, index_path: Path, tiny_teacher: Path, tmp_path: Path

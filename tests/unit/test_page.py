@@ -14,6 +14,7 @@ from test_report import write_demo, write_run
 from retort.report import make_report
 from retort.samples import Prompt, Sample, Samples, write_samples
 
+pytestmark = pytest.mark.slow
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 # Whatever sticks out to the right of the window, but for what scrolls by itself; and text that leaves its figure.
 STICKS_OUT = """() => {

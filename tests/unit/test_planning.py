@@ -18,6 +18,7 @@ def make_index(positions: int, *, parts: int = 3) -> dict[str, Any]:
     return {"train": train, "parts": [{}] * parts}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top_k", [1, 8, "full"])
 def test_the_plan_bounds_what_parts_and_merged_cache_take(
     top_k: int | str, tmp_path: Path, tiny_corpus: Path, tiny_teacher: Path

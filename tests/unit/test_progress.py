@@ -31,20 +31,24 @@ with Progress(parts, files, say=lambda line: print(line, file=sys.stderr), termi
         shown.add(50)
         file.write_bytes(bytes(160))
         shown.end_part(part, file)
-        time.sleep(0.6)  # the bar is drawn twice a second at most
+        time.sleep(float(sys.argv[2]))
 """
 
 
 def run_with_terminal(
-    folder: Path, *, redirect: str, environment: dict[str, str] | None = None
+    folder: Path,
+    *,
+    redirect: str,
+    pause_s: float = 0.0,
+    environment: dict[str, str] | None = None,
 ) -> str:
-    """Run the program by a shell, as a rule does; return what its terminal showed."""
+    """Run the program by a shell, as a rule does, with a pause after each part; return what its terminal showed."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 140, 0, 0))
     script = folder / "program.py"
     script.write_text(textwrap.dedent(PROGRAM))
     (folder / "parts").mkdir(exist_ok=True)
-    command = f"{sys.executable} {script} {folder / 'parts'} {redirect}"
+    command = f"{sys.executable} {script} {folder / 'parts'} {pause_s} {redirect}"
     process = subprocess.Popen(
         ["bash", "-c", command],
         stderr=slave,
@@ -69,7 +73,9 @@ def run_with_terminal(
 
 def test_the_bar_advances_to_the_end_and_the_log_has_lines_only(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    shown = run_with_terminal(tmp_path, redirect=f"3>&2 >> {log} 2> >(tee -a {log} >&2)")
+    words = f"3>&2 >> {log} 2> >(tee -a {log} >&2)"
+    # The bar is drawn twice a second at most.
+    shown = run_with_terminal(tmp_path, redirect=words, pause_s=0.6)
     percents = [int(found) for found in re.findall(r"(\d+)%\|", shown)]
     assert percents[0] == 25, "what others did counts"
     assert percents == sorted(percents) and percents[-1] == 100 and len(set(percents)) > 2

@@ -102,6 +102,7 @@ def test_a_run_killed_at_random_steps_ends_with_the_weights_of_an_undisturbed_on
     assert_same_curve(folder, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_torn_checkpoint_is_removed_and_the_one_before_is_used(
     bench: Bench, dropout_student: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -232,6 +233,7 @@ def test_a_window_of_the_log_that_spans_a_checkpoint_is_whole(
         assert summary["trained_positions"] == whole["positions"] + whole["window"]["positions"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change", [{"alpha": 0.25}, {"seed": 1}, {"learning_rate": 0.5}, {"divergence": "reverse_kl"}]
 )

@@ -69,6 +69,7 @@ def test_wandb_works_without_a_network(
     assert json.dumps(float(last["total_loss"])).encode() in stored
 
 
+@pytest.mark.slow
 def test_the_curve_is_written_while_the_training_goes_on(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -452,6 +452,7 @@ def test_a_worker_that_wakes_leaves_the_claim_of_who_took_over(tmp_path: Path) -
     assert taken_over.read_text() == "another-node 17\n"
 
 
+@pytest.mark.slow
 def test_parts_of_halved_batches_are_counted_in_the_cache(
     job: Job, teacher: CausalLM, tmp_path: Path
 ) -> None:
