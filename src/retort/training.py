@@ -53,6 +53,12 @@ from retort.students import build_student
 from retort.tokens import SequenceTable
 from retort.trainer import DistillationTrainer, ProgressCallback
 
+# It has the newer name since transformers 5.23; vLLM 0.32 wants 5.19.
+_CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in TrainingArguments.__dataclass_fields__
+)
 LOG_COLUMNS = (
     "step",
     "total_loss",
@@ -135,7 +141,7 @@ def training_arguments(folder: Path, job: Job) -> TrainingArguments:
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         fsdp=True if shards else None,
-        activation_checkpointing=training.use_gradient_checkpointing,
+        **{_CHECKPOINTING: training.use_gradient_checkpointing},
         logging_steps=training.logging_steps,
         logging_first_step=True,  # a run shorter than logging_steps has a curve too
         logging_nan_inf_filter=False,  # it would log 0.0 for a NaN and train on

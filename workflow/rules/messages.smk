@@ -16,7 +16,7 @@ def greet():
     """
     require_own_profile()
     remember_job_age()
-    look_each_minute()
+    look_twice_a_minute()
     try:
         for folder in dict.fromkeys((RESULTS, CACHE)):
             require_writable(Path(folder))
@@ -112,8 +112,8 @@ def remember_job_age():
         plugin.get_min_job_age = lambda: age
 
 
-def look_each_minute():
-    """Let the slurm plugin (2.8) look at its jobs once a minute at least.
+def look_twice_a_minute():
+    """Let the slurm plugin (2.8) look at its jobs twice a minute at least, by one squeue.
 
     Its pauses grow to three minutes while no job ends: 182 s passed until the end of a job of 23 minutes was noticed.
     """
@@ -122,7 +122,7 @@ def look_each_minute():
         kind = plugin.Executor
         pause = kind.next_seconds_between_status_checks
         kind.next_seconds_between_status_checks = pause.setter(
-            lambda executor, seconds: pause.fset(executor, min(seconds, 60))
+            lambda executor, seconds: pause.fset(executor, min(seconds, 30))
         )
 
 
