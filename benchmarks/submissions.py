@@ -32,6 +32,7 @@ from cluster import Cluster  # noqa: E402
 from project import Project  # noqa: E402
 
 _LOOK_S = 0.1
+_DAY_S = 86_400.0
 
 
 class Span(NamedTuple):
@@ -119,7 +120,7 @@ def run_pipeline(project: Project) -> tuple[Span, list[Span]]:
     watch = Watch()
     watch.start()
     began = time.time()
-    done = project.execute([*start, index, *words])
+    done = project.execute([*start, index, *words], patience_s=_DAY_S)
     whole = Span(began, time.time())
     if done.returncode:
         raise RuntimeError(done.output[-3000:])

@@ -115,7 +115,7 @@ class Place:
         """Run snakemake to its end, whatever that is."""
         return self.execute(self.command(*arguments, **options))
 
-    def execute(self, command: list[str]) -> Finished:
+    def execute(self, command: list[str], *, patience_s: float = _PATIENCE_S) -> Finished:
         """Run a command in this folder to its end."""
         done = subprocess.run(
             command,
@@ -125,7 +125,7 @@ class Place:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=_PATIENCE_S,
+            timeout=patience_s,
             check=False,
         )
         return Finished(done.returncode, done.stdout)
