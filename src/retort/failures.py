@@ -64,7 +64,7 @@ def find_failure(rule: str, log: Path) -> Failure:
         reason = f"It left no log: look at what Snakemake said of it, above; {_GOES_ON}"
     elif log.stat().st_size == 0:  # a script begins with a line
         reason = (
-            "It never began: SLURM refused it (look for `sbatch failed` above), or ended it before its script "
+            "It never began: SLURM refused it (why stands above, after `message:`), or ended it before its script "
             f"started (logs/slurm/ says why); {_GOES_ON}"
         )
     shown = [line for line in lines if line != sentence]  # said once, under them
