@@ -62,6 +62,11 @@ def find_failure(rule: str, log: Path) -> Failure:
     reason = sentence.removeprefix("error: ") if sentence else _guess(rule, lines)
     if not log.exists():
         reason = f"It left no log: look at what Snakemake said of it, above; {_GOES_ON}"
+    elif log.stat().st_size == 0:  # a script begins with a line
+        reason = (
+            "It never began: SLURM refused it (why stands above, after `message:`), or ended it before its script "
+            f"started (logs/slurm/ says why); {_GOES_ON}"
+        )
     shown = [line for line in lines if line != sentence]  # said once, under them
     return Failure(rule, log, tuple(shown[-_SHOWN_LINES:]), reason)
 

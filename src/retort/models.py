@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from retort.commands import say
 from retort.config import Teacher
 from retort.provenance import (
     digest,
@@ -42,7 +43,7 @@ _LEAK_TOLERANCE = 1e-5
 
 
 def choose_device(device: str) -> torch.device:
-    """Return the torch device for `auto`, `cpu` or `cuda`.
+    """Return the torch device for `auto`, `cpu` or `cuda`; says so where GPUs were given that torch does not see.
 
     Raises ValueError for `cuda` where torch sees none.
     """
@@ -53,6 +54,12 @@ def choose_device(device: str) -> torch.device:
         )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        if device == "cpu" and given not in ("", "-1"):
+            say(
+                f"warning: GPUs {given} were given, but this PyTorch ({torch.__version__}) sees none: it runs on the "
+                "CPU. Install the CUDA build of the same version; with device: cuda this is an error."
+            )
     return torch.device(device)
 
 

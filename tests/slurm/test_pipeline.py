@@ -3,7 +3,7 @@
 import json
 import re
 
-from cluster import Cluster
+from cluster import GPUS, NODES, Cluster
 from place import Place, sha256, tiny
 from project import CONFIG, Project, digest
 
@@ -41,6 +41,37 @@ def test_the_whole_workflow_makes_what_it_makes_without_a_cluster(
     by_gpu = {job.partition for job in jobs if re.match("rule_(tokenize|merge)", job.comment)}
     assert by_gpu == {"cpu"}
     assert project.plan() == {}
+
+
+def test_a_worker_waits_for_one_node_and_is_not_spread_over_several(
+    teacher_left: Project, cluster: Cluster
+) -> None:
+    """A worker of two GPUs, where every node has one free: two GPUs of two nodes are no group."""
+    project = teacher_left
+    project.write_config(
+        CONFIG
+        | {
+            "teacher": tiny(teacher={"generation": {"num_workers": 1, "gpus_per_model": 2}})[
+                "teacher"
+            ]
+        }
+    )
+    sleeps = ["--output=/dev/null", f"--gpus={GPUS - 1}", "--wrap=sleep 3600"]
+    for node in NODES:
+        cluster.run("sbatch", "--partition=gpu", f"--nodelist={node}", *sleeps)
+    process = project.start(project.merged)
+
+    def waits() -> bool:
+        jobs = project.jobs("generate_logits")
+        return bool(jobs) and "Reason=Resources" in cluster.run(
+            "scontrol", "show", "job", jobs[0].id
+        )
+
+    cluster.wait_until(waits, "the worker waits for GPUs of one node", process=process)
+    cluster.run("scancel", "--nodelist=node3", "--state=RUNNING", "--user=root")
+    project.finish(process)
+    (job,) = project.jobs("generate_logits")
+    assert (job.state, job.node) == ("COMPLETED", "node3")
 
 
 def test_workers_on_several_nodes_hold_their_gpus_alone(

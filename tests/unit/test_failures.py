@@ -90,6 +90,12 @@ def test_a_log_that_is_not_there_is_no_error(tmp_path: Path) -> None:
     assert "killed" in find_failure("train", tmp_path / "log").reason
 
 
+def test_a_job_that_never_began_was_not_killed_for_its_memory(tmp_path: Path) -> None:
+    (tmp_path / "log").touch()  # Snakemake leaves it empty where sbatch refused the job
+    reason = find_failure("train", tmp_path / "log").reason
+    assert "It never began" in reason and "SLURM refused it" in reason and "killed" not in reason
+
+
 def test_a_librarys_lines_do_not_pass_for_ours(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text(

@@ -274,6 +274,20 @@ def test_a_missing_gpu_is_refused_only_where_it_was_asked_for() -> None:
     assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_gpus_that_were_given_and_are_not_seen_are_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for given, is_said in (("0,1", True), ("", False), ("-1", False)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+        assert choose_device("auto") == torch.device("cpu")
+        said = capsys.readouterr().err
+        assert (f"GPUs {given} were given" in said) is is_said
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    choose_device("cpu")
+    assert not capsys.readouterr().err, "the CPU was asked for"
+
+
 @pytest.mark.parametrize("load", [load_model_config, load_pretrained, load_tokenizer])
 def test_a_missing_folder_is_one_sentence(load: Callable[[str], Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot load the (model|tokenizer).*no such folder"):

@@ -77,7 +77,7 @@ def get_terminal(wildcards):
 
 
 def several_nodes(resource):
-    """A resource function by which SLURM gives a training several nodes; unset where one is enough.
+    """A resource function by which SLURM gives a training several nodes; but for their number unset where one is enough.
 
     The slurm plugin lets a job that is "mpi" start its own step, and wants several tasks on a node of it: two, with half
     of a node's threads each. `gres` gives every node as many GPUs as the next; a sum alone may be dealt unevenly.
@@ -86,7 +86,7 @@ def several_nodes(resource):
     def get_resource(wildcards, threads):
         training = PROJECT.runs[wildcards.run].config.training
         if training.nodes == 1:
-            return None
+            return 1 if resource == "nodes" else None
         on_cpu = training.device == "cpu"
         return {
             "nodes": training.nodes,
