@@ -7,6 +7,7 @@ so that the head (most of the work at a large vocabulary) runs only where a pred
 import math
 import os
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,16 @@ def choose_device(device: str) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         if device == "cpu" and given not in ("", "-1"):
-            say(
-                f"warning: GPUs {given} were given, but this PyTorch ({torch.__version__}) sees none: it runs on the "
-                "CPU. Install the CUDA build of the same version; with device: cuda this is an error."
-            )
+            _say_unseen(given)
     return torch.device(device)
+
+
+@cache
+def _say_unseen(gpus: str) -> None:
+    say(
+        f"warning: GPUs {gpus} were given, but this PyTorch ({torch.__version__}) sees none: it runs on the CPU. Install "
+        "the CUDA build of the same version; with device: cuda this is an error."
+    )
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
