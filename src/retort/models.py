@@ -64,8 +64,8 @@ def choose_device(device: str) -> torch.device:
 @cache
 def _say_unseen(gpus: str) -> None:
     say(
-        f"warning: GPUs {gpus} were given, but this PyTorch ({torch.__version__}) sees none: it runs on the CPU. Install "
-        "the CUDA build of the same version; with device: cuda this is an error."
+        f"warning: GPUs {gpus} were given, but this PyTorch ({torch.__version__}) sees none: it runs on the CPU. "
+        "Install the CUDA build of the same version; with device: cuda this is an error."
     )
 
 
