@@ -51,7 +51,9 @@ def is_claimed(folder: Path, part_name: str) -> bool:
     except FileNotFoundError:  # given up, or the whole folder merged and removed
         return False
     clock.unlink(missing_ok=True)
-    return now - written < _CLAIM_STALE_S
+    # A claim from far in the future is nobody's either: where files bear the time of the node that writes them, a dead
+    # node whose clock was fast would else be waited for until that time has come.
+    return abs(now - written) < _CLAIM_STALE_S
 
 
 class Claims:

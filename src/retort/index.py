@@ -239,12 +239,7 @@ class TokenIndex:
             raise ValueError(
                 f"{path} does not exist: run the same snakemake command again to make it."
             )
-        try:
-            content = read_json(path)
-        except ValueError as error:
-            raise ValueError(
-                f"{path} is not JSON ({error}): delete it and run the same command again."
-            ) from None
+        content = read_json(path)
         content = content if isinstance(content, dict) else {}
         if (content.get("format"), content.get("version")) != (TOKENS_FORMAT, INDEX_VERSION):
             raise ValueError(

@@ -21,6 +21,7 @@ from retort.index import TokenIndex
 from retort.parts import (
     DAMAGED,
     build_header,
+    find_missing_parts,
     is_merged,
     merge_parts,
     remove_parts,
@@ -91,12 +92,19 @@ def _is_whole(out: Path, header: CacheHeader, *, parts: Path) -> bool:
 
 
 def _merge(index: TokenIndex, folder: Path, header: CacheHeader, out: Path, *, mode: str) -> None:
-    """Merge the parts; where that fails, remove the workers' receipts: they would say that nothing is to be done."""
+    """Merge the parts, unless another merge is faster: an orphan of a killed Snakemake may be at it too.
+
+    Where parts are to be made again, the workers' receipts go: they would say that nothing is to be done.
+    """
+    parts = folder / "parts"
     try:
-        merge_parts(index, folder / "parts", header, out, mode=mode)
-    except ValueError:
-        for receipt in folder.glob("metadata_worker*.json"):
-            receipt.unlink(missing_ok=True)
+        merge_parts(index, parts, header, out, mode=mode)
+    except (ValueError, FileNotFoundError):
+        if is_merged(out, header):
+            return  # which is why parts were gone
+        if find_missing_parts(index, parts, header):
+            for receipt in folder.glob("metadata_worker*.json"):
+                receipt.unlink(missing_ok=True)
         raise
 
 

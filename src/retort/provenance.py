@@ -8,6 +8,7 @@ inside the artefact and compared again whenever the artefact is used.
 
 import contextlib
 import difflib
+import errno
 import hashlib
 import json
 import os
@@ -105,9 +106,15 @@ def _hash_whole(path: Path) -> str:
     return state.hexdigest()
 
 
-def _weights_memo() -> Path:
-    """Where the digests of weights are remembered: jobs know no results folder, and projects share teachers."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+def _weights_memo() -> Path | None:
+    """Where the digests of weights are remembered: jobs know no results folder, and projects share teachers.
+
+    None for a user without a home: in some containers nobody knows who it is.
+    """
+    try:
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        return None
     return Path(cache) / "retort" / "digests.json"
 
 
@@ -143,8 +150,13 @@ def fingerprint_tokenizer(folder: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Read a JSON file. Raises ValueError that names it when it holds none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not JSON ({error}): delete it and run the same command again."
+        ) from None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -196,7 +208,10 @@ def replacing(path: Path) -> Iterator[Path]:
 def held(
     path: Path, *, busy: str, say: Callable[[str], None], patience_s: float = 0.0
 ) -> Iterator[None]:
-    """Hold a lock file for as long as the block; say `busy` where another process holds it longer than that."""
+    """Hold a lock file for as long as the block; say `busy` where another process holds it longer than that.
+
+    Raises ValueError where the file system keeps no locks.
+    """
     # Not the soft lock that filelock falls back to without flock: it would outlive a killed process.
     lock = filelock.FileLock(path, fallback_to_soft=False)
     try:
@@ -204,6 +219,14 @@ def held(
     except filelock.Timeout:
         say(busy)
         lock.acquire()
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        raise ValueError(
+            f"{path} cannot be locked: its file system keeps no locks (flock), so two jobs could write there at once. "
+            "Ask for a mount with them (Lustre: -o flock), or set output.results_dir and output.cache_dir to another "
+            "disk that all nodes see."
+        ) from None
     try:
         yield
     finally:

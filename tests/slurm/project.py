@@ -109,14 +109,14 @@ class Project(Place):
     def workers(self) -> dict[int, int]:
         """Return the process of every worker that runs for this folder, by the worker's number."""
         found = {}
-        for process, words in self._processes("generate_logits").items():
+        for process, words in self.processes("generate_logits").items():
             found[int(words[words.index("--worker") + 1])] = process
         return found
 
     def ranks(self) -> set[tuple[str, str]]:
         """Return the node and the number of every rank that trains a student of this folder now."""
         found = set()
-        for process in self._processes("train"):
+        for process in self.processes("train"):
             with suppress(OSError):
                 variables = Path(f"/proc/{process}/environ").read_text().split("\0")
                 values = dict(line.split("=", 1) for line in variables if "=" in line)
@@ -124,7 +124,7 @@ class Project(Place):
                     found.add((values["SLURMD_NODENAME"], values["LOCAL_RANK"]))
         return found
 
-    def _processes(self, script: str) -> dict[int, list[str]]:
+    def processes(self, script: str) -> dict[int, list[str]]:
         """Return the command lines of this folder's processes that run a script."""
         found = {}
         for path in Path("/proc").glob("[0-9]*"):
@@ -150,7 +150,7 @@ class Project(Place):
 
     def wake(self) -> None:
         """Let every worker that was stopped go on."""
-        for process in self._processes("generate_logits"):
+        for process in self.processes("generate_logits"):
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGCONT)
 

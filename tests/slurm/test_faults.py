@@ -5,6 +5,7 @@ Workers are stopped (SIGSTOP) after some parts, so that what happens to them hap
 
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 
 import pytest
 from cluster import NODES, Cluster
-from place import merge
+from place import Place, merge
 from project import CONFIG, Note, Parts, Project
 
 from retort.deadlines import OUT_OF_TIME
@@ -186,6 +187,30 @@ def test_after_a_sigkill_of_snakemake_two_jobs_may_be_one_worker(
         cluster.wait_for("COMPLETED", *(job.id for job in old))
     assert project.plan(target) == {}
     note("SIGKILL of Snakemake, same command", "two jobs of each worker at once", parts, project)
+
+
+def test_an_orphan_that_is_cancelled_late_takes_nothing_away(
+    project: Project, undisturbed: Place, cluster: Cluster
+) -> None:
+    """It is a job of its own, with a Snakemake in it that would remove the output of a failed job."""
+    for name in ("checks", "teachers", "tokens"):
+        shutil.copytree(undisturbed.results / name, project.results / name)
+    process = project.start("--until", "score_validation")
+    cluster.wait_until(
+        lambda: project.processes("score_validation"), "the teacher reads", process=process
+    )
+    for scoring in project.processes("score_validation"):
+        os.kill(scoring, signal.SIGSTOP)
+    process.kill()
+    process.wait()
+    (orphan,) = project.jobs("score_validation")
+    project.snakemake("--unlock")
+    project.snakemake("--until", "score_validation")
+    (scored,) = project.results.glob("validation/*/*.safetensors")
+    cluster.run("scancel", orphan.id)
+    cluster.wait_for("CANCELLED", orphan.id)
+    cluster.wait_until(lambda: "did not complete" in project.scheduler_log(orphan), "it has ended")
+    assert scored.exists()
 
 
 def test_ctrl_c_cancels_the_jobs_and_the_same_command_goes_on(

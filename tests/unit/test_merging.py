@@ -1,5 +1,6 @@
 """Merging ends with one measured cache and a manifest, wherever it was interrupted, and refuses what is misplaced."""
 
+import importlib
 import json
 import multiprocessing
 import random
@@ -241,6 +242,29 @@ def test_parts_that_cannot_be_merged_are_there_to_be_made_again(
         place.merge()
 
 
+@pytest.mark.parametrize("moment", ["retort.parts._read_parts", "retort.parts._require_room"])
+def test_of_two_merges_at_once_the_slower_one_finds_the_work_done(
+    prepare: Callable[..., Place], monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """The other one ends, and removes the parts, just before this one reads them, or copies them."""
+    place = prepare()
+    module, name = moment.rsplit(".", 1)
+    goes_on = getattr(importlib.import_module(module), name)
+
+    def be_overtaken(*arguments: Any) -> Any:
+        monkeypatch.undo()
+        place.merge()
+        assert not place.parts.exists()
+        return goes_on(*arguments)
+
+    monkeypatch.setattr(moment, be_overtaken)
+    place.merge()
+    alone = prepare(1)
+    alone.merge()
+    assert place.file.read_bytes() == alone.file.read_bytes()
+    assert place.manifest.read_bytes() == alone.manifest.read_bytes()
+
+
 def test_a_damaged_merged_cache_is_merged_again_while_its_parts_are_there(
     prepare: Callable[..., Place],
 ) -> None:
@@ -296,6 +320,7 @@ def test_a_disk_without_room_for_the_merged_cache_is_said_before_it_is_begun(
     with pytest.raises(ValueError, match=r"has only 0\.0 MB free.*nothing is lost"):
         place.merge()
     assert not place.file.exists() and len(list(place.parts.glob("*.h5"))) == 6
+    assert (place.folder / "metadata_worker0.json").exists(), "no worker has to look again"
 
 
 def test_a_merge_killed_at_any_moment_is_finished_by_the_same_call(

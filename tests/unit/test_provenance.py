@@ -1,5 +1,7 @@
 """Digests name content and nothing else; a file that is replaced is never seen half written."""
 
+import errno
+import fcntl
 import json
 import os
 import platform
@@ -21,6 +23,7 @@ from retort.provenance import (
     digest_file,
     fingerprint_tokenizer,
     fingerprint_weights,
+    held,
     read_json,
     remove_stale_temporaries,
     temporary_name,
@@ -129,6 +132,20 @@ def test_one_bit_of_the_weights_changes_their_fingerprint(
     assert changed != before == fingerprint_weights(model)
 
 
+def test_a_user_without_a_home_has_fingerprints_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    expected = fingerprint_weights(tmp_path)
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 54_321)  # whom /etc/passwd does not know
+    with pytest.raises(RuntimeError):
+        Path.home()
+    assert fingerprint_weights(tmp_path) == expected
+
+
 def test_a_moved_model_keeps_its_fingerprint_and_other_files_do_not_count(tmp_path: Path) -> None:
     folders = [tmp_path / "a", tmp_path / "b" / "c"]
     for folder in folders:
@@ -200,6 +217,29 @@ def test_a_number_that_is_none_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "loss.json", {"loss": float("nan")})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [b"", b'{"worker": ', b"\xff\xfe"])
+def test_a_file_that_is_not_json_is_refused_by_name(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "metadata_worker0.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"metadata_worker0\.json is not JSON \(.*delete it"):
+        read_json(path)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks_is_one_sentence(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with (
+        pytest.raises(ValueError, match=r"\.lock cannot be locked.*-o flock.*results_dir"),
+        held(tmp_path / ".lock", busy="", say=print),
+    ):
+        pass
 
 
 def test_temporaries_are_removed_when_they_are_old_or_their_writer_is_dead(tmp_path: Path) -> None:

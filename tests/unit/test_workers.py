@@ -539,6 +539,17 @@ def test_a_claim_that_is_no_claim_ages_like_any_other(content: bytes, tmp_path: 
         assert is_mine
 
 
+def test_a_dead_nodes_claim_from_the_future_is_not_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "part.claim"
+    path.write_text("another-node 17\n")
+    for hours, is_claimed in ((0, True), (3, False), (-3, False)):
+        written = time.time() + 3600 * hours
+        os.utime(path, (written, written))
+        assert claims.is_claimed(tmp_path, "part") == is_claimed
+    with Claims(tmp_path).claim("part") as is_mine:
+        assert is_mine
+
+
 def test_in_a_folder_that_was_merged_and_removed_nothing_is_claimed(tmp_path: Path) -> None:
     gone = tmp_path / "parts"
     assert not claims.is_claimed(gone, "part")

@@ -68,6 +68,16 @@ def test_a_fresh_checkout_over_existing_results_re_runs_nothing(
     assert Place(done.path, repository=checkout).plan() == {}
 
 
+def test_files_of_tomorrow_are_worked_from_today(done: Place) -> None:
+    tomorrow = time.time() + 86_400
+    for path in done.results.rglob("*"):
+        os.utime(path, (tomorrow, tomorrow), follow_symlinks=False)
+    assert done.plan() == {}
+    done.write_config(tiny(cache={"top_k": 5}))
+    said = done.snakemake("--until", "plan")
+    assert "clock skew" not in said and len(list(done.results.glob("logits/*/plan.json"))) == 2
+
+
 def test_a_comment_in_every_source_re_runs_nothing(done: Place, checkout: Path) -> None:
     sources = [*checkout.rglob("*.py"), *checkout.rglob("*.smk"), *checkout.rglob("*.yaml")]
     for path in [*sources, checkout / "Snakefile"]:
