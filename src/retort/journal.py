@@ -3,17 +3,23 @@
 *sent* is written before a request goes out, with the most that it can cost; *answer* or *away* (turned away: nothing
 paid) follows. So after a kill it is known what is there, what was paid, and what may have been paid besides: requests
 that were sent and never answered.
+
+Each line ends with a seal: a digest of it, of its prompt, and of what else is asked. So a line that was edited, or was
+written for other prompts, is refused and never paired with a prompt of these.
 """
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import xxhash
+
 from retort.commands import say
+from retort.prompts import Prompt
 from retort.providers import Answer
 
 
@@ -43,9 +49,14 @@ class Paid:
 
 @dataclass
 class Journal:
-    """The answers of one set of prompts, by the place of the prompt; opened by `with`, by one process at a time."""
+    """The answers of one set of prompts, by the place of the prompt; opened by `with`, by one process at a time.
+
+    `asked` says what is asked besides the prompts: of whom, and how.
+    """
 
     path: Path
+    prompts: Sequence[Prompt]
+    asked: str = ""
     answers: dict[int, Answer] = field(default_factory=dict)
     paid: Paid = field(default_factory=Paid)
     # The most that requests in flight can cost, by place: (input, output) tokens of each attempt.
@@ -78,15 +89,29 @@ class Journal:
                 say(f"{self.path}: the last line was torn by a kill, and is cut off")
                 break
             try:
-                self._take(json.loads(line))
-            except (ValueError, KeyError, TypeError) as error:
+                event = json.loads(line)
+                is_ours = event.pop("seal") == self._seal(event)
+                if is_ours:
+                    self._take(event)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(
                     f"{self.path}, line {number}, is no line of a journal ({error!r}). Put the file back as it was; "
                     "it holds answers that were paid for."
                 ) from None
+            if not is_ours:
+                raise ValueError(
+                    f"{self.path}, line {number}, was changed, or answers other prompts or settings than these. Put "
+                    "the file back as it was, for it holds answers that were paid for; or write to another folder."
+                )
             end += len(line)
         self._file.truncate(end)
         self._file.seek(0, os.SEEK_END)
+
+    def _seal(self, event: Mapping[str, Any]) -> str:
+        place = event["place"]
+        prompt = self.prompts[place].text if 0 <= place < len(self.prompts) else ""
+        text = "\n".join([self.asked, prompt, _to_line(event)])
+        return xxhash.xxh3_64_hexdigest(text.encode("utf-8", "replace"))
 
     def _take(self, event: Mapping[str, Any]) -> None:
         place, what = int(event["place"]), event["event"]
@@ -121,8 +146,8 @@ class Journal:
             self.paid.lost_output_tokens += written
 
     def _add(self, event: dict[str, Any], *, is_lasting: bool = False) -> None:
-        line = json.dumps(event, ensure_ascii=True, separators=(",", ":")) + "\n"
-        self._file.write(line.encode())
+        line = _to_line({**event, "seal": self._seal(event)})
+        self._file.write(f"{line}\n".encode())
         self._file.flush()
         if is_lasting:
             os.fsync(self._file.fileno())
@@ -152,3 +177,7 @@ class Journal:
         total.lost_input_tokens += sum(read for read, _ in bounds)
         total.lost_output_tokens += sum(written for _, written in bounds)
         return total
+
+
+def _to_line(event: Mapping[str, Any]) -> str:
+    return json.dumps(event, ensure_ascii=True, separators=(",", ":"))

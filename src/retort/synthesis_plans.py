@@ -45,6 +45,7 @@ _SHARED_KEYS = (
     "seed",
 )
 _LOCAL_KEYS = ("revision", "engine", "batch_size")
+_PLACES = ("prompts", "prompts_split", "prompt_column", "templates")  # where prompts are read
 # How the teacher's section loads a local model.
 _LOADING_KEYS = ("dtype", "attn_implementation", "trust_remote_code")
 
@@ -108,7 +109,7 @@ def plan_synthesis(config: Config, root: Path, *, revision: int) -> SynthesisPla
     files = list_prompt_files(section)
     stamp = stamp_files(files)
     named = identity(section)
-    asked = {key: value for key, value in named.items() if key in _SHARED_KEYS}
+    asked = _list_asked(section)
     if files:
         asked.pop("prompts", None)  # these count by content
         asked.pop("templates", None)
@@ -117,7 +118,6 @@ def plan_synthesis(config: Config, root: Path, *, revision: int) -> SynthesisPla
     if section.provider == "local":
         prefix = ""
         model = _name_local_model(config)
-        asked |= {key: value for key, value in named.items() if key in _LOCAL_KEYS}
         asked |= {k: v for k, v in identity(config.teacher).items() if k in _LOADING_KEYS}
     content = [digest_file(path) for path in files]
     answers_id = prefix + digest(["answers", revision, asked, model, content])
@@ -126,6 +126,18 @@ def plan_synthesis(config: Config, root: Path, *, revision: int) -> SynthesisPla
     synthesis_id = digest(["synthesis", revision, answers_id, kept, problems])
     folder = root / "syntheses" / answers_id / synthesis_id
     return SynthesisPlan(synthesis_id, answers_id, folder, config, stamp)
+
+
+def _list_asked(section: Synthesis) -> dict[str, Any]:
+    """Return the keys that say what is asked, of whom and how; a local model counts by its content, apart."""
+    keys = (*_SHARED_KEYS, *(_LOCAL_KEYS if section.provider == "local" else ()))
+    return {key: value for key, value in identity(section).items() if key in keys}
+
+
+def name_asking(section: Synthesis) -> str:
+    """Return a digest of what is asked besides the prompts themselves, wherever these lie."""
+    asked = {k: v for k, v in _list_asked(section).items() if k not in _PLACES}
+    return digest([asked, None if section.provider == "local" else section.model])
 
 
 def list_prompt_files(section: Synthesis) -> list[Path]:

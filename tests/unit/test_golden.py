@@ -161,7 +161,7 @@ def test_the_same_templates_and_answers_give_the_same_corpus(tmp_path: Path) -> 
     values = {"templates": str(path), "num_examples": 20, "near_duplicates": 0.5}
     section = build_section("synthesis", fill_defaults(values, section_schema("synthesis")))
     prompts = read_prompts(section).prompts
-    with Journal(tmp_path / "journal.jsonl") as journal:
+    with Journal(tmp_path / "journal.jsonl", prompts) as journal:
         for place in range(len(prompts)):
             words = " ".join(f"w{place // 4}-{i + (place % 4) * (place % 3)}" for i in range(30))
             finish = "length" if place % 7 == 3 else "stop"

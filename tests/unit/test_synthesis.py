@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+import warnings
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,13 @@ from retort.config import Evaluation, Synthesis, load_runs
 from retort.config_schema import ConfigError, fill_defaults, section_schema
 from retort.config_sections import build_section
 from retort.contamination import Runs, read_benchmarks
-from retort.filters import Sieve, detect_language, has_broken_code, is_refusal
+from retort.filters import (
+    Sieve,
+    detect_language,
+    has_broken_code,
+    is_refusal,
+    require_filters,
+)
 from retort.journal import Journal
 from retort.prompts import Prompt, read_prompts
 from retort.providers import Answer, Lost, TurnedAway, open_provider, read_key, read_retry_after
@@ -78,13 +85,26 @@ def test_a_text_file_has_a_prompt_on_each_line(tmp_path: Path) -> None:
     ]
 
 
+def test_a_mark_of_the_byte_order_is_no_letter_of_a_prompt(tmp_path: Path) -> None:
+    for name, text in (("p.txt", "One?\r\nTwo?\r\n"), ("p.csv", "prompt\r\nOne?\r\nTwo?\r\n")):
+        path = write(tmp_path, name, "\ufeff" + text)
+        assert [p.text for p in read_prompts(section(prompts=path)).prompts] == ["One?", "Two?"]
+
+
+def test_half_a_character_is_refused_before_anything_is_paid(tmp_path: Path) -> None:
+    path = write(tmp_path, "p.jsonl", '{"prompt": "Whole."}\n{"prompt": "Half \\ud83d."}\n')
+    with pytest.raises(ValueError, match=r"prompt 2 of .* half a character") as raised:
+        read_prompts(section(prompts=path))
+    str(raised.value).encode()  # can be printed
+
+
 def test_files_that_are_missing_or_of_no_known_kind_are_refused(tmp_path: Path) -> None:
     write(tmp_path, "prompts.jsonl", '{"prompt": "x"}')
     with pytest.raises(ValueError, match=r"does not exist .* Did you mean"):
         read_prompts(section(prompts=str(tmp_path / "prompt.jsonl")))
     with pytest.raises(ValueError, match="no known ending"):
         read_prompts(section(prompts=write(tmp_path, "p.docx", "x")))
-    with pytest.raises(ValueError, match="'question' is not in"):
+    with pytest.raises(ValueError, match=r"'question' is not in .* synthesis\.prompt_column"):
         read_prompts(section(prompts=str(tmp_path / "prompts.jsonl"), prompt_column="question"))
 
 
@@ -126,6 +146,7 @@ def test_another_seed_asks_in_another_order_and_the_same_one_in_the_same(tmp_pat
         ({"categories": {"do": 0.7, "say": 0.2}}, "categories sum to 0.9"),
         ({"categories": {"do": 1.0}}, "Give each category its templates"),
         ({"templates": {"do": ["{subject}"], "say": ["x"]}}, "cannot be filled"),
+        ({"templates": {"do": ["{topic.name}"], "say": ["{topic[name]}"]}}, "cannot be filled"),
         ({"topics": []}, "has no topics"),
         ({"topic": ["x"]}, "has the keys"),
         ({"languages": ["python"]}, "must give each name a proportion"),
@@ -224,6 +245,21 @@ def test_languages_are_told_apart_by_prose_alone_and_not_guessed() -> None:
     assert (detect_language(PROSE), detect_language(PROSE_DE)) == ("en", "de")
     assert detect_language("Ja.") is None
     assert detect_language("```\n" + PROSE_DE + "\n```") is None
+    assert detect_language(f"{PROSE} \ud83d") == "en", "half a character, cut at max_tokens"
+
+
+def test_a_language_that_nobody_knows_is_refused_and_not_passed_over() -> None:
+    for known in ("en", "German", None):
+        require_filters(section(response_language=known))
+    with pytest.raises(ValueError, match="response_language is 'engish', but known are arabic"):
+        require_filters(section(response_language="engish"))
+
+
+def test_what_python_would_warn_of_in_a_response_is_said_to_nobody() -> None:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert not has_broken_code("```python\nimport re\nre.match('\\d', 'x')\n```")
+    assert not said
 
 
 @pytest.mark.parametrize(
@@ -303,10 +339,12 @@ def test_what_is_kept_depends_on_the_answers_alone(order: list[int], wanted: int
 
 # The journal, and waits.
 
+ASKED = [Prompt(f"p{i}") for i in range(12)]
+
 
 def test_a_journal_survives_a_torn_line_and_counts_what_was_in_flight(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
-    with Journal(path) as journal:
+    with Journal(path, ASKED) as journal:
         for place in (0, 1, 2, 3):
             journal.send(place, (10, 20))
         journal.keep(0, answer("half a \ud83d character"))
@@ -317,7 +355,7 @@ def test_a_journal_survives_a_torn_line_and_counts_what_was_in_flight(tmp_path: 
     with path.open("ab") as file:
         file.write(b'{"event":"answer","place":9,"ans')
     for _ in range(2):
-        with Journal(path) as journal:
+        with Journal(path, ASKED) as journal:
             assert list(journal.answers) == [0] and journal.answers[0].text.startswith("half")
             assert (journal.paid.requests, journal.paid.lost_requests) == (
                 1,
@@ -325,9 +363,46 @@ def test_a_journal_survives_a_torn_line_and_counts_what_was_in_flight(tmp_path: 
             )  # 2, and 3 in flight
         assert path.read_bytes() == whole
     path.write_bytes(b'{"event":"other","place":1}\n' + whole)
-    with pytest.raises(ValueError, match="line 1, is no line of a journal"), Journal(path):
+    with pytest.raises(ValueError, match="line 1, is no line of a journal"), Journal(path, ASKED):
         pass
     assert path.read_bytes().endswith(whole), "what was paid for is never cut away"
+
+
+def test_a_journal_of_other_prompts_or_settings_is_refused(tmp_path: Path) -> None:
+    """As of a synthesis typed by hand into the folder beside another's."""
+    path = tmp_path / "journal.jsonl"
+    with Journal(path, ASKED, "greedy") as journal:
+        journal.send(1, (10, 20))
+        journal.keep(1, answer("One."))
+    whole = path.read_bytes()
+    others = [Prompt("p0"), Prompt("another")]
+    for prompts, asked in ((others, "greedy"), (ASKED[:1], "greedy"), (ASKED, "drawn")):
+        with pytest.raises(ValueError, match=r"line 1, .* or answers other prompts or settings"):
+            Journal(path, prompts, asked).__enter__()
+    with Journal(path, [*ASKED, Prompt("one more")], "greedy") as journal:
+        assert journal.answers == {1: answer("One.")}
+    assert path.read_bytes() == whole
+
+
+def test_no_bit_of_a_journal_changes_unnoticed(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    with Journal(path, ASKED) as journal:
+        for place in range(2):
+            journal.send(place, (10, 20))
+            journal.keep(place, answer(f"Answer {place}."))
+        written = dict(journal.answers)
+    whole = path.read_bytes()
+    refused = 0
+    for at in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[at // 8] ^= 1 << at % 8
+        path.write_bytes(flipped)
+        try:
+            with Journal(path, ASKED) as journal:
+                assert journal.answers.items() <= written.items()
+        except ValueError:
+            refused += 1
+    assert refused >= 8 * len(whole) - 8  # the last line's end: that line counts as torn
 
 
 class Tried:
@@ -559,3 +634,19 @@ def test_responses_that_were_edited_are_refused(tmp_path: Path, local: Task) -> 
 def test_prompts_that_changed_meanwhile_are_refused(tmp_path: Path, local: Task) -> None:
     with pytest.raises(ValueError, match="changed meanwhile"):
         run_local(tmp_path, replace(local, stamp="0" * 12))
+
+
+@pytest.mark.parametrize(
+    "output, words",
+    [("answers", "is a folder"), ("p.txt", "is a file of prompts"), ("p.txt/x.jsonl", "be made")],
+)
+def test_an_output_that_cannot_be_is_said_before_anything_is_asked(
+    tmp_path: Path, local: Task, output: str, words: str
+) -> None:
+    (tmp_path / "answers").mkdir()
+    asked = replace(local.section, output=str(tmp_path / output))
+    before = (tmp_path / "p.txt").read_bytes()
+    with pytest.raises(ValueError, match=words):
+        run_local(tmp_path, replace(local, section=asked))
+    assert (tmp_path / "p.txt").read_bytes() == before
+    assert not (tmp_path / "answers" / "journal.jsonl").exists()
