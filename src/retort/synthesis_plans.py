@@ -4,6 +4,7 @@ Two names are nested. *Answers* are named by what is asked of whom, and paid for
 that pass the filters, so that another filter, or another number of examples, asks nothing twice.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ def refuse_other_responses(record_path: Path) -> None:
         )
 
 
-def plan_synthesis(config: Config, root: Path, *, revision: int) -> SynthesisPlan:
+def plan_synthesis(config: Config, root: Path, *, revisions: Mapping[str, int]) -> SynthesisPlan:
     """Name the responses that a config asks for, below `root`.
 
     Raises ValueError where prompts, templates or benchmarks' files are not there.
@@ -120,10 +121,10 @@ def plan_synthesis(config: Config, root: Path, *, revision: int) -> SynthesisPla
         model = _name_local_model(config)
         asked |= {k: v for k, v in identity(config.teacher).items() if k in _LOADING_KEYS}
     content = [digest_file(path) for path in files]
-    answers_id = prefix + digest(["answers", revision, asked, model, content])
+    answers_id = prefix + digest(["answers", revisions["answers"], asked, model, content])
     kept = {k: v for k, v in named.items() if k not in (*_SHARED_KEYS, *_LOCAL_KEYS, "model")}
     problems = _name_problems(config)
-    synthesis_id = digest(["synthesis", revision, answers_id, kept, problems])
+    synthesis_id = digest(["synthesis", revisions["synthesis"], answers_id, kept, problems])
     folder = root / "syntheses" / answers_id / synthesis_id
     return SynthesisPlan(synthesis_id, answers_id, folder, config, stamp)
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+import unicodedata
 import warnings
 from collections import Counter
 from dataclasses import replace
@@ -304,6 +305,21 @@ def test_problems_of_benchmarks_are_found_in_prompts_and_responses(tmp_path: Pat
     assert (
         sieve.sift(2, Prompt("Q"), answer("check if in given list of numbers there is a 3")) is None
     )
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        "\u5c0f\u660e\u6709\u4e09\u4e2a\u82f9\u679c,\u4ed6\u53c8\u4e70\u4e86\u4e94\u4e2a\u82f9\u679c?",
+        "L\u00f6se die Gleichung f\u00fcr x und gib die gr\u00f6\u00dfte L\u00f6sung an, wenn es mehrere gibt",
+    ],
+)
+def test_a_problem_is_found_however_its_letters_are_written(problem: str) -> None:
+    runs = Runs([problem], length=13)
+    hidden = "\u00ad".join(problem)  # a soft hyphen, on no screen
+    for text in (problem, unicodedata.normalize("NFD", problem), hidden):
+        assert runs.is_in(f"\u9898\u76ee: {text} Answer: 8")
+    assert not runs.is_in(problem[:8])
 
 
 @given(st.permutations(range(12)), st.integers(1, 12))
