@@ -51,7 +51,7 @@ def describe_estimate(section: Synthesis, prompts: Sequence[Prompt]) -> str:
         output_tokens=section.max_tokens * len(prompts),
     )
     line = (
-        f"{len(prompts):,} prompts to ask: about {guessed.input_tokens:,} tokens in, at most "
+        f"{len(prompts):,} prompt{'s' * (len(prompts) != 1)} to ask: about {guessed.input_tokens:,} tokens in, at most "
         f"{guessed.output_tokens:,} out"
     )
     prices = section.price_per_million_input, section.price_per_million_output
