@@ -41,7 +41,8 @@ from retort.synthesis_plans import SynthesisPlan, plan_synthesis
 # Raise a number when the code makes other bytes from the same input: that, and only that, re-makes results.
 # tests/unit/test_golden.py fails when bytes change and the number does not.
 REVISIONS = {
-    "synthesis": 1,
+    "answers": 1,  # raised, every answer is asked and paid for anew: what is asked, and how prompts are read
+    "synthesis": 2,
     "corpus": 1,
     "teacher": 2,
     "demo_teacher": 2,  # trained here, while another teacher is only recorded
@@ -330,7 +331,7 @@ def _plan_corpus(config: Config) -> Corpus:
 
 def _plan_made_corpus(config: Config) -> Corpus:
     """Name the corpus of a synthesis, whose bytes are not known yet, by what it is made of."""
-    plan = plan_synthesis(config, _cache_root(config), revision=REVISIONS["synthesis"])
+    plan = plan_synthesis(config, _cache_root(config), revisions=REVISIONS)
     keys = corpus_keys(config.dataset)
     corpus_id = digest(["corpus", REVISIONS["corpus"], keys, plan.id])
     dataset = plan.as_dataset(config.dataset)

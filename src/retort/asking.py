@@ -18,7 +18,7 @@ from tqdm import tqdm
 from retort.config import Synthesis
 from retort.journal import Journal, Paid
 from retort.prompts import Prompt
-from retort.providers import Lost, Provider, Rejected, TurnedAway, bound_tokens
+from retort.providers import Answer, Lost, Provider, Rejected, TurnedAway, bound_tokens
 
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 60.0
 _LONGEST_ASKED_WAIT_S = 600.0  # a Retry-After beyond it is an outage
@@ -51,7 +51,7 @@ def describe_estimate(section: Synthesis, prompts: Sequence[Prompt]) -> str:
         output_tokens=section.max_tokens * len(prompts),
     )
     line = (
-        f"{len(prompts):,} prompts to ask: about {guessed.input_tokens:,} tokens in, at most "
+        f"{len(prompts):,} prompt{'s' * (len(prompts) != 1)} to ask: about {guessed.input_tokens:,} tokens in, at most "
         f"{guessed.output_tokens:,} out"
     )
     prices = section.price_per_million_input, section.price_per_million_output
@@ -90,6 +90,10 @@ class Asker:
         self._say, self._terminal = say, terminal
         self._requests, self._tokens = _limiters(section, prompts)
         self._stopped: ValueError | OSError | None = None
+        # What answers cost beyond what they could: a server's long system prompt, or a max_tokens that it passes over.
+        self._beyond = (0, 0)
+        for place, answer in journal.answers.items():
+            self._learn(place, answer)
 
     async def ask(self, places: Sequence[int]) -> None:
         """Ask these prompts. What is in flight when asking must stop is waited for: it will have been paid.
@@ -143,10 +147,9 @@ class Asker:
             ) from None
 
     async def _attempt(self, place: int) -> None:
-        bound = bound_tokens(self.section, self.prompts[place].text)
         await self._requests()
-        await self._tokens(sum(bound))
-        await self._reserve(place, bound)
+        await self._tokens(sum(bound_tokens(self.section, self.prompts[place].text)))
+        await self._reserve(place)
         try:
             answer = await self.provider.answer(self.prompts[place].text)
         except (TurnedAway, Rejected, ValueError):
@@ -156,22 +159,33 @@ class Asker:
             self.journal.lose(place)
             raise
         else:
+            self._learn(place, answer)
             self.journal.keep(place, answer)
         finally:
             with suppress(asyncio.CancelledError):
                 async with self._landed:
                     self._landed.notify_all()
 
-    async def _reserve(self, place: int, bound: tuple[int, int]) -> None:
+    def _bound(self, place: int) -> tuple[int, int]:
+        """Return the most (input, output) tokens that a request can cost, by what is known so far."""
+        read, written = bound_tokens(self.section, self.prompts[place].text)
+        return read + self._beyond[0], written + self._beyond[1]
+
+    def _learn(self, place: int, answer: Answer) -> None:
+        read, written = bound_tokens(self.section, self.prompts[place].text)
+        beyond = answer.input_tokens - read, answer.output_tokens - written
+        self._beyond = max(self._beyond[0], beyond[0]), max(self._beyond[1], beyond[1])
+
+    async def _reserve(self, place: int) -> None:
         """Note that a request goes out; wait while only what is in flight stands between it and the budget."""
         async with self._landed:
-            while why := self._passes_budget(bound):
+            while why := self._passes_budget(self._bound(place)):
                 if self._stopped or not self.journal.open:
                     raise Stopped(why)
                 await self._landed.wait()
             if self._stopped:
                 raise self._stopped
-            self.journal.send(place, bound)
+            self.journal.send(place, self._bound(place))
 
     def _passes_budget(self, bound: tuple[int, int]) -> str | None:
         section, reserved = self.section, self.journal.reserved

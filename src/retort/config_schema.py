@@ -25,6 +25,8 @@ KeyPath = tuple[str, ...]
 
 _INTEGER = re.compile(r"[-+]?\d+")
 _NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
+# How API keys begin, which must not stand in a config, nor in what is said of it.
+KEY_PREFIXES = ("sk-", "hf_", "gsk_", "Bearer ")
 _NULLS = ("", "~", "null", "none")
 _BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
@@ -277,7 +279,9 @@ def dotted(path: KeyPath) -> str:
 
 
 def show(value: Any) -> str:
-    """Write a value the way the config does, shortened."""
+    """Write a value the way the config does, shortened; what looks like an API key is not shown."""
+    if isinstance(value, str) and value.startswith(KEY_PREFIXES):
+        return "'***'"
     text = f"'{value}'" if isinstance(value, str) else json.dumps(value, default=str)
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -349,7 +353,12 @@ def _unknown_key(path: KeyPath, value: Any) -> ConfigError:
     close = difflib.get_close_matches(inner[0], sections, n=1, cutoff=0.75)
     value = parse_text(value) if isinstance(value, str) else value
     is_section = value is None or isinstance(value, Mapping)
-    if inner[-1] == "worker_id":
+    if inner[-1] == "api_key" or (isinstance(value, str) and value.startswith(KEY_PREFIXES)):
+        hint = (
+            "A key never stands in a config, which is recorded and shared. Put it into the environment: export "
+            "OPENAI_API_KEY=..., or the variable that synthesis.api_key_variable names."
+        )
+    elif inner[-1] == "worker_id":
         hint = (
             "Workers number themselves; say how many there are with "
             "teacher.generation.num_workers, or leave that out too for one per GPU group."

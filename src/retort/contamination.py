@@ -5,6 +5,7 @@ case, without punctuation; a text of a problem that is shorter, but of five word
 """
 
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,12 @@ from retort.config import Evaluation
 from retort.config_sections import HUMANEVAL
 from retort.humaneval import read_problems
 
-_WORD = re.compile(r"\w+")
+# Han and kana stand without spaces between words: each sign counts as one.
+_SIGNS = "\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+_WORD = re.compile(rf"[{_SIGNS}]|[^\W{_SIGNS}]+")
+_UNSEEN = dict.fromkeys(
+    map(ord, "\u00ad\u200b\u200c\u200d\u2060\ufeff")
+)  # within a word, on no screen
 _FEWEST_WORDS = 5
 
 
@@ -37,8 +43,8 @@ class Runs:
 
 
 def split_words(text: str) -> list[str]:
-    """Return a text's words in lower case, without punctuation."""
-    return _WORD.findall(text.casefold())
+    """Return a text's words in lower case, without punctuation, however their letters are composed."""
+    return _WORD.findall(unicodedata.normalize("NFKC", text).translate(_UNSEEN).casefold())
 
 
 def list_runs(words: list[str], length: int) -> Iterator[tuple[str, ...]]:

@@ -5,6 +5,7 @@ What stays depends on the answers in the order of their prompts, never on the or
 
 import ast
 import re
+import warnings
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
@@ -68,7 +69,7 @@ _PYTHON = ("python", "python3", "py")
 
 
 def require_filters(section: Synthesis) -> None:
-    """Raise ValueError, with the line that installs it, where a filter's library is missing."""
+    """Raise ValueError where a filter's library is missing, with the line that installs it, or a language unknown."""
     wanted = {
         "datasketch": section.near_duplicates is not None,
         "py3langid": section.check_language,
@@ -81,6 +82,12 @@ def require_filters(section: Synthesis) -> None:
                 f"synthesis.{keys[name]} needs {name}, which is not installed here. Type: pip install "
                 f"'{PACKAGES[name]}' (or the extra synth), or set synthesis.{keys[name]}: {off}."
             )
+    wanted_language = section.response_language
+    if section.check_language and wanted_language and _code_of(wanted_language) is None:
+        raise ValueError(
+            f"synthesis.response_language is {wanted_language!r}, but known are {', '.join(sorted(_LANGUAGES))} and "
+            "their codes, such as en. Write one of these, or set synthesis.check_language: false."
+        )
 
 
 class Sieve:
@@ -120,9 +127,8 @@ class Sieve:
         return next((reason for reason, falls in own.items() if falls()), None)
 
     def _is_foreign(self, prompt: Prompt, answer: Answer) -> bool:
-        wanted = self.section.response_language or prompt.language or ""
-        code = _LANGUAGES.get(wanted.casefold(), wanted.casefold())
-        return code in _LANGUAGES.values() and detect_language(answer.text) not in (None, code)
+        code = _code_of(self.section.response_language or prompt.language or "")
+        return code is not None and detect_language(answer.text) not in (None, code)
 
     def _is_copy(self, answer: Answer) -> bool:
         """Say whether another prompt had the same response, but for white space."""
@@ -130,6 +136,12 @@ class Sieve:
         is_copy = key in self._seen
         self._seen.add(key)
         return is_copy
+
+
+def _code_of(language: str) -> str | None:
+    """Return the code of a human language, of its name or code; None for another word, as python."""
+    code = _LANGUAGES.get(language.casefold(), language.casefold())
+    return code if code in _LANGUAGES.values() else None
 
 
 def is_refusal(answer: Answer) -> bool:
@@ -151,7 +163,10 @@ def detect_language(text: str) -> str | None:
     prose = _CODE.sub(" ", _FENCE.sub(" ", text))
     if sum(map(str.isalpha, prose)) < _LEAST_PROSE:
         return None
-    code, probability = _identifier().classify(prose)
+    whole = prose.encode(
+        "utf-8", "replace"
+    ).decode()  # half a character, cut at max_tokens, is none
+    code, probability = _identifier().classify(whole)
     return str(code) if probability >= _LEAST_PROBABILITY else None
 
 
@@ -169,7 +184,8 @@ def _parses(name: str, code: str) -> bool:
 
 def _is_python(code: str) -> bool:
     try:
-        ast.parse(code)
+        with warnings.catch_warnings(action="ignore"):  # of a "\d", say, to nobody who wrote it
+            ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
     return True

@@ -5,7 +5,8 @@ paid) follows. So after a kill it is known what is there, what was paid, and wha
 that were sent and never answered.
 
 Each line has the digest of its prompt, and that alone says to which prompt an answer belongs: where the prompts of the
-Hub changed meanwhile, an answer moves to the place where its prompt is now, or to none.
+Hub changed meanwhile, an answer moves to the place where its prompt is now, or to none. And each ends with a seal: a
+digest of it, and of what else is asked. A line that was edited, or asked with other settings, is refused.
 """
 
 import json
@@ -19,6 +20,7 @@ from typing import Any
 import xxhash
 
 from retort.commands import say
+from retort.prompts import Prompt
 from retort.providers import Answer
 
 
@@ -53,17 +55,21 @@ def digest_prompt(text: str) -> str:
 
 @dataclass
 class Journal:
-    """The answers to these prompts, by the place of the prompt; opened by `with`, by one process at a time."""
+    """The answers to these prompts, by the place of the prompt; opened by `with`, by one process at a time.
+
+    `asked` says what is asked besides the prompts: of whom, and how.
+    """
 
     path: Path
-    prompts: Sequence[str]
+    prompts: Sequence[Prompt]
+    asked: str = ""
     answers: dict[int, Answer] = field(default_factory=dict)
     paid: Paid = field(default_factory=Paid)
     # The most that requests in flight can cost, by prompt: (input, output) tokens of each attempt.
     open: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
 
     def __enter__(self) -> "Journal":
-        self._keys = [digest_prompt(prompt) for prompt in self.prompts]
+        self._keys = [digest_prompt(prompt.text) for prompt in self.prompts]
         self._places = {key: place for place, key in enumerate(self._keys)}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("a+b")
@@ -90,15 +96,26 @@ class Journal:
                 say(f"{self.path}: the last line was torn by a kill, and is cut off")
                 break
             try:
-                self._take(json.loads(line))
-            except (ValueError, KeyError, TypeError) as error:
+                event = json.loads(line)
+                is_ours = event.pop("seal") == self._seal(event)
+                if is_ours:
+                    self._take(event)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(
                     f"{self.path}, line {number}, is no line of a journal ({error!r}). Put the file back as it was; "
                     "it holds answers that were paid for."
                 ) from None
+            if not is_ours:
+                raise ValueError(
+                    f"{self.path}, line {number}, was changed, or was asked with other settings than these. Put the "
+                    "file back as it was, for it holds answers that were paid for; or write to another folder."
+                )
             end += len(line)
         self._file.truncate(end)
         self._file.seek(0, os.SEEK_END)
+
+    def _seal(self, event: Mapping[str, Any]) -> str:
+        return xxhash.xxh3_64_hexdigest(f"{self.asked}\n{_to_line(event)}".encode())
 
     def _take(self, event: Mapping[str, Any]) -> None:
         key, what = str(event["prompt"]), event["event"]
@@ -135,8 +152,8 @@ class Journal:
 
     def _add(self, what: str, place: int, *, is_lasting: bool = False, **facts: Any) -> None:
         event = {"event": what, "place": place, "prompt": self._keys[place], **facts}
-        line = json.dumps(event, ensure_ascii=True, separators=(",", ":")) + "\n"
-        self._file.write(line.encode())
+        line = _to_line({**event, "seal": self._seal(event)})
+        self._file.write(f"{line}\n".encode())
         self._file.flush()
         if is_lasting:
             os.fsync(self._file.fileno())
@@ -166,3 +183,7 @@ class Journal:
         total.lost_input_tokens += sum(read for read, _ in bounds)
         total.lost_output_tokens += sum(written for _, written in bounds)
         return total
+
+
+def _to_line(event: Mapping[str, Any]) -> str:
+    return json.dumps(event, ensure_ascii=True, separators=(",", ":"))

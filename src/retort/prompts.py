@@ -83,8 +83,17 @@ def _read_rows(section: Synthesis) -> Iterator[Prompt]:
                 f"prompt {number} of {section.prompts!r} has {text!r} in the column {section.prompt_column!r}, but "
                 "text is expected. Mend the row, or set synthesis.prompt_column."
             )
+        if not _is_whole(text):
+            raise ValueError(
+                f"prompt {number} of {section.prompts!r} holds half a character (such as \\ud83d in JSON), "
+                f"which cannot be sent: {text[:40]!r}. Mend the row."
+            )
         labels = {name: None if row.get(name) is None else str(row[name]) for name in _LABELS}
         yield Prompt(text, **labels)
+
+
+def _is_whole(text: str) -> bool:
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _read_files(section: Synthesis) -> Iterator[Mapping[str, Any]]:
@@ -102,7 +111,7 @@ def _read_files(section: Synthesis) -> Iterator[Mapping[str, Any]]:
 def _read_lines(path: Path) -> Iterator[str]:
     with naming(path), open_bytes(path) as file:
         for line in file:
-            if text := line.decode("utf-8").strip():
+            if text := line.decode("utf-8").lstrip("\ufeff").strip():  # what some editors put first
                 yield text
 
 
@@ -226,7 +235,7 @@ def _check_texts(texts: Iterable[str], *, has_topics: bool, path: Path) -> None:
     for text in texts:
         try:
             text.format(topic="", language="", category="")
-        except (KeyError, IndexError, ValueError) as error:
+        except (LookupError, ValueError, AttributeError, TypeError) as error:
             raise ValueError(
                 f"synthesis.templates {str(path)!r}: the template {text!r} cannot be filled ({error}): it may name "
                 "{topic}, {language} and {category}; other braces are written twice."

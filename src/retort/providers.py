@@ -6,7 +6,6 @@ and a ValueError ends the job. A key comes from the environment, and is cut out 
 """
 
 import asyncio
-import json
 import os
 import sys
 import time
@@ -27,12 +26,17 @@ PACKAGES = {
     "aiolimiter": "aiolimiter>=1.2",
 }
 KEY_VARIABLES = {"openai": "OPENAI_API_KEY", "anthropic": "ANTHROPIC_API_KEY"}
+# Said to the clients, which would else look for OPENAI_BASE_URL: a key goes where the config says.
+_ADDRESSES = {"openai": "https://api.openai.com/v1", "anthropic": "https://api.anthropic.com"}
 HIDDEN = "***"
 # Of a message's frame, beside its text: role, separators.
 _FRAME_TOKENS = 64
 _RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 _FATAL = (401, 402, 403, 404, 405)
 _TOO_SHORT_KEY = 4
+_SECRET_LETTERS = (
+    16  # shorter ones are words that a server of one's own is content with: EMPTY, test
+)
 
 
 @dataclass(frozen=True)
@@ -136,9 +140,11 @@ class _Client(ABC):
         self.library: Any = import_module(str(section.provider))
         self.client = getattr(self.library, self.kind)(
             api_key=key or "none",
-            base_url=section.base_url,
+            base_url=section.base_url or _ADDRESSES[str(section.provider)],
             timeout=section.timeout_s,
             max_retries=0,
+            # The key would go along to wherever a server points.
+            http_client=self.library.DefaultAsyncHttpxClient(follow_redirects=False),
         )
 
     @abstractmethod
@@ -146,8 +152,11 @@ class _Client(ABC):
         """Send a request; return the client's message."""
 
     @abstractmethod
-    def _read(self, message: Any) -> Answer:
-        """Return what a message says. Raises _NotUnderstood where it is no answer."""
+    def _read(self, message: Any, most: tuple[int, int]) -> Answer:
+        """Return what a message says; tokens that it does not count are at their `most`.
+
+        Raises _NotUnderstood where it is no answer.
+        """
 
     async def answer(self, prompt: str) -> Answer:
         library = self.library
@@ -155,7 +164,7 @@ class _Client(ABC):
             # The client's own time limit is of each read: a body that trickles in would never end.
             async with asyncio.timeout(self.section.timeout_s):
                 message = await self._create(self.section, prompt)
-            return self._read(message)
+            return self._read(message, bound_tokens(self.section, prompt))
         except (TimeoutError, library.APITimeoutError):
             raise Lost(f"no answer in {self.section.timeout_s:g} s") from None
         except library.APIStatusError as error:
@@ -166,15 +175,26 @@ class _Client(ABC):
             if "ConnectError" in type(error.__cause__).__name__:
                 raise TurnedAway(f"no connection: {why}") from None
             raise Lost(f"the connection broke: {why}") from None
-        except (library.APIResponseValidationError, json.JSONDecodeError, _NotUnderstood) as error:
-            raise Lost(
-                f"the answer is not what the API promises: {self.hide(first_line(error))}"
-            ) from None
+        # ValueError: no JSON, no UTF-8, a number of five thousand digits.
+        except (
+            library.APIResponseValidationError,
+            ValueError,
+            RecursionError,
+            _NotUnderstood,
+        ) as error:
+            why = self.hide(first_line(error))[:300]
+            raise Lost(f"the answer is not what the API promises: {why}") from None
 
     def _raise_status(self, error: Any) -> None:
         status = int(error.status_code)
         why = self.hide(f"status {status}: {first_line(error)}")[:300]
         is_broke = "insufficient_quota" in str(getattr(error, "code", "") or "")
+        if 300 <= status < 400:
+            where = self.hide(str(error.response.headers.get("location")))
+            raise ValueError(
+                f"{self.section.base_url} sends on to {where}, and the key is not sent after it: set "
+                "synthesis.base_url to the address that answers."
+            ) from None
         if status in _FATAL or is_broke:
             raise ValueError(
                 f"{self.section.provider} refused the request ({why}). Check synthesis.model "
@@ -191,7 +211,7 @@ class _Client(ABC):
             async with asyncio.timeout(min(self.section.timeout_s, 30)):
                 served = [model.id async for model in self.client.models.list()]
         except self.library.APIStatusError as error:
-            if int(error.status_code) in (401, 403):
+            if int(error.status_code) in (401, 403) or int(error.status_code) < 400:
                 self._raise_status(error)
             return f"{where} does not list its models; {self.section.model!r} is taken on trust"
         except Exception as error:
@@ -202,7 +222,7 @@ class _Client(ABC):
         model = str(self.section.model)
         # `transformers serve` lists what is in the Hub's cache, and serves folders besides.
         if served and model not in served and not Path(model).exists():
-            shown = ", ".join(served[:8]) or "none"
+            shown = self.hide(", ".join(served[:8]))
             raise ValueError(
                 f"synthesis.model is {model!r}, but {where} serves {shown}{' ...' if len(served) > 8 else ''}. "
                 "Set synthesis.model to one of these."
@@ -215,6 +235,12 @@ class _Client(ABC):
     def hide(self, text: str) -> str:
         """Return text without the key, however a server echoes it."""
         return text.replace(self.key, HIDDEN) if self.key else text
+
+    def _clean(self, text: Any) -> str:
+        """Return a text of an answer without the key. Raises _NotUnderstood for what is no text."""
+        if not isinstance(text, str):
+            raise _NotUnderstood(f"text is expected, not {text!r}")
+        return self.hide(text) if self.key and len(self.key) >= _SECRET_LETTERS else text
 
     def _sampling(self) -> dict[str, Any]:
         section = self.section
@@ -245,17 +271,21 @@ class _OpenAI(_Client):
             **self._sampling(),
         )
 
-    def _read(self, message: Any) -> Answer:
+    def _read(self, message: Any, most: tuple[int, int]) -> Answer:
+        if said := getattr(
+            message, "error", None
+        ):  # as some that pass requests on have it, with status 200
+            raise _NotUnderstood(f"it holds an error, {said}")
         try:
             choice, usage = message.choices[0], message.usage
             refusal = getattr(choice.message, "refusal", None)
             finish = {"content_filter": "refusal"}.get(choice.finish_reason, choice.finish_reason)
             return Answer(
-                text=self.hide(choice.message.content or refusal or ""),
-                finish="refusal" if refusal else str(finish),
-                input_tokens=int(usage.prompt_tokens),
-                output_tokens=int(usage.completion_tokens),
-                model=self.hide(str(message.model)),
+                text=self._clean(choice.message.content or refusal or ""),
+                finish="refusal" if refusal else self._clean(str(finish)),
+                input_tokens=_count(usage, "prompt_tokens", most[0]),
+                output_tokens=_count(usage, "completion_tokens", most[1]),
+                model=self._clean(str(message.model)),
             )
         except (AttributeError, TypeError, IndexError, ValueError) as error:
             raise _NotUnderstood(first_line(error)) from None
@@ -276,30 +306,34 @@ class _Anthropic(_Client):
             **system,
         )
 
-    def _read(self, message: Any) -> Answer:
+    def _read(self, message: Any, most: tuple[int, int]) -> Answer:
         finishes = {"end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length"}
         try:
             text = "".join(block.text for block in message.content if block.type == "text")
             usage = message.usage
-            read = (
-                getattr(usage, f"cache_{how}_input_tokens", None) for how in ("read", "creation")
-            )
+            read = (_count(usage, f"cache_{how}_input_tokens", 0) for how in ("read", "creation"))
             return Answer(
-                text=self.hide(text),
-                finish=finishes.get(message.stop_reason, str(message.stop_reason)),
-                input_tokens=int(usage.input_tokens) + sum(filter(None, read)),
-                output_tokens=int(usage.output_tokens),
-                model=self.hide(str(message.model)),
+                text=self._clean(text),
+                finish=finishes.get(message.stop_reason, self._clean(str(message.stop_reason))),
+                input_tokens=_count(usage, "input_tokens", most[0]) + sum(read),
+                output_tokens=_count(usage, "output_tokens", most[1]),
+                model=self._clean(str(message.model)),
             )
         except (AttributeError, TypeError, ValueError) as error:
             raise _NotUnderstood(first_line(error)) from None
+
+
+def _count(usage: Any, name: str, most: int) -> int:
+    """Return the tokens that a server counted; the most that they can be, where it says no such number."""
+    number = getattr(usage, name, None)
+    return number if isinstance(number, int) and number >= 0 else most
 
 
 def read_retry_after(headers: Any) -> float | None:
     """Return the seconds that a server asks to wait (RFC 9110, 10.2.3: seconds or a date); None where it does not."""
     if value := headers.get("retry-after-ms"):
         try:
-            return float(value) / 1000
+            return max(0.0, float(value) / 1000)
         except ValueError:
             pass
     value = headers.get("retry-after")
@@ -311,5 +345,5 @@ def read_retry_after(headers: Any) -> float | None:
         pass
     try:
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, OverflowError):
         return None

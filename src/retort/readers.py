@@ -93,7 +93,8 @@ def require(columns: Columns, found: Iterable[str], *, where: str) -> None:
             raise ValueError(
                 f"column {column!r} is not in {where}, which has "
                 f"{', '.join(map(repr, found)) or 'no columns'}.{hint} Set dataset.text_column, or "
-                "prompt_column and response_column, to columns that are there."
+                "prompt_column and response_column, to columns that are there; of prompts, "
+                "synthesis.prompt_column."
             )
 
 

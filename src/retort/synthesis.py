@@ -29,7 +29,7 @@ from retort.provenance import (
     write_json,
 )
 from retort.providers import Answer, open_provider
-from retort.synthesis_plans import RESPONSES_FILE, list_prompt_files, local_model
+from retort.synthesis_plans import RESPONSES_FILE, list_prompt_files, local_model, name_asking
 
 FORMAT = {"format": "retort synthesis", "version": 1}
 JOURNAL_FILE = "journal.jsonl"
@@ -52,6 +52,7 @@ def check_synthesis(config: Config, *, say: Callable[[str], None]) -> list[str]:
     """
     section = config.synthesis
     require_filters(section)
+    _make_room(section)
     found = read_prompts(section)
     notes = [f"synthesis: {len(found.prompts):,} prompts; {found.twice:,} copies are left out"]
     if section.num_examples is not None and len(found.prompts) < section.num_examples:
@@ -67,6 +68,28 @@ def check_synthesis(config: Config, *, say: Callable[[str], None]) -> list[str]:
     else:
         notes.append(f"synthesis: {asyncio.run(_check_provider(section))}")
     return notes
+
+
+def _make_room(section: Synthesis) -> None:
+    """Make the folder of `output`. Raises ValueError where it cannot be written, or would overwrite the prompts."""
+    if section.output is None:
+        return
+    path = Path(section.output)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"the folder of synthesis.output {section.output!r} cannot be made ({error.strerror}: {error.filename})."
+        ) from None
+    if path.is_dir():
+        raise ValueError(
+            f"synthesis.output {section.output!r} is a folder, but a file is written: add its name, such as "
+            f"{path / RESPONSES_FILE}."
+        )
+    if path.exists() and any(path.samefile(file) for file in list_prompt_files(section)):
+        raise ValueError(
+            f"synthesis.output {section.output!r} is a file of prompts, and would overwrite it. Name another file."
+        )
 
 
 def _check_local(config: Config) -> None:
@@ -112,20 +135,23 @@ def synthesize(record_path: Path, task: Task) -> str:
     """
     started = time.monotonic()
     section = task.section
-    if task.stamp not in (None, stamp_files(list_prompt_files(section))):
-        raise ValueError("the files of prompts changed meanwhile: run the same command again.")
     require_filters(section)
+    _make_room(section)
     folder = record_path.parent
     folder.mkdir(parents=True, exist_ok=True)
     found = read_prompts(section)
+    # After reading: whatever was written before or meanwhile, the stamp is another.
+    if task.stamp not in (None, stamp_files(list_prompt_files(section))):
+        raise ValueError("the files of prompts changed meanwhile: run the same command again.")
     problems, missing = list[str](), list[str]()
     if section.decontaminate:
         problems, missing = read_benchmarks(task.evaluation, say=task.say)
     sieve = Sieve(section, Runs(problems, length=section.decontamination_words))
     busy = f"{folder.parent} is being asked by another process: waiting for it"
     lock = held(folder.parent / ".journal.lock", busy=busy, say=task.say, patience_s=_PATIENCE_S)
-    texts = [prompt.text for prompt in found.prompts]
-    with lock, Journal(folder.parent / JOURNAL_FILE, texts) as journal:
+    revision = task.loading.revision if task.loading else None
+    asked = name_asking(section, local_model=task.local_model, revision=revision)
+    with lock, Journal(folder.parent / JOURNAL_FILE, found.prompts, asked) as journal:
         if journal.answers:
             paid = describe_paid(section, journal.paid)
             task.say(f"{len(journal.answers):,} answers are in the journal: {paid}")
@@ -256,7 +282,6 @@ def _write_responses(section: Synthesis, path: Path, rows: Sequence[dict[str, An
     content = lines.encode("utf-8", "replace")  # half a character, cut at max_tokens, is none
     write_atomically(path, content)
     if section.output is not None:
-        Path(section.output).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(Path(section.output), content)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from retort.config_schema import ConfigError, show
+from retort.config_schema import KEY_PREFIXES, ConfigError, show
 
 Flat = Mapping[str, Any]
 
@@ -19,7 +19,6 @@ _SET_BY_SYNTHESIS = (
     "revision",
     "validation_split",
 )
-_KEY_PREFIXES = ("sk-", "hf_", "gsk_", "Bearer ")
 
 
 def check_synthesis(c: Flat, defaults: Flat) -> None:
@@ -42,7 +41,7 @@ def _refuse_secrets(c: Flat) -> None:
     )
     texts = {k: v for k, v in c.items() if k.startswith("synthesis.") and isinstance(v, str)}
     for key, value in texts.items():
-        if value.startswith(_KEY_PREFIXES):
+        if value.startswith(KEY_PREFIXES):
             raise ConfigError(
                 f"{key} looks like an API key, which must not stand in a config. {words}"
             )

@@ -4,6 +4,7 @@ Two names are nested. *Answers* are named by what is asked of whom, and paid for
 that pass the filters, so that another filter, or another number of examples, asks nothing twice.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ _SHARED_KEYS = (
     "seed",
 )
 _LOCAL_KEYS = ("revision", "engine", "batch_size")
+_PLACES = ("prompts", "prompts_split", "prompt_column", "templates")  # where prompts are read
 # How the teacher's section loads a local model.
 _LOADING_KEYS = ("dtype", "attn_implementation", "trust_remote_code")
 
@@ -99,7 +101,7 @@ def refuse_other_responses(record_path: Path) -> None:
         )
 
 
-def plan_synthesis(config: Config, root: Path, *, revision: int) -> SynthesisPlan:
+def plan_synthesis(config: Config, root: Path, *, revisions: Mapping[str, int]) -> SynthesisPlan:
     """Name the responses that a config asks for, below `root`.
 
     Raises ValueError where prompts, templates or benchmarks' files are not there.
@@ -108,7 +110,7 @@ def plan_synthesis(config: Config, root: Path, *, revision: int) -> SynthesisPla
     files = list_prompt_files(section)
     stamp = stamp_files(files)
     named = identity(section)
-    asked = {key: value for key, value in named.items() if key in _SHARED_KEYS}
+    asked = _list_asked(section)
     if files:
         asked.pop("prompts", None)  # these count by content
         asked.pop("templates", None)
@@ -116,16 +118,28 @@ def plan_synthesis(config: Config, root: Path, *, revision: int) -> SynthesisPla
     model: Any = section.model
     if section.provider == "local":
         prefix = ""
-        model = _name_local_model(config)
-        asked |= {key: value for key, value in named.items() if key in _LOCAL_KEYS}
+        model = _name_model(*local_model(config))
         asked |= {k: v for k, v in identity(config.teacher).items() if k in _LOADING_KEYS}
     content = [digest_file(path) for path in files]
-    answers_id = prefix + digest(["answers", revision, asked, model, content])
+    answers_id = prefix + digest(["answers", revisions["answers"], asked, model, content])
     kept = {k: v for k, v in named.items() if k not in (*_SHARED_KEYS, *_LOCAL_KEYS, "model")}
     problems = _name_problems(config)
-    synthesis_id = digest(["synthesis", revision, answers_id, kept, problems])
+    synthesis_id = digest(["synthesis", revisions["synthesis"], answers_id, kept, problems])
     folder = root / "syntheses" / answers_id / synthesis_id
     return SynthesisPlan(synthesis_id, answers_id, folder, config, stamp)
+
+
+def _list_asked(section: Synthesis) -> dict[str, Any]:
+    """Return the keys that say what is asked, of whom and how; a local model counts by its content, apart."""
+    keys = (*_SHARED_KEYS, *(_LOCAL_KEYS if section.provider == "local" else ()))
+    return {key: value for key, value in identity(section).items() if key in keys}
+
+
+def name_asking(section: Synthesis, *, local_model: str | None, revision: str | None) -> str:
+    """Return a digest of what is asked, of whom, besides the prompts themselves, wherever these lie."""
+    asked = {k: v for k, v in _list_asked(section).items() if k not in _PLACES}
+    model = _name_model(local_model, revision) if local_model else section.model
+    return digest([asked, model])
 
 
 def list_prompt_files(section: Synthesis) -> list[Path]:
@@ -172,9 +186,8 @@ def local_model(config: Config) -> tuple[str, str | None]:
     return str(config.teacher.model_path), section.revision or config.teacher.revision
 
 
-def _name_local_model(config: Config) -> Any:
+def _name_model(name: str, revision: str | None) -> Any:
     """Return a local model by content, one of the Hub by name."""
-    name, revision = local_model(config)
     folder = Path(name)
     if folder.is_dir():
         return [fingerprint_weights(folder), fingerprint_tokenizer(folder)]

@@ -78,6 +78,7 @@ class Proxy:
         self.delay_s = 0.0
         self.at_once = self.most_at_once = 0
         self.times: list[float] = []
+        self.sends_on_to = ""  # where status 307 points
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
@@ -146,7 +147,7 @@ class Proxy:
                 content = await response.json()
                 if response.status != 200:
                     return web.json_response(content, status=response.status)
-            answer = json.dumps(translate(content)).encode()
+            answer = _alter(fault, translate(content))
             sent = await _send(fault, request, answer)
             self.answered += [prompt] * (fault == "none")
             return sent
@@ -158,6 +159,8 @@ class Proxy:
         shown = request.headers.get("Authorization", "") + request.headers.get("x-api-key", "")
         if fault.isdigit():
             headers = {"Retry-After": "1"} if fault in ("429", "503") else {}
+            if fault == "307":
+                headers = {"Location": self.sends_on_to + request.path}
             said = {"error": {"message": f"no, {shown}", "type": "fault", "code": None}}
             return web.json_response(said, status=int(fault), headers=headers)
         if fault == "quota":
@@ -178,6 +181,23 @@ class Proxy:
             text, kind = bodies[fault]
             return web.Response(text=text, content_type=kind)
         return None
+
+
+def _alter(fault: str, content: Any) -> bytes:
+    """Return an answer as bytes, not quite what the API promises."""
+    if fault == "no usage":
+        del content["usage"]
+    if fault in ("negative usage", "endless usage"):
+        number = -(10**6) if fault == "negative usage" else float("inf")
+        content["usage"] = dict.fromkeys(content["usage"], number)
+    if fault == "long frame":
+        content["usage"]["prompt_tokens"] += 300
+    if fault == "list for a text":
+        content["choices"][0]["message"]["content"] = [{"type": "text", "text": "a part"}]
+    if fault == "an error in the JSON":
+        content = {"error": {"message": "overloaded", "code": 502}}
+    whole = json.dumps(content).encode()
+    return whole.replace(b'"content"', b'"content\xff"') if fault == "no UTF-8" else whole
 
 
 async def _send(fault: str, request: web.Request, answer: bytes) -> web.StreamResponse:

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import time
+import unicodedata
+import warnings
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +25,13 @@ from retort.config import Evaluation, Synthesis, load_runs, section_flags
 from retort.config_schema import ConfigError, fill_defaults, section_schema
 from retort.config_sections import build_section
 from retort.contamination import Runs, read_benchmarks
-from retort.filters import Sieve, detect_language, has_broken_code, is_refusal
+from retort.filters import (
+    Sieve,
+    detect_language,
+    has_broken_code,
+    is_refusal,
+    require_filters,
+)
 from retort.journal import Journal
 from retort.prompts import Prompt, read_prompts
 from retort.providers import Answer, Lost, TurnedAway, open_provider, read_key, read_retry_after
@@ -83,13 +91,26 @@ def test_a_text_file_has_a_prompt_on_each_line(tmp_path: Path) -> None:
     ]
 
 
+def test_a_mark_of_the_byte_order_is_no_letter_of_a_prompt(tmp_path: Path) -> None:
+    for name, text in (("p.txt", "One?\r\nTwo?\r\n"), ("p.csv", "prompt\r\nOne?\r\nTwo?\r\n")):
+        path = write(tmp_path, name, "\ufeff" + text)
+        assert [p.text for p in read_prompts(section(prompts=path)).prompts] == ["One?", "Two?"]
+
+
+def test_half_a_character_is_refused_before_anything_is_paid(tmp_path: Path) -> None:
+    path = write(tmp_path, "p.jsonl", '{"prompt": "Whole."}\n{"prompt": "Half \\ud83d."}\n')
+    with pytest.raises(ValueError, match=r"prompt 2 of .* half a character") as raised:
+        read_prompts(section(prompts=path))
+    str(raised.value).encode()  # can be printed
+
+
 def test_files_that_are_missing_or_of_no_known_kind_are_refused(tmp_path: Path) -> None:
     write(tmp_path, "prompts.jsonl", '{"prompt": "x"}')
     with pytest.raises(ValueError, match=r"does not exist .* Did you mean"):
         read_prompts(section(prompts=str(tmp_path / "prompt.jsonl")))
     with pytest.raises(ValueError, match="no known ending"):
         read_prompts(section(prompts=write(tmp_path, "p.docx", "x")))
-    with pytest.raises(ValueError, match="'question' is not in"):
+    with pytest.raises(ValueError, match=r"'question' is not in .* synthesis\.prompt_column"):
         read_prompts(section(prompts=str(tmp_path / "prompts.jsonl"), prompt_column="question"))
 
 
@@ -131,6 +152,7 @@ def test_another_seed_asks_in_another_order_and_the_same_one_in_the_same(tmp_pat
         ({"categories": {"do": 0.7, "say": 0.2}}, "categories sum to 0.9"),
         ({"categories": {"do": 1.0}}, "Give each category its templates"),
         ({"templates": {"do": ["{subject}"], "say": ["x"]}}, "cannot be filled"),
+        ({"templates": {"do": ["{topic.name}"], "say": ["{topic[name]}"]}}, "cannot be filled"),
         ({"topics": []}, "has no topics"),
         ({"topic": ["x"]}, "has the keys"),
         ({"languages": ["python"]}, "must give each name a proportion"),
@@ -229,6 +251,21 @@ def test_languages_are_told_apart_by_prose_alone_and_not_guessed() -> None:
     assert (detect_language(PROSE), detect_language(PROSE_DE)) == ("en", "de")
     assert detect_language("Ja.") is None
     assert detect_language("```\n" + PROSE_DE + "\n```") is None
+    assert detect_language(f"{PROSE} \ud83d") == "en", "half a character, cut at max_tokens"
+
+
+def test_a_language_that_nobody_knows_is_refused_and_not_passed_over() -> None:
+    for known in ("en", "German", None):
+        require_filters(section(response_language=known))
+    with pytest.raises(ValueError, match="response_language is 'engish', but known are arabic"):
+        require_filters(section(response_language="engish"))
+
+
+def test_what_python_would_warn_of_in_a_response_is_said_to_nobody() -> None:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert not has_broken_code("```python\nimport re\nre.match('\\d', 'x')\n```")
+    assert not said
 
 
 @pytest.mark.parametrize(
@@ -275,6 +312,21 @@ def test_problems_of_benchmarks_are_found_in_prompts_and_responses(tmp_path: Pat
     )
 
 
+@pytest.mark.parametrize(
+    "problem",
+    [
+        "\u5c0f\u660e\u6709\u4e09\u4e2a\u82f9\u679c,\u4ed6\u53c8\u4e70\u4e86\u4e94\u4e2a\u82f9\u679c?",
+        "L\u00f6se die Gleichung f\u00fcr x und gib die gr\u00f6\u00dfte L\u00f6sung an, wenn es mehrere gibt",
+    ],
+)
+def test_a_problem_is_found_however_its_letters_are_written(problem: str) -> None:
+    runs = Runs([problem], length=13)
+    hidden = "\u00ad".join(problem)  # a soft hyphen, on no screen
+    for text in (problem, unicodedata.normalize("NFD", problem), hidden):
+        assert runs.is_in(f"\u9898\u76ee: {text} Answer: 8")
+    assert not runs.is_in(problem[:8])
+
+
 @given(st.permutations(range(12)), st.integers(1, 12))
 def test_what_is_kept_depends_on_the_answers_alone(order: list[int], wanted: int) -> None:
     """Whatever the order in which answers come, and wherever the asking was interrupted."""
@@ -308,10 +360,12 @@ def test_what_is_kept_depends_on_the_answers_alone(order: list[int], wanted: int
 
 # The journal, and waits.
 
+ASKED = [Prompt(f"p{i}") for i in range(12)]
+
 
 def test_a_journal_survives_a_torn_line_and_counts_what_was_in_flight(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
-    with Journal(path, "abcd") as journal:
+    with Journal(path, ASKED) as journal:
         for place in (0, 1, 2, 3):
             journal.send(place, (10, 20))
         journal.keep(0, answer("half a \ud83d character"))
@@ -322,7 +376,7 @@ def test_a_journal_survives_a_torn_line_and_counts_what_was_in_flight(tmp_path: 
     with path.open("ab") as file:
         file.write(b'{"event":"answer","place":9,"ans')
     for _ in range(2):
-        with Journal(path, "abcd") as journal:
+        with Journal(path, ASKED) as journal:
             assert list(journal.answers) == [0] and journal.answers[0].text.startswith("half")
             assert (journal.paid.requests, journal.paid.lost_requests) == (
                 1,
@@ -330,21 +384,56 @@ def test_a_journal_survives_a_torn_line_and_counts_what_was_in_flight(tmp_path: 
             )  # 2, and 3 in flight
         assert path.read_bytes() == whole
     path.write_bytes(b'{"event":"other","place":1}\n' + whole)
-    with pytest.raises(ValueError, match="line 1, is no line of a journal"), Journal(path, "abcd"):
+    with pytest.raises(ValueError, match="line 1, is no line of a journal"), Journal(path, ASKED):
         pass
     assert path.read_bytes().endswith(whole), "what was paid for is never cut away"
 
 
 def test_an_answer_stays_with_its_prompt_whatever_becomes_of_the_others(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
-    with Journal(path, ["one", "two", "three"]) as journal:
+    with Journal(path, [Prompt(text) for text in ("one", "two", "three")]) as journal:
         for place, text in enumerate(("1", "2", "3")):
             journal.send(place, (10, 20))
             journal.keep(place, answer(text))
         journal.send(1, (10, 20))
-    with Journal(path, ["new", "three", "one"]) as journal:
+    with Journal(path, [Prompt(text) for text in ("new", "three", "one")]) as journal:
         assert {place: a.text for place, a in journal.answers.items()} == {1: "3", 2: "1"}
         assert (journal.paid.requests, journal.paid.lost_requests) == (3, 1), "paid all the same"
+
+
+def test_a_journal_of_other_settings_is_refused(tmp_path: Path) -> None:
+    """As of a synthesis typed by hand into the folder beside another's."""
+    path = tmp_path / "journal.jsonl"
+    with Journal(path, ASKED, "greedy") as journal:
+        journal.send(1, (10, 20))
+        journal.keep(1, answer("One."))
+    whole = path.read_bytes()
+    with pytest.raises(ValueError, match=r"line 1, .* or was asked with other settings"):
+        Journal(path, ASKED, "drawn").__enter__()
+    with Journal(path, [*ASKED, Prompt("one more")], "greedy") as journal:
+        assert journal.answers == {1: answer("One.")}
+    assert path.read_bytes() == whole
+
+
+def test_no_bit_of_a_journal_changes_unnoticed(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    with Journal(path, ASKED) as journal:
+        for place in range(2):
+            journal.send(place, (10, 20))
+            journal.keep(place, answer(f"Answer {place}."))
+        written = dict(journal.answers)
+    whole = path.read_bytes()
+    refused = 0
+    for at in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[at // 8] ^= 1 << at % 8
+        path.write_bytes(flipped)
+        try:
+            with Journal(path, ASKED) as journal:
+                assert journal.answers.items() <= written.items()
+        except ValueError:
+            refused += 1
+    assert refused >= 8 * len(whole) - 8  # the last line's end: that line counts as torn
 
 
 class Tried:
@@ -443,6 +532,10 @@ def over(raw: dict[str, Any], section: str, /, **values: Any) -> dict[str, Any]:
         ("synthesis", {"base_url": "http://me:secret@host/v1"}, "must not stand in a config"),
         ("synthesis", {"base_url": "localhost:8000"}, "an address is expected"),
         ("synthesis", {"model": "sk-abcdef123456"}, "looks like an API key"),
+        ("synthesis", {"api_key": "abcdef123456"}, "no key of the config. A key never stands"),
+        ("synthesis", {"api_key_variable": "sk-abcdef123456"}, "the name of a variable"),
+        ("synthesis", {"max_tokens": "sk-abcdef123456"}, "an integer"),
+        ("synthesis", {"my_key": "sk-abcdef123456"}, "A key never stands in a config"),
         ("synthesis", {"max_cost": 3.0}, "no price is known"),
         ("synthesis", {"tokens_per_minute": 1000}, "no request would fit"),
         ("synthesis", {"max_characters": 5, "min_characters": 9}, "nothing would be left"),
@@ -606,3 +699,19 @@ def test_responses_that_were_edited_are_refused(tmp_path: Path, local: Task) -> 
 def test_prompts_that_changed_meanwhile_are_refused(tmp_path: Path, local: Task) -> None:
     with pytest.raises(ValueError, match="changed meanwhile"):
         run_local(tmp_path, replace(local, stamp="0" * 12))
+
+
+@pytest.mark.parametrize(
+    "output, words",
+    [("answers", "is a folder"), ("p.txt", "is a file of prompts"), ("p.txt/x.jsonl", "be made")],
+)
+def test_an_output_that_cannot_be_is_said_before_anything_is_asked(
+    tmp_path: Path, local: Task, output: str, words: str
+) -> None:
+    (tmp_path / "answers").mkdir()
+    asked = replace(local.section, output=str(tmp_path / output))
+    before = (tmp_path / "p.txt").read_bytes()
+    with pytest.raises(ValueError, match=words):
+        run_local(tmp_path, replace(local, section=asked))
+    assert (tmp_path / "p.txt").read_bytes() == before
+    assert not (tmp_path / "answers" / "journal.jsonl").exists()

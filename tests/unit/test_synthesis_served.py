@@ -109,6 +109,9 @@ FAULTS = {
     "no answer in the JSON": True,
     "HTML": True,
     "slow stream": True,
+    "no UTF-8": True,
+    "list for a text": True,
+    "an error in the JSON": True,
 }
 
 
@@ -135,6 +138,45 @@ def test_a_fault_is_asked_again_and_leaves_no_trace_in_the_responses(
         print(f"\n| {fault} | 5 | {paid['lost_requests']} | {seconds:.1f} s | {line} |")
     if fault in ("429", "503"):
         assert "again in 1." in line  # Retry-After: 1, and the jitter above it
+
+
+@pytest.mark.parametrize("fault", ["no usage", "negative usage", "endless usage"])
+def test_an_answer_without_its_count_is_kept_and_counted_at_its_most(
+    proxy: Proxy, model: Path, tmp_path: Path, fault: str
+) -> None:
+    section = configure(proxy, model, write_prompts(tmp_path, PROMPTS[:4]), concurrency=1)
+    expected, usual, _ = run(tmp_path / "undisturbed", section)
+    proxy.forget()
+    proxy.faults.extend(["none", fault])
+    found, record, _ = run(tmp_path / "disturbed", section)
+    assert found == expected and len(proxy.asked) == 4
+    most = len(PROMPTS[1].encode()) + 64
+    assert record["paid"]["input_tokens"] > usual["paid"]["input_tokens"] + most / 2
+    assert record["paid"]["output_tokens"] == usual["paid"]["output_tokens"]  # cut at max_tokens
+
+
+@pytest.mark.parametrize("provider", ["openai", "anthropic"])
+def test_the_key_does_not_follow_where_a_server_sends_on_to(
+    proxy: Proxy, model: Path, tmp_path: Path, provider: str
+) -> None:
+    base_url = proxy.url if provider == "openai" else proxy.url.removesuffix("/v1")
+    prompts = write_prompts(tmp_path, PROMPTS[:3])
+    section = configure(proxy, model, prompts, concurrency=1, provider=provider, base_url=base_url)
+    proxy.sends_on_to = proxy.url.replace("127.0.0.1", "localhost").removesuffix("/v1")
+    proxy.faults.extend(["none", "307"])
+    with pytest.raises(ValueError, match=r"sends on to http://localhost.*base_url"):
+        run(tmp_path, section)
+    assert len(proxy.asked) == 2
+
+
+def test_a_key_that_is_a_mere_word_is_not_cut_out_of_responses(
+    proxy: Proxy, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section = configure(proxy, model, write_prompts(tmp_path, PROMPTS[:2]))
+    expected, *_ = run(tmp_path / "secret", section)
+    words = json.loads(expected.splitlines()[0])["response"].split()
+    monkeypatch.setenv("OPENAI_API_KEY", max(words, key=len))
+    assert run(tmp_path / "word", section)[0] == expected
 
 
 @pytest.mark.parametrize("fault", ["401", "403", "404", "quota"])
@@ -282,6 +324,21 @@ def test_the_budget_is_never_passed_and_more_of_it_goes_on(
     assert record["paid"]["cost"] == pytest.approx(
         _spent(tmp_path / "answers" / JOURNAL_FILE)["cost"]
     )
+
+
+def test_a_server_that_counts_more_than_was_asked_passes_the_budget_once_at_most(
+    proxy: Proxy, model: Path, tmp_path: Path
+) -> None:
+    """As one whose chat template puts a long system prompt before each prompt."""
+    section = configure(
+        proxy, model, write_prompts(tmp_path, PROMPTS), concurrency=1, max_total_tokens=700
+    )
+    proxy.faults.extend(["long frame"] * len(PROMPTS))
+    for _ in range(2):
+        with pytest.raises(Stopped, match="the budget is used up"):
+            run(tmp_path, section)
+        assert _spent(tmp_path / "answers" / JOURNAL_FILE)["tokens"] <= 700
+        assert len(proxy.asked) == 2  # of about 310 tokens, where 100 were foreseen
 
 
 def _spent(journal: Path) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Let a model write responses to prompts: a corpus, with everything that was paid for in a journal.
 
     python workflow/scripts/synthesize.py --synthesis-provider openai --synthesis-base-url http://localhost:8000/v1 \\
-        --synthesis-model my-model --synthesis-prompts prompts.jsonl --output results/mine/synthesis.json
+        --synthesis-model my-model --synthesis-prompts prompts.jsonl --output results/mine/all/synthesis.json
 """
 
 import argparse
