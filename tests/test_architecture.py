@@ -28,6 +28,7 @@ ROOMS = (
     "progress",
     "deadlines",
     "failures",
+    "stuck_jobs",
     "ranks",
     "documents",
     "demo_text",

@@ -91,6 +91,26 @@ def test_a_job_that_is_cancelled_while_it_waits_is_submitted_again(
     note("scancel of a waiting worker", "CANCELLED; a second job ran", parts, project)
 
 
+def test_a_job_that_is_held_is_said_and_goes_on_when_it_is_released(
+    teacher_left: Project, cluster: Cluster, note: Note
+) -> None:
+    project = teacher_left
+    for node in NODES:
+        cluster.run("scontrol", "update", f"nodename={node}", "state=drain", "reason=full")
+    with Parts(project) as parts:
+        process = project.start(project.merged)
+        job = project.worker_job(0, state="PENDING").id
+        cluster.run("scontrol", "hold", job)  # as SLURM does after a start that failed on a node
+        for node in NODES:
+            cluster.run("scontrol", "update", f"nodename={node}", "state=resume")
+        words = f"type: scontrol release {job}."
+        cluster.wait_until(lambda: words in project.said().lower(), "it is said", process=process)
+        cluster.run("scontrol", "release", job)
+        project.finish(process)
+    assert project.states(0) == ["COMPLETED"]
+    note("a waiting worker is held", "said, and what to type; released, it ran", parts, project)
+
+
 def test_at_its_time_limit_a_worker_ends_and_the_next_attempt_goes_on(
     teacher_left: Project, cluster: Cluster, note: Note
 ) -> None:

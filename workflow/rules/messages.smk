@@ -8,6 +8,7 @@ import time
 from retort.failures import describe_failures
 from retort.gpus import describe_machine, is_scheduled
 from retort.provenance import require_writable
+from retort.stuck_jobs import StuckJobs
 
 
 def greet():
@@ -19,7 +20,7 @@ def greet():
     require_own_profile()
     forget_future_dates()
     remember_job_age()
-    look_twice_a_minute()
+    watch_jobs()
     try:
         for folder in dict.fromkeys((RESULTS, CACHE)):
             require_writable(Path(folder))
@@ -130,18 +131,22 @@ def remember_job_age():
         plugin.get_min_job_age = lambda: age
 
 
-def look_twice_a_minute():
-    """Let the slurm plugin (2.8) look at its jobs twice a minute at least, by one squeue.
+def watch_jobs():
+    """Let the slurm plugin (2.8) look at its jobs twice a minute at least, by one squeue, and say which are stuck.
 
     Its pauses grow to three minutes while no job ends: 182 s passed until the end of a job of 23 minutes was noticed.
     """
     plugin = sys.modules.get("snakemake_executor_plugin_slurm")
     if plugin and not workflow.local_exec:
+        stuck = StuckJobs(logger.warning)
         kind = plugin.Executor
         pause = kind.next_seconds_between_status_checks
-        kind.next_seconds_between_status_checks = pause.setter(
-            lambda executor, seconds: pause.fset(executor, min(seconds, 30))
-        )
+
+        def set_pause(executor, seconds):
+            pause.fset(executor, min(seconds, 30))
+            stuck.look(executor.run_uuid)
+
+        kind.next_seconds_between_status_checks = pause.setter(set_pause)
 
 
 def cancel_forgotten_jobs():
