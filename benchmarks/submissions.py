@@ -7,7 +7,7 @@ The cluster is the one of the tests: SLURM's own daemons on this machine. A shar
 the small TinyStories are 44 million tokens. The four lines at the profile's end are uncommented. The work is what the
 scripts took, each from its process's start to its end, as if they had been typed one below the other into one sbatch;
 `--typed` does that too, in the same run, after the measured one. All else is orchestration, of the allocation (from the
-job's start to its end) or of the whole (from the command to its end).
+job's start to its end) or of the whole (from the command to its end, with index_tokens, which runs beside Snakemake).
 """
 
 import argparse
@@ -48,13 +48,14 @@ class Span(NamedTuple):
 
 
 class Watch(threading.Thread):
-    """Looks at the processes of tokenize_shard.py all the time: when each was first and last there.
+    """Looks at the processes of a script all the time: when each was first and last there.
 
     A script's children, until they execute something else, have its command line too, and are not counted.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, script: str) -> None:
         super().__init__(daemon=True)
+        self._script = f"/{script}.py".encode()
         self._seen: dict[int, Span] = {}
         self._children: set[int] = set()
         self._ended = threading.Event()
@@ -66,7 +67,7 @@ class Watch(threading.Thread):
             for path in Path("/proc").glob("[0-9]*"):
                 with suppress(OSError):
                     script = (path / "cmdline").read_bytes().split(b"\0")[1:2]
-                    if script and script[0].endswith(b"/tokenize_shard.py"):
+                    if script and script[0].endswith(self._script):
                         self._see(int(path.name), _read_parent(path), now)
 
     def _see(self, number: int, parent: int, now: float) -> None:
@@ -111,20 +112,22 @@ def lay_out(folder: Path, cluster: Cluster, args: argparse.Namespace) -> Project
     return project
 
 
-def run_pipeline(project: Project) -> tuple[Span, list[Span]]:
-    """Run `snakemake --profile profiles/slurm` up to the index; return its span and the scripts'."""
+def run_pipeline(project: Project) -> tuple[Span, list[Span], Span]:
+    """Run `snakemake --profile profiles/slurm` up to the index; return its span, and those of shards and index."""
     start = [sys.executable, "-m", "snakemake"]
     words = ["--profile", "profiles/slurm", "--configfile", "tiny.yaml"]
     index = project.find_output(r"tokens/\w+/index\.json$")
     project.execute([*start, index, *words, "--until", "check_inputs"])  # once, however many shards
-    watch = Watch()
-    watch.start()
+    watches = [Watch(script) for script in ("tokenize_shard", "index_tokens")]
+    for watch in watches:
+        watch.start()
     began = time.time()
     done = project.execute([*start, index, *words], patience_s=_DAY_S)
     whole = Span(began, time.time())
     if done.returncode:
         raise RuntimeError(done.output[-3000:])
-    return whole, watch.stop()
+    shards, (index_span,) = (watch.stop() for watch in watches)
+    return whole, shards, index_span
 
 
 def read_allocation(cluster: Cluster, job: str) -> Span:
@@ -155,14 +158,16 @@ def run_typed(project: Project) -> Span:
     return read_allocation(cluster, job)
 
 
-def report(whole: Span, jobs: list[Span], scripts: list[Span]) -> None:
+def report(whole: Span, jobs: list[Span], scripts: list[Span], index: Span) -> None:
     """Print the shares, and where the time outside of the scripts went; of one job only, step by step."""
     work = sum(script.seconds for script in scripts)
     print(f"{len(scripts)} shards of {work / len(scripts):.0f} s in {len(jobs)} job(s)\n")
     print(f"{'scripts':<44} {work:>8.1f} s")
     held = sum(job.seconds for job in jobs)
-    for name, seconds in (("allocation", held), ("command", whole.seconds)):
-        label, outside = f"{name}, from start to end", (seconds - work) / seconds
+    print(f"{'index_tokens':<44} {index.seconds:>8.1f} s")
+    both = work + index.seconds
+    for name, seconds, own in (("allocation", held, work), ("command", whole.seconds, both)):
+        label, outside = f"{name}, from start to end", (seconds - own) / seconds
         print(f"{label:<44} {seconds:>8.1f} s   outside {outside:.1%}")
     if len(jobs) > 1:
         return
@@ -173,7 +178,8 @@ def report(whole: Span, jobs: list[Span], scripts: list[Span]) -> None:
         "Snakemake's start in the job": scripts[0].began - job.began,
         f"between shards ({sum(between) / max(1, len(between)):.1f} s each)": sum(between),
         "end of the job": job.ended - scripts[-1].ended,
-        "until it was noticed": whole.ended - job.ended,
+        "until it was noticed": index.began - job.ended,
+        "end of the command": whole.ended - index.ended,
     }
     for name, seconds in steps.items():
         print(f"  {name:<42} {seconds:>8.1f} s")
@@ -201,10 +207,10 @@ def main() -> None:
     cluster.start()
     with tempfile.TemporaryDirectory(prefix="retort-submissions-") as name:
         project = lay_out(Path(name) / "project", cluster, args)
-        whole, scripts = run_pipeline(project)
+        whole, scripts, index = run_pipeline(project)
         assert len(scripts) == args.shards, scripts
         jobs = sorted(read_allocation(cluster, job.id) for job in cluster.jobs())
-        report(whole, jobs, scripts)
+        report(whole, jobs, scripts, index)
         if args.typed:
             print(f"\n{'typed into one sbatch':<44} {run_typed(project).seconds:>8.1f} s")
 
