@@ -179,13 +179,13 @@ class Asker:
     async def _reserve(self, place: int) -> None:
         """Note that a request goes out; wait while only what is in flight stands between it and the budget."""
         async with self._landed:
-            while why := self._passes_budget(self._bound(place)):
+            while why := self._passes_budget(bound := self._bound(place)):
                 if self._stopped or not self.journal.open:
                     raise Stopped(why)
                 await self._landed.wait()
             if self._stopped:
                 raise self._stopped
-            self.journal.send(place, self._bound(place))
+            self.journal.send(place, bound)
 
     def _passes_budget(self, bound: tuple[int, int]) -> str | None:
         section, reserved = self.section, self.journal.reserved

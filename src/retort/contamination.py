@@ -17,9 +17,8 @@ from retort.humaneval import read_problems
 # Han and kana stand without spaces between words: each sign counts as one.
 _SIGNS = "\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
 _WORD = re.compile(rf"[{_SIGNS}]|[^\W{_SIGNS}]+")
-_UNSEEN = dict.fromkeys(
-    map(ord, "\u00ad\u200b\u200c\u200d\u2060\ufeff")
-)  # within a word, on no screen
+# Within a word, on no screen.
+_UNSEEN = dict.fromkeys(map(ord, "\u00ad\u200b\u200c\u200d\u2060\ufeff"))
 _FEWEST_WORDS = 5
 
 

@@ -163,9 +163,7 @@ def detect_language(text: str) -> str | None:
     prose = _CODE.sub(" ", _FENCE.sub(" ", text))
     if sum(map(str.isalpha, prose)) < _LEAST_PROSE:
         return None
-    whole = prose.encode(
-        "utf-8", "replace"
-    ).decode()  # half a character, cut at max_tokens, is none
+    whole = prose.encode("utf-8", "replace").decode()  # half a character, cut at the end, is none
     code, probability = _identifier().classify(whole)
     return str(code) if probability >= _LEAST_PROBABILITY else None
 

@@ -48,11 +48,6 @@ class Paid:
         return (read * price_in + written * price_out) / 1e6
 
 
-def digest_prompt(text: str) -> str:
-    """Return 32 hex digits (xxh3-128) of a prompt."""
-    return xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogatepass"))
-
-
 @dataclass
 class Journal:
     """The answers to these prompts, by the place of the prompt; opened by `with`, by one process at a time.
@@ -69,7 +64,7 @@ class Journal:
     open: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
 
     def __enter__(self) -> "Journal":
-        self._keys = [digest_prompt(prompt.text) for prompt in self.prompts]
+        self._keys = [_digest(prompt.text) for prompt in self.prompts]
         self._places = {key: place for place, key in enumerate(self._keys)}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("a+b")
@@ -183,6 +178,10 @@ class Journal:
         total.lost_input_tokens += sum(read for read, _ in bounds)
         total.lost_output_tokens += sum(written for _, written in bounds)
         return total
+
+
+def _digest(text: str) -> str:
+    return xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogatepass"))
 
 
 def _to_line(event: Mapping[str, Any]) -> str:

@@ -34,9 +34,8 @@ _FRAME_TOKENS = 64
 _RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 _FATAL = (401, 402, 403, 404, 405)
 _TOO_SHORT_KEY = 4
-_SECRET_LETTERS = (
-    16  # shorter ones are words that a server of one's own is content with: EMPTY, test
-)
+# Shorter ones are words that a server of one's own is content with: EMPTY, test.
+_SECRET_LETTERS = 16
 
 
 @dataclass(frozen=True)
@@ -272,9 +271,8 @@ class _OpenAI(_Client):
         )
 
     def _read(self, message: Any, most: tuple[int, int]) -> Answer:
-        if said := getattr(
-            message, "error", None
-        ):  # as some that pass requests on have it, with status 200
+        # As some servers that pass requests on have it, with status 200.
+        if said := getattr(message, "error", None):
             raise _NotUnderstood(f"it holds an error, {said}")
         try:
             choice, usage = message.choices[0], message.usage

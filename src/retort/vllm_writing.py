@@ -61,36 +61,40 @@ class VllmWriter(Writer):
         from vllm import SamplingParams
 
         missing = [place for place in places if place not in self.journal.answers]
-        ids = [self._clip(place) for place in missing]
-        engine = self._model.llm_engine
-        drawn = [self._draw(place) for place in missing]
+        sampling, engine = self._sampling, self._model.llm_engine
         params = [
             SamplingParams(
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
-                seed=seed,
+                seed=self._seed(place),
                 max_tokens=self._room,
                 stop_token_ids=self._ends,
                 detokenize=False,
             )
-            for sampling, seed in drawn
+            for place in missing
         ]
-        asked = self._model.enqueue([{"prompt_token_ids": i} for i in ids], params, use_tqdm=False)
+        prompts = [{"prompt_token_ids": self._ids[place]} for place in missing]
+        asked = self._model.enqueue(prompts, params, use_tqdm=False)
         # "7-9c1e03ab" when it is asked (0.32; before, "7"), and "7" when it is answered
-        number_of = {request.partition("-")[0]: number for number, request in enumerate(asked)}
+        requests = (request.partition("-")[0] for request in asked)
+        place_of = dict(zip(requests, missing, strict=True))
         with self._open_bar(len(missing)) as bar:
             while engine.has_unfinished_requests():
                 for output in engine.step():
-                    number = number_of[output.request_id]
+                    place = place_of[output.request_id]
                     new = list(output.outputs[0].token_ids)
                     completion = describe_completion(
-                        self.tokenizer, ids[number], new, room=self._room, ends=self._ends
+                        self.tokenizer, self._ids[place], new, room=self._room, ends=self._ends
                     )
-                    self._keep(missing[number], completion)
+                    self._keep(place, completion)
                     self._advance(bar)
 
-    def _clip(self, place: int) -> list[int]:
-        return clip_prompt(self._encode(place), self._context, self.section.max_tokens)
+    @cached_property
+    def _ids(self) -> list[list[int]]:
+        """All prompts, as ids that leave room."""
+        longest = self.section.max_tokens
+        places = range(len(self.prompts))
+        return [clip_prompt(self._encode(place), self._context, longest) for place in places]
 
     @cached_property
     def _context(self) -> int | None:
@@ -120,7 +124,6 @@ class VllmWriter(Writer):
         import vllm
 
         device = choose_device(self.loading.device)
-        longest = max(len(self._clip(place)) for place in range(len(self.prompts)))
         try:
             model = vllm.LLM(
                 self.model_path,
@@ -128,7 +131,7 @@ class VllmWriter(Writer):
                 tokenizer_revision=self.loading.revision,
                 trust_remote_code=self.loading.trust_remote_code,
                 dtype=str(choose_dtype(self.loading.dtype, device)).removeprefix("torch."),
-                max_model_len=longest + self._room,
+                max_model_len=max(map(len, self._ids)) + self._room,
                 tensor_parallel_size=torch.cuda.device_count() if device.type == "cuda" else 1,
                 enforce_eager=device.type != "cuda",  # elsewhere it compiles for minutes
                 seed=self.section.seed,

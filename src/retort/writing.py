@@ -73,16 +73,19 @@ class Writer(ABC):
             trust_remote_code=self.loading.trust_remote_code,
         )
 
-    def _draw(self, start: int) -> tuple[Sampling, int]:
-        """Return how tokens are chosen, and the seed of the prompts from `start` on."""
+    @property
+    def _sampling(self) -> Sampling:
         section = self.section
-        sampling = Sampling(
+        return Sampling(
             temperature=_TEMPERATURE if section.temperature is None else section.temperature,
             max_new_tokens=section.max_tokens,
             seed=section.seed,
             top_p=section.top_p or 1.0,
         )
-        return sampling, int(digest([section.seed, start]), 16) % _SEEDS
+
+    def _seed(self, start: int) -> int:
+        """Return the seed of the prompts that are drawn together from this place on."""
+        return int(digest([self.section.seed, start]), 16) % _SEEDS
 
     def _encode(self, place: int) -> list[int]:
         """Return a prompt's ids: through the model's chat template, or where it has none, as a text to go on from."""
@@ -142,12 +145,11 @@ class BatchWriter(Writer):
                 self._advance(bar)
 
     def _complete(self, start: int, batch: range) -> list[Completion]:
-        model, tokenizer = self._model, self.tokenizer
-        sampling, seed = self._draw(start)
+        model, tokenizer, sampling = self._model, self.tokenizer, self._sampling
         context = longest_context(model.config)
         ids = [clip_prompt(self._encode(p), context, sampling.max_new_tokens) for p in batch]
         ends = list_ends(model.generation_config, tokenizer)
-        torch.manual_seed(seed)
+        torch.manual_seed(self._seed(start))
         try:
             return complete_batch(model, tokenizer, ids, sampling=sampling, ends=ends)
         except (MemoryError, RuntimeError) as error:

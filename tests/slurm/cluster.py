@@ -184,6 +184,16 @@ class Cluster:
         """Let a requeued job start now: SLURM waits two minutes."""
         self.run("scontrol", "update", f"jobid={job_id}", "StartTime=now")
 
+    def drain(self) -> None:
+        """Let no node take a job."""
+        for node in NODES:
+            self.run("scontrol", "update", f"nodename={node}", "state=drain", "reason=full")
+
+    def resume(self) -> None:
+        """Let every node that was drained take jobs again."""
+        for node in NODES:
+            self.run("scontrol", "update", f"nodename={node}", "state=resume")
+
     def settle(self) -> None:
         """Cancel every job and forget it, bring every node back, and wait until the cluster is as it was."""
         if not self._is_alive("slurmctld"):

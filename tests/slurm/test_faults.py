@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from cluster import NODES, Cluster
+from cluster import Cluster
 from place import Place, merge
 from project import CONFIG, Note, Parts, Project
 
@@ -79,13 +79,11 @@ def test_a_job_that_is_cancelled_while_it_waits_is_submitted_again(
     teacher_left: Project, cluster: Cluster, note: Note
 ) -> None:
     project = teacher_left
-    for node in NODES:
-        cluster.run("scontrol", "update", f"nodename={node}", "state=drain", "reason=full")
+    cluster.drain()
     with Parts(project) as parts:
         process = project.start(project.merged)
         cluster.run("scancel", project.worker_job(0, state="PENDING").id)
-        for node in NODES:
-            cluster.run("scontrol", "update", f"nodename={node}", "state=resume")
+        cluster.resume()
         project.finish(process)
     assert project.states(0) == ["CANCELLED", "COMPLETED"]
     note("scancel of a waiting worker", "CANCELLED; a second job ran", parts, project)
@@ -95,14 +93,12 @@ def test_a_job_that_is_held_is_said_and_goes_on_when_it_is_released(
     teacher_left: Project, cluster: Cluster, note: Note
 ) -> None:
     project = teacher_left
-    for node in NODES:
-        cluster.run("scontrol", "update", f"nodename={node}", "state=drain", "reason=full")
+    cluster.drain()
     with Parts(project) as parts:
         process = project.start(project.merged)
         job = project.worker_job(0, state="PENDING").id
         cluster.run("scontrol", "hold", job)  # as SLURM does after a start that failed on a node
-        for node in NODES:
-            cluster.run("scontrol", "update", f"nodename={node}", "state=resume")
+        cluster.resume()
         words = f"type: scontrol release {job}."
         cluster.wait_until(lambda: words in project.said().lower(), "it is said", process=process)
         cluster.run("scontrol", "release", job)

@@ -18,6 +18,11 @@ SUBMITTED = {
 _GIVEN = re.compile(r"Worker \d/\d  CUDA_VISIBLE_DEVICES: ([\d,]+)\n")
 
 
+def share_out(project: Project, **generation: int) -> None:
+    """Let so many workers, of so many GPUs each, share the teacher's pass."""
+    project.write_config(CONFIG | {"teacher": tiny(teacher={"generation": generation})["teacher"]})
+
+
 def test_the_whole_workflow_makes_what_it_makes_without_a_cluster(
     project: Project, undisturbed: Place, cluster: Cluster
 ) -> None:
@@ -48,14 +53,7 @@ def test_a_worker_waits_for_one_node_and_is_not_spread_over_several(
 ) -> None:
     """A worker of two GPUs, where every node has one free: two GPUs of two nodes are no group."""
     project = teacher_left
-    project.write_config(
-        CONFIG
-        | {
-            "teacher": tiny(teacher={"generation": {"num_workers": 1, "gpus_per_model": 2}})[
-                "teacher"
-            ]
-        }
-    )
+    share_out(project, num_workers=1, gpus_per_model=2)
     sleeps = ["--output=/dev/null", f"--gpus={GPUS - 1}", "--wrap=sleep 3600"]
     for node in NODES:
         cluster.run("sbatch", "--partition=gpu", f"--nodelist={node}", *sleeps)
@@ -79,14 +77,7 @@ def test_workers_on_several_nodes_hold_their_gpus_alone(
 ) -> None:
     """Three workers of two GPUs: two of them are on one node of four."""
     project = teacher_left
-    project.write_config(
-        CONFIG
-        | {
-            "teacher": tiny(teacher={"generation": {"num_workers": 3, "gpus_per_model": 2}})[
-                "teacher"
-            ]
-        }
-    )
+    share_out(project, num_workers=3, gpus_per_model=2)
     process = project.start(project.merged)
     project.pause(process, 0, 1, 2)
     jobs = [project.worker_job(worker) for worker in range(3)]

@@ -102,6 +102,18 @@ def start(section: Synthesis, model: Path, folder: Path) -> "subprocess.Popen[by
     return subprocess.Popen(words, stdout=log, stderr=log, env=environment)
 
 
+def start_until(
+    section: Synthesis, model: Path, folder: Path, *, lines: int
+) -> "subprocess.Popen[bytes]":
+    """Start the script; return its process, at work, when so many answers are in the journal."""
+    process = start(section, model, folder)
+    journal = folder / "answers" / JOURNAL_FILE
+    while not (journal.exists() and journal.read_bytes().count(b"\n") >= lines):
+        assert process.poll() is None, (folder / "log").read_text()[-3000:]
+        time.sleep(0.02)
+    return process
+
+
 def finish(section: Synthesis, model: Path, folder: Path) -> list[str]:
     """Run the script to its end; return the responses."""
     process = start(section, model, folder)
@@ -145,11 +157,7 @@ def test_drawn_responses_have_a_seed_each_and_a_kill_leaves_what_was_written(
     assert len(set(whole)) == len(PROMPTS)
     killed = tmp_path / "killed"
     journal = killed / "answers" / JOURNAL_FILE
-    process = start(asked, stories, killed)
-    while process.poll() is None and not (
-        journal.exists() and journal.read_bytes().count(b"\n") > 3
-    ):
-        time.sleep(0.02)
+    process = start_until(asked, stories, killed, lines=4)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it was to be killed at work"
     kept = journal.read_bytes()
@@ -166,10 +174,7 @@ def test_sigterm_ends_it_at_once_and_a_model_it_cannot_run_is_said(
     tmp_path: Path, prompts: str, stories: Path
 ) -> None:
     asked = configure(prompts=prompts, temperature=1.0, max_tokens=300, engine="vllm")
-    process = start(asked, stories, tmp_path / "ended")
-    journal = tmp_path / "ended" / "answers" / JOURNAL_FILE
-    while process.poll() is None and not (journal.exists() and journal.stat().st_size):
-        time.sleep(0.02)
+    process = start_until(asked, stories, tmp_path / "ended", lines=1)
     assert process.poll() is None, "it was to be ended at work"
     process.terminate()
     assert process.wait(60) == 143
