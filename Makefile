@@ -22,15 +22,15 @@ demo: $(READY)
 test: test-unit test-workflow test-slow
 
 test-unit: $(READY)
-	$(BIN)/pytest tests/unit tests/test_architecture.py -n 2 --durations 25 --durations-min 1
+	$(BIN)/pytest tests/unit tests/test_architecture.py -n 2 --dist worksteal --durations 25 --durations-min 1
 
 test-workflow: $(READY)
-	$(BIN)/pytest tests/workflow -n 2
+	$(BIN)/pytest tests/workflow -n 2 --dist loadgroup --durations 25 --durations-min 20
 
 # What takes longer: groups of pretended GPUs, fifty interruptions of workers, a Hub with faults, and the real teacher and
 # stories of ../shared/data (skipped with a reason where they are absent).
 test-slow: $(READY)
-	$(BIN)/pytest -m slow -n 2 tests/workflow/test_kills.py tests/workflow/test_real_input.py \
+	$(BIN)/pytest -m slow -n 2 --durations 25 --durations-min 20 tests/workflow/test_kills.py tests/workflow/test_real_input.py \
 		tests/workflow/test_gpu_groups.py tests/workflow/test_synthesis_example.py tests/unit
 
 # A local model by vLLM, whose CPU build is installed into an environment of its own: minutes and 4 GB, once.

@@ -22,7 +22,6 @@ from retort.drawing import read_drawn
 from retort.models import fingerprint_model
 from retort.provenance import describe_run, write_json
 from retort.tokens import TokenCounts, fingerprint_of_tokenizer, tokenize_documents
-from retort.training import Job, train_student
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -59,6 +58,8 @@ def make_demo_teacher(
     record_path: Path, dataset: Dataset, *, drawn: Path | None, say: Callable[[str], None] = print
 ) -> None:
     """Train tokenizer and model into model/ beside `record_path`, then write the fingerprint there."""
+    from retort.training import Job, train_student  # seconds; check_inputs reads of this room only
+
     folder = record_path.parent
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / ".demo_teacher.lock"):

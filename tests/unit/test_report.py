@@ -163,6 +163,19 @@ def render_page(folder: Path, paths: list[Path]) -> str:
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the report of the demo's runs, only to be read."""
+    folder = tmp_path_factory.mktemp("demo")
+    make_report(write_demo(folder), folder / "report.html")
+    return folder
+
+
+@pytest.fixture
+def demo_page(demo: Path) -> str:
+    return (demo / "report.html").read_text(encoding="utf-8")
+
+
 def warnings_of(paths: list[Path]) -> str:
     """Return all warnings in one text."""
     records = load_metrics(paths)
@@ -604,7 +617,7 @@ def test_few_documents_are_said(tmp_path: Path) -> None:
 # All metrics, reliability, classes
 
 
-def test_every_metric_of_every_model_is_in_the_page(tmp_path: Path) -> None:
+def test_every_metric_of_every_model_is_in_the_page(tmp_path: Path, demo_page: str) -> None:
     records = load_metrics(write_demo(tmp_path))
     table = build_metric_table(records)
     assert [name for name, _, _ in table.rows] == ["teacher", "output", "logit", "hybrid"]
@@ -617,8 +630,7 @@ def test_every_metric_of_every_model_is_in_the_page(tmp_path: Path) -> None:
     of_teacher = dict(zip(table.heads[1:], table.rows[0][2], strict=True))
     assert of_teacher["bits per byte, bits/byte"].text == "1.000"
     assert of_teacher["top-1 agreement, %"].text == "-"
-    words = Page(render_page(tmp_path, write_demo(tmp_path / "again"))).words
-    assert {"42.0 to 44.0", "72.0", "1.210"} <= set(words)
+    assert {"42.0 to 44.0", "72.0", "1.210"} <= set(Page(demo_page).words)
 
 
 def test_why_a_metric_is_missing_is_said_once(tmp_path: Path) -> None:
@@ -637,9 +649,8 @@ def test_classes_have_a_row_each_with_every_runs_loss(tmp_path: Path) -> None:
     assert cells[-1].below == "KL 0.400"
 
 
-def test_each_model_has_a_reliability_curve(tmp_path: Path) -> None:
-    text = render_page(tmp_path, write_demo(tmp_path))
-    assert text.count('aria-label="accuracy over confidence"') == 4
+def test_each_model_has_a_reliability_curve(tmp_path: Path, demo_page: str) -> None:
+    assert demo_page.count('aria-label="accuracy over confidence"') == 4
     alone = render_page(
         tmp_path, [write_run(tmp_path / "x", "alone", "output", **without_teacher())]
     )
@@ -677,36 +688,33 @@ class Page(HTMLParser):
         self.words.append(data)
 
 
-def test_page_fetches_nothing_and_runs_its_own_script_alone(tmp_path: Path) -> None:
-    text = render_page(tmp_path, write_demo(tmp_path))
-    page = Page(text)
+def test_page_fetches_nothing_and_runs_its_own_script_alone(demo_page: str) -> None:
+    page = Page(demo_page)
     references = [
         v for k, v in page.attributes if k in ("href", "xlink:href", "src", "srcset", "data")
     ]
     assert references and all(value.startswith("#") for value in references)
     assert not {"link", "img", "iframe", "object", "embed"} & set(page.tags)
-    (script,) = re.findall(r"<script>(.*?)</script>", text, flags=re.DOTALL)
+    (script,) = re.findall(r"<script>(.*?)</script>", demo_page, flags=re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    assert page.tags.count("script") == 1 and f"script-src 'sha256-{digest}'\"" in text
+    assert page.tags.count("script") == 1 and f"script-src 'sha256-{digest}'\"" in demo_page
     assert not [k for k, _ in page.attributes if k.startswith("on")]
-    assert "@import" not in text
-    assert set(re.findall(r"url\((.)", text)) <= {"#"}
-    assert "http" not in re.sub(r"http-equiv", "", text)
+    assert "@import" not in demo_page
+    assert set(re.findall(r"url\((.)", demo_page)) <= {"#"}
+    assert "http" not in re.sub(r"http-equiv", "", demo_page)
 
 
-def test_ids_are_unique_and_every_reference_finds_its_id(tmp_path: Path) -> None:
-    text = render_page(tmp_path, write_demo(tmp_path))
-    ids = [value for key, value in Page(text).attributes if key == "id"]
+def test_ids_are_unique_and_every_reference_finds_its_id(demo_page: str) -> None:
+    ids = [value for key, value in Page(demo_page).attributes if key == "id"]
     assert len(ids) == len(set(ids))
-    assert set(re.findall(r'(?:href="|url\()#([^")]+)', text)) <= set(ids)
+    assert set(re.findall(r'(?:href="|url\()#([^")]+)', demo_page)) <= set(ids)
 
 
-def test_figures_use_only_variables_that_light_and_dark_define(tmp_path: Path) -> None:
-    text = render_page(tmp_path, write_demo(tmp_path))
-    drawings = "".join(re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL))
+def test_figures_use_only_variables_that_light_and_dark_define(demo_page: str) -> None:
+    drawings = "".join(re.findall(r"<svg.*?</svg>", demo_page, flags=re.DOTALL))
     assert not re.findall(r"#[0-9a-f]{6}\b", drawings)
-    light, dark = re.findall(r":root \{(.*?)\}", text, flags=re.DOTALL)
-    used = set(re.findall(r"var\((--\w[\w-]*)\)", text))
+    light, dark = re.findall(r":root \{(.*?)\}", demo_page, flags=re.DOTALL)
+    used = set(re.findall(r"var\((--\w[\w-]*)\)", demo_page))
     for definitions in (light, dark):
         assert used <= set(re.findall(r"(--[\w-]+):", definitions))
 
@@ -795,8 +803,8 @@ def test_equal_inputs_give_equal_bytes(tmp_path: Path) -> None:
     assert made[0] == made[1]
 
 
-def test_make_report_prints_what_it_writes(tmp_path: Path) -> None:
-    summary = make_report(write_demo(tmp_path), tmp_path / "report.html")
+def test_make_report_returns_the_summary_that_it_writes(tmp_path: Path) -> None:
+    summary = make_report([write_run(tmp_path, "one")], tmp_path / "report.html")
     assert (tmp_path / "summary.txt").read_text() == summary + "\n"
     assert {"report.html", "summary.csv"} <= {path.name for path in tmp_path.iterdir()}
 

@@ -10,15 +10,11 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("openai")
-pytest.importorskip("anthropic")
-pytest.importorskip("uvicorn")
-
 from served import Proxy, copy_with_template, serve
 
 from retort.asking import Stopped
@@ -28,7 +24,12 @@ from retort.config_sections import build_section
 from retort.synthesis import JOURNAL_FILE, Task, synthesize
 from retort.synthesis_plans import RESPONSES_FILE
 
-pytestmark = pytest.mark.slow
+# Found, not imported: where these tests are not asked for, their import would be the longest of the suite.
+MISSING = [name for name in ("openai", "anthropic", "uvicorn") if find_spec(name) is None]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
+]
 SCRIPT = Path(__file__).resolve().parents[2] / "workflow" / "scripts" / "synthesize.py"
 KEY = "marked-key-a1b2c3d4e5f6"
 STARTS = ("Once upon a time there was a", "One day a little", "Lily and Tom saw a", "A small")

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import wandb
 import yaml
 from bench import Bench, read_log, read_weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -54,6 +53,8 @@ def _read_when_written(path: Path) -> bytes:
 def test_wandb_works_without_a_network(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import wandb
+
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     folder = tmp_path / "0123456789ab"

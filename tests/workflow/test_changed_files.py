@@ -5,14 +5,14 @@ import shutil
 import signal
 from pathlib import Path
 
-from place import Place, sha256, tiny, wait_until
+from place import TINY, Place, sha256, tiny, wait_until
 
 from retort.cache import LogitCache
 
 
 def test_results_may_lie_in_folders_of_any_name(fresh: Place) -> None:
     folders = {"results_dir": "my results/it's here", "cache_dir": "the cache"}
-    fresh.write_config(tiny(output=folders))
+    fresh.write_config(tiny(output=folders, runs={"both": TINY["runs"]["both"]}))
     fresh.snakemake()
     assert (fresh.path / "my results" / "it's here" / "report.html").exists()
     again = fresh.snakemake()
@@ -78,16 +78,14 @@ def test_a_corpus_edited_while_it_is_read_makes_nothing(fresh: Place) -> None:
 
 
 def test_a_student_edited_before_it_is_built_is_not_trained_under_the_old_ones_name(
-    fresh: Place,
+    done: Place,
 ) -> None:
-    fresh.snakemake("--until", "merge_h5")
-    for path in fresh.path.glob("logs/check_inputs/*.log"):
+    shutil.rmtree(done.results / "runs")
+    for path in (*done.path.glob("logs/check_inputs/*.log"), *done.results.glob("checks/*.json")):
         path.unlink()
-    for path in fresh.results.glob("checks/*.json"):
-        path.unlink()
-    said = edit_while_checking(fresh, fresh.path / "student.json", "8", "16")
+    said = edit_while_checking(done, done.path / "student.json", "8", "16")
     assert "student.json changed since the command began" in said
-    assert not list(fresh.results.glob("runs/*/*/training.json"))
+    assert not list(done.results.glob("runs/*/*/training.json"))
 
 
 def test_a_tokenizer_edited_before_it_is_read_makes_no_tokens(fresh: Place) -> None:

@@ -157,10 +157,14 @@ def test_ended_in_any_way_the_same_command_goes_on(
 
 
 def test_a_sigterm_ends_a_worker_in_a_moment_and_frees_its_part(work: Pass) -> None:
-    process = work.start()
-    wait_until(work.parts, process=process)
-    process.terminate()
-    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    for _ in range(5):
+        process = work.start()
+        wait_until(work.parts, process=process)
+        process.terminate()
+        if process.wait(timeout=60) != 0:
+            break
+        shutil.rmtree(work.folder)  # on a busy machine it may have finished before it was told
+    assert process.returncode == 128 + signal.SIGTERM
     assert not list((work.folder / "parts").glob("*.claim"))
     assert not list((work.folder / "parts").glob(".*.tmp"))
 

@@ -8,6 +8,9 @@ import pytest
 from place import Place, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+# One process has them all: what they look at is trained in minutes, once for each process.
+pytestmark = pytest.mark.xdist_group("ways")
+
 
 def find_run(place: Place, name: str) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """Return a run's folder, its training.json and its metrics."""

@@ -43,9 +43,17 @@ def main() -> None:
     os.environ["RAYON_NUM_THREADS"] = str(dataset.num_proc)
     if args.synthesis:
         refuse_other_responses(args.synthesis)
+    from retort.sharding import is_custom
     from retort.shards import tokenize_shard
-    from retort.tokens import fingerprint_of_tokenizer, load_tokenizer, refuse_other_tokenizer
+    from retort.tokens import (
+        fingerprint_of_tokenizer,
+        leave_torch_out,
+        load_tokenizer,
+        refuse_other_tokenizer,
+    )
 
+    if not args.trust_remote_code and not is_custom(dataset):  # a user's code may want it
+        leave_torch_out()
     tokenizer = load_tokenizer(
         args.tokenizer, revision=args.tokenizer_revision, trust_remote_code=args.trust_remote_code
     )
