@@ -18,7 +18,7 @@ from retort.config_sections import build_section
 from retort.corpus import read_documents
 from retort.documents import Counts, Document
 from retort.evaluation import evaluate_student
-from retort.features import OTHER_TOKENIZER, TeacherFeatures, collect_features, digest_keys
+from retort.features import OTHER_TOKENIZER, TeacherFeatures, digest_keys
 from retort.intervals import Estimate
 from retort.models import (
     CausalLM,
@@ -36,6 +36,7 @@ from retort.scores import METRICS, METRICS_FORMAT, METRICS_VERSION, OF_BOTH, Sco
 from retort.tables import format_metric, name_metric
 from retort.text_bytes import count_next_bytes
 from retort.tokens import SequenceTable, TokenCounts, load_tokenizer, tokenize_documents
+from retort.validation import collect_features
 
 _LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _PACKED = (".gz", ".zst")

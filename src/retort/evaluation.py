@@ -21,7 +21,6 @@ from retort.features import (
     OTHER_TOKENIZER,
     TeacherFeatures,
     digest_keys,
-    has_tokenizer,
     read_features,
 )
 from retort.index import TokenIndex
@@ -47,6 +46,7 @@ from retort.scores import (
 )
 from retort.text_bytes import count_next_bytes
 from retort.tokens import SequenceTable, load_tokenizer
+from retort.validation import has_tokenizer
 
 METRICS_FROM_TRAINING = (
     "run",

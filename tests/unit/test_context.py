@@ -9,9 +9,9 @@ import pytest
 from tiny import WIDTH, record, section, tokenize
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from retort.features import score_validation
 from retort.index import TokenIndex
 from retort.runs import train_run
+from retort.validation import score_validation
 from retort.workers import generate_logits
 
 LONGEST = 48

@@ -17,7 +17,7 @@ from retort.evaluation import (
     evaluate_run,
     evaluate_student,
 )
-from retort.features import TeacherFeatures, digest_keys, read_features, score_validation
+from retort.features import TeacherFeatures, digest_keys, read_features
 from retort.index import TokenIndex
 from retort.metrics import next_tokens
 from retort.models import CausalLM, load_pretrained, load_teacher, split_model
@@ -26,6 +26,7 @@ from retort.records import load_metrics
 from retort.scores import OF_BOTH, read_documents
 from retort.text_bytes import count_next_bytes
 from retort.tokens import SequenceTable, concatenate_tables, load_tokenizer
+from retort.validation import score_validation
 
 Matrix = NDArray[np.float64]
 

@@ -15,14 +15,14 @@ from retort.features import (
     digest_keys,
     iterate_rows,
     read_features,
-    score_tables,
-    score_validation,
     write_features,
 )
+from retort.heads import Head
 from retort.index import TokenIndex, build_index
-from retort.models import CausalLM, Head, load_teacher, split_model
+from retort.models import CausalLM, load_teacher, split_model
 from retort.provenance import read_json, write_json
 from retort.tokens import SequenceTable
+from retort.validation import score_tables, score_validation
 
 
 @pytest.fixture(scope="module")

@@ -25,9 +25,9 @@ from retort.cache import (
 )
 from retort.codec import Codec, SparseTargets
 from retort.features import TeacherFeatures, digest_keys, write_features
+from retort.heads import Head
 from retort.index import TokenIndex
 from retort.merging import merge_h5
-from retort.models import Head
 from retort.parts import (
     build_header,
     merge_parts,

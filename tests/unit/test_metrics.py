@@ -110,7 +110,8 @@ MEASURE = """
 import sys, torch
 from retort.features import TeacherFeatures
 from retort.metrics import measure_positions
-from retort.models import CausalLM, Head
+from retort.heads import Head
+from retort.models import CausalLM
 from retort.tokens import build_table
 import numpy as np
 from types import SimpleNamespace

@@ -26,8 +26,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from retort.heads import Head
 from retort.models import (
-    Head,
     choose_device,
     choose_dtype,
     fingerprint_model,

@@ -10,7 +10,7 @@ import torch
 from tiny import record, section
 
 from retort.completions import sample_model
-from retort.features import read_features, score_validation
+from retort.features import read_features
 from retort.index import TokenIndex
 from retort.models import load_pretrained
 from retort.samples import (
@@ -22,6 +22,7 @@ from retort.samples import (
     write_samples,
 )
 from retort.tokens import build_table, load_tokenizer
+from retort.validation import score_validation
 
 
 @pytest.fixture(scope="module")

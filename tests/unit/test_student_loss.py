@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from retort.batches import IGNORE_INDEX
 from retort.fused_loss import LossSettings, TeacherRows
+from retort.heads import Head
 from retort.losses import LossTerms, compute_dense_divergence
-from retort.models import Head, split_model
+from retort.models import split_model
 from retort.student_loss import Lesson, attach_loss
 
 torch.set_num_threads(1)

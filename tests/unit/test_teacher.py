@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from retort import teacher as teacher_room
 from retort.codec import Codec
-from retort.models import CausalLM, Head, _refuse_offloaded, load_teacher
+from retort.heads import Head
+from retort.models import CausalLM, _refuse_offloaded, load_teacher
 from retort.selection import pad_width, select_probable, select_top_k
 from retort.sparse_streams import TAIL_UNIT
 from retort.teacher import (

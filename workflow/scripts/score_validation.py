@@ -31,7 +31,7 @@ def main() -> None:
     args = parser.parse_args()
     section = section_from_args(args, "teacher")
     with lease_teacher(section.generation, worker=0, device=section.device, say=say):
-        from retort.features import score_validation
+        from retort.validation import score_validation
 
         score_validation(
             args.output,
