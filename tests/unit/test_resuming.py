@@ -18,6 +18,8 @@ from tiny import real_processes
 from retort.checkpoints import Stamp, find_checkpoint
 from retort.provenance import digest_folder, read_json, write_json
 
+pytestmark = pytest.mark.slow  # each trains two or three times
+
 GPT2_WITH_DROPOUT = {
     "model_type": "gpt2",
     "n_embd": 8,
@@ -75,7 +77,6 @@ def undisturbed(
     return folder
 
 
-@pytest.mark.slow
 def test_a_run_killed_at_random_steps_ends_with_the_weights_of_an_undisturbed_one(
     bench: Bench, dropout_student: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -102,7 +103,6 @@ def test_a_run_killed_at_random_steps_ends_with_the_weights_of_an_undisturbed_on
     assert_same_curve(folder, undisturbed)
 
 
-@pytest.mark.slow
 def test_a_torn_checkpoint_is_removed_and_the_one_before_is_used(
     bench: Bench, dropout_student: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -141,7 +141,6 @@ def test_a_damaged_checkpoint_is_not_gone_on_from(
         assert (name in said[0]) == (not (name == "complete.json" and bad is None))
 
 
-@pytest.mark.slow
 def test_going_on_at_an_epochs_end_or_within_one_gives_the_same_weights(
     bench: Bench, dropout_student: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -193,7 +192,6 @@ def test_old_checkpoints_are_removed_but_two_are_kept(
     )  # the newest may be torn
 
 
-@pytest.mark.slow
 def test_a_second_process_on_the_same_run_waits(
     bench: Bench, dropout_student: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -218,7 +216,6 @@ def test_a_second_process_on_the_same_run_waits(
     assert_same_weights(folder, undisturbed)
 
 
-@pytest.mark.slow
 def test_a_window_of_the_log_that_spans_a_checkpoint_is_whole(
     bench: Bench, dropout_student: Path, tmp_path: Path
 ) -> None:
@@ -233,7 +230,6 @@ def test_a_window_of_the_log_that_spans_a_checkpoint_is_whole(
         assert summary["trained_positions"] == whole["positions"] + whole["window"]["positions"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "change", [{"alpha": 0.25}, {"seed": 1}, {"learning_rate": 0.5}, {"divergence": "reverse_kl"}]
 )

@@ -237,8 +237,8 @@ def _is_ours(place: Path) -> bool:
 @pytest.mark.parametrize(
     "program",
     [
-        "while True: pass",
-        "import time; time.sleep(1000)",
+        pytest.param("while True: pass", marks=pytest.mark.slow),
+        pytest.param("import time; time.sleep(1000)", marks=pytest.mark.slow),
         "import signal\nfor s in (1, 2, 15, 24): signal.signal(s, signal.SIG_IGN)\nwhile True: pass",
     ],
 )

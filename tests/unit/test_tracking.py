@@ -14,6 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from retort import training
 from retort.provenance import read_json
 
+pytestmark = pytest.mark.slow  # each trains, and some start a tracker
+
 TRACKED = (
     "total_loss",
     "hard_loss",
@@ -31,7 +33,6 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
-@pytest.mark.slow
 def test_tensorboard_shows_the_curve_that_is_on_disk(bench: Bench, tmp_path: Path) -> None:
     bench.train(tmp_path, bench.cache, tracking={"use_tensorboard": True})
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -49,7 +50,6 @@ def _read_when_written(path: Path) -> bytes:
     return stored
 
 
-@pytest.mark.slow
 def test_wandb_works_without_a_network(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,7 +70,6 @@ def test_wandb_works_without_a_network(
     assert json.dumps(float(last["total_loss"])).encode() in stored
 
 
-@pytest.mark.slow
 def test_the_curve_is_written_while_the_training_goes_on(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -140,7 +140,13 @@ WAYS = (kill, terminate, take_memory_away)
 
 
 @pytest.mark.parametrize(
-    ("count", "seed"), [(3, 0), pytest.param(50, 1, marks=pytest.mark.slow)], ids=["some", "fifty"]
+    ("count", "seed"),
+    [
+        (3, 0),
+        pytest.param(15, 2, marks=pytest.mark.slow),
+        pytest.param(50, 1, marks=pytest.mark.slow),
+    ],
+    ids=["some", "fifteen", "fifty"],
 )
 def test_ended_in_any_way_the_same_command_goes_on(
     work: Pass, undisturbed: str, count: int, seed: int

@@ -233,6 +233,12 @@ def test_results_report_html_is_the_report_asked_for_last(done: Place) -> None:
     assert not link.readlink().is_absolute(), "the folder can be moved"
 
 
+def test_snakemakes_own_report_can_be_made_too(done: Place) -> None:
+    done.snakemake("--report", "workflow.html")
+    page = (done.path / "workflow.html").read_text()
+    assert "generate_logits" in page and "<html" in page
+
+
 def _with_alpha(alpha: float) -> dict[str, object]:
     runs = tiny()["runs"]
     both = runs["both"]["training"] | {"alpha": alpha}
