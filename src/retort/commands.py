@@ -9,6 +9,7 @@ import errno
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -64,6 +65,7 @@ def run_script(main: Callable[[], None]) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     _terminate_by(os.getpid())
+    sys.unraisablehook = _raise_again
     # Of several processes that do one job, only the first launcher begins an attempt.
     is_first = "LOCAL_RANK" not in os.environ and os.environ.get("SLURM_PROCID", "0") == "0"
     if is_first and not sys.stdout.isatty():
@@ -92,13 +94,33 @@ def _terminate_by(process: int) -> None:
         if os.getpid() != process:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
-        # Once is enough; and what a library's destructor says of its own children's end is no use to anybody.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        sys.unraisablehook = lambda _: None
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
         say(f"interrupted by SIGTERM. {GOES_ON}")
         raise SystemExit(128 + signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, terminate)
+
+
+def _raise_again(found: "sys.UnraisableHookArgs") -> None:
+    """Raise an interrupt again, a moment later, that came where Python drops every exception.
+
+    That is in destructors and in callbacks of weak references, of which h5py has one for each object it opens: three of
+    54 interrupts of a worker were lost there, and it went on to its end.
+    """
+    interrupt = found.exc_type
+    if not issubclass(interrupt, (KeyboardInterrupt, SystemExit)):
+        # Once the end has begun, what a library's destructor says of its own children's end is no use to anybody.
+        if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:
+            sys.__unraisablehook__(found)
+        return
+    status = getattr(found.exc_value, "code", None)
+
+    def interrupt_again(*_: Any) -> None:
+        raise interrupt(status) if issubclass(interrupt, SystemExit) else interrupt
+
+    if threading.current_thread() is threading.main_thread():  # where handlers of signals run
+        signal.signal(signal.SIGALRM, interrupt_again)
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
 
 
 def is_disk_full(error: BaseException) -> bool:

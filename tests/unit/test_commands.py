@@ -46,6 +46,25 @@ def test_sigterm_ends_in_order_and_says_that_the_work_goes_on() -> None:
     assert "the same command goes on" in found.stderr and "Traceback" not in found.stderr
 
 
+@pytest.mark.parametrize("interrupt", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "ref = weakref.ref(thing, lambda _: os.kill(os.getpid(), signal.{}))",
+        "Thing.__del__ = lambda self: os.kill(os.getpid(), signal.{})",
+    ],
+    ids=["weak reference", "destructor"],
+)
+def test_an_interrupt_is_not_lost_where_python_drops_exceptions(place: str, interrupt: str) -> None:
+    found = run(
+        "import os, signal, time, weakref\n    class Thing: pass\n    thing = Thing()\n"
+        f"    {place.format(interrupt)}\n    try: del thing; time.sleep(60)\n"
+        "    finally: say('cleaned up')"
+    )
+    assert found.returncode == (143 if interrupt == "SIGTERM" else 130)
+    assert found.stderr.splitlines()[-1] == "cleaned up" and "Exception ignored" not in found.stderr
+
+
 def test_sigterm_of_a_child_is_the_childs_alone() -> None:
     found = run(
         "import os, signal, time\n    child = os.fork()\n    while not child: time.sleep(0.01)\n"

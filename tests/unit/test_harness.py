@@ -60,6 +60,7 @@ def test_a_missing_harness_is_said_with_the_line_that_installs_it(
     assert f"{sys.executable} -m pip install 'lm-eval>=" in str(refusal.value)
 
 
+@pytest.mark.slow
 def test_a_local_task_scores_what_the_model_itself_finds_likelier(
     tmp_path: Path, tiny_teacher: Path
 ) -> None:

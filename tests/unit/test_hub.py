@@ -135,7 +135,8 @@ def test_a_stream_that_never_recovers_ends_in_one_sentence_and_is_gone_on_with(
     assert hub.requests["part-1.jsonl"] <= 1 and hub.requests["part-0.jsonl"] <= 1  # its columns
 
 
-@pytest.mark.parametrize("status", [401, pytest.param(403, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("status", [401, 403])
 def test_a_gated_dataset_is_not_tried_again_and_says_what_to_type(
     tmp_path: Path, status: int
 ) -> None:

@@ -71,6 +71,7 @@ def run_with_terminal(
     return shown.decode()
 
 
+@pytest.mark.slow
 def test_the_bar_advances_to_the_end_and_the_log_has_lines_only(tmp_path: Path) -> None:
     log = tmp_path / "log"
     words = f"3>&2 >> {log} 2> >(tee -a {log} >&2)"

@@ -749,7 +749,7 @@ def test_run_names_are_text_never_markup_or_formulas(tmp_path: Path) -> None:
     assert not [k for k, _ in page.attributes if k == "onclick"]
 
 
-@pytest.mark.parametrize("num_runs", [1, 12])
+@pytest.mark.parametrize("num_runs", [1, pytest.param(12, marks=pytest.mark.slow)])
 def test_every_run_is_in_page_table_and_csv(tmp_path: Path, num_runs: int) -> None:
     names = [f"run-{i:02d}" for i in range(num_runs)]
     changes = [without_teacher() if i % 5 == 4 else {} for i in range(num_runs)]
@@ -779,6 +779,7 @@ def test_csv_keeps_all_digits_and_leaves_empty_what_is_not_defined(tmp_path: Pat
     assert rows[1]["cache_fidelity_kl"] == "3.1e-05"
 
 
+@pytest.mark.slow
 def test_missing_logs_are_said_and_drawn_as_nothing(tmp_path: Path) -> None:
     paths = write_demo(tmp_path)
     first, *others = load_metrics(paths)

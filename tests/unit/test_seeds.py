@@ -45,6 +45,7 @@ def test_one_seed_has_no_mean_and_twice_the_same_counts_once(tmp_path: Path) -> 
     assert mean.num_seeds == 2
 
 
+@pytest.mark.slow
 def test_they_stand_in_the_summary_and_on_the_page(tmp_path: Path) -> None:
     paths = write_sweep(tmp_path)
     said = " ".join(render_summary(load_metrics(paths), report_path=tmp_path / "r.html").split())

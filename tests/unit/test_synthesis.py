@@ -415,6 +415,7 @@ def test_a_journal_of_other_settings_is_refused(tmp_path: Path) -> None:
     assert path.read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_no_bit_of_a_journal_changes_unnoticed(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     with Journal(path, ASKED) as journal:
@@ -485,6 +486,7 @@ def test_a_missing_client_is_said_with_the_line_that_installs_it(
         open_provider(section(provider="anthropic"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("provider", ["openai", "anthropic"])
 def test_where_nobody_listens_nothing_is_paid(
     provider: str, monkeypatch: pytest.MonkeyPatch
