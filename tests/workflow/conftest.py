@@ -7,11 +7,12 @@ run is all that is asked.
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from place import REPOSITORY, Place, lay_out
+from place import REPOSITORY, Once, Place, lay_out
 
 
 @pytest.fixture(scope="session")
@@ -27,17 +28,27 @@ def inputs(
 
 
 @pytest.fixture(scope="session")
-def finished(inputs: Place, tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """The tiny workflow, run to its end once and undisturbed; only to be copied."""
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """Make a place, or find it made by another of pytest-xdist's workers."""
     own = tmp_path_factory.getbasetemp()
     shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
-    place, mark = Place(shared / "finished"), shared / "finished.done"
-    with FileLock(shared / "finished.lock"):
-        if not mark.exists():
-            shutil.rmtree(place.path, ignore_errors=True)
-            inputs.copy_to(place.path).snakemake()
-            mark.touch()
-    return place
+
+    def make_once(name: str, make: Callable[[Path], object]) -> Place:
+        place, mark = Place(shared / name), shared / f"{name}.done"
+        with FileLock(shared / f"{name}.lock"):
+            if not mark.exists():
+                shutil.rmtree(place.path, ignore_errors=True)
+                make(place.path)
+                mark.touch()
+        return place
+
+    return make_once
+
+
+@pytest.fixture(scope="session")
+def finished(inputs: Place, once: Once) -> Place:
+    """The tiny workflow, run to its end once and undisturbed; only to be copied."""
+    return once("finished", lambda path: inputs.copy_to(path).snakemake())
 
 
 @pytest.fixture

@@ -179,6 +179,9 @@ class Place:
         return Place(path, self.repository, self.env, self.without)
 
 
+Once = Callable[[str, Callable[[Path], object]], Place]
+
+
 def lay_out(path: Path, *, teacher: Path, corpus: Path, student: Path) -> Place:
     """Return a folder with copies of the tiny parts, nothing run yet."""
     shutil.copytree(teacher, path / "teacher")

@@ -80,7 +80,8 @@ def test_a_corpus_edited_while_it_is_read_makes_nothing(fresh: Place) -> None:
 def test_a_student_edited_before_it_is_built_is_not_trained_under_the_old_ones_name(
     done: Place,
 ) -> None:
-    shutil.rmtree(done.results / "runs")
+    for folder in ("runs", "reports"):
+        shutil.rmtree(done.results / folder)
     for path in (*done.path.glob("logs/check_inputs/*.log"), *done.results.glob("checks/*.json")):
         path.unlink()
     said = edit_while_checking(done, done.path / "student.json", "8", "16")

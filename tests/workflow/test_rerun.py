@@ -22,7 +22,7 @@ def test_a_second_run_does_nothing(done: Place) -> None:
 
 
 def test_a_virtual_merge_trains_the_same_student(finished: Place, done: Place) -> None:
-    for folder in ("logits", "runs"):
+    for folder in ("logits", "runs", "reports"):
         shutil.rmtree(done.results / folder)
     done.write_config(tiny(merge={"mode": "virtual"}))
     done.snakemake()

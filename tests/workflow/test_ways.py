@@ -5,11 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from place import Place, tiny
+from place import Once, Place, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-# One process has them all: what they look at is trained in minutes, once for each process.
-pytestmark = pytest.mark.xdist_group("ways")
 
 
 def find_run(place: Place, name: str) -> tuple[Path, dict[str, Any], dict[str, Any]]:
@@ -51,10 +48,14 @@ def test_students_of_prompts_and_responses_need_no_teacher(fresh: Place) -> None
     assert "learned from text, by Retort" in (folder / "final" / "README.md").read_text()
 
 
-@pytest.fixture(scope="module")
-def trained(finished: Place, tmp_path_factory: pytest.TempPathFactory) -> Place:
+@pytest.fixture(scope="session")
+def trained(finished: Place, once: Once) -> Place:
     """The finished workflow, asked for more students."""
-    place = finished.copy_to(tmp_path_factory.mktemp("ways") / "project")
+    return once("ways", lambda path: train_more(finished.copy_to(path)))
+
+
+def train_more(place: Place) -> None:
+    """Train a student in every way."""
     several = {
         "batch_size": 2,
         "gradient_accumulation_steps": 2,
@@ -96,7 +97,6 @@ def trained(finished: Place, tmp_path_factory: pytest.TempPathFactory) -> Place:
     own.save_pretrained(place.path / "foreign")
     place.write_config(tiny(runs=runs))
     place.snakemake()
-    return place
 
 
 def test_accumulation_and_recomputed_activations_train_the_same_student(trained: Place) -> None:
