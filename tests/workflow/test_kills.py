@@ -144,7 +144,7 @@ WAYS = (kill, terminate, take_memory_away)
     [
         (3, 0),
         pytest.param(15, 2, marks=pytest.mark.slow),
-        pytest.param(50, 1, marks=pytest.mark.slow),
+        pytest.param(50, 1, marks=pytest.mark.campaign),
     ],
     ids=["some", "fifteen", "fifty"],
 )
@@ -163,14 +163,10 @@ def test_ended_in_any_way_the_same_command_goes_on(
 
 
 def test_a_sigterm_ends_a_worker_in_a_moment_and_frees_its_part(work: Pass) -> None:
-    for _ in range(5):
-        process = work.start()
-        wait_until(work.parts, process=process)
-        process.terminate()
-        if process.wait(timeout=60) != 0:
-            break
-        shutil.rmtree(work.folder)  # on a busy machine it may have finished before it was told
-    assert process.returncode == 128 + signal.SIGTERM
+    process = work.start()
+    wait_until(work.parts, process=process)
+    process.terminate()
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
     assert not list((work.folder / "parts").glob("*.claim"))
     assert not list((work.folder / "parts").glob(".*.tmp"))
 
@@ -231,7 +227,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         holder.wait()
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(6, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [2, pytest.param(6, marks=pytest.mark.campaign)])
 def test_a_full_disk_ends_a_worker_in_one_sentence_and_the_same_command_goes_on(
     work: Pass, undisturbed: str, small_disk: Path, count: int
 ) -> None:
