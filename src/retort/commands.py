@@ -113,10 +113,10 @@ def _raise_again(found: "sys.UnraisableHookArgs") -> None:
         if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:
             sys.__unraisablehook__(found)
         return
-    status = getattr(found.exc_value, "code", None)
+    args = found.exc_value.args if found.exc_value else ()
 
     def interrupt_again(*_: Any) -> None:
-        raise interrupt(status) if issubclass(interrupt, SystemExit) else interrupt
+        raise interrupt(*args)
 
     if threading.current_thread() is threading.main_thread():  # where handlers of signals run
         signal.signal(signal.SIGALRM, interrupt_again)

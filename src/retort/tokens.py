@@ -9,7 +9,6 @@ Every sequence carries a *content key* over its ids, its segment starts and its 
 something with a sequence later (a teacher's distributions, say) compares keys first.
 """
 
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
@@ -358,7 +357,6 @@ def leave_torch_out() -> None:
     """
     assert "torch" not in sys.modules, "it is here already"
     sys.modules["torch"] = None  # type: ignore[assignment]  # as the language documents: not to be found
-    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # "PyTorch was not found"
 
 
 def load_tokenizer(

@@ -164,16 +164,9 @@ def render_page(folder: Path, paths: list[Path]) -> str:
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the report of the demo's runs, only to be read."""
+def demo_page(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("demo")
-    make_report(write_demo(folder), folder / "report.html")
-    return folder
-
-
-@pytest.fixture
-def demo_page(demo: Path) -> str:
-    return (demo / "report.html").read_text(encoding="utf-8")
+    return render_page(folder, write_demo(folder))
 
 
 def warnings_of(paths: list[Path]) -> str:

@@ -1,5 +1,7 @@
 """Every token of every document is accounted for, and predicted exactly once."""
 
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -345,3 +347,24 @@ def test_what_is_no_tokenizer_is_refused_with_the_next_step(
     with pytest.raises(ValueError, match=says) as caught:
         load_tokenizer(path)
     assert repr(path) in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_tokenizer_is_the_same_without_pytorch_and_merging_needs_no_transformers(
+    tiny_teacher: Path,
+) -> None:
+    code = (
+        "import sys; from retort.tokens import leave_torch_out, load_tokenizer\n"
+        "if sys.argv[2] == 'without': leave_torch_out()\n"
+        "ids = load_tokenizer(sys.argv[1])('The quick brown fox, and a day.')['input_ids']\n"
+        "print(ids, sys.modules.get('torch') is not None)"
+    )
+    command = [sys.executable, "-c", code, str(tiny_teacher)]
+    whole, without = (
+        subprocess.run([*command, word], capture_output=True, text=True, check=True).stdout.strip()
+        for word in ("with", "without")
+    )
+    assert whole.endswith("True") and without == whole.replace("True", "False")
+    code = "import sys, retort.merging; print('transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -83,12 +83,18 @@ def _answers(journal: Path) -> list[bytes]:
     return journal.read_bytes().split(b"\n")[:-1]
 
 
-def test_a_server_is_asked_where_you_type_and_a_local_model_on_gpus(place: Place) -> None:
+def of_one_prompt(place: Place) -> dict[str, Any]:
+    """Return a config whose text a server writes, of one prompt."""
     (place.path / "prompts.jsonl").write_text('{"prompt": "One?"}\n')
     synthesis = {"provider": "openai", "model": "m", "prompts": "prompts.jsonl"}
     config = tiny(synthesis=synthesis)
     config["dataset"] = {k: v for k, v in config["dataset"].items() if k != "data_files"}
     config["dataset"]["name"] = "synthesis"
+    return config
+
+
+def test_a_server_is_asked_where_you_type_and_a_local_model_on_gpus(place: Place) -> None:
+    config = of_one_prompt(place)
     place.write_config(config)
     planned = place.plan()
     assert planned["synthesize_online"] == 1 and "synthesize" not in planned
@@ -98,12 +104,7 @@ def test_a_server_is_asked_where_you_type_and_a_local_model_on_gpus(place: Place
 
 
 def test_a_key_that_is_missing_is_said_before_anything_runs(place: Place) -> None:
-    (place.path / "prompts.jsonl").write_text('{"prompt": "One?"}\n')
-    synthesis = {"provider": "openai", "model": "m", "prompts": "prompts.jsonl"}
-    config = tiny(synthesis=synthesis)
-    config["dataset"] = {k: v for k, v in config["dataset"].items() if k != "data_files"}
-    config["dataset"]["name"] = "synthesis"
-    place.write_config(config)
+    place.write_config(of_one_prompt(place))
     bare = Place(place.path, without=("OPENAI_API_KEY",))
     refused = bare.try_snakemake("--quiet", "rules")
     assert refused.returncode != 0 and "OPENAI_API_KEY is not in the environment" in refused.output
