@@ -11,6 +11,7 @@ something with a sequence later (a teacher's distributions, say) compares keys f
 
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -349,14 +350,20 @@ def _apply_chat_template(document: Document, tokenizer: Any) -> tuple[list[int],
 # Tokenizers
 
 
-def leave_torch_out() -> None:
-    """Let this process find no PyTorch: transformers imports it wherever it can, and its tokenizers do without.
+@contextmanager
+def hidden_torch() -> Iterator[None]:
+    """Let transformers be imported, and a tokenizer loaded, as where there is no PyTorch, which neither needs.
 
-    Measured (transformers 5.23): a tokenizer is there after 1.9 s of processor instead of 6.7, which a corpus of 10,000
-    shards waits for 10,000 times. Not where code of a user's runs, which may want anything.
+    None in `sys.modules` is how Python marks a module as not to be found. It is taken away at the end: a library that
+    looks for "torch" in `sys.modules`, as `datasets` does, would import it and fail. From then on anyone may import
+    PyTorch; transformers keeps to its tokenizers in this process, so this is not for one that runs a user's code.
     """
-    assert "torch" not in sys.modules, "it is here already"
-    sys.modules["torch"] = None  # type: ignore[assignment]  # as the language documents: not to be found
+    assert not {"torch", "transformers"} & sys.modules.keys(), "too late to hide it"
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
 
 
 def load_tokenizer(

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ import pytest
 from hub import NAME, SHA, Fault, Hub, serve
 from test_corpus import DEFAULTS, write_jsonl
 from test_drawing import contents
+from tiny import tiny_dataset, tokenize
 
 from retort.config import section_flags
 from retort.drawing import draw_corpus, replace
@@ -171,3 +174,27 @@ def test_more_shards_than_files_are_refused_with_both_numbers(tmp_path: Path) ->
         drawn = draw(hub, tmp_path / "drawn", sharding="files", num_shards=9)
     assert "dataset.num_shards is 9, but the source has 4 files" in drawn.said
     assert "Set dataset.num_shards: 4 or less" in drawn.said
+
+
+def test_a_dataset_that_is_not_streamed_becomes_the_tokens_of_its_files_without_pytorch(
+    tmp_path: Path, tiny_corpus: Path, tiny_teacher: Path
+) -> None:
+    (tmp_path / "data").mkdir()
+    shutil.copy(tiny_corpus, tmp_path / "data" / "train.jsonl")
+    dataset = replace(tiny_dataset(tiny_corpus), name=NAME, data_files=None, num_proc=2)
+    out = tmp_path / "shard.h5"
+    words = ["--shard", "1", "--tokenizer", str(tiny_teacher), "--output", str(out)]
+    script = [sys.executable, "-X", "importtime", str(SCRIPTS / "tokenize_shard.py")]
+    own = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DOWNLOAD_TIMEOUT": "60"}
+    with serve(tmp_path / "data") as hub:
+        done = subprocess.run(
+            [*script, *words, *section_flags(dataset)],
+            capture_output=True,
+            text=True,
+            env=os.environ | hub.environment | own,
+        )
+    assert done.returncode == 0, done.stderr[-2000:]
+    loaded = set(re.findall(r"^import time: .*\| +([\w.]+)$", done.stderr, flags=re.MULTILINE))
+    assert {"transformers", "datasets"} <= loaded and "torch" not in loaded
+    tokenize(tmp_path / "local", tiny_corpus, tiny_teacher)
+    assert out.read_bytes() == (tmp_path / "local" / "shard_1.h5").read_bytes()

@@ -1,5 +1,7 @@
 """Every token of every document is accounted for, and predicted exactly once."""
 
+import json
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -23,6 +25,7 @@ from retort.tokens import (
     build_table,
     concatenate_tables,
     content_key,
+    encode_prompt,
     fingerprint_of_tokenizer,
     load_tokenizer,
     tokenize_documents,
@@ -349,22 +352,40 @@ def test_what_is_no_tokenizer_is_refused_with_the_next_step(
     assert repr(path) in str(caught.value)
 
 
-@pytest.mark.slow
-def test_a_tokenizer_is_the_same_without_pytorch_and_merging_needs_no_transformers(
-    tiny_teacher: Path,
+_HIDDEN = """
+import json, sys
+from retort.tokens import encode_prompt, fingerprint_of_tokenizer, hidden_torch, load_tokenizer
+with hidden_torch():
+    tokenizer = load_tokenizer(sys.argv[1])
+text = sys.argv[2]
+found = [tokenizer(text)["input_ids"], encode_prompt(text, tokenizer)]
+found.append(fingerprint_of_tokenizer("hub/id", tokenizer))
+assert "torch" not in sys.modules
+from datasets.fingerprint import Hasher
+Hasher.hash(tokenizer)  # asks whether "torch" is in sys.modules
+import torch
+print(json.dumps([*found, torch.ones(2).tolist()]))
+"""
+
+
+def test_a_tokenizer_is_the_same_where_pytorch_is_hidden_and_anyone_may_import_it_afterwards(
+    tiny_teacher: Path, tmp_path: Path
 ) -> None:
-    code = (
-        "import sys; from retort.tokens import leave_torch_out, load_tokenizer\n"
-        "if sys.argv[2] == 'without': leave_torch_out()\n"
-        "ids = load_tokenizer(sys.argv[1])('The quick brown fox, and a day.')['input_ids']\n"
-        "print(ids, sys.modules.get('torch') is not None)"
-    )
-    command = [sys.executable, "-c", code, str(tiny_teacher)]
-    whole, without = (
-        subprocess.run([*command, word], capture_output=True, text=True, check=True).stdout.strip()
-        for word in ("with", "without")
-    )
-    assert whole.endswith("True") and without == whole.replace("True", "False")
+    folder = shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    text = "The quick brown fox, and a day."
+    command = [sys.executable, "-c", _HIDDEN, str(folder), text]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "torch" in sys.modules
+    tokenizer = load_tokenizer(str(folder))
+    ids, prompt = tokenizer(text)["input_ids"], encode_prompt(text, tokenizer)
+    assert len(prompt) > len(ids) > 0
+    fingerprint = fingerprint_of_tokenizer("hub/id", tokenizer)
+    assert json.loads(done.stdout) == [ids, prompt, fingerprint, [1.0, 1.0]]
+
+
+def test_merging_needs_no_transformers() -> None:
     code = "import sys, retort.merging; print('transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -6,6 +6,7 @@
 
 import argparse
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 from retort.commands import run_script, say
@@ -47,16 +48,18 @@ def main() -> None:
     from retort.shards import tokenize_shard
     from retort.tokens import (
         fingerprint_of_tokenizer,
-        leave_torch_out,
+        hidden_torch,
         load_tokenizer,
         refuse_other_tokenizer,
     )
 
-    if not args.trust_remote_code and not is_custom(dataset):  # a user's code may want it
-        leave_torch_out()
-    tokenizer = load_tokenizer(
-        args.tokenizer, revision=args.tokenizer_revision, trust_remote_code=args.trust_remote_code
-    )
+    runs_user_code = args.trust_remote_code or is_custom(dataset)  # which may want models
+    with nullcontext() if runs_user_code else hidden_torch():
+        tokenizer = load_tokenizer(
+            args.tokenizer,
+            revision=args.tokenizer_revision,
+            trust_remote_code=args.trust_remote_code,
+        )
     fingerprint = fingerprint_of_tokenizer(args.tokenizer, tokenizer)
     refuse_other_tokenizer(fingerprint, expected=args.expected_tokenizer, path=args.tokenizer)
     line = tokenize_shard(
