@@ -1,12 +1,11 @@
 """Merging parts beside `cp` of the same bytes: how much longer it takes, checksums included.
 
-    python benchmarks/merge.py [--gigabytes 1] [--folder /a/disk/to/measure]
+    python -m benchmarks.cache.merge [--gigabytes 1] [--folder /a/disk/to/measure]
 
-Parts of made-up distributions of about 24 bytes a position, written as a worker writes them. Both ends of a pair are
-timed in turn, eleven times, the files in the page cache and the results fsynced; the table gives medians and fastest.
+Parts of synthetic distributions, about 24 bytes a position, written as a worker writes them. The ways are timed in
+turn, eleven times, with the files in the page cache and the results fsynced; the table gives medians and fastest.
 """
 
-import argparse
 import os
 import shutil
 import statistics
@@ -18,16 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from retort.cache import (
-    CacheHeader,
-)
+from benchmarks.common import make_parser
+from retort.cache import CacheHeader
 from retort.codec import Codec, TokenOrder
 from retort.index import TokenIndex, write_index
-from retort.parts import (
-    merge_parts,
-    part_path,
-    write_part,
-)
+from retort.parts import merge_parts, part_path, write_part
 from retort.shards import write_token_shard
 from retort.sparse_codec import Selection, to_streams
 from retort.sparse_streams import TAIL_UNIT
@@ -36,28 +30,29 @@ from retort.tokens import SequenceTable, build_table
 VOCABULARY, LENGTH, SEQUENCES_PER_PART = 32_768, 512, 1000
 ORDER = TokenOrder.from_ids(np.arange(VOCABULARY))
 CODEC = Codec("top_p", None, (1.0,), VOCABULARY, 0.003, 60, ORDER.digest())
+BYTES_PER_POSITION = 29  # with the part's tokens and tables
 _REPEATS = 11
 
 
-def make_selection(num_positions: int, chance: np.random.Generator) -> Selection:
+def make_selection(num_positions: int, rng: np.random.Generator) -> Selection:
     """Return 17 tokens a position, the frequent ones more often."""
-    wanted = np.minimum(chance.geometric(1 / 17, num_positions), 100).tolist()
-    rows = [np.unique((VOCABULARY ** chance.random(n)).astype(np.int64)) for n in wanted]
+    wanted = np.minimum(rng.geometric(1 / 17, num_positions), 100).tolist()
+    rows = [np.unique((VOCABULARY ** rng.random(n)).astype(np.int64)) for n in wanted]
     ids, sizes = np.concatenate(rows), np.array([len(row) for row in rows])
-    weights = chance.random(len(ids)) ** 4 + 0.01
+    weights = rng.random(len(ids)) ** 4 + 0.01
     firsts = np.cumsum(sizes) - sizes
     probs = weights / np.repeat(np.add.reduceat(weights, firsts), sizes)
-    tails = chance.integers(0, TAIL_UNIT // 8, (len(sizes), 1))
+    tails = rng.integers(0, TAIL_UNIT // 8, (len(sizes), 1))
     none = np.zeros(0, np.int64)
     return Selection(sizes, ids, probs, np.zeros_like(sizes), none, tails)
 
 
 def write_cache(folder: Path, *, num_parts: int) -> tuple[TokenIndex, CacheHeader]:
-    """Write an index and all parts; every part holds the same distributions of other tokens."""
-    chance = np.random.default_rng(0)
+    """Write an index and all parts; every part has the same distributions and tokens of its own."""
+    rng = np.random.default_rng(0)
     tables: list[SequenceTable] = []
     for part in range(num_parts):
-        ids = chance.integers(0, VOCABULARY, (SEQUENCES_PER_PART, LENGTH + 1)).tolist()
+        ids = rng.integers(0, VOCABULARY, (SEQUENCES_PER_PART, LENGTH + 1)).tolist()
         mask = [True] * LENGTH + [False]
         first = part * SEQUENCES_PER_PART
         tables.append(build_table([(row, mask, first + i, ("", "")) for i, row in enumerate(ids)]))
@@ -72,23 +67,25 @@ def write_cache(folder: Path, *, num_parts: int) -> tuple[TokenIndex, CacheHeade
     write_index(folder / "index.json", shards, streaming_chunk_size=SEQUENCES_PER_PART)
     index = TokenIndex.read(folder / "index.json")
     header = CacheHeader("0" * 12, "0" * 12, index.content["content"], CODEC)
-    selections = [make_selection(LENGTH, chance) for _ in range(SEQUENCES_PER_PART)]
-    for part, table in zip(index.parts, tables, strict=True):
+    selections = [make_selection(LENGTH, rng) for _ in range(SEQUENCES_PER_PART)]
+    for entry, table in zip(index.parts, tables, strict=True):
         streams = []
         for i, selection in enumerate(selections):
             row = table[i]
             streams.append(to_streams(selection, CODEC, ORDER, next_ids=row.ids[1:], key=row.key))
-        write_part(part_path(folder / "parts", part["name"], header), table, streams, header, ORDER)
+        write_part(
+            part_path(folder / "parts", entry["name"], header), table, streams, header, ORDER
+        )
     return index, header
 
 
 def measure(
-    work: dict[str, Callable[[], None]], clean: Callable[[], None]
+    ways: dict[str, Callable[[], object]], clean: Callable[[], None]
 ) -> dict[str, list[float]]:
     """Return the seconds of each, taken in turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in work}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(_REPEATS):
-        for name, run in work.items():
+        for name, run in ways.items():
             clean()
             started = time.perf_counter()
             run()
@@ -96,48 +93,51 @@ def measure(
     return seconds
 
 
+def compare(folder: Path, *, gigabytes: float) -> None:
+    """Write parts of that size and print the table."""
+    num_parts = max(2, round(gigabytes * 1e9 / (BYTES_PER_POSITION * SEQUENCES_PER_PART * LENGTH)))
+    index, header = write_cache(folder, num_parts=num_parts)
+    parts = folder / "parts"
+    paths = sorted(parts.glob("*.h5"))
+    size = sum(path.stat().st_size for path in paths)
+    out, copy = folder / "teacher_logits.h5", folder / "copy"
+
+    def run_cp() -> None:
+        copy.mkdir()
+        subprocess.run(["cp", *paths, copy], check=True)
+        subprocess.run(["sync", *copy.iterdir()], check=True)
+
+    def clean() -> None:
+        out.unlink(missing_ok=True)
+        shutil.rmtree(copy, ignore_errors=True)
+        os.sync()  # else the next way's fsync pays for removing the last one's files
+
+    ways: dict[str, Callable[[], object]] = {
+        "cp, then sync": run_cp,
+        "merge": lambda: merge_parts(index, parts, header, out),
+        "merge, virtual": lambda: merge_parts(index, parts, header, out, mode="virtual"),
+    }
+    seconds = measure(ways, clean)
+    print(f"{len(paths)} parts, {size / 1e6:,.0f} MB; seconds, and times cp")
+    print(f"{'':16}{'median':>8}{'':9}{'fastest':>8}")
+    for name, took in seconds.items():
+        line = f"{name:16}"
+        for summary in (statistics.median, min):
+            found = summary(took)
+            line += f"{found:8.2f} ({found / summary(seconds['cp, then sync']):.2f})  "
+        print(line)
+
+
 def main() -> None:
     """Write parts, and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = make_parser("benchmarks.cache.merge", __doc__)
+    parser.add_argument("--gigabytes", type=float, default=0.5, help="of all parts; default: 0.5")
+    parser.add_argument(
+        "--folder", type=Path, help="on the disk to measure; default: the system's temporary folder"
     )
-    parser.add_argument("--gigabytes", type=float, default=0.5)
-    parser.add_argument("--folder", type=Path, help="where to work; the system's temporary folder")
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=flags.folder) as name:
-        folder = Path(name)
-        num_parts = max(2, round(flags.gigabytes * 1e9 / (29 * SEQUENCES_PER_PART * LENGTH)))
-        index, header = write_cache(folder, num_parts=num_parts)
-        paths = sorted((folder / "parts").glob("*.h5"))
-        size = sum(path.stat().st_size for path in paths)
-        out, copy = folder / "teacher_logits.h5", folder / "copy"
-
-        def run_cp() -> None:
-            copy.mkdir()
-            subprocess.run(["cp", *paths, copy], check=True)
-            subprocess.run(["sync", *copy.iterdir()], check=True)
-
-        def clean() -> None:
-            out.unlink(missing_ok=True)
-            shutil.rmtree(copy, ignore_errors=True)
-            os.sync()  # else the next one's fsync pays for the removal of the last one's files
-
-        work = {
-            "cp, then sync": run_cp,
-            "merge": lambda: merge_parts(index, folder / "parts", header, out),
-            "merge, virtual": lambda: merge_parts(
-                index, folder / "parts", header, out, mode="virtual"
-            ),
-        }
-        seconds = measure(work, clean)
-        print(f"{len(paths)} parts, {size / 1e6:,.0f} MB; seconds, and times cp")
-        print(f"{'':16}{'median':>8}{'':9}{'fastest':>8}")
-        for name, took in seconds.items():
-            line = f"{name:16}"
-            for summary in (statistics.median, min):
-                found = summary(took)
-                line += f"{found:8.2f} ({found / summary(seconds['cp, then sync']):.2f})  "
-            print(line)
+        compare(Path(name), gigabytes=flags.gigabytes)
 
 
 if __name__ == "__main__":
