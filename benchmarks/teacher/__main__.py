@@ -1,17 +1,16 @@
-"""The teacher's pass beside the bare forward of the same batches, and beside the loop that everybody writes first.
+"""The teacher's pass beside the bare forward of the same batches, and beside the plain loop that most scripts have.
 
-    make benchmark-teacher
-    python benchmarks/teacher.py [--shape 70m] [--vocabulary 32768] [--device cuda --dtype bfloat16]
+    python -m benchmarks.teacher [--shape 70m] [--vocabulary 32768] [--device cuda --dtype bfloat16]
 
 Two tables. *Overhead*: a Llama with random weights reads sequences of one length, and what is kept of every position is
 selected, coded, written and read back; the opponent is `model(input_ids, attention_mask)` on the same batches, which
-keeps nothing. `half` counts half the positions, so the head runs on half of them. `plain` is that forward, then
-`logits.float().log_softmax(-1).topk(64)` and a write of float16, as most scripts have it. *Lengths*: documents of
+keeps nothing. `half counted` counts half the positions, so the head runs on half of them. `plain loop` is that
+forward, then `logits.float().log_softmax(-1).topk(64)` and a write of float16. *Lengths*: documents of
 log-normal lengths; the opponent is the plain loop over batches in the corpus' order, padded to the longest.
 
-All ways take turns in one process; a figure is the median of the turns of its ratio to the opponent in the same turn.
-On a CPU the processor's time is counted, which neighbours disturb less. The share of the device's speed counts 2 FLOP
-for each parameter of a matrix product and token, and attention's products, against the fastest of some square ones.
+All ways take turns in one process; a figure is the median over turns of its ratio to the opponent in the same turn. On
+a CPU, processor time is counted, which other processes disturb less. The share of the device's speed counts 2 FLOP for
+each parameter of a matrix product and token, and attention's products, against the fastest of some square products.
 """
 
 import argparse
@@ -20,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from benchmarks.common import make_parser
 from retort.cache import CacheHeader
 from retort.codec import Codec, TokenOrder, build_codec
 from retort.config_sections import Cache
@@ -47,7 +48,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "sampled": {"method": "sampled", "head_probability": 0.05, "temperatures": (1.0,)},
     "top_k": {"method": "top_k", "temperatures": (1.0, 2.0)},
 }
-Way = Callable[[], None]
+Way = Callable[[], object]
 
 
 def build_teacher(shape: str, vocabulary: int, *, device: str, dtype: torch.dtype) -> CausalLM:
@@ -72,10 +73,10 @@ def build_teacher(shape: str, vocabulary: int, *, device: str, dtype: torch.dtyp
 
 def make_table(lengths: list[int], *, vocabulary: int, counted: float = 1.0) -> SequenceTable:
     """Return random sequences; the first positions of each carry no loss where `counted` is below 1."""
-    chance = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     rows = []
     for document, length in enumerate(lengths):
-        ids = (vocabulary ** chance.random(length)).astype(np.int64).tolist()
+        ids = (vocabulary ** rng.random(length)).astype(np.int64).tolist()
         prompt = round((1 - counted) * (length - 1))
         mask = [t >= prompt for t in range(length - 1)] + [False]
         rows.append((ids, mask, document, ("", "")))
@@ -83,8 +84,8 @@ def make_table(lengths: list[int], *, vocabulary: int, counted: float = 1.0) -> 
 
 
 @dataclass(frozen=True)
-class Bench:
-    """A teacher, its sequences, and the codec that they are kept with."""
+class TeacherPass:
+    """A teacher, its sequences, and the codec of the cache: what is measured, and the two opponents."""
 
     teacher: CausalLM
     table: SequenceTable
@@ -95,7 +96,7 @@ class Bench:
     @classmethod
     def prepare(
         cls, teacher: CausalLM, table: SequenceTable, method: str, batch_size: int
-    ) -> "Bench":
+    ) -> "TeacherPass":
         """Build the codec as the pipeline does."""
         keys = {"top_k": 64, "min_probability": None, "head_probability": None}
         counts = np.bincount(table.ids, minlength=teacher.vocabulary)
@@ -120,7 +121,7 @@ class Bench:
 
     @torch.inference_mode()
     def plain(self) -> None:
-        """The loop that everybody writes first, in the corpus' order."""
+        """The loop that most scripts have, in the corpus' order."""
         starts = range(0, len(self.table), self.batch_size)
         groups = (range(s, min(s + self.batch_size, len(self.table))) for s in starts)
         with tempfile.TemporaryFile() as file:
@@ -157,7 +158,7 @@ def measure(way: Way, device: str) -> float:
 
 
 def compare(ours: Way, opponent: Way, *, device: str, turns: int) -> tuple[list[float], float]:
-    """Return our ratio to the opponent in every turn, and our median seconds."""
+    """Return the ratio of our time to the opponent's in every turn, and our median seconds."""
     ours()  # numba compiles, memory grows
     ratios, seconds = [], []
     for _ in range(turns):
@@ -173,47 +174,48 @@ def measure_matmul(device: str, dtype: torch.dtype) -> float:
     for size in (1024, 2048) if device == "cpu" else (4096, 8192, 16384):
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
         out = torch.empty_like(a)
-        way: Way = lambda a=a, b=b, out=out: torch.mm(a, b, out=out)  # type: ignore[misc]  # noqa: E731
+        way = partial(torch.mm, a, b, out=out)
         way()
         best = max(best, *(2 * size**3 / measure(way, device) for _ in range(5)))
     return best
 
 
-def count_flop(bench: Bench) -> float:
+def count_flop(teacher_pass: TeacherPass) -> float:
     """Return the FLOP of the products that reading the table takes: weights, attention, the head where it counts."""
-    config = bench.teacher.model.config
+    config = teacher_pass.teacher.model.config
     width, layers = config.hidden_size, config.num_hidden_layers
-    head = bench.teacher.vocabulary * width
-    body = bench.teacher.num_parameters - head * (1 if config.tie_word_embeddings else 2)
-    lengths = bench.table.lengths.astype(np.float64)
+    head = teacher_pass.teacher.vocabulary * width
+    body = teacher_pass.teacher.num_parameters - head * (1 if config.tie_word_embeddings else 2)
+    lengths = teacher_pass.table.lengths.astype(np.float64)
     attention = 2 * 2 * layers * width * float((lengths**2).sum()) / 2  # a causal mask halves it
-    return 2 * body * float(lengths.sum()) + attention + 2 * head * bench.table.num_positions
+    counted = teacher_pass.table.num_positions
+    return float(2 * body * lengths.sum() + attention + 2 * head * counted)
 
 
-def print_overhead(arguments: argparse.Namespace, dtype: torch.dtype) -> None:
+def print_overhead(flags: argparse.Namespace, dtype: torch.dtype) -> None:
     """Print the first table."""
-    device = arguments.device
-    teacher = build_teacher(arguments.shape, arguments.vocabulary, device=device, dtype=dtype)
+    device = flags.device
+    teacher = build_teacher(flags.shape, flags.vocabulary, device=device, dtype=dtype)
     peak = measure_matmul(device, dtype)
-    lengths = [arguments.length + 1] * arguments.sequences
+    lengths = [flags.length + 1] * flags.sequences
     print(
-        f"{arguments.shape} Llama, {teacher.num_parameters / 1e6:,.0f} million parameters, {arguments.vocabulary:,} "
-        f"ids, {arguments.sequences} x {arguments.length} positions, batches of {arguments.batch_size}, "
+        f"{flags.shape} Llama, {teacher.num_parameters / 1e6:,.0f} million parameters, {flags.vocabulary:,} "
+        f"ids, {flags.sequences} x {flags.length} positions, batches of {flags.batch_size}, "
         f"{device}, {dtype}"
     )
     print(f"{'':24s}{'of bare forward':>16s}{'turns':>18s}{'tokens/s':>12s}{'of matmul':>11s}")
     rows: list[tuple[str, str, float]] = [(m, m, 1.0) for m in METHODS]
     rows += [("top_p, half counted", "top_p", 0.5), ("plain loop, top-64", "plain", 1.0)]
     for name, method, counted in rows:
-        table = make_table(lengths, vocabulary=arguments.vocabulary, counted=counted)
-        bench = Bench.prepare(
-            teacher, table, "top_k" if method == "plain" else method, arguments.batch_size
+        table = make_table(lengths, vocabulary=flags.vocabulary, counted=counted)
+        teacher_pass = TeacherPass.prepare(
+            teacher, table, "top_k" if method == "plain" else method, flags.batch_size
         )
-        way = bench.plain if method == "plain" else bench.ours
+        way = teacher_pass.plain if method == "plain" else teacher_pass.ours
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        ratios, seconds = compare(way, bench.bare, device=device, turns=arguments.turns)
-        speed, share = len(table.ids) / seconds, count_flop(bench) / seconds / peak
+        ratios, seconds = compare(way, teacher_pass.bare, device=device, turns=flags.turns)
+        speed, share = len(table.ids) / seconds, count_flop(teacher_pass) / seconds / peak
         spread = f"{min(ratios):.2f}-{max(ratios):.2f}"
         memory = f"{torch.cuda.max_memory_allocated() / 2**30:8.1f} GiB" if device == "cuda" else ""
         print(
@@ -222,16 +224,16 @@ def print_overhead(arguments: argparse.Namespace, dtype: torch.dtype) -> None:
         )
 
 
-def print_lengths(arguments: argparse.Namespace, dtype: torch.dtype) -> None:
+def print_lengths(flags: argparse.Namespace, dtype: torch.dtype) -> None:
     """Print the second table."""
     vocabulary = 8192
-    teacher = build_teacher("20m", vocabulary, device=arguments.device, dtype=dtype)
-    chance = np.random.default_rng(1)
-    drawn = np.clip(chance.lognormal(5.4, 1.0, arguments.documents), 8, 2048).astype(int).tolist()
-    table = make_table(drawn, vocabulary=vocabulary)
-    bench = Bench.prepare(teacher, table, "top_p", 8)
+    teacher = build_teacher("20m", vocabulary, device=flags.device, dtype=dtype)
+    rng = np.random.default_rng(1)
+    lengths = np.clip(rng.lognormal(5.4, 1.0, flags.documents), 8, 2048).astype(int).tolist()
+    table = make_table(lengths, vocabulary=vocabulary)
+    teacher_pass = TeacherPass.prepare(teacher, table, "top_p", 8)
     ratios, seconds = compare(
-        bench.ours, bench.plain, device=arguments.device, turns=max(1, arguments.turns // 2)
+        teacher_pass.ours, teacher_pass.plain, device=flags.device, turns=max(1, flags.turns // 2)
     )
     faster = sorted(1 / ratio for ratio in ratios)
     batches = list(batch_by_length(table, 8))
@@ -239,8 +241,8 @@ def print_lengths(arguments: argparse.Namespace, dtype: torch.dtype) -> None:
     order = [table.lengths[s : s + 8] for s in range(0, len(table), 8)]
     plain = sum(len(b) * int(b.max()) for b in order)
     print(
-        f"\n{arguments.documents} documents of log-normal lengths, {len(table.ids):,} tokens (mean "
-        f"{np.mean(drawn):.0f}), 20m Llama, {vocabulary:,} ids, batches of 8"
+        f"\n{flags.documents} documents of log-normal lengths, {len(table.ids):,} tokens (mean "
+        f"{np.mean(lengths):.0f}), 20m Llama, {vocabulary:,} ids, batches of 8"
     )
     print(
         f"real tokens/s: {statistics.median(faster):.2f} times the plain loop's ({faster[0]:.2f}-{faster[-1]:.2f}), "
@@ -251,9 +253,7 @@ def print_lengths(arguments: argparse.Namespace, dtype: torch.dtype) -> None:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("benchmarks.teacher", __doc__)
     parser.add_argument("--shape", choices=SHAPES, default="70m")
     parser.add_argument("--vocabulary", type=int, default=32_768)
     parser.add_argument("--length", type=int, default=512, help="positions in a sequence")
@@ -263,12 +263,14 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    arguments = parser.parse_args()
+    flags = parser.parse_args()
     torch.set_num_threads(1)
-    dtype: torch.dtype = getattr(torch, arguments.dtype)
-    print_overhead(arguments, dtype)
-    if arguments.documents:
-        print_lengths(arguments, dtype)
+    if flags.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no GPU on this machine")
+    dtype: torch.dtype = getattr(torch, flags.dtype)
+    print_overhead(flags, dtype)
+    if flags.documents:
+        print_lengths(flags, dtype)
 
 
 if __name__ == "__main__":
