@@ -1,0 +1,1 @@
+"""What a student keeps of its teacher, by bytes a position of the cache. Start with `__main__.py`."""
