@@ -1,15 +1,12 @@
-"""What it takes to plan ten thousand shards and 64 workers, beside plain Snakemake with as many jobs.
+"""What planning costs: ten thousand shards and 64 workers, beside plain Snakemake with as many jobs.
 
-    make benchmark-graph
-    python benchmarks/graph.py [--shards 10000] [--workers 64]
+    python -m benchmarks.workflow.graph [--shards 10000] [--workers 64]
 
-Dry runs (`snakemake -n`), each in a process of its own: its wall-clock time, its processor time and the most memory
-that it held. *plain* is a Snakefile of the same shape whose rules have nothing but an input, an output, a log and a
-command: what Snakemake itself takes for so many jobs. *workers left*: every shard and the index are made, and the
-workers are not.
+Dry runs (`snakemake -n`), each in a process of its own: wall-clock time, processor time and peak memory. *plain* is a
+Snakefile of the same shape whose rules have nothing but an input, an output, a log and a command: what Snakemake itself
+needs for so many jobs. *workers left*: every shard and the index exist, and the workers have not run.
 """
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -21,10 +18,10 @@ from typing import NamedTuple
 
 import yaml
 
+from benchmarks.common import REPOSITORY, make_parser
 from retort.artefacts import plan_project
 from retort.config import load_runs
 
-REPOSITORY = Path(__file__).parents[1]
 PLAIN = """\
 rule all:
     input:
@@ -73,7 +70,7 @@ rule report:
 
 
 class Cost(NamedTuple):
-    """Of one command: seconds by the clock and of the processor, and megabytes at most."""
+    """Of one command: wall-clock seconds, processor seconds, peak memory in MB."""
 
     seconds: float
     cpu_seconds: float
@@ -81,21 +78,21 @@ class Cost(NamedTuple):
 
 
 def measure(folder: Path, *flags: str) -> Cost:
-    """Dry-run in a folder. Raises RuntimeError with what Snakemake said where it fails."""
+    """Dry-run in a folder. Raises RuntimeError with Snakemake's output when it fails."""
     command = [sys.executable, "-m", "snakemake", "all", "-n", "-q", *flags]
-    with (folder / "said.txt").open("w+") as said:
+    with (folder / "output.txt").open("w+") as output:
         began = time.monotonic()
-        process = subprocess.Popen(command, cwd=folder, stdout=said, stderr=said)
+        process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=output)
         _, status, used = os.wait4(process.pid, 0)
         seconds = time.monotonic() - began
-        said.seek(0)
+        output.seek(0)
         if status:
-            raise RuntimeError(said.read()[-3000:])
+            raise RuntimeError(output.read()[-3000:])
     return Cost(seconds, used.ru_utime + used.ru_stime, used.ru_maxrss / 1000)
 
 
 def make_plain(folder: Path, *, shards: int, workers: int) -> None:
-    """Write the opponent."""
+    """Write the opponent's Snakefile."""
     folder.mkdir()
     (folder / "Snakefile").write_text(PLAIN.format(shards=shards, workers=workers))
     (folder / "check.json").touch()
@@ -117,7 +114,7 @@ def make_retort(folder: Path, *, shards: int, workers: int) -> None:
 
 
 def make_shards(folder: Path) -> None:
-    """Let every file before the teacher's pass be there, empty."""
+    """Create every file before the teacher's pass, empty."""
     os.chdir(folder)
     project = plan_project(load_runs(yaml.safe_load(Path("mine.yaml").read_text())))
     (tokens,), (teacher,) = project.tokens.values(), project.teachers.values()
@@ -128,39 +125,37 @@ def make_shards(folder: Path) -> None:
         path.touch()
 
 
+def print_cost(label: str, cost: Cost, opponent: Cost) -> None:
+    """Print a line of the table."""
+    ratio = cost.cpu_seconds / opponent.cpu_seconds
+    print(
+        f"{label:<34} {cost.seconds:>8.1f} {cost.cpu_seconds:>10.1f} {ratio:>8.2f} {cost.megabytes:>6.0f}",
+        flush=True,
+    )
+
+
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--shards", type=int, default=10_000)
-    parser.add_argument("--workers", type=int, default=64)
-    args = parser.parse_args()
-    size = {"shards": args.shards, "workers": args.workers}
+    parser = make_parser("benchmarks.workflow.graph", __doc__)
+    parser.add_argument("--shards", type=int, default=10_000, help="default: 10000")
+    parser.add_argument("--workers", type=int, default=64, help="default: 64")
+    flags = parser.parse_args()
+    size = {"shards": flags.shards, "workers": flags.workers}
     ours = ("-s", str(REPOSITORY / "Snakefile"), "--configfile", "mine.yaml")
     profile = ("--profile", str(REPOSITORY / "profiles" / "slurm"))
-    print(f"{args.shards:,} shards, {args.workers} workers\n")
+    print(f"{flags.shards:,} shards, {flags.workers} workers\n")
     print(f"{'dry run':<34} {'seconds':>8} {'processor':>10} {'plain x':>8} {'MB':>6}")
     with tempfile.TemporaryDirectory(prefix="retort-graph-") as name:
         plain, retort = Path(name) / "plain", Path(name) / "retort"
         make_plain(plain, **size)
         make_retort(retort, **size)
         opponent = measure(plain)
-        rows = [("plain, nothing made", plain, ()), ("nothing made", retort, ours)]
-        rows += [("nothing made, profiles/slurm", retort, (*ours, *profile))]
-        rows += [
-            ("workers left", retort, ours),
-            ("workers left, profiles/slurm", retort, (*ours, *profile)),
-        ]
-        for label, folder, flags in rows:
-            if label == "workers left":
-                make_shards(retort)
-            cost = opponent if folder == plain else measure(folder, *flags)
-            ratio = cost.cpu_seconds / opponent.cpu_seconds
-            print(
-                f"{label:<34} {cost.seconds:>8.1f} {cost.cpu_seconds:>10.1f} {ratio:>8.2f} {cost.megabytes:>6.0f}",
-                flush=True,
-            )
+        print_cost("plain, nothing made", opponent, opponent)
+        print_cost("nothing made", measure(retort, *ours), opponent)
+        print_cost("nothing made, profiles/slurm", measure(retort, *ours, *profile), opponent)
+        make_shards(retort)
+        print_cost("workers left", measure(retort, *ours), opponent)
+        print_cost("workers left, profiles/slurm", measure(retort, *ours, *profile), opponent)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,20 @@
 """How well workers share the teacher's pass: from one GPU group to eight, and fast groups beside slow ones.
 
-    make benchmark-groups
-    python benchmarks/groups.py [--parts 480] [--seconds 120]
+    python -m benchmarks.workflow.groups [--parts 480] [--seconds 120]
 
-Work is pretended: the teacher's forward pass sleeps in proportion to its tokens, so that two cores are enough for
-eight groups. All else is real: processes, leases of pretend ids, the worker's loop, claims, parts written and read
-back. Time runs from when all processes have started (imports take as long with one group as with eight, on as many
-machines' cores) to when the last one has ended. *efficiency*: time(1 group) / (groups * time). *idle*: from a fast
-worker's last part to the end, as a share of the whole.
+The work is simulated: the teacher's forward pass sleeps in proportion to its tokens, so two cores are enough for eight
+groups. All else is real: processes, leases of made-up GPU ids, the worker's loop, claims, parts written and read back.
+Time runs from when all processes have started (eight groups on a cluster import as fast as one) to when the last one
+has ended. *efficiency*: time(1 group) / (groups * time). *idle*: from a fast worker's last part to the end, as a share
+of the whole.
 """
 
-import argparse
 import multiprocessing
 import os
 import statistics
 import tempfile
 import time
+from dataclasses import dataclass
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,13 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.common import make_parser
 from retort.cache import CacheHeader
 from retort.codec import Codec
+from retort.heads import Head
 from retort.index import TokenIndex, write_index
 from retort.leases import lease
-from retort.models import CausalLM, Head
+from retort.models import CausalLM
 from retort.parts import part_files
 from retort.progress import Progress
 from retort.shards import write_token_shard
@@ -41,22 +42,29 @@ SEQUENCES = 8  # in a part
 HEADER = CacheHeader("0" * 12, "0" * 12, "0" * 12, Codec("top_k", 8, (1.0,), VOCABULARY))
 
 
-class Pretender(CausalLM):
-    """A teacher that sleeps so many seconds for each token."""
+@dataclass(frozen=True)
+class SleepingTeacher(CausalLM):
+    """A teacher whose forward pass sleeps for each token."""
 
-    def pretend(self, seconds_per_token: float) -> "Pretender":
-        """Set its speed, and return it."""
-        self.__dict__["seconds_per_token"] = seconds_per_token
-        return self
+    seconds_per_token: float = 0.0
 
-    def features(self, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
-        """Return the same hidden states for all, some time later."""
-        time.sleep(self.__dict__["seconds_per_token"] * int(attention_mask_BT.sum()))
+    def features(
+        self,
+        input_ids_BT: Tensor,
+        attention_mask_BT: Tensor | None,
+        *,
+        position_ids_BT: Tensor | None = None,
+    ) -> Tensor:
+        """Return the same hidden states for every token, after the sleep."""
+        num_tokens = (
+            input_ids_BT.numel() if attention_mask_BT is None else int(attention_mask_BT.sum())
+        )
+        time.sleep(self.seconds_per_token * num_tokens)
         return torch.ones((*input_ids_BT.shape, 4))
 
 
-def load(seconds_per_token: float) -> Pretender:
-    """Return a pretended teacher."""
+def load(seconds_per_token: float) -> SleepingTeacher:
+    """Return a teacher of that speed."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=4,
@@ -66,28 +74,33 @@ def load(seconds_per_token: float) -> Pretender:
         num_key_value_heads=1,
     )
     weight_VD = torch.randn((VOCABULARY, 4), generator=torch.Generator().manual_seed(0))
-    teacher = Pretender(LlamaForCausalLM(config), Head(weight_VD), VOCABULARY, is_split=True)
-    return teacher.pretend(seconds_per_token)
+    return SleepingTeacher(
+        LlamaForCausalLM(config),
+        Head(weight_VD),
+        VOCABULARY,
+        is_split=True,
+        seconds_per_token=seconds_per_token,
+    )
 
 
 def make_table(num_documents: int) -> SequenceTable:
     """Return documents of one sequence of 16 to 64 random tokens."""
-    chance = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     rows = []
     for document in range(num_documents):
-        length = int(chance.integers(16, 65))
-        mask = [place < length - 1 for place in range(length)]
-        rows.append((chance.integers(0, VOCABULARY, length).tolist(), mask, document, ("", "")))
+        length = int(rng.integers(16, 65))
+        mask = [t < length - 1 for t in range(length)]
+        rows.append((rng.integers(0, VOCABULARY, length).tolist(), mask, document, ("", "")))
     return build_table(rows)
 
 
 class Stopwatch(Progress):
-    """Notes when a worker's last part was done."""
+    """Records when a worker's last part was done."""
 
     ended = 0.0
 
     def end_part(self, part: dict[str, Any], path: Path) -> None:
-        """Take the time, and say nothing."""
+        """Record the time; print nothing."""
         self.ended = time.monotonic()
 
 
@@ -99,7 +112,7 @@ def work(
     start: Barrier,
     results: Any,
 ) -> None:
-    """Be one worker, in its own process; put (worker, end of its last part, end, parts)."""
+    """Run one worker, in its own process; put (worker, end of its last part, end, parts) into `results`."""
     torch.set_num_threads(1)
     index = TokenIndex.read(folder / "index.json")
     teacher = load(seconds_per_token)
@@ -155,27 +168,33 @@ def measure(
 
 def main() -> None:
     """Print both tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = make_parser("benchmarks.workflow.groups", __doc__)
+    parser.add_argument("--parts", type=int, default=480, help="default: 480")
+    parser.add_argument(
+        "--seconds", type=float, default=120.0, help="that one group sleeps in all; default: 120"
     )
-    parser.add_argument("--parts", type=int, default=480)
-    parser.add_argument("--seconds", type=float, default=120.0, help="of one group's sleep")
-    parser.add_argument("--groups", type=int, nargs="+", default=[1, 2, 4, 8], help="one first")
-    args = parser.parse_args()
+    parser.add_argument(
+        "--groups",
+        type=int,
+        nargs="+",
+        default=[1, 2, 4, 8],
+        help="numbers of groups; the first must be 1",
+    )
+    flags = parser.parse_args()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    print(f"{args.parts} parts, {args.seconds:.0f} s of pretended work")
+    print(f"{flags.parts} parts, {flags.seconds:.0f} s of simulated work")
     print(f"\n{'groups':>6} {'seconds':>8} {'efficiency':>11} {'idle at the end':>16}")
     alone = 0.0
-    for number in args.groups:
+    for number in flags.groups:
         groups = [[str(gpu)] for gpu in range(number)]
-        took, idle, _ = measure(groups, [1.0] * number, parts=args.parts, seconds=args.seconds)
+        took, idle, _ = measure(groups, [1.0] * number, parts=flags.parts, seconds=flags.seconds)
         alone = alone or took
         share = statistics.mean(idle) / took
         print(f"{number:>6} {took:>8.2f} {alone / number / took:>11.1%} {share:>16.1%}", flush=True)
     groups = [["0"], ["1"], ["2"], ["3"], ["4", "5"], ["6", "7"], ["8", "9", "10"], ["11"]]
     slowness = [1.0, 3.0] * 4
-    took, idle, done = measure(groups, slowness, parts=args.parts, seconds=args.seconds)
-    ideal = args.seconds / sum(1 / slow for slow in slowness)
+    took, idle, done = measure(groups, slowness, parts=flags.parts, seconds=flags.seconds)
+    ideal = flags.seconds / sum(1 / slow for slow in slowness)
     fast = statistics.mean(idle[::2]) / took
     print("\n4 fast groups and 4 of a third of their speed, of 1, 2 and 3 GPUs")
     print(f"seconds {took:.2f} (at best {ideal:.2f}), parts fast {done[::2]}, slow {done[1::2]}")

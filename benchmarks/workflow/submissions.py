@@ -1,13 +1,12 @@
 """What many shards on a SLURM cluster cost beside their work: grouped jobs of the real profile and the real rule.
 
-    make benchmark-submissions
-    python benchmarks/submissions.py [--shards 8] [--copies 100] [--group 20]    (inside tests/slurm/cluster.sh)
+    tests/slurm/cluster.sh python -m benchmarks.workflow.submissions [--shards 8] [--copies 100] [--group 20] [--plain]
 
-The cluster is the one of the tests: SLURM's own daemons on this machine. A shard is so many copies of a text; 100 of
+The cluster is that of the tests: SLURM's own daemons on this machine. A shard is a number of copies of a text; 100 of
 the small TinyStories are 44 million tokens. The four lines at the profile's end are uncommented. The work is what the
-scripts took, each from its process's start to its end, as if they had been typed one below the other into one sbatch;
-`--typed` does that too, in the same run, after the measured one. All else is orchestration, of the allocation (from the
-job's start to its end) or of the whole (from the command to its end, with index_tokens, which runs beside Snakemake).
+scripts took, each from its process's start to its end, as if one sbatch script had held all commands; `--plain` runs
+that script too, after the measured run. All else is orchestration, of the allocation (from the job's start to its end)
+or of the whole (from the command to its end, with index_tokens, which runs beside Snakemake).
 """
 
 import argparse
@@ -24,14 +23,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+from benchmarks.common import REPOSITORY, make_parser
+
 DATA = REPOSITORY.parent / "shared" / "data"
 sys.path[:0] = [str(REPOSITORY / "tests" / name) for name in ("slurm", "workflow")]
 
-from cluster import Cluster  # noqa: E402
-from project import Project  # noqa: E402
+from cluster import Cluster  # type: ignore[import-not-found]  # noqa: E402
+from project import Project  # type: ignore[import-not-found]  # noqa: E402
 
-_LOOK_S = 0.1
+_POLL_S = 0.1
 _DAY_S = 86_400.0
 
 
@@ -48,9 +48,9 @@ class Span(NamedTuple):
 
 
 class Watch(threading.Thread):
-    """Looks at the processes of a script all the time: when each was first and last there.
+    """Polls the processes that run a script, and records when each was first and last seen.
 
-    A script's children, until they execute something else, have its command line too, and are not counted.
+    A script's children have its command line too until they execute something else; they are not counted.
     """
 
     def __init__(self, script: str) -> None:
@@ -61,8 +61,8 @@ class Watch(threading.Thread):
         self._ended = threading.Event()
 
     def run(self) -> None:
-        """Look until told to stop."""
-        while not self._ended.wait(_LOOK_S):
+        """Poll until `stop` is called."""
+        while not self._ended.wait(_POLL_S):
             now = time.time()
             for path in Path("/proc").glob("[0-9]*"):
                 with suppress(OSError):
@@ -72,7 +72,7 @@ class Watch(threading.Thread):
 
     def _see(self, number: int, parent: int, now: float) -> None:
         if parent in self._seen or parent in self._children:
-            self._children.add(number)  # for good: an orphan's parent is another
+            self._children.add(number)  # kept, since an orphan gets another parent
         if number not in self._children:
             self._seen[number] = Span(self._seen.get(number, Span(now, now)).began, now)
 
@@ -87,23 +87,23 @@ def _read_parent(process: Path) -> int:
     return int((process / "stat").read_text().rpartition(")")[2].split()[1])
 
 
-def lay_out(folder: Path, cluster: Cluster, args: argparse.Namespace) -> Project:
-    """Write a project of so many shards, whose profile is the shipped one with its last four lines uncommented."""
+def lay_out(folder: Path, cluster: Cluster, flags: argparse.Namespace) -> Project:
+    """Write a project of that many shards, with the shipped profile and its last four lines uncommented."""
     folder.mkdir()
     for name in ("workflow", "profiles"):
         shutil.copytree(REPOSITORY / name, folder / name)
     shutil.copy2(REPOSITORY / "Snakefile", folder)
     shutil.copy(REPOSITORY / "config" / "students" / "llama_demo.json", folder / "student.json")
-    text = args.text.read_bytes()
+    text = flags.text.read_bytes()
     with (folder / "documents.jsonl").open("wb") as corpus:
-        for _ in range(args.shards * args.copies):
+        for _ in range(flags.shards * flags.copies):
             corpus.write(text)
     project = Project(folder, cluster=cluster)
     project.fill_in(account="research", cpu_partition="cpu", gpu_partition="gpu")
-    project.group_shards(args.group)
-    dataset = {"name": "json", "data_files": "documents.jsonl", "num_shards": args.shards}
+    project.group_shards(flags.group)
+    dataset = {"name": "json", "data_files": "documents.jsonl", "num_shards": flags.shards}
     config = {
-        "dataset": dataset | {"tokenizer": str(args.tokenizer), "max_length": 256, "num_proc": 1},
+        "dataset": dataset | {"tokenizer": str(flags.tokenizer), "max_length": 256, "num_proc": 1},
         "teacher": {"model_path": None},
         "student": {"config": "student.json"},
         "training": {"distillation_type": "output", "max_steps": 5, "device": "cpu"},
@@ -117,7 +117,9 @@ def run_pipeline(project: Project) -> tuple[Span, list[Span], Span]:
     start = [sys.executable, "-m", "snakemake"]
     words = ["--profile", "profiles/slurm", "--configfile", "tiny.yaml"]
     index = project.find_output(r"tokens/\w+/index\.json$")
-    project.execute([*start, index, *words, "--until", "check_inputs"])  # once, however many shards
+    project.execute(
+        [*start, index, *words, "--until", "check_inputs"]
+    )  # does not depend on the number of shards
     watches = [Watch(script) for script in ("tokenize_shard", "index_tokens")]
     for watch in watches:
         watch.start()
@@ -131,35 +133,37 @@ def run_pipeline(project: Project) -> tuple[Span, list[Span], Span]:
 
 
 def read_allocation(cluster: Cluster, job: str) -> Span:
-    """Return from when to when a job had its allocation, to a second."""
-    told = cluster.run("scontrol", "show", "job", job)
-    times = re.findall(r"(?:StartTime|EndTime)=(\S+)", told)
+    """Return the span of a job's allocation, to a second."""
+    shown = cluster.run("scontrol", "show", "job", job)
+    times = re.findall(r"(?:StartTime|EndTime)=(\S+)", shown)
     began, ended = (datetime.fromisoformat(text).timestamp() for text in times)
     return Span(began, ended)
 
 
-def run_typed(project: Project) -> Span:
-    """Type the commands that the logs of Snakemake name into one sbatch; return the span of the allocation."""
+def run_plain(project: Project) -> Span:
+    """Run the commands that Snakemake's dry run prints in one sbatch script; return the span of its allocation."""
     words = ["-F", "-n", "-p", "--cores", "1", "--configfile", "tiny.yaml"]
-    said = project.execute([sys.executable, "-m", "snakemake", "--until", "tokenize_shard", *words])
-    lines = re.findall(r"^\s*(\S+ \S*tokenize_shard\.py .*?) >> ", said.output, re.MULTILINE)
+    printed = project.execute(
+        [sys.executable, "-m", "snakemake", "--until", "tokenize_shard", *words]
+    )
+    lines = re.findall(r"^\s*(\S+ \S*tokenize_shard\.py .*?) >> ", printed.output, re.MULTILINE)
     if not lines:
-        raise RuntimeError(said.output[-3000:])
-    script = project.path / "typed.sh"
+        raise RuntimeError(printed.output[-3000:])
+    script = project.path / "plain.sh"
     script.write_text("\n".join(["#!/bin/bash", "set -e", *lines, ""]))
     cluster = project.cluster
-    asked = ["--partition=cpu", "--cpus-per-task=4", "--mem=8000", "--output=typed.log"]
-    submitted = project.execute(["sbatch", "--parsable", *asked, "typed.sh"])
+    asked = ["--partition=cpu", "--cpus-per-task=4", "--mem=8000", "--output=plain.log"]
+    submitted = project.execute(["sbatch", "--parsable", *asked, "plain.sh"])
     job = submitted.output.strip()
     while cluster.state(job) in ("PENDING", "RUNNING", "COMPLETING"):
         time.sleep(1)
     if cluster.state(job) != "COMPLETED":
-        raise RuntimeError((project.path / "typed.log").read_text()[-3000:])
+        raise RuntimeError((project.path / "plain.log").read_text()[-3000:])
     return read_allocation(cluster, job)
 
 
 def report(whole: Span, jobs: list[Span], scripts: list[Span], index: Span) -> None:
-    """Print the shares, and where the time outside of the scripts went; of one job only, step by step."""
+    """Print the shares, and for a single job where the time outside of the scripts went."""
     work = sum(script.seconds for script in scripts)
     print(f"{len(scripts)} shards of {work / len(scripts):.0f} s in {len(jobs)} job(s)\n")
     print(f"{'scripts':<44} {work:>8.1f} s")
@@ -178,7 +182,7 @@ def report(whole: Span, jobs: list[Span], scripts: list[Span], index: Span) -> N
         "Snakemake's start in the job": scripts[0].began - job.began,
         f"between shards ({sum(between) / max(1, len(between)):.1f} s each)": sum(between),
         "end of the job": job.ended - scripts[-1].ended,
-        "until it was noticed": index.began - job.ended,
+        "until Snakemake noticed": index.began - job.ended,
         "end of the command": whole.ended - index.ended,
     }
     for name, seconds in steps.items():
@@ -187,32 +191,33 @@ def report(whole: Span, jobs: list[Span], scripts: list[Span], index: Span) -> N
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--shards", type=int, default=8)
+    parser = make_parser("benchmarks.workflow.submissions", __doc__)
+    parser.add_argument("--shards", type=int, default=8, help="default: 8")
     parser.add_argument("--copies", type=int, default=100, help="of the text, in each shard")
     parser.add_argument("--group", type=int, default=20, help="shards in a job")
     parser.add_argument(
-        "--typed", action="store_true", help="the opponent in an sbatch of its own, too"
+        "--plain", action="store_true", help="run the same commands in one sbatch script, too"
     )
     parser.add_argument("--text", type=Path, default=DATA / "text/tinystories/train.jsonl")
     parser.add_argument("--tokenizer", type=Path, default=DATA / "tokenizers/gpt2")
-    args = parser.parse_args()
+    flags = parser.parse_args()
     if "RETORT_CLUSTER" not in os.environ:
         parser.error(
-            "no cluster: start this by tests/slurm/cluster.sh, as make benchmark-submissions does"
+            "no SLURM cluster: run make benchmark-submissions, after tests/slurm/install.sh has installed SLURM"
         )
+    for path in (flags.text, flags.tokenizer):
+        if not path.exists():
+            parser.error(f"{path} does not exist: give --text FILE.jsonl and --tokenizer FOLDER")
     cluster = Cluster(Path(os.environ["RETORT_CLUSTER"]))
     cluster.start()
     with tempfile.TemporaryDirectory(prefix="retort-submissions-") as name:
-        project = lay_out(Path(name) / "project", cluster, args)
+        project = lay_out(Path(name) / "project", cluster, flags)
         whole, scripts, index = run_pipeline(project)
-        assert len(scripts) == args.shards, scripts
+        assert len(scripts) == flags.shards, scripts
         jobs = sorted(read_allocation(cluster, job.id) for job in cluster.jobs())
         report(whole, jobs, scripts, index)
-        if args.typed:
-            print(f"\n{'typed into one sbatch':<44} {run_typed(project).seconds:>8.1f} s")
+        if flags.plain:
+            print(f"\n{'the same in one sbatch script':<44} {run_plain(project).seconds:>8.1f} s")
 
 
 if __name__ == "__main__":
