@@ -61,44 +61,44 @@ test-slurm-faults: $(READY)
 campaign: $(READY)
 	$(BIN)/pytest tests -m "slow or campaign" -n 2
 
-# Bytes against error of the cache, beside others: about 25 minutes of processor time, most of it for making the
-# distributions once. Give checkouts of opponents: make benchmark-cache FLAGS="--distillkit PATH --megatron PATH".
+# Bytes against error of the cache, beside other caches: about 25 minutes of processor time, half of it to make the
+# distributions, once. With checkouts of opponents: make benchmark-cache FLAGS="--distillkit PATH --megatron PATH"
 benchmark-cache: $(READY)
-	$(BIN)/python benchmarks/cache.py $(FLAGS)
+	$(BIN)/python -m benchmarks.cache $(FLAGS)
 
 # Merging parts beside `cp`, a minute: make benchmark-merge FLAGS="--gigabytes 0.25 --folder /the/disk"
 benchmark-merge: $(READY)
-	$(BIN)/python benchmarks/merge.py $(FLAGS)
+	$(BIN)/python -m benchmarks.cache.merge $(FLAGS)
 
 # The teacher's pass beside its bare forward, ten minutes; on a GPU:
 # make benchmark-teacher FLAGS="--device cuda --dtype bfloat16 --shape 7b --vocabulary 131072"
 benchmark-teacher: $(READY)
-	$(BIN)/python benchmarks/teacher.py $(FLAGS)
+	$(BIN)/python -m benchmarks.teacher $(FLAGS)
 
 # A training step beside cross-entropy, three minutes: make benchmark-training FLAGS="--vocabulary 131072"
 benchmark-training: $(READY)
-	$(BIN)/python benchmarks/training.py $(FLAGS)
+	$(BIN)/python -m benchmarks.training $(FLAGS)
 
 # How long a step waits for its batch, three minutes (and ten for the distributions, once).
 benchmark-feeding: $(READY)
-	$(BIN)/python benchmarks/feeding.py $(FLAGS)
+	$(BIN)/python -m benchmarks.training.feeding $(FLAGS)
 
-# One to eight GPU groups with pretended work, about five minutes: make benchmark-groups FLAGS="--parts 160 --seconds 96"
+# One to eight GPU groups with simulated work, about five minutes: make benchmark-groups FLAGS="--parts 160 --seconds 96"
 benchmark-groups: $(READY)
-	$(BIN)/python benchmarks/groups.py $(FLAGS)
+	$(BIN)/python -m benchmarks.workflow.groups $(FLAGS)
 
 # Planning 10,000 shards and 64 workers beside plain Snakemake, one to two minutes: make benchmark-graph FLAGS="--shards 2000"
 benchmark-graph: $(READY)
-	$(BIN)/python benchmarks/graph.py $(FLAGS)
+	$(BIN)/python -m benchmarks.workflow.graph $(FLAGS)
 
-# Shards on a SLURM cluster (as make test-slurm starts it) beside the same scripts in one sbatch, a quarter of an hour:
-# make benchmark-submissions FLAGS="--shards 20 --typed"
+# Shards on a SLURM cluster (as make test-slurm starts it) beside the same commands in one sbatch script, a quarter of
+# an hour: make benchmark-submissions FLAGS="--shards 20 --plain"
 benchmark-submissions: $(READY)
-	tests/slurm/cluster.sh $(BIN)/python benchmarks/submissions.py $(FLAGS)
+	tests/slurm/cluster.sh $(BIN)/python -m benchmarks.workflow.submissions $(FLAGS)
 
 # What a student keeps of the teacher, by bytes a position: an hour and a half of one core.
 benchmark-quality: $(READY)
-	$(BIN)/python benchmarks/quality.py $(FLAGS)
+	$(BIN)/python -m benchmarks.quality $(FLAGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

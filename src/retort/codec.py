@@ -245,7 +245,7 @@ class TokenOrder:
 
 # The dial where it is left out (the schema's descriptions say so).
 DEFAULT_PROBABILITY = {"top_p": 0.001, "sampled": 0.05}
-# What a teacher of 2.1 nats of entropy keeps at a probability of 0.01, and how that grows (benchmarks/cache.py).
+# What a teacher of 2.1 nats of entropy keeps at a probability of 0.01, and how that grows (make benchmark-cache).
 _KEPT_AT_ONE_PERCENT, _KEPT_EXPONENT = 9.0, -0.58
 _BYTES_PER_KEPT, _BYTES_PER_POSITION = 1.4, 4.0
 _SAFETY = 3  # a teacher less sure of its words keeps more
