@@ -1,6 +1,6 @@
 """Every dial of Retort as a frozen record: read from the config, checked, made into flags and back.
 
-`workflow/schemas/config.schema.yaml` is the only place of types, ranges, defaults and descriptions.
+`config.schema.yaml`, beside this module, is the only place of types, ranges, defaults and descriptions.
 `python -m retort.config` prints config/README.md from it.
 """
 

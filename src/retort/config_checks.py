@@ -235,14 +235,6 @@ def _check_alpha(c: Flat) -> None:
 
 
 def _check_training(c: Flat, defaults: Flat) -> None:
-    length = c["training.max_seq_length"]
-    if length not in (None, c["dataset.max_length"]):
-        raise ConfigError(
-            f"training.max_seq_length is {length}, but dataset.max_length is "
-            f"{c['dataset.max_length']}: the student must see the very sequences that the teacher "
-            "saw. Set dataset.max_length to the length you want, and leave "
-            "training.max_seq_length out."
-        )
     _check_several_gpus(c)
     temperature, stored = c["training.temperature"], list(c["cache.temperatures"])
     if 1.0 not in stored:

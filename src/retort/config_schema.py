@@ -12,13 +12,13 @@ import re
 from collections.abc import Iterator, Mapping
 from datetime import date
 from functools import cache
-from pathlib import Path
+from importlib.resources import files
 from typing import Any
 
 import jsonschema  # type: ignore[import-untyped]
 import yaml
 
-SCHEMA_PATH = Path(__file__).resolve().parents[2] / "workflow" / "schemas" / "config.schema.yaml"
+SCHEMA_FILE = "config.schema.yaml"  # in the package
 
 Schema = dict[str, Any]
 KeyPath = tuple[str, ...]
@@ -78,7 +78,8 @@ class ConfigError(ValueError):
 def load_schema() -> Schema:
     """Return the parsed schema; do not change it."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    schema: Schema = yaml.load(SCHEMA_PATH.read_text(encoding="utf-8"), Loader=loader)
+    text = (files("retort") / SCHEMA_FILE).read_text(encoding="utf-8")
+    schema: Schema = yaml.load(text, Loader=loader)
     return schema
 
 

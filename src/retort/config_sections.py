@@ -118,7 +118,6 @@ class Training:
     num_epochs: float
     batch_size: int
     gradient_accumulation_steps: int
-    max_seq_length: int | None
     seed: int
     loss_chunk_size: int | None
     dataloader_num_workers: int

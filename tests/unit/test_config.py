@@ -260,6 +260,12 @@ def test_reading_twice_changes_nothing() -> None:
         ({"teacher": {"batch_size": 4}}, "teacher.batch_size", "teacher.generation.batch_size"),
         ({"training": {"num_workers": 2}}, "training.num_workers", "dataloader_num_workers"),
         ({"dataset": {"max_seq_length": 5}}, "dataset.max_seq_length", "dataset.max_length"),
+        ({"training": {"max_seq_length": 5}}, "training.max_seq_length", "dataset.max_length: 5"),
+        (
+            {"runs": {"a": {"training": {"max_seq_length": 5}}}},
+            "runs.a.training.max_seq_length",
+            "dataset.max_length: 5",
+        ),
         ({"runs": {"a": {"alpha": 0.1}}}, "runs.a.alpha", "runs.a.training.alpha"),
         ({"runs": {"a": {"training": {"lr": 0.1}}}}, "runs.a.training.lr", "learning_rate"),
         ({"runs": {"a": {"runs": {}}}}, "runs.a.runs", "config/README.md"),
@@ -504,11 +510,6 @@ OUTPUT = {"training": {"distillation_type": "output"}}
             "training.distillation_type: hybrid to learn from both",
         ),
         (
-            {"training": {"max_seq_length": 512}},
-            "training.max_seq_length is 512, but dataset.max_length is 2048",
-            "Set dataset.max_length to the length you want",
-        ),
-        (
             {
                 "cache": {"method": "sampled", "temperatures": [1.0, 4.0]},
                 "training": {"temperature": 1.0},
@@ -546,7 +547,6 @@ def test_keys_that_contradict_each_other_are_refused(
         {"training": {"temperature": 3.0}, "cache": {"top_k": "full"}},
         merge(OUTPUT, {"training": {"temperature": 3.0, "alpha": 1.0}}),
         merge(LOGIT, {"training": {"alpha": 0.0}}),
-        {"training": {"max_seq_length": 2048}},
         {"dataset": {"validation_split": "test", "validation_fraction": 0}},
         {"dataset": {"name": "org/corpus", "data_files": "en/*.parquet"}},
         {"teacher": {"generation": {"gpus": "1, 3,5", "gpus_per_model": 2}}},
