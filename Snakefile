@@ -11,14 +11,10 @@ from snakemake.utils import min_version
 min_version("9.27")
 
 
-# A config given on the command line replaces the demo's; it is not merged into it.
-if not workflow.overwrite_configfiles:
+# A config given on the command line replaces the demo's; it is not merged into it. A module is given its own.
+if workflow.modifier.is_main_snakefile() and not workflow.overwrite_configfiles:
 
     configfile: "config/config.yaml"
-
-
-# Nothing runs in a container unless asked to (--sdm apptainer).
-container: "docker://python:3.12"
 
 
 include: "workflow/rules/common.smk"
@@ -31,20 +27,10 @@ include: "workflow/rules/evaluation.smk"
 include: "workflow/rules/report.smk"
 
 
-localrules:
-    all,
-    check_inputs,
-    index_tokens,
-    plan,
-    report,
-    resolve_teacher,
-    stage,
-    synthesize_online,
-
-
 rule all:
     input:
         REPORT,
+    localrule: True
 
 
 # Going back to an earlier config makes nothing, but its report is the one to look at.

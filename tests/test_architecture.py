@@ -105,6 +105,11 @@ ROOMS = (
     "findings",
     "report",
     "by_hand",
+    "workflow_files",
+    "run_display",
+    "run_command",
+    "console",
+    "__main__",
 )
 # Every job on every node parses the Snakefile again: these must not be loaded for it.
 HEAVY = (

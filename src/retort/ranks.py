@@ -93,9 +93,10 @@ def launch_ranks(count: int, *, meeting: Sequence[str], threads: int) -> None:
 
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP's advice is of no use to a user
+    script = str(sys.modules["__main__"].__file__)  # sys.argv[0] may be the name of a command
     os.environ[_LAUNCHER] = str(os.getpid())
     try:
-        torchrun([*meeting, f"--nproc-per-node={count}", *sys.argv])
+        torchrun([*meeting, f"--nproc-per-node={count}", script, *sys.argv[1:]])
     except ChildFailedError:
         raise SystemExit(1) from None
     except SignalException as error:

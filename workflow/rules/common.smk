@@ -11,6 +11,36 @@ from retort.config import load_runs, section_flags
 from retort.sources import is_hub
 from retort.synthesis_plans import local_model
 from snakemake.exceptions import WorkflowError
+from snakemake.io import flag
+from snakemake.path_modifier import PATH_MODIFIER_FLAG
+
+
+def place_outputs(config):
+    """Return the config with its output folders where the `prefix` of a module puts them, in another Snakefile.
+
+    Snakemake puts a module's prefix before its rules' paths, but not into flags. So the folders get it here, once, and
+    inputs and outputs, which are under them, not again; logs get it from Snakemake.
+    """
+    modifier = workflow.modifier.path_modifier
+
+    def keep(path, property=None):
+        if property not in ("input", "output") or callable(path):
+            return type(modifier).modify(modifier, path, property)
+        return flag(modifier.apply_default_storage(path), PATH_MODIFIER_FLAG)
+
+    output = config.get("output") or {}
+    if not isinstance(output, dict):
+        return config  # load_runs says what is wrong with it
+    output = dict(output)
+    for key, default in {"results_dir": "results", "cache_dir": None}.items():
+        if folder := output.get(key, default):
+            output[key] = modifier.replace_prefix(f"{folder}/").removesuffix("/")
+    modifier.modify = keep
+    return {**config, "output": output}
+
+
+if not workflow.modifier.is_main_snakefile():
+    config = place_outputs(config)
 
 try:
     PROJECT = plan_project(load_runs(config))
@@ -23,7 +53,9 @@ CACHE = OUTPUT.cache_dir or RESULTS
 CHECK = f"{RESULTS}/checks/{PROJECT.check_id}.json"
 REPORT = f"{RESULTS}/reports/{PROJECT.report_id}/report.html"
 PYTHON = shlex.quote(sys.executable)
-SCRIPTS = f"{PYTHON} {shlex.quote(str(Path(workflow.basedir) / 'workflow' / 'scripts'))}/{{}}.py"
+# Beside this file; workflow.basedir would be that of the Snakefile that takes this one as a module.
+WORKFLOW = Path(workflow.current_basedir.get_path_or_uri(secret_free=False)).parent
+SCRIPTS = f"{PYTHON} {shlex.quote(str(WORKFLOW / 'scripts'))}/{{}}.py"
 
 # A time limit or scancel sends SIGTERM to every process of a job. The script obeys it, in a moment, and says so: bash
 # waits for its end, and tee (trap '' TERM in each rule) for its last words.

@@ -6,6 +6,7 @@ rule check_inputs:
         CHECK,
     log:
         f"logs/check_inputs/{PROJECT.check_id}.log",
+    localrule: True
     params:
         script=SCRIPTS.format("check_inputs"),
         config=lambda wildcards: json.dumps(config, sort_keys=True),
@@ -23,6 +24,7 @@ rule stage:
         made=ancient(get_staged),
     log:
         f"logs/stage/{PROJECT.check_id}.log",
+    localrule: True
     params:
         script=SCRIPTS.format("stage"),
         config=lambda wildcards: json.dumps(config, sort_keys=True),
@@ -63,6 +65,7 @@ rule synthesize:
 use rule synthesize as synthesize_online with:
     wildcard_constraints:
         answers="api-[0-9a-f]{12}",
+    localrule: True
     threads: 1
     resources:
         gpu=0,
@@ -108,6 +111,7 @@ rule index_tokens:
         f"{CACHE}/tokens/{{tokens}}/index.json",
     log:
         "logs/index_tokens/{tokens}.log",
+    localrule: True
     params:
         script=SCRIPTS.format("index_tokens"),
         chunk_size=get_chunk_size,

@@ -10,6 +10,9 @@ from retort.gpus import describe_machine, is_scheduled
 from retort.provenance import require_writable
 from retort.stuck_jobs import StuckJobs
 
+# The name that a rule has in this run: a Snakefile that takes this one as a module may have renamed it.
+rule_name = workflow.modifier.modify_rulename
+
 
 def greet():
     """Say what the teacher will run on, before anything starts; under a scheduler that is another machine than this.
@@ -27,9 +30,9 @@ def greet():
     except ValueError as error:
         raise WorkflowError(str(error)) from None
     asked = {job.rule.name for job in workflow.dag.needrun_jobs()}
-    if "train" in asked and workflow.local_exec and not is_scheduled():
+    if rule_name("train") in asked and workflow.local_exec and not is_scheduled():
         refuse_several_nodes()
-    if not {"score_validation", "generate_logits"} & asked:
+    if not {rule_name("score_validation"), rule_name("generate_logits")} & asked:
         return
     for generation, must_run in find_teacher_work().items():
         try:

@@ -11,6 +11,7 @@ rule report:
         text=REPORT.replace("report.html", "summary.txt"),
     log:
         f"logs/report/{PROJECT.report_id}.log",
+    localrule: True
     params:
         script=SCRIPTS.format("report"),
     message:

@@ -12,6 +12,7 @@ rule resolve_teacher:
         "logs/resolve_teacher/{teacher}.log",
     wildcard_constraints:
         teacher="[0-9a-f]{12}",
+    localrule: True
     params:
         script=SCRIPTS.format("resolve_teacher"),
         flags=get_resolve_flags,
@@ -79,6 +80,7 @@ rule plan:
         f"{CACHE}/logits/{{logits}}/plan.json",
     log:
         "logs/plan/{logits}.log",
+    localrule: True
     params:
         script=SCRIPTS.format("plan"),
         cache=get_merge_flags,
