@@ -6,6 +6,9 @@ Memory decides the speed, not arithmetic. Microseconds a row on one core at V = 
 115, into memory that was used before 40; nonzero of a whole row 34, a comparison 22, but the maxima of its blocks 7. So
 a few rows are worked on at once, which stay in the processor's cache and take memory that was just freed; and tokens
 are looked for only in blocks whose maximum says that there is one. A block is every (W / 16)th token.
+
+Sums reach the cache, so a device adds in one order, run after run: nothing here is on PyTorch's list of operations that
+are not deterministic on CUDA (`torch.use_deterministic_algorithms`), as `index_add_` and `cumsum` of floats are.
 """
 
 from collections.abc import Iterator
@@ -25,6 +28,7 @@ BLOCK = 16
 # Rows at once hold 2 MB on a CPU. Microseconds a row of all that select_probable does: 93 with 16 rows at V = 32,768,
 # 138 with 64. A GPU takes all: what counts there is how often something is started.
 _CPU_ELEMENTS = 1 << 19
+_UNITS = float(1 << 62)  # of a probability of one; a row's masses, rounded up, stay below 2^63
 
 
 def pad_width(vocabulary: int) -> int:
@@ -84,7 +88,7 @@ def _find_tails(
     tails = {1.0: rest_RW.sum(dim=-1)}
     if 2.0 in temperatures:  # a root is a third of another softmax
         outside_R = rest_RW.sqrt_().sum(dim=-1)
-        inside_R = torch.zeros_like(outside_R).index_add_(0, kept.rows, kept.probs.sqrt())
+        inside_R = _sum_rows(kept.probs.sqrt(), kept.sizes)
         tails[2.0] = outside_R / (outside_R + inside_R)
     for temperature in set(temperatures) - {1.0, 2.0}:
         torch.softmax(logits_RW / temperature, dim=-1, out=rest_RW)
@@ -93,20 +97,31 @@ def _find_tails(
     return torch.stack([tails[t] for t in temperatures], dim=-1)
 
 
-class _Kept(NamedTuple):
-    """N kept tokens of some rows: row, place among all (in a view(-1)), probability at temperature 1; each [N]."""
+def _sum_rows(values_N: Tensor, sizes_R: Tensor) -> Tensor:
+    """Return the sum of each row's values [R], which stand row after row.
 
-    rows: Tensor
+    A CPU adds them one after the other; on CUDA one block of threads adds a row (CUB's DeviceSegmentedReduce).
+    """
+    if len(values_N) == 0:
+        return values_N.new_zeros(len(sizes_R))
+    # unsafe: the lengths are right, and to check them the CPU would wait for the GPU
+    return torch.segment_reduce(values_N, "sum", lengths=sizes_R, unsafe=True)
+
+
+class _Kept(NamedTuple):
+    """N kept tokens, row after row: tokens of each row [R]; place in a view(-1), probability at temperature 1 [N]."""
+
+    sizes: Tensor
     places: Tensor
     probs: Tensor
 
     @classmethod
-    def take(cls, probs_RW: Tensor, rows_N: Tensor, ids_N: Tensor) -> "_Kept":
-        """Take tokens out of the probabilities, which are zero there afterwards."""
+    def take(cls, probs_RW: Tensor, rows_N: Tensor, ids_N: Tensor, sizes_R: Tensor) -> "_Kept":
+        """Take tokens out of the probabilities, which are zero there afterwards; `rows_N` ascends."""
         places_N = rows_N * probs_RW.shape[1] + ids_N
         probs_N = probs_RW.view(-1)[places_N]
         probs_RW.view(-1)[places_N] = 0.0
-        return cls(rows_N, places_N, probs_N)
+        return cls(sizes_R, places_N, probs_N)
 
 
 @torch.inference_mode()
@@ -122,8 +137,10 @@ def select_top_k(logits_PV: Tensor, codec: Codec, *, num_tokens: int) -> SparseT
         best_RK, ids_RK = _find_top_k(logits_RW, codec.top_k, codec.vocabulary)
         # log sum exp, from the probability of the best
         total_R1 = best_RK[:, :1] - probs_RW.gather(1, ids_RK[:, :1]).log()
-        rows_N = torch.arange(len(ids_RK), device=ids_RK.device).repeat_interleave(codec.top_k)
-        kept = _Kept.take(probs_RW, rows_N, ids_RK.flatten())
+        rows_R = torch.arange(len(ids_RK), device=ids_RK.device)
+        sizes_R = torch.full_like(rows_R, codec.top_k)
+        rows_N = rows_R.repeat_interleave(codec.top_k)
+        kept = _Kept.take(probs_RW, rows_N, ids_RK.flatten(), sizes_R)
         ids.append(ids_RK.int().cpu())
         logprobs.append((best_RK - total_R1).cpu())
         tails_RT = _find_tails(probs_RW, logits_RW, kept, codec.temperatures)
@@ -180,8 +197,9 @@ def select_probable(
     for start, logits_RW, probs_RW in _compute_probs(logits_PW):
         # Of `top_p`, the best one stands for all where none is probable enough.
         rows_N, ids_N = _find_probable(probs_RW, least, needs_one=not step)
-        kept = _Kept.take(probs_RW, rows_N, ids_N)
-        sizes = torch.bincount(rows_N, minlength=len(logits_RW)).cpu().numpy().astype(np.int64)
+        sizes_R = torch.bincount(rows_N, minlength=len(logits_RW))
+        kept = _Kept.take(probs_RW, rows_N, ids_N, sizes_R)
+        sizes = sizes_R.cpu().numpy().astype(np.int64)
         masses_R = probs_RW.sum(dim=-1).double().cpu().numpy() * TAIL_UNIT
         drawn = np.zeros(len(sizes), np.int64)
         drawn_ids = np.empty(0, np.int64)
@@ -224,25 +242,32 @@ def _draw(
         return np.empty(0, np.int64)
     device = rest_RW.device
     # float64 has no place on Apple's GPUs; nobody scores there.
-    sums_RB = _blocks(rest_RW).sum(dim=1).double().cumsum(dim=-1)
+    sums_RB = _accumulate(_blocks(rest_RW).sum(dim=1))
     sizes_R = torch.from_numpy(drawn_sizes).to(device)
     comb_N = torch.arange(int(sizes_R.max()), device=device)
     shares_RN = (comb_N[None] + torch.from_numpy(uniform_R).to(device)[:, None]) / sizes_R[
         :, None
     ].clamp(min=1)
     total_R1 = sums_RB[:, -1:]
-    points_RN = (shares_RN * total_R1).minimum(total_R1 * (1 - 1e-12))
+    points_RN = (shares_RN * total_R1).long().minimum(total_R1 - 1)
     blocks_RN = torch.searchsorted(sums_RB, points_RN, right=True)
     rows_D, combs_D = (comb_N[None] < sizes_R[:, None]).nonzero(as_tuple=True)
     blocks_D = blocks_RN[rows_D, combs_D]
     before_D = F.pad(sums_RB, (1, 0))[rows_D, blocks_D]
-    inside_DB = _blocks(rest_RW)[rows_D, :, blocks_D].double().cumsum(dim=-1)
-    # Sums in another order differ by roundings: the point is held inside its block.
-    points_D = (points_RN[rows_D, combs_D] - before_D).clamp(min=0.0)
-    points_D = points_D.minimum(inside_DB[:, -1] * (1 - 1e-12))
+    inside_DB = _accumulate(_blocks(rest_RW)[rows_D, :, blocks_D])
+    # A block's own sum is rounded to float32: the point is held inside the sum of its tokens.
+    points_D = (points_RN[rows_D, combs_D] - before_D).minimum(inside_DB[:, -1] - 1)
     steps_D = torch.searchsorted(inside_DB, points_D[:, None], right=True)[:, 0]
     ids = (steps_D * sums_RB.shape[1] + blocks_D).cpu().numpy().astype(np.int64)
     return _separate(ids, rows_D.cpu().numpy(), rest_RW)
+
+
+def _accumulate(masses: Tensor) -> Tensor:
+    """Return the cumulative sums along the last axis, int64, in units of 2^-62.
+
+    Sums of whole numbers are the same in any order. Masses are rounded up, so that none but zero becomes zero.
+    """
+    return (masses * _UNITS).ceil_().long().cumsum(dim=-1)
 
 
 def _separate(
