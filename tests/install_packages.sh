@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Install from Debian's packages what some tests use: bubblewrap, which runs a model's code, and Chromium, in which the
-# report is looked at. Nothing where they are there, or where they cannot be installed: those tests then skip, and say why.
+# report is looked at. Nothing where they are there, or where they cannot be installed: those tests then skip, and say why;
+# with RETORT_REQUIRE=bubblewrap in the environment, as in CI, one fails in place of those that bubblewrap is missing for.
 set -euo pipefail
 
 missing=()

@@ -3,7 +3,9 @@
 A program has passed when it came to its end; each of these asserts, from inside, that its way out is closed.
 """
 
+import ctypes
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -18,16 +20,19 @@ from retort.sandbox import Limits, require_sandbox, run_program
 
 
 def _why_not() -> str | None:
+    """Why there are no namespaces here. The code under test is not asked: where it fails, its tests fail."""
     if shutil.which("bwrap") is None:
         return f"no bubblewrap here: {sandbox.INSTALL}"
-    try:
-        require_sandbox()
-    except ValueError as error:
-        return str(error)
-    return None
+    options = ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--ro-bind", "/", "/"]
+    if os.getuid() != 0:
+        options += ["--unshare-user", "--disable-userns"]
+    command = ["bwrap", *options, "--proc", "/proc", "--dev", "/dev", "true"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return f"no namespaces here: {done.stderr.strip()}" if done.returncode else None
 
 
-needs_sandbox = pytest.mark.skipif(_why_not() is not None, reason=str(_why_not()))
+WHY_NOT = _why_not()
+needs_sandbox = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 PATIENT = Limits(seconds=120.0)  # a busy machine is slow, not wrong
 
 ESCAPES = {
@@ -169,6 +174,14 @@ for place in range(64):
 """
 
 
+@pytest.mark.skipif(
+    "bubblewrap" not in os.environ.get("RETORT_REQUIRE", "").split(","),
+    reason="RETORT_REQUIRE does not name bubblewrap, so tests may be skipped where it is missing",
+)
+def test_the_sandbox_is_tried_where_it_must_be() -> None:
+    assert WHY_NOT is None, WHY_NOT
+
+
 @needs_sandbox
 @pytest.mark.parametrize("escape", ESCAPES)
 def test_there_is_no_way_out_by(escape: str) -> None:
@@ -202,6 +215,21 @@ open("/tmp/mine", "w").close()
     outcome = run_program(program, limits=PATIENT)
     assert outcome.has_passed, outcome.failure
     assert run_program(program, limits=PATIENT).has_passed  # what one wrote, the next does not see
+
+
+@needs_sandbox
+def test_memory_that_others_share_is_not_seen() -> None:
+    """Any user may read and write this segment, who is in the same namespace of System V's means."""
+    libc, key = ctypes.CDLL(None, use_errno=True), secrets.randbelow(1 << 30) + 1
+    segment = libc.shmget(key, 4096, 0o1666)  # IPC_CREAT, and rights for all
+    assert segment >= 0, os.strerror(ctypes.get_errno())
+    try:
+        program = f"import ctypes\nassert ctypes.CDLL(None).shmget({key}, 4096, 0) == -1"
+        outcome = run_program(program, limits=PATIENT)
+        assert outcome.has_passed, outcome.failure
+        assert libc.shmget(key, 4096, 0) == segment
+    finally:
+        libc.shmctl(segment, 0, None)  # IPC_RMID
 
 
 @needs_sandbox
