@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from retort.intervals import Estimate
-from retort.records import CacheFacts, Record, compared_conditions, find_baseline
+from retort.records import CacheFacts, Record, find_baseline, find_differences
 from retort.scores import DOCUMENTS_FILE, METRICS, OF_MODEL, compare_losses, read_documents
 
 # Of a record: what is no number, or has columns of its own with the ends of its interval.
@@ -71,14 +71,16 @@ def has_documents(record: Record) -> bool:
 
 def find_full(record: Record, records: Sequence[Record]) -> Record | None:
     """Return the run that learned from all that the teacher says, and is otherwise like `record`; None without one."""
+    if not record.is_distilled:
+        return None
     alike = [
         r
         for r in records
         if is_full(r)
-        and compared_conditions(r) == compared_conditions(record)
+        and not find_differences(record, r)
         and (r.teacher, r.temperature) == (record.teacher, record.temperature)
     ]
-    return alike[0] if alike and record.is_distilled else None
+    return min(alike, key=lambda r: r.id, default=None)
 
 
 def is_full(record: Record) -> bool:

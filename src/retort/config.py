@@ -117,7 +117,7 @@ def identity(section: Any) -> dict[str, Any]:
         if is_section(sub):
             if below := identity(value):
                 named[key] = below
-        elif _names_artefacts(sub, schema) and not is_default(value, sub):
+        elif names_artefacts(sub, schema) and not is_default(value, sub):
             named[key] = list(value) if isinstance(value, tuple) else value
     return named
 
@@ -195,7 +195,7 @@ def _readme_table(section: str) -> str:
     rows.append("|---|---|---|---|---|")
     for key, sub in schema["properties"].items():
         if not is_section(sub):
-            names = "yes" if _names_artefacts(sub, schema) else "no"
+            names = "yes" if names_artefacts(sub, schema) else "no"
             cells = [
                 f"`{key}`",
                 expected(sub),
@@ -207,7 +207,8 @@ def _readme_table(section: str) -> str:
     return "\n".join([*rows, ""])
 
 
-def _names_artefacts(schema: Schema, section: Schema) -> bool:
+def names_artefacts(schema: Schema, section: Schema) -> bool:
+    """Say whether a key, by its schema and its section's, is part of the names of what is made from it."""
     return bool(schema.get("identity", True) and section.get("identity", True))
 
 

@@ -8,13 +8,19 @@ import math
 from collections.abc import Sequence
 
 from retort.comparisons import compare_losses_of, compare_with_baseline, has_documents
+from retort.config_schema import show
 from retort.intervals import Estimate
 from retort.records import (
+    SETTINGS,
+    STUDENT_SIZE,
+    VALIDATION_SET,
     CacheFacts,
     Record,
     TrainingLog,
     find_baseline,
     find_caches,
+    find_differences,
+    find_nearest,
     find_teachers,
     group_runs,
 )
@@ -25,6 +31,7 @@ HIGH_TAIL_MASS = 0.2
 HIGH_FIDELITY_KL = 0.05  # nats
 FEW_POSITIONS = 1000
 FEW_DOCUMENTS = 10
+_MOST_NEEDS = 3  # sentences on runs without a margin; a sweep may have a hundred of them
 
 
 def describe_outcome(group: Sequence[Record], *, baseline: str | None = None) -> str:
@@ -40,24 +47,30 @@ def describe_outcome(group: Sequence[Record], *, baseline: str | None = None) ->
             f"({FEW_POSITIONS:,} or more would){teacher}."
         )
     if not margins:
-        lacks = "no cross-entropy run with the same student size, seed and steps to compare with"
+        lacks = "no matching cross-entropy run to compare with"
         why = lacks if best.is_distilled else "no distilled run to compare with"
         return f"{best.name}: held-out loss {best.loss:.3f} nats/token, {why}{teacher}."
-    run, found = min(margins, key=lambda m: m[1].margin.value)
+    # Not the greatest margin: that may be a bad run's over a worse baseline of its own.
+    run, found = min(margins, key=lambda m: m[0].loss)
     against = f"cross-entropy ({found.baseline.name}, {found.baseline.loss:.3f})"
-    worse = [
-        f"{r.name} is {_distance(f.margin)} it"
-        for r, f in margins
-        if not is_gain(f.margin) and r != run
-    ]
+    others: dict[bool, list[str]] = {True: [], False: []}
+    for other, beside in margins:
+        if other is not run:
+            theirs = "it" if beside.baseline is found.baseline else beside.baseline.name
+            said = f"{other.name} is {_distance(beside.margin)} {theirs}"
+            others[is_gain(beside.margin)].append(said)
     if is_gain(found.margin):
         sentence = f"{run.name}: held-out loss {run.loss:.3f}, {_distance(found.margin)} {against}{teacher}."
+        worse = others[False]
         return sentence + (
             f" Not every distilled run gained: {list_names(worse)}." if worse else ""
         )
+    better = others[True]
+    lost = "Not every distilled run gained" if better else "Distillation did not beat cross-entropy"
     return (
-        f"Distillation did not beat cross-entropy: the best distilled run, {run.name}, has "
+        f"{lost}: the best distilled run, {run.name}, has "
         f"held-out loss {run.loss:.3f}, {_distance(found.margin)} {against}{teacher}."
+        + (f" But {list_names(better)}." if better else "")
     )
 
 
@@ -173,12 +186,14 @@ def _warn_of_cache(names: str, cache: CacheFacts) -> list[str]:
 def _warn_of_comparisons(records: Sequence[Record], baseline: str | None) -> list[str]:
     found = []
     pairs = [(r, find_baseline(r, records, baseline=baseline)) for r in records]
-    alone = [r.name for r, other in pairs if r.is_distilled and other is None]
-    if alone:
-        found.append(
-            f"No margin for {list_names(alone)}: no run of type output shares the validation set, "
-            "student size, seed and steps."
-        )
+    needs: dict[str, list[str]] = {}
+    for record in (r for r, other in pairs if r.is_distilled and other is None):
+        nearest = find_nearest(record, records, baseline=baseline)
+        needs.setdefault(_describe_need(record, nearest), []).append(record.name)
+    shown = list(needs.items())[:_MOST_NEEDS]
+    found += [f"No margin for {list_names(names)}: {need}" for need, names in shown]
+    if rest := [name for names in list(needs.values())[_MOST_NEEDS:] for name in names]:
+        found.append(f"No margin for {list_names(rest)} either: no matching cross-entropy run.")
     unequal = [
         f"{r.name} ({r.trained_tokens:,} tokens; {other.name} {other.trained_tokens:,})"
         for r, other in pairs
@@ -198,3 +213,23 @@ def _warn_of_comparisons(records: Sequence[Record], baseline: str | None) -> lis
             "Means over seeds, with what other seeds would change, stand apart."
         )
     return found
+
+
+def _describe_need(record: Record, nearest: Record | None) -> str:
+    """Return which cross-entropy run is missing, by what the nearest one has otherwise."""
+    lacks = "no matching cross-entropy run; add one with"
+    if nearest is None:
+        return f"{lacks} training.distillation_type: output."
+    found = find_differences(record, nearest)
+    if SETTINGS in found:
+        return (
+            f"not all settings of these runs and of {nearest.name} are recorded, because a run.json was missing. "
+            "Evaluate them again, with run.json beside training.json."
+        )
+    if any(key.startswith("student.") for key in found):
+        found.pop(STUDENT_SIZE, None)
+    same = [key for key in (VALIDATION_SET,) if found.pop(key, None)]
+    values = [
+        f"{k}: {show(mine)} ({nearest.name}: {show(other)})" for k, (mine, other) in found.items()
+    ]
+    return f"{lacks} {list_names([*(f'the same {key}' for key in same), *values])}."

@@ -1,8 +1,9 @@
 """Measured runs: metrics.json and training_log.csv -> records, and what may be compared.
 
 A *group* is the runs evaluated on the same held-out positions: only within a group are losses
-compared. The *baseline* of a distilled run is the cross-entropy run (`output`) of its group with
-the same student size, seed and steps. What a run does not define is None.
+compared. The *baseline* of a distilled run is the cross-entropy run (`output`) of its group that
+differs in nothing but in what it learns from: the same student, start, seed, steps, learning rate,
+batch, precision. What a run does not define is None.
 """
 
 import csv
@@ -11,10 +12,12 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from retort.config_schema import flatten
+from retort.config import names_artefacts
+from retort.config_schema import flatten, section_schema
 from retort.samples import SAMPLES_FILE, Samples, read_samples
 from retort.scorecards import (
     ClassRow,
@@ -30,6 +33,15 @@ _SAID_OTHERWISE = {
     *("finished", "training.distillation_type", "training.alpha", "training.temperature"),
     *("training.seed", "training.max_steps", "training.device"),
 }
+# Settings of a run that name it, in which it may differ from its baseline: what it learns from the teacher, and how;
+# what rounds otherwise; how its steps are said, which are compared themselves; the length that the corpus has anyway.
+_NOT_COMPARED = {
+    *("training.distillation_type", "training.alpha", "training.temperature"),
+    *("training.divergence", "training.use_cached_logits"),
+    *("training.cpu_threads", "training.use_gradient_checkpointing"),
+    *("training.max_steps", "training.num_epochs", "training.max_seq_length"),
+}
+STUDENT_SIZE, VALIDATION_SET, SETTINGS = "student parameters", "validation set", "settings"
 
 
 @dataclass(frozen=True)
@@ -228,25 +240,62 @@ def group_runs(records: Sequence[Record]) -> list[list[Record]]:
     return list(groups.values())
 
 
-def compared_conditions(record: Record) -> tuple[int | str | None, ...]:
-    """Return what two runs must have in common for their losses to be compared."""
-    r = record
-    return (r.content, r.positions, r.documents, r.student_parameters, r.seed, r.steps)
+@cache
+def _compared_settings() -> dict[str, Any]:
+    """Return the settings that a run and its baseline must share, by dotted names, with their defaults."""
+    schemas = {name: section_schema(name) for name in ("student", "training")}
+    return {
+        f"{section}.{key}": sub["default"]
+        for section, schema in schemas.items()
+        for key, sub in schema["properties"].items()
+        if names_artefacts(sub, schema) and f"{section}.{key}" not in _NOT_COMPARED
+    }
+
+
+def compared_conditions(record: Record) -> dict[str, Any]:
+    """Return by name what two runs must have in common for a margin between them; keys as in the config.
+
+    A setting that a run does not know is at its default. A run of which no setting is known is like no other.
+    """
+    settings = {k: record.trained.get(k, value) for k, value in _compared_settings().items()}
+    is_known = any(key.startswith(("student.", "training.")) for key in record.trained)
+    return settings | {
+        VALIDATION_SET: (record.content, record.positions, record.documents),
+        STUDENT_SIZE: record.student_parameters,
+        "training.seed": record.seed,
+        "training.max_steps": record.steps,
+        SETTINGS: "known" if is_known else f"those of {record.id} are not",
+    }
+
+
+def find_differences(record: Record, other: Record) -> dict[str, tuple[Any, Any]]:
+    """Return what stands between two runs and a margin, by name: what each of them has."""
+    mine, theirs = compared_conditions(record), compared_conditions(other)
+    return {key: (mine[key], theirs[key]) for key in mine if mine[key] != theirs[key]}
 
 
 def find_baseline(
     record: Record, records: Sequence[Record], *, baseline: str | None = None
 ) -> Record | None:
-    """Return the cross-entropy run to compare `record` with: the first fit, or the one named."""
+    """Return the cross-entropy run to compare `record` with, or the one named where it fits; whatever their order."""
+    if not record.is_distilled:
+        return None
+    named = [r for r in records if not r.is_distilled and baseline in (None, r.name)]
+    alike = [r for r in named if not find_differences(record, r)]
+    return min(alike, key=lambda r: r.id, default=None)
 
-    alike = [
-        r
-        for r in records
-        if not r.is_distilled
-        and compared_conditions(r) == compared_conditions(record)
-        and baseline in (None, r.name)
-    ]
-    return alike[0] if alike and record.is_distilled else None
+
+def find_nearest(
+    record: Record, records: Sequence[Record], *, baseline: str | None = None
+) -> Record | None:
+    """Return the cross-entropy run with the fewest differences from `record`; None where there is none at all."""
+
+    def distance(other: Record) -> tuple[bool, int, str]:
+        found = find_differences(record, other)
+        return VALIDATION_SET in found, len(found), other.id
+
+    plain = [r for r in records if not r.is_distilled and baseline in (None, r.name)]
+    return min(plain, key=distance, default=None)
 
 
 def find_teachers(group: Sequence[Record]) -> list[Record]:

@@ -93,7 +93,7 @@ def render_summary(
 ) -> str:
     """Return the text at the end of a run: the table, what it means, and where to look next.
 
-    `baseline` names the cross-entropy run of the margins; by default the first that fits each run.
+    `baseline` names the cross-entropy run of the margins; by default the one that fits each run.
     Lines fit in WIDTH columns, but for paths, which are not broken. Raises ValueError when
     `baseline` is no such run.
     """

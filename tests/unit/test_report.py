@@ -4,6 +4,7 @@ import base64
 import csv
 import hashlib
 import io
+import itertools
 import json
 import math
 import re
@@ -21,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from retort.comparisons import compare_with_baseline, find_best, find_full
+from retort.config_sections import Training
 from retort.figures import INKS, SERIES, _smooth, _thin, draw_costs
 from retort.findings import describe_next_best, describe_outcome, find_warnings
 from retort.intervals import DocumentSums
@@ -46,6 +48,19 @@ from retort.tables import (
     sort_key,
 )
 
+# Of each setting of a training that matters to its result whatever it learns from, one that is not the default.
+OTHER_TRAINING = {
+    "learning_rate": 0.002,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 10,
+    "weight_decay": 0.1,
+    "max_grad_norm": 0.5,
+    "batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "use_mixed_precision": False,
+    "mixed_precision_dtype": "fp16",
+    "resume_from_checkpoint": "checkpoint-10",
+}
 LOG_HEAD = "step,total_loss,hard_loss,soft_loss,perplexity,learning_rate,tokens_per_second"
 MARGIN, KL = -1, -3  # places in a row's cells
 
@@ -264,6 +279,10 @@ def test_margin_carries_its_sign_and_zero_carries_none(
         {"validation__positions": 65_535},
         {"validation__documents": 411},
         {"distillation_type": "logit"},
+        {"trained": {"commit": "0123456789abcdef"}},
+        *({"trained": {"training": {key: value}}} for key, value in OTHER_TRAINING.items()),
+        {"trained": {"student": {"config": "other.json"}, "training": {"alpha": 1.0}}},
+        {"trained": {"student": {"model_path": "weights"}, "training": {"alpha": 1.0}}},
     ],
 )
 def test_no_margin_against_a_run_of_other_conditions(
@@ -274,6 +293,90 @@ def test_no_margin_against_a_run_of_other_conditions(
     assert find_baseline(records[1], records) is None
     assert build_rows(records)[-1].cells[MARGIN] == "-"
     assert "No margin for" in warnings_of(paths)
+
+
+def write_trained(
+    folder: Path, name: str, kind: str = "hybrid", loss: float = 3.2, **training: Any
+) -> Path:
+    """Write a run with these settings of training, all others at their defaults."""
+    return write_run(
+        folder, name, kind, validation__loss=loss, trained={"training": {"alpha": 0.5} | training}
+    )
+
+
+def test_whatever_their_order_a_run_is_compared_with_the_one_of_its_settings(
+    tmp_path: Path,
+) -> None:
+    paths = [
+        write_trained(tmp_path, "slow", "output", 3.3, learning_rate=0.001),
+        write_trained(tmp_path, "fast", "output", 3.5, learning_rate=0.002),
+        write_trained(tmp_path, "again", "output", 3.6, learning_rate=0.002, logging_steps=5),
+        write_trained(tmp_path, "hybrid", learning_rate=0.002),
+    ]
+    for order in itertools.permutations(paths):
+        records = load_metrics(order)
+        (hybrid,) = (r for r in records if r.name == "hybrid")
+        found = compare_with_baseline(hybrid, records)
+        assert found is not None and found.baseline.name == "fast"
+        assert found.margin.value == pytest.approx(-0.3)
+    assert "No margin" not in warnings_of(paths)
+
+
+def test_how_it_learns_and_what_machine_it_learns_on_is_no_other_condition(tmp_path: Path) -> None:
+    free = {
+        "distillation_type": "output",
+        "alpha": 1.0,
+        "temperature": 1.0,
+        "divergence": "reverse_kl",
+        "use_cached_logits": False,
+        "max_steps": 400,
+        "num_epochs": 3.0,
+        "max_seq_length": 512,
+        "use_gradient_checkpointing": True,
+        "cpu_threads": 8,
+        "device": "cuda",
+        "gpus": 2,
+        "nodes": 2,
+        "strategy": "fsdp",
+        "dataloader_num_workers": 4,
+        "loss_chunk_size": 64,
+        "logging_steps": 1,
+        "save_steps": 1,
+        "save_total_limit": 9,
+    }
+    paths = [write_trained(tmp_path, "output", "output", **free), write_trained(tmp_path, "hybrid")]
+    records = load_metrics(paths)
+    assert find_baseline(records[1], records) == records[0]
+    # Every setting is looked at, or is one of these.
+    assert free.keys() | OTHER_TRAINING.keys() | {"seed"} == Training.__dataclass_fields__.keys()
+
+
+def test_a_run_without_a_margin_says_which_cross_entropy_run_is_missing(tmp_path: Path) -> None:
+    others = [
+        write_trained(tmp_path, "far", "output", learning_rate=0.1, batch_size=4, weight_decay=0.5),
+        write_trained(tmp_path, "near", "output", learning_rate=0.001, lr_scheduler_type="linear"),
+    ]
+    paths = [write_trained(tmp_path, name, learning_rate=0.002) for name in ("a", "b")]
+    need = "training.learning_rate: 0.002 (near: 0.001), training.lr_scheduler_type: 'cosine' (near: 'linear')."
+    lacks = "no matching cross-entropy run; add one with"
+    for order in ([*others, *paths], [*paths, *reversed(others)]):
+        assert f"No margin for a, b: {lacks} {need}" in warnings_of(order)
+        assert "a: held-out loss 3.200 nats/token, no matching cross-entropy run" in (
+            describe_outcome(load_metrics([paths[0], *others]))
+        )
+    assert f"{lacks} training.distillation_type: output." in warnings_of(paths)
+    far = write_run(tmp_path, "elsewhere", "output", validation__content="beef", seed=3)
+    assert (
+        f"{lacks} the same validation set, training.learning_rate: 0.002 (elsewhere: 0.0001), "
+        in (warnings_of([paths[0], far]))
+    )
+    bare = write_run(tmp_path, "bare", "output", trained={})
+    assert "not all settings of these runs and of bare are recorded" in warnings_of(
+        [paths[0], bare]
+    )
+    many = [write_trained(tmp_path, f"rate{n}", learning_rate=0.1 + n) for n in range(9)]
+    said = warnings_of([*many, others[0]])
+    assert said.count(lacks) == 3 and "No margin for rate3, rate4, rate5, 3 more either" in said
 
 
 def test_each_seed_is_compared_with_its_own_baseline(tmp_path: Path) -> None:
@@ -353,9 +456,28 @@ def test_outcome_says_plainly_when_distillation_lost(
     assert said in describe_outcome(load_metrics(paths))
 
 
+def test_outcome_is_of_the_best_run_and_not_of_the_worst_baseline(tmp_path: Path) -> None:
+    paths = [
+        write_trained(tmp_path, "plain", "output", 3.3),
+        write_trained(tmp_path, "hot", "output", 4.5, learning_rate=0.1),
+        write_trained(tmp_path, "soft", loss=3.2),
+        write_trained(tmp_path, "hot-soft", loss=4.0, learning_rate=0.1),
+    ]
+    said = describe_outcome(load_metrics(paths))
+    assert said.startswith("soft: held-out loss 3.200, 0.100 below cross-entropy (plain, 3.300)")
+    paths[2] = write_trained(tmp_path, "softer", loss=3.4)
+    assert describe_outcome(load_metrics(paths)) == (
+        "Not every distilled run gained: the best distilled run, softer, has held-out loss 3.400, 0.100 above "
+        "cross-entropy (plain, 3.300); teacher 2.752. But hot-soft is 0.500 below hot."
+    )
+    paths[2] = write_trained(tmp_path, "soft", loss=3.2)
+    paths[3] = write_trained(tmp_path, "hot-softer", loss=4.6, learning_rate=0.1)
+    assert "gained: hot-softer is 0.100 above hot." in describe_outcome(load_metrics(paths))
+
+
 def test_outcome_claims_no_gain_where_nothing_can_be_compared(tmp_path: Path) -> None:
     (hybrid,) = load_metrics([write_run(tmp_path, "hybrid")])
-    assert "no cross-entropy run with the same student size" in describe_outcome([hybrid])
+    assert "no matching cross-entropy run to compare with" in describe_outcome([hybrid])
     (output,) = load_metrics([write_run(tmp_path, "output", "output")])
     assert "no distilled run to compare with" in describe_outcome([output])
 
@@ -504,6 +626,7 @@ def test_the_gap_to_full_distillation_is_said_where_such_a_run_is(tmp_path: Path
         {"seed": 1},
         {"cache__tail_mass": 0.01},
         {"trained": {"training": {"divergence": "reverse_kl"}}},
+        {"trained": {"training": {"learning_rate": 0.5}}},
     ],
 )
 def test_full_distillation_is_under_the_same_conditions(
