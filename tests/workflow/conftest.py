@@ -7,16 +7,28 @@ run is all that is asked.
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from forks import Forks
 from place import REPOSITORY, Once, Place, lay_out
 
 
 @pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """What stands for the interpreter wherever a command runs to its end: minutes of imports less."""
+    environment = Place(REPOSITORY).environment()
+    forks = Forks(tmp_path_factory.mktemp("forks"), environment, sources=REPOSITORY / "src")
+    yield forks
+    forks.close()
+
+
+@pytest.fixture(scope="session")
 def inputs(
+    forks: Forks,
     tmp_path_factory: pytest.TempPathFactory,
     tiny_teacher: Path,
     tiny_corpus: Path,
@@ -24,17 +36,18 @@ def inputs(
 ) -> Place:
     """The tiny parts and their config, nothing run yet; only to be copied."""
     path = tmp_path_factory.mktemp("inputs")
-    return lay_out(path, teacher=tiny_teacher, corpus=tiny_corpus, student=tiny_student)
+    place = lay_out(path, teacher=tiny_teacher, corpus=tiny_corpus, student=tiny_student)
+    return replace(place, python=forks.python)
 
 
 @pytest.fixture(scope="session")
-def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+def once(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Once:
     """Make a place, or find it made by another of pytest-xdist's workers."""
     own = tmp_path_factory.getbasetemp()
     shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
     def make_once(name: str, make: Callable[[Path], object]) -> Place:
-        place, mark = Place(shared / name), shared / f"{name}.done"
+        place, mark = Place(shared / name, python=forks.python), shared / f"{name}.done"
         with FileLock(shared / f"{name}.lock"):
             if not mark.exists():
                 shutil.rmtree(place.path, ignore_errors=True)

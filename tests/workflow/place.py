@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,9 @@ class Place:
     repository: Path = REPOSITORY
     env: dict[str, str] = field(default_factory=dict)
     without: tuple[str, ...] = ()  # variables that commands do not see
+    python: Path = Path(
+        sys.executable
+    )  # or what stands for it: commands that run to their end begin with it
 
     @property
     def results(self) -> Path:
@@ -111,12 +114,19 @@ class Place:
         words += ["-s", str(self.repository / "Snakefile"), "--directory", str(self.path)]
         return words + (["--configfile", str(self.path / config)] if config else [])
 
+    @property
+    def as_it_is(self) -> "Place":
+        """The same folder with the real interpreter for every command."""
+        return replace(self, python=Path(sys.executable))
+
     def try_snakemake(self, *arguments: str, **options: Any) -> Finished:
         """Run snakemake to its end, whatever that is."""
         return self.execute(self.command(*arguments, **options))
 
     def execute(self, command: list[str], *, patience_s: float = _PATIENCE_S) -> Finished:
-        """Run a command in this folder to its end."""
+        """Run a command in this folder to its end, by a fork server where one stands for the interpreter."""
+        if command[0] == sys.executable:
+            command = [str(self.python), *command[1:]]
         done = subprocess.run(
             command,
             cwd=self.path,
@@ -159,7 +169,10 @@ class Place:
         return folder
 
     def start(self, *arguments: str, **options: Any) -> "subprocess.Popen[bytes]":
-        """Start snakemake as a terminal would: in a process group of its own, open to Ctrl-C."""
+        """Start snakemake as a terminal would: in a process group of its own, open to Ctrl-C.
+
+        It is to be stopped, so it and its jobs are real interpreters.
+        """
         log = (self.path / "started.log").open("ab")
         with log:
             return subprocess.Popen(
@@ -176,7 +189,7 @@ class Place:
     def copy_to(self, path: Path) -> "Place":
         """Return a copy of everything, times of files included."""
         shutil.copytree(self.path, path, symlinks=True, copy_function=shutil.copy2)
-        return Place(path, self.repository, self.env, self.without)
+        return replace(self, path=path)
 
 
 Once = Callable[[str, Callable[[Path], object]], Place]

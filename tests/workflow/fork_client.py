@@ -1,0 +1,133 @@
+"""What stands for the interpreter in tests: asks a fork server for the process, and is that process to its parent.
+
+Usage: python -IS fork_client.py INTERPRETER SOCKET ARGUMENTS-OF-THE-INTERPRETER...
+
+It hands over arguments, environment, working folder, umask, limits, ignored signals and every inheritable descriptor,
+passes signals on, and ends as the job ended. What the servers do not take is executed by the real interpreter instead.
+Only modules that are built in are imported: this takes some ten milliseconds, and is done for every job.
+"""
+
+import marshal
+import os
+import sys
+
+import _signal
+import _socket
+import resource
+
+MAX_DESCRIPTORS = 200  # the kernel hands over 253 at most
+FORWARDED = (
+    _signal.SIGHUP,
+    _signal.SIGINT,
+    _signal.SIGQUIT,
+    _signal.SIGABRT,
+    _signal.SIGUSR1,
+    _signal.SIGUSR2,
+    _signal.SIGALRM,
+    _signal.SIGTERM,
+)
+LIMITS = [value for name, value in vars(resource).items() if name.startswith("RLIMIT_")]
+
+
+def is_plain(words: "list[str]") -> bool:
+    """Say whether a command line is `script.py ...`, `-m module ...` or `-c code ...`, with no other flag."""
+    if words[:1] in (["-m"], ["-c"]):
+        return len(words) > 1
+    return bool(words) and words[0].endswith(".py") and os.access(words[0], os.R_OK)
+
+
+def is_customized() -> bool:
+    """Say whether a folder on PYTHONPATH has code that the interpreter runs at its start."""
+    folders = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    names = ("sitecustomize.py", "usercustomize.py")
+    return any(os.path.exists(os.path.join(folder, name)) for folder in folders for name in names)
+
+
+def surroundings() -> "tuple[object, ...]":
+    """Return what a job and its server must have in common: rights, CPUs, and namespaces."""
+    spaces = [os.readlink(f"/proc/self/ns/{name}") for name in ("mnt", "net", "pid", "user", "uts")]
+    rights = (*os.getresuid(), *os.getresgid(), *sorted(os.getgroups()))
+    return (*spaces, *rights, *sorted(os.sched_getaffinity(0)), os.getpriority(os.PRIO_PROCESS, 0))
+
+
+def inheritable() -> "list[int]":
+    """Return the open descriptors that an executed program would have."""
+    found = []
+    for descriptor in map(int, os.listdir("/proc/self/fd")):
+        try:
+            if os.get_inheritable(descriptor):
+                found.append(descriptor)
+        except OSError:  # the folder's own, closed by now
+            continue
+    return sorted(found)
+
+
+def ask(socket: "_socket.socket", words: "list[str]", descriptors: "list[int]") -> None:
+    """Send what is to run; raise OSError when it does not fit a message."""
+    umask = os.umask(0)
+    os.umask(umask)
+    request = {
+        "words": words,
+        "env": dict(os.environb),
+        "descriptors": descriptors,
+        "umask": umask,
+        "limits": [(name, *resource.getrlimit(name)) for name in LIMITS],
+        "ignored": [s for s in FORWARDED if _signal.getsignal(s) == _signal.SIG_IGN],
+        "surroundings": surroundings(),
+    }
+    cwd = os.open(".", os.O_PATH)
+    handed = b"".join(number.to_bytes(4, sys.byteorder) for number in (cwd, *descriptors))
+    rights = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS, handed)
+    socket.setsockopt(_socket.SOL_SOCKET, _socket.SO_SNDBUF, 1 << 22)
+    socket.sendmsg([marshal.dumps(request)], [rights])
+    os.close(cwd)
+
+
+def end_as(status: int) -> None:
+    """End this process by the status that another was waited for with."""
+    if not os.WIFSIGNALED(status):
+        os._exit(os.WEXITSTATUS(status))
+    number = os.WTERMSIG(status)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    if number not in (_signal.SIGKILL, _signal.SIGSTOP):
+        _signal.signal(number, _signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
+def main(interpreter: str, path: str, words: "list[str]") -> None:
+    """Have the job done by a server if one takes it, else by the interpreter."""
+    descriptors = inheritable()
+    is_fit = is_plain(words) and not is_customized() and len(descriptors) < MAX_DESCRIPTORS
+    if is_fit and not _signal.pthread_sigmask(_signal.SIG_BLOCK, FORWARDED):
+        socket = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
+        try:
+            socket.connect(path)
+            ask(socket, words, descriptors)
+            said = socket.recv(64)
+        except OSError:
+            said = b"refused"
+        if said == b"taken":
+            wait_for_end(socket, descriptors)
+        socket.close()
+        _signal.pthread_sigmask(_signal.SIG_UNBLOCK, FORWARDED)
+    os.execv(interpreter, [interpreter, *words])
+
+
+def wait_for_end(socket: "_socket.socket", descriptors: "list[int]") -> None:
+    """Pass signals on until the job has ended, then end as it did."""
+    for number in FORWARDED:
+        if _signal.getsignal(number) != _signal.SIG_IGN:
+            _signal.signal(number, lambda received, _: socket.send(bytes([received])))
+    _signal.pthread_sigmask(_signal.SIG_UNBLOCK, FORWARDED)
+    for descriptor in descriptors:
+        if descriptor > 2:  # a pipe ends when the job closes it
+            os.close(descriptor)
+    status = socket.recv(64)
+    if not status:
+        os.write(2, b"the fork server ended before the job\n")
+        os._exit(1)
+    end_as(int(status))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], sys.argv[3:])

@@ -1,0 +1,263 @@
+"""A process that has loaded libraries and does nothing but fork: each child is a job as if Python had just started.
+
+The jobs' own code, `retort` and the scripts, is never loaded before the fork. What a child shares with its server and
+a real start would not: the seed of hashes of strings, the layout of the address space, and which libraries are loaded.
+"""
+
+import atexit
+import builtins
+import ctypes
+import fcntl
+import gc
+import json
+import marshal
+import os
+import random
+import resource
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from importlib import import_module
+from importlib.machinery import BuiltinImporter, SourceFileLoader
+from pathlib import Path
+from typing import Any, NoReturn
+
+Request = dict[str, Any]
+
+LIBRARIES = {
+    "snakemake": "snakemake.cli snakemake.profiles snakemake.report.html_reporter snakemake.storage smart_open "
+    "yte argparse_dataclass jinja2 requests filelock xxhash graphlib difflib mimetypes platformdirs",
+    # What keeps PyTorch out of its process; transformers as it is where PyTorch is not to be found.
+    "light": "numpy h5py numba pyarrow datasets tokenizers transformers.models.auto.tokenization_auto filelock xxhash "
+    "transformers.tokenization_utils_tokenizers transformers.models.llama.configuration_llama "
+    "jinja2 yaml jsonschema zstandard tenacity tqdm matplotlib.figure matplotlib.backends.backend_agg",
+    "full": "numpy torch h5py numba pyarrow datasets tokenizers accelerate safetensors.torch filelock xxhash "
+    "transformers.trainer transformers.models.auto.modeling_auto transformers.models.auto.tokenization_auto "
+    "transformers.models.llama.modeling_llama torch.profiler torch.utils.serialization.config tabulate "
+    "jinja2 yaml jsonschema zstandard tenacity tqdm",
+}
+
+
+def load(kind: str) -> None:
+    """Import the libraries of a kind, with the variables that a script sets before it imports them."""
+    if kind != "snakemake":
+        code = "import json, os; from retort.commands import run_script\n"
+        code += "run_script(lambda: print(json.dumps(dict(os.environ))))"
+        paths = os.environ | {"PYTHONPATH": os.environ.pop("RETORT_SOURCES")}
+        said = subprocess.run([sys.executable, "-c", code], env=paths, check=True, stdout=-1).stdout
+        os.environ.update(json.loads(said.splitlines()[-1]))
+        del os.environ["PYTHONPATH"]
+    if kind == "light":
+        sys.modules["torch"] = None  # type: ignore[assignment]
+    for name in LIBRARIES[kind].split():
+        import_module(name)
+    if kind == "light":
+        del sys.modules["torch"]
+    assert "retort" not in sys.modules, "a job must load its own"
+
+
+def main(kind: str, descriptor: int, stand_in: str) -> NoReturn:
+    """Serve, and in each child run a job to its end."""
+    finish(serve(kind, descriptor, stand_in))
+
+
+def serve(kind: str, descriptor: int, stand_in: str) -> Callable[[], object]:
+    """Fork jobs until nobody asks any more; return only in a job, with what it has to do."""
+    asked = socket.socket(fileno=descriptor)
+    load(kind)
+    gc.collect()
+    gc.freeze()  # a collection would write to, and so copy, every page
+    woken, wake = os.pipe()
+    os.set_blocking(wake, False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(wake)
+    jobs: dict[int, socket.socket] = {}  # by the process's id
+    while True:
+        waiting = {c.fileno(): pid for pid, c in jobs.items()}
+        poll = select.poll()
+        for number in (asked.fileno(), woken, *waiting):
+            poll.register(number, select.POLLIN)
+        for number, _ in poll.poll():
+            if number == woken:
+                os.read(woken, 4096)
+                reap(jobs)
+            elif number != asked.fileno():
+                pass_on(jobs, waiting[number])
+            else:
+                request, descriptors = receive(asked)
+                if request is None:
+                    end(jobs)
+                job = os.fork()
+                if job == 0:
+                    for held in (asked, *jobs.values()):
+                        held.detach()
+                    return become(request, descriptors, stand_in)
+                with suppress(OSError):  # whichever of the two is first
+                    os.setpgid(job, job)
+                jobs[job] = socket.socket(fileno=descriptors[0])
+                for spare in descriptors[1:]:
+                    os.close(spare)
+                jobs[job].send(b"taken")
+
+
+def receive(asked: socket.socket) -> tuple[Request | None, list[int]]:
+    """Return what to run, and descriptors: of the client, of its working folder, of the job; None at the end."""
+    message, descriptors, _, _ = socket.recv_fds(asked, 1 << 22, 256)
+    return (marshal.loads(message) if message else None), list(descriptors)
+
+
+def pass_on(jobs: dict[int, socket.socket], job: int) -> None:
+    """Give a job's process group the signal that its client got; SIGKILL where the client is gone."""
+    if job not in jobs:
+        return
+    try:
+        said = jobs[job].recv(1)
+    except OSError:
+        said = b""
+    os.killpg(job, said[0] if said else signal.SIGKILL)
+    if not said:
+        jobs.pop(job).close()
+
+
+def reap(jobs: dict[int, socket.socket]) -> None:
+    """Tell the clients of jobs that have ended how they did."""
+    while True:
+        try:
+            job, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if job == 0:
+            return
+        if job in jobs:
+            client = jobs.pop(job)
+            with client, suppress(OSError):  # it was killed a moment ago
+                client.send(str(status).encode())
+
+
+def end(jobs: dict[int, socket.socket]) -> None:
+    """Kill what still runs, say what all jobs took, and exit."""
+    for job in jobs:
+        os.killpg(job, signal.SIGKILL)
+    while jobs:
+        reap(jobs)
+    own, theirs = (
+        resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    seconds = [round(used.ru_utime + used.ru_stime, 1) for used in (own, theirs)]
+    print(f"seconds of processor: {seconds[0]} of its own, {seconds[1]} of its jobs", flush=True)
+    os._exit(0)
+
+
+def become(request: Request, descriptors: list[int], stand_in: str) -> Callable[[], object]:
+    """Make this child what the client would be as an interpreter that just started; return what runs its code."""
+    os.setpgid(0, 0)
+    signal.set_wakeup_fd(-1)
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        is_ignored = number in request["ignored"] or number in (signal.SIGPIPE, signal.SIGXFSZ)
+        signal.signal(number, signal.SIG_IGN if is_ignored else signal.SIG_DFL)
+    if signal.SIGINT not in request["ignored"]:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.fchdir(descriptors[1])
+    os.umask(request["umask"])
+    os.environb.clear()
+    os.environb.update(request["env"])
+    take_descriptors(dict(zip(request["descriptors"], descriptors[2:], strict=True)))
+    for name, soft, hard in request["limits"]:
+        if resource.getrlimit(name) != (soft, hard):
+            resource.setrlimit(name, (soft, hard))
+    if request["words"][:2] == ["-m", "snakemake"]:
+        sys.executable = stand_in  # its jobs are forked as well
+    tempfile.tempdir = None
+    random.seed()
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed()
+    sys.modules.pop(__name__, None)
+    return prepare(request["words"])
+
+
+def take_descriptors(wanted: dict[int, int]) -> None:
+    """Have the descriptors under the numbers wanted, and no others."""
+    above = max(wanted, default=0) + 1
+    high = {number: fcntl.fcntl(given, fcntl.F_DUPFD, above) for number, given in wanted.items()}
+    start = 0
+    for kept in sorted(high.values()):
+        os.closerange(start, kept)
+        start = kept + 1
+    os.closerange(start, 1 << 20)
+    for number, given in high.items():
+        os.dup2(given, number)
+        os.close(given)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if number not in wanted:
+            setattr(sys, name, None)
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(line_buffering=sys.stdout.isatty())
+
+
+def prepare(words: list[str]) -> Callable[[], object]:
+    """Set what the interpreter's command line sets; return what runs its code as `__main__`."""
+    sys.orig_argv = [sys.executable, *words]
+    paths = os.environ.get("PYTHONPATH")
+    given = [str(Path(path).absolute()) for path in paths.split(os.pathsep)] if paths else []
+    main = sys.modules["__main__"].__dict__
+    main.clear()
+    main |= {"__name__": "__main__", "__builtins__": builtins, "__annotations__": {}}
+    main |= {"__doc__": None, "__package__": None, "__loader__": None, "__spec__": None}
+    if words[0] == "-m":
+        sys.argv = ["-m", *words[2:]]
+        sys.path[:0] = [os.getcwd(), *given]
+        return partial(runpy._run_module_as_main, words[1])  # what the interpreter itself calls
+    if words[0] == "-c":
+        sys.argv = ["-c", *words[2:]]
+        sys.path[:0] = ["", *given]
+        main["__loader__"] = BuiltinImporter
+        return partial(exec, compile(words[1], "<string>", "exec"), main)
+    sys.argv = list(words)
+    sys.path[:0] = [str(Path(words[0]).resolve().parent), *given]
+    main |= {"__file__": words[0], "__cached__": None}
+    main["__loader__"] = SourceFileLoader("__main__", words[0])
+    return partial(exec, compile(Path(words[0]).read_bytes(), words[0], "exec"), main)
+
+
+def finish(job: Callable[[], object]) -> NoReturn:
+    """Run a job and end as the interpreter does, but for the destructors of all that its modules hold.
+
+    Those take 0.4 s of processor, most of it for copying the server's pages. Handlers of atexit run, Python's and C's.
+    """
+    status, is_interrupted = 0, False
+    try:
+        job()
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if not isinstance(end.code, int | None):
+            print(end.code, file=sys.stderr)
+    except BaseException as error:
+        trace = error.__traceback__
+        while trace and trace.tb_frame.f_code.co_filename in (__file__, runpy.__file__):
+            trace = trace.tb_next
+        sys.excepthook(type(error), error.with_traceback(trace), trace)
+        status, is_interrupted = 1, isinstance(error, KeyboardInterrupt)
+    with suppress(BaseException):
+        threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):
+            status = 120
+    if is_interrupted:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    ctypes.PyDLL(None).exit(
+        status & 0xFF
+    )  # holding the interpreter's lock: no thread of Python's runs meanwhile
+    raise AssertionError("exit returned")
