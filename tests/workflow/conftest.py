@@ -7,8 +7,8 @@ run is all that is asked.
 
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,18 +17,19 @@ from forks import Forks
 from place import REPOSITORY, Once, Place, lay_out
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
     """What stands for the interpreter wherever a command runs to its end: minutes of imports less."""
     environment = Place(REPOSITORY).environment()
     forks = Forks(tmp_path_factory.mktemp("forks"), environment, sources=REPOSITORY / "src")
+    Place.interpreter = forks.python
     yield forks
+    Place.interpreter = Path(sys.executable)
     forks.close()
 
 
 @pytest.fixture(scope="session")
 def inputs(
-    forks: Forks,
     tmp_path_factory: pytest.TempPathFactory,
     tiny_teacher: Path,
     tiny_corpus: Path,
@@ -36,18 +37,17 @@ def inputs(
 ) -> Place:
     """The tiny parts and their config, nothing run yet; only to be copied."""
     path = tmp_path_factory.mktemp("inputs")
-    place = lay_out(path, teacher=tiny_teacher, corpus=tiny_corpus, student=tiny_student)
-    return replace(place, python=forks.python)
+    return lay_out(path, teacher=tiny_teacher, corpus=tiny_corpus, student=tiny_student)
 
 
 @pytest.fixture(scope="session")
-def once(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Once:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
     """Make a place, or find it made by another of pytest-xdist's workers."""
     own = tmp_path_factory.getbasetemp()
     shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
     def make_once(name: str, make: Callable[[Path], object]) -> Place:
-        place, mark = Place(shared / name, python=forks.python), shared / f"{name}.done"
+        place, mark = Place(shared / name), shared / f"{name}.done"
         with FileLock(shared / f"{name}.lock"):
             if not mark.exists():
                 shutil.rmtree(place.path, ignore_errors=True)

@@ -179,6 +179,8 @@ def become(request: Request, descriptors: list[int], stand_in: str) -> Callable[
     random.seed()
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()
+    if "torch" in sys.modules:
+        sys.modules["torch"].default_generator.seed()
     sys.modules.pop(__name__, None)
     return prepare(request["words"])
 
@@ -213,18 +215,23 @@ def prepare(words: list[str]) -> Callable[[], object]:
     main |= {"__doc__": None, "__package__": None, "__loader__": None, "__spec__": None}
     if words[0] == "-m":
         sys.argv = ["-m", *words[2:]]
-        sys.path[:0] = [os.getcwd(), *given]
+        sys.path[:0] = [str(Path.cwd()), *given]
         return partial(runpy._run_module_as_main, words[1])  # what the interpreter itself calls
     if words[0] == "-c":
         sys.argv = ["-c", *words[2:]]
         sys.path[:0] = ["", *given]
         main["__loader__"] = BuiltinImporter
-        return partial(exec, compile(words[1], "<string>", "exec"), main)
+        return partial(run, words[1], "<string>", main)
     sys.argv = list(words)
     sys.path[:0] = [str(Path(words[0]).resolve().parent), *given]
     main |= {"__file__": words[0], "__cached__": None}
     main["__loader__"] = SourceFileLoader("__main__", words[0])
-    return partial(exec, compile(Path(words[0]).read_bytes(), words[0], "exec"), main)
+    return partial(run, Path(words[0]).read_bytes(), words[0], main)
+
+
+def run(source: str | bytes, path: str, main: dict[str, Any]) -> None:
+    """Run code as `__main__`."""
+    exec(compile(source, path, "exec", dont_inherit=True), main)
 
 
 def finish(job: Callable[[], object]) -> NoReturn:

@@ -18,7 +18,6 @@ interpreter; so do all that come from another namespace or user, or have a `site
 
 import marshal
 import os
-import shlex
 import socket
 import subprocess
 import sys
@@ -98,9 +97,13 @@ class Forks:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.bind(str(folder / "socket"))
         self._listener.listen(64)
-        client = [sys.executable, "-IS", str(HERE / "fork_client.py"), sys.executable]
-        words = shlex.join([*client, str(folder / "socket")])
-        self.python.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
+        start = f"#!{sys.executable} -IS"
+        if len(start) > 250 or " " in sys.executable:
+            raise ValueError(f"the kernel cannot start {sys.executable!r} by a script's first line")
+        self.python.write_text(
+            f"{start}\nimport sys\nsys.path.insert(0, {str(HERE)!r})\nfrom fork_client import main\n"
+            f"main({sys.executable!r}, {str(folder / 'socket')!r}, sys.argv[1:])\n"
+        )
         self.python.chmod(0o755)
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self._thread.start()

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -82,9 +82,9 @@ class Place:
     repository: Path = REPOSITORY
     env: dict[str, str] = field(default_factory=dict)
     without: tuple[str, ...] = ()  # variables that commands do not see
-    python: Path = Path(
-        sys.executable
-    )  # or what stands for it: commands that run to their end begin with it
+    interpreter: ClassVar[Path] = Path(sys.executable)  # or what stands for it in this session
+    # Commands that run to their end begin with it.
+    python: Path = field(default_factory=lambda: Place.interpreter)
 
     @property
     def results(self) -> Path:
