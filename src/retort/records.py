@@ -39,7 +39,7 @@ _NOT_COMPARED = {
     *("training.distillation_type", "training.alpha", "training.temperature"),
     *("training.divergence", "training.use_cached_logits"),
     *("training.cpu_threads", "training.use_gradient_checkpointing"),
-    *("training.max_steps", "training.num_epochs", "training.max_seq_length"),
+    *("training.max_steps", "training.num_epochs"),
 }
 STUDENT_SIZE, VALIDATION_SET, SETTINGS = "student parameters", "validation set", "settings"
 
