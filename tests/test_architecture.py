@@ -42,6 +42,7 @@ ROOMS = (
     "synthesis_plans",
     "artefacts",
     "tokens",
+    "vocabularies",
     "h5files",
     "shards",
     "index",

@@ -29,7 +29,8 @@ from retort.provenance import fingerprint_weights, require_writable
 from retort.students import name_student, student_config
 from retort.synthesis import check_synthesis
 from retort.synthesis_checks import SYNTHESIS
-from retort.tokens import load_tokenizer
+from retort.tokens import fingerprint_of_tokenizer, load_tokenizer
+from retort.vocabularies import require_student_ids, require_teacher_ids
 
 
 def check_project(configs: Mapping[str, Config]) -> dict[str, Any]:
@@ -46,6 +47,7 @@ def check_project(configs: Mapping[str, Config]) -> dict[str, Any]:
         tokenizer, width, note = _check_teacher(config)
         notes.append(note)
         notes.append(f"run {name}: {_check_student(config, tokenizer, width)}")
+        notes += _check_students_tokenizer(config, tokenizer)
         _check_trackers(config.tracking)
         notes += check_benchmarks(config.evaluation)
     return {"runs": list(configs), "notes": list(dict.fromkeys(notes))}
@@ -109,12 +111,8 @@ def _check_teacher(config: Config) -> tuple[Any, int, str]:
         trust_remote_code=section.trust_remote_code,
     )
     width = output_width(model)
-    if len(tokenizer) > width and config.training.distillation_type != "output":
-        raise ValueError(
-            f"the tokenizer {dataset.tokenizer or section.model_path!r} has {len(tokenizer)} tokens, but the output "
-            f"layer of teacher {section.model_path!r} only {width}: they do not belong together. Leave "
-            "dataset.tokenizer out to use the teacher's own; runs of type output may keep another one."
-        )
+    if config.training.distillation_type != "output":
+        _check_teachers_tokenizer(config, tokenizer, width)
     refuse_short_context(
         model, dataset.max_length, f"teacher {section.model_path!r}", what="dataset.max_length"
     )
@@ -128,6 +126,29 @@ def _check_teacher(config: Config) -> tuple[Any, int, str]:
         max(width, len(tokenizer)),
         f"teacher: {section.model_path}, {model.model_type}, {width:,} ids{beyond}",
     )
+
+
+def _check_teachers_tokenizer(config: Config, tokenizer: Any, width: int) -> None:
+    """Raise ValueError unless a teacher's distributions can be paired with the tokens that `tokenizer` makes."""
+    section, path = config.teacher, str(config.teacher.model_path)
+    source = config.dataset.tokenizer or path
+    teachers = tokenizer
+    if config.dataset.tokenizer is not None:
+        teachers = load_tokenizer(
+            path, revision=section.revision, trust_remote_code=section.trust_remote_code
+        )
+    require_teacher_ids(tokenizer, teachers, width=width, source=source, teacher=path)
+    # A cache names its tokenizer by the files, templates included, and is refused where they differ.
+    mine, theirs = (
+        fingerprint_of_tokenizer(source, tokenizer),
+        fingerprint_of_tokenizer(path, teachers),
+    )
+    if config.training.use_cached_logits and mine != theirs:
+        raise ValueError(
+            f"dataset.tokenizer {source!r} gives the ids of the teacher {path!r}, but by other files (fingerprint "
+            f"{mine['fingerprint']}, not {theirs['fingerprint']}), and a cache is made with the teacher's own. Leave "
+            "dataset.tokenizer out, or set training.use_cached_logits: false."
+        )
 
 
 def _check_causal(model: PretrainedConfig, section: Teacher) -> None:
@@ -160,3 +181,13 @@ def _check_student(config: Config, tokenizer: Any, width: int) -> str:
         parameters = AutoModelForCausalLM.from_config(model).num_parameters()
     training = config.training
     return f"student of {parameters:,} parameters, {training.distillation_type}, alpha {training.alpha}"
+
+
+def _check_students_tokenizer(config: Config, tokenizer: Any) -> list[str]:
+    """Check that a student's weights were trained with the ids of the text; return what could not be compared."""
+    path = config.student.model_path
+    if path is None or isinstance(tokenizer, DemoTokenizer):  # the demo's is not there yet
+        return []
+    source = str(config.dataset.tokenizer or config.teacher.model_path)
+    note = require_student_ids(tokenizer, source=source, student=path)
+    return [note] if note else []

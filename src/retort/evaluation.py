@@ -47,6 +47,7 @@ from retort.scores import (
 from retort.text_bytes import count_next_bytes
 from retort.tokens import SequenceTable, load_tokenizer
 from retort.validation import has_tokenizer
+from retort.vocabularies import find_difference
 
 METRICS_FROM_TRAINING = (
     "run",
@@ -109,6 +110,21 @@ def _load_own_tokenizer(path: str) -> tuple[Any, str | None]:
         return None, str(error)
 
 
+def _shares_ids(record: dict[str, Any], index: TokenIndex, tokenizer: Any) -> bool:
+    """Say whether a recorded teacher means the tokens of the student's tokenizer by their ids.
+
+    Without a look at it where the files are the same; what cannot be loaded is another one.
+    """
+    if tokenizer is None or has_tokenizer(record, index):
+        return has_tokenizer(record, index)
+    try:
+        teachers = load_tokenizer(record["name"], revision=record["revision"])
+    except ValueError:
+        return False
+    has_room = len(tokenizer) <= record["vocabulary"]
+    return has_room and find_difference(tokenizer, teachers) is None
+
+
 def refuse_other_student(folder: Path, record: dict[str, Any], source: Path) -> None:
     """Raise ValueError when the student is not the one that training.json was written for."""
     faults = compare_digests(record["final"], digest_folder(folder))
@@ -167,8 +183,8 @@ def evaluate_run(
     """Evaluate the student in final/ beside training.json, write metrics.json, return its line.
 
     What the student writes goes into samples.json beside it; what its teacher writes lies beside `features_path`.
-    `fingerprint_path`: the teacher's record, where the student did not learn from a cache: a teacher with another
-    tokenizer knows other tokens, and nothing is compared with it.
+    `fingerprint_path`: the teacher's record, where the student did not learn from a cache: a teacher that means other
+    tokens by the ids is not compared with.
     Raises ValueError when final/ is not what training wrote, or the teacher is not the one that was trained with.
     """
     torch.set_num_threads(cpu_threads)
@@ -177,15 +193,15 @@ def evaluate_run(
     folder = training_path.parent / "final"
     refuse_other_student(folder, record, training_path)
     table = index.read_split("val", max_positions=evaluation.max_positions)
-    is_foreign = fingerprint_path is not None and not has_tokenizer(
-        read_json(fingerprint_path), index
+    tokenizer, why_none = _load_own_tokenizer(str(folder))
+    is_foreign = fingerprint_path is not None and not _shares_ids(
+        read_json(fingerprint_path), index, tokenizer
     )
     teacher = None
     if features_path is not None and not is_foreign:
         teacher = _open_teacher(features_path, table, record["teacher"], made_from=training_path)
     chosen = choose_device(device)
     model = load_pretrained(str(folder), dtype=torch.float32).to(chosen).eval()
-    tokenizer, why_none = _load_own_tokenizer(str(folder))
     samples = {"student": Samples((), missing=why_none)}
     if tokenizer:
         beside = features_path.with_name(SAMPLES_FILE) if features_path else None

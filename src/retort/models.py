@@ -339,7 +339,12 @@ def output_width(config: PretrainedConfig) -> int:
 
 
 def require_weights(record: dict[str, Any], path: str, *, source: Path) -> None:
-    """Raise ValueError when a local model is not the one whose fingerprint was recorded."""
+    """Raise ValueError when a model is not the one whose fingerprint was recorded: by its weights, or its Hub id."""
+    if not Path(path).is_dir() and path != record["name"]:
+        raise ValueError(
+            f"{path!r} is not the teacher that {source} records ({record['name']!r}). Give the fingerprint.json that "
+            "resolve_teacher.py wrote for it."
+        )
     if Path(path).is_dir() and (found := fingerprint_weights(Path(path))) != record["weights"]:
         raise ValueError(
             f"{path} holds other weights (fingerprint {found}) than {source} records ({record['weights']}). Put "

@@ -10,15 +10,13 @@ from retort.cache import LogitCache
 from retort.config import Student, Teacher, Tracking, Training, identity
 from retort.config_checks import DEFAULT_ALPHA
 from retort.index import TokenIndex
-from retort.models import (
-    load_recorded_teacher,
-    refuse_short_context,
-)
+from retort.models import CausalLM, load_recorded_teacher, refuse_short_context
 from retort.provenance import describe_run, digest, digest_folder, read_json, write_json
 from retort.ranks import rank
 from retort.students import name_student, student_config
 from retort.tokens import SequenceTable, fingerprint_of_tokenizer, load_tokenizer
 from retort.training import Job, train_student
+from retort.vocabularies import require_student_ids, require_teacher_ids
 
 
 def train_run(
@@ -41,7 +39,8 @@ def train_run(
     """Train one student in the folder of `out` (training.json), from the tokens, a cache or a live teacher.
 
     `expected_student`: the digest of the student's content by which `out` is named. Raises ValueError when the signal
-    that the distillation type needs is missing, or was made of other tokens, or the student is another.
+    that the distillation type needs is missing, or was made of other tokens or by another teacher than
+    `fingerprint_path` records, the student is another, or teacher or student mean other tokens by the same ids.
     """
     training = _fill_alpha(training, has_teacher=bool(cache_path or teacher_path))
     needs_teacher = training.alpha != 1.0
@@ -54,16 +53,25 @@ def train_run(
     _refuse_other_tokenizer(index, tokenizer_path, tokenizer)
     source = _open_source(index, cache_path if needs_teacher else None)
     record = read_json(fingerprint_path) if fingerprint_path else None
+    if record is not None and isinstance(source, LogitCache):
+        _refuse_other_teacher(source, record, fingerprint_path)
     _refuse_other_student(student, expected_student)
+    if student.model_path:
+        require_student_ids(tokenizer, source=tokenizer_path, student=student.model_path)
     # The width of the teacher's output layer, also for a run that learns from text alone: students of one config are of
     # one size.
     vocabulary = max(record["vocabulary"] if record else 0, len(tokenizer))
     config = student_config(student, vocabulary=vocabulary, tokenizer=tokenizer)
     refuse_short_context(config, index.longest, name_student(student))
     teacher = None
-    if needs_teacher and cache_path is None and teacher_path and fingerprint_path:
-        teacher = load_recorded_teacher(
-            teacher_path, teacher_section, record_path=fingerprint_path, longest=index.longest
+    if needs_teacher and cache_path is None:
+        teacher = _load_live_teacher(
+            str(teacher_path),
+            teacher_section,
+            record_path=fingerprint_path,
+            tokenizer=tokenizer,
+            source=tokenizer_path,
+            longest=index.longest,
         )
     facts = _describe_signal(index, source, record if needs_teacher else None)
     job = Job(
@@ -159,6 +167,47 @@ def _refuse_other_tokenizer(index: TokenIndex, path: str, tokenizer: Any) -> Non
             f"{index.path} records {made_by}. The student would be shipped with a tokenizer that it was not trained "
             f"with. Put the old tokenizer back, or delete {index.path.parent} to tokenize the corpus again."
         )
+
+
+def _refuse_other_teacher(
+    cache: LogitCache, record: dict[str, Any], fingerprint_path: Path | None
+) -> None:
+    """Raise ValueError when a cache was made by another teacher than the one that would be recorded."""
+    if cache.header.teacher != record["weights"]:
+        raise ValueError(
+            f"{cache.path} holds the distributions of teacher {cache.header.teacher}, but {fingerprint_path} records "
+            f"{record['weights']} ({record['name']}). Give the fingerprint.json of the teacher that made the cache."
+        )
+
+
+def _load_live_teacher(
+    path: str,
+    section: Teacher,
+    *,
+    record_path: Path | None,
+    tokenizer: Any,
+    source: str,
+    longest: int,
+) -> CausalLM:
+    """Load the teacher that a student learns from directly; `source`: where the text's `tokenizer` was loaded from.
+
+    Raises ValueError where it has no record or is another one, or means other tokens by the ids of the text.
+    """
+    if record_path is None:
+        raise ValueError(
+            f"--teacher {path} needs --fingerprint, the record of which teacher that is. Type: python "
+            f"workflow/scripts/resolve_teacher.py --teacher-model-path {path} --output fingerprint.json, and give "
+            "--fingerprint fingerprint.json."
+        )
+    record = read_json(record_path)
+    teachers = load_tokenizer(
+        path,
+        revision=None if Path(path).is_dir() else record["revision"],
+        trust_remote_code=section.trust_remote_code,
+    )
+    width = record["vocabulary"]
+    require_teacher_ids(tokenizer, teachers, width=width, source=source, teacher=path)
+    return load_recorded_teacher(path, section, record_path=record_path, longest=longest)
 
 
 def _open_source(index: TokenIndex, cache_path: Path | None) -> SequenceTable | LogitCache:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import NUM_TOKENS, WIDTH
+from tiny import NUM_TOKENS, WIDTH, name_token, swap_tokens
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaModel, T5Config
 
 from retort.checks import check_project
@@ -205,6 +205,31 @@ def test_a_tokenizer_with_ids_beyond_the_output_layer_is_refused(
     assert f"{NUM_TOKENS} ids" in notes[1] and "beyond" not in notes[1]
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_tokenizer_that_means_other_tokens_is_no_teachers(
+    cached: bool, setting: Setting, tiny_teacher: Path
+) -> None:
+    other = {"tokenizer": str(swap_tokens(setting.folder / "other", tiny_teacher))}
+    training = {"use_cached_logits": cached}
+    setting.refuse(
+        rf"tokenizer '{other['tokenizer']}' and that of the teacher '{tiny_teacher}' give different ids: '[ab]', id",
+        dataset=other,
+        training=training,
+    )
+    setting.check(dataset=other, training={"distillation_type": "output"})
+
+
+def test_a_tokenizer_with_another_chat_template_is_a_live_teachers(
+    setting: Setting, tiny_teacher: Path
+) -> None:
+    tokenizer = load_tokenizer(str(tiny_teacher))
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    tokenizer.save_pretrained(setting.folder / "chat")
+    chat = {"tokenizer": str(setting.folder / "chat")}
+    setting.check(dataset=chat, training={"use_cached_logits": False})
+    setting.refuse("gives the ids of the teacher .* but by other files", dataset=chat)
+
+
 def test_sequences_longer_than_the_teachers_context_are_refused(setting: Setting) -> None:
     setting.refuse(
         r"dataset\.max_length is 129 tokens, but teacher .* at most 128 positions.*max_length: 128 or less",
@@ -241,6 +266,29 @@ def test_a_student_from_a_checkpoint_is_checked_like_any_other(
     assert "run student: student of" in setting.check(student=student)[2]
     missing = {"config": None, "model_path": str(setting.folder / "a" / "b")}
     setting.refuse("cannot load the model", student=missing)
+
+
+@pytest.mark.parametrize("kind", ["output", "logit"])
+def test_a_student_whose_own_tokenizer_means_other_tokens_is_refused(
+    kind: str, setting: Setting, tiny_teacher: Path
+) -> None:
+    other = swap_tokens(setting.folder / "other", tiny_teacher)
+    setting.refuse(
+        rf"that of the student '{other}' give different ids: 'a', id \d+ in the first, is id \d+ in the second",
+        student={"config": None, "model_path": str(other)},
+        training={"distillation_type": kind},
+    )
+
+
+def test_a_student_whose_tokenizer_names_an_id_more_or_is_not_there_passes(
+    setting: Setting, tiny_teacher: Path
+) -> None:
+    more = name_token(setting.folder / "more", tiny_teacher, "<|user|>")
+    assert len(setting.check(student={"config": None, "model_path": str(more)})) == 3
+    for path in more.glob("tokenizer*"):
+        path.unlink()
+    notes = setting.check(student={"config": None, "model_path": str(more)})
+    assert "own tokenizer was not compared" in notes[3]
 
 
 def test_without_a_teacher_the_tokenizer_says_how_large_the_student_must_be(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from tiny import NUM_TOKENS, WIDTH, record, section
+from tiny import NUM_TOKENS, WIDTH, record, section, swap_tokens
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from retort.evaluation import (
@@ -309,7 +309,11 @@ def test_with_a_teacher_of_another_tokenizer_nothing_is_compared(
     run_rule(trained, index, features_path, fingerprint=tmp_path / "same.json")
     path = trained.parent / "evaluation" / "metrics.json"
     assert read_json(path)["validation"]["kl_to_teacher"] > 0
-    known["tokenizer"]["fingerprint"] = "0123456789ab"
+    known["tokenizer"]["fingerprint"] = "0123456789ab"  # other files, the same ids
+    write_json(tmp_path / "files.json", known)
+    run_rule(trained, index, features_path, fingerprint=tmp_path / "files.json")
+    assert read_json(path)["validation"]["kl_to_teacher"] > 0
+    known["name"] = str(swap_tokens(tmp_path / "other", Path(known["name"])))
     write_json(tmp_path / "other.json", known)
     run_rule(trained, index, features_path, fingerprint=tmp_path / "other.json")
     found = read_json(path)

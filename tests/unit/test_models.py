@@ -227,6 +227,12 @@ def test_other_weights_than_the_recorded_ones_are_refused(
     assert read_json(path)["weights"] in str(refusal.value)
 
 
+def test_a_record_of_another_hub_id_is_refused(tmp_path: Path, tiny_teacher: Path) -> None:
+    path = record(tmp_path, tiny_teacher)
+    with pytest.raises(ValueError, match=rf"'some/body' is not the teacher that {path} records"):
+        require_weights(read_json(path), "some/body", source=path)
+
+
 def test_a_teacher_whose_files_change_while_it_works_is_refused(
     tmp_path: Path, tiny_teacher: Path
 ) -> None:

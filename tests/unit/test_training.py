@@ -12,7 +12,7 @@ import pytest
 import torch
 from bench import Bench, read_log, read_weights
 from test_batches import take_order
-from tiny import NUM_TOKENS, WIDTH, make_cache, section, tokenize
+from tiny import NUM_TOKENS, WIDTH, make_cache, section, swap_tokens, tokenize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from retort.artefacts import student_content
@@ -20,6 +20,7 @@ from retort.cache import LogitCache
 from retort.codec import Codec
 from retort.provenance import digest, read_json, write_json
 from retort.runs import train_run
+from retort.tokens import load_tokenizer
 from retort.training import (
     LOG_COLUMNS,
     find_tail,
@@ -228,13 +229,13 @@ def run_rule(bench: Bench, out: Path, **given: Any) -> dict[str, Any]:
         "teacher_path": None,
         "fingerprint_path": bench.fingerprint,
         "tokenizer_path": str(bench.teacher_path),
+        "index_path": bench.index_path,
+        "student": section("student", config=str(bench.student_path)),
     }
     train_run(
         out,
         name="mine",
-        index_path=bench.index_path,
         tokenizer_revision=None,
-        student=section("student", config=str(bench.student_path)),
         training=training,
         tracking=section("tracking"),
         teacher_section=section("teacher", device="cpu"),
@@ -294,6 +295,71 @@ def test_a_live_teacher_is_loaded_where_no_cache_is_given(bench: Bench, tmp_path
     )
     assert found["alpha"] == 0.5
     assert float(read_json(tmp_path / "run" / "training.json")["steps"]) == 2
+
+
+LIVE: dict[str, Any] = {"cache_path": None, "training": {"use_cached_logits": False}}
+
+
+def test_a_live_teacher_without_a_record_is_refused(bench: Bench, tmp_path: Path) -> None:
+    path = str(bench.teacher_path)
+    with pytest.raises(ValueError, match=rf"--teacher {path} needs --fingerprint.*resolve_teacher"):
+        run_rule(
+            bench, tmp_path / "training.json", teacher_path=path, fingerprint_path=None, **LIVE
+        )
+
+
+def test_a_live_teacher_of_another_tokenizer_of_the_same_size_is_refused(
+    bench: Bench, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    other = swap_tokens(tmp_path / "other", bench.teacher_path)
+    given: dict[str, Any] = {
+        "index_path": tokenize(tmp_path / "tokens", tiny_corpus, other),
+        "tokenizer_path": str(other),
+        "teacher_path": str(bench.teacher_path),
+    }
+    words = rf"tokenizer '{other}' and that of the teacher '{bench.teacher_path}' give different ids: '[ab]', id"
+    with pytest.raises(ValueError, match=words):
+        run_rule(bench, tmp_path / "run" / "training.json", **given, **LIVE)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_live_teacher_with_another_chat_template_is_learned_from(
+    bench: Bench, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(str(bench.teacher_path))
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    tokenizer.save_pretrained(tmp_path / "chat")
+    found = run_rule(
+        bench,
+        tmp_path / "run" / "training.json",
+        index_path=tokenize(tmp_path / "tokens", tiny_corpus, tmp_path / "chat"),
+        tokenizer_path=str(tmp_path / "chat"),
+        teacher_path=str(bench.teacher_path),
+        **LIVE,
+    )
+    assert found["steps"] == 2
+
+
+def test_a_record_of_another_teacher_than_the_caches_is_refused(
+    bench: Bench, tmp_path: Path
+) -> None:
+    other = read_json(bench.fingerprint) | {"weights": "0123456789ab", "name": "somebody"}
+    write_json(tmp_path / "fingerprint.json", other)
+    weights = bench.cache.header.teacher
+    with pytest.raises(
+        ValueError, match=rf"distributions of teacher {weights}, but .* records 0123456789ab"
+    ):
+        run_rule(bench, tmp_path / "training.json", fingerprint_path=tmp_path / "fingerprint.json")
+
+
+def test_a_student_that_means_other_tokens_is_refused(bench: Bench, tmp_path: Path) -> None:
+    other = swap_tokens(tmp_path / "other", bench.teacher_path)
+    with pytest.raises(ValueError, match=rf"that of the student '{other}' give different ids"):
+        run_rule(
+            bench,
+            tmp_path / "training.json",
+            student=section("student", config=None, model_path=str(other)),
+        )
 
 
 def test_distilling_without_a_teacher_is_refused(bench: Bench, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Sections at the schema's defaults, and the tiny corpus taken through the real steps before the one under test."""
 
 import multiprocessing
+import shutil
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from retort.parts import (
     build_header,
     merge_parts,
 )
-from retort.provenance import read_json
+from retort.provenance import read_json, write_json
 from retort.shards import tokenize_shard
 from retort.tokens import fingerprint_of_tokenizer, load_tokenizer
 from retort.workers import run_worker
@@ -92,3 +93,22 @@ def real_processes() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["retort.training", "retort.teacher"])
     return context
+
+
+def swap_tokens(folder: Path, teacher: Path) -> Path:
+    """Copy a teacher into `folder`, with the ids of two letters of its tokenizer exchanged."""
+    shutil.copytree(teacher, folder)
+    content = read_json(folder / "tokenizer.json")
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    write_json(folder / "tokenizer.json", content)
+    return folder
+
+
+def name_token(folder: Path, teacher: Path, token: str) -> Path:
+    """Copy a teacher into `folder`, with a token more in its tokenizer, at the first id that was not named."""
+    shutil.copytree(teacher, folder)
+    tokenizer = load_tokenizer(str(teacher))
+    tokenizer.add_tokens([token])
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,15 @@ def _shrink_the_students_vocabulary(folder: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 310}))
 
 
+def _swap_two_tokens(folder: Path) -> None:
+    shutil.copytree(folder / "teacher", folder / "other")
+    path = folder / "other" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    path.write_text(json.dumps(content))
+
+
 def _nothing(folder: Path) -> None:
     pass
 
@@ -177,6 +187,20 @@ SEEN_BY_THE_CHECK: dict[str, tuple[Prepare, dict[str, Any], list[str]]] = {
         _add_tokens_beyond_the_output_layer,
         over(),
         ["the tokenizer", "350 tokens", "only 320", "they do not belong together"],
+    ),
+    "a live teacher of another tokenizer": (
+        _swap_two_tokens,
+        over(
+            dataset={"tokenizer": "other"},
+            training={"use_cached_logits": False},
+            runs={"live": {"training": {"distillation_type": "logit"}}},
+        ),
+        ["'other'", "the teacher 'teacher'", "different ids: 'b', id", "2 of 300 tokens differ"],
+    ),
+    "a student of another tokenizer": (
+        _swap_two_tokens,
+        over(student={"config": None, "model_path": "other"}),
+        ["the student 'other'", "different ids: 'a', id", "2 of 300 tokens differ"],
     ),
     "a student's vocabulary too small": (
         _shrink_the_students_vocabulary,
