@@ -74,9 +74,13 @@ def count_steps(
 
 @dataclass(frozen=True)
 class Collator:
-    """Pad items to a batch; `temperature_place` is the column of the stored tail that training uses."""
+    """Pad items to a batch; `temperature_place` is the column of the stored tail that training uses.
+
+    `vocabulary`: of a student whose output layer is narrower than the teacher's; ids beyond it are left out.
+    """
 
     temperature_place: int = 0
+    vocabulary: int | None = None
 
     def __call__(self, items: list[Item]) -> dict[str, Any]:
         """Return input_ids, attention_mask, labels [B, T] (labels[t] = ids[t] where its prediction counts), places [B]
@@ -101,6 +105,8 @@ class Collator:
 
     def _join(self, targets: list[SparseTargets]) -> TeacherRows:
         joined = SparseTargets.concatenate(targets)
+        if self.vocabulary is not None:
+            joined = joined.below(self.vocabulary)
         tails = np.ascontiguousarray(joined.tail_logprobs[:, self.temperature_place])
         columns = joined.offsets, joined.ids.astype(np.int64), joined.logprobs, tails
         return TeacherRows(*map(torch.from_numpy, columns))

@@ -152,6 +152,20 @@ class SparseTargets:
             np.concatenate(exact) if exact else None,
         )
 
+    def below(self, vocabulary: int) -> "SparseTargets":
+        """Return them without ids from `vocabulary` on, which must have no probability: no token has such an id."""
+        is_kept = self.ids < vocabulary
+        assert (self.logprobs[~is_kept] <= LOGPROB_FLOOR).all(), "probability beyond the tokens"
+        kept_before = np.concatenate([np.zeros(1, np.int64), np.cumsum(is_kept)])
+        firsts, offsets, num_exact = self.offsets[:-1], kept_before[self.offsets], self.num_exact
+        return SparseTargets(
+            offsets,
+            self.ids[is_kept],
+            self.logprobs[is_kept],
+            self.tail_logprobs,
+            None if num_exact is None else kept_before[firsts + num_exact] - offsets[:-1],
+        )
+
     @property
     def sizes(self) -> NDArray[np.int64]:
         """How many tokens each position keeps, [P]."""

@@ -53,6 +53,10 @@ class DemoTokenizer:
     def __len__(self) -> int:
         return DEMO_TEACHER.vocabulary
 
+    def get_vocab(self) -> dict[str, int]:
+        """Return no token: none is known yet."""
+        return {}
+
 
 def make_demo_teacher(
     record_path: Path, dataset: Dataset, *, drawn: Path | None, say: Callable[[str], None] = print

@@ -9,12 +9,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from retort.config import Student
 from retort.models import load_model_config, load_pretrained, require_causal
+from retort.vocabularies import count_ids
 
 
 def student_config(section: Student, *, vocabulary: int, tokenizer: Any) -> PretrainedConfig:
-    """Return the student's transformers config; `vocab_size` and special ids are filled in where absent.
+    """Return the student's transformers config; `vocab_size` (`vocabulary`) and special ids are filled in where absent.
 
-    Raises ValueError when the student's vocabulary is smaller than `vocabulary`, the ids it must predict.
+    Raises ValueError when the student's output layer has fewer ids than the tokenizer. The teacher's may be wider than
+    the student's: what it has beyond the tokenizer's ids is padding, of probability zero.
     """
     if section.model_path is not None:
         config = load_model_config(section.model_path)
@@ -32,11 +34,15 @@ def student_config(section: Student, *, vocabulary: int, tokenizer: Any) -> Pret
                 f"student.config {str(path)!r} is no valid transformers {model_type!r} config: {error}"
             ) from error
     size = int(config.get_text_config().vocab_size)
-    if size < vocabulary:
-        source = section.config or section.model_path
+    if size < (needed := count_ids(tokenizer)):
+        advice = (
+            "Use a student of the same tokenizer."
+            if section.model_path is not None
+            else f"Set vocab_size: {needed} or more, or leave it out of the JSON to have it filled in."
+        )
         raise ValueError(
-            f"the student's vocab_size is {size} ({source}), smaller than the {vocabulary} ids it must predict. "
-            f"Set vocab_size: {vocabulary}, or leave it out of the JSON to have it filled in."
+            f"the student's vocab_size is {size} ({section.config or section.model_path}), smaller than the {needed} "
+            f"ids of the tokenizer, all of which it must predict. {advice}"
         )
     return config
 

@@ -74,9 +74,9 @@ LOG_COLUMNS = (
 class Job:
     """One training: from what, of which student, how.
 
-    `identity`: digest of all that its result depends on; `training.alpha` is filled in; `vocabulary`: the ids that the
-    student must predict; `teacher`: a live one, None where the source is a cache or text is all there is; `facts`: what
-    is learned from, for people.
+    `identity`: digest of all that its result depends on; `training.alpha` is filled in; `vocabulary`: the student's,
+    where its config says none; `teacher`: a live one, None where the source is a cache or text is all there is;
+    `facts`: what is learned from, for people.
     """
 
     name: str
@@ -235,10 +235,14 @@ def build_trainer(arguments: TrainingArguments, job: Job) -> DistillationTrainer
     model = build_student(
         job.student, vocabulary=job.vocabulary, tokenizer=job.tokenizer, seed=job.training.seed
     )
-    attach_loss(split_model(model), job.settings)
-    source, tail = job.source, 0
+    split = split_model(model)
+    attach_loss(split, job.settings)
+    source, collator = job.source, Collator()
     if isinstance(source, LogitCache):
-        tail = find_tail(source.header.codec, job.training, path=source.path)
+        codec = source.header.codec
+        tail = find_tail(codec, job.training, path=source.path)
+        is_narrow = split.vocabulary < codec.vocabulary
+        collator = Collator(tail, split.vocabulary if is_narrow else None)
     trainer = DistillationTrainer(
         settings=job.settings,
         teacher=job.teacher,
@@ -246,7 +250,7 @@ def build_trainer(arguments: TrainingArguments, job: Job) -> DistillationTrainer
         model=model,
         args=arguments,
         train_dataset=TrainingData(source),
-        data_collator=Collator(tail),
+        data_collator=collator,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

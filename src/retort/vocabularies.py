@@ -9,6 +9,11 @@ from typing import Any
 from retort.tokens import load_tokenizer
 
 
+def count_ids(tokenizer: Any) -> int:
+    """Return how wide an output layer must be to predict every token: ids may have gaps, so not only their number."""
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
+
+
 def find_difference(tokenizer: Any, other: Any, *, may_lack: bool = False) -> str | None:
     """Return, with an example, how ids of `tokenizer` mean other tokens in `other`; None where all mean the same.
 

@@ -243,12 +243,13 @@ def test_sequences_longer_than_the_teachers_context_are_refused(setting: Setting
 
 
 def test_a_student_with_too_small_a_vocabulary_is_refused(setting: Setting) -> None:
+    needed = NUM_TOKENS
     setting.refuse(
-        rf"vocab_size is {WIDTH - 1} .*smaller than the {WIDTH} ids.*vocab_size: {WIDTH}",
-        student={"config": _student(setting, WIDTH - 1)},
+        rf"vocab_size is {needed - 1} .*smaller than the {needed} ids.*vocab_size: {needed}",
+        student={"config": _student(setting, needed - 1)},
     )
-    setting.check(student={"config": _student(setting, WIDTH)})
-    setting.check(student={"config": _student(setting, WIDTH + 64)})
+    for width in (needed, WIDTH - 1, WIDTH, WIDTH + 64):  # narrower and wider than the teacher's
+        setting.check(student={"config": _student(setting, width)})
 
 
 def test_sequences_longer_than_the_students_context_are_refused(setting: Setting) -> None:

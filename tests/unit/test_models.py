@@ -364,18 +364,22 @@ def test_student_config_keeps_what_the_json_says(
 def test_a_smaller_vocabulary_is_refused_with_both_numbers(
     tmp_path: Path, tiny_student: Path, tiny_teacher: Path
 ) -> None:
-    write_json(tmp_path / "own.json", read_json(tiny_student) | {"vocab_size": 319})
+    write_json(tmp_path / "own.json", read_json(tiny_student) | {"vocab_size": WIDTH})
     tokenizer = load_tokenizer(str(tiny_teacher))
-    for student in (
-        section("student", config=str(tmp_path / "own.json")),
-        section("student", model_path=str(tiny_teacher)),
-    ):
-        needed = WIDTH if student.config else WIDTH + 1
-        with pytest.raises(
-            ValueError, match=rf"vocab_size is {needed - 1} .*the {needed} ids"
-        ) as e:
-            student_config(student, vocabulary=needed, tokenizer=tokenizer)
-        assert f"vocab_size: {needed}" in str(e.value)
+    of_json = section("student", config=str(tmp_path / "own.json"))
+    of_model = section("student", model_path=str(tiny_teacher))
+    tokenizer.add_tokens([f"<{i}>" for i in range(WIDTH - len(tokenizer))])
+    for student in (of_json, of_model):
+        assert output_width(student_config(student, vocabulary=400, tokenizer=tokenizer)) == WIDTH
+    tokenizer.add_tokens(["<one more>"])
+    refusals = [
+        (of_json, f"vocab_size: {WIDTH + 1} or more, or leave it out"),
+        (of_model, "a student of the same tokenizer"),
+    ]
+    for student, advice in refusals:
+        words = rf"vocab_size is {WIDTH} .* the {WIDTH + 1} ids of the tokenizer.*{advice}"
+        with pytest.raises(ValueError, match=words):
+            student_config(student, vocabulary=WIDTH, tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,12 @@ import pytest
 from tiny import NUM_TOKENS, WIDTH, name_token, swap_tokens
 
 from retort.tokens import load_tokenizer
-from retort.vocabularies import find_difference, require_student_ids, require_teacher_ids
+from retort.vocabularies import (
+    count_ids,
+    find_difference,
+    require_student_ids,
+    require_teacher_ids,
+)
 
 
 @pytest.fixture
@@ -67,6 +72,17 @@ def test_one_id_with_two_names_is_a_difference_for_both(tiny_teacher: Path, tmp_
         require_student_ids(one, source="a", student=str(two))
     with pytest.raises(ValueError, match=words):
         require_teacher_ids(one, load_tokenizer(str(two)), width=WIDTH, source="a", teacher="b")
+
+
+def test_ids_with_gaps_need_a_layer_as_wide_as_the_greatest(own: Any) -> None:
+    class Gap:
+        def __len__(self) -> int:
+            return 2
+
+        def get_vocab(self) -> dict[str, int]:
+            return {"a": 0, "b": 7}
+
+    assert count_ids(own) == NUM_TOKENS and count_ids(Gap()) == 8
 
 
 def test_a_student_without_a_tokenizer_is_not_compared(

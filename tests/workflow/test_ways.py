@@ -87,6 +87,12 @@ def train_more(place: Place) -> None:
             "student": {"config": None, "model_path": "teacher"},
             "training": {"distillation_type": "logit", **schedule},
         },
+        "narrow": {"student": {"config": "student_308.json"}},
+        "narrow_live": {
+            "student": {"config": "student_308.json"},
+            "training": {"distillation_type": "logit", "use_cached_logits": False},
+        },
+        "wide": {"student": {"config": "student_352.json"}},
         "foreign": {
             "dataset": {"tokenizer": "foreign"},
             "training": {"distillation_type": "output"},
@@ -95,6 +101,10 @@ def train_more(place: Place) -> None:
     own = AutoTokenizer.from_pretrained(place.path / "teacher")
     own.add_tokens([f"word{i}" for i in range(200)] + ["e", "a"])  # ids beyond the teacher's layer
     own.save_pretrained(place.path / "foreign")
+    student = json.loads((place.path / "student.json").read_text())
+    for width in (308, 352):  # the teacher's layer has 320 ids, the tokenizer 300
+        text = json.dumps(student | {"vocab_size": width})
+        (place.path / f"student_{width}.json").write_text(text)
     place.write_config(tiny(runs=runs))
     place.snakemake()
 
@@ -130,6 +140,21 @@ def test_a_student_that_starts_from_the_teacher_stays_near_it(trained: Place) ->
     assert rates[0] < max(rates) > rates[-1], "a warm-up and a decay"
     others = find_run(trained, "both")[2]["validation"]["kl_to_teacher"]
     assert metrics["validation"]["kl_to_teacher"] < others / 2
+
+
+def test_students_narrower_and_wider_than_their_teacher_are_trained_measured_and_reported(
+    trained: Place,
+) -> None:
+    expected = find_run(trained, "both")[2]["validation"]["kl_to_teacher"]
+    for name, width in (("narrow", 308), ("narrow_live", 308), ("wide", 352)):
+        folder, training, metrics = find_run(trained, name)
+        student = AutoModelForCausalLM.from_pretrained(folder / "final")
+        assert student.config.vocab_size == width == student.get_output_embeddings().weight.shape[0]
+        assert training["steps"] == 12 and not metrics["not_defined"]
+        assert metrics["validation"]["kl_to_teacher"] == pytest.approx(expected, rel=0.5)
+        assert metrics["teacher_validation"]["loss"] > 0
+    page = (trained.results / "report.html").read_text()
+    assert all(name in page for name in ("narrow", "narrow_live", "wide"))
 
 
 def test_a_student_with_a_tokenizer_of_its_own_is_measured_without_its_teacher(
