@@ -3,10 +3,10 @@
     python -m benchmarks.workflow.groups [--parts 480] [--seconds 120]
 
 The work is simulated: the teacher's forward pass sleeps in proportion to its tokens, so two cores are enough for eight
-groups. All else is real: processes, leases of made-up GPU ids, the worker's loop, claims, parts written and read back.
-Time runs from when all processes have started (eight groups on a cluster import as fast as one) to when the last one
-has ended. *efficiency*: time(1 group) / (groups * time). *idle*: from a fast worker's last part to the end, as a share
-of the whole.
+groups. All else is real: processes, leases of simulated GPU ids, the worker's loop, claims, parts written and read
+back. Time runs from when all processes have started (eight groups on a cluster import as fast as one) to when the last
+one has ended. *efficiency*: time(1 group) / (groups * time). *idle*: from a fast worker's last part to the end, as a
+share of the whole.
 """
 
 import multiprocessing
