@@ -117,7 +117,7 @@ $(READY): requirements.lock pyproject.toml
 	@touch $(READY)
 
 docs: $(READY)
-	$(BIN)/python -m retort.config > config/README.md
+	$(BIN)/python -m retort.config.load > config/README.md
 
 clean:
 	rm -rf $(VENV) $(VLLM) .snakemake .pytest_cache .mypy_cache .ruff_cache .hypothesis

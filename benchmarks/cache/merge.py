@@ -18,14 +18,14 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.common import make_parser
-from retort.cache import CacheHeader
-from retort.codec import Codec, TokenOrder
-from retort.index import TokenIndex, write_index
-from retort.parts import merge_parts, part_path, write_part
-from retort.shards import write_token_shard
-from retort.sparse_codec import Selection, to_streams
-from retort.sparse_streams import TAIL_UNIT
-from retort.tokens import SequenceTable, build_table
+from retort.cache.codec import Codec, TokenOrder
+from retort.cache.parts import merge_parts, part_path, write_part
+from retort.cache.reader import CacheHeader
+from retort.cache.sparse_codec import Selection, to_streams
+from retort.cache.sparse_streams import TAIL_UNIT
+from retort.tokens.index import TokenIndex, write_index
+from retort.tokens.sequences import SequenceTable, build_table
+from retort.tokens.shards import write_token_shard
 
 VOCABULARY, LENGTH, SEQUENCES_PER_PART = 32_768, 512, 1000
 ORDER = TokenOrder.from_ids(np.arange(VOCABULARY))

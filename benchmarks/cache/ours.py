@@ -16,22 +16,22 @@ from numpy.typing import NDArray
 
 from benchmarks.cache.stored import Stored
 from benchmarks.distributions.build import Distributions
-from retort.cache import CacheHeader, LogitCache
-from retort.codec import Codec, SparseTargets, TokenOrder, build_codec
-from retort.config_schema import fill_defaults, section_schema
-from retort.config_sections import build_section
-from retort.entropy import build_lookup, unpack_tables
-from retort.parts import write_part
-from retort.selection import select_probable
-from retort.sparse_codec import (
+from retort.cache.codec import Codec, SparseTargets, TokenOrder, build_codec
+from retort.cache.entropy import build_lookup, unpack_tables
+from retort.cache.parts import write_part
+from retort.cache.reader import CacheHeader, LogitCache
+from retort.cache.sparse_codec import (
     Selection,
     decode_streams,
     draw_uniform,
     encode_streams,
     to_streams,
 )
-from retort.sparse_streams import Streams, count_contexts
-from retort.tokens import SequenceTable, build_table
+from retort.cache.sparse_streams import Streams, count_contexts
+from retort.config.schema import fill_defaults, section_schema
+from retort.config.sections import build_section
+from retort.teacher.selection import select_probable
+from retort.tokens.sequences import SequenceTable, build_table
 
 _REPEATS = 40
 _SELECTED = 16  # positions selected at once: three times as fast as all 512

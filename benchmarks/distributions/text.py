@@ -16,9 +16,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from benchmarks.common import log
 from benchmarks.distributions.settings import Settings
-from retort import demo_text
+from retort.corpus import demo_text
 
-# Their whole sources are read, beside the standard library's; `retort.demo_text` adds the docstrings of four more.
+# Their whole sources are read, beside the standard library's; `retort.corpus.demo_text` adds the docstrings of four more.
 # All are pinned in requirements.lock. transformers is left out: what is held out of it repeats what is trained on.
 PACKAGES = (
     "PIL",

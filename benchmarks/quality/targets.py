@@ -17,8 +17,8 @@ from benchmarks.cache.ours import Selected, make_codec
 from benchmarks.cache.stored import Stored
 from benchmarks.common import log
 from benchmarks.distributions.build import Distributions
-from retort.codec import LOGPROB_FLOOR, SparseTargets
-from retort.fused_loss import TeacherRows
+from retort.cache.codec import LOGPROB_FLOOR, SparseTargets
+from retort.training.fused_loss import TeacherRows
 
 
 @dataclass(frozen=True)

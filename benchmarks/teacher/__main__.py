@@ -28,13 +28,13 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.common import make_parser
-from retort.cache import CacheHeader
-from retort.codec import Codec, TokenOrder, build_codec
-from retort.config_sections import Cache
-from retort.models import CausalLM, split_model
-from retort.parts import write_part
-from retort.teacher import Scorer, batch_by_length, pad_batch, score_part
-from retort.tokens import SequenceTable, build_table
+from retort.cache.codec import Codec, TokenOrder, build_codec
+from retort.cache.parts import write_part
+from retort.cache.reader import CacheHeader
+from retort.config.sections import Cache
+from retort.models.load import CausalLM, split_model
+from retort.teacher.scoring import Scorer, batch_by_length, pad_batch, score_part
+from retort.tokens.sequences import SequenceTable, build_table
 
 # hidden, intermediate, layers, heads, key-value heads
 SHAPES = {

@@ -16,8 +16,8 @@ from benchmarks.cache.ours import build_config_section, make_codec, write_cache
 from benchmarks.common import make_parser
 from benchmarks.distributions.build import default_folder, load_or_make
 from benchmarks.training.student import BATCH, build_model
-from retort.cache import LogitCache
-from retort.training import Job, train_student
+from retort.cache.reader import LogitCache
+from retort.training.loop import Job, train_student
 
 _FEW_STEPS = 4
 

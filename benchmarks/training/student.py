@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from retort.codec import SparseTargets
-from retort.fused_loss import TeacherRows
+from retort.cache.codec import SparseTargets
+from retort.training.fused_loss import TeacherRows
 
 BATCH, LENGTH, HIDDEN, LAYERS, KEPT = 2, 512, 256, 6, 17
 COUNT = BATCH * LENGTH

@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 
 from benchmarks.common import import_opponent
 from benchmarks.training.student import BATCH, COUNT, LENGTH, Inputs
-from retort.batches import IGNORE_INDEX
-from retort.fused_loss import LossSettings
-from retort.losses import LossTerms, compute_dense_divergence
-from retort.models import split_model
-from retort.student_loss import Lesson, attach_loss
+from retort.models.load import split_model
+from retort.training.batches import IGNORE_INDEX
+from retort.training.fused_loss import LossSettings
+from retort.training.losses import LossTerms, compute_dense_divergence
+from retort.training.model_loss import Lesson, attach_loss
 
 VEOMNI = (
     "put chunk_topk_distill.py of github.com/ByteDance-Seed/VeOmni, in veomni/ops/kernels/cross_entropy, "

@@ -19,8 +19,8 @@ from typing import NamedTuple
 import yaml
 
 from benchmarks.common import REPOSITORY, make_parser
-from retort.artefacts import plan_project
-from retort.config import load_runs
+from retort.artifacts.plan import plan_project
+from retort.config.load import load_runs
 
 PLAIN = """\
 rule all:

@@ -25,17 +25,17 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.common import make_parser
-from retort.cache import CacheHeader
-from retort.codec import Codec
-from retort.heads import Head
-from retort.index import TokenIndex, write_index
-from retort.leases import lease
-from retort.models import CausalLM
-from retort.parts import part_files
-from retort.progress import Progress
-from retort.shards import write_token_shard
-from retort.tokens import SequenceTable, build_table
-from retort.workers import run_worker
+from retort.cache.codec import Codec
+from retort.cache.parts import part_files
+from retort.cache.reader import CacheHeader
+from retort.cluster.leases import lease
+from retort.models.heads import Head
+from retort.models.load import CausalLM
+from retort.teacher.progress import Progress
+from retort.teacher.worker import run_worker
+from retort.tokens.index import TokenIndex, write_index
+from retort.tokens.sequences import SequenceTable, build_table
+from retort.tokens.shards import write_token_shard
 
 VOCABULARY = 64
 SEQUENCES = 8  # in a part
@@ -138,7 +138,7 @@ def measure(
 ) -> tuple[float, list[float], list[int]]:
     """Run one pass; return its seconds, every worker's idle seconds at the end, and every worker's parts."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["retort.workers"])
+    context.set_forkserver_preload(["retort.teacher.worker"])
     with tempfile.TemporaryDirectory(prefix="retort-groups-") as name:
         folder = Path(name)
         table = make_table(parts * SEQUENCES)

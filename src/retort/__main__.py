@@ -1,5 +1,5 @@
 """`python -m retort` is the command `retort`."""
 
-from retort.console import main
+from retort.pipeline.console import main
 
 main()

@@ -30,7 +30,7 @@ class LogHandler(LogHandlerBase):
 
     def __post_init__(self) -> None:
         """Open the display; from now on it alone writes to the terminal."""
-        from retort.run_display import RunDisplay
+        from retort.pipeline.run_display import RunDisplay
 
         summary = self.settings.summary if isinstance(self.settings, LogHandlerSettings) else None
         self._display = RunDisplay(

@@ -16,7 +16,7 @@ from cluster import Cluster
 from place import Place, merge
 from project import CONFIG, Note, Parts, Project
 
-from retort.deadlines import OUT_OF_TIME
+from retort.cluster.deadlines import OUT_OF_TIME
 
 Interrupted = tuple["subprocess.Popen[bytes]", Parts]
 _PTRACE_SEIZE, _PTRACE_INTERRUPT, _WALL = 0x4206, 0x4207, 0x40000000  # of Linux

@@ -9,18 +9,14 @@ from tiny import WIDTH, make_cache, record, section, tokenize
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from retort.cache import LogitCache
-from retort.config import identity
-from retort.config_checks import DEFAULT_ALPHA
-from retort.index import TokenIndex
-from retort.models import CausalLM, load_teacher
-from retort.provenance import digest
-from retort.tokens import SequenceTable, load_tokenizer
-from retort.training import (
-    LOG_COLUMNS,
-    Job,
-    train_student,
-)
+from retort.cache.reader import LogitCache
+from retort.config.checks import DEFAULT_ALPHA
+from retort.config.load import identity
+from retort.io.files import digest
+from retort.models.load import CausalLM, load_teacher
+from retort.tokens.index import TokenIndex
+from retort.tokens.sequences import SequenceTable, load_tokenizer
+from retort.training.loop import LOG_COLUMNS, Job, train_student
 
 
 class Bench:

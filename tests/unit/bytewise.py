@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from retort.config_schema import fill_defaults, section_schema
-from retort.config_sections import build_section
-from retort.index import TokenIndex, write_index
-from retort.shards import tokenize_shard
+from retort.config.schema import fill_defaults, section_schema
+from retort.config.sections import build_section
+from retort.tokens.index import TokenIndex, write_index
+from retort.tokens.shards import tokenize_shard
 
 FINGERPRINT = {"fingerprint": "0123456789ab", "size": 257}
 

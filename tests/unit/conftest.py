@@ -6,7 +6,7 @@ import pytest
 from bench import Bench
 from tiny import tokenize
 
-from retort.index import TokenIndex
+from retort.tokens.index import TokenIndex
 
 
 @pytest.fixture(scope="module")

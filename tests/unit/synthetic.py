@@ -9,19 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from retort.cache import (
-    CacheHeader,
-)
-from retort.codec import Codec, SparseTargets, TokenOrder
-from retort.index import TokenIndex, write_index
-from retort.parts import (
-    part_path,
-    write_part,
-)
-from retort.shards import write_token_shard
-from retort.sparse_codec import Selection, to_streams
-from retort.sparse_streams import TAIL_UNIT, Streams, count_drawn
-from retort.tokens import SequenceTable, build_table
+from retort.cache.codec import Codec, SparseTargets, TokenOrder
+from retort.cache.parts import part_path, write_part
+from retort.cache.reader import CacheHeader
+from retort.cache.sparse_codec import Selection, to_streams
+from retort.cache.sparse_streams import TAIL_UNIT, Streams, count_drawn
+from retort.tokens.index import TokenIndex, write_index
+from retort.tokens.sequences import SequenceTable, build_table
+from retort.tokens.shards import write_token_shard
 
 TOKENIZER = {"fingerprint": "0123456789ab", "size": 290}
 CODEC = Codec(method="top_k", top_k=4, temperatures=(1.0, 2.0), vocabulary=300)

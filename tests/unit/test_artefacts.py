@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import yaml
 
-from retort.artefacts import Project, plan_project
-from retort.config import load_runs
-from retort.config_schema import merge
-from retort.provenance import fingerprint_tokenizer, fingerprint_weights, write_json
+from retort.artifacts.plan import Project, plan_project
+from retort.config.load import load_runs
+from retort.config.schema import merge
+from retort.io.files import fingerprint_tokenizer, fingerprint_weights, write_json
 
 Plan = Callable[..., Project]
 KINDS = {"corpora", "teachers", "tokens", "logits", "validations", "run", "evaluation"}
@@ -343,8 +343,8 @@ def test_weights_that_vanished_are_refused(plan: Plan, tmp_path: Path) -> None:
 
 PRINT_IDS = """
 import json, sys
-from retort.artefacts import plan_project
-from retort.config import load_runs
+from retort.artifacts.plan import plan_project
+from retort.config.load import load_runs
 p = plan_project(load_runs(json.loads(sys.argv[1])))
 runs = [[r.name, r.id, r.evaluation_id] for r in p.runs.values()]
 print(json.dumps([runs, list(p.logits), list(p.validations), list(p.tokens), p.check_id, p.report_id]))

@@ -12,15 +12,12 @@ from bench import Bench
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retort.batches import IGNORE_INDEX, Collator, Item, ShuffledStream, count_steps
-from retort.cache import LogitCache
-from retort.codec import SparseTargets
-from retort.ranks import cut_global_batch
-from retort.tokens import SequenceTable, build_table
-from retort.training import (
-    build_trainer,
-    training_arguments,
-)
+from retort.cache.codec import SparseTargets
+from retort.cache.reader import LogitCache
+from retort.cluster.ranks import cut_global_batch
+from retort.tokens.sequences import SequenceTable, build_table
+from retort.training.batches import IGNORE_INDEX, Collator, Item, ShuffledStream, count_steps
+from retort.training.loop import build_trainer, training_arguments
 
 
 def read_batches(bench: Bench, source: SequenceTable | LogitCache, folder: Path) -> list[Any]:

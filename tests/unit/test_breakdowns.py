@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from tiny import section
 
-from retort.breakdowns import Classes, find_classes
-from retort.documents import Document
-from retort.tokens import (
+from retort.corpus.documents import Document
+from retort.evaluation.breakdowns import Classes, find_classes
+from retort.tokens.sequences import (
     SequenceTable,
     TokenCounts,
     build_table,

@@ -38,14 +38,8 @@ from synthetic import (
     write_tokens,
 )
 
-from retort.cache import (
-    CacheHeader,
-    LogitCache,
-    cache_digest,
-)
-from retort.codec import Codec, decode, encode
-from retort.index import TokenIndex
-from retort.parts import (
+from retort.cache.codec import Codec, decode, encode
+from retort.cache.parts import (
     find_missing_parts,
     is_merged,
     merge_parts,
@@ -53,8 +47,10 @@ from retort.parts import (
     remove_parts,
     write_part,
 )
-from retort.provenance import write_pieces
-from retort.tokens import SequenceTable, build_table
+from retort.cache.reader import CacheHeader, LogitCache, cache_digest
+from retort.io.files import write_pieces
+from retort.tokens.index import TokenIndex
+from retort.tokens.sequences import SequenceTable, build_table
 
 forking = multiprocessing.get_context("fork")
 
@@ -507,7 +503,7 @@ def test_a_bit_flipped_on_the_way_is_refused_and_costs_no_part(
             damaged[len(damaged) // 2] ^= 4
         write_pieces(file, memoryview(damaged))
 
-    monkeypatch.setattr("retort.parts.write_pieces", write_wrongly)
+    monkeypatch.setattr("retort.cache.parts.write_pieces", write_wrongly)
     out, mode = own_parts.parent / "merged.h5", "virtual" if is_virtual else "copy"
     with pytest.raises(ValueError, match="is whole, but its copy is not"):
         merge_parts(index, own_parts, header, out, mode=mode)

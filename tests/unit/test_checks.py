@@ -10,11 +10,11 @@ import pytest
 from tiny import NUM_TOKENS, WIDTH, name_token, swap_tokens
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaModel, T5Config
 
-from retort.checks import check_project
-from retort.config import load_runs
-from retort.demo import DEMO_TEACHER
-from retort.provenance import read_json, write_json
-from retort.tokens import load_tokenizer
+from retort.config.load import load_runs
+from retort.io.files import read_json, write_json
+from retort.pipeline.demo_teacher import DEMO_TEACHER
+from retort.pipeline.preflight import check_project
+from retort.tokens.sequences import load_tokenizer
 
 SMALL: dict[str, Any] = {
     "vocab_size": WIDTH,
@@ -68,7 +68,7 @@ def test_a_tracker_that_is_missing_or_would_ask_for_a_login_is_refused(
     setting.refuse(r"no login for wandb.example.org", tracking=wanted)
     monkeypatch.setenv("WANDB_MODE", "offline")
     setting.check(tracking=wanted)
-    monkeypatch.setattr("retort.checks.find_spec", lambda name: None)
+    monkeypatch.setattr("retort.pipeline.preflight.find_spec", lambda name: None)
     setting.refuse("wandb is not installed here. Type: pip install wandb", tracking=wanted)
 
 

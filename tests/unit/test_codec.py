@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 from synthetic import CODEC, make_targets
 
-from retort.codec import (
+from retort.cache.codec import (
     Codec,
     SparseTargets,
     build_codec,
@@ -22,9 +22,8 @@ from retort.codec import (
     encode,
     resolve_top_k,
 )
-from retort.config import Cache
-from retort.config_schema import fill_defaults, section_schema
-from retort.config_sections import build_section
+from retort.config.schema import fill_defaults, section_schema
+from retort.config.sections import Cache, build_section
 
 FLOOR = -10_000.0
 widths = st.sampled_from([2, 300, 1 << 16, (1 << 16) + 1, 1 << 18])

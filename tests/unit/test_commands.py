@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from retort.commands import ATTEMPT, run_script, say
+from retort.cli import ATTEMPT, run_script, say
 
-SCRIPT = "from retort.commands import ATTEMPT, run_script, say\ndef main():\n    {body}\nrun_script(main)"
+SCRIPT = (
+    "from retort.cli import ATTEMPT, run_script, say\ndef main():\n    {body}\nrun_script(main)"
+)
 
 
 def run(body: str) -> subprocess.CompletedProcess[str]:
@@ -111,7 +113,7 @@ def test_a_full_disk_is_one_sentence_whichever_library_writes(writer: str, tmp_p
 
 def test_a_part_on_a_full_disk_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     body = (
-        "import os, numpy as np; from pathlib import Path; from retort.h5files import write_h5\n"
+        "import os, numpy as np; from pathlib import Path; from retort.io.hdf5 import write_h5\n"
         f"    folder = Path('{tmp_path}')\n"
         "    for kib in range(8, 256, 31):\n"
         "        (folder / 'filler').write_bytes(bytes(kib << 10))\n"
@@ -131,7 +133,7 @@ def test_a_part_on_a_full_disk_is_written_whole_or_not_at_all(tmp_path: Path) ->
 
 def test_a_read_only_folder_is_one_sentence_and_leaves_what_is_there(tmp_path: Path) -> None:
     body = (
-        "import os, subprocess, numpy as np; from pathlib import Path; from retort.h5files import write_h5\n"
+        "import os, subprocess, numpy as np; from pathlib import Path; from retort.io.hdf5 import write_h5\n"
         f"    folder = Path('{tmp_path}')\n"
         "    def write(name): write_h5(folder / name, lambda f: f.create_dataset('x', data=np.arange(9)))\n"
         "    write('a.h5'); before = (folder / 'a.h5').read_bytes()\n"

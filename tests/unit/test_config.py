@@ -18,12 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from snakemake.cli import parse_config  # type: ignore[import-untyped]
 
-from retort.config import (
-    SECTIONS,
-    Config,
-    ConfigError,
-    Generation,
-    Teacher,
+from retort.config.load import (
     add_section_flags,
     identity,
     load_runs,
@@ -31,8 +26,9 @@ from retort.config import (
     section_flags,
     section_from_args,
 )
-from retort.config_schema import (
+from retort.config.schema import (
     _MOVED,
+    ConfigError,
     Schema,
     fill_defaults,
     is_section,
@@ -42,7 +38,7 @@ from retort.config_schema import (
     read_value,
     section_schema,
 )
-from retort.config_sections import build_section, freeze
+from retort.config.sections import SECTIONS, Config, Generation, Teacher, build_section, freeze
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STUDENT = {"student": {"config": "config/students/llama_demo.json"}}
@@ -125,7 +121,7 @@ def test_runs_may_override_every_section_but_output() -> None:
 
 
 def test_the_committed_readme_is_the_generated_one() -> None:
-    command = "python -m retort.config > config/README.md"
+    command = "python -m retort.config.load > config/README.md"
     committed = (REPOSITORY / "config" / "README.md").read_text(encoding="utf-8")
     assert committed == readme(), f"run: {command}"
 
@@ -136,7 +132,7 @@ def test_the_readme_names_every_key() -> None:
 
 def test_reading_a_config_loads_no_heavy_library() -> None:
     heavy = "{'torch', 'transformers', 'datasets', 'numpy', 'h5py'}"
-    code = f"import sys, retort.config; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, retort.config.load; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

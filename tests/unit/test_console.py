@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from retort import console, run_command
-from retort.workflow_files import find_script, find_workflow, list_scripts
+from retort.pipeline import console, run_command
+from retort.pipeline.workflow_files import find_script, find_workflow, list_scripts
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -24,7 +24,7 @@ def test_help_lists_every_script_once_with_its_first_sentence() -> None:
 
 def test_help_is_quick_and_loads_nothing_heavy() -> None:
     code = (
-        "import sys; from retort.console import main; main(['--help']); main(['--version']);"
+        "import sys; from retort.pipeline.console import main; main(['--help']); main(['--version']);"
         "print([m for m in ('torch', 'numpy', 'snakemake', 'yaml') if m in sys.modules])"
     )
     started = time.process_time()

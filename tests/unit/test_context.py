@@ -9,10 +9,10 @@ import pytest
 from tiny import WIDTH, record, section, tokenize
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from retort.index import TokenIndex
-from retort.runs import train_run
-from retort.validation import score_validation
-from retort.workers import generate_logits
+from retort.teacher.validation import score_validation
+from retort.teacher.worker import generate_logits
+from retort.tokens.index import TokenIndex
+from retort.training.run import train_run
 
 LONGEST = 48
 SIZES = {"vocab_size": WIDTH, "n_embd": 8, "n_layer": 1, "n_head": 2}

@@ -17,14 +17,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retort.config import Dataset, add_section_flags, section_from_args
-from retort.config_checks import LOADERS as CONFIG_LOADERS
-from retort.corpus import check_corpus, corpus_files, read_documents
-from retort.demo_text import PACKAGES
-from retort.documents import Counts, Document, is_held_out, make_document
-from retort.drawing import draw_corpus, read_drawn
-from retort.hub import explain_hub_error
-from retort.readers import LOADERS
+from retort.config.checks import LOADERS as CONFIG_LOADERS
+from retort.config.load import add_section_flags, section_from_args
+from retort.config.sections import Dataset
+from retort.corpus.demo_text import PACKAGES
+from retort.corpus.documents import Counts, Document, is_held_out, make_document
+from retort.corpus.hub import explain_hub_error
+from retort.corpus.readers import LOADERS
+from retort.corpus.reading import check_corpus, corpus_files, read_documents
+from retort.corpus.snapshot import draw_corpus, read_drawn
 
 SHARED_TEXT = Path(__file__).parents[3] / "shared" / "data" / "text"
 needs_shared_data = pytest.mark.skipif(

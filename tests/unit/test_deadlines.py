@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from retort.deadlines import Deadline, ask_scheduler, read_time_left
+from retort.cluster.deadlines import Deadline, ask_scheduler, read_time_left
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,18 @@ import torch
 from tiny import tiny_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from retort import demo
-from retort.config import Student
-from retort.corpus import read_documents
-from retort.demo import DEMO_TEACHER, DemoTokenizer, make_demo_teacher, train_tokenizer
-from retort.documents import Counts, Document
-from retort.provenance import fingerprint_tokenizer, fingerprint_weights, read_json
-from retort.students import student_config
+from retort.config.sections import Student
+from retort.corpus.documents import Counts, Document
+from retort.corpus.reading import read_documents
+from retort.io.files import fingerprint_tokenizer, fingerprint_weights, read_json
+from retort.models.students import student_config
+from retort.pipeline import demo_teacher as demo
+from retort.pipeline.demo_teacher import (
+    DEMO_TEACHER,
+    DemoTokenizer,
+    make_demo_teacher,
+    train_tokenizer,
+)
 
 SMALL = replace(
     DEMO_TEACHER,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from retort.demo_text import extract_documentation, read_demo_text
+from retort.corpus.demo_text import extract_documentation, read_demo_text
 
 
 def test_documentation_is_found_as_ast_finds_it() -> None:
@@ -74,21 +74,21 @@ def test_repeated_strings_and_tests_are_left_out_of_the_demo(
     (package / "b.py").write_text(f'"""{shared}"""\ndef f():\n    """{own}"""\n')
     (package / "tests" / "c.py").write_text(f'"""{"of a test " * 30}"""\n')
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr("retort.demo_text.PACKAGES", ("documented",))
+    monkeypatch.setattr("retort.corpus.demo_text.PACKAGES", ("documented",))
     for seed in range(8):
         texts = list(read_demo_text(seed=seed))
         assert sorted("\n\n".join(texts).split("\n\n")) == [own.strip(), shared.strip()]
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("retort.demo_text.PACKAGES", ("numpy", "no_such_package"))
+    monkeypatch.setattr("retort.corpus.demo_text.PACKAGES", ("numpy", "no_such_package"))
     with pytest.raises(ValueError, match="'no_such_package' is not installed here: install it"):
         next(read_demo_text(seed=0))
 
 
 def test_reading_the_demo_loads_neither_torch_nor_the_packages_read() -> None:
     code = (
-        "import sys; from retort.demo_text import read_demo_text; import retort.corpus; "
+        "import sys; from retort.corpus.demo_text import read_demo_text; import retort.corpus.reading; "
         "next(read_demo_text(seed=0)); "
         "assert not {'torch', 'transformers', 'datasets', 'numpy', 'pandas'} & set(sys.modules)"
     )

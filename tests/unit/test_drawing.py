@@ -19,11 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_corpus import DEFAULTS, read_shards, write_jsonl
 
-import retort.drawing
-from retort.config import Dataset, section_flags
-from retort.corpus import Reading
-from retort.documents import Counts
-from retort.drawing import draw_corpus, read_drawn
+import retort.corpus.snapshot
+from retort.config.load import section_flags
+from retort.config.sections import Dataset
+from retort.corpus.documents import Counts
+from retort.corpus.reading import Reading
+from retort.corpus.snapshot import draw_corpus, read_drawn
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "workflow" / "scripts" / "draw_corpus.py"
@@ -80,13 +81,13 @@ def test_a_reading_goes_on_from_any_window_with_the_same_documents(
 def test_a_draw_that_fails_anywhere_is_gone_on_with_and_ends_with_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(retort.drawing, "_STEP_DOCUMENTS", 10)
-    monkeypatch.setattr(retort.drawing, "_STEP_DOCUMENTS_PER_SHARD", 1)
+    monkeypatch.setattr(retort.corpus.snapshot, "_STEP_DOCUMENTS", 10)
+    monkeypatch.setattr(retort.corpus.snapshot, "_STEP_DOCUMENTS_PER_SHARD", 1)
     stream = make_stream(tmp_path / "data", files=3, rows=40, **keys)
     draw_corpus(stream, tmp_path / "undisturbed")
     chance = random.Random(0)
     read: list[int] = []
-    make = retort.drawing.make_document
+    make = retort.corpus.snapshot.make_document
 
     def fail_sometimes(*args: Any, index: int, **options: Any) -> Any:
         read.append(index)
@@ -94,7 +95,7 @@ def test_a_draw_that_fails_anywhere_is_gone_on_with_and_ends_with_the_same_bytes
             raise InterruptedError
         return make(*args, index=index, **options)
 
-    monkeypatch.setattr(retort.drawing, "make_document", fail_sometimes)
+    monkeypatch.setattr(retort.corpus.snapshot, "make_document", fail_sometimes)
     attempt = 0
     while not (tmp_path / "disturbed" / "corpus.json").exists():
         try:
@@ -117,8 +118,8 @@ def draw_command(stream: Dataset, folder: Path) -> list[str]:
 def test_a_record_that_is_not_ours_or_was_edited_is_not_believed(
     edit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retort.drawing, "_STEP_DOCUMENTS", 10)
-    monkeypatch.setattr(retort.drawing, "_STEP_DOCUMENTS_PER_SHARD", 1)
+    monkeypatch.setattr(retort.corpus.snapshot, "_STEP_DOCUMENTS", 10)
+    monkeypatch.setattr(retort.corpus.snapshot, "_STEP_DOCUMENTS_PER_SHARD", 1)
     stream, folder = make_stream(tmp_path / "data", files=2, rows=20, num_shards=11), tmp_path / "d"
     draw_corpus(stream, folder)
     expected, record = contents(folder), folder / ".draw_00000.json"
@@ -168,12 +169,12 @@ def test_a_draw_killed_ten_times_ends_with_the_same_bytes(tmp_path: Path) -> Non
 def test_a_draw_waits_for_another_and_finds_its_work_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(retort.drawing, "_PATIENCE_S", 0.05)
+    monkeypatch.setattr(retort.corpus.snapshot, "_PATIENCE_S", 0.05)
     stream = make_stream(tmp_path / "data", files=1, rows=30)
     folder = tmp_path / "drawn"
     expected = draw_corpus(stream, folder)
     (folder / "corpus.json").unlink()
-    monkeypatch.setattr(retort.drawing, "_draw", None)  # to draw again would fail
+    monkeypatch.setattr(retort.corpus.snapshot, "_draw", None)  # to draw again would fail
     found = []
     with filelock.FileLock(folder / ".draw_00000.lock"):
         second = threading.Thread(target=lambda: found.append(draw_corpus(stream, folder)))
@@ -213,8 +214,8 @@ def test_a_reader_draws_its_files_alone_and_all_readers_everything_once(tmp_path
 _PEAK = """
 import re, sys
 from pathlib import Path
-from retort.config import Dataset
-from retort.drawing import draw_corpus
+from retort.config.sections import Dataset
+from retort.corpus.snapshot import draw_corpus
 from test_drawing import DEFAULTS, replace
 folder, size, shuffle = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "True"
 draw_corpus(replace(DEFAULTS, name="json", data_files=str(folder / "*.jsonl"), streaming=True, shuffle=shuffle,

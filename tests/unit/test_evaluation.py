@@ -11,22 +11,22 @@ from numpy.typing import NDArray
 from tiny import NUM_TOKENS, WIDTH, record, section, swap_tokens
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from retort.evaluation import (
+from retort.evaluation.metrics import next_tokens
+from retort.evaluation.run import (
     METRICS_FROM_MANIFEST,
     METRICS_FROM_TRAINING,
     evaluate_run,
     evaluate_student,
 )
-from retort.features import TeacherFeatures, digest_keys, read_features
-from retort.index import TokenIndex
-from retort.metrics import next_tokens
-from retort.models import CausalLM, load_pretrained, load_teacher, split_model
-from retort.provenance import digest_folder, read_json, write_json
-from retort.records import load_metrics
-from retort.scores import OF_BOTH, read_documents
-from retort.text_bytes import count_next_bytes
-from retort.tokens import SequenceTable, concatenate_tables, load_tokenizer
-from retort.validation import score_validation
+from retort.evaluation.scores import OF_BOTH, read_documents
+from retort.evaluation.text_bytes import count_next_bytes
+from retort.io.files import digest_folder, read_json, write_json
+from retort.models.load import CausalLM, load_pretrained, load_teacher, split_model
+from retort.report.records import load_metrics
+from retort.teacher.features import TeacherFeatures, digest_keys, read_features
+from retort.teacher.validation import score_validation
+from retort.tokens.index import TokenIndex
+from retort.tokens.sequences import SequenceTable, concatenate_tables, load_tokenizer
 
 Matrix = NDArray[np.float64]
 

@@ -10,9 +10,9 @@ import pytest
 import yaml
 from snakemake.cli import parse_config  # type: ignore[import-untyped]
 
-from retort.config import load_runs
-from retort.config_schema import load_schema
-from retort.config_schema import merge as merge_configs
+from retort.config.load import load_runs
+from retort.config.schema import load_schema
+from retort.config.schema import merge as merge_configs
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((REPOSITORY / "config" / "examples").glob("*.yaml"))

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from retort.failures import describe_failures, find_failure
+from retort.cluster.failures import describe_failures, find_failure
 
-SCRIPT = "from retort.commands import run_script\ndef main():\n    {body}\nrun_script(main)\n"
+SCRIPT = "from retort.cli import run_script\ndef main():\n    {body}\nrun_script(main)\n"
 
 
 def fail(log: Path, body: str) -> None:
@@ -45,7 +45,7 @@ INTERRUPTED = (
         ("import os; os.kill(os.getpid(), 15)", "as by a time limit: what is finished is kept"),
         (INTERRUPTED, "It was interrupted"),
         (
-            "from retort.deadlines import OUT_OF_TIME as o; print(o); raise SystemExit(75)",
+            "from retort.cluster.deadlines import OUT_OF_TIME as o; print(o); raise SystemExit(75)",
             "The job's time limit came before the end of its work: what is finished is kept",
         ),
         ("1 / 0", "fault of Retort"),

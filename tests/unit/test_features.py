@@ -10,19 +10,19 @@ from tiny import NUM_TOKENS, WIDTH, record, section, tiny_dataset, tokenize
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma2Config
 
-from retort.features import (
+from retort.io.files import read_json, write_json
+from retort.models.heads import Head
+from retort.models.load import CausalLM, load_teacher, split_model
+from retort.teacher.features import (
     TeacherFeatures,
     digest_keys,
     iterate_rows,
     read_features,
     write_features,
 )
-from retort.heads import Head
-from retort.index import TokenIndex, build_index
-from retort.models import CausalLM, load_teacher, split_model
-from retort.provenance import read_json, write_json
-from retort.tokens import SequenceTable
-from retort.validation import score_tables, score_validation
+from retort.teacher.validation import score_tables, score_validation
+from retort.tokens.index import TokenIndex, build_index
+from retort.tokens.sequences import SequenceTable
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,11 @@ from tiny import NUM_TOKENS, WIDTH, section
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from retort import selection
-from retort.codec import Codec
-from retort.models import load_teacher
-from retort.selection import select_probable, select_top_k
-from retort.teacher import Scorer, score_part
+from retort.cache.codec import Codec
+from retort.models.load import load_teacher
+from retort.teacher import selection
+from retort.teacher.scoring import Scorer, score_part
+from retort.teacher.selection import select_probable, select_top_k
 
 CHECKED: dict[str, Callable[..., bool]] = {}  # by the operator's name: may it take these arguments?
 _NEVER = (

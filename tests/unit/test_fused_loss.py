@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from retort.fused_loss import (
+from retort.training.fused_loss import (
     LossSettings,
     TeacherRows,
     choose_chunk_size,

@@ -1,6 +1,6 @@
 """Results made by an earlier version stay valid, or their revision says that they do not.
 
-Whoever changes what a stage makes of the same input must raise its number in `retort.artefacts.REVISIONS`, which makes
+Whoever changes what a stage makes of the same input must raise its number in `retort.artifacts.plan.REVISIONS`, which makes
 every user's results of that stage again, and write the new digests here. Whoever does not mean to has broken something.
 """
 
@@ -17,30 +17,23 @@ import pytest
 from bytewise import Bytes
 from synthetic import CODED, ORDER, streams_of
 
-from retort.artefacts import REVISIONS, plan_project
-from retort.cache import (
-    CacheHeader,
-    LogitCache,
-)
-from retort.codec import Codec, SparseTargets
-from retort.config import load_runs
-from retort.config_schema import fill_defaults, section_schema
-from retort.config_sections import build_section
-from retort.contamination import Runs
-from retort.documents import Document
-from retort.filters import Sieve
-from retort.index import TokenIndex, write_index
-from retort.journal import Journal
-from retort.parts import (
-    merge_parts,
-    part_path,
-    write_part,
-)
-from retort.prompts import read_prompts
-from retort.providers import Answer
-from retort.shards import write_token_shard
-from retort.synthesis import keep_examples
-from retort.tokens import SequenceTable, TokenCounts, tokenize_documents
+from retort.artifacts.plan import REVISIONS, plan_project
+from retort.cache.codec import Codec, SparseTargets
+from retort.cache.parts import merge_parts, part_path, write_part
+from retort.cache.reader import CacheHeader, LogitCache
+from retort.config.load import load_runs
+from retort.config.schema import fill_defaults, section_schema
+from retort.config.sections import build_section
+from retort.corpus.documents import Document
+from retort.synthesis.contamination import Runs
+from retort.synthesis.filters import Sieve
+from retort.synthesis.journal import Journal
+from retort.synthesis.prompts import read_prompts
+from retort.synthesis.providers import Answer
+from retort.synthesis.run import keep_examples
+from retort.tokens.index import TokenIndex, write_index
+from retort.tokens.sequences import SequenceTable, TokenCounts, tokenize_documents
+from retort.tokens.shards import write_token_shard
 
 # What the digests below were made with.
 GOLDEN_REVISIONS = {
@@ -139,7 +132,7 @@ def sha256(*pieces: bytes) -> str:
 def explain(stage: str, found: Any) -> str:
     return (
         f"{stage} are not what they were, so results made before would be taken for something else, or made again. If "
-        "that is meant, raise the stage's number in retort.artefacts.REVISIONS and write here what was found: "
+        "that is meant, raise the stage's number in retort.artifacts.plan.REVISIONS and write here what was found: "
         f"{found!r}"
     )
 

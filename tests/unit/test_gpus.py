@@ -10,14 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retort.config import Generation, load_runs
-from retort.gpus import (
+from retort.cluster.gpus import (
     count_workers,
     describe_machine,
     detect_gpus,
     list_gpus,
     parse_groups,
 )
+from retort.config.load import load_runs
+from retort.config.sections import Generation
 
 EIGHT = tuple("01234567")
 

@@ -13,8 +13,8 @@ from hub import NAME, serve
 from tiny import section
 from transformers import AutoModelForCausalLM
 
-from retort.benchmarks import check_benchmarks
-from retort.tokens import load_tokenizer
+from retort.evaluation.benchmark import check_benchmarks
+from retort.tokens.sequences import load_tokenizer
 
 ROWS = [
     ("the cat is", [" red", " green"], 0),
@@ -65,7 +65,7 @@ def test_a_local_task_scores_what_the_model_itself_finds_likelier(
     tmp_path: Path, tiny_teacher: Path
 ) -> None:
     pytest.importorskip("lm_eval", reason="the extra eval is not installed")
-    from retort.harness import run_tasks
+    from retort.evaluation.harness import run_tasks
 
     wanted = settings(write_task(tmp_path / "tasks"), "animals")
     assert check_benchmarks(wanted) == ["benchmark animals: 4 examples"]
@@ -116,7 +116,7 @@ def test_an_unknown_benchmark_is_refused_with_the_nearest_names() -> None:
 FROM_HUB = """
 import json, sys
 from tiny import section
-from retort.benchmarks import check_benchmarks
+from retort.evaluation.benchmark import check_benchmarks
 print(json.dumps(check_benchmarks(section("evaluation", benchmarks=["animals"], benchmark_tasks_dir=sys.argv[1]))))
 """
 

@@ -16,16 +16,16 @@ from test_corpus import DEFAULTS, write_jsonl
 from test_drawing import contents
 from tiny import tiny_dataset, tokenize
 
-from retort.config import section_flags
-from retort.drawing import draw_corpus, replace
+from retort.config.load import section_flags
+from retort.corpus.snapshot import draw_corpus, replace
 
 SCRIPTS = Path(__file__).parents[2] / "workflow" / "scripts"
 FILES, ROWS = 4, 400
 # The script itself, with short waits and small steps; the client is what users have.
 _DRAW = f"""
-import sys, runpy, retort.hub, retort.drawing
-retort.hub.FIRST_WAIT_S, retort.hub.LONGEST_WAIT_S, retort.hub.LONGEST_WAIT_ASKED_S = 0.02, 0.1, 0.3
-retort.drawing._STEP_DOCUMENTS, retort.drawing._STEP_DOCUMENTS_PER_SHARD = 100, 1
+import sys, runpy, retort.corpus.hub, retort.corpus.snapshot
+retort.corpus.hub.FIRST_WAIT_S, retort.corpus.hub.LONGEST_WAIT_S, retort.corpus.hub.LONGEST_WAIT_ASKED_S = 0.02, 0.1, 0.3
+retort.corpus.snapshot._STEP_DOCUMENTS, retort.corpus.snapshot._STEP_DOCUMENTS_PER_SHARD = 100, 1
 runpy.run_path({str(SCRIPTS / "draw_corpus.py")!r}, run_name="__main__")
 """
 
@@ -72,8 +72,8 @@ def texts(folder: Path) -> dict[str, bytes]:
 
 
 def draw_locally(source: Path, folder: Path, kind: str, monkeypatch: Any, **keys: Any) -> Path:
-    monkeypatch.setattr("retort.drawing._STEP_DOCUMENTS", 100)
-    monkeypatch.setattr("retort.drawing._STEP_DOCUMENTS_PER_SHARD", 1)
+    monkeypatch.setattr("retort.corpus.snapshot._STEP_DOCUMENTS", 100)
+    monkeypatch.setattr("retort.corpus.snapshot._STEP_DOCUMENTS_PER_SHARD", 1)
     loader = "json" if kind == "jsonl" else "parquet"
     dataset = replace(STREAM, name=loader, data_files=str(source / "*"), **keys)
     draw_corpus(dataset, folder)
@@ -160,8 +160,8 @@ def test_a_reader_opens_its_own_files_only(tmp_path: Path, monkeypatch: pytest.M
     assert drawn.returncode == 0, drawn.said
     # Of the first file the columns are read, by every reader.
     assert hub.requests == {"part-0.jsonl": 1, "part-1.jsonl": 1, "part-3.jsonl": 1}
-    monkeypatch.setattr("retort.drawing._STEP_DOCUMENTS", 100)
-    monkeypatch.setattr("retort.drawing._STEP_DOCUMENTS_PER_SHARD", 1)
+    monkeypatch.setattr("retort.corpus.snapshot._STEP_DOCUMENTS", 100)
+    monkeypatch.setattr("retort.corpus.snapshot._STEP_DOCUMENTS_PER_SHARD", 1)
     dataset = replace(STREAM, name="json", data_files=str(source / "*"), sharding="files")
     draw_corpus(dataset, tmp_path / "local", reader=1)
     assert texts(drawn.folder) == texts(tmp_path / "local")

@@ -12,10 +12,15 @@ from test_sandbox import needs_sandbox
 from tiny import section
 from transformers import AutoModelForCausalLM
 
-from retort.benchmarks import run_humaneval, score_humaneval, write_attempts
-from retort.completions import Sampling, complete_prompts
-from retort.humaneval import cut_completion, estimate_pass_at_k, read_problems, score_attempts
-from retort.tokens import load_tokenizer
+from retort.evaluation.benchmark import run_humaneval, score_humaneval, write_attempts
+from retort.evaluation.humaneval import (
+    cut_completion,
+    estimate_pass_at_k,
+    read_problems,
+    score_attempts,
+)
+from retort.models.generate import Sampling, complete_prompts
+from retort.tokens.sequences import load_tokenizer
 
 RIGHT = {"add": "    return a + b\n", "double": "    return 2 * a\n"}
 
@@ -172,8 +177,8 @@ def test_code_of_a_model_is_not_run_unasked(problems: Path) -> None:
 
 
 def test_one_problem_has_no_standard_error(problems: Path) -> None:
-    from retort.humaneval import Attempt
-    from retort.sandbox import Outcome
+    from retort.evaluation.humaneval import Attempt
+    from retort.evaluation.sandbox import Outcome
 
     scores = score_attempts([Attempt("a", "", Outcome(True))], [1])
     assert scores == {"pass@1": {"value": 1.0, "standard_error": None}}

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from retort.intervals import (
+from retort.evaluation.intervals import (
     LEVEL,
     RESAMPLES,
     DocumentSums,

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from test_gpus import EIGHT, LISTED, make_generation, write_nvidia_smi
 
-from retort.leases import lease, lease_teacher, lease_training
+from retort.cluster.leases import lease, lease_teacher, lease_training
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def refuse_to_wait(_: str) -> None:
 def test_workers_hold_all_groups_once_and_one_more_waits_and_leaves_nothing_held(
     groups: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("retort.leases._SAY_WAITING_S", 0.0)
+    monkeypatch.setattr("retort.cluster.leases._SAY_WAITING_S", 0.0)
     candidates = [group.split(",") for group in groups.split("|")]
     ids = [gpu for group in candidates for gpu in group]
     with ExitStack() as stack:
@@ -61,7 +61,7 @@ def test_workers_hold_all_groups_once_and_one_more_waits_and_leaves_nothing_held
 def test_a_group_that_is_partly_taken_is_not_held_in_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("retort.leases._SAY_WAITING_S", 0.0)
+    monkeypatch.setattr("retort.cluster.leases._SAY_WAITING_S", 0.0)
     with lease([["2"]], folder=tmp_path, say=refuse_to_wait):
         with (
             pytest.raises(WouldWaitError),
@@ -75,7 +75,7 @@ def test_a_group_that_is_partly_taken_is_not_held_in_part(
 def test_training_takes_free_gpus_that_do_not_stand_together(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("retort.leases._SAY_WAITING_S", 0.0)
+    monkeypatch.setattr("retort.cluster.leases._SAY_WAITING_S", 0.0)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
     with (
         lease([["1"]], folder=tmp_path, say=refuse_to_wait),
@@ -166,7 +166,7 @@ def start_holder(folder: Path, candidates: list[list[str]], *, seconds: float) -
     program = textwrap.dedent(f"""
         import time
         from pathlib import Path
-        from retort.leases import lease
+        from retort.cluster.leases import lease
         with lease({candidates!r}, folder=Path({str(folder)!r}), say=lambda _: None) as held:
             print("held", *held, time.monotonic(), flush=True)
             time.sleep({seconds})
@@ -212,7 +212,7 @@ def start_job(folder: Path, size: int, *, hangs: bool, seed: int) -> "subprocess
     program = textwrap.dedent(f"""
         import fcntl, os, random, time
         from pathlib import Path
-        from retort import leases
+        from retort.cluster import leases
         leases._POLL_S = 0.05
         folder, ids, chance = Path({str(folder)!r}), {list(EIGHT)!r}, random.Random({seed})
         # Opened before the lease: a killed process closes its files in order, and this one must go first.
@@ -240,7 +240,7 @@ def start_job(folder: Path, size: int, *, hangs: bool, seed: int) -> "subprocess
 def test_a_gpu_has_one_lock_by_index_by_uuid_and_by_the_beginning_of_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("retort.leases._SAY_WAITING_S", 0.0)
+    monkeypatch.setattr("retort.cluster.leases._SAY_WAITING_S", 0.0)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     write_nvidia_smi(tmp_path, LISTED)
     names = {"GPU-5c89852c-d268-c3f3-1b07-005d5ae1dc3f", "GPU-5c8", "0"}
@@ -290,10 +290,10 @@ def test_a_gpu_counts_as_held_while_a_process_lives_that_may_use_it(
     outlives: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A forked child (a DataLoader's) cannot use its parent's GPU; a rank that torchrun started does."""
-    monkeypatch.setattr("retort.leases._SAY_WAITING_S", 0.0)
+    monkeypatch.setattr("retort.cluster.leases._SAY_WAITING_S", 0.0)
     child = {
         "a forked child": "pid = os.fork()\nif pid == 0: time.sleep(60)",
-        "a rank": "code = 'from retort.leases import keep_in_use; import time; keep_in_use();"
+        "a rank": "code = 'from retort.cluster.leases import keep_in_use; import time; keep_in_use();"
         " print(1, flush=True); time.sleep(60)'\n"
         "rank = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE)\n"
         "rank.stdout.read(1)\n"
@@ -301,7 +301,7 @@ def test_a_gpu_counts_as_held_while_a_process_lives_that_may_use_it(
     }[outlives]
     body = f"{child}\nprint(pid, flush=True)\ntime.sleep(60)"
     program = (
-        "import os, subprocess, sys, time\nfrom pathlib import Path\nfrom retort.leases import lease\n"
+        "import os, subprocess, sys, time\nfrom pathlib import Path\nfrom retort.cluster.leases import lease\n"
         f"with lease([['0']], folder=Path({str(tmp_path)!r}), say=print):\n"
         + textwrap.indent(body, "    ")
     )
@@ -348,7 +348,7 @@ def test_a_job_for_all_gpus_is_served_within_a_steady_flow_of_small_ones(tmp_pat
     program = textwrap.dedent(f"""
         import time
         from pathlib import Path
-        from retort import leases
+        from retort.cluster import leases
         leases._POLL_S = 0.1
         while not Path({str(tmp_path / "end")!r}).exists():
             with leases.lease([[i] for i in "01234567"], folder=Path({str(tmp_path)!r}), say=print):
@@ -374,7 +374,7 @@ def test_a_job_for_all_gpus_is_served_within_a_steady_flow_of_small_ones(tmp_pat
 def test_whoever_waits_at_the_gate_keeps_one_group_only_and_loses_it_when_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("retort.leases._SAY_WAITING_S", 0.0)
+    monkeypatch.setattr("retort.cluster.leases._SAY_WAITING_S", 0.0)
     with lease([["0"]], folder=tmp_path, say=print), lease([["2"]], folder=tmp_path, say=print):
         waiting = start_holder(tmp_path, [["0", "1"], ["2", "3"]], seconds=60)
         free = {"1", "3"}

@@ -10,19 +10,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from retort.fused_loss import (
+from retort.training.fused_loss import (
     LossSettings,
     TeacherRows,
     compute_loss_of_logits,
     log1mexp,
     temper_rows,
 )
-from retort.losses import (
-    combine,
-    compute_dense_divergence,
-    compute_hard_loss,
-    perplexity,
-)
+from retort.training.losses import combine, compute_dense_divergence, compute_hard_loss, perplexity
 
 torch.set_num_threads(1)  # on tensors of this size a second thread only costs
 

@@ -18,25 +18,16 @@ from synthetic import TOKENIZER, make_table, write_tokens
 from tiny import section
 from torch import Tensor
 
-from retort.cache import (
-    CACHE_FILE,
-    CacheHeader,
-    LogitCache,
-)
-from retort.codec import Codec, SparseTargets
-from retort.features import TeacherFeatures, digest_keys, write_features
-from retort.heads import Head
-from retort.index import TokenIndex
-from retort.merging import merge_h5
-from retort.parts import (
-    build_header,
-    merge_parts,
-    part_path,
-    write_part,
-)
-from retort.provenance import read_json, write_json
-from retort.selection import select_top_k
-from retort.tokens import SequenceTable
+from retort.cache.codec import Codec, SparseTargets
+from retort.cache.parts import build_header, merge_parts, part_path, write_part
+from retort.cache.reader import CACHE_FILE, CacheHeader, LogitCache
+from retort.io.files import read_json, write_json
+from retort.models.heads import Head
+from retort.teacher.features import TeacherFeatures, digest_keys, write_features
+from retort.teacher.merge import merge_h5
+from retort.teacher.selection import select_top_k
+from retort.tokens.index import TokenIndex
+from retort.tokens.sequences import SequenceTable
 
 WIDTH = 300
 CACHE = section("cache", top_k=5)
@@ -242,7 +233,9 @@ def test_parts_that_cannot_be_merged_are_there_to_be_made_again(
         place.merge()
 
 
-@pytest.mark.parametrize("moment", ["retort.parts._read_parts", "retort.parts._require_room"])
+@pytest.mark.parametrize(
+    "moment", ["retort.cache.parts._read_parts", "retort.cache.parts._require_room"]
+)
 def test_of_two_merges_at_once_the_slower_one_finds_the_work_done(
     prepare: Callable[..., Place], monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from retort.metrics import compare, measure_model
+from retort.evaluation.metrics import compare, measure_model
 
 
 def draw_logprobs(width: int, *, seed: int, masked: int = 0, scale: float = 3.0) -> Tensor:
@@ -108,11 +108,11 @@ def test_kl_is_known_where_it_has_a_formula() -> None:
 
 MEASURE = """
 import sys, torch
-from retort.features import TeacherFeatures
-from retort.metrics import measure_positions
-from retort.heads import Head
-from retort.models import CausalLM
-from retort.tokens import build_table
+from retort.teacher.features import TeacherFeatures
+from retort.evaluation.metrics import measure_positions
+from retort.models.heads import Head
+from retort.models.load import CausalLM
+from retort.tokens.sequences import build_table
 import numpy as np
 from types import SimpleNamespace
 

@@ -26,8 +26,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from retort.heads import Head
-from retort.models import (
+from retort.io.files import read_json, write_json
+from retort.models.heads import Head
+from retort.models.load import (
     choose_device,
     choose_dtype,
     fingerprint_model,
@@ -41,9 +42,8 @@ from retort.models import (
     require_weights,
     split_model,
 )
-from retort.provenance import read_json, write_json
-from retort.students import build_student, student_config
-from retort.tokens import fingerprint_of_tokenizer, load_tokenizer
+from retort.models.students import build_student, student_config
+from retort.tokens.sequences import fingerprint_of_tokenizer, load_tokenizer
 
 SMALL: dict[str, Any] = {
     "vocab_size": 37,

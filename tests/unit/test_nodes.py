@@ -4,9 +4,9 @@ import os
 
 import pytest
 
-from retort.config_checks import ConfigError, require_even_share
-from retort.leases import lock_folder
-from retort.ranks import find_meeting, first_node
+from retort.cluster.leases import lock_folder
+from retort.cluster.ranks import find_meeting, first_node
+from retort.config.checks import ConfigError, require_even_share
 
 STEP = {
     "SLURM_JOB_ID": "70001",

@@ -11,8 +11,8 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 from test_report import write_demo, write_run
 
-from retort.report import make_report
-from retort.samples import Prompt, Sample, Samples, write_samples
+from retort.models.samples import Prompt, Sample, Samples, write_samples
+from retort.report.page import make_report
 
 pytestmark = pytest.mark.slow
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")

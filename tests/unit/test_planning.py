@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from tiny import WIDTH, make_cache, section, tokenize
 
-from retort.codec import Codec, bytes_per_position
-from retort.planning import describe_cost, plan_cache
-from retort.provenance import read_json
+from retort.cache.codec import Codec, bytes_per_position
+from retort.cache.cost import describe_cost, plan_cache
+from retort.io.files import read_json
 
 COPY, VIRTUAL = section("merge", mode="copy"), section("merge", mode="virtual")
 

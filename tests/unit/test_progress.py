@@ -16,8 +16,8 @@ import pytest
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from retort import progress
-from retort.progress import Progress, open_terminal
+from retort.teacher import progress
+from retort.teacher.progress import Progress, open_terminal
 progress._LOOK_S = 0.0
 progress._LINE_S = 0.0
 folder = Path(sys.argv[1])
@@ -99,7 +99,7 @@ def test_without_a_terminal_there_are_lines(redirect: str, tmp_path: Path) -> No
 def test_one_process_has_the_bar_of_a_terminal() -> None:
     program = (
         "import fcntl, os, pty, struct, subprocess, sys, termios\n"
-        "from retort.progress import open_terminal\n"
+        "from retort.teacher.progress import open_terminal\n"
         "_, slave = pty.openpty()\n"
         "assert open_terminal(slave) is None, 'it has no width'\n"
         "fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack('HHHH', 40, 140, 0, 0))\n"

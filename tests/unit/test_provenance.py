@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retort.provenance import (
+from retort.io.files import (
     describe_run,
     digest,
     digest_file,
@@ -176,7 +176,7 @@ def test_one_byte_of_any_tokenizer_file_changes_its_fingerprint(tmp_path: Path) 
 WRITER = """
 import sys
 from pathlib import Path
-from retort.provenance import write_json
+from retort.io.files import write_json
 path, number = Path(sys.argv[1]), int(sys.argv[2])
 while True:
     write_json(path, {"number": number, "filler": ["x" * 100] * (number * 7919 % 3000)})

@@ -21,13 +21,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from retort.comparisons import compare_with_baseline, find_best, find_full
-from retort.config_sections import Training
-from retort.figures import INKS, SERIES, _smooth, _thin, draw_costs
-from retort.findings import describe_next_best, describe_outcome, find_warnings
-from retort.intervals import DocumentSums
-from retort.records import TrainingLog, find_baseline, find_caches, find_teachers, group_runs
-from retort.report import (
+from retort.config.sections import Training
+from retort.evaluation.intervals import DocumentSums
+from retort.evaluation.scores import METRICS, write_documents
+from retort.models.samples import Prompt, Sample, Samples, write_samples
+from retort.report.comparisons import compare_with_baseline, find_best, find_full
+from retort.report.figures import INKS, SERIES, _smooth, _thin, draw_costs
+from retort.report.findings import describe_next_best, describe_outcome, find_warnings
+from retort.report.page import (
     WIDTH,
     load_logs,
     load_metrics,
@@ -35,9 +36,8 @@ from retort.report import (
     render_summary,
     write_report,
 )
-from retort.samples import Prompt, Sample, Samples, write_samples
-from retort.scores import METRICS, write_documents
-from retort.tables import (
+from retort.report.records import TrainingLog, find_baseline, find_caches, find_teachers, group_runs
+from retort.report.tables import (
     COLUMNS,
     TEXT,
     build_breakdowns,
@@ -1106,5 +1106,5 @@ def test_runs_of_one_name_are_told_apart_by_their_ids(tmp_path: Path) -> None:
 
 
 def test_reporting_loads_no_torch() -> None:
-    code = "import sys, retort.report; sys.exit('torch' in sys.modules)"
+    code = "import sys, retort.report.page; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

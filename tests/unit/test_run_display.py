@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from retort.run_display import RunDisplay, describe_plan
+from retort.pipeline.run_display import RunDisplay, describe_plan
 
 
 def record(
@@ -67,7 +67,7 @@ def test_jobs_do_not_write_to_the_terminal_while_it_is_open(
 def test_progress_says_what_the_job_that_wrote_last_is_at(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("retort.run_display._LINE_S", 0.0)
+    monkeypatch.setattr("retort.pipeline.run_display._LINE_S", 0.0)
     old, new = tmp_path / "old.log", tmp_path / "new.log"
     old.write_text("long ago\n")
     new.write_text("=== 2026-01-01 00:00:00  train.py\nstep 3/9\n\n")

@@ -9,11 +9,9 @@ import pytest
 import torch
 from tiny import record, section
 
-from retort.completions import sample_model
-from retort.features import read_features
-from retort.index import TokenIndex
-from retort.models import load_pretrained
-from retort.samples import (
+from retort.models.generate import sample_model
+from retort.models.load import load_pretrained
+from retort.models.samples import (
     Sample,
     Samples,
     choose_prompts,
@@ -21,8 +19,10 @@ from retort.samples import (
     require_prompts,
     write_samples,
 )
-from retort.tokens import build_table, load_tokenizer
-from retort.validation import score_validation
+from retort.teacher.features import read_features
+from retort.teacher.validation import score_validation
+from retort.tokens.index import TokenIndex
+from retort.tokens.sequences import build_table, load_tokenizer
 
 
 @pytest.fixture(scope="module")

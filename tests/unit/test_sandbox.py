@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from retort import sandbox
-from retort.sandbox import Limits, require_sandbox, run_program
+from retort.evaluation import sandbox
+from retort.evaluation.sandbox import Limits, require_sandbox, run_program
 
 
 def _why_not() -> str | None:
@@ -307,7 +307,7 @@ def test_a_flood_of_output_is_not_kept() -> None:
 @needs_sandbox
 def test_what_runs_inside_ends_with_whoever_started_it() -> None:
     code = (
-        "from retort.sandbox import Limits, run_program\n"
+        "from retort.evaluation.sandbox import Limits, run_program\n"
         "print('ready', flush=True)\n"
         "run_program('while True: pass  # orphan-of-a-test', limits=Limits(seconds=600))\n"
     )

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from retort.scoreboard import read_scoreboard, render_scoreboard
-from retort.tables import build_benchmark_table
+from retort.report.scoreboard import read_scoreboard, render_scoreboard
+from retort.report.tables import build_benchmark_table
 
 
 def write(path: Path, benchmark: str, scores: list[dict[str, Any]], **values: Any) -> Path:

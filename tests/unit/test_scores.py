@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from retort.breakdowns import Classes
-from retort.scores import (
+from retort.evaluation.breakdowns import Classes
+from retort.evaluation.scores import (
     METRICS,
     OF_BOTH,
     OF_MODEL,

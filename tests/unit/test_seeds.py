@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from test_report import write_run
 
-from retort.records import load_metrics
-from retort.report import make_report, render_summary
-from retort.seeds import average, average_seeds, student_quantile
+from retort.report.page import make_report, render_summary
+from retort.report.records import load_metrics
+from retort.report.seeds import average, average_seeds, student_quantile
 
 
 def write(folder: Path, name: str, seed: int, kind: str = "logit", **training: Any) -> Path:

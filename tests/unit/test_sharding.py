@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_corpus import DEFAULTS, read_all, read_shards, write_jsonl
 
-from retort.artefacts import plan_project
-from retort.config import Dataset, load_runs
-from retort.corpus import check_corpus, corpus_files, read_documents
-from retort.documents import Counts
-from retort.sharding import Dealt, check_function, find_module, reconcile
+from retort.artifacts.plan import plan_project
+from retort.config.load import load_runs
+from retort.config.sections import Dataset
+from retort.corpus.documents import Counts
+from retort.corpus.reading import check_corpus, corpus_files, read_documents
+from retort.corpus.sharding import Dealt, check_function, find_module, reconcile
 
 Deal = Callable[..., Dataset]
 

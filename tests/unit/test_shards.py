@@ -14,14 +14,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from synthetic import TOKENIZER, make_table, write_shards, write_tokens
 
-from retort.config_schema import fill_defaults, section_schema
-from retort.config_sections import build_section
-from retort.documents import Counts
-from retort.drawing import draw_corpus
-from retort.index import TokenIndex, build_index, describe_index, name_part, write_index
-from retort.provenance import read_json
-from retort.shards import read_token_shard, tokenize_shard, write_token_shard
-from retort.tokens import SequenceTable, build_table, fingerprint_of_tokenizer, load_tokenizer
+from retort.config.schema import fill_defaults, section_schema
+from retort.config.sections import build_section
+from retort.corpus.documents import Counts
+from retort.corpus.snapshot import draw_corpus
+from retort.io.files import read_json
+from retort.tokens.index import TokenIndex, build_index, describe_index, name_part, write_index
+from retort.tokens.sequences import (
+    SequenceTable,
+    build_table,
+    fingerprint_of_tokenizer,
+    load_tokenizer,
+)
+from retort.tokens.shards import read_token_shard, tokenize_shard, write_token_shard
 
 SIZES = (5, 0, 7, 1)
 

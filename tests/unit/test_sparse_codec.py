@@ -18,17 +18,8 @@ from numpy.typing import NDArray
 from synthetic import CODEC, TOKENIZER, make_header, make_table, write_parts, write_tokens
 from tiny import section
 
-from retort.cache import (
-    CacheHeader,
-    LogitCache,
-)
-from retort.codec import (
-    Codec,
-    SparseTargets,
-    TokenOrder,
-    build_codec,
-)
-from retort.entropy import (
+from retort.cache.codec import Codec, SparseTargets, TokenOrder, build_codec
+from retort.cache.entropy import (
     LOW,
     NUM_SYMBOLS,
     SCALE,
@@ -42,23 +33,19 @@ from retort.entropy import (
     split,
     unpack_tables,
 )
-from retort.index import TokenIndex
-from retort.parts import (
-    find_order,
-    merge_parts,
-    part_path,
-    write_part,
-)
-from retort.selection import _separate, select_probable
-from retort.sparse_codec import (
+from retort.cache.parts import find_order, merge_parts, part_path, write_part
+from retort.cache.reader import CacheHeader, LogitCache
+from retort.cache.sparse_codec import (
     Selection,
     decode_streams,
     draw_uniform,
     encode_streams,
     to_streams,
 )
-from retort.sparse_streams import TAIL_UNIT, Streams, count_contexts
-from retort.tokens import SequenceTable
+from retort.cache.sparse_streams import TAIL_UNIT, Streams, count_contexts
+from retort.teacher.selection import _separate, select_probable
+from retort.tokens.index import TokenIndex
+from retort.tokens.sequences import SequenceTable
 
 WIDTH = 300
 KEY = bytes(range(16))
@@ -320,7 +307,7 @@ def pull_all(words: NDArray[np.uint32], contexts: NDArray[np.uint16], lookup: Lo
 def test_machine_code_is_kept_apart_for_every_state_of_its_sources(tmp_path: Path) -> None:
     source = Path(__file__).parents[2] / "src" / "retort"
     shutil.copytree(source, tmp_path / "retort", ignore=shutil.ignore_patterns("__pycache__"))
-    code = "import numba, retort.sparse_streams; print(numba.config.CACHE_DIR)"
+    code = "import numba, retort.cache.sparse_streams; print(numba.config.CACHE_DIR)"
     found = []
     for comment in ("", "", "# another\n"):
         with (tmp_path / "retort" / "entropy.py").open("a") as file:

@@ -21,11 +21,12 @@ from hypothesis import strategies as st
 from synthetic import make_table, write_shards, write_tokens
 from test_commands import run_on_a_small_disk
 
-from retort import shards, tokens
-from retort.corpus import Counts, read_documents
-from retort.index import TokenIndex, build_index
-from retort.shards import read_about, read_token_shard, write_token_shard
-from retort.tokens import SequenceTable, build_table
+from retort.corpus.reading import Counts, read_documents
+from retort.tokens import sequences as tokens
+from retort.tokens import shards
+from retort.tokens.index import TokenIndex, build_index
+from retort.tokens.sequences import SequenceTable, build_table
+from retort.tokens.shards import read_about, read_token_shard, write_token_shard
 
 forking = multiprocessing.get_context("fork")
 
@@ -184,7 +185,7 @@ def test_a_full_disk_ends_a_tokenization_in_one_sentence_and_leaves_nothing(tmp_
     folder.mkdir()
     body = (
         f"import os, sys; from pathlib import Path; sys.path.append('{Path(__file__).parent}')\n"
-        "    import bytewise; from retort.commands import is_disk_full\n"
+        "    import bytewise; from retort.cli import is_disk_full\n"
         f"    folder, error = Path('{folder}'), None\n"
         "    for kib in range(8, 2048, 97):\n"
         "        (folder / 'filler').write_bytes(bytes(kib << 10))\n"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from retort.stuck_jobs import StuckJobs, describe_stuck
+from retort.cluster.stuck_jobs import StuckJobs, describe_stuck
 
 LISTING = """\
 3|rule_train_wildcards_both_1|Resources

@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from retort.batches import IGNORE_INDEX
-from retort.fused_loss import LossSettings, TeacherRows
-from retort.heads import Head
-from retort.losses import LossTerms, compute_dense_divergence
-from retort.models import split_model
-from retort.student_loss import Lesson, attach_loss
+from retort.models.heads import Head
+from retort.models.load import split_model
+from retort.training.batches import IGNORE_INDEX
+from retort.training.fused_loss import LossSettings, TeacherRows
+from retort.training.losses import LossTerms, compute_dense_divergence
+from retort.training.model_loss import Lesson, attach_loss
 
 torch.set_num_threads(1)
 

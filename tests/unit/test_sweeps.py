@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 
-from retort.artefacts import plan_project
-from retort.config import ConfigError, load_runs
-from retort.sweeps import expand_runs
+from retort.artifacts.plan import plan_project
+from retort.config.load import load_runs
+from retort.config.schema import ConfigError
+from retort.config.sweeps import expand_runs
 
 STUDENT = {"student": {"config": "config/students/llama_demo.json"}}
 

@@ -19,24 +19,31 @@ from hub import NAME, serve
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retort.artefacts import plan_project
-from retort.asking import wait_before_retry
-from retort.config import Evaluation, Synthesis, load_runs, section_flags
-from retort.config_schema import ConfigError, fill_defaults, section_schema
-from retort.config_sections import build_section
-from retort.contamination import Runs, read_benchmarks
-from retort.filters import (
+from retort.artifacts.plan import plan_project
+from retort.artifacts.syntheses import refuse_other_responses
+from retort.config.load import load_runs, section_flags
+from retort.config.schema import ConfigError, fill_defaults, section_schema
+from retort.config.sections import Evaluation, Synthesis, build_section
+from retort.synthesis.client import wait_before_retry
+from retort.synthesis.contamination import Runs, read_benchmarks
+from retort.synthesis.filters import (
     Sieve,
     detect_language,
     has_broken_code,
     is_refusal,
     require_filters,
 )
-from retort.journal import Journal
-from retort.prompts import Prompt, read_prompts
-from retort.providers import Answer, Lost, TurnedAway, open_provider, read_key, read_retry_after
-from retort.synthesis import Task, check_synthesis, keep_examples, synthesize
-from retort.synthesis_plans import refuse_other_responses
+from retort.synthesis.journal import Journal
+from retort.synthesis.prompts import Prompt, read_prompts
+from retort.synthesis.providers import (
+    Answer,
+    Lost,
+    TurnedAway,
+    open_provider,
+    read_key,
+    read_retry_after,
+)
+from retort.synthesis.run import Task, check_synthesis, keep_examples, synthesize
 
 SCRIPT = Path(__file__).resolve().parents[2] / "workflow" / "scripts" / "synthesize.py"
 PROSE = "The weather in the mountains changes quickly, so take a warm coat and enough to drink with you."
@@ -481,7 +488,7 @@ def test_a_key_is_needed_where_the_provider_is_and_is_never_shown(
 def test_a_missing_client_is_said_with_the_line_that_installs_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("retort.providers.find_spec", lambda name: None)
+    monkeypatch.setattr("retort.synthesis.providers.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'anthropic>="):
         open_provider(section(provider="anthropic"))
 

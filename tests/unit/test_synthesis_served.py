@@ -17,12 +17,11 @@ from typing import Any
 import pytest
 from served import Proxy, copy_with_template, serve
 
-from retort.asking import Stopped
-from retort.config import Evaluation, Synthesis
-from retort.config_schema import fill_defaults, section_schema
-from retort.config_sections import build_section
-from retort.synthesis import JOURNAL_FILE, Task, synthesize
-from retort.synthesis_plans import RESPONSES_FILE
+from retort.artifacts.syntheses import RESPONSES_FILE
+from retort.config.schema import fill_defaults, section_schema
+from retort.config.sections import Evaluation, Synthesis, build_section
+from retort.synthesis.client import Stopped
+from retort.synthesis.run import JOURNAL_FILE, Task, synthesize
 
 # Found, not imported: where these tests are not asked for, their import would be the longest of the suite.
 MISSING = [name for name in ("openai", "anthropic", "uvicorn") if find_spec(name) is None]

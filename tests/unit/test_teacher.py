@@ -15,20 +15,14 @@ from tiny import NUM_TOKENS, WIDTH, section
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from retort import teacher as teacher_room
-from retort.codec import Codec
-from retort.heads import Head
-from retort.models import CausalLM, _refuse_offloaded, load_teacher
-from retort.selection import pad_width, select_probable, select_top_k
-from retort.sparse_streams import TAIL_UNIT
-from retort.teacher import (
-    Scorer,
-    batch_by_length,
-    pad_batch,
-    score_features,
-    score_part,
-)
-from retort.tokens import SequenceTable, build_table
+from retort.cache.codec import Codec
+from retort.cache.sparse_streams import TAIL_UNIT
+from retort.models.heads import Head
+from retort.models.load import CausalLM, _refuse_offloaded, load_teacher
+from retort.teacher import scoring as teacher_room
+from retort.teacher.scoring import Scorer, batch_by_length, pad_batch, score_features, score_part
+from retort.teacher.selection import pad_width, select_probable, select_top_k
+from retort.tokens.sequences import SequenceTable, build_table
 
 TEMPERATURES = (0.5, 1.0, 2.0)
 
@@ -254,10 +248,10 @@ OUT_OF_MEMORY = """
 import resource, sys
 import numpy as np, torch
 from transformers import AutoModelForCausalLM, LlamaConfig
-from retort.codec import Codec
-from retort.models import split_model
-from retort.teacher import Scorer, score_part
-from retort.tokens import build_table
+from retort.cache.codec import Codec
+from retort.models.load import split_model
+from retort.teacher.scoring import Scorer, score_part
+from retort.tokens.sequences import build_table
 torch.set_num_threads(1)
 config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=256, num_hidden_layers=1, num_attention_heads=2)
 teacher = split_model(AutoModelForCausalLM.from_config(config).eval())

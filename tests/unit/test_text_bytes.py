@@ -11,9 +11,9 @@ from tiny import section
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from retort.documents import Document
-from retort.text_bytes import count_next_bytes, count_token_bytes
-from retort.tokens import (
+from retort.corpus.documents import Document
+from retort.evaluation.text_bytes import count_next_bytes, count_token_bytes
+from retort.tokens.sequences import (
     SequenceTable,
     TokenCounts,
     build_table,

@@ -15,11 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic import make_table
 
-from retort.config import Dataset
-from retort.config_schema import fill_defaults, section_schema
-from retort.config_sections import build_section
-from retort.documents import Document
-from retort.tokens import (
+from retort.config.schema import fill_defaults, section_schema
+from retort.config.sections import Dataset, build_section
+from retort.corpus.documents import Document
+from retort.tokens.sequences import (
     SequenceTable,
     TokenCounts,
     build_table,
@@ -354,7 +353,7 @@ def test_what_is_no_tokenizer_is_refused_with_the_next_step(
 
 _HIDDEN = """
 import json, sys
-from retort.tokens import encode_prompt, fingerprint_of_tokenizer, hidden_torch, load_tokenizer
+from retort.tokens.sequences import encode_prompt, fingerprint_of_tokenizer, hidden_torch, load_tokenizer
 with hidden_torch():
     tokenizer = load_tokenizer(sys.argv[1])
 text = sys.argv[2]
@@ -386,6 +385,6 @@ def test_a_tokenizer_is_the_same_where_pytorch_is_hidden_and_anyone_may_import_i
 
 
 def test_merging_needs_no_transformers() -> None:
-    code = "import sys, retort.merging; print('transformers' in sys.modules)"
+    code = "import sys, retort.teacher.merge; print('transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

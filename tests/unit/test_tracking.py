@@ -11,8 +11,8 @@ import yaml
 from bench import Bench, read_log, read_weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from retort import training
-from retort.provenance import read_json
+from retort.io.files import read_json
+from retort.training import loop as training
 
 pytestmark = pytest.mark.slow  # each trains, and some start a tracker
 
@@ -73,7 +73,7 @@ def test_wandb_works_without_a_network(
 def test_the_curve_is_written_while_the_training_goes_on(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("retort.trainer._PROGRESS_S", 0.0)
+    monkeypatch.setattr("retort.training.trainer._PROGRESS_S", 0.0)
     seen: list[int] = []
 
     def say(line: str) -> None:

@@ -15,16 +15,13 @@ from test_batches import take_order
 from tiny import NUM_TOKENS, WIDTH, make_cache, section, swap_tokens, tokenize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from retort.artefacts import student_content
-from retort.cache import LogitCache
-from retort.codec import Codec
-from retort.provenance import digest, read_json, write_json
-from retort.runs import train_run
-from retort.tokens import load_tokenizer
-from retort.training import (
-    LOG_COLUMNS,
-    find_tail,
-)
+from retort.artifacts.plan import student_content
+from retort.cache.codec import Codec
+from retort.cache.reader import LogitCache
+from retort.io.files import digest, read_json, write_json
+from retort.tokens.sequences import load_tokenizer
+from retort.training.loop import LOG_COLUMNS, find_tail
+from retort.training.run import train_run
 
 
 def compute_by_hand(
@@ -247,7 +244,7 @@ def run_rule(bench: Bench, out: Path, **given: Any) -> dict[str, Any]:
 
 
 def test_record_of_a_run_holds_what_evaluate_needs(bench: Bench, tmp_path: Path) -> None:
-    from retort.evaluation import METRICS_FROM_TRAINING
+    from retort.evaluation.run import METRICS_FROM_TRAINING
 
     found = run_rule(bench, tmp_path / "abc" / "training.json")
     assert set(METRICS_FROM_TRAINING) <= set(found)
@@ -384,7 +381,7 @@ def test_a_cache_that_is_gone_is_said_so(bench: Bench, tmp_path: Path) -> None:
 
 
 def test_log_survives_numbers_that_json_cannot_hold(tmp_path: Path) -> None:
-    from retort.training import write_log
+    from retort.training.loop import write_log
 
     write_log(tmp_path / "log.csv", [{"step": 1, "total_loss": 800.0, "perplexity": math.inf}])
     (row,) = csv.DictReader((tmp_path / "log.csv").read_text().splitlines())

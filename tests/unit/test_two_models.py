@@ -20,9 +20,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from retort.by_hand import choose_loader, choose_loading, evaluate_by_hand, render_metrics
-from retort.scores import METRICS, OF_BOTH
-from retort.tokens import load_tokenizer
+from retort.evaluation.compare import (
+    choose_loader,
+    choose_loading,
+    evaluate_by_hand,
+    render_metrics,
+)
+from retort.evaluation.scores import METRICS, OF_BOTH
+from retort.tokens.sequences import load_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
 LOADING = choose_loading(device="cpu", dtype="auto", trust_remote_code=False)

@@ -19,12 +19,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from retort.config import Synthesis, Teacher, section_flags
-from retort.config_schema import fill_defaults, section_schema
-from retort.config_sections import build_section
-from retort.synthesis import JOURNAL_FILE
-from retort.synthesis_plans import RESPONSES_FILE
-from retort.vllm_writing import require_vllm, takes_vllm
+from retort.artifacts.syntheses import RESPONSES_FILE
+from retort.config.load import section_flags
+from retort.config.schema import fill_defaults, section_schema
+from retort.config.sections import Synthesis, Teacher, build_section
+from retort.synthesis.local_vllm import require_vllm, takes_vllm
+from retort.synthesis.run import JOURNAL_FILE
 
 needs_vllm = pytest.mark.skipif(
     find_spec("vllm") is None, reason="vllm is not installed here (make test-vllm)"

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from tiny import NUM_TOKENS, WIDTH, name_token, swap_tokens
 
-from retort.tokens import load_tokenizer
-from retort.vocabularies import (
+from retort.tokens.sequences import load_tokenizer
+from retort.tokens.vocabularies import (
     count_ids,
     find_difference,
     require_student_ids,

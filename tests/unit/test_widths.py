@@ -14,14 +14,14 @@ from tiny import NUM_TOKENS, WIDTH, make_cache
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from retort.batches import Collator, Item
-from retort.cache import LogitCache
-from retort.codec import LOGPROB_FLOOR, Codec, SparseTargets
-from retort.fused_loss import LossSettings, compute_fused_loss
-from retort.losses import compute_dense_divergence
-from retort.provenance import read_json, write_json
-from retort.selection import select_top_k
-from retort.tokens import build_table
+from retort.cache.codec import LOGPROB_FLOOR, Codec, SparseTargets
+from retort.cache.reader import LogitCache
+from retort.io.files import read_json, write_json
+from retort.teacher.selection import select_top_k
+from retort.tokens.sequences import build_table
+from retort.training.batches import Collator, Item
+from retort.training.fused_loss import LossSettings, compute_fused_loss
+from retort.training.losses import compute_dense_divergence
 
 NARROW = 308  # between the tokenizer's 300 ids and the teacher's 320
 

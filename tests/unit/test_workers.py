@@ -22,15 +22,8 @@ from test_teacher import Small
 from tiny import NUM_TOKENS, WIDTH, real_processes, record, section, tokenize
 from torch import Tensor
 
-from retort import claims, workers
-from retort.cache import CacheHeader, LogitCache
-from retort.claims import Claims, next_part
-from retort.codec import build_codec
-from retort.deadlines import RESUMABLE, Deadline
-from retort.index import TokenIndex
-from retort.merging import describe_cache
-from retort.models import CausalLM, load_recorded_teacher, load_teacher
-from retort.parts import (
+from retort.cache.codec import build_codec
+from retort.cache.parts import (
     build_header,
     discard_merged,
     find_missing_parts,
@@ -38,9 +31,17 @@ from retort.parts import (
     part_files,
     part_path,
 )
-from retort.provenance import read_json, write_json
-from retort.teacher import Scorer, batch_by_length, score_part
-from retort.workers import WorkerReport, generate_logits, run_worker
+from retort.cache.reader import CacheHeader, LogitCache
+from retort.cluster.deadlines import RESUMABLE, Deadline
+from retort.io.files import read_json, write_json
+from retort.models.load import CausalLM, load_recorded_teacher, load_teacher
+from retort.teacher import claims
+from retort.teacher import worker as workers
+from retort.teacher.claims import Claims, next_part
+from retort.teacher.merge import describe_cache
+from retort.teacher.scoring import Scorer, batch_by_length, score_part
+from retort.teacher.worker import WorkerReport, generate_logits, run_worker
+from retort.tokens.index import TokenIndex
 
 
 @pytest.fixture(scope="module")
@@ -439,7 +440,7 @@ def test_a_teacher_that_does_not_fit_is_one_sentence(
     def load(*_: Any, **__: Any) -> CausalLM:
         raise error
 
-    monkeypatch.setattr("retort.workers.load_recorded_teacher", load)
+    monkeypatch.setattr("retort.teacher.worker.load_recorded_teacher", load)
     with pytest.raises(ValueError, match=r"does not fit .*gpus_per_model, now 1.*dtype"):
         run_rule(job, tmp_path / "metadata_worker0.json")
 
@@ -518,7 +519,7 @@ def test_a_deadline_that_comes_with_the_last_part_is_no_failure(
 def test_out_of_time_the_rule_leaves_no_receipt_and_says_so(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("retort.workers.Deadline", lambda: After(0))
+    monkeypatch.setattr("retort.teacher.worker.Deadline", lambda: After(0))
     said: list[str] = []
     with pytest.raises(SystemExit) as ended:
         run_rule(job, tmp_path / "metadata_worker0.json", said=said)

@@ -8,21 +8,16 @@ from typing import Any
 
 import torch
 
-from retort.cache import (
-    LogitCache,
-)
-from retort.config_schema import fill_defaults, section_schema
-from retort.config_sections import build_section
-from retort.index import TokenIndex, write_index
-from retort.models import load_recorded_teacher, record_teacher
-from retort.parts import (
-    build_header,
-    merge_parts,
-)
-from retort.provenance import read_json, write_json
-from retort.shards import tokenize_shard
-from retort.tokens import fingerprint_of_tokenizer, load_tokenizer
-from retort.workers import run_worker
+from retort.cache.parts import build_header, merge_parts
+from retort.cache.reader import LogitCache
+from retort.config.schema import fill_defaults, section_schema
+from retort.config.sections import build_section
+from retort.io.files import read_json, write_json
+from retort.models.load import load_recorded_teacher, record_teacher
+from retort.teacher.worker import run_worker
+from retort.tokens.index import TokenIndex, write_index
+from retort.tokens.sequences import fingerprint_of_tokenizer, load_tokenizer
+from retort.tokens.shards import tokenize_shard
 
 torch.set_num_threads(1)  # on matrices of this size a second thread only costs
 
@@ -91,7 +86,7 @@ def make_cache(folder: Path, index_path: Path, teacher: Path, **cache: Any) -> L
 def real_processes() -> ForkServerContext:
     """Return a context whose processes can be killed; torch and transformers are imported once for all of them."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["retort.training", "retort.teacher"])
+    context.set_forkserver_preload(["retort.training.loop", "retort.teacher.scoring"])
     return context
 
 

@@ -49,7 +49,7 @@ LIBRARIES = {
 def load(kind: str) -> None:
     """Import the libraries of a kind, with the variables that a script sets before it imports them."""
     if kind != "snakemake":
-        code = "import json, os; from retort.commands import run_script\n"
+        code = "import json, os; from retort.cli import run_script\n"
         code += "run_script(lambda: print(json.dumps(dict(os.environ))))"
         paths = os.environ | {"PYTHONPATH": os.environ.pop("RETORT_SOURCES")}
         said = subprocess.run([sys.executable, "-c", code], env=paths, check=True, stdout=-1).stdout

@@ -13,7 +13,7 @@ from typing import Any
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from torch.nn.parallel import DistributedDataParallel
 
-from retort.batches import Item, TrainingData
+from retort.training.batches import Item, TrainingData
 
 _SCRIPT = Path(__file__).parents[2] / "workflow" / "scripts" / "train.py"
 _init_state, _get_item = AcceleratorState.__init__, TrainingData.__getitem__

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from place import TINY, Place, sha256, tiny, wait_until
 
-from retort.cache import LogitCache
+from retort.cache.reader import LogitCache
 
 
 def test_results_may_lie_in_folders_of_any_name(fresh: Place) -> None:

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from place import REPOSITORY, Place
 
-from retort.sweeps import expand_runs
+from retort.config.sweeps import expand_runs
 
 EXAMPLES = sorted((REPOSITORY / "config" / "examples").glob("*.yaml"))
 ONE_DOCUMENT = {"text": "Some text.", "content": "x = 1", "prompt": "Say it.", "response": "It."}

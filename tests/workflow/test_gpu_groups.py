@@ -20,7 +20,7 @@ import os, sys, time
 from contextlib import contextmanager
 
 if any(word.endswith("/generate_logits.py") for word in sys.orig_argv):
-    from retort import leases
+    from retort.cluster import leases
 
     lease = leases.lease
 

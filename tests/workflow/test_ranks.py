@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from test_by_hand import read_commands, with_output
 from torch import Tensor
 
-from retort.batches import ShuffledStream
+from retort.training.batches import ShuffledStream
 
 INSTEAD = Path(__file__).with_name("instead_of_train.py")
 # A step is two forward passes of one process; the first epoch, of 284 sequences, ends within the 24th step.

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from place import Place, sha256, tiny, wait_until
 
-from retort.provenance import read_json
+from retort.io.files import read_json
 
 
 def make_files(place: Place, number: int) -> None:

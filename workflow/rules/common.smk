@@ -6,10 +6,10 @@ import shlex
 import sys
 from pathlib import Path
 
-from retort.artefacts import plan_project
-from retort.config import load_runs, section_flags
-from retort.sources import is_hub
-from retort.synthesis_plans import local_model
+from retort.artifacts.plan import plan_project
+from retort.config.load import load_runs, section_flags
+from retort.corpus.sources import is_hub
+from retort.artifacts.syntheses import local_model
 from snakemake.exceptions import WorkflowError
 from snakemake.io import flag
 from snakemake.path_modifier import PATH_MODIFIER_FLAG

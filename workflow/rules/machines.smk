@@ -1,7 +1,7 @@
 # What a job runs on: threads, GPUs, nodes, and how many workers there are.
 import functools
 
-from retort.gpus import count_workers, detect_gpus
+from retort.cluster.gpus import count_workers, detect_gpus
 from snakemake.settings.enums import Quietness
 
 

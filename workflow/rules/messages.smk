@@ -5,10 +5,10 @@ import subprocess
 import sys
 import time
 
-from retort.failures import describe_failures
-from retort.gpus import describe_machine, is_scheduled
-from retort.provenance import require_writable
-from retort.stuck_jobs import StuckJobs
+from retort.cluster.failures import describe_failures
+from retort.cluster.gpus import describe_machine, is_scheduled
+from retort.io.files import require_writable
+from retort.cluster.stuck_jobs import StuckJobs
 
 # The name that a rule has in this run: a Snakefile that takes this one as a module may have renamed it.
 rule_name = workflow.modifier.modify_rulename

@@ -10,9 +10,9 @@
 import argparse
 from pathlib import Path
 
-from retort.commands import run_script, say
-from retort.config import add_section_flags, section_from_args
-from retort.leases import lease_teacher, lease_training
+from retort.cli import run_script, say
+from retort.cluster.leases import lease_teacher, lease_training
+from retort.config.load import add_section_flags, section_from_args
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
 def benchmark_run(args: argparse.Namespace) -> None:
     """Examine the student of a run."""
     with lease_training(1, device=args.device, among=args.among_gpus, say=say):
-        from retort import benchmarks
+        from retort.evaluation import benchmark as benchmarks
 
         line = benchmarks.benchmark_run(
             args.output,
@@ -62,7 +62,7 @@ def benchmark_teacher(args: argparse.Namespace) -> None:
     """Examine a teacher, on a GPU group."""
     section = section_from_args(args, "teacher")
     with lease_teacher(section.generation, worker=0, device=section.device, say=say):
-        from retort import benchmarks
+        from retort.evaluation import benchmark as benchmarks
 
         line = benchmarks.benchmark_teacher(
             args.output,

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import yaml
 
-from retort.commands import run_script, say
-from retort.config import load_runs
-from retort.provenance import write_json
+from retort.cli import run_script, say
+from retort.config.load import load_runs
+from retort.io.files import write_json
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=Path, help="what was found, as JSON")
     args = parser.parse_args()
     text = args.config if args.config.lstrip().startswith("{") else Path(args.config).read_text()
-    from retort.checks import check_project
+    from retort.pipeline.preflight import check_project
 
     found = check_project(load_runs(yaml.safe_load(text) or {}))
     for line in found["notes"]:

@@ -7,9 +7,9 @@
 import argparse
 from pathlib import Path
 
-from retort.commands import run_script, say
-from retort.config import add_section_flags, section_from_args
-from retort.leases import lease_training
+from retort.cli import run_script, say
+from retort.cluster.leases import lease_training
+from retort.config.load import add_section_flags, section_from_args
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
     add_section_flags(parser, "dataset")
     args = parser.parse_args()
     with lease_training(1, say=say):
-        from retort.demo import make_demo_teacher
+        from retort.pipeline.demo_teacher import make_demo_teacher
 
         make_demo_teacher(
             args.output, section_from_args(args, "dataset"), drawn=args.corpus, say=say

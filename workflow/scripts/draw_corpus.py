@@ -6,9 +6,9 @@ python workflow/scripts/draw_corpus.py --dataset-name demo --output results/corp
 import argparse
 from pathlib import Path
 
-from retort.commands import run_script
-from retort.config import add_section_flags, section_from_args
-from retort.drawing import draw_corpus
+from retort.cli import run_script
+from retort.config.load import add_section_flags, section_from_args
+from retort.corpus.snapshot import draw_corpus
 
 
 def main() -> None:

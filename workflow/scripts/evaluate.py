@@ -13,9 +13,9 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from retort.commands import run_script, say
-from retort.config import add_section_flags, section_from_args
-from retort.leases import lease_training
+from retort.cli import run_script, say
+from retort.cluster.leases import lease_training
+from retort.config.load import add_section_flags, section_from_args
 
 
 def main() -> None:
@@ -75,7 +75,7 @@ def evaluate_run(args: argparse.Namespace) -> None:
             "hand, --model and --data."
         )
     with lease_training(1, device=args.device, among=args.among_gpus, say=say):
-        from retort import evaluation
+        from retort.evaluation import run as evaluation
 
         line = evaluation.evaluate_run(
             args.output,
@@ -99,7 +99,7 @@ def evaluate_models(args: argparse.Namespace) -> None:
     if args.index or args.training:
         raise ValueError("--model measures any model by hand: leave out --index and --training.")
     with lease_training(args.gpus, device=args.device, among=args.among_gpus, say=say):
-        from retort import by_hand
+        from retort.evaluation import compare as by_hand
 
         dataset = replace(
             section_from_args(args, "dataset"),

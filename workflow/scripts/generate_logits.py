@@ -8,10 +8,10 @@
 import argparse
 from pathlib import Path
 
-from retort.commands import note, run_script, say
-from retort.config import add_section_flags, section_from_args
-from retort.leases import lease_teacher
-from retort.progress import open_terminal
+from retort.cli import note, run_script, say
+from retort.cluster.leases import lease_teacher
+from retort.config.load import add_section_flags, section_from_args
+from retort.teacher.progress import open_terminal
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
     tell = say if is_first else note
     terminal = open_terminal(args.terminal) if is_first else None
     with lease_teacher(section.generation, worker=args.worker, device=section.device, say=tell):
-        from retort.workers import generate_logits
+        from retort.teacher.worker import generate_logits
 
         generate_logits(
             args.output,

@@ -7,8 +7,8 @@
 import argparse
 from pathlib import Path
 
-from retort.commands import run_script, say
-from retort.index import describe_index, write_index
+from retort.cli import run_script, say
+from retort.tokens.index import describe_index, write_index
 
 
 def main() -> None:

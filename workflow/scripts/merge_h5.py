@@ -7,8 +7,8 @@
 import argparse
 from pathlib import Path
 
-from retort.commands import run_script, say
-from retort.config import add_section_flags, section_from_args
+from retort.cli import run_script, say
+from retort.config.load import add_section_flags, section_from_args
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
     add_section_flags(parser, "cache")
     add_section_flags(parser, "merge")
     args = parser.parse_args()
-    from retort.merging import merge_h5
+    from retort.teacher.merge import merge_h5
 
     line = merge_h5(
         args.output,

@@ -7,10 +7,10 @@
 import argparse
 from pathlib import Path
 
-from retort.commands import run_script, say
-from retort.config import add_section_flags, section_from_args
-from retort.planning import describe_cost, plan_cache
-from retort.provenance import read_json, write_json
+from retort.cache.cost import describe_cost, plan_cache
+from retort.cli import run_script, say
+from retort.config.load import add_section_flags, section_from_args
+from retort.io.files import read_json, write_json
 
 
 def main() -> None:

@@ -6,8 +6,8 @@ python workflow/scripts/report.py --metrics results/runs/*/*/evaluation/*/metric
 import argparse
 from pathlib import Path
 
-from retort.commands import run_script, say
-from retort.report import make_report
+from retort.cli import run_script, say
+from retort.report.page import make_report
 
 
 def main() -> None:

@@ -7,8 +7,8 @@
 import argparse
 from pathlib import Path
 
-from retort.commands import run_script
-from retort.config import add_section_flags, section_from_args
+from retort.cli import run_script
+from retort.config.load import add_section_flags, section_from_args
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     add_section_flags(parser, "teacher")
     add_section_flags(parser, "teacher.generation")
     args = parser.parse_args()
-    from retort.models import record_teacher
+    from retort.models.load import record_teacher
 
     record_teacher(args.output, section_from_args(args, "teacher"))
 

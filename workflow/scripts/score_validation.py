@@ -10,9 +10,9 @@ What the teacher writes when it continues some prompts goes into samples.json be
 import argparse
 from pathlib import Path
 
-from retort.commands import run_script, say
-from retort.config import add_section_flags, section_from_args
-from retort.leases import lease_teacher
+from retort.cli import run_script, say
+from retort.cluster.leases import lease_teacher
+from retort.config.load import add_section_flags, section_from_args
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
     args = parser.parse_args()
     section = section_from_args(args, "teacher")
     with lease_teacher(section.generation, worker=0, device=section.device, say=say):
-        from retort.validation import score_validation
+        from retort.teacher.validation import score_validation
 
         score_validation(
             args.output,

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import yaml
 
-from retort.commands import run_script, say
-from retort.config import load_runs
+from retort.cli import run_script, say
+from retort.config.load import load_runs
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="a YAML file, or the config itself as JSON")
     args = parser.parse_args()
     text = args.config if args.config.lstrip().startswith("{") else Path(args.config).read_text()
-    from retort.staging import stage_project
+    from retort.pipeline.staging import stage_project
 
     for line in stage_project(load_runs(yaml.safe_load(text) or {})):
         say(line)

@@ -9,10 +9,10 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from retort.commands import run_script, say
-from retort.config import add_section_flags, section_from_args
-from retort.leases import lease_teacher
-from retort.progress import open_terminal
+from retort.cli import run_script, say
+from retort.cluster.leases import lease_teacher
+from retort.config.load import add_section_flags, section_from_args
+from retort.teacher.progress import open_terminal
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def main() -> None:
         else nullcontext()
     )
     with lease:
-        from retort.synthesis import Task, synthesize
+        from retort.synthesis.run import Task, synthesize
 
         task = Task(
             section=section_from_args(args, "synthesis"),

@@ -9,9 +9,9 @@ import os
 from contextlib import nullcontext
 from pathlib import Path
 
-from retort.commands import run_script, say
-from retort.config import add_section_flags, section_from_args
-from retort.synthesis_plans import refuse_other_responses
+from retort.artifacts.syntheses import refuse_other_responses
+from retort.cli import run_script, say
+from retort.config.load import add_section_flags, section_from_args
 
 
 def main() -> None:
@@ -44,14 +44,14 @@ def main() -> None:
     os.environ["RAYON_NUM_THREADS"] = str(dataset.num_proc)
     if args.synthesis:
         refuse_other_responses(args.synthesis)
-    from retort.sharding import is_custom
-    from retort.shards import tokenize_shard
-    from retort.tokens import (
+    from retort.corpus.sharding import is_custom
+    from retort.tokens.sequences import (
         fingerprint_of_tokenizer,
         hidden_torch,
         load_tokenizer,
         refuse_other_tokenizer,
     )
+    from retort.tokens.shards import tokenize_shard
 
     runs_user_code = args.trust_remote_code or is_custom(dataset)  # which may want models
     with nullcontext() if runs_user_code else hidden_torch():

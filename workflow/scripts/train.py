@@ -8,10 +8,10 @@
 import argparse
 from pathlib import Path
 
-from retort.commands import run_script, say
-from retort.config import add_section_flags, section_from_args
-from retort.leases import keep_in_use, lease_training
-from retort.ranks import die_with_parent, find_meeting, is_rank, launch_ranks, rank
+from retort.cli import run_script, say
+from retort.cluster.leases import keep_in_use, lease_training
+from retort.cluster.ranks import die_with_parent, find_meeting, is_rank, launch_ranks, rank
+from retort.config.load import add_section_flags, section_from_args
 
 
 def read_command_line() -> argparse.Namespace:
@@ -46,7 +46,7 @@ def read_command_line() -> argparse.Namespace:
 
 def train(args: argparse.Namespace, *, is_first: bool = True) -> None:
     """Train in this process; of several ranks the first one speaks."""
-    from retort.runs import train_run
+    from retort.training.run import train_run
 
     train_run(
         args.output,

@@ -1,0 +1,93 @@
+"""What a cache will cost, known before the first GPU starts: positions, bytes, and whether the disk holds them."""
+
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from retort.cache.codec import build_codec, bytes_per_position
+from retort.config.sections import Cache, Merge
+
+# Stored bytes beside the records' values: ids and mask; key, offsets, checksum and zstd's frame; HDF5's own.
+_BYTES_PER_TOKEN = 5
+_BYTES_PER_SEQUENCE = 64 + 40
+_BYTES_PER_PART = 32 << 10
+
+
+@dataclass(frozen=True)
+class CacheCost:
+    """The cost of one cache, from the token index and the config alone.
+
+    `record_bytes` is an upper bound where `is_bound`; else it is three times what a usual teacher's records take.
+    """
+
+    positions: int
+    parts: int
+    record_bytes: int
+    is_bound: bool
+    total_bytes: int
+    disk_free_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of plan.json."""
+        return vars(self)
+
+
+def plan_cache(
+    index: dict[str, Any], cache: Cache, merge: Merge, *, vocabulary: int, folder: Path
+) -> CacheCost:
+    """Return what the cache will take. While parts are merged they and the merged file lie side by side.
+
+    A virtual cache has its records in the parts alone.
+
+    Raises ValueError when the disk holding `folder` has not enough room.
+    """
+    train = index["train"]
+    codec = build_codec(cache, vocabulary=vocabulary)
+    record_bytes = math.ceil(train["positions"] * bytes_per_position(codec))
+    bytes_per_part = _BYTES_PER_PART + (4 * vocabulary if codec.is_coded else 0)
+    other_bytes = (
+        _BYTES_PER_TOKEN * train["tokens"]
+        + _BYTES_PER_SEQUENCE * train["sequences"]
+        + bytes_per_part * len(index["parts"])
+    )
+    total = 2 * other_bytes + record_bytes * (1 if merge.mode == "virtual" else 2)
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if total > free:
+        raise ValueError(
+            f"the cache of {train['positions']:,} positions needs up to {format_bytes(total)} while its parts are "
+            f"merged, but {existing} has {format_bytes(free)} free. Keep less of each distribution "
+            f"(cache.method is {cache.method}), lower dataset.max_samples, set merge.mode: virtual, or set "
+            "output.cache_dir to a larger disk."
+        )
+    return CacheCost(
+        positions=train["positions"],
+        parts=len(index["parts"]),
+        record_bytes=record_bytes,
+        is_bound=not codec.is_coded,
+        total_bytes=total,
+        disk_free_bytes=free,
+    )
+
+
+def format_bytes(number: int) -> str:
+    """Return a number of bytes for people, in decimal units: 812 bytes, 3.4 MB, 1.2 TB."""
+    value = float(number)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if value < 999.95:
+            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:,.1f} TB"
+
+
+def describe_cost(cost: CacheCost) -> str:
+    """Return the cost in one line."""
+    per_position = cost.record_bytes / max(1, cost.positions)
+    most = "at most" if cost.is_bound else "hardly more than"
+    return (
+        f"cache: {cost.positions:,} positions in {cost.parts} parts, {most} {per_position:.0f} bytes each "
+        f"({format_bytes(cost.record_bytes)}); room needed while merging {format_bytes(cost.total_bytes)}, "
+        f"free {format_bytes(cost.disk_free_bytes)}"
+    )

@@ -1,0 +1,349 @@
+"""The logit cache: what its files hold, and the one reader of all of them.
+
+A part and a merged cache are the same kind of HDF5 file (docs/cache-format.md): the sequences with their content
+keys, one encoded record per sequence, checksums, and a header that says which teacher, tokenizer, tokens and codec
+made it. A virtually merged cache is such a file too, whose records lie in its parts. A reader maps the columns into
+memory: nothing is loaded before it is asked for, and DataLoader workers may fork.
+"""
+
+import hashlib
+import json
+import math
+from bisect import bisect_right
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from retort.cache.codec import Codec, SparseTargets, TokenOrder, decode
+from retort.cache.entropy import Lookup, build_lookup, unpack_tables
+from retort.cache.sparse_codec import decode_streams
+from retort.cache.sparse_streams import count_contexts
+from retort.io.hdf5 import open_h5, read_text
+from retort.tokens.sequences import TABLE_COLUMNS, SequenceTable, content_key
+
+CACHE_FORMAT = "retort-logits"
+CACHE_VERSION = 4
+CACHE_FILE = "teacher_logits.h5"
+# Columns that are checked sequence by sequence when it is read, by its content key and its record's checksum, and part
+# by part when files are merged. All others are checked whole when a file is opened.
+LARGE_COLUMNS = {
+    "ids": "offsets",
+    "loss_mask": "offsets",
+    "segment_starts": "segment_offsets",
+    "records": "record_offsets",
+}
+CHECKED_COLUMNS = (
+    "offsets",
+    "segment_offsets",
+    "keys",
+    "documents",
+    "labels",
+    "record_offsets",
+    "record_checksums",
+    "part_offsets",
+    "part_checksums",
+    "table_offsets",
+    "tables",
+    "token_order",
+)
+COLUMN_TYPES = {
+    "ids": "<i4",
+    "loss_mask": "u1",
+    "offsets": "<i8",
+    "segment_starts": "<i4",
+    "segment_offsets": "<i8",
+    "keys": "u1",
+    "documents": "<i8",
+    "labels": "<i4",
+    "record_offsets": "<i8",
+    "record_checksums": "<u8",
+    "records": "u1",
+    "part_offsets": "<i8",
+    "part_checksums": "u1",
+    "table_offsets": "<i8",
+    "tables": "u1",
+    "token_order": "<u4",
+}
+_MAPS_KEPT = 256  # parts whose records are mapped at once: each is an open file, of which a process may have 1,024
+_LOOKUPS_KEPT = 64  # parts whose tables are unpacked at once, 0.9 MB each; unpacking takes 0.14 ms
+
+
+@dataclass(frozen=True)
+class CacheHeader:
+    """What made a cache; two files may be merged only when their headers are equal."""
+
+    teacher: str  # fingerprint of the weights
+    tokenizer: str  # fingerprint of the tokenizer's files
+    tokens: str  # content digest of the token index
+    codec: Codec
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the header as it is stored."""
+        return {
+            "teacher": self.teacher,
+            "tokenizer": self.tokenizer,
+            "tokens": self.tokens,
+            "codec": self.codec.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, entry: dict[str, Any]) -> "CacheHeader":
+        """Read a stored header."""
+        return cls(
+            entry["teacher"], entry["tokenizer"], entry["tokens"], Codec.from_json(entry["codec"])
+        )
+
+    def require(self, expected: "CacheHeader", *, source: Path) -> None:
+        """Raise ValueError naming the first entry in which this header is not the expected one."""
+        mine, theirs = self.to_json(), expected.to_json()
+        for name in mine:
+            if mine[name] != theirs[name]:
+                raise ValueError(
+                    f"{source} was made with another {name}: it holds {mine[name]!r}, expected {theirs[name]!r}. "
+                    "It does not belong to this cache: move it away and run the same command again."
+                )
+
+
+def checksum_record(key: bytes, record: bytes) -> int:
+    """Return the xxh3-64 of a record and the content key of its sequence: a record moved to another one is refused."""
+    state = xxhash.xxh3_64(key)
+    state.update(record)
+    return state.intdigest()
+
+
+def checksum_column(column: NDArray[Any]) -> bytes:
+    """Return the xxh3-128 of a column's bytes."""
+    return xxhash.xxh3_128_digest(np.ascontiguousarray(column).view(np.uint8).data)
+
+
+def _map_columns(
+    path: Path, file: h5py.File
+) -> tuple[dict[str, NDArray[Any]], dict[str, tuple[int, int]]]:
+    """Map every column's bytes, through one mapping of the file; 3-5x faster than h5py's reads.
+
+    Returns the columns, and where each lies: first byte, number of bytes.
+
+    A virtual cache's records are not among them. Raises ValueError for a column of another type or layout than Retort
+    writes.
+    """
+    raw = np.asarray(np.memmap(path, np.uint8, mode="r"))  # a memmap's slices take 3 us each
+    columns, places = {}, {}
+    for name, kind in COLUMN_TYPES.items():
+        dataset = h5py.h5d.open(file.id, name.encode())  # 3x as fast as file[name]
+        dtype, shape = dataset.dtype, dataset.shape
+        expected = (np.dtype(kind), 2 if name in ("keys", "part_checksums") else 1)
+        if (dtype, len(shape)) != expected:
+            raise ValueError(
+                f"{path}: column {name} has (type, dimensions) {dtype, len(shape)}, expected {expected}."
+            )
+        if name == "records" and dataset.get_create_plist().get_external_count():
+            continue
+        if 0 in shape:
+            columns[name], places[name] = np.empty(shape, dtype), (0, 0)
+            continue
+        offset = dataset.get_offset()
+        if offset is None:
+            raise ValueError(
+                f"{path}: column {name} is not contiguous; it was not written by Retort."
+            )
+        stop = offset + math.prod(shape) * dtype.itemsize
+        if stop > len(raw):
+            raise ValueError(
+                f"{path}: column {name} ends at byte {stop}, the file at {len(raw)}: it was cut short. Delete it and "
+                "run the same command again."
+            )
+        columns[name] = raw[offset:stop].view(dtype).reshape(shape)
+        places[name] = (offset, stop - offset)
+    return columns, places
+
+
+def _open_records(
+    source: Path, columns: dict[str, NDArray[Any]], externals: list[Any], part: int
+) -> tuple[int, NDArray[np.uint8]]:
+    """Return one part's records, and which byte of all records they begin with."""
+    bounds = columns["part_offsets"][part : part + 2]
+    first, stop = columns["record_offsets"][bounds].tolist()
+    if not externals:
+        return first, columns["records"][first:stop]
+    name, offset, size = externals[part]
+    path = source.parent / name
+    try:
+        records = np.asarray(np.memmap(path, np.uint8, mode="r", offset=offset, shape=size))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}), but {source} is a virtual cache (merge.mode) and its records lie "
+            f"there: put it back, or delete {source.parent} and run the same command again."
+        ) from None
+    return first, records
+
+
+def _unpack_lookup(columns: dict[str, NDArray[Any]], num_contexts: int, part: int) -> Lookup:
+    """Return a part's tables as a decoder reads them."""
+    start, stop = columns["table_offsets"][part : part + 2].tolist()
+    packed = columns["tables"][start:stop].tobytes()
+    return build_lookup(unpack_tables(packed, num_contexts=num_contexts))
+
+
+class LogitCache:
+    """A part or a merged cache, opened for reading; random access by sequence, safe to fork and to pickle.
+
+    Opening checks the header and the small columns; reading a sequence checks its content key and its record's
+    checksum. Every refusal is a ValueError of one sentence.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with open_h5(path, expected_format=CACHE_FORMAT, version=CACHE_VERSION) as file:
+            text = read_text(file, "header")
+            if xxhash.xxh3_64_intdigest(text.encode()) != int(file.attrs["header_checksum"]):
+                raise ValueError(
+                    f"{path}: the header does not match its checksum: the file is damaged."
+                )
+            entry = json.loads(text)
+            self.columns, self.places = _map_columns(path, file)
+            self._externals = file["records"].external or []
+            for name, expected in entry["checksums"].items():
+                found = checksum_column(self.columns[name]).hex()
+                if found != expected:
+                    raise ValueError(
+                        f"{path}: column {name} has checksum {found}, expected {expected}: the file is damaged. "
+                        "Delete it and run the same command again."
+                    )
+        self.header = CacheHeader.from_json(entry)
+        # How many of its parts were scored in halved batches, because memory ran out.
+        self.halved_parts = int(entry.get("halved_parts", 0))
+        order = checksum_column(self.columns["token_order"]).hex()
+        if self.header.codec.is_coded and order != self.header.codec.order:
+            raise ValueError(
+                f"{path}: the order of tokens is not the one that its header names: the file is damaged. Delete it and "
+                "run the same command again."
+            )
+        # Of each instance its own, and of its columns alone: nothing keeps a file open that nobody reads any more.
+        num_contexts = count_contexts(len(self.header.codec.temperatures))
+        self._find_lookup = lru_cache(_LOOKUPS_KEPT)(
+            partial(_unpack_lookup, self.columns, num_contexts)
+        )
+        self._map_records = lru_cache(_MAPS_KEPT)(
+            partial(_open_records, path, self.columns, self._externals)
+        )
+        names = tuple((c, lang) for c, lang in entry["label_names"])
+        of_table = {name: self.columns[name] for name in TABLE_COLUMNS}
+        of_table["loss_mask"] = of_table["loss_mask"].view(np.bool_)
+        self.table = SequenceTable(**of_table, label_names=names)
+
+    @cached_property
+    def _order(self) -> TokenOrder:
+        return TokenOrder.from_ids(self.columns["token_order"])
+
+    def __reduce__(self) -> tuple[type["LogitCache"], tuple[Path]]:
+        return LogitCache, (self.path,)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def is_virtual(self) -> bool:
+        """Whether the records lie in other files."""
+        return bool(self._externals)
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of all records."""
+        return int(self.columns["record_offsets"][-1])
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of what all records need to be decoded: the codec's tables and the order of tokens."""
+        return len(self.columns["tables"]) + self.columns["token_order"].nbytes
+
+    @property
+    def record_checksums(self) -> NDArray[np.uint64]:
+        """One xxh3-64 per record, over its sequence's content key and its bytes, [S]."""
+        return self.columns["record_checksums"]
+
+    def read_record(self, index: int) -> bytes:
+        """Return one sequence's record as stored, checked against its checksum."""
+        start, stop = self.columns["record_offsets"][index : index + 2].tolist()
+        first, records = self._map_records(self._find_part(index))
+        record: bytes = records[start - first : stop - first].tobytes()
+        found = checksum_record(self.table[index].key, record)
+        if found != int(self.columns["record_checksums"][index]):
+            raise ValueError(
+                f"{self.path}: the record of sequence {index} does not match its checksum: the file is damaged, or "
+                "the record is another sequence's. Delete it and run the same command again."
+            )
+        return record
+
+    def read_targets(self, index: int) -> SparseTargets:
+        """Return the teacher's distributions at the counted positions of one sequence, in order."""
+        row = self.table[index]
+        if content_key(row.ids, row.loss_mask, row.segment_starts) != row.key:
+            raise ValueError(
+                f"{self.path}: sequence {index} does not hold the tokens that its content key names, so its "
+                "distributions may belong to others: the file is damaged. Delete it and run the same command "
+                "again."
+            )
+        record = self.read_record(index)
+        if not self.header.codec.is_coded:
+            return decode(record, self.header.codec, num_positions=row.num_positions)
+        return decode_streams(
+            record,
+            self.header.codec,
+            self._order,
+            self._find_lookup(self._find_part(index)),
+            next_ids=row.ids[1:][row.loss_mask[:-1]],
+        )
+
+    @cached_property
+    def _part_offsets(self) -> list[int]:
+        return [int(first) for first in self.columns["part_offsets"]]
+
+    def _find_part(self, index: int) -> int:
+        """Return the place of the part that a sequence came from."""
+        return bisect_right(self._part_offsets, index) - 1
+
+    def verify(self) -> None:
+        """Read everything once, decode it and check it."""
+        for index in range(len(self)):
+            self.read_targets(index)
+
+    def verify_parts(self) -> None:
+        """Check the large columns by their checksums, part by part, without decoding."""
+        for part in range(len(self.columns["part_checksums"])):
+            self.verify_part(part)
+
+    def verify_part(self, part: int) -> None:
+        """Check one part's rows of the large columns."""
+        expected, found = self.columns["part_checksums"][part].tobytes(), self._checksum_part(part)
+        if found != expected:
+            raise ValueError(
+                f"{self.path}: part {part} has checksum {found.hex()}, expected {expected.hex()}: the file is damaged. "
+                "Delete it and run the same command again."
+            )
+
+    def _checksum_part(self, part: int) -> bytes:
+        """Return the xxh3-128 of one part's rows of each of the large columns, one after the other."""
+        first, stop = self.columns["part_offsets"][part : part + 2].tolist()
+        pieces = []
+        for name, offsets in LARGE_COLUMNS.items():
+            if name == "records":
+                rows = self._map_records(part)[1]
+            else:
+                start, end = self.columns[offsets][[first, stop]].tolist()
+                rows = self.columns[name][start:end]
+            pieces.append(checksum_column(rows))
+        return b"".join(pieces)
+
+
+def cache_digest(cache: LogitCache) -> str:
+    """Return 64 hex digits (sha256) that name a cache's whole content, over its checksums and keys."""
+    state = hashlib.sha256(json.dumps(cache.header.to_json(), sort_keys=True).encode())
+    state.update(np.ascontiguousarray(cache.record_checksums).tobytes())
+    state.update(np.ascontiguousarray(cache.table.keys).tobytes())
+    return state.hexdigest()

@@ -1,0 +1,170 @@
+"""The same prompts, continued by the teacher and by each student: what a reader looks at beside the numbers.
+
+Prompts are beginnings of held-out texts (or held-out questions), and prompts of the user's own. Each is continued
+twice: by the most probable token each time (greedy), and drawn with a seed. `score_validation` writes the teacher's
+side, `evaluate` puts each student's beside it, in a samples.json of its own.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+
+from retort.cli import first_line
+from retort.config.sections import Evaluation
+from retort.io.files import read_json, write_json
+from retort.tokens.sequences import Sequence, SequenceTable, encode_beginning, encode_prompt
+
+SAMPLES_FILE = "samples.json"
+SAMPLES_FORMAT = "retort-samples"
+SAMPLES_VERSION = 1
+_PROMPT_TOKENS = 32  # of a text that has no question, at most
+_TEXT = {"type": "string"}
+_TEXT_OR_NULL = {"type": ["string", "null"]}
+
+
+def _object(**properties: Any) -> dict[str, Any]:
+    """Return the schema of an object with these keys and no others."""
+    names = list(properties)
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": names,
+        "additionalProperties": False,
+    }
+
+
+_PROMPT = _object(
+    ids={"type": "array", "items": {"type": "integer"}}, text=_TEXT, reference=_TEXT_OR_NULL
+)
+_MODEL = _object(
+    missing=_TEXT_OR_NULL, continued={"type": "array", "items": _object(greedy=_TEXT, drawn=_TEXT)}
+)
+_SCHEMA = _object(
+    format={"const": SAMPLES_FORMAT},
+    version={"const": SAMPLES_VERSION},
+    of=_TEXT,
+    prompts={"type": "array", "items": _PROMPT},
+    models={"type": "object", "additionalProperties": _MODEL, "minProperties": 1},
+)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is continued: ids that a model reads, the same as text, and what the held-out text says there, if any."""
+
+    ids: tuple[int, ...]
+    text: str
+    reference: str | None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Two continuations of one prompt."""
+
+    greedy: str
+    drawn: str
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Prompts and one model's continuations of them; `missing` says why there are none."""
+
+    prompts: tuple[Prompt, ...]
+    continued: tuple[Sample, ...] = ()
+    missing: str | None = None
+
+
+def choose_prompts(table: SequenceTable, tokenizer: Any, settings: Evaluation) -> list[Prompt]:
+    """Return prompts from evenly spaced held-out documents, then the user's own. Equal arguments, equal prompts."""
+    begins = np.flatnonzero(np.diff(table.documents, prepend=-1) != 0)
+    long_enough = [int(i) for i in begins if table.lengths[i] >= 4]
+    count = min(settings.num_samples, len(long_enough))
+    chosen = [long_enough[place * len(long_enough) // count] for place in range(count)]
+    found = [_cut_prompt(table[i], tokenizer, settings.sample_max_new_tokens) for i in chosen]
+    asks = len(table) > 0 and not table.loss_mask[table.offsets[:-1]].any()
+    encode = encode_prompt if asks else encode_beginning
+    own = [(text, encode(text, tokenizer)) for text in settings.sample_prompts]
+    return found + [Prompt(tuple(ids), text, None) for text, ids in own]
+
+
+def _cut_prompt(row: Sequence, tokenizer: Any, num_new: int) -> Prompt:
+    """Cut a sequence where its response begins, or after its first tokens."""
+    stop = int(row.segment_starts[1]) if len(row.segment_starts) > 1 else len(row.ids)
+    cut = int(np.argmax(row.loss_mask)) + 1
+    if cut == 1:  # no question: the text counts from its first token on
+        cut = _find_word_end(row, tokenizer, min(_PROMPT_TOKENS, stop // 2))
+    ids = row.ids[:cut].tolist()
+    text = _decode(tokenizer, ids)
+    whole = _decode(tokenizer, row.ids[: min(stop, cut + num_new)].tolist())
+    return Prompt(tuple(ids), text, whole[len(text) :] if whole.startswith(text) else None)
+
+
+def _find_word_end(row: Sequence, tokenizer: Any, longest: int) -> int:
+    """Return the largest cut, up to `longest`, after which a word begins: half a word is no fair prompt."""
+    for cut in range(longest, longest // 2, -1):
+        before, after = (_decode(tokenizer, row.ids[:end].tolist()) for end in (cut, cut + 1))
+        if after.startswith(before) and after[len(before) :][:1].isspace():
+            return cut
+    return longest
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text
+
+
+def write_samples(path: Path, found: dict[str, Samples], *, of: str) -> None:
+    """Write samples.json: the prompts, and under each model's name ("teacher", "student") its continuations.
+
+    `of`: the run's id, or the fingerprint of the teacher's weights where it is the teacher's own file.
+    """
+    prompts = next(iter(found.values())).prompts
+    assert all(samples.prompts == prompts for samples in found.values())
+    models = {
+        whose: {"missing": samples.missing, "continued": [asdict(s) for s in samples.continued]}
+        for whose, samples in found.items()
+    }
+    header = {"format": SAMPLES_FORMAT, "version": SAMPLES_VERSION, "of": of}
+    write_json(path, header | {"prompts": [asdict(p) for p in prompts], "models": models})
+
+
+def read_samples(path: Path, *, of: str | None, whose: str) -> dict[str, Samples]:
+    """Read samples.json: continuations by model, those of `whose` among them.
+
+    Raises ValueError where it is damaged, newer, or of something else than `of` (None: of whatever it may be).
+    """
+    try:
+        content = read_json(path)
+        jsonschema.validate(content, _SCHEMA)
+        if of not in (None, content["of"]):
+            raise ValueError(f"it is of {content['of']}, not of {of}")
+        prompts = tuple(
+            Prompt(tuple(p["ids"]), p["text"], p["reference"]) for p in content["prompts"]
+        )
+        found = {
+            whose: Samples(prompts, tuple(Sample(**s) for s in m["continued"]), m["missing"])
+            for whose, m in content["models"].items()
+        }
+        if whose not in found:
+            raise ValueError(f"there is nothing of the {whose}")
+        for name, model in found.items():
+            if len(model.continued) != (len(prompts) if model.missing is None else 0):
+                raise ValueError(f"{name}: {len(model.continued)} of {len(prompts)} continuations")
+    except (OSError, ValueError, jsonschema.ValidationError) as error:
+        raise ValueError(
+            f"{path} holds no samples that can be read ({first_line(error)}): delete the folder {path.parent} and run "
+            "the same command again."
+        ) from None
+    return found
+
+
+def require_prompts(teacher: Samples, prompts: list[Prompt], *, source: Path) -> None:
+    """Raise ValueError unless the teacher was given the same prompts."""
+    if [p.ids for p in teacher.prompts] != [p.ids for p in prompts]:
+        raise ValueError(
+            f"{source} holds the teacher's continuations of other prompts ({len(teacher.prompts)}) than the student is "
+            f"given ({len(prompts)}). Delete {source.parent} and run the same command again."
+        )

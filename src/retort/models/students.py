@@ -1,0 +1,76 @@
+"""A student before it has learned anything: from a config, with weights drawn by the seed, or from a checkpoint."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from retort.config.sections import Student
+from retort.models.load import load_model_config, load_pretrained, require_causal
+from retort.tokens.vocabularies import count_ids
+
+
+def student_config(section: Student, *, vocabulary: int, tokenizer: Any) -> PretrainedConfig:
+    """Return the student's transformers config; `vocab_size` (`vocabulary`) and special ids are filled in where absent.
+
+    Raises ValueError when the student's output layer has fewer ids than the tokenizer. The teacher's may be wider than
+    the student's: what it has beyond the tokenizer's ids is padding, of probability zero.
+    """
+    if section.model_path is not None:
+        config = load_model_config(section.model_path)
+    else:
+        path = Path(str(section.config))
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        model_type = content.pop("model_type")
+        content.setdefault("vocab_size", vocabulary)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            content.setdefault(name, getattr(tokenizer, name))
+        try:
+            config = AutoConfig.for_model(model_type, **content)
+        except Exception as error:
+            raise ValueError(
+                f"student.config {str(path)!r} is no valid transformers {model_type!r} config: {error}"
+            ) from error
+    size = int(config.get_text_config().vocab_size)
+    if size < (needed := count_ids(tokenizer)):
+        advice = (
+            "Use a student of the same tokenizer."
+            if section.model_path is not None
+            else f"Set vocab_size: {needed} or more, or leave it out of the JSON to have it filled in."
+        )
+        raise ValueError(
+            f"the student's vocab_size is {size} ({section.config or section.model_path}), smaller than the {needed} "
+            f"ids of the tokenizer, all of which it must predict. {advice}"
+        )
+    return config
+
+
+def name_student(section: Student) -> str:
+    """Return the student's name in messages."""
+    return f"the student ({section.config or section.model_path})"
+
+
+def build_student(
+    section: Student, *, vocabulary: int, tokenizer: Any, seed: int
+) -> PreTrainedModel:
+    """Build the student in float32: from a config with weights drawn by `seed`, or from a checkpoint."""
+    config = student_config(section, vocabulary=vocabulary, tokenizer=tokenizer)
+    torch.manual_seed(seed)
+    name = name_student(section)
+    try:
+        model: PreTrainedModel = (
+            AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            if section.model_path is None
+            else load_pretrained(section.model_path, dtype=torch.float32)
+        )
+        require_causal(model, name=name)
+    except (RuntimeError, KeyError, AttributeError, TypeError, IndexError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(
+            f"{name} cannot be built: {type(error).__name__}: {error}. Its sizes do not go together, or a key is "
+            "missing or misspelt: compare it with config/students/."
+        ) from error
+    return model

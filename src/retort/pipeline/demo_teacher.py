@@ -1,0 +1,185 @@
+"""The demo's teacher: a small causal LM with its own BPE tokenizer, trained on the machine's own text.
+
+Nothing is shipped and nothing downloaded: the corpus is the documentation found on the machine (room `corpus`), and
+this room makes from its training documents what a user would otherwise bring. It never sees the held-out ones.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from retort.config.schema import fill_defaults, section_schema
+from retort.config.sections import Dataset, Student, Tracking, Training, build_section
+from retort.corpus.documents import Counts, Document
+from retort.corpus.reading import read_documents
+from retort.corpus.snapshot import read_drawn
+from retort.io.files import describe_run, write_json
+from retort.models.load import fingerprint_model
+from retort.tokens.sequences import TokenCounts, fingerprint_of_tokenizer, tokenize_documents
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class DemoTeacher:
+    """Its size and its training: about three minutes on two cores. Changing one raises REVISIONS["teacher"]."""
+
+    vocabulary: int = 512
+    hidden_size: int = 128
+    num_layers: int = 4
+    num_heads: int = 4
+    max_steps: int = 820
+    batch_size: int = 8
+    learning_rate: float = 3e-3
+    cpu_threads: int = 2
+    tokenizer_documents: int = 1500
+
+
+DEMO_TEACHER = DemoTeacher()
+
+
+class DemoTokenizer:
+    """What is known of the demo's tokenizer before it is trained."""
+
+    bos_token_id = eos_token_id = pad_token_id = 0
+    chat_template = None
+
+    def __len__(self) -> int:
+        return DEMO_TEACHER.vocabulary
+
+    def get_vocab(self) -> dict[str, int]:
+        """Return no token: none is known yet."""
+        return {}
+
+
+def make_demo_teacher(
+    record_path: Path, dataset: Dataset, *, drawn: Path | None, say: Callable[[str], None] = print
+) -> None:
+    """Train tokenizer and model into model/ beside `record_path`, then write the fingerprint there."""
+    from retort.training.loop import (  # seconds; check_inputs reads of this room only
+        Job,
+        train_student,
+    )
+
+    folder = record_path.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(folder / ".demo_teacher.lock"):
+        tokenizer = train_tokenizer(_read_training_documents(dataset, drawn))
+        table = tokenize_documents(
+            _read_training_documents(dataset, drawn), tokenizer, dataset, counts=TokenCounts()
+        )
+        if table.num_positions == 0:
+            raise ValueError(
+                "no document is left to train the demo's teacher on: all were held out or empty. Raise "
+                f"dataset.max_samples (now {dataset.max_samples}), or lower dataset.validation_fraction "
+                f"(now {dataset.validation_fraction})."
+            )
+        say(f"demo teacher: {len(table.ids):,} tokens to train on, vocabulary {len(tokenizer)}")
+        config_path = folder / "config.json"
+        write_json(config_path, _model_config(dataset))
+        job = Job(
+            name="demo teacher",
+            identity=folder.name,
+            source=table,
+            student=Student(config=str(config_path), model_path=None),
+            training=_training(),
+            tracking=_build("tracking", Tracking),
+            tokenizer=tokenizer,
+            vocabulary=len(tokenizer),
+            facts={"text": f"{dataset.name}, {table.num_positions:,} positions"},
+        )
+        summary = train_student(folder, job, say=say)
+        model = folder / "model"
+        if not model.exists():
+            model.symlink_to("final")
+        record = fingerprint_model(str(model)) | {
+            "name": "demo",
+            "tokenizer": fingerprint_of_tokenizer(str(model), tokenizer),
+            "vocabulary": len(tokenizer),
+        }
+        about = describe_run(
+            section=asdict(DEMO_TEACHER),
+            seed=0,
+            device=summary["device"],
+            seconds=summary["seconds"],
+        )
+        write_json(folder / "run.json", about)
+        write_json(record_path, record)
+
+
+def _read_training_documents(dataset: Dataset, drawn: Path | None) -> Iterator[Document]:
+    """Yield the corpus' documents that are not held out, shard by shard."""
+    for shard in range(dataset.num_shards):
+        documents = (
+            read_drawn(drawn, shard=shard, counts=Counts())
+            if drawn
+            else read_documents(
+                dataset, shard=shard, num_shards=dataset.num_shards, counts=Counts()
+            )
+        )
+        yield from (document for document in documents if document.split == "train")
+
+
+def train_tokenizer(documents: Iterator[Document]) -> Any:
+    """Train a byte-level BPE tokenizer of DEMO_TEACHER.vocabulary tokens on the first documents."""
+    texts = (
+        d.text for d, _ in zip(documents, range(DEMO_TEACHER.tokenizer_documents), strict=False)
+    )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=DEMO_TEACHER.vocabulary,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+    )
+
+
+def _model_config(dataset: Dataset) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "hidden_size": DEMO_TEACHER.hidden_size,
+        "intermediate_size": DEMO_TEACHER.hidden_size * 3,
+        "num_hidden_layers": DEMO_TEACHER.num_layers,
+        "num_attention_heads": DEMO_TEACHER.num_heads,
+        "num_key_value_heads": DEMO_TEACHER.num_heads,
+        "max_position_embeddings": dataset.max_length,
+        "tie_word_embeddings": True,
+    }
+
+
+def _build(section: str, kind: type[Any], **values: Any) -> Any:
+    """Return a section's record with its defaults, but for `values`."""
+    record = build_section(section, fill_defaults(values, section_schema(section)))
+    assert isinstance(record, kind)
+    return record
+
+
+def _training() -> Training:
+    training: Training = _build(
+        "training",
+        Training,
+        distillation_type="output",
+        alpha=1.0,
+        learning_rate=DEMO_TEACHER.learning_rate,
+        warmup_steps=20,
+        max_steps=DEMO_TEACHER.max_steps,
+        batch_size=DEMO_TEACHER.batch_size,
+        save_steps=200,
+        save_total_limit=2,
+        cpu_threads=DEMO_TEACHER.cpu_threads,
+    )
+    return training

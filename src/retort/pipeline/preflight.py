@@ -1,0 +1,189 @@
+"""What can be checked cheaply before any expensive job: folders, corpora, models, vocabularies, context lengths.
+
+Each check raises ValueError with the value found, what was expected and what to do; nothing here needs a GPU.
+"""
+
+import os
+from collections.abc import Mapping
+from importlib.util import find_spec
+from netrc import NetrcParseError, netrc
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from retort.cli import say
+from retort.config.sections import Config, Teacher, Tracking
+from retort.config.synthesis_checks import SYNTHESIS
+from retort.corpus.reading import check_corpus
+from retort.evaluation.benchmark import check_benchmarks
+from retort.io.files import fingerprint_weights, require_writable
+from retort.models.load import load_model_config, output_width, refuse_short_context
+from retort.models.students import name_student, student_config
+from retort.pipeline.demo_teacher import DEMO_TEACHER, DemoTokenizer
+from retort.synthesis.run import check_synthesis
+from retort.tokens.sequences import fingerprint_of_tokenizer, load_tokenizer
+from retort.tokens.vocabularies import require_student_ids, require_teacher_ids
+
+
+def check_project(configs: Mapping[str, Config]) -> dict[str, Any]:
+    """Check every run's inputs; return what was found, with `notes` in the words of a person.
+
+    Raises ValueError for the first mistake.
+    """
+    notes: list[str] = []
+    for name, config in configs.items():
+        require_writable(Path(config.output.results_dir))
+        if config.output.cache_dir:
+            require_writable(Path(config.output.cache_dir))
+        notes += _check_corpus(config)
+        tokenizer, width, note = _check_teacher(config)
+        notes.append(note)
+        notes.append(f"run {name}: {_check_student(config, tokenizer, width)}")
+        notes += _check_students_tokenizer(config, tokenizer)
+        _check_trackers(config.tracking)
+        notes += check_benchmarks(config.evaluation)
+    return {"runs": list(configs), "notes": list(dict.fromkeys(notes))}
+
+
+def _check_trackers(tracking: Tracking) -> None:
+    """Raise ValueError when what is to show the curves is not installed, or would ask for a login at midnight."""
+    wanted = {"wandb": tracking.use_wandb, "tensorboard": tracking.use_tensorboard}
+    for name, is_wanted in wanted.items():
+        if is_wanted and find_spec(name) is None:
+            raise ValueError(
+                f"tracking.use_{name} is true, but {name} is not installed here. Type: pip install {name}, or leave "
+                "the key out: every run writes training_log.csv anyway."
+            )
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    is_offline = os.environ.get("WANDB_MODE") in ("offline", "disabled")
+    if tracking.use_wandb and not (is_offline or _has_login(host)):
+        raise ValueError(
+            f"tracking.use_wandb is true, but there is no login for {host}. Type: wandb login, or set WANDB_API_KEY, "
+            "or, where there is no network, export WANDB_MODE=offline and upload later with wandb sync."
+        )
+
+
+def _has_login(host: str) -> bool:
+    """Say whether W&B would find a key, where it looks for one: the environment, or .netrc."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    try:
+        return netrc(str(path)).authenticators(host) is not None
+    except (OSError, NetrcParseError):
+        return False
+
+
+def _check_corpus(config: Config) -> list[str]:
+    if config.dataset.name == SYNTHESIS:
+        return check_synthesis(config, say=say)
+    found = check_corpus(config.dataset)
+    files = found.get("files") or []
+    size = f", {len(files)} files, {found['bytes'] / 1e6:,.1f} MB" if files else ""
+    return [f"corpus: {config.dataset.name}{size}"]
+
+
+def _check_teacher(config: Config) -> tuple[Any, int, str]:
+    """Return (tokenizer, ids that a student must be able to predict, note)."""
+    section, dataset = config.teacher, config.dataset
+    if section.model_path == "demo":
+        return DemoTokenizer(), DEMO_TEACHER.vocabulary, "teacher: the demo's own, trained first"
+    if section.model_path is None:
+        tokenizer = load_tokenizer(str(dataset.tokenizer))
+        return tokenizer, len(tokenizer), f"no teacher; tokenizer of {len(tokenizer):,} tokens"
+    model = load_model_config(
+        section.model_path, revision=section.revision, trust_remote_code=section.trust_remote_code
+    )
+    if Path(section.model_path).is_dir():
+        fingerprint_weights(Path(section.model_path))
+    _check_causal(model, section)
+    tokenizer = load_tokenizer(
+        dataset.tokenizer or section.model_path,
+        revision=section.revision if dataset.tokenizer is None else None,
+        trust_remote_code=section.trust_remote_code,
+    )
+    width = output_width(model)
+    if config.training.distillation_type != "output":
+        _check_teachers_tokenizer(config, tokenizer, width)
+    refuse_short_context(
+        model, dataset.max_length, f"teacher {section.model_path!r}", what="dataset.max_length"
+    )
+    beyond = (
+        f" ({width - len(tokenizer)} ids beyond its tokenizer get probability zero)"
+        if width > len(tokenizer)
+        else ""
+    )
+    return (
+        tokenizer,
+        max(width, len(tokenizer)),
+        f"teacher: {section.model_path}, {model.model_type}, {width:,} ids{beyond}",
+    )
+
+
+def _check_teachers_tokenizer(config: Config, tokenizer: Any, width: int) -> None:
+    """Raise ValueError unless a teacher's distributions can be paired with the tokens that `tokenizer` makes."""
+    section, path = config.teacher, str(config.teacher.model_path)
+    source = config.dataset.tokenizer or path
+    teachers = tokenizer
+    if config.dataset.tokenizer is not None:
+        teachers = load_tokenizer(
+            path, revision=section.revision, trust_remote_code=section.trust_remote_code
+        )
+    require_teacher_ids(tokenizer, teachers, width=width, source=source, teacher=path)
+    # A cache names its tokenizer by the files, templates included, and is refused where they differ.
+    mine, theirs = (
+        fingerprint_of_tokenizer(source, tokenizer),
+        fingerprint_of_tokenizer(path, teachers),
+    )
+    if config.training.use_cached_logits and mine != theirs:
+        raise ValueError(
+            f"dataset.tokenizer {source!r} gives the ids of the teacher {path!r}, but by other files (fingerprint "
+            f"{mine['fingerprint']}, not {theirs['fingerprint']}), and a cache is made with the teacher's own. Leave "
+            "dataset.tokenizer out, or set training.use_cached_logits: false."
+        )
+
+
+def _check_causal(model: PretrainedConfig, section: Teacher) -> None:
+    """Refuse what is no causal language model, or was saved with another head (BERT for masked words, say)."""
+    architectures = model.architectures or []
+    has_class = type(model) in AutoModelForCausalLM._model_mapping
+    has_head = not architectures or any(name in _causal_classes() for name in architectures)
+    if not (has_class and has_head) and not section.trust_remote_code:
+        raise ValueError(
+            f"teacher.model_path {section.model_path!r} is a {model.model_type!r} model "
+            f"({', '.join(architectures) or 'no architectures given'}), which is no causal language model: it gives "
+            "no distribution for the next token. Choose one that AutoModelForCausalLM loads."
+        )
+
+
+def _causal_classes() -> set[str]:
+    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return {name for value in names for name in ([value] if isinstance(value, str) else value)}
+
+
+def _check_student(config: Config, tokenizer: Any, width: int) -> str:
+    model = student_config(config.student, vocabulary=width, tokenizer=tokenizer)
+    refuse_short_context(
+        model,
+        config.dataset.max_length,
+        name_student(config.student),
+        what="dataset.max_length",
+    )
+    with torch.device("meta"):
+        parameters = AutoModelForCausalLM.from_config(model).num_parameters()
+    training = config.training
+    return f"student of {parameters:,} parameters, {training.distillation_type}, alpha {training.alpha}"
+
+
+def _check_students_tokenizer(config: Config, tokenizer: Any) -> list[str]:
+    """Check that a student's weights were trained with the ids of the text; return what could not be compared."""
+    path = config.student.model_path
+    if path is None or isinstance(tokenizer, DemoTokenizer):  # the demo's is not there yet
+        return []
+    source = str(config.dataset.tokenizer or config.teacher.model_path)
+    note = require_student_ids(tokenizer, source=source, student=path)
+    return [note] if note else []

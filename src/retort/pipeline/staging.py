@@ -1,0 +1,95 @@
+"""What a config takes from the Hub, brought into this machine's cache: for jobs on nodes that reach no network.
+
+A teacher is only recorded, and a stream drawn, by rules of their own; here is the rest. What is there already is not
+fetched again.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from retort.artifacts.syntheses import list_prompt_files, local_model
+from retort.config.sections import Config
+from retort.config.synthesis_checks import SYNTHESIS
+from retort.corpus.hub import open_table
+from retort.corpus.sources import is_hub
+from retort.synthesis.prompts import read_prompts
+from retort.tokens.sequences import cannot_load, load_tokenizer
+
+
+def stage_project(configs: Mapping[str, Config]) -> list[str]:
+    """Fetch models, tokenizers and datasets of every run; return a line for each.
+
+    Raises ValueError with the next step for the first that cannot be fetched.
+    """
+    models: dict[tuple[str, str | None], None] = {}
+    tokenizers: dict[str, None] = {}
+    notes: dict[str, None] = {}
+    for config in configs.values():
+        teacher = config.teacher
+        if _is_hub_id(teacher.model_path) and teacher.model_path != "demo":
+            models[str(teacher.model_path), teacher.revision] = None
+        if _is_hub_id(config.student.model_path):
+            models[str(config.student.model_path), None] = None
+        if _is_hub_id(config.dataset.tokenizer):
+            tokenizers[str(config.dataset.tokenizer)] = None
+        if config.dataset.name == SYNTHESIS:
+            notes |= dict.fromkeys(_stage_prompts(config))
+            model, revision = local_model(config)
+            if config.synthesis.provider == "local" and _is_hub_id(model):
+                models[model, revision] = None
+        else:
+            notes |= dict.fromkeys(_stage_corpus(config))
+    for name, revision in models:
+        notes[f"model {name}: {stage_model(name, revision=revision)}"] = None
+    for name in tokenizers:
+        load_tokenizer(name)
+        notes[f"tokenizer {name}"] = None
+    return [*notes] or ["nothing of this config comes from the Hub"]
+
+
+def stage_model(name: str, *, revision: str | None = None) -> Path:
+    """Fetch a model: its weights, safetensors where there are any, and the small files beside them; return the folder.
+
+    Other formats of the same weights, and folders (where some keep the originals), are left.
+    """
+    from huggingface_hub import list_repo_files, snapshot_download
+
+    try:
+        files = list_repo_files(name, revision=revision)
+        has_safetensors = any(file.endswith(".safetensors") for file in files)
+        weights = "*.safetensors" if has_safetensors else "*.bin"
+        wanted = [weights, "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+        folder = snapshot_download(
+            name, revision=revision, allow_patterns=wanted, ignore_patterns="*/*"
+        )
+    except Exception as error:  # whatever the HTTP client raises
+        raise ValueError(cannot_load("model", name, error)) from error
+    return Path(folder)
+
+
+def _stage_corpus(config: Config) -> list[str]:
+    """Fetch a dataset that is read as a table; a stream is drawn, and local files are there."""
+    dataset = config.dataset
+    if not is_hub(dataset) or Path(dataset.name).is_dir():
+        return []
+    if dataset.streaming:
+        return [
+            f"stream {dataset.name}: drawn into {config.output.cache_dir or config.output.results_dir}"
+        ]
+    splits = [split for split in (dataset.split, dataset.validation_split) if split]
+    return [
+        f"dataset {dataset.name}, {split}: {len(open_table(dataset, split)):,} rows"
+        for split in splits
+    ]
+
+
+def _stage_prompts(config: Config) -> list[str]:
+    """Fetch prompts that are a dataset of the Hub."""
+    section = config.synthesis
+    if section.templates or list_prompt_files(section):
+        return []
+    return [f"prompts of {section.prompts}: {len(read_prompts(section).prompts):,}"]
+
+
+def _is_hub_id(name: str | None) -> bool:
+    return name is not None and not Path(name).is_dir()

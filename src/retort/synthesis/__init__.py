@@ -1,0 +1,4 @@
+"""A model writes the corpus: prompts, requests, filters, within a budget.
+
+Read `run` first.
+"""

@@ -1,0 +1,210 @@
+"""Parts become one cache: merged in the index's order, measured against the live teacher, described in a manifest."""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retort.cache.codec import Codec, SparseTargets
+from retort.cache.parts import (
+    DAMAGED,
+    build_header,
+    find_missing_parts,
+    is_merged,
+    merge_parts,
+    remove_parts,
+)
+from retort.cache.reader import CACHE_FILE, CacheHeader, LogitCache, cache_digest
+from retort.config.sections import Cache, Merge
+from retort.io.files import describe_run, read_json, write_json
+from retort.teacher.features import TeacherFeatures, read_features
+from retort.tokens.index import TokenIndex
+from retort.tokens.sequences import concatenate_tables
+
+# Storing and scoring in other batches costs below 1e-2 nats even in bfloat16; distributions that belong to another
+# position or another teacher are several nats away.
+_MISALIGNED_KL = 0.5
+# A tail that rounds to nothing is below 1e-5; measured against zero, it would cost infinitely many nats.
+_LEAST_TAIL = -30.0
+
+
+def merge_h5(
+    manifest_path: Path,
+    *,
+    index_path: Path,
+    fingerprint_path: Path,
+    features_path: Path | None,
+    cache: Cache,
+    merge: Merge,
+) -> str:
+    """Merge parts/ beside the manifest into teacher_logits.h5, measure it, write manifest.json; return its line.
+
+    The parts are removed last, unless the merged cache is a virtual one. Killed at any point, the same call finishes
+    the work: a merged file is only ever there whole, and parts are only removed once it is.
+    """
+    started = time.monotonic()
+    index = TokenIndex.read(index_path)
+    header = build_header(index, read_json(fingerprint_path), cache, source=fingerprint_path)
+    folder = manifest_path.parent
+    out = folder / CACHE_FILE
+    if not _is_whole(out, header, parts=folder / "parts"):
+        _merge(index, folder, header, out, mode=merge.mode)
+    merged = LogitCache(out)
+    receipts = [read_json(path) for path in sorted(folder.glob("metadata_worker*.json"))]
+    manifest = describe_cache(merged, index) | read_fidelity(merged, features_path)
+    _refuse_misaligned(out, manifest)
+    about = describe_run(
+        section=asdict(cache), seed=None, device="cpu", seconds=time.monotonic() - started
+    )
+    write_json(folder / "run.json", about | {"workers": receipts})
+    write_json(manifest_path, manifest)
+    if not merged.is_virtual:
+        remove_parts(folder / "parts")
+    line = f"cache: {manifest['positions']:,} positions, {manifest['bytes_per_position']:.1f} bytes each"
+    if manifest["fidelity_positions"] == 0:
+        return f"{line}; its fidelity was not measured"
+    return (
+        f"{line}, tail mass {manifest['tail_mass']:.3f}; KL(live teacher || cache) {manifest['fidelity_kl']:.2e} "
+        f"nats on {manifest['fidelity_positions']:,} positions"
+    )
+
+
+def _is_whole(out: Path, header: CacheHeader, *, parts: Path) -> bool:
+    """Say whether the merged cache is there. A damaged one is put aside for as long as its parts are there too."""
+    try:
+        if not is_merged(out, header):
+            return False
+        LogitCache(out).verify_parts()
+    except ValueError:
+        if not any(parts.glob("*.h5")):
+            raise
+        out.replace(out.with_suffix(DAMAGED))
+        return False
+    return True
+
+
+def _merge(index: TokenIndex, folder: Path, header: CacheHeader, out: Path, *, mode: str) -> None:
+    """Merge the parts, unless another merge is faster: an orphan of a killed Snakemake may be at it too.
+
+    Where parts are to be made again, the workers' receipts go: they would say that nothing is to be done.
+    """
+    parts = folder / "parts"
+    try:
+        merge_parts(index, parts, header, out, mode=mode)
+    except (ValueError, FileNotFoundError):
+        if is_merged(out, header):
+            return  # which is why parts were gone
+        if find_missing_parts(index, parts, header):
+            for receipt in folder.glob("metadata_worker*.json"):
+                receipt.unlink(missing_ok=True)
+        raise
+
+
+def _refuse_misaligned(path: Path, manifest: dict[str, Any]) -> None:
+    """Raise ValueError when the cache is so far from the teacher that its records must be at wrong positions."""
+    if manifest["fidelity_positions"] and not manifest["fidelity_kl"] <= _MISALIGNED_KL:
+        raise ValueError(
+            f"{path} does not hold this teacher's distributions at these positions: KL(live teacher || cache) is "
+            f"{manifest['fidelity_kl']:.2f} nats on {manifest['fidelity_positions']:,} positions, expected below "
+            f"{_MISALIGNED_KL}. Delete {path.parent} and run the same command again."
+        )
+
+
+def describe_cache(cache: LogitCache, index: TokenIndex) -> dict[str, Any]:
+    """Return the manifest's facts: they depend on the content alone, not on who made it or when."""
+    positions = cache.table.num_positions
+    assert positions == index.content["train"]["positions"], (positions, index.content["train"])
+    return {
+        "file": cache.path.name,
+        "mode": "virtual" if cache.is_virtual else "copy",
+        "file_bytes": cache.path.stat().st_size,
+        "sha256": cache_digest(cache),
+        "sequences": len(cache),
+        "tokens": len(cache.table.ids),
+        "positions": positions,
+        "bytes_per_position": (cache.record_bytes + cache.table_bytes) / max(1, positions),
+        "method": cache.header.codec.method,
+        "top_k": cache.header.codec.top_k,
+        "min_probability": cache.header.codec.min_probability,
+        "halved_parts": cache.halved_parts,
+        "header": cache.header.to_json(),
+    }
+
+
+def read_fidelity(cache: LogitCache, features_path: Path | None) -> dict[str, Any]:
+    """Return the measured fidelity, checked to be on the very sequences that were re-scored."""
+    if features_path is None:
+        return {
+            "fidelity_positions": 0,
+            "fidelity_kl": None,
+            "fidelity_agreement": None,
+            "tail_mass": None,
+        }
+    teacher = read_features(features_path)
+    teacher.require_teacher(cache.header.teacher, source=features_path, made_from=cache.path)
+    places = [i for i in teacher.train_sequences.tolist() if i < len(cache)]
+    rows = [cache.table.slice(i, i + 1) for i in places]
+    teacher.require("train", concatenate_tables(rows), source=features_path)
+    return measure_fidelity(cache, teacher)
+
+
+@torch.inference_mode()
+def measure_fidelity(cache: LogitCache, teacher: TeacherFeatures) -> dict[str, Any]:
+    """Compare the cache with the live teacher at the re-scored training positions.
+
+    fidelity_kl: KL(live || cache) in nats over the kept tokens and one bucket for the tail, so that it shows
+    what storing (and scoring in other batches) changed; what cutting the tail loses is `tail_mass`.
+    """
+    place, kl, agree, tail = 0, 0.0, 0, 0.0
+    for index in teacher.train_sequences.tolist():
+        targets = cache.read_targets(index)
+        live_PV = teacher.logprobs("train", slice(place, place + len(targets)))
+        place += len(targets)
+        ids_PK, logprobs_PK = map(torch.from_numpy, targets.to_rows())
+        ids_PK = ids_PK.long()
+        best_P1 = logprobs_PK.argmax(dim=-1, keepdim=True)
+        kept_PK, tail_P1 = _split(targets, logprobs_PK, cache.header.codec)
+        is_kept_PK = kept_PK > -torch.inf
+        cached = torch.cat([kept_PK, tail_P1], 1)
+        live_PK = live_PV.gather(1, ids_PK).masked_fill(~is_kept_PK, -torch.inf)
+        outside_PV = _hide(live_PV, ids_PK, is_kept_PK)
+        live = torch.cat([live_PK, outside_PV.logsumexp(dim=-1, keepdim=True)], 1)
+        terms = live.exp() * (live - cached)
+        kl += float(terms.masked_fill(live == -torch.inf, 0.0).double().sum())
+        agree += int((live_PV.argmax(dim=-1, keepdim=True) == ids_PK.gather(1, best_P1)).sum())
+        tail += float(cached[:, -1].exp().double().sum())
+    assert place == len(teacher.features["train"]), (place, len(teacher.features["train"]))
+    n = max(1, place)
+    return {
+        "fidelity_positions": place,
+        # Rows rounded to float16 need not sum to one, which can put a KL of zero a rounding below it.
+        "fidelity_kl": max(0.0, kl / n),
+        "fidelity_agreement": agree / n,
+        "tail_mass": tail / n,
+    }
+
+
+def _hide(live_PV: Tensor, ids_PK: Tensor, is_kept_PK: Tensor) -> Tensor:
+    """Return the logprobs with those of the kept ids at -inf."""
+    hidden_PV = live_PV.clone()
+    rows, columns = is_kept_PK.nonzero(as_tuple=True)
+    hidden_PV[rows, ids_PK[rows, columns]] = -torch.inf
+    return hidden_PV
+
+
+def _split(targets: SparseTargets, logprobs_PK: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
+    """Return logprobs of the exact tokens [P, K] (-inf elsewhere) and of all others at temperature 1 [P, 1].
+
+    Drawn tokens estimate the tail: they are in its bucket.
+    """
+    tail_P1 = torch.from_numpy(targets.tail_logprobs)[:, [codec.temperatures.index(1.0)]]
+    tail_P1 = tail_P1.clamp(min=_LEAST_TAIL)
+    if targets.num_exact is None:
+        return logprobs_PK, tail_P1
+    is_drawn_PK = torch.arange(logprobs_PK.shape[1]) >= torch.from_numpy(targets.num_exact)[:, None]
+    drawn_PK = logprobs_PK.masked_fill(~is_drawn_PK, -torch.inf)
+    tail_P1 = torch.logaddexp(tail_P1, drawn_PK.logsumexp(dim=-1, keepdim=True))
+    return logprobs_PK.masked_fill(is_drawn_PK, -torch.inf), tail_P1

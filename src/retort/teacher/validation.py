@@ -1,0 +1,150 @@
+"""The teacher reads held-out text and a sample of the training text, once for all students."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from retort.config.sections import Evaluation, Teacher
+from retort.io.files import read_json
+from retort.models.generate import sample_model
+from retort.models.heads import Head
+from retort.models.load import CausalLM, load_recorded_teacher
+from retort.models.samples import SAMPLES_FILE, Samples, choose_prompts, write_samples
+from retort.teacher.features import OTHER_TOKENIZER, TeacherFeatures, digest_keys, write_features
+from retort.teacher.scoring import Scorer, score_features
+from retort.tokens.index import TokenIndex
+from retort.tokens.sequences import SequenceTable, load_tokenizer
+
+
+def score_validation(
+    out: Path,
+    *,
+    index_path: Path,
+    teacher_path: str,
+    fingerprint_path: Path,
+    section: Teacher,
+    evaluation: Evaluation,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Score the held-out sequences, and an evenly spaced sample of the training sequences, with one teacher.
+
+    The teacher continues some prompts too, for samples.json beside it. Sequences of another tokenizer (students of
+    text alone may have one) may hold ids that the teacher does not know: then both files say nothing.
+    """
+    torch.set_num_threads(section.generation.cpu_threads)
+    samples_path = out.with_name(SAMPLES_FILE)
+    index = TokenIndex.read(index_path)
+    validation = index.read_split("val", max_positions=evaluation.max_positions)
+    if validation.num_positions == 0:
+        raise ValueError(
+            "no document is held out, so no student could be measured: raise dataset.validation_fraction, or give "
+            f"more documents ({index.content['train']['documents']} are there to train on)."
+        )
+    record = read_json(fingerprint_path)
+    samples = Samples((), missing=OTHER_TOKENIZER)
+    if int(index.content["tokenizer"]["size"]) > record["vocabulary"]:
+        say(f"the teacher does not know the tokens of this text: {OTHER_TOKENIZER}.")
+        write_samples(samples_path, {"teacher": samples}, of=record["weights"])
+        write_features(out, _say_nothing(record, validation))
+        return
+    places, training = index.read_sample(num_positions=evaluation.fidelity_positions)
+    say(
+        f"{validation.num_positions:,} held-out positions, {training.num_positions:,} to measure the cache with"
+    )
+    teacher = load_recorded_teacher(
+        teacher_path, section, record_path=fingerprint_path, longest=index.longest
+    )
+    if has_tokenizer(record, index):
+        tokenizer = load_tokenizer(
+            teacher_path, revision=record["revision"], trust_remote_code=section.trust_remote_code
+        )
+        prompts = choose_prompts(validation, tokenizer, evaluation)
+        samples = sample_model(teacher.model, tokenizer, prompts, evaluation, say=say)
+    found = score_tables(
+        teacher,
+        fingerprint=record["weights"],
+        name=record["name"],
+        num_tokens=int(index.content["tokenizer"]["size"]),
+        validation=validation,
+        training=training,
+        train_sequences=places,
+        batch_size=section.generation.batch_size,
+        say=say,
+    )
+    teacher.require_unchanged()
+    write_samples(samples_path, {"teacher": samples}, of=record["weights"])
+    write_features(out, found)
+
+
+def has_tokenizer(record: dict[str, Any], index: TokenIndex) -> bool:
+    """Say whether a recorded teacher has the tokenizer that made the tokens."""
+    return bool(record["tokenizer"]["fingerprint"] == index.content["tokenizer"]["fingerprint"])
+
+
+def score_tables(
+    teacher: CausalLM,
+    *,
+    fingerprint: str,
+    name: str,
+    num_tokens: int,
+    validation: SequenceTable,
+    training: SequenceTable,
+    train_sequences: NDArray[np.int64],
+    batch_size: int,
+    say: Callable[[str], None] = print,
+) -> TeacherFeatures:
+    """Score the held-out sequences and the sample of training sequences."""
+    tables = {"val": validation, "train": training}
+    total = sum(len(t.ids) for t in tables.values())
+    seen = 0
+
+    def on_batch(tokens: int) -> None:
+        nonlocal seen
+        before, seen = seen, seen + tokens
+        if before * 10 // max(1, total) != seen * 10 // max(1, total):
+            say(f"scored {seen:,} of {total:,} tokens")
+
+    features = {
+        split: collect_features(teacher, table, batch_size=batch_size, on_batch=on_batch)
+        for split, table in tables.items()
+    }
+    return TeacherFeatures(
+        features=features,
+        train_sequences=train_sequences,
+        head=teacher.head,
+        num_tokens=num_tokens,
+        teacher=fingerprint,
+        name=name,
+        num_parameters=teacher.num_parameters,
+        keys={split: digest_keys(table) for split, table in tables.items()},
+    )
+
+
+def collect_features(
+    teacher: CausalLM, table: SequenceTable, *, batch_size: int, on_batch: Callable[[int], None]
+) -> Tensor:
+    """Return the features [P, D] at all counted positions of a table, in the table's order, on the CPU."""
+    pieces: list[Tensor] = [torch.empty(0)] * len(table)
+    for index, features_PD in score_features(Scorer(teacher, batch_size), table, on_batch=on_batch):
+        pieces[index] = features_PD.cpu()
+    return torch.cat(pieces) if pieces else torch.empty((0, 0))
+
+
+def _say_nothing(record: dict[str, Any], validation: SequenceTable) -> TeacherFeatures:
+    """Return the features of a teacher that has read nothing."""
+    splits = ("val", "train")
+    return TeacherFeatures(
+        features=dict.fromkeys(splits, torch.empty((0, 0))),
+        train_sequences=np.zeros(0, np.int64),
+        head=Head(weight=None),
+        num_tokens=0,
+        teacher=record["weights"],
+        name=record["name"],
+        num_parameters=0,
+        keys=dict.fromkeys(splits, digest_keys(validation.slice(0, 0))),
+    )

@@ -1,0 +1,281 @@
+"""A worker of the teacher's pass: does parts of the index until every part has a file.
+
+Parts belong to nobody. Worker w of N starts with parts w, w + N, w + 2N, ... and then takes any part that is still
+missing and not claimed by a living worker, so that a slow or dead worker's parts are done by the others. Batches are
+fixed by a part's content and the config, so its bytes do not depend on who did it, or when.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from retort.cache.codec import TokenOrder
+from retort.cache.parts import (
+    build_header,
+    discard_merged,
+    find_missing_parts,
+    find_order,
+    is_merged,
+    part_files,
+    part_path,
+    write_part,
+)
+from retort.cache.reader import CACHE_FILE, CacheHeader
+from retort.cli import GOES_ON, first_line, is_out_of_memory, note
+from retort.cluster.deadlines import OUT_OF_TIME, RESUMABLE, Deadline
+from retort.config.sections import Cache, Teacher
+from retort.io.files import describe_run, read_json, write_json
+from retort.models.load import CausalLM, describe_device, load_recorded_teacher
+from retort.teacher.claims import Claims, next_part
+from retort.teacher.progress import Progress
+from retort.teacher.scoring import Scored, Scorer, score_part
+from retort.tokens.index import TokenIndex
+from retort.tokens.sequences import SequenceTable
+
+_WAIT_S = 0.25  # a look at the folder, a few milliseconds
+
+
+@dataclass(frozen=True)
+class WorkerReport:
+    """What one worker did, for its receipt metadata_worker<w>.json."""
+
+    worker: int
+    num_workers: int
+    parts: list[str]
+    tokens: int
+    seconds: float
+    left: int = 0  # parts that were still without a file when there was no time for another one
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the receipt's content."""
+        return {
+            "worker": self.worker,
+            "num_workers": self.num_workers,
+            "parts_done": self.parts,
+            "tokens": self.tokens,
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def run_worker(
+    index: TokenIndex,
+    folder: Path,
+    header: CacheHeader,
+    *,
+    worker: int,
+    num_workers: int,
+    batch_size: int,
+    load: Callable[[], CausalLM],
+    say: Callable[[str], None] = print,
+    progress: Progress | None = None,
+    deadline: Deadline | None = None,
+) -> WorkerReport:
+    """Do parts until every part of the index has a file, or the deadline leaves no time for another one.
+
+    `load` is called only when there is work to do.
+    """
+    started = time.monotonic()
+    deadline = deadline or Deadline(ask=lambda: None)
+    is_late = False
+    scorer: Scorer | None = None
+    progress = progress or Progress(index.parts, part_files(index, folder, header), say=say)
+    num_tokens = int(index.content["tokenizer"]["size"])
+    order = find_order(index, header.codec)
+    with (
+        Claims(folder) as claims,
+        _Writer(folder, header, order, on_written=progress.end_part) as writer,
+    ):
+        # A worker that was stopped for long may wake after the others finished, merged and removed all parts.
+        while not is_merged(folder.parent / CACHE_FILE, header) and (
+            missing := find_missing_parts(index, folder, header)
+        ):
+            folder.mkdir(parents=True, exist_ok=True)
+            place_part = next_part(missing, folder, worker=worker, num_workers=num_workers)
+            # One part is tried whatever the time: else a slot that is hardly long enough would always be in vain.
+            is_first = place_part is not None and writer.longest == 0.0
+            if is_late := not is_first and deadline.forbids(writer.longest if place_part else 0.0):
+                break
+            if place_part is None:
+                # This worker is writing, or living ones are at every part that is left: one of them may die.
+                writer.wait()
+                progress.refresh()
+                time.sleep(_WAIT_S)
+                continue
+            _, part = place_part
+            with ExitStack() as hold:
+                is_mine = hold.enter_context(claims.claim(part["name"]))
+                if not is_mine or part_path(folder, part["name"], header).exists():
+                    continue
+                scorer = scorer or Scorer(load(), batch_size, say=say)
+                table = index.read_part(part)
+                progress.start_part(part)
+                begun = time.monotonic()
+                scored = score_part(
+                    scorer,
+                    table,
+                    header.codec,
+                    num_tokens=num_tokens,
+                    order=order,
+                    behind=writer.thread,
+                    on_batch=progress.add,
+                )
+                scorer.teacher.require_unchanged()
+                writer.write(_ScoredPart(part, table, scored, hold.pop_all(), begun))
+    left = len(find_missing_parts(index, folder, header)) if is_late else 0
+    seconds = time.monotonic() - started
+    return WorkerReport(worker, num_workers, writer.done, progress.tokens, seconds, left)
+
+
+@dataclass(frozen=True)
+class _ScoredPart:
+    """A part that is to be written; `claimed` is closed at its end, and with it the claim is given up."""
+
+    part: dict[str, Any]
+    table: SequenceTable
+    scored: Scored
+    claimed: ExitStack
+    begun: float  # time.monotonic() before its first batch
+
+
+class _Writer:
+    """Writes one part, in a thread of its own, while the teacher reads the next one.
+
+    The part stays claimed until its file is there. One part is written at a time, so a worker that is killed loses the
+    part that it reads, or the one that it writes and what it read meanwhile.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        header: CacheHeader,
+        order: TokenOrder | None,
+        *,
+        on_written: Callable[[dict[str, Any], Path], None],
+    ) -> None:
+        self.folder, self.header, self.order, self.on_written = folder, header, order, on_written
+        self.thread = ThreadPoolExecutor(max_workers=1)
+        self.done: list[str] = []
+        self.longest = 0.0  # seconds from a part's first batch to its file
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        try:
+            self.wait()  # also when the next part failed, or the worker is told to end: this one is scored
+        finally:
+            self.thread.shutdown(cancel_futures=True)
+
+    def wait(self) -> None:
+        """Wait for the part that is being written, if one is; raises what went wrong with it."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def write(self, work: _ScoredPart) -> None:
+        """Begin to write a part, after the one before.
+
+        Raises what went wrong with the one before; this one is written all the same.
+        """
+        self.longest = max(self.longest, time.monotonic() - work.begun)
+        before = self._writing
+        self._writing = self.thread.submit(self._write, work)
+        if before is not None:
+            before.result()
+
+    def _write(self, work: _ScoredPart) -> None:
+        with work.claimed:
+            path = part_path(self.folder, work.part["name"], self.header)
+            halved = work.scored.halved > 0
+            write_part(
+                path, work.table, work.scored.targets, self.header, self.order, halved=halved
+            )
+            self.done.append(work.part["name"])
+            self.on_written(work.part, path)
+            discard_merged(path, self.folder.parent / CACHE_FILE, self.header)
+        self.longest = max(self.longest, time.monotonic() - work.begun)
+
+
+def _load(path: str, section: Teacher, record_path: Path, *, longest: int) -> CausalLM:
+    """Load the teacher. Raises ValueError where there is not enough memory for it."""
+    try:
+        return load_recorded_teacher(path, section, record_path=record_path, longest=longest)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"teacher {path!r} does not fit into memory ({first_line(error)}): spread it over more GPUs "
+            f"(teacher.generation.gpus_per_model, now {section.generation.gpus_per_model}), take a smaller "
+            f"teacher.dtype (now {section.dtype}), or fewer workers on this machine (teacher.generation.num_workers)."
+        ) from None
+
+
+def generate_logits(
+    receipt: Path,
+    *,
+    index_path: Path,
+    teacher_path: str,
+    fingerprint_path: Path,
+    section: Teacher,
+    cache: Cache,
+    worker: int,
+    num_workers: int,
+    say: Callable[[str], None] = print,
+    terminal: TextIO | None = None,
+) -> None:
+    """Be one worker: do parts into parts/ beside the receipt until none is missing, then write the receipt.
+
+    Raises SystemExit(RESUMABLE), without a receipt, where the scheduler's time limit comes before.
+    """
+    torch.set_num_threads(
+        section.generation.cpu_threads
+    )  # fixed by the config: another number changes bits
+    (note if terminal else say)(  # under a bar, it would be in its way
+        f"Worker {worker}/{num_workers}  CUDA_VISIBLE_DEVICES: {os.environ.get('CUDA_VISIBLE_DEVICES', '-')}"
+    )
+    index = TokenIndex.read(index_path)
+    header = build_header(index, read_json(fingerprint_path), cache, source=fingerprint_path)
+    folder = receipt.parent
+    if is_merged(folder / CACHE_FILE, header):
+        say("the merged cache is there already: nothing to do")
+        report = WorkerReport(worker, num_workers, [], 0, 0.0)
+    else:
+        files = part_files(index, folder / "parts", header)
+        with Progress(index.parts, files, say=say, terminal=terminal) as progress:
+            report = run_worker(
+                index,
+                folder / "parts",
+                header,
+                worker=worker,
+                num_workers=num_workers,
+                batch_size=section.generation.batch_size,
+                load=lambda: _load(teacher_path, section, fingerprint_path, longest=index.longest),
+                say=say,
+                progress=progress,
+                deadline=Deadline(),
+            )
+    if report.left:
+        say(
+            f"{OUT_OF_TIME}: {report.left} of {len(index.parts)} parts are still missing, {len(report.parts)} were "
+            f"done here. {GOES_ON}"
+        )
+        raise SystemExit(RESUMABLE)
+    device = "cuda" if torch.cuda.is_available() and section.device != "cpu" else "cpu"
+    about = describe_run(
+        section=asdict(cache),
+        seed=None,
+        device=describe_device(torch.device(device)),
+        seconds=report.seconds,
+    )
+    write_json(receipt, report.to_json() | {"run": about})
+    say(
+        f"worker {worker}: {len(report.parts)} parts, {report.tokens:,} tokens in {report.seconds:.1f} s"
+    )

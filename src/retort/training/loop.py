@@ -1,0 +1,346 @@
+"""Train one student: data from the cache or from the tokens, transformers' Trainer with our losses.
+
+Three ways: *output* (cross-entropy on the text), *logit* (the teacher's distributions), *hybrid* (both). The data
+order depends on the seed and the number of sequences only, so runs that differ in nothing but the loss see the
+same batches, on any number of GPUs. A run that was killed goes on from its last whole checkpoint when it is started
+again.
+"""
+
+import csv
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch.distributed.fsdp import FSDPModule
+from transformers import (
+    AutoModelForCausalLM,
+    PrinterCallback,
+    TrainerState,
+    TrainingArguments,
+)
+
+from retort.cache.codec import Codec
+from retort.cache.reader import LogitCache
+from retort.cluster.ranks import cut_global_batch, ignore_surroundings, rank, world_size
+from retort.config.sections import Student, Tracking, Training
+from retort.io.files import held, write_atomically
+from retort.models.load import CausalLM, choose_device, describe_device, split_model
+from retort.models.students import build_student
+from retort.tokens.sequences import SequenceTable
+from retort.training.batches import Collator, TrainingData, count_steps
+from retort.training.checkpoints import (
+    Stamp,
+    find_checkpoint,
+    is_finished,
+    read_progress,
+    require_start,
+)
+from retort.training.fused_loss import LossSettings
+from retort.training.model_card import write_card
+from retort.training.model_loss import attach_loss
+from retort.training.trainer import DistillationTrainer, ProgressCallback
+
+# It has the newer name since transformers 5.23; vLLM 0.32 wants 5.19.
+_CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in TrainingArguments.__dataclass_fields__
+)
+LOG_COLUMNS = (
+    "step",
+    "total_loss",
+    "hard_loss",
+    "soft_loss",
+    "perplexity",
+    "learning_rate",
+    "tokens_per_second",
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: from what, of which student, how.
+
+    `identity`: digest of all that its result depends on; `training.alpha` is filled in; `vocabulary`: the student's,
+    where its config says none; `teacher`: a live one, None where the source is a cache or text is all there is;
+    `facts`: what is learned from, for people.
+    """
+
+    name: str
+    identity: str
+    source: SequenceTable | LogitCache
+    student: Student
+    training: Training
+    tracking: Tracking
+    tokenizer: Any
+    vocabulary: int
+    teacher: CausalLM | None = None
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def stamp(self) -> Stamp:
+        """What its checkpoints are marked with."""
+        strategy = self.training.strategy if world_size() > 1 else "ddp"
+        return Stamp(self.identity, strategy)
+
+    @property
+    def settings(self) -> LossSettings:
+        """Of its loss."""
+        t = self.training
+        assert t.alpha is not None
+        return LossSettings(t.alpha, t.temperature, t.divergence, chunk_size=t.loss_chunk_size)
+
+
+def training_arguments(folder: Path, job: Job) -> TrainingArguments:
+    """Translate our keys into transformers' TrainingArguments; starts the ranks' talk where there are several."""
+    training, tracking = job.training, job.tracking
+    device = choose_device(training.device)
+    size, accumulation = cut_global_batch(
+        training.batch_size, training.gradient_accumulation_steps, world_size()
+    )
+    steps = count_steps(
+        len(job.source),
+        global_batch=training.batch_size * training.gradient_accumulation_steps,
+        max_steps=training.max_steps,
+        num_epochs=training.num_epochs,
+    )
+    precision = choose_precision(training, device)
+    shards = world_size() > 1 and training.strategy == "fsdp"
+    trackers = [
+        t
+        for t, on in (("wandb", tracking.use_wandb), ("tensorboard", tracking.use_tensorboard))
+        if on
+    ]
+    return TrainingArguments(
+        output_dir=str(folder),
+        run_name=tracking.wandb_run_name or job.name,
+        project=tracking.wandb_project or "retort",
+        report_to=trackers or "none",
+        max_steps=steps,
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=training.lr_scheduler_type,
+        warmup_steps=training.warmup_steps,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        seed=training.seed,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        fsdp=True if shards else None,
+        **{_CHECKPOINTING: training.use_gradient_checkpointing},
+        logging_steps=training.logging_steps,
+        logging_first_step=True,  # a run shorter than logging_steps has a curve too
+        logging_nan_inf_filter=False,  # it would log 0.0 for a NaN and train on
+        save_steps=training.save_steps,
+        save_total_limit=max(2, training.save_total_limit),  # the newest may be torn by a kill
+        dataloader_num_workers=training.dataloader_num_workers,
+        remove_unused_columns=False,
+        use_cpu=device.type == "cpu",
+        disable_tqdm=True,
+    )
+
+
+def choose_precision(training: Training, device: torch.device) -> str:
+    """Return bf16, fp16 or no: a CPU trains in float32, and a GPU without bfloat16 in float16."""
+    if not training.use_mixed_precision or device.type != "cuda":
+        return "no"
+    wants_bf16 = training.mixed_precision_dtype == "bf16"
+    return "bf16" if wants_bf16 and torch.cuda.is_bf16_supported() else "fp16"
+
+
+@contextmanager
+def _alone(folder: Path, *, say: Callable[[str], None]) -> Iterator[None]:
+    """Let one process, or one group of ranks, train in a folder at a time: an orphan of a killed Snakemake may still
+    be at it."""
+    if rank() > 0:
+        _wait_for_ranks()
+        yield
+        return
+    busy = f"another process trains in {folder}: waiting for it to end"
+    with held(folder / ".lock", busy=busy, say=say):
+        _wait_for_ranks()
+        yield
+
+
+def _wait_for_ranks() -> None:
+    if world_size() > 1:
+        torch.distributed.barrier()
+
+
+def train_student(folder: Path, job: Job, *, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Train until max_steps or num_epochs are done, from the newest whole checkpoint where there is one.
+
+    Writes checkpoint-*/, final/ (model and tokenizer) and training_log.csv into `folder`, and returns what is
+    worth keeping: steps, trained positions, seconds over all attempts, parameters, device. Called by every rank.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    ignore_surroundings()
+    _keep_trackers_in(folder)
+    torch.set_num_threads(job.training.cpu_threads)
+    arguments = training_arguments(folder, job)
+    with _alone(folder, say=say):
+        trainer = build_trainer(arguments, job)
+        parameters = int(trainer.model.num_parameters())  # before they may be cut into pieces
+        checkpoint = _agree_on_checkpoint(folder, job.stamp, say=say)
+        progress = ProgressCallback(
+            trainer,
+            name=job.name,
+            stamp=job.stamp,
+            before=read_progress(checkpoint),
+            write_curve=lambda: write_log(folder / "training_log.csv", trainer.state.log_history),
+            say=say,
+        )
+        trainer.add_callback(progress)
+        _train(trainer, checkpoint, job, say=say)
+        totals = progress.totals
+        summary = {
+            "steps": trainer.state.global_step,
+            "trained_positions": int(totals["positions"]),
+            "seconds": round(totals["seconds"], 3),
+            "seconds_waiting_for_data": round(trainer.waited_s, 3),
+            "student_parameters": parameters,
+            "device": describe_device(trainer.args.device),
+        }
+        curve = trainer.state.log_history
+        save_final(folder / "final", trainer, job, lambda: _write_card(job, summary, curve))
+        if rank() == 0:
+            write_log(folder / "training_log.csv", curve)
+        return summary
+
+
+def _keep_trackers_in(folder: Path) -> None:
+    """Let trackers write beside the student, and go on with the same curve after a kill, unless the user decided."""
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))
+    os.environ.setdefault("WANDB_DIR", str(folder))
+    os.environ.setdefault("WANDB_RUN_ID", folder.name)
+    os.environ.setdefault("WANDB_RESUME", "allow")
+
+
+def build_trainer(arguments: TrainingArguments, job: Job) -> DistillationTrainer:
+    """Return a trainer of a freshly built student."""
+    model = build_student(
+        job.student, vocabulary=job.vocabulary, tokenizer=job.tokenizer, seed=job.training.seed
+    )
+    split = split_model(model)
+    attach_loss(split, job.settings)
+    source, collator = job.source, Collator()
+    if isinstance(source, LogitCache):
+        codec = source.header.codec
+        tail = find_tail(codec, job.training, path=source.path)
+        is_narrow = split.vocabulary < codec.vocabulary
+        collator = Collator(tail, split.vocabulary if is_narrow else None)
+    trainer = DistillationTrainer(
+        settings=job.settings,
+        teacher=job.teacher,
+        num_tokens=len(job.tokenizer),
+        model=model,
+        args=arguments,
+        train_dataset=TrainingData(source),
+        data_collator=collator,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _agree_on_checkpoint(folder: Path, stamp: Stamp, *, say: Callable[[str], None]) -> Path | None:
+    """Let the first rank look for a checkpoint, since it removes what is torn, and tell the others."""
+    found: list[Any] = [find_checkpoint(folder, stamp, say=say) if rank() == 0 else None]
+    if world_size() > 1:
+        broadcast_object_list(found)
+    return found[0]  # type: ignore[no-any-return]
+
+
+def _train(
+    trainer: DistillationTrainer,
+    checkpoint: Path | None,
+    job: Job,
+    *,
+    say: Callable[[str], None],
+) -> None:
+    """Train from a checkpoint of this run, from one that the config names, or from the beginning."""
+    if checkpoint:
+        say(f"train {job.name}: going on from {checkpoint.name}")
+        trainer.window.restore(read_progress(checkpoint)["window"])
+    if checkpoint and is_finished(checkpoint):
+        trainer.model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        return
+    named = job.training.resume_from_checkpoint
+    if checkpoint is None and named is not None:
+        require_start(Path(named), max_steps=trainer.args.max_steps)
+    start = str(checkpoint or named or "")
+    trainer.train(resume_from_checkpoint=start or None)
+
+
+def find_tail(codec: Codec, training: Training, *, path: Path) -> int:
+    """Return the column of the tail at the training's temperature; the whole vocabulary has none, so any will do.
+
+    Raises ValueError when a cache of this codec cannot be trained from so.
+    """
+    temperature, divergence = training.temperature, training.divergence
+    if codec.method == "sampled" and (temperature != 1.0 or divergence != "forward_kl"):
+        raise ValueError(
+            f"training.temperature is {temperature} and training.divergence {divergence!r}, but {path} holds draws "
+            "(cache.method: sampled), which are unbiased for forward_kl at temperature 1 alone. Use both, or a cache "
+            "of cache.method: top_p."
+        )
+    if temperature in codec.temperatures:
+        return codec.temperatures.index(temperature)
+    if codec.top_k == codec.vocabulary:
+        return 0
+    raise ValueError(
+        f"training.temperature is {temperature}, but {path} holds the tail's mass at {codec.temperatures} only. "
+        f"Use one of them, or add {temperature} to cache.temperatures, which makes a new cache."
+    )
+
+
+def save_final(
+    folder: Path, trainer: DistillationTrainer, job: Job, card: Callable[[], str]
+) -> None:
+    """Write the finished student, its tokenizer and card: a folder that AutoModelForCausalLM loads, whole or not at
+    all. Called by every rank."""
+    model = trainer.model
+    is_cut = isinstance(model, FSDPModule)  # then all ranks bring their pieces together
+    weights = trainer.accelerator.get_state_dict(model) if is_cut else model.state_dict()
+    # Gathered pieces of a tied weight share no memory any more, and it would be stored under its other name.
+    weights = {name: w for name, w in weights.items() if name not in model.all_tied_weights_keys}
+    if rank() > 0:
+        return
+    temporary = folder.with_name(".final.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.config.use_cache = True
+    model.save_pretrained(temporary, state_dict=weights)
+    job.tokenizer.save_pretrained(temporary)
+    (temporary / "README.md").write_text(card(), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def _write_card(job: Job, summary: dict[str, Any], curve: list[dict[str, float]]) -> str:
+    return write_card(
+        job.name,
+        distillation_type=job.training.distillation_type,
+        facts=job.facts,
+        summary=summary,
+        config={"student": asdict(job.student), "training": asdict(job.training)},
+        curve=curve,
+    )
+
+
+def write_log(path: Path, log_history: list[dict[str, Any]]) -> None:
+    """Write the training curve as CSV, one row per logged step."""
+    rows = [entry for entry in log_history if "total_loss" in entry]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, LOG_COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows([json.loads(json.dumps(row)) for row in rows])
+    write_atomically(path, text.getvalue().encode())
