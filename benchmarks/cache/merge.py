@@ -19,7 +19,8 @@ import numpy as np
 
 from benchmarks.common import make_parser
 from retort.cache.codec import Codec, TokenOrder
-from retort.cache.parts import merge_parts, part_path, write_part
+from retort.cache.merged import merge_parts
+from retort.cache.parts import part_path, write_part
 from retort.cache.reader import CacheHeader
 from retort.cache.sparse_codec import Selection, to_streams
 from retort.cache.sparse_streams import TAIL_UNIT

@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM
 from retort.cache.reader import LogitCache
 from retort.config.checks import DEFAULT_ALPHA
 from retort.config.load import identity
-from retort.io.files import digest
+from retort.io.digests import digest
 from retort.models.load import CausalLM, load_teacher
 from retort.tokens.index import TokenIndex
-from retort.tokens.sequences import SequenceTable, load_tokenizer
+from retort.tokens.sequences import SequenceTable
+from retort.tokens.tokenizer import load_tokenizer
 from retort.training.loop import LOG_COLUMNS, Job, train_student
 
 

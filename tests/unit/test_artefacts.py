@@ -15,7 +15,8 @@ import yaml
 from retort.artifacts.plan import Project, plan_project
 from retort.config.load import load_runs
 from retort.config.schema import merge
-from retort.io.files import fingerprint_tokenizer, fingerprint_weights, write_json
+from retort.io.files import write_json
+from retort.io.fingerprints import fingerprint_tokenizer, fingerprint_weights
 
 Plan = Callable[..., Project]
 KINDS = {"corpora", "teachers", "tokens", "logits", "validations", "run", "evaluation"}

@@ -9,13 +9,9 @@ from tiny import section
 
 from retort.corpus.documents import Document
 from retort.evaluation.breakdowns import Classes, find_classes
-from retort.tokens.sequences import (
-    SequenceTable,
-    TokenCounts,
-    build_table,
-    load_tokenizer,
-    tokenize_documents,
-)
+from retort.tokens.sequences import SequenceTable, build_table
+from retort.tokens.tokenize import TokenCounts, tokenize_documents
+from retort.tokens.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -39,14 +39,8 @@ from synthetic import (
 )
 
 from retort.cache.codec import Codec, decode, encode
-from retort.cache.parts import (
-    find_missing_parts,
-    is_merged,
-    merge_parts,
-    part_path,
-    remove_parts,
-    write_part,
-)
+from retort.cache.merged import merge_parts
+from retort.cache.parts import find_missing_parts, is_merged, part_path, remove_parts, write_part
 from retort.cache.reader import CacheHeader, LogitCache, cache_digest
 from retort.io.files import write_pieces
 from retort.tokens.index import TokenIndex

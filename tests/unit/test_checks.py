@@ -14,7 +14,7 @@ from retort.config.load import load_runs
 from retort.io.files import read_json, write_json
 from retort.pipeline.demo_teacher import DEMO_TEACHER
 from retort.pipeline.preflight import check_project
-from retort.tokens.sequences import load_tokenizer
+from retort.tokens.tokenizer import load_tokenizer
 
 SMALL: dict[str, Any] = {
     "vocab_size": WIDTH,

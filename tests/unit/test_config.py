@@ -18,14 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from snakemake.cli import parse_config  # type: ignore[import-untyped]
 
-from retort.config.load import (
-    add_section_flags,
-    identity,
-    load_runs,
-    readme,
-    section_flags,
-    section_from_args,
-)
+from retort.config.flags import add_section_flags, section_flags, section_from_args
+from retort.config.load import identity, load_runs
+from retort.config.reference import readme
 from retort.config.schema import (
     _MOVED,
     ConfigError,

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retort.config.checks import LOADERS as CONFIG_LOADERS
-from retort.config.load import add_section_flags, section_from_args
+from retort.config.flags import add_section_flags, section_from_args
 from retort.config.sections import Dataset
 from retort.corpus.demo_text import PACKAGES
 from retort.corpus.documents import Counts, Document, is_held_out, make_document

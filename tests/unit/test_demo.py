@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from retort.config.sections import Student
 from retort.corpus.documents import Counts, Document
 from retort.corpus.reading import read_documents
-from retort.io.files import fingerprint_tokenizer, fingerprint_weights, read_json
+from retort.io.files import read_json
+from retort.io.fingerprints import fingerprint_tokenizer, fingerprint_weights
 from retort.models.students import student_config
 from retort.pipeline import demo_teacher as demo
 from retort.pipeline.demo_teacher import (

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from test_corpus import DEFAULTS, read_shards, write_jsonl
 
 import retort.corpus.snapshot
-from retort.config.load import section_flags
+from retort.config.flags import section_flags
 from retort.config.sections import Dataset
 from retort.corpus.documents import Counts
 from retort.corpus.reading import Reading

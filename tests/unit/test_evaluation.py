@@ -20,13 +20,15 @@ from retort.evaluation.run import (
 )
 from retort.evaluation.scores import OF_BOTH, read_documents
 from retort.evaluation.text_bytes import count_next_bytes
-from retort.io.files import digest_folder, read_json, write_json
+from retort.io.digests import digest_folder
+from retort.io.files import read_json, write_json
 from retort.models.load import CausalLM, load_pretrained, load_teacher, split_model
 from retort.report.records import load_metrics
 from retort.teacher.features import TeacherFeatures, digest_keys, read_features
 from retort.teacher.validation import score_validation
 from retort.tokens.index import TokenIndex
-from retort.tokens.sequences import SequenceTable, concatenate_tables, load_tokenizer
+from retort.tokens.sequences import SequenceTable, concatenate_tables
+from retort.tokens.tokenizer import load_tokenizer
 
 Matrix = NDArray[np.float64]
 

@@ -19,7 +19,8 @@ from synthetic import CODED, ORDER, streams_of
 
 from retort.artifacts.plan import REVISIONS, plan_project
 from retort.cache.codec import Codec, SparseTargets
-from retort.cache.parts import merge_parts, part_path, write_part
+from retort.cache.merged import merge_parts
+from retort.cache.parts import part_path, write_part
 from retort.cache.reader import CacheHeader, LogitCache
 from retort.config.load import load_runs
 from retort.config.schema import fill_defaults, section_schema
@@ -32,8 +33,9 @@ from retort.synthesis.prompts import read_prompts
 from retort.synthesis.providers import Answer
 from retort.synthesis.run import keep_examples
 from retort.tokens.index import TokenIndex, write_index
-from retort.tokens.sequences import SequenceTable, TokenCounts, tokenize_documents
+from retort.tokens.sequences import SequenceTable
 from retort.tokens.shards import write_token_shard
+from retort.tokens.tokenize import TokenCounts, tokenize_documents
 
 # What the digests below were made with.
 GOLDEN_REVISIONS = {

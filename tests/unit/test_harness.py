@@ -14,7 +14,7 @@ from tiny import section
 from transformers import AutoModelForCausalLM
 
 from retort.evaluation.benchmark import check_benchmarks
-from retort.tokens.sequences import load_tokenizer
+from retort.tokens.tokenizer import load_tokenizer
 
 ROWS = [
     ("the cat is", [" red", " green"], 0),

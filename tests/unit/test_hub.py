@@ -16,7 +16,7 @@ from test_corpus import DEFAULTS, write_jsonl
 from test_drawing import contents
 from tiny import tiny_dataset, tokenize
 
-from retort.config.load import section_flags
+from retort.config.flags import section_flags
 from retort.corpus.snapshot import draw_corpus, replace
 
 SCRIPTS = Path(__file__).parents[2] / "workflow" / "scripts"

@@ -20,7 +20,7 @@ from retort.evaluation.humaneval import (
     score_attempts,
 )
 from retort.models.generate import Sampling, complete_prompts
-from retort.tokens.sequences import load_tokenizer
+from retort.tokens.tokenizer import load_tokenizer
 
 RIGHT = {"add": "    return a + b\n", "double": "    return 2 * a\n"}
 

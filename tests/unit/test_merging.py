@@ -19,7 +19,8 @@ from tiny import section
 from torch import Tensor
 
 from retort.cache.codec import Codec, SparseTargets
-from retort.cache.parts import build_header, merge_parts, part_path, write_part
+from retort.cache.merged import merge_parts
+from retort.cache.parts import build_header, part_path, write_part
 from retort.cache.reader import CACHE_FILE, CacheHeader, LogitCache
 from retort.io.files import read_json, write_json
 from retort.models.heads import Head
@@ -234,7 +235,7 @@ def test_parts_that_cannot_be_merged_are_there_to_be_made_again(
 
 
 @pytest.mark.parametrize(
-    "moment", ["retort.cache.parts._read_parts", "retort.cache.parts._require_room"]
+    "moment", ["retort.cache.merged._read_parts", "retort.cache.merged._require_room"]
 )
 def test_of_two_merges_at_once_the_slower_one_finds_the_work_done(
     prepare: Callable[..., Place], monkeypatch: pytest.MonkeyPatch, moment: str

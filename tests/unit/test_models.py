@@ -43,7 +43,7 @@ from retort.models.load import (
     split_model,
 )
 from retort.models.students import build_student, student_config
-from retort.tokens.sequences import fingerprint_of_tokenizer, load_tokenizer
+from retort.tokens.tokenizer import fingerprint_of_tokenizer, load_tokenizer
 
 SMALL: dict[str, Any] = {
     "vocab_size": 37,

@@ -17,12 +17,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from retort.io.digests import digest, digest_file
 from retort.io.files import (
-    describe_run,
-    digest,
-    digest_file,
-    fingerprint_tokenizer,
-    fingerprint_weights,
     held,
     read_json,
     remove_stale_temporaries,
@@ -30,6 +26,8 @@ from retort.io.files import (
     write_atomically,
     write_json,
 )
+from retort.io.fingerprints import fingerprint_tokenizer, fingerprint_weights
+from retort.io.run_record import describe_run
 
 MIB = 1 << 20
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()

@@ -15,7 +15,8 @@ import torch
 from bench import Bench, assert_same_curve, assert_same_weights, read_log
 from tiny import real_processes
 
-from retort.io.files import digest_folder, read_json, write_json
+from retort.io.digests import digest_folder
+from retort.io.files import read_json, write_json
 from retort.training.checkpoints import Stamp, find_checkpoint
 
 pytestmark = pytest.mark.slow  # each trains two or three times

@@ -22,7 +22,8 @@ from retort.models.samples import (
 from retort.teacher.features import read_features
 from retort.teacher.validation import score_validation
 from retort.tokens.index import TokenIndex
-from retort.tokens.sequences import build_table, load_tokenizer
+from retort.tokens.sequences import build_table
+from retort.tokens.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

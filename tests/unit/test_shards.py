@@ -20,13 +20,9 @@ from retort.corpus.documents import Counts
 from retort.corpus.snapshot import draw_corpus
 from retort.io.files import read_json
 from retort.tokens.index import TokenIndex, build_index, describe_index, name_part, write_index
-from retort.tokens.sequences import (
-    SequenceTable,
-    build_table,
-    fingerprint_of_tokenizer,
-    load_tokenizer,
-)
+from retort.tokens.sequences import SequenceTable, build_table
 from retort.tokens.shards import read_token_shard, tokenize_shard, write_token_shard
+from retort.tokens.tokenizer import fingerprint_of_tokenizer, load_tokenizer
 
 SIZES = (5, 0, 7, 1)
 

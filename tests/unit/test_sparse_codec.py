@@ -33,7 +33,8 @@ from retort.cache.entropy import (
     split,
     unpack_tables,
 )
-from retort.cache.parts import find_order, merge_parts, part_path, write_part
+from retort.cache.merged import merge_parts
+from retort.cache.parts import find_order, part_path, write_part
 from retort.cache.reader import CacheHeader, LogitCache
 from retort.cache.sparse_codec import (
     Selection,

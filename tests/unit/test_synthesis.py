@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from retort.artifacts.plan import plan_project
 from retort.artifacts.syntheses import refuse_other_responses
-from retort.config.load import load_runs, section_flags
+from retort.config.flags import section_flags
+from retort.config.load import load_runs
 from retort.config.schema import ConfigError, fill_defaults, section_schema
 from retort.config.sections import Evaluation, Synthesis, build_section
 from retort.synthesis.client import wait_before_retry

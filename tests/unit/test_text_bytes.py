@@ -13,13 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 from retort.corpus.documents import Document
 from retort.evaluation.text_bytes import count_next_bytes, count_token_bytes
-from retort.tokens.sequences import (
-    SequenceTable,
-    TokenCounts,
-    build_table,
-    load_tokenizer,
-    tokenize_documents,
-)
+from retort.tokens.sequences import SequenceTable, build_table
+from retort.tokens.tokenize import TokenCounts, tokenize_documents
+from retort.tokens.tokenizer import load_tokenizer
 
 TEXTS = (
     "The quick brown fox\n\n  jumps over 13 lazy dogs.",

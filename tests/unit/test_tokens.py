@@ -18,17 +18,9 @@ from synthetic import make_table
 from retort.config.schema import fill_defaults, section_schema
 from retort.config.sections import Dataset, build_section
 from retort.corpus.documents import Document
-from retort.tokens.sequences import (
-    SequenceTable,
-    TokenCounts,
-    build_table,
-    concatenate_tables,
-    content_key,
-    encode_prompt,
-    fingerprint_of_tokenizer,
-    load_tokenizer,
-    tokenize_documents,
-)
+from retort.tokens.sequences import SequenceTable, build_table, concatenate_tables, content_key
+from retort.tokens.tokenize import TokenCounts, tokenize_documents
+from retort.tokens.tokenizer import encode_prompt, fingerprint_of_tokenizer, load_tokenizer
 
 DATASET: Dataset = build_section("dataset", fill_defaults({}, section_schema("dataset")))
 CHAT = replace(DATASET, prompt_column="prompt", response_column="response")
@@ -353,7 +345,7 @@ def test_what_is_no_tokenizer_is_refused_with_the_next_step(
 
 _HIDDEN = """
 import json, sys
-from retort.tokens.sequences import encode_prompt, fingerprint_of_tokenizer, hidden_torch, load_tokenizer
+from retort.tokens.tokenizer import encode_prompt, fingerprint_of_tokenizer, hidden_torch, load_tokenizer
 with hidden_torch():
     tokenizer = load_tokenizer(sys.argv[1])
 text = sys.argv[2]

@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from retort.artifacts.plan import student_content
 from retort.cache.codec import Codec
 from retort.cache.reader import LogitCache
-from retort.io.files import digest, read_json, write_json
-from retort.tokens.sequences import load_tokenizer
+from retort.io.digests import digest
+from retort.io.files import read_json, write_json
+from retort.tokens.tokenizer import load_tokenizer
 from retort.training.loop import LOG_COLUMNS, find_tail
 from retort.training.run import train_run
 

@@ -27,7 +27,7 @@ from retort.evaluation.compare import (
     render_metrics,
 )
 from retort.evaluation.scores import METRICS, OF_BOTH
-from retort.tokens.sequences import load_tokenizer
+from retort.tokens.tokenizer import load_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
 LOADING = choose_loading(device="cpu", dtype="auto", trust_remote_code=False)

@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from retort.artifacts.syntheses import RESPONSES_FILE
-from retort.config.load import section_flags
+from retort.config.flags import section_flags
 from retort.config.schema import fill_defaults, section_schema
 from retort.config.sections import Synthesis, Teacher, build_section
 from retort.synthesis.local_vllm import require_vllm, takes_vllm

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tiny import NUM_TOKENS, WIDTH, name_token, swap_tokens
 
-from retort.tokens.sequences import load_tokenizer
+from retort.tokens.tokenizer import load_tokenizer
 from retort.tokens.vocabularies import (
     count_ids,
     find_difference,

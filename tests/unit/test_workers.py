@@ -23,11 +23,11 @@ from tiny import NUM_TOKENS, WIDTH, real_processes, record, section, tokenize
 from torch import Tensor
 
 from retort.cache.codec import build_codec
+from retort.cache.merged import merge_parts
 from retort.cache.parts import (
     build_header,
     discard_merged,
     find_missing_parts,
-    merge_parts,
     part_files,
     part_path,
 )

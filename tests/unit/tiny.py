@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from retort.cache.parts import build_header, merge_parts
+from retort.cache.merged import merge_parts
+from retort.cache.parts import build_header
 from retort.cache.reader import LogitCache
 from retort.config.schema import fill_defaults, section_schema
 from retort.config.sections import build_section
@@ -16,8 +17,8 @@ from retort.io.files import read_json, write_json
 from retort.models.load import load_recorded_teacher, record_teacher
 from retort.teacher.worker import run_worker
 from retort.tokens.index import TokenIndex, write_index
-from retort.tokens.sequences import fingerprint_of_tokenizer, load_tokenizer
 from retort.tokens.shards import tokenize_shard
+from retort.tokens.tokenizer import fingerprint_of_tokenizer, load_tokenizer
 
 torch.set_num_threads(1)  # on matrices of this size a second thread only costs
 

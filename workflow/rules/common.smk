@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from retort.artifacts.plan import plan_project
-from retort.config.load import load_runs, section_flags
+from retort.config.load import load_runs
+from retort.config.flags import section_flags
 from retort.corpus.sources import is_hub
 from retort.artifacts.syntheses import local_model
 from snakemake.exceptions import WorkflowError

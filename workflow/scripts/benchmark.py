@@ -12,7 +12,7 @@ from pathlib import Path
 
 from retort.cli import run_script, say
 from retort.cluster.leases import lease_teacher, lease_training
-from retort.config.load import add_section_flags, section_from_args
+from retort.config.flags import add_section_flags, section_from_args
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from retort.cli import run_script
-from retort.config.load import add_section_flags, section_from_args
+from retort.config.flags import add_section_flags, section_from_args
 from retort.corpus.snapshot import draw_corpus
 
 

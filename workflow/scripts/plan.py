@@ -9,7 +9,7 @@ from pathlib import Path
 
 from retort.cache.cost import describe_cost, plan_cache
 from retort.cli import run_script, say
-from retort.config.load import add_section_flags, section_from_args
+from retort.config.flags import add_section_flags, section_from_args
 from retort.io.files import read_json, write_json
 
 

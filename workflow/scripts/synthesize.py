@@ -11,7 +11,7 @@ from pathlib import Path
 
 from retort.cli import run_script, say
 from retort.cluster.leases import lease_teacher
-from retort.config.load import add_section_flags, section_from_args
+from retort.config.flags import add_section_flags, section_from_args
 from retort.teacher.progress import open_terminal
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from retort.artifacts.syntheses import refuse_other_responses
 from retort.cli import run_script, say
-from retort.config.load import add_section_flags, section_from_args
+from retort.config.flags import add_section_flags, section_from_args
 
 
 def main() -> None:
@@ -45,13 +45,13 @@ def main() -> None:
     if args.synthesis:
         refuse_other_responses(args.synthesis)
     from retort.corpus.sharding import is_custom
-    from retort.tokens.sequences import (
+    from retort.tokens.shards import tokenize_shard
+    from retort.tokens.tokenizer import (
         fingerprint_of_tokenizer,
         hidden_torch,
         load_tokenizer,
         refuse_other_tokenizer,
     )
-    from retort.tokens.shards import tokenize_shard
 
     runs_user_code = args.trust_remote_code or is_custom(dataset)  # which may want models
     with nullcontext() if runs_user_code else hidden_torch():

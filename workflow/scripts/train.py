@@ -11,7 +11,7 @@ from pathlib import Path
 from retort.cli import run_script, say
 from retort.cluster.leases import keep_in_use, lease_training
 from retort.cluster.ranks import die_with_parent, find_meeting, is_rank, launch_ranks, rank
-from retort.config.load import add_section_flags, section_from_args
+from retort.config.flags import add_section_flags, section_from_args
 
 
 def read_command_line() -> argparse.Namespace:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from retort.config.load import identity
 from retort.config.sections import Config, Evaluation
-from retort.io.files import digest, digest_file, digest_folder, suggest_path
+from retort.io.digests import digest, digest_file, digest_folder
+from retort.io.files import suggest_path
 
 
 @dataclass(frozen=True)

@@ -27,17 +27,9 @@ from retort.corpus.reading import (
     record_path,
 )
 from retort.corpus.sources import list_files
-from retort.io.files import (
-    digest,
-    digest_file,
-    fingerprint_tokenizer,
-    fingerprint_weights,
-    is_path,
-    read_json,
-    refuse_file_in_the_way,
-    stamp_files,
-    suggest_path,
-)
+from retort.io.digests import digest, digest_file, stamp_files
+from retort.io.files import is_path, read_json, refuse_file_in_the_way, suggest_path
+from retort.io.fingerprints import fingerprint_tokenizer, fingerprint_weights
 
 # Raise a number when the code makes other bytes from the same input: that, and only that, re-makes results.
 # tests/unit/test_golden.py fails when bytes change and the number does not.

@@ -14,16 +14,9 @@ from retort.config.load import identity
 from retort.config.sections import Config, Dataset, Synthesis
 from retort.config.synthesis_checks import COLUMNS
 from retort.corpus.sources import expand
-from retort.io.files import (
-    digest,
-    digest_file,
-    fingerprint_tokenizer,
-    fingerprint_weights,
-    is_path,
-    read_json,
-    stamp_files,
-    suggest_path,
-)
+from retort.io.digests import digest, digest_file, stamp_files
+from retort.io.files import is_path, read_json, suggest_path
+from retort.io.fingerprints import fingerprint_tokenizer, fingerprint_weights
 
 PROMPT_SUFFIXES = {
     ".jsonl": "json",

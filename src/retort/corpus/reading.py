@@ -38,7 +38,7 @@ from retort.corpus.sharding import (
     require_files,
 )
 from retort.corpus.sources import Source, is_hub, list_files, open_source
-from retort.io.files import stamp_files
+from retort.io.digests import stamp_files
 
 T = TypeVar("T")
 

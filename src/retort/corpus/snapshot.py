@@ -36,7 +36,8 @@ from retort.corpus.reading import (
 )
 from retort.corpus.sharding import Dealt, choose_sharding
 from retort.corpus.sources import is_hub
-from retort.io.files import digest, held, read_json, stamp_files, write_json
+from retort.io.digests import digest, stamp_files
+from retort.io.files import held, read_json, write_json
 
 _DRAWN_FORMAT = {"format": "retort corpus", "version": 1}
 _PROGRESS_FORMAT = {"format": "retort draw", "version": 1}

@@ -22,7 +22,8 @@ from retort.evaluation.humaneval import (
 )
 from retort.evaluation.run import refuse_other_student
 from retort.evaluation.sandbox import require_sandbox
-from retort.io.files import describe_run, read_json, write_atomically, write_json
+from retort.io.files import read_json, write_atomically, write_json
+from retort.io.run_record import describe_run
 from retort.models.generate import Sampling, complete_prompts
 from retort.models.load import (
     choose_device,
@@ -30,7 +31,7 @@ from retort.models.load import (
     load_pretrained,
     load_recorded_teacher,
 )
-from retort.tokens.sequences import load_tokenizer
+from retort.tokens.tokenizer import load_tokenizer
 
 BENCHMARK_FORMAT = "retort-benchmark"
 BENCHMARK_VERSION = 1

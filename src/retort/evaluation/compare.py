@@ -16,6 +16,7 @@ from retort.config.schema import fill_defaults, section_schema
 from retort.config.sections import Dataset, Evaluation, Teacher, build_section
 from retort.corpus.documents import Counts, Document
 from retort.corpus.reading import read_documents
+from retort.evaluation.formatting import format_metric, name_metric
 from retort.evaluation.intervals import Estimate
 from retort.evaluation.run import evaluate_student
 from retort.evaluation.scores import METRICS, METRICS_FORMAT, METRICS_VERSION, OF_BOTH, Scores
@@ -32,10 +33,11 @@ from retort.models.load import (
     require_causal,
     split_model,
 )
-from retort.report.tables import format_metric, name_metric
 from retort.teacher.features import OTHER_TOKENIZER, TeacherFeatures, digest_keys
 from retort.teacher.validation import collect_features
-from retort.tokens.sequences import SequenceTable, TokenCounts, load_tokenizer, tokenize_documents
+from retort.tokens.sequences import SequenceTable
+from retort.tokens.tokenize import TokenCounts, tokenize_documents
+from retort.tokens.tokenizer import load_tokenizer
 
 _LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _PACKED = (".gz", ".zst")

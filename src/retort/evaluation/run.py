@@ -27,7 +27,8 @@ from retort.evaluation.scores import (
     write_documents,
 )
 from retort.evaluation.text_bytes import count_next_bytes
-from retort.io.files import compare_digests, digest_folder, read_json, write_json
+from retort.io.digests import compare_digests, digest_folder
+from retort.io.files import read_json, write_json
 from retort.models.generate import sample_model
 from retort.models.load import CausalLM, choose_device, load_pretrained, split_model
 from retort.models.samples import (
@@ -41,7 +42,8 @@ from retort.models.samples import (
 from retort.teacher.features import OTHER_TOKENIZER, TeacherFeatures, digest_keys, read_features
 from retort.teacher.validation import has_tokenizer
 from retort.tokens.index import TokenIndex
-from retort.tokens.sequences import SequenceTable, load_tokenizer
+from retort.tokens.sequences import SequenceTable
+from retort.tokens.tokenizer import load_tokenizer
 from retort.tokens.vocabularies import find_difference
 
 METRICS_FROM_TRAINING = (

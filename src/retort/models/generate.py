@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel, StoppingCriteria
 from retort.cli import first_line
 from retort.config.sections import Evaluation
 from retort.models.samples import Prompt, Sample, Samples
-from retort.tokens.sequences import encode_beginning
+from retort.tokens.tokenizer import encode_beginning
 
 TOP_P = 0.95  # the nucleus that is drawn from, as in Chen et al., 2021
 _LOOK_EVERY = 16  # tokens

@@ -24,16 +24,11 @@ from transformers.utils import logging as transformers_logging
 from retort.cli import say
 from retort.cluster.ranks import is_rank, local_rank
 from retort.config.sections import Teacher
-from retort.io.files import (
-    digest,
-    fingerprint_weights,
-    list_weights,
-    read_json,
-    stamp_files,
-    write_json,
-)
+from retort.io.digests import digest, stamp_files
+from retort.io.files import read_json, write_json
+from retort.io.fingerprints import fingerprint_weights, list_weights
 from retort.models.heads import Head
-from retort.tokens.sequences import cannot_load, fingerprint_of_tokenizer, load_tokenizer
+from retort.tokens.tokenizer import cannot_load, fingerprint_of_tokenizer, load_tokenizer
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()

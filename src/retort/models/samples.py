@@ -15,7 +15,8 @@ import numpy as np
 from retort.cli import first_line
 from retort.config.sections import Evaluation
 from retort.io.files import read_json, write_json
-from retort.tokens.sequences import Sequence, SequenceTable, encode_beginning, encode_prompt
+from retort.tokens.sequences import Sequence, SequenceTable
+from retort.tokens.tokenizer import encode_beginning, encode_prompt
 
 SAMPLES_FILE = "samples.json"
 SAMPLES_FORMAT = "retort-samples"

@@ -18,9 +18,11 @@ from retort.config.sections import Dataset, Student, Tracking, Training, build_s
 from retort.corpus.documents import Counts, Document
 from retort.corpus.reading import read_documents
 from retort.corpus.snapshot import read_drawn
-from retort.io.files import describe_run, write_json
+from retort.io.files import write_json
+from retort.io.run_record import describe_run
 from retort.models.load import fingerprint_model
-from retort.tokens.sequences import TokenCounts, fingerprint_of_tokenizer, tokenize_documents
+from retort.tokens.tokenize import TokenCounts, tokenize_documents
+from retort.tokens.tokenizer import fingerprint_of_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 

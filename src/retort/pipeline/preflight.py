@@ -20,12 +20,13 @@ from retort.config.sections import Config, Teacher, Tracking
 from retort.config.synthesis_checks import SYNTHESIS
 from retort.corpus.reading import check_corpus
 from retort.evaluation.benchmark import check_benchmarks
-from retort.io.files import fingerprint_weights, require_writable
+from retort.io.files import require_writable
+from retort.io.fingerprints import fingerprint_weights
 from retort.models.load import load_model_config, output_width, refuse_short_context
 from retort.models.students import name_student, student_config
 from retort.pipeline.demo_teacher import DEMO_TEACHER, DemoTokenizer
 from retort.synthesis.run import check_synthesis
-from retort.tokens.sequences import fingerprint_of_tokenizer, load_tokenizer
+from retort.tokens.tokenizer import fingerprint_of_tokenizer, load_tokenizer
 from retort.tokens.vocabularies import require_student_ids, require_teacher_ids
 
 

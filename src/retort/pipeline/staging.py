@@ -13,7 +13,7 @@ from retort.config.synthesis_checks import SYNTHESIS
 from retort.corpus.hub import open_table
 from retort.corpus.sources import is_hub
 from retort.synthesis.prompts import read_prompts
-from retort.tokens.sequences import cannot_load, load_tokenizer
+from retort.tokens.tokenizer import cannot_load, load_tokenizer
 
 
 def stage_project(configs: Mapping[str, Config]) -> list[str]:

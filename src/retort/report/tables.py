@@ -4,8 +4,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from retort.evaluation.formatting import format_estimate, format_metric, name_metric
 from retort.evaluation.intervals import Estimate
-from retort.evaluation.scores import METRICS
 from retort.models.samples import Prompt, Samples
 from retort.report.comparisons import compare_with_baseline, find_best
 from retort.report.records import CacheFacts, Record, find_teachers
@@ -158,6 +158,8 @@ _PAGE_METRICS = (
     *("loss", "bits_per_byte", "kl_to_teacher", "reverse_kl", "agreement", "overlap"),
     *("acceptance", "accuracy", "calibration_error"),
 )
+
+
 _KINDS = {
     "frequency": "How common the next token is: its rank in the training text",
     "place": "Where in its document: tokens before the next one",
@@ -206,35 +208,15 @@ def build_metric_table(group: Sequence[Record]) -> Table:
     return Table("", ("run", *map(name_metric, shown), "gap closed, %"), tuple(rows))
 
 
-def name_metric(name: str) -> str:
-    """Return a metric's title and unit; a share of 1 is given in percent."""
-    metric = METRICS[name]
-    return f"{metric.title}, {metric.unit or '%'}"
-
-
 def _cell(name: str, found: Estimate | None, *, is_best: bool = False) -> Cell:
     return Cell("-") if found is None else Cell(*format_metric(name, found), is_best)
-
-
-def format_metric(name: str, found: Estimate) -> tuple[str, str]:
-    """Return a metric's value, a share in percent, and its interval ("" without one)."""
-    scale, digits = (1.0, 3) if METRICS[name].unit else (100.0, 1)
-    return _texts(found, scale, digits)
-
-
-def _texts(found: Estimate, scale: float, digits: int) -> tuple[str, str]:
-    text = f"{found.value * scale:,.{digits}f}"
-    if found.ends is None:
-        return text, ""
-    low, high = (f"{end * scale:,.{digits}f}" for end in found.ends)
-    return text, f"{low} to {high}"
 
 
 def _gap(record: Record, group: Sequence[Record]) -> Cell:
     found = compare_with_baseline(record, group)
     if found is None or found.gap_closed is None:
         return Cell("-")
-    return Cell(*_texts(found.gap_closed, 100.0, 0))
+    return Cell(*format_estimate(found.gap_closed, 100.0, 0))
 
 
 def build_seed_table(means: Sequence[SeedMean]) -> Table:
@@ -246,7 +228,7 @@ def build_seed_table(means: Sequence[SeedMean]) -> Table:
         cells = [Cell(str(mean.num_seeds)), *(_cell(n, mean.means.get(n)) for n in names)]
         margin = mean.means.get("margin")
         clear = margin is not None and is_gain(margin)
-        cells.append(Cell(*_texts(margin, 1.0, 3), clear) if margin else Cell("-"))
+        cells.append(Cell(*format_estimate(margin, 1.0, 3), clear) if margin else Cell("-"))
         rows.append((mean.name, False, tuple(cells)))
     return Table("Means over seeds", heads, tuple(rows))
 
@@ -304,7 +286,7 @@ def build_benchmark_table(board: Scoreboard) -> Table:
 def _score_cell(score: Estimate | None) -> Cell:
     if score is None:
         return Cell("-")
-    return Cell(*_texts(score, 1.0, 3))
+    return Cell(*format_estimate(score, 1.0, 3))
 
 
 # What was written -----------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from retort.cli import first_line, is_out_of_memory
 from retort.config.sections import Synthesis, Teacher
-from retort.io.files import digest
+from retort.io.digests import digest
 from retort.models.generate import (
     Completion,
     Sampling,
@@ -30,7 +30,7 @@ from retort.models.load import describe_device, load_teacher
 from retort.synthesis.journal import Journal
 from retort.synthesis.prompts import Prompt
 from retort.synthesis.providers import Answer
-from retort.tokens.sequences import encode_beginning, encode_chat, load_tokenizer
+from retort.tokens.tokenizer import encode_beginning, encode_chat, load_tokenizer
 
 _SEEDS = 2**32
 _LINE_S = 10.0

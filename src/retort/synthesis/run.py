@@ -17,14 +17,9 @@ from typing import Any, TextIO
 from retort.artifacts.syntheses import RESPONSES_FILE, list_prompt_files, local_model, name_asking
 from retort.config.load import identity
 from retort.config.sections import Config, Evaluation, Synthesis, Teacher
-from retort.io.files import (
-    describe_run,
-    digest_file,
-    held,
-    stamp_files,
-    write_atomically,
-    write_json,
-)
+from retort.io.digests import digest_file, stamp_files
+from retort.io.files import held, write_atomically, write_json
+from retort.io.run_record import describe_run
 from retort.synthesis.client import Asker, describe_estimate, describe_paid
 from retort.synthesis.contamination import Runs, read_benchmarks
 from retort.synthesis.filters import Sieve, list_grammars, require_filters
@@ -97,7 +92,7 @@ def _check_local(config: Config) -> None:
     """Raise ValueError where the config or the tokenizer of a local model cannot be read, or its engine is missing."""
     from retort.models.load import load_model_config
     from retort.synthesis.local_vllm import require_vllm
-    from retort.tokens.sequences import load_tokenizer
+    from retort.tokens.tokenizer import load_tokenizer
 
     require_vllm(config.synthesis)
 

@@ -9,17 +9,12 @@ import torch
 from torch import Tensor
 
 from retort.cache.codec import Codec, SparseTargets
-from retort.cache.parts import (
-    DAMAGED,
-    build_header,
-    find_missing_parts,
-    is_merged,
-    merge_parts,
-    remove_parts,
-)
+from retort.cache.merged import merge_parts
+from retort.cache.parts import DAMAGED, build_header, find_missing_parts, is_merged, remove_parts
 from retort.cache.reader import CACHE_FILE, CacheHeader, LogitCache, cache_digest
 from retort.config.sections import Cache, Merge
-from retort.io.files import describe_run, read_json, write_json
+from retort.io.files import read_json, write_json
+from retort.io.run_record import describe_run
 from retort.teacher.features import TeacherFeatures, read_features
 from retort.tokens.index import TokenIndex
 from retort.tokens.sequences import concatenate_tables

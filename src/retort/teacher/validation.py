@@ -18,7 +18,8 @@ from retort.models.samples import SAMPLES_FILE, Samples, choose_prompts, write_s
 from retort.teacher.features import OTHER_TOKENIZER, TeacherFeatures, digest_keys, write_features
 from retort.teacher.scoring import Scorer, score_features
 from retort.tokens.index import TokenIndex
-from retort.tokens.sequences import SequenceTable, load_tokenizer
+from retort.tokens.sequences import SequenceTable
+from retort.tokens.tokenizer import load_tokenizer
 
 
 def score_validation(

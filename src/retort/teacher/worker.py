@@ -31,7 +31,8 @@ from retort.cache.reader import CACHE_FILE, CacheHeader
 from retort.cli import GOES_ON, first_line, is_out_of_memory, note
 from retort.cluster.deadlines import OUT_OF_TIME, RESUMABLE, Deadline
 from retort.config.sections import Cache, Teacher
-from retort.io.files import describe_run, read_json, write_json
+from retort.io.files import read_json, write_json
+from retort.io.run_record import describe_run
 from retort.models.load import CausalLM, describe_device, load_recorded_teacher
 from retort.teacher.claims import Claims, next_part
 from retort.teacher.progress import Progress

@@ -19,7 +19,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from retort.corpus.sharding import reconcile
-from retort.io.files import digest, read_json, write_atomically, write_json
+from retort.io.digests import digest
+from retort.io.files import read_json, write_atomically, write_json
 from retort.tokens.sequences import SPLITS, SequenceTable, concatenate_tables
 from retort.tokens.shards import (
     TOKENS_FORMAT,

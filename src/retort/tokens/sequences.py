@@ -9,27 +9,18 @@ Every sequence carries a *content key* over its ids, its segment starts and its 
 something with a sequence later (a teacher's distributions, say) compares keys first.
 """
 
-import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 from numpy.typing import ArrayLike, NDArray
 
-from retort.cli import first_line
-from retort.config.sections import Dataset
-from retort.corpus.documents import Document
-from retort.io.files import digest, fingerprint_tokenizer, is_path
-
 SPLITS = ("train", "val")
+
+
 KEY_BYTES = 16
-# A tokenizer takes about 100 bytes a token while it is at a batch.
-_DOCUMENTS_PER_BATCH = 256
-_CHARACTERS_PER_BATCH = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -163,10 +154,10 @@ def concatenate_tables(tables: Iterable[SequenceTable]) -> SequenceTable:
 
 
 # (ids, loss mask, document, (category, language)) of a sequence of one segment
-_Row = tuple[ArrayLike, ArrayLike, int, tuple[str, str]]
+SequenceRow = tuple[ArrayLike, ArrayLike, int, tuple[str, str]]
 
 
-def build_table(rows: Iterable[_Row]) -> SequenceTable:
+def build_table(rows: Iterable[SequenceRow]) -> SequenceTable:
     """Build a table from (ids, loss mask, document, (category, language)) rows of one segment each."""
     rows = list(rows)
     names = sorted({name for *_, name in rows} | {("", "")})
@@ -191,226 +182,3 @@ def build_table(rows: Iterable[_Row]) -> SequenceTable:
         labels=np.array([places[row[3]] for row in rows], dtype=np.int32),
         label_names=tuple(names),
     )
-
-
-@dataclass
-class TokenCounts:
-    """Where the tokens went: `read` = `stored` + `truncated` + `without_loss` + `too_short`.
-
-    A token that two consecutive sequences share is stored once for this count.
-    """
-
-    documents: int = 0
-    documents_split: int = 0
-    documents_truncated: int = 0
-    read: int = 0
-    stored: int = 0
-    truncated: int = 0  # cut off by long_documents: truncate
-    without_loss: int = 0  # sequences that hold nothing but prompt
-    too_short: int = 0  # documents of fewer than two tokens: nothing to predict
-
-    def reconcile(self) -> None:
-        """Assert that no token is unaccounted for."""
-        assert self.read == self.stored + self.truncated + self.without_loss + self.too_short, self
-
-    def __add__(self, other: "TokenCounts") -> "TokenCounts":
-        return TokenCounts(
-            **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
-        )
-
-
-def tokenize_documents(
-    documents: Iterable[Document], tokenizer: Any, dataset: Dataset, *, counts: TokenCounts
-) -> SequenceTable:
-    """Turn documents of one split into sequences, all in memory, and count every token."""
-    batches = tokenize_batches(documents, tokenizer, dataset, counts=counts)
-    return concatenate_tables(table for tables in batches for table in tables.values())
-
-
-def tokenize_batches(
-    documents: Iterable[Document], tokenizer: Any, dataset: Dataset, *, counts: TokenCounts
-) -> Iterator[dict[str, SequenceTable]]:
-    """Turn documents into sequences of at most `dataset.max_length` tokens, and count every token.
-
-    Yields the sequences of a batch of documents by split, each split's in the documents' order.
-    """
-    for batch in _cut_batches(documents):
-        rows: dict[str, list[_Row]] = {split: [] for split in SPLITS}
-        for document, ids, first_loss in _encode(batch, tokenizer, dataset):
-            counts.documents += 1
-            counts.read += len(ids)
-            if len(ids) < 2:
-                counts.too_short += len(ids)
-                continue
-            label = (document.category or "", document.language or "")
-            for piece, mask in _split(np.array(ids, np.int32), first_loss, dataset, counts):
-                rows[document.split].append((piece, mask, document.index, label))
-        yield {split: build_table(rows[split]) for split in SPLITS}
-    counts.reconcile()
-
-
-def _cut_batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Yield batches; one that holds much text is full before it has its number of documents."""
-    batch: list[Document] = []
-    num_characters = 0
-    for document in documents:
-        batch.append(document)
-        num_characters += len(document.text) + len(document.prompt or "")
-        if len(batch) == _DOCUMENTS_PER_BATCH or num_characters >= _CHARACTERS_PER_BATCH:
-            yield batch
-            batch, num_characters = [], 0
-    if batch:
-        yield batch
-
-
-def _split(
-    ids: NDArray[np.int32], first_loss: int, dataset: Dataset, counts: TokenCounts
-) -> Iterator[tuple[NDArray[np.int32], NDArray[np.bool_]]]:
-    """Yield (ids, loss mask) pieces of one document; `first_loss` is the first token worth predicting."""
-    length = dataset.max_length
-    if len(ids) > length and dataset.long_documents == "truncate":
-        counts.documents_truncated += 1
-        counts.truncated += len(ids) - length
-        ids = ids[:length]
-    counts.documents_split += len(ids) > length
-    for start in range(0, len(ids) - 1, length - 1):
-        piece = ids[start : start + length]
-        fresh = len(piece) - (start > 0)  # the first token was stored by the piece before
-        mask = np.arange(start + 1, start + len(piece) + 1) >= first_loss
-        mask[-1] = False
-        if mask.any():
-            counts.stored += fresh
-            yield piece, mask
-        else:
-            counts.without_loss += fresh
-
-
-def _encode(
-    batch: list[Document], tokenizer: Any, dataset: Dataset
-) -> Iterator[tuple[Document, list[int], int]]:
-    """Yield each document with its ids and the place of the first token that is to be predicted."""
-    if dataset.prompt_column is not None and getattr(tokenizer, "chat_template", None):
-        for document in batch:
-            yield (document, *_apply_chat_template(document, tokenizer))
-        return
-    has_end = dataset.append_eos and tokenizer.eos_token_id is not None
-    end = [tokenizer.eos_token_id] if has_end else []
-    plain = dataset.prompt_column is None
-    bodies = tokenizer([d.text for d in batch], add_special_tokens=plain)["input_ids"]
-    for document, body in zip(batch, bodies, strict=True):
-        head = encode_prompt(document.prompt, tokenizer) if document.prompt is not None else []
-        if end and body[-1:] == end:  # some tokenizers add the end themselves
-            body = body[:-1]
-        yield document, [*head, *body, *end], len(head)
-
-
-def encode_prompt(prompt: str, tokenizer: Any) -> list[int]:
-    """Return the ids after which a response begins: through the chat template, or, where there is none, a line."""
-    if getattr(tokenizer, "chat_template", None):
-        return encode_chat([{"role": "user", "content": prompt}], tokenizer)
-    return encode_beginning(f"{prompt}\n", tokenizer)
-
-
-def encode_chat(messages: list[dict[str, Any]], tokenizer: Any) -> list[int]:
-    """Return the ids of messages through the chat template, up to where the response begins."""
-    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
-    return list(tokenizer.apply_chat_template(messages, **options))
-
-
-def encode_beginning(text: str, tokenizer: Any) -> list[int]:
-    """Return the ids of a text that goes on: with the special tokens that a text begins with, not with its end."""
-    ids: list[int] = tokenizer(text)["input_ids"]
-    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
-
-
-def _apply_chat_template(document: Document, tokenizer: Any) -> tuple[list[int], int]:
-    """Return (ids, first response token) of one prompt + response through the tokenizer's chat template."""
-    assert document.prompt is not None
-    prompt = [{"role": "user", "content": document.prompt}]
-    both = [*prompt, {"role": "assistant", "content": document.text}]
-    head = encode_prompt(document.prompt, tokenizer)
-    ids = tokenizer.apply_chat_template(both, tokenize=True, return_dict=False)
-    if ids[: len(head)] == head:
-        return list(ids), len(head)
-    # A token may span the end of the prompt and the response's first letters: then the two are tokenized apart, as
-    # they are when a response is generated.
-    head_text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-    text = tokenizer.apply_chat_template(both, tokenize=False)
-    if not text.startswith(head_text):
-        raise ValueError(
-            f"the tokenizer's chat template rewrites the prompt of document {document.index} once the response "
-            "follows, so it cannot be told which tokens are the response's. Use a tokenizer whose template "
-            "keeps the prompt as it is, or one without a template."
-        )
-    rest = tokenizer(text[len(head_text) :], add_special_tokens=False)["input_ids"]
-    return [*head, *rest], len(head)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Tokenizers
-
-
-@contextmanager
-def hidden_torch() -> Iterator[None]:
-    """Let transformers be imported, and a tokenizer loaded, as where there is no PyTorch, which neither needs.
-
-    None in `sys.modules` is how Python marks a module as not to be found. It is taken away at the end: a library that
-    looks for "torch" in `sys.modules`, as `datasets` does, would import it and fail. From then on anyone may import
-    PyTorch; transformers keeps to its tokenizers in this process, so this is not for one that runs a user's code.
-    """
-    assert not {"torch", "transformers"} & sys.modules.keys(), "too late to hide it"
-    sys.modules["torch"] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules["torch"]
-
-
-def load_tokenizer(
-    path: str, *, revision: str | None = None, trust_remote_code: bool = False
-) -> Any:
-    """Load a tokenizer from a folder or a Hub id. Raises ValueError with the next step when it cannot."""
-    from transformers import AutoTokenizer  # seconds, and nothing else in this room needs it
-
-    try:
-        return AutoTokenizer.from_pretrained(
-            path, revision=revision, trust_remote_code=trust_remote_code
-        )
-    except (
-        Exception
-    ) as error:  # transformers raises OSError, ValueError, KeyError, and tokenizers' own
-        raise ValueError(cannot_load("tokenizer", path, error)) from error
-
-
-def fingerprint_of_tokenizer(path: str, tokenizer: Any) -> dict[str, Any]:
-    """Return {"fingerprint", "size"} of a tokenizer: of its files where it is local, else of its vocabulary."""
-    folder = Path(path)
-    if folder.is_dir():
-        fingerprint = fingerprint_tokenizer(folder)
-    else:
-        fingerprint = digest([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template])
-    return {"fingerprint": fingerprint, "size": len(tokenizer)}
-
-
-def refuse_other_tokenizer(found: dict[str, Any], *, expected: str | None, path: str) -> None:
-    """Raise ValueError when a tokenizer's fingerprint is not the one that the tokens are named by."""
-    if expected not in (None, found["fingerprint"]):
-        raise ValueError(
-            f"the tokenizer in {path!r} changed since the command began (fingerprint {found['fingerprint']}, then "
-            f"{expected}), and the tokens are named by what it was. Run the same command again: it makes others."
-        )
-
-
-def cannot_load(what: str, path: str, error: Exception) -> str:
-    """Return the sentence for a model or a tokenizer that transformers cannot load."""
-    if Path(path).is_dir():
-        advice = "the folder must hold what save_pretrained() writes (config.json, weights, tokenizer.json)"
-    elif is_path(path):
-        advice = f"there is no such folder (looked from {Path.cwd()})"
-    else:
-        advice = (
-            f"there is no such folder in {Path.cwd()}, and for a Hub id this machine must reach huggingface.co (or "
-            "have it in its cache, with HF_HUB_OFFLINE=1); "
-            "for a gated one, log in with `hf auth login`"
-        )
-    return f"cannot load the {what} {path!r}: {advice}. transformers says: {first_line(error)}"

@@ -24,14 +24,8 @@ from retort.corpus.sharding import Dealt
 from retort.corpus.snapshot import read_drawn
 from retort.io.files import remove_stale_temporaries
 from retort.io.hdf5 import Column, open_h5, read_text, write_h5, write_text
-from retort.tokens.sequences import (
-    SPLITS,
-    TABLE_COLUMNS,
-    SequenceTable,
-    TokenCounts,
-    build_table,
-    tokenize_batches,
-)
+from retort.tokens.sequences import SPLITS, TABLE_COLUMNS, SequenceTable, build_table
+from retort.tokens.tokenize import TokenCounts, tokenize_batches
 
 TOKENS_FORMAT = "retort-tokens"
 TOKENS_VERSION = 1

@@ -6,7 +6,7 @@ tokens, leaves every id with its token.
 
 from typing import Any
 
-from retort.tokens.sequences import load_tokenizer
+from retort.tokens.tokenizer import load_tokenizer
 
 
 def count_ids(tokenizer: Any) -> int:

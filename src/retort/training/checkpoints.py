@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from retort.io.files import compare_digests, digest_folder, read_json, write_json
+from retort.io.digests import compare_digests, digest_folder
+from retort.io.files import read_json, write_json
 
 # Written last into a checkpoint, so that one cut short by a kill is told from a whole one.
 COMPLETE_MARK = "complete.json"

@@ -11,11 +11,14 @@ from retort.cluster.ranks import rank
 from retort.config.checks import DEFAULT_ALPHA
 from retort.config.load import identity
 from retort.config.sections import Student, Teacher, Tracking, Training
-from retort.io.files import describe_run, digest, digest_folder, read_json, write_json
+from retort.io.digests import digest, digest_folder
+from retort.io.files import read_json, write_json
+from retort.io.run_record import describe_run
 from retort.models.load import CausalLM, load_recorded_teacher, refuse_short_context
 from retort.models.students import name_student, student_config
 from retort.tokens.index import TokenIndex
-from retort.tokens.sequences import SequenceTable, fingerprint_of_tokenizer, load_tokenizer
+from retort.tokens.sequences import SequenceTable
+from retort.tokens.tokenizer import fingerprint_of_tokenizer, load_tokenizer
 from retort.tokens.vocabularies import require_student_ids, require_teacher_ids
 from retort.training.loop import Job, train_student
 

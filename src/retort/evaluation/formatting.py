@@ -1,0 +1,24 @@
+"""Metrics as people read them: titles, rounding, intervals."""
+
+from retort.evaluation.intervals import Estimate
+from retort.evaluation.scores import METRICS
+
+
+def name_metric(name: str) -> str:
+    """Return a metric's title and unit; a share of 1 is given in percent."""
+    metric = METRICS[name]
+    return f"{metric.title}, {metric.unit or '%'}"
+
+
+def format_metric(name: str, found: Estimate) -> tuple[str, str]:
+    """Return a metric's value, a share in percent, and its interval ("" without one)."""
+    scale, digits = (1.0, 3) if METRICS[name].unit else (100.0, 1)
+    return format_estimate(found, scale, digits)
+
+
+def format_estimate(found: Estimate, scale: float, digits: int) -> tuple[str, str]:
+    text = f"{found.value * scale:,.{digits}f}"
+    if found.ends is None:
+        return text, ""
+    low, high = (f"{end * scale:,.{digits}f}" for end in found.ends)
+    return text, f"{low} to {high}"
