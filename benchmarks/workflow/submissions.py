@@ -26,10 +26,10 @@ from typing import NamedTuple
 from benchmarks.common import REPOSITORY, make_parser
 
 DATA = REPOSITORY.parent / "shared" / "data"
-sys.path[:0] = [str(REPOSITORY / "tests" / name) for name in ("slurm", "workflow")]
+sys.path.insert(0, str(REPOSITORY / "tests"))
 
-from cluster import Cluster  # type: ignore[import-not-found]  # noqa: E402
-from project import Project  # type: ignore[import-not-found]  # noqa: E402
+from support.cluster import Cluster  # type: ignore[import-not-found]  # noqa: E402
+from support.project import Project  # type: ignore[import-not-found]  # noqa: E402
 
 _POLL_S = 0.1
 _DAY_S = 86_400.0

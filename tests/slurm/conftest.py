@@ -5,17 +5,14 @@ The same command runs outside of it, or where SLURM is missing: every test then 
 
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "workflow"))
-
-from cluster import Cluster
-from place import Place, lay_out
-from project import CONFIG, Note, Parts, Project, digest
+from support.cluster import Cluster
+from support.place import Place, lay_out
+from support.project import CONFIG, Note, Parts, Project, digest
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -5,9 +5,9 @@ import os
 import re
 import signal
 
-from cluster import Cluster
-from place import merge
-from project import CONFIG, PROFILE, Note, Parts, Project
+from support.cluster import Cluster
+from support.place import merge
+from support.project import CONFIG, PROFILE, Note, Parts, Project
 
 SLOT_S = 60  # the shortest limit that SLURM has; a worker ends 20 s before it
 SLOTS = 5

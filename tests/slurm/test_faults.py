@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from cluster import Cluster
-from place import Place, merge
-from project import CONFIG, Note, Parts, Project
 
 from retort.cluster.deadlines import OUT_OF_TIME
+from support.cluster import Cluster
+from support.place import Place, merge
+from support.project import CONFIG, Note, Parts, Project
 
 Interrupted = tuple["subprocess.Popen[bytes]", Parts]
 _PTRACE_SEIZE, _PTRACE_INTERRUPT, _WALL = 0x4206, 0x4207, 0x40000000  # of Linux

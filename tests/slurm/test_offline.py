@@ -1,17 +1,13 @@
 """Nodes without a network: what comes from the Hub is staged on the login node, and then nothing asks for it again."""
 
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-from cluster import Cluster
-from place import REPOSITORY, merge, sha256
-from project import CONFIG, Project, digest
-
-sys.path.insert(0, str(REPOSITORY / "tests" / "unit"))
-
-from hub import MODEL, NAME, Hub, serve
+from support.cluster import Cluster
+from support.hub import MODEL, NAME, Hub, serve
+from support.place import merge, sha256
+from support.project import CONFIG, Project, digest
 
 STUDENT = "runs/both/*/final/model.safetensors"
 

@@ -3,9 +3,9 @@
 import json
 import re
 
-from cluster import GPUS, NODES, Cluster
-from place import Place, sha256, tiny
-from project import CONFIG, Project, digest
+from support.cluster import GPUS, NODES, Cluster
+from support.place import Place, sha256, tiny
+from support.project import CONFIG, Project, digest
 
 SUBMITTED = {
     "evaluate",

@@ -5,9 +5,9 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-from cluster import Cluster
-from place import merge
-from project import CONFIG, Project
+from support.cluster import Cluster
+from support.place import merge
+from support.project import CONFIG, Project
 
 SHARDS = 3
 

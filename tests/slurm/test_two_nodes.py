@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from cluster import Cluster
-from place import Place, merge
-from project import CONFIG, Project
 from safetensors.torch import load_file
+
+from support.cluster import Cluster
+from support.place import Place, merge
+from support.project import CONFIG, Project
 
 STEPS = 48
 RANKS = {("node1", "0"), ("node1", "1"), ("node2", "0"), ("node2", "1")}

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from bench import Bench
-from tiny import tokenize
 
 from retort.tokens.index import TokenIndex
+from support.bench import Bench
+from support.tiny import tokenize
 
 
 @pytest.fixture(scope="module")

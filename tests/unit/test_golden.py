@@ -14,8 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bytewise import Bytes
-from synthetic import CODED, ORDER, streams_of
 
 from retort.artifacts.plan import REVISIONS, plan_project
 from retort.cache.codec import Codec, SparseTargets
@@ -36,6 +34,8 @@ from retort.tokens.index import TokenIndex, write_index
 from retort.tokens.sequences import SequenceTable
 from retort.tokens.shards import write_token_shard
 from retort.tokens.tokenize import TokenCounts, tokenize_documents
+from support.bytewise import Bytes
+from support.synthetic import CODED, ORDER, streams_of
 
 # What the digests below were made with.
 GOLDEN_REVISIONS = {
@@ -75,7 +75,7 @@ GOLDEN_IDS = {
     "report": "0ea00e3b118e",
 }
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).resolve().parents[2]
 CODEC = Codec(method="top_k", top_k=6, temperatures=(1.0, 2.0), vocabulary=300)
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from forks import Forks
-from place import REPOSITORY, Once, Place, lay_out
+
+from support.forks import Forks
+from support.place import REPOSITORY, Once, Place, lay_out
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from place import Place, tiny
+
+from support.place import Place, tiny
 
 CHEAP_JOBS = {"check_inputs"}
 Prepare = Callable[[Path], object]

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import yaml
-from place import Place, tiny
+
+from support.place import Place, tiny
 
 
 def write_inputs(place: Place) -> None:

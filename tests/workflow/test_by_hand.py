@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from place import REPOSITORY, Place, sha256
+
+from support.place import REPOSITORY, Place, sha256
 
 SCRIPTS = sorted((REPOSITORY / "workflow" / "scripts").glob("*.py"))
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from place import REPOSITORY, Place
+
+from support.place import REPOSITORY, Place
 
 CATALOG = yaml.safe_load((REPOSITORY / ".snakemake-workflow-catalog.yml").read_text())["usage"]
 MODULE = """

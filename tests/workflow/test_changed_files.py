@@ -5,9 +5,8 @@ import shutil
 import signal
 from pathlib import Path
 
-from place import TINY, Place, sha256, tiny, wait_until
-
 from retort.cache.reader import LogitCache
+from support.place import TINY, Place, sha256, tiny, wait_until
 
 
 def test_results_may_lie_in_folders_of_any_name(fresh: Place) -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from place import REPOSITORY, Place
 
 from retort.config.sweeps import expand_runs
+from support.place import REPOSITORY, Place
 
 EXAMPLES = sorted((REPOSITORY / "config" / "examples").glob("*.yaml"))
 ONE_DOCUMENT = {"text": "Some text.", "content": "x = 1", "prompt": "Say it.", "response": "It."}

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forks import Forks
-from place import REPOSITORY, Place, wait_until
+
+from support.forks import Forks
+from support.place import REPOSITORY, Place, wait_until
 
 PROGRAMS = {
     "nothing": "",

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from place import Place, sha256, tiny
+
+from support.place import Place, sha256, tiny
 
 # Python runs this before a script: a lease writes down what it held.
 SITECUSTOMIZE = """

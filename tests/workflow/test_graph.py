@@ -6,7 +6,8 @@ import shutil
 from typing import Any
 
 import pytest
-from place import REPOSITORY, Place, tiny
+
+from support.place import REPOSITORY, Place, tiny
 
 SHARDS = 2
 WORKERS = 2

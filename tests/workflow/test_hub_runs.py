@@ -4,11 +4,11 @@ import shutil
 import sys
 from pathlib import Path
 
-from place import REPOSITORY, Place, sha256, tiny
+from support.place import REPOSITORY, Place, sha256, tiny
 
 sys.path.insert(0, str(REPOSITORY / "tests" / "unit"))
 
-from hub import MODEL, NAME, serve
+from support.hub import MODEL, NAME, serve
 
 RUN = {"hybrid": {"training": {"distillation_type": "hybrid", "alpha": 0.5}}}
 

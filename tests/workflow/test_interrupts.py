@@ -12,7 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from place import Place, sha256, tiny, wait_until
+
+from support.place import Place, sha256, tiny, wait_until
 
 Process = subprocess.Popen[bytes]
 

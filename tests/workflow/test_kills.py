@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from place import REPOSITORY, Place, sha256, wait_until
+
+from support.place import REPOSITORY, Place, sha256, wait_until
 
 Process = subprocess.Popen[bytes]
 SCRIPTS = REPOSITORY / "workflow" / "scripts"

@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
-from place import REPOSITORY, Place, tiny
+
+from support.place import REPOSITORY, Place, tiny
 
 # What is learned from text alone, with the teacher's tokenizer: the shortest way to a report.
 SHORT = tiny(

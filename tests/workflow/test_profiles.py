@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import yaml
-from place import REPOSITORY, Place
+
+from support.place import REPOSITORY, Place
 
 PROFILE = REPOSITORY / "profiles" / "slurm" / "config.yaml"
 RULES = {

@@ -8,18 +8,17 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from place import Place, tiny, wait_until
 from safetensors.torch import load_file
-from test_by_hand import read_commands, with_output
 from torch import Tensor
 
 from retort.training.batches import ShuffledStream
+from support.place import REPOSITORY, Place, tiny, wait_until
+from workflow.test_by_hand import read_commands, with_output
 
-INSTEAD = Path(__file__).with_name("instead_of_train.py")
+INSTEAD = REPOSITORY / "tests" / "support" / "instead_of_train.py"
 # A step is two forward passes of one process; the first epoch, of 284 sequences, ends within the 24th step.
 STEPS = 26
 KEYS = (

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from place import Place
+
+from support.place import Place
 
 SEEDS = (0, 1, 2)
 STUDENT = {

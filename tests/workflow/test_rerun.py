@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from place import Place, sha256, snapshot, tiny, wait_until
+
+from support.place import Place, sha256, snapshot, tiny, wait_until
 
 ONE_RUN_AGAIN = {"check_inputs": 1, "train": 1, "evaluate": 1, "report": 1}
 

@@ -4,7 +4,7 @@ import json
 import shutil
 import sys
 
-from place import Finished, Place, tiny
+from support.place import Finished, Place, tiny
 
 
 def run(place: Place, *words: str) -> Finished:

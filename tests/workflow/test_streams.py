@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from place import Place, sha256, tiny, wait_until
-
 from retort.io.files import read_json
+from support.place import Place, sha256, tiny, wait_until
 
 
 def make_files(place: Place, number: int) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import yaml
-from place import REPOSITORY, Place, merge, tiny
+
+from support.place import REPOSITORY, Place, merge, tiny
 
 EXAMPLE = REPOSITORY / "config" / "examples" / "code_student_from_prompts.yaml"
 # What lets the example run in a minute on two cores; all else is the example's.

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from place import Once, Place, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from support.place import Once, Place, tiny
 
 
 def find_run(place: Place, name: str) -> tuple[Path, dict[str, Any], dict[str, Any]]:

@@ -7,8 +7,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from place import REPOSITORY, Place
-from test_module import SHORT
+
+from support.place import REPOSITORY, Place
+from workflow.test_module import SHORT
 
 pytestmark = pytest.mark.slow
 

@@ -1,0 +1,1 @@
+"""What tests share: tiny models and caches, places in which Snakemake runs, servers, a SLURM cluster."""

@@ -1,0 +1,112 @@
+"""A tiny training to be run whole: corpus, teacher, caches, student, and what came of it."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from retort.cache.reader import LogitCache
+from retort.config.checks import DEFAULT_ALPHA
+from retort.config.load import identity
+from retort.io.digests import digest
+from retort.models.load import CausalLM, load_teacher
+from retort.tokens.index import TokenIndex
+from retort.tokens.sequences import SequenceTable
+from retort.tokens.tokenizer import load_tokenizer
+from retort.training.loop import LOG_COLUMNS, Job, train_student
+from support.tiny import WIDTH, make_cache, record, section, tokenize
+
+
+class Bench:
+    """The tiny corpus as tokens and as caches, and what `train_student` needs beside them."""
+
+    def __init__(self, folder: Path, corpus: Path, teacher: Path, student: Path) -> None:
+        self.folder, self.teacher_path, self.student_path = folder, teacher, student
+        self.index_path = tokenize(folder / "tokens", corpus, teacher)
+        self.fingerprint = record(folder, teacher)
+        self.index = TokenIndex.read(self.index_path)
+        self.table = self.index.read_split("train")
+        self.cache = make_cache(folder / "top8", self.index_path, teacher, top_k=8)
+        self.full = make_cache(folder / "full", self.index_path, teacher, top_k="full")
+
+    def train(
+        self,
+        folder: Path,
+        source: SequenceTable | LogitCache,
+        *,
+        live: bool = False,
+        **training: Any,
+    ) -> dict[str, Any]:
+        student = training.pop("student", self.student_path)
+        say = training.pop("say", lambda _: None)
+        keys = {
+            "max_steps": 4,
+            "batch_size": 4,
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "temperature": 1.0,
+            "device": "cpu",
+            "dataloader_num_workers": 0,  # starting one takes as long as the training
+        } | training
+        teacher_section = section("teacher", device="cpu")
+        job = self.job(
+            source,
+            student=student,
+            tracking=keys.get("tracking"),
+            teacher=load_teacher(str(self.teacher_path), teacher_section) if live else None,
+            facts=keys.get("facts"),
+            **({k: v for k, v in keys.items() if k not in ("tracking", "facts")}),
+        )
+        return train_student(folder, job, say=say)
+
+    def job(
+        self,
+        source: SequenceTable | LogitCache,
+        *,
+        student: Path | None = None,
+        teacher: CausalLM | None = None,
+        tracking: dict[str, Any] | None = None,
+        facts: dict[str, str] | None = None,
+        **keys: Any,
+    ) -> Job:
+        """Return a training of the tiny student; its identity is that of its keys."""
+        kind = keys.get("distillation_type", "hybrid")
+        training = section("training", **({"alpha": DEFAULT_ALPHA[kind]} | keys))
+        return Job(
+            name="run",
+            identity=digest(identity(training)),
+            source=source,
+            student=section("student", config=str(student or self.student_path)),
+            training=training,
+            tracking=section("tracking", **(tracking or {})),
+            tokenizer=load_tokenizer(str(self.teacher_path)),
+            vocabulary=WIDTH,
+            teacher=teacher,
+            facts=facts or {},
+        )
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    weights: dict[str, Tensor] = AutoModelForCausalLM.from_pretrained(folder / "final").state_dict()
+    return weights
+
+
+def read_log(folder: Path) -> list[dict[str, str]]:
+    with (folder / "training_log.csv").open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    mine, theirs = read_weights(one), read_weights(other)
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        assert torch.equal(mine[name], theirs[name]), name
+
+
+def assert_same_curve(one: Path, other: Path) -> None:
+    """Compare all columns but the last, which is the machine's speed."""
+    for mine, theirs in zip(read_log(one), read_log(other), strict=True):
+        assert {k: mine[k] for k in LOG_COLUMNS[:-1]} == {k: theirs[k] for k in LOG_COLUMNS[:-1]}

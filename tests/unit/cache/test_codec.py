@@ -1,0 +1,215 @@
+"""What is decoded is what was encoded, within the error of float16, for every distribution there is."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from numpy.typing import NDArray
+
+from retort.cache.codec import (
+    Codec,
+    SparseTargets,
+    build_codec,
+    bytes_per_position,
+    choose_steps,
+    decode,
+    encode,
+    resolve_top_k,
+)
+from retort.config.schema import fill_defaults, section_schema
+from retort.config.sections import Cache, build_section
+from support.synthetic import CODEC, make_targets
+
+FLOOR = -10_000.0
+widths = st.sampled_from([2, 300, 1 << 16, (1 << 16) + 1, 1 << 18])
+
+
+@st.composite
+def codecs(draw: st.DrawFn) -> Codec:
+    vocabulary = draw(widths)
+    top_k = draw(st.integers(1, min(vocabulary, 12)))
+    temperatures = draw(st.lists(st.floats(0.1, 9), min_size=1, max_size=3, unique=True))
+    return Codec("top_k", top_k, tuple(temperatures), vocabulary)
+
+
+@st.composite
+def encodable(draw: st.DrawFn, min_rows: int = 0) -> tuple[Codec, SparseTargets]:
+    codec, rows = draw(codecs()), draw(st.integers(min_rows, 5))
+    logprobs = st.floats(-2e4, 0, width=32) | st.just(-np.inf)
+    shape = (rows, codec.top_k)
+    return codec, SparseTargets.from_rows(
+        draw(arrays.arrays(np.int32, shape, elements=st.integers(0, codec.vocabulary - 1))),
+        draw(arrays.arrays(np.float32, shape, elements=logprobs)),
+        draw(arrays.arrays(np.float32, (rows, len(codec.temperatures)), elements=logprobs)),
+    )
+
+
+def assert_close(found: SparseTargets, given_: SparseTargets) -> None:
+    """Ids and tails exactly, logprobs within half a unit in the last place of float16; nothing below the floor."""
+    assert found.ids.tolist() == given_.ids.tolist()
+    assert found.tail_logprobs.tolist() == np.maximum(given_.tail_logprobs, FLOOR).tolist()
+    wanted = np.maximum(given_.logprobs, FLOOR).astype(np.float64)
+    allowed = np.maximum(np.abs(wanted) * 2.0**-11, 2.0**-25)
+    assert np.all(np.abs(found.logprobs - wanted) <= allowed)
+    dtypes = [a.dtype for a in (found.ids, found.logprobs, found.tail_logprobs)]
+    assert dtypes == [np.int32, np.float32, np.float32]
+
+
+@given(encodable())
+def test_any_record_comes_back_within_the_error_of_float16(
+    found: tuple[Codec, SparseTargets],
+) -> None:
+    codec, targets = found
+    payload = encode(targets, codec)
+    assert_close(decode(payload, codec, num_positions=len(targets)), targets)
+    assert payload == encode(targets, codec)
+
+
+def test_what_was_decoded_is_encoded_to_the_same_bytes() -> None:
+    payload = encode(make_targets(40, CODEC, seed=0), CODEC)
+    assert encode(decode(payload, CODEC, num_positions=40), CODEC) == payload
+
+
+def softmax_targets(logits: NDArray[Any], codec: Codec) -> SparseTargets:
+    """The K most probable tokens of rows of logits [P, V], and the tail at temperature 1."""
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    logprobs = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    ids = np.argsort(-logprobs, axis=1, kind="stable")[:, : codec.top_k]
+    kept = np.take_along_axis(logprobs, ids, axis=1)
+    with np.errstate(divide="ignore"):
+        tail = np.log(np.maximum(0.0, 1.0 - np.exp(kept).sum(axis=1, keepdims=True)))
+    return SparseTargets.from_rows(
+        ids.astype(np.int32), kept.astype(np.float32), tail.astype(np.float32)
+    )
+
+
+ONE_HOT = np.where(np.eye(4, 50) == 1, 0.0, -np.inf)
+UNIFORM = np.zeros((4, 50))
+TIES = np.repeat(np.arange(10.0), 5)[None]
+MASKED = np.concatenate([np.zeros((4, 20)), np.full((4, 30), -np.inf)], axis=1)
+
+
+@pytest.mark.parametrize("top_k", [1, 7, 50])
+@pytest.mark.parametrize("logits", [ONE_HOT, UNIFORM, TIES, MASKED], ids=range(4))
+def test_extreme_distributions_survive(logits: NDArray[Any], top_k: int) -> None:
+    codec = Codec("top_k", top_k, (1.0,), 50)
+    targets = softmax_targets(logits, codec)
+    found = decode(encode(targets, codec), codec, num_positions=len(logits))
+    assert_close(found, targets)
+    assert np.isfinite(found.logprobs).all()
+    assert np.isfinite(found.tail_logprobs).all()
+    mass = np.exp(found.to_rows()[1]).sum(axis=1) + np.exp(found.tail_logprobs).sum(axis=1)
+    assert np.abs(mass - 1).max() < 2e-3
+    if top_k == 50:
+        assert np.exp(found.tail_logprobs).max() < 1e-6
+
+
+def test_the_highest_ids_of_narrow_and_wide_vocabularies_survive() -> None:
+    for vocabulary, size in ((1 << 16, 2), ((1 << 16) + 1, 4), (262_144, 4)):
+        codec = Codec("top_k", 2, (1.0,), vocabulary)
+        ids = np.array([[vocabulary - 1, 0]], dtype=np.int32)
+        targets = SparseTargets.from_rows(
+            ids, np.zeros((1, 2), np.float32), np.zeros((1, 1), np.float32)
+        )
+        found = decode(encode(targets, codec), codec, num_positions=1)
+        assert found.to_rows()[0].tolist() == ids.tolist()
+        assert codec.id_dtype.itemsize == size
+
+
+@given(encodable(min_rows=1), st.data())
+def test_a_record_cut_short_is_refused(
+    found: tuple[Codec, SparseTargets], data: st.DataObject
+) -> None:
+    codec, targets = found
+    payload = encode(targets, codec)
+    cut = data.draw(st.integers(0, len(payload) - 1))
+    with pytest.raises(ValueError, match="the cache is damaged"):
+        decode(payload[:cut], codec, num_positions=len(targets))
+
+
+@given(st.integers(0, 20), st.integers(0, 20))
+def test_a_record_of_another_number_of_positions_is_refused(stored: int, asked: int) -> None:
+    payload = encode(make_targets(stored, CODEC, seed=0), CODEC)
+    if stored == asked:
+        assert len(decode(payload, CODEC, num_positions=asked)) == stored
+    else:
+        with pytest.raises(ValueError, match=f"a record of {asked} positions has"):
+            decode(payload, CODEC, num_positions=asked)
+
+
+@given(st.binary(max_size=60) | st.binary(max_size=60).map(lambda b: b"\x28\xb5\x2f\xfd" + b))
+def test_bytes_that_are_no_record_are_refused(payload: bytes) -> None:
+    with pytest.raises(ValueError, match="the cache is damaged"):
+        decode(payload, CODEC, num_positions=3)
+
+
+def test_a_record_that_claims_to_be_huge_is_refused_before_it_is_unpacked() -> None:
+    header = zstandard.ZstdCompressor().compress(bytes(100))[:4]
+    claim = header + b"\xe0" + (1 << 50).to_bytes(8, "little") + b"\x01\x00\x00"
+    with pytest.raises(ValueError, match="the cache is damaged"):
+        decode(claim, CODEC, num_positions=3)
+
+
+def test_rows_of_another_shape_than_the_codec_says_are_our_own_mistake() -> None:
+    targets = make_targets(3, CODEC, seed=0)
+    with pytest.raises(AssertionError):
+        encode(targets, replace(CODEC, top_k=CODEC.top_k - 1))
+    with pytest.raises(AssertionError):
+        encode(targets, replace(CODEC, temperatures=(1.0,)))
+
+
+def test_slices_of_targets_are_targets() -> None:
+    targets = make_targets(9, CODEC, seed=0)
+    piece = targets[2:5]
+    assert len(piece) == 3
+    for mine, whole in zip(piece.to_rows(), targets.to_rows(), strict=True):
+        assert mine.tolist() == whole[2:5].tolist()
+    assert piece.tail_logprobs.tolist() == targets.tail_logprobs[2:5].tolist()
+
+
+@given(codecs())
+def test_a_codec_travels_as_json(codec: Codec) -> None:
+    assert Codec.from_json(codec.to_json()) == codec
+
+
+@given(encodable())
+def test_the_planned_size_bounds_the_columns(found: tuple[Codec, SparseTargets]) -> None:
+    codec, targets = found
+    raw = zstandard.ZstdDecompressor().decompress(encode(targets, codec))
+    assert len(raw) == len(targets) * bytes_per_position(codec)
+
+
+def cache_section(**values: Any) -> Cache:
+    section: Cache = build_section("cache", fill_defaults(values, section_schema("cache")))
+    return section
+
+
+@pytest.mark.parametrize(
+    ("top_k", "vocabulary", "expected"),
+    [(64, 300, 64), (64, 32, 32), ("full", 300, 300), (1, 1, 1)],
+)
+def test_top_k_never_exceeds_the_vocabulary(
+    top_k: int | str, vocabulary: int, expected: int
+) -> None:
+    assert resolve_top_k(top_k, vocabulary=vocabulary) == expected
+    assert build_codec(cache_section(top_k=top_k), vocabulary=vocabulary).top_k == expected
+
+
+def test_a_cache_that_could_not_be_measured_is_refused_before_it_is_made() -> None:
+    with pytest.raises(ValueError, match=r"cache.temperatures is \[2.0, 4.0\].*\[1.0, 2.0, 4.0\]"):
+        build_codec(cache_section(temperatures=[2.0, 4.0]), vocabulary=300)
+
+
+def test_what_no_record_can_be_coded_with_is_refused() -> None:
+    good = Codec("top_p", None, (1.0,), 300, 0.01, 43, "0" * 32)
+    for changes in ({"steps": 1024}, {"steps": 0}, {"vocabulary": (1 << 20) + 1}):
+        with pytest.raises(
+            ValueError, match=str(*changes.values()).replace("1048577", "1,048,577")
+        ):
+            Codec.from_json(good.to_json() | changes)
+    assert choose_steps("top_p", 1e-12) == choose_steps("sampled", 1e-12) == 1023

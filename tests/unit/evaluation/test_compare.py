@@ -1,0 +1,276 @@
+"""Two models on a file, as somebody types it: against transformers' own loss, document by document."""
+
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from retort.evaluation.compare import (
+    choose_loader,
+    choose_loading,
+    evaluate_by_hand,
+    render_metrics,
+)
+from retort.evaluation.scores import METRICS, OF_BOTH
+from retort.tokens.tokenizer import load_tokenizer
+from support.tiny import section
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+LOADING = choose_loading(device="cpu", dtype="auto", trust_remote_code=False)
+
+
+def make_text(num_words: int, *, seed: int) -> str:
+    """Return common words in an order of the seed."""
+    known = ("the", "bird", "can", "see", "a", "house", "by", "old", "trees", "in", "nights")
+    return " ".join(random.Random(seed).choices(known, k=num_words))
+
+
+def save_model(folder: Path, tokenizer: Any, *, width: int, context: int = 64) -> Path:
+    """Save a random Llama of one layer with a tokenizer."""
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=width,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=context,
+        initializer_range=0.5,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path:
+    """A model with the teacher's tokenizer."""
+    tokenizer = load_tokenizer(str(tiny_teacher))
+    return save_model(tmp_path_factory.mktemp("student"), tokenizer, width=300)
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a tokenizer of its own, of 400 tokens."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator([make_text(2000, seed=5)], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>")
+    return save_model(tmp_path_factory.mktemp("stranger"), tokenizer, width=400)
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    return [make_text(3 + 4 * i, seed=i) for i in range(12)] + ["Größe 東京"]
+
+
+@pytest.fixture
+def data(tmp_path: Path, texts: list[str]) -> Path:
+    path = tmp_path / "some.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def type_in(*words: Any) -> subprocess.CompletedProcess[str]:
+    script = REPOSITORY / "workflow" / "scripts" / "evaluate.py"
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "src"), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, str(script), *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+
+
+def measure(model: Path, teacher: Path | None, data: Path, **values: Any) -> dict[str, Any]:
+    keys = {"name": choose_loader([str(data)]), "data_files": str(data)} | values
+    return evaluate_by_hand(
+        str(model),
+        str(teacher) if teacher else None,
+        dataset=section("dataset", **keys),
+        evaluation=section("evaluation"),
+        loading=LOADING,
+        cpu_threads=1,
+        say=lambda _: None,
+    )
+
+
+def own_loss(folder: Path, texts: list[str]) -> tuple[float, int, int]:
+    """(summed loss, positions, bytes predicted) as transformers counts them; documents that fit the context."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), load_tokenizer(str(folder))
+    loss, positions, size = 0.0, 0, 0
+    for text in texts:
+        ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+        with torch.inference_mode():
+            mean = float(model(input_ids=torch.tensor([ids]), labels=torch.tensor([ids])).loss)
+        loss += mean * (len(ids) - 1)
+        positions += len(ids) - 1
+        size += len(text.encode()) - len(tokenizer.convert_ids_to_tokens(ids[0]))
+    return loss, positions, size
+
+
+@pytest.mark.slow
+def test_the_command_prints_the_table_and_writes_metrics_where_asked(
+    student: Path, tiny_teacher: Path, data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "new" / "metrics.json"
+    done = type_in("--model", student, "--teacher", tiny_teacher, "--data", data, "--output", out)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    for name, metric in METRICS.items():
+        assert metric.title in done.stdout
+        assert found["validation"][name] is not None
+    loss, (low, high) = found["validation"]["loss"], found["intervals"]["validation"]["loss"]
+    assert f"{loss:.3f} ({low:.3f} to {high:.3f})" in done.stdout
+    assert f"{found['teacher_validation']['loss']:.3f} (" in done.stdout
+    assert (found["model"], found["teacher"]) == (str(student), str(tiny_teacher))
+    assert found["not_defined"] == {} and "Not defined" not in done.stdout
+    assert "sequences of at most 64 tokens" in done.stderr
+    assert "13 documents" in done.stderr
+
+
+def test_losses_and_bits_per_byte_are_those_of_the_models_themselves(
+    student: Path, stranger: Path, tmp_path: Path
+) -> None:
+    short = [make_text(3 + i, seed=i) for i in range(8)] + ["Größe 東京"]
+    (tmp_path / "short.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in short)
+    )
+    found = measure(student, stranger, tmp_path / "short.jsonl")
+    for values, folder in (("validation", student), ("teacher_validation", stranger)):
+        loss, positions, size = own_loss(folder, short)
+        scores = found[values]
+        assert (scores["positions"], scores["bytes"]) == (positions, size)
+        assert scores["loss"] == pytest.approx(loss / positions, rel=1e-5)
+        assert scores["bits_per_byte"] == pytest.approx(loss / math.log(2) / size, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_with_two_tokenizers_only_bits_per_byte_are_to_be_compared(
+    student: Path, stranger: Path, data: Path
+) -> None:
+    done = type_in("--model", student, "--teacher", stranger, "--data", data)
+    assert done.returncode == 0, done.stderr
+    assert "different tokenizers" in done.stderr
+    assert "Not defined: KL(teacher || student), KL(student || teacher)" in done.stdout
+    assert "compare bits per byte" in done.stdout
+    found = measure(student, stranger, data)
+    assert set(found["not_defined"]) == set(OF_BOTH)
+    assert all("different tokenizers" in why for why in found["not_defined"].values())
+    assert found["intervals"]["teacher_validation"]["bits_per_byte"] is not None
+    assert found["reliability"]["teacher"] and found["teacher_validation"]["documents"] == 13
+
+
+def test_a_model_alone_needs_no_teacher(student: Path, data: Path) -> None:
+    found = measure(student, None, data)
+    assert found["teacher"] is None and found["teacher_validation"] is None
+    text = render_metrics(found)
+    assert "perplexity" in text and "KL" not in text and "Not defined" not in text
+
+
+def test_whole_documents_are_read_until_there_are_enough_positions(
+    student: Path, tiny_teacher: Path, stranger: Path, data: Path, texts: list[str]
+) -> None:
+    few = {"evaluation": section("evaluation", max_positions=100)}
+    for teacher in (tiny_teacher, stranger):
+        found = evaluate_by_hand(
+            str(student),
+            str(teacher),
+            dataset=section("dataset", name="json", data_files=str(data)),
+            loading=LOADING,
+            cpu_threads=1,
+            say=lambda _: None,
+            **few,
+        )
+        read = found["validation"]["documents"]
+        assert 100 <= found["validation"]["positions"] < 300 and 1 < read < len(texts)
+        if teacher is stranger:
+            assert found["teacher_validation"]["documents"] == read
+
+
+def test_prompts_are_read_and_only_responses_measured(
+    student: Path, tiny_teacher: Path, tmp_path: Path, texts: list[str]
+) -> None:
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"ask": "What then?", "say": text, "lang": "ab"[i % 2]} for i, text in enumerate(texts)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"prompt_column": "ask", "response_column": "say", "language_column": "lang"}
+    found = measure(student, tiny_teacher, path, **columns)
+    assert found["validation"]["bytes"] == sum(len(text.encode()) for text in texts)
+    assert [row["class"] for row in found["breakdown"]["language"]] == ["a", "b"]
+
+
+@pytest.mark.parametrize("ending", ["txt", "csv"])
+def test_plain_text_and_tables_are_read_too(
+    student: Path, tmp_path: Path, texts: list[str], ending: str
+) -> None:
+    path = tmp_path / f"some.{ending}"
+    lines = ["text", *(f'"{text}"' for text in texts)] if ending == "csv" else texts
+    path.write_text("\n".join(lines))
+    assert measure(student, None, path)["validation"]["positions"] > 100
+
+
+def test_mistakes_are_one_sentence(
+    student: Path, stranger: Path, data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty.jsonl").write_text('{"text": " "}\n{"text": ""}\n')
+    with pytest.raises(ValueError, match=r"nothing can be predicted in .*empty\.jsonl"):
+        measure(student, None, tmp_path / "empty.jsonl")
+    with pytest.raises(ValueError, match="cannot load the model 'nowhere/at/all'"):
+        measure(Path("nowhere/at/all"), None, data)
+    with pytest.raises(ValueError, match=r"different kinds \(csv, json\)"):
+        choose_loader(["a.jsonl", "b.csv"])
+    narrow = save_model(tmp_path / "narrow", load_tokenizer(str(student)), width=40)
+    with pytest.raises(ValueError, match="output layer has 40 ids only"):
+        measure(narrow, None, data)
+    with pytest.raises(ValueError, match="output layer has 40 ids only"):
+        measure(student, narrow, data)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--model", "x"], "error: --model and --data go together"),
+        (["--data", "x.jsonl"], "error: --model and --data go together"),
+        ([], "error: --index, --training, --output missing"),
+        (["--model", "x", "--data", "y", "--index", "z"], "leave out --index and --training"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_said(words: list[str], said: str) -> None:
+    done = type_in(*words)
+    assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("names", "loader"),
+    [
+        (["a.jsonl.gz", "b.json"], "json"),
+        (["a.csv"], "csv"),
+        (["a.parquet"], "parquet"),
+        (["notes"], "text"),
+        (["a.md", "b.txt.zst"], "text"),
+    ],
+)
+def test_a_files_ending_says_how_it_is_read(names: list[str], loader: str) -> None:
+    assert choose_loader(names) == loader

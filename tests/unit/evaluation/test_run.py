@@ -1,0 +1,369 @@
+"""Held-out metrics against a numpy implementation that scores each position alone."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from retort.evaluation.metrics import next_tokens
+from retort.evaluation.run import (
+    METRICS_FROM_MANIFEST,
+    METRICS_FROM_TRAINING,
+    evaluate_run,
+    evaluate_student,
+)
+from retort.evaluation.scores import OF_BOTH, read_documents
+from retort.evaluation.text_bytes import count_next_bytes
+from retort.io.digests import digest_folder
+from retort.io.files import read_json, write_json
+from retort.models.load import CausalLM, load_pretrained, load_teacher, split_model
+from retort.report.records import load_metrics
+from retort.teacher.features import TeacherFeatures, digest_keys, read_features
+from retort.teacher.validation import score_validation
+from retort.tokens.index import TokenIndex
+from retort.tokens.sequences import SequenceTable, concatenate_tables
+from retort.tokens.tokenizer import load_tokenizer
+from support.tiny import NUM_TOKENS, WIDTH, record, section, swap_tokens
+
+Matrix = NDArray[np.float64]
+
+
+@pytest.fixture(scope="module")
+def features_path(
+    tmp_path_factory: pytest.TempPathFactory, index: TokenIndex, tiny_teacher: Path
+) -> Path:
+    folder = tmp_path_factory.mktemp("validation")
+    score_validation(
+        folder / "features.safetensors",
+        index_path=index.path,
+        teacher_path=str(tiny_teacher),
+        fingerprint_path=record(folder, tiny_teacher),
+        section=section("teacher", device="cpu"),
+        evaluation=section("evaluation"),
+        say=lambda _: None,
+    )
+    return folder / "features.safetensors"
+
+
+@pytest.fixture(scope="module")
+def features(features_path: Path) -> TeacherFeatures:
+    return read_features(features_path)
+
+
+def make_student(vocabulary: int, *, seed: int = 0) -> CausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        initializer_range=0.5,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    return split_model(model)
+
+
+def log_probabilities(model: Any, table: SequenceTable, *, num_tokens: int | None = None) -> Matrix:
+    """Every counted position's distribution in float64; ids from `num_tokens` on are given nothing."""
+    rows = []
+    for i in range(len(table)):
+        ids = torch.from_numpy(np.asarray(table[i].ids, dtype=np.int64))
+        with torch.inference_mode():
+            z_TV = model(input_ids=ids[None]).logits[0].double().numpy()
+        for t in range(len(ids)):
+            if table[i].loss_mask[t]:
+                z_V = z_TV[t].copy()
+                z_V[num_tokens:] = z_V[num_tokens:] if num_tokens is None else -np.inf
+                rows.append(z_V - z_V.max() - np.log(np.exp(z_V - z_V.max()).sum()))
+    return np.array(rows)
+
+
+def expected_tokens(table: SequenceTable) -> list[int]:
+    return [
+        int(table[i].ids[t + 1])
+        for i in range(len(table))
+        for t in range(len(table[i].ids))
+        if table[i].loss_mask[t]
+    ]
+
+
+def test_next_tokens_are_those_after_the_counted_positions(index: TokenIndex) -> None:
+    table = index.read_split("val")
+    assert next_tokens(table).tolist() == expected_tokens(table)
+
+
+@pytest.mark.parametrize("width", [NUM_TOKENS, WIDTH, WIDTH + 10])
+def test_metrics_are_those_of_a_reference(
+    width: int, index: TokenIndex, features: TeacherFeatures, tiny_teacher: Path
+) -> None:
+    table, student = index.read_split("val"), make_student(width)
+    found = evaluate_student(student, table, teacher=features, batch_size=3).sections
+    log_q = log_probabilities(student.model, table)
+    log_p = log_probabilities(load_pretrained(str(tiny_teacher)), table, num_tokens=NUM_TOKENS)
+    tokens, n = np.array(expected_tokens(table)), len(log_q)
+    loss = -log_q[np.arange(n), tokens].mean()
+    kept = slice(0, NUM_TOKENS)
+    kl = (np.exp(log_p[:, kept]) * (log_p[:, kept] - log_q[:, kept])).sum(axis=1).mean()
+    agreement = (log_p.argmax(axis=1) == log_q.argmax(axis=1)).mean()
+    teacher_loss = -log_p[np.arange(n), tokens].mean()
+    scores = found["validation"]
+    assert scores["loss"] == pytest.approx(loss, abs=1e-5)
+    assert scores["perplexity"] == pytest.approx(np.exp(loss), rel=1e-4)
+    assert scores["kl_to_teacher"] == pytest.approx(kl, abs=1e-5)
+    assert scores["agreement"] == pytest.approx(agreement, abs=1e-9)
+    assert (scores["positions"], scores["documents"]) == (n, len(set(table.documents.tolist())))
+    assert found["teacher_validation"]["loss"] == pytest.approx(teacher_loss, abs=1e-5)
+    assert found["teacher_validation"]["perplexity"] == pytest.approx(
+        np.exp(teacher_loss), rel=1e-4
+    )
+
+
+def test_a_teacher_is_its_own_best_student(
+    index: TokenIndex, features: TeacherFeatures, tiny_teacher: Path
+) -> None:
+    table = index.read_split("val")
+    teacher = load_teacher(str(tiny_teacher), section("teacher", device="cpu"))
+    found = evaluate_student(
+        teacher, table, teacher=replace(features, num_tokens=WIDTH), batch_size=3
+    ).sections
+    assert abs(found["validation"]["kl_to_teacher"]) < 1e-6
+    assert found["validation"]["agreement"] == 1.0
+    assert found["validation"]["loss"] == pytest.approx(
+        found["teacher_validation"]["loss"], abs=1e-6
+    )
+
+
+def test_a_student_that_prefers_ids_unknown_to_its_teacher_does_not_agree(
+    index: TokenIndex, features: TeacherFeatures, tiny_teacher: Path
+) -> None:
+    model = load_pretrained(str(tiny_teacher)).eval()
+    model.resize_token_embeddings(WIDTH + 2, mean_resizing=False)
+    with torch.no_grad():  # whatever the hidden state, one of the two has the largest logit
+        model.get_output_embeddings().weight[-2:] = torch.tensor([[100.0], [-100.0]])
+    found = evaluate_student(
+        split_model(model), index.read_split("val"), teacher=features, batch_size=8
+    ).sections
+    assert found["validation"]["agreement"] < 0.05
+
+
+def test_batches_do_not_change_the_metrics(index: TokenIndex, features: TeacherFeatures) -> None:
+    table, student = index.read_split("val"), make_student(WIDTH)
+    one, many = (
+        evaluate_student(student, table, teacher=features, batch_size=b).sections["validation"]
+        for b in (1, 16)
+    )
+    for name in ("bytes", "bits_per_byte"):  # of no text here
+        assert one.pop(name) is many[name] is None
+    for name, value in one.items():
+        assert many[name] == pytest.approx(value, rel=1e-6, abs=1e-6)
+
+
+def test_without_a_teacher_there_is_nothing_to_compare_with(index: TokenIndex) -> None:
+    found = evaluate_student(
+        make_student(WIDTH), index.read_split("val"), teacher=None, batch_size=4
+    ).sections
+    assert found["teacher_validation"] is None
+    assert all(found["validation"][name] is None for name in OF_BOTH)
+    assert found["not_defined"]["kl_to_teacher"] == "there is no teacher to compare with"
+    assert found["validation"]["loss"] > 0
+
+
+def test_nothing_held_out_is_refused(index: TokenIndex) -> None:
+    empty = index.read_split("val").slice(0, 0)
+    with pytest.raises(ValueError, match=r"no held-out position.*validation_fraction"):
+        evaluate_student(make_student(WIDTH), empty, teacher=None, batch_size=4)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The rule's work
+
+
+MANIFEST: dict[str, Any] = {
+    "bytes_per_position": 20.0,
+    "positions": 1000,
+    "method": "top_k",
+    "top_k": 8,
+    "min_probability": None,
+    "tail_mass": 0.1,
+    "fidelity_kl": 1e-5,
+    "fidelity_agreement": 1.0,
+    "something_else": "not for the metrics",
+}
+TRAINED: dict[str, Any] = {
+    "run": "mine",
+    "id": "abc",
+    "distillation_type": "logit",
+    "alpha": 0.0,
+    "temperature": 2.0,
+    "seed": 0,
+    "student_parameters": 5000,
+    "steps": 4,
+    "device": "cpu",
+    "trained_positions": 400,
+    "seconds": 1.5,
+}
+
+
+@pytest.fixture
+def trained(tmp_path: Path, tiny_teacher: Path) -> Path:
+    """training.json of a finished run, its student beside it."""
+    make_student(WIDTH).model.save_pretrained(tmp_path / "final")
+    load_tokenizer(str(tiny_teacher)).save_pretrained(tmp_path / "final")
+    final = digest_folder(tmp_path / "final")
+    write_json(tmp_path / "training.json", TRAINED | {"final": final, "teacher": None})
+    return tmp_path / "training.json"
+
+
+def run_rule(
+    trained: Path,
+    index: TokenIndex,
+    features_path: Path | None,
+    *,
+    fingerprint: Path | None = None,
+    **values: Any,
+) -> str:
+    write_json(trained.parent / "manifest.json", MANIFEST)
+    return evaluate_run(
+        trained.parent / "evaluation" / "metrics.json",
+        index_path=index.path,
+        training_path=trained,
+        features_path=features_path,
+        manifest_path=trained.parent / "manifest.json" if features_path else None,
+        evaluation=section("evaluation", **values),
+        device="cpu",
+        cpu_threads=1,
+        fingerprint_path=fingerprint,
+    )
+
+
+def test_metrics_file_holds_what_the_report_reads(
+    trained: Path,
+    index: TokenIndex,
+    features_path: Path,
+    features: TeacherFeatures,
+    tiny_teacher: Path,
+) -> None:
+    line = run_rule(trained, index, features_path)
+    path = trained.parent / "evaluation" / "metrics.json"
+    found = read_json(path)
+    table = index.read_split("val")
+    direct = evaluate_student(
+        make_student(WIDTH),
+        table,
+        teacher=features,
+        batch_size=8,
+        next_bytes=count_next_bytes(table, load_tokenizer(str(tiny_teacher))),
+        token_counts=index.read_token_counts(),
+    ).sections
+    direct["validation"] |= {
+        "content": digest_keys(table),
+        "sequences": len(table),
+        "leaked_sequences": 0,
+    }
+    assert {name: found[name] for name in direct} == direct
+    assert set(found["breakdown"]) == {"place", "frequency"}  # the teacher is nowhere sure
+    assert found["validation"]["bits_per_byte"] > 1 and found["not_defined"] == {}
+    by_document = read_documents(path.with_name("documents.csv"))
+    loss = by_document["loss"].sum() / by_document["positions"].sum()
+    assert loss == pytest.approx(found["validation"]["loss"])
+    assert {name: found[name] for name in METRICS_FROM_TRAINING} == {
+        name: TRAINED[name] for name in METRICS_FROM_TRAINING
+    }
+    assert (found["trained_tokens"], found["training_seconds"]) == (400, 1.5)
+    assert found["teacher"] == str(tiny_teacher) and found["teacher_parameters"] > 1000
+    assert found["cache"] == {name: MANIFEST[name] for name in METRICS_FROM_MANIFEST}
+    assert f"{found['validation']['loss']:.4f} nats/token" in line and "evaluate mine" in line
+    (read,) = load_metrics([path])  # the report's own reader accepts it
+    assert read.loss == found["validation"]["loss"]
+
+
+def test_a_run_without_a_teacher_has_metrics_too(trained: Path, index: TokenIndex) -> None:
+    line = run_rule(trained, index, None)
+    found = read_json(trained.parent / "evaluation" / "metrics.json")
+    assert found["teacher"] is None and found["cache"] is None and "KL" not in line
+    assert load_metrics([trained.parent / "evaluation" / "metrics.json"])[0].kl_to_teacher is None
+
+
+def test_a_tokenizer_that_does_not_load_costs_the_bits_per_byte_alone(
+    trained: Path, index: TokenIndex, features_path: Path
+) -> None:
+    (trained.parent / "final" / "tokenizer.json").write_text("{}")
+    final = digest_folder(trained.parent / "final")
+    write_json(trained, read_json(trained) | {"final": final})
+    run_rule(trained, index, features_path)
+    found = read_json(trained.parent / "evaluation" / "metrics.json")
+    assert found["validation"]["bits_per_byte"] is None and found["validation"]["loss"] > 0
+    assert "cannot load the tokenizer" in found["not_defined"]["bits_per_byte"]
+
+
+def test_with_a_teacher_of_another_tokenizer_nothing_is_compared(
+    trained: Path, index: TokenIndex, features_path: Path, tmp_path: Path
+) -> None:
+    known = read_json(features_path.parent / "fingerprint.json")
+    write_json(tmp_path / "same.json", known)
+    run_rule(trained, index, features_path, fingerprint=tmp_path / "same.json")
+    path = trained.parent / "evaluation" / "metrics.json"
+    assert read_json(path)["validation"]["kl_to_teacher"] > 0
+    known["tokenizer"]["fingerprint"] = "0123456789ab"  # other files, the same ids
+    write_json(tmp_path / "files.json", known)
+    run_rule(trained, index, features_path, fingerprint=tmp_path / "files.json")
+    assert read_json(path)["validation"]["kl_to_teacher"] > 0
+    known["name"] = str(swap_tokens(tmp_path / "other", Path(known["name"])))
+    write_json(tmp_path / "other.json", known)
+    run_rule(trained, index, features_path, fingerprint=tmp_path / "other.json")
+    found = read_json(path)
+    assert found["teacher"] is None and found["teacher_validation"] is None
+    assert set(found["not_defined"]) == set(OF_BOTH)
+    assert "different tokenizers" in found["not_defined"]["kl_to_teacher"]
+    assert found["validation"]["bits_per_byte"] > 0
+
+
+def test_features_of_other_held_out_sequences_are_refused(
+    trained: Path, index: TokenIndex, features_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="other val sequences"):
+        run_rule(trained, index, features_path, max_positions=100)
+    assert not (trained.parent / "evaluation" / "metrics.json").exists()
+
+
+def test_a_student_that_is_gone_is_one_sentence(
+    trained: Path, index: TokenIndex, features_path: Path
+) -> None:
+    (trained.parent / "final" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"final is not what .*model\.safetensors is missing"):
+        run_rule(trained, index, features_path)
+
+
+def test_a_student_that_was_exchanged_is_refused(
+    trained: Path, index: TokenIndex, features_path: Path
+) -> None:
+    make_student(WIDTH, seed=1).model.save_pretrained(trained.parent / "final")
+    with pytest.raises(ValueError, match=r"model\.safetensors is not what was written"):
+        run_rule(trained, index, features_path)
+
+
+def test_a_student_is_not_compared_with_another_teacher(
+    trained: Path, index: TokenIndex, features_path: Path, features: TeacherFeatures
+) -> None:
+    write_json(trained, read_json(trained) | {"teacher": "0123456789ab"})
+    with pytest.raises(ValueError, match=f"scored by teacher {features.teacher}.*0123456789ab"):
+        run_rule(trained, index, features_path)
+    write_json(trained, read_json(trained) | {"teacher": features.teacher})
+    run_rule(trained, index, features_path)
+
+
+def test_held_out_sequences_that_are_trained_on_are_counted(
+    index: TokenIndex, tmp_path: Path
+) -> None:
+    held_out, train = index.read_split("val"), index.read_split("train")
+    assert index.count_leaked(held_out) == 0
+    mixed = concatenate_tables([held_out.slice(0, 5), train.slice(2, 6), train.slice(2, 3)])
+    assert index.count_leaked(mixed) == 5
+    assert index.count_leaked(train) == len(train)

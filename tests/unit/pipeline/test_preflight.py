@@ -1,0 +1,327 @@
+"""What is refused before any expensive job: value found, what was expected, what to do."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaModel, T5Config
+
+from retort.config.load import load_runs
+from retort.io.files import read_json, write_json
+from retort.pipeline.demo_teacher import DEMO_TEACHER
+from retort.pipeline.preflight import check_project
+from retort.tokens.tokenizer import load_tokenizer
+from support.tiny import NUM_TOKENS, WIDTH, name_token, swap_tokens
+
+SMALL: dict[str, Any] = {
+    "vocab_size": WIDTH,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+
+
+class Setting:
+    """A config that passes, to be broken in one place."""
+
+    def __init__(self, folder: Path, corpus: Path, teacher: Path, student: Path) -> None:
+        self.folder = folder
+        self.config: dict[str, dict[str, Any]] = {
+            "output": {"results_dir": str(folder / "results")},
+            "dataset": {"name": "json", "data_files": str(corpus), "max_length": 48},
+            "teacher": {"model_path": str(teacher)},
+            "student": {"config": str(student)},
+        }
+
+    def check(self, **sections: Any) -> list[str]:
+        """Check the config with some keys of some sections changed; return the notes."""
+        raw: dict[str, Any] = {k: dict(v) for k, v in self.config.items()}
+        for name, values in sections.items():
+            raw[name] = raw.get(name, {}) | values
+        notes: list[str] = check_project(load_runs(raw))["notes"]
+        return notes
+
+    def refuse(self, pattern: str, **sections: Any) -> str:
+        """Check as above; return the one sentence of the refusal."""
+        with pytest.raises(ValueError, match=pattern) as refusal:
+            self.check(**sections)
+        sentence = str(refusal.value)
+        assert len(sentence.splitlines()) == 1
+        return sentence
+
+
+def test_a_tracker_that_is_missing_or_would_ask_for_a_login_is_refused(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    wanted = {"use_wandb": True}
+    setting.refuse(r"no login for api.wandb.ai\. Type: wandb login", tracking=wanted)
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password 0123\n")
+    setting.check(tracking=wanted)
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org:8080")
+    setting.refuse(r"no login for wandb.example.org", tracking=wanted)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    setting.check(tracking=wanted)
+    monkeypatch.setattr("retort.pipeline.preflight.find_spec", lambda name: None)
+    setting.refuse("wandb is not installed here. Type: pip install wandb", tracking=wanted)
+
+
+@pytest.fixture
+def setting(tmp_path: Path, tiny_corpus: Path, tiny_teacher: Path, tiny_student: Path) -> Setting:
+    return Setting(tmp_path, tiny_corpus, tiny_teacher, tiny_student)
+
+
+def copy_teacher(folder: Path, teacher: Path, **changes: Any) -> Path:
+    """Copy a teacher with some of its config's values changed."""
+    shutil.copytree(teacher, folder)
+    write_json(folder / "config.json", read_json(folder / "config.json") | changes)
+    return folder
+
+
+def test_a_good_config_passes_and_says_what_was_found(setting: Setting) -> None:
+    notes = setting.check()
+    assert re.fullmatch(r"corpus: json, 1 files, 0\.0 MB", notes[0])
+    beyond = WIDTH - NUM_TOKENS
+    assert (
+        f"llama, {WIDTH} ids ({beyond} ids beyond its tokenizer get probability zero)" in notes[1]
+    )
+    assert re.search(r"run student: student of [\d,]+ parameters, hybrid, alpha 0\.5", notes[2])
+
+
+def test_parameters_said_are_those_of_the_student(setting: Setting, tiny_student: Path) -> None:
+    content = read_json(tiny_student)
+    width, inner = content["hidden_size"], content["intermediate_size"]
+    expected = 2 * WIDTH * width + 4 * width**2 + 3 * width * inner + 3 * width
+    assert f"student of {expected:,} parameters" in setting.check()[2]
+
+
+def test_every_run_is_checked_and_common_findings_are_said_once(setting: Setting) -> None:
+    runs = {
+        "a": {"training": {"distillation_type": "output"}},
+        "b": {"training": {"distillation_type": "logit"}},
+    }
+    notes = setting.check(runs=runs)
+    assert [note.split(":")[0] for note in notes] == ["corpus", "teacher", "run a", "run b"]
+    setting.refuse(
+        "vocab_size is 9 ", runs=runs | {"c": {"student": {"config": _student(setting, 9)}}}
+    )
+
+
+def _student(setting: Setting, vocabulary: int, **changes: Any) -> str:
+    content = read_json(Path(setting.config["student"]["config"])) | {"vocab_size": vocabulary}
+    path = setting.folder / f"student_{vocabulary}.json"
+    path.write_text(json.dumps(content | changes), encoding="utf-8")
+    return str(path)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Folders
+
+
+@pytest.mark.parametrize("key", ["results_dir", "cache_dir"])
+def test_a_folder_that_cannot_be_written_is_refused(key: str, setting: Setting) -> None:
+    (setting.folder / "file").write_text("not a folder")
+    for place in (setting.folder / "file" / "results", Path("/proc/retort")):
+        setting.refuse(
+            rf"cannot write to '{place}' .*output\.results_dir", output={key: str(place)}
+        )
+
+
+def test_checking_leaves_nothing_in_the_results_folder(setting: Setting) -> None:
+    setting.check()
+    assert list((setting.folder / "results").iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Teachers
+
+
+def test_a_missing_teacher_is_refused(setting: Setting) -> None:
+    place = setting.folder / "models" / "none"
+    setting.refuse(
+        f"cannot load the model '{place}': there is no such", teacher={"model_path": str(place)}
+    )
+
+
+def test_a_folder_that_is_no_model_is_refused(setting: Setting, tiny_corpus: Path) -> None:
+    setting.refuse(
+        "must hold what save_pretrained", teacher={"model_path": str(tiny_corpus.parent)}
+    )
+
+
+def test_a_teacher_without_weights_is_refused(setting: Setting, tiny_teacher: Path) -> None:
+    folder = copy_teacher(setting.folder / "bare", tiny_teacher)
+    (folder / "model.safetensors").unlink()
+    setting.refuse("no model weights in", teacher={"model_path": str(folder)})
+
+
+def test_a_teacher_without_a_tokenizer_is_refused(setting: Setting, tiny_teacher: Path) -> None:
+    folder = copy_teacher(setting.folder / "mute", tiny_teacher)
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    setting.refuse("tokenizer", teacher={"model_path": str(folder)})
+
+
+def test_a_masked_language_model_is_no_teacher(setting: Setting, tiny_teacher: Path) -> None:
+    BertForMaskedLM(BertConfig(**SMALL)).save_pretrained(setting.folder / "bert")
+    load_tokenizer(str(tiny_teacher)).save_pretrained(setting.folder / "bert")
+    sentence = setting.refuse(
+        r"'bert' model \(BertForMaskedLM\), which is no causal language model",
+        teacher={"model_path": str(setting.folder / "bert")},
+    )
+    assert "AutoModelForCausalLM" in sentence
+
+
+def test_a_model_saved_without_its_head_is_no_teacher(setting: Setting, tiny_teacher: Path) -> None:
+    # AutoModelForCausalLM would load it, with a head of random numbers.
+    LlamaModel(LlamaConfig(**SMALL)).save_pretrained(setting.folder / "headless")
+    load_tokenizer(str(tiny_teacher)).save_pretrained(setting.folder / "headless")
+    headless = {"model_path": str(setting.folder / "headless")}
+    setting.refuse(r"\(LlamaModel\), which is no causal language model", teacher=headless)
+
+
+def test_an_encoder_and_decoder_is_no_teacher(setting: Setting, tiny_teacher: Path) -> None:
+    folder = copy_teacher(setting.folder / "t5", tiny_teacher)
+    T5Config(vocab_size=WIDTH).save_pretrained(folder)
+    setting.refuse("'t5' model .*no causal language model", teacher={"model_path": str(folder)})
+
+
+def test_a_tokenizer_with_ids_beyond_the_output_layer_is_refused(
+    setting: Setting, tiny_teacher: Path
+) -> None:
+    narrow = copy_teacher(setting.folder / "narrow", tiny_teacher, vocab_size=NUM_TOKENS - 1)
+    setting.refuse(
+        rf"has {NUM_TOKENS} tokens, but the output layer of teacher '{narrow}' only {NUM_TOKENS - 1}",
+        teacher={"model_path": str(narrow)},
+    )
+    exact = copy_teacher(setting.folder / "exact", tiny_teacher, vocab_size=NUM_TOKENS)
+    notes = setting.check(teacher={"model_path": str(exact)})
+    assert f"{NUM_TOKENS} ids" in notes[1] and "beyond" not in notes[1]
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_tokenizer_that_means_other_tokens_is_no_teachers(
+    cached: bool, setting: Setting, tiny_teacher: Path
+) -> None:
+    other = {"tokenizer": str(swap_tokens(setting.folder / "other", tiny_teacher))}
+    training = {"use_cached_logits": cached}
+    setting.refuse(
+        rf"tokenizer '{other['tokenizer']}' and that of the teacher '{tiny_teacher}' give different ids: '[ab]', id",
+        dataset=other,
+        training=training,
+    )
+    setting.check(dataset=other, training={"distillation_type": "output"})
+
+
+def test_a_tokenizer_with_another_chat_template_is_a_live_teachers(
+    setting: Setting, tiny_teacher: Path
+) -> None:
+    tokenizer = load_tokenizer(str(tiny_teacher))
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    tokenizer.save_pretrained(setting.folder / "chat")
+    chat = {"tokenizer": str(setting.folder / "chat")}
+    setting.check(dataset=chat, training={"use_cached_logits": False})
+    setting.refuse("gives the ids of the teacher .* but by other files", dataset=chat)
+
+
+def test_sequences_longer_than_the_teachers_context_are_refused(setting: Setting) -> None:
+    setting.refuse(
+        r"dataset\.max_length is 129 tokens, but teacher .* at most 128 positions.*max_length: 128 or less",
+        dataset={"max_length": 129},
+    )
+    setting.check(dataset={"max_length": 128})
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Students
+
+
+def test_a_student_with_too_small_a_vocabulary_is_refused(setting: Setting) -> None:
+    needed = NUM_TOKENS
+    setting.refuse(
+        rf"vocab_size is {needed - 1} .*smaller than the {needed} ids.*vocab_size: {needed}",
+        student={"config": _student(setting, needed - 1)},
+    )
+    for width in (needed, WIDTH - 1, WIDTH, WIDTH + 64):  # narrower and wider than the teacher's
+        setting.check(student={"config": _student(setting, width)})
+
+
+def test_sequences_longer_than_the_students_context_are_refused(setting: Setting) -> None:
+    short = _student(setting, WIDTH, max_position_embeddings=47)
+    setting.refuse(
+        r"dataset\.max_length is 48 tokens, but the student .* at most 47 positions",
+        student={"config": short},
+    )
+
+
+def test_a_student_from_a_checkpoint_is_checked_like_any_other(
+    setting: Setting, tiny_teacher: Path
+) -> None:
+    student = {"config": None, "model_path": str(tiny_teacher)}
+    assert "run student: student of" in setting.check(student=student)[2]
+    missing = {"config": None, "model_path": str(setting.folder / "a" / "b")}
+    setting.refuse("cannot load the model", student=missing)
+
+
+@pytest.mark.parametrize("kind", ["output", "logit"])
+def test_a_student_whose_own_tokenizer_means_other_tokens_is_refused(
+    kind: str, setting: Setting, tiny_teacher: Path
+) -> None:
+    other = swap_tokens(setting.folder / "other", tiny_teacher)
+    setting.refuse(
+        rf"that of the student '{other}' give different ids: 'a', id \d+ in the first, is id \d+ in the second",
+        student={"config": None, "model_path": str(other)},
+        training={"distillation_type": kind},
+    )
+
+
+def test_a_student_whose_tokenizer_names_an_id_more_or_is_not_there_passes(
+    setting: Setting, tiny_teacher: Path
+) -> None:
+    more = name_token(setting.folder / "more", tiny_teacher, "<|user|>")
+    assert len(setting.check(student={"config": None, "model_path": str(more)})) == 3
+    for path in more.glob("tokenizer*"):
+        path.unlink()
+    notes = setting.check(student={"config": None, "model_path": str(more)})
+    assert "own tokenizer was not compared" in notes[3]
+
+
+def test_without_a_teacher_the_tokenizer_says_how_large_the_student_must_be(
+    setting: Setting, tiny_teacher: Path
+) -> None:
+    sections: dict[str, Any] = {
+        "teacher": {"model_path": None},
+        "dataset": {"tokenizer": str(tiny_teacher)},
+        "training": {"distillation_type": "output"},
+    }
+    notes = setting.check(**sections)
+    assert notes[1] == f"no teacher; tokenizer of {NUM_TOKENS} tokens"
+    setting.check(student={"config": _student(setting, NUM_TOKENS)}, **sections)
+    setting.refuse(
+        f"vocab_size is {NUM_TOKENS - 1} ",
+        student={"config": _student(setting, NUM_TOKENS - 1)},
+        **sections,
+    )
+
+
+def test_the_demos_teacher_is_known_before_it_exists(setting: Setting) -> None:
+    notes = setting.check(teacher={"model_path": "demo"})
+    assert notes[1] == "teacher: the demo's own, trained first"
+    small = {"config": _student(setting, DEMO_TEACHER.vocabulary - 1)}
+    setting.refuse(
+        f"the {DEMO_TEACHER.vocabulary} ids", teacher={"model_path": "demo"}, student=small
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Corpora: test_corpus.py has the whole list
+
+
+def test_a_missing_column_is_refused_here_too(setting: Setting) -> None:
+    setting.refuse("column", dataset={"text_column": "body"})

@@ -1,0 +1,398 @@
+"""Training: losses as computed by hand, every way to learn, what a run leaves behind and what it refuses."""
+
+import csv
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from retort.artifacts.plan import student_content
+from retort.cache.codec import Codec
+from retort.cache.reader import LogitCache
+from retort.io.digests import digest
+from retort.io.files import read_json, write_json
+from retort.tokens.tokenizer import load_tokenizer
+from retort.training.loop import LOG_COLUMNS, find_tail
+from retort.training.run import train_run
+from support.bench import Bench, read_log, read_weights
+from support.tiny import NUM_TOKENS, WIDTH, make_cache, section, swap_tokens, tokenize
+from unit.training.test_batches import take_order
+
+
+def compute_by_hand(
+    bench: Bench, source: LogitCache, sequences: list[int], *, temperature: float
+) -> tuple[float, float, int]:
+    """Hard loss, soft loss and positions of the untrained student, in float64, one sequence at a time."""
+    torch.manual_seed(0)
+    config = read_json(bench.student_path)
+    student = AutoModelForCausalLM.from_config(
+        _student_config(config), dtype=torch.float32
+    ).double()
+    hard = soft = 0.0
+    positions = 0
+    codec = source.header.codec
+    for index in sequences:
+        row, targets = source.table[index], source.read_targets(index)
+        ids = torch.from_numpy(np.array(row.ids, dtype=np.int64))
+        with torch.no_grad():
+            logits_TV = student(input_ids=ids[None]).logits[0]
+        for i, t in enumerate(np.flatnonzero(row.loss_mask)):
+            hard -= float(logits_TV[t].log_softmax(-1)[ids[t + 1]])
+            q = (logits_TV[t] / temperature).softmax(-1).numpy()
+            tail = math.exp(targets.tail_logprobs[i, codec.temperatures.index(temperature)])
+            tokens = slice(*targets.offsets[i : i + 2])
+            kept = np.exp(targets.logprobs[tokens].astype(np.float64) / temperature)
+            kept *= (1 - tail) / kept.sum()
+            q_kept = q[targets.ids[tokens]]
+            kl = float((kept * np.log(kept / q_kept)).sum())
+            kl += tail * math.log(tail / (1 - q_kept.sum()))
+            soft += temperature**2 * kl
+            positions += 1
+    return hard / positions, soft / positions, positions
+
+
+def _student_config(content: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    rest = {k: v for k, v in content.items() if k != "model_type"}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return AutoConfig.for_model(content["model_type"], vocab_size=WIDTH, **special, **rest)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_first_steps_losses_are_those_computed_by_hand(
+    temperature: float, bench: Bench, tmp_path: Path
+) -> None:
+    bench.train(
+        tmp_path,
+        bench.cache,
+        max_steps=1,
+        gradient_accumulation_steps=2,
+        temperature=temperature,
+        alpha=0.3,
+    )
+    order = take_order(bench.table, 8)
+    hard, soft, _ = compute_by_hand(bench, bench.cache, order, temperature=temperature)
+    (row,) = read_log(tmp_path)
+    assert float(row["hard_loss"]) == pytest.approx(hard, abs=1e-5)
+    assert float(row["soft_loss"]) == pytest.approx(soft, abs=1e-5)
+    assert float(row["total_loss"]) == pytest.approx(0.3 * hard + 0.7 * soft, abs=1e-5)
+    assert float(row["perplexity"]) == pytest.approx(math.exp(hard), rel=1e-4)
+
+
+def test_accumulating_two_batches_of_four_is_one_batch_of_eight(
+    bench: Bench, tmp_path: Path
+) -> None:
+    keys: dict[str, Any] = {"max_steps": 3, "learning_rate": 1e-3}
+    bench.train(tmp_path / "two", bench.cache, batch_size=4, gradient_accumulation_steps=2, **keys)
+    bench.train(tmp_path / "one", bench.cache, batch_size=8, gradient_accumulation_steps=1, **keys)
+    two, one = read_weights(tmp_path / "two"), read_weights(tmp_path / "one")
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-6)
+    lengths = bench.table.lengths[take_order(bench.table, 8)]
+    assert len(set(lengths.tolist())) > 2  # with equal halves a mean of means would pass as well
+    for mine, theirs in zip(read_log(tmp_path / "two"), read_log(tmp_path / "one"), strict=True):
+        for name in ("total_loss", "hard_loss", "soft_loss"):
+            assert float(mine[name]) == pytest.approx(float(theirs[name]), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "divergence"),
+    [
+        (2.0, "forward_kl"),
+        pytest.param(1.0, "forward_kl", marks=pytest.mark.slow),
+        pytest.param(1.0, "reverse_kl", marks=pytest.mark.slow),
+        pytest.param(2.0, "jensen_shannon", marks=pytest.mark.slow),
+    ],
+)
+def test_a_live_teacher_gives_the_losses_of_a_full_cache(
+    temperature: float, divergence: str, bench: Bench, tmp_path: Path
+) -> None:
+    keys: dict[str, Any] = {"max_steps": 6, "temperature": temperature, "learning_rate": 1e-2}
+    keys["divergence"] = divergence
+    bench.train(tmp_path / "cached", bench.full, **keys)
+    bench.train(tmp_path / "live", bench.table, live=True, use_cached_logits=False, **keys)
+    cached, live = read_log(tmp_path / "cached"), read_log(tmp_path / "live")
+    assert len(cached) == 6
+    for mine, theirs in zip(cached, live, strict=True):
+        for name in ("total_loss", "hard_loss", "soft_loss"):
+            assert float(mine[name]) == pytest.approx(float(theirs[name]), abs=1e-3)
+
+
+def test_learning_from_text_alone_has_no_soft_loss(bench: Bench, tmp_path: Path) -> None:
+    bench.train(tmp_path, bench.table, distillation_type="output")
+    rows = read_log(tmp_path)
+    assert list(rows[0]) == list(LOG_COLUMNS)
+    assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
+    for row in rows:
+        assert row["soft_loss"] == ""
+        assert float(row["total_loss"]) == float(row["hard_loss"]) > 0
+        assert float(row["learning_rate"]) >= 0 and float(row["tokens_per_second"]) > 0
+
+
+def test_the_student_learns(bench: Bench, tmp_path: Path) -> None:
+    for kind in ("output", "logit"):
+        source = bench.table if kind == "output" else bench.full
+        keys: dict[str, Any] = {"max_steps": 25, "batch_size": 8, "learning_rate": 3e-2}
+        bench.train(tmp_path / kind, source, distillation_type=kind, **keys)
+        rows = read_log(tmp_path / kind)
+        assert float(rows[-1]["total_loss"]) < 0.9 * float(rows[0]["total_loss"])
+
+
+def test_epochs_end_where_max_steps_are_not_given(bench: Bench, tmp_path: Path) -> None:
+    summary = bench.train(tmp_path, bench.cache, max_steps=None, num_epochs=2.0, batch_size=16)
+    steps = math.ceil(2 * len(bench.table) / 16)
+    assert summary["steps"] == steps
+    counts = [int(bench.table[i].loss_mask.sum()) for i in take_order(bench.table, 16 * steps)]
+    assert summary["trained_positions"] == sum(counts) >= 2 * bench.table.num_positions
+
+
+@pytest.mark.parametrize("kind", ["output", "hybrid"])
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(
+    kind: str, bench: Bench, tmp_path: Path
+) -> None:
+    source = bench.table if kind == "output" else bench.cache
+    with pytest.raises(
+        ValueError,
+        match=r"the loss is (nan|-?inf) from sequences (.*) of .* at step 2\b.*learning_rate",
+    ) as caught:
+        bench.train(tmp_path, source, distillation_type=kind, learning_rate=1e30, save_steps=1)
+    places = take_order(bench.table, 8)[4:]
+    assert f"sequences {places} of" in str(caught.value)
+    assert not (tmp_path / "final").exists()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_weights_that_are_no_numbers_are_never_kept(bench: Bench, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no longer finite numbers after step 1\b.*learning_rate"):
+        bench.train(tmp_path, bench.cache, learning_rate=1e39, max_steps=1)
+    assert not (tmp_path / "final").exists() and not list(tmp_path.glob("*/complete.json"))
+
+
+def test_the_curve_ends_with_the_last_step(bench: Bench, tmp_path: Path) -> None:
+    bench.train(tmp_path, bench.cache, max_steps=3, logging_steps=2)
+    assert [row["step"] for row in read_log(tmp_path)] == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"hidden_act": "nope"}, {"num_key_value_heads": 7}, {"head_dim": "four"}]
+)
+def test_a_student_that_cannot_be_built_is_one_sentence(
+    change: dict[str, Any], bench: Bench, tmp_path: Path
+) -> None:
+    path = tmp_path / "student.json"
+    write_json(path, read_json(bench.student_path) | change)
+    with pytest.raises(ValueError, match=rf"student.*{path.name}"):
+        bench.train(tmp_path / "run", bench.cache, student=path)
+
+
+def test_a_temperature_that_the_cache_lacks_is_refused(bench: Bench, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"temperature is 3\.0.*\(1\.0, 2\.0\) only.*cache\.temperatures"
+    ):
+        bench.train(tmp_path, bench.cache, temperature=3.0)
+    bench.train(
+        tmp_path, bench.full, temperature=3.0, max_steps=1
+    )  # the whole vocabulary has no tail
+
+
+def test_final_folder_loads_and_generates(bench: Bench, tmp_path: Path) -> None:
+    summary = bench.train(tmp_path, bench.cache)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "final")
+    assert len(tokenizer) == NUM_TOKENS and model.config.vocab_size == WIDTH
+    prompt = tokenizer("The fox ", return_tensors="pt")
+    out = model.generate(**prompt, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert out.shape[1] > prompt["input_ids"].shape[1]
+    assert tokenizer.decode(out[0]).startswith("The fox ")
+    assert summary["student_parameters"] == model.num_parameters()
+    assert summary["steps"] == 4 and summary["device"].startswith("cpu")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The rule's work
+
+
+def run_rule(bench: Bench, out: Path, **given: Any) -> dict[str, Any]:
+    keys: dict[str, Any] = {"max_steps": 2, "batch_size": 4, "temperature": 1.0, "device": "cpu"}
+    training = section("training", **(keys | given.pop("training", {})))
+    options: dict[str, Any] = {
+        "cache_path": bench.cache.path,
+        "teacher_path": None,
+        "fingerprint_path": bench.fingerprint,
+        "tokenizer_path": str(bench.teacher_path),
+        "index_path": bench.index_path,
+        "student": section("student", config=str(bench.student_path)),
+    }
+    train_run(
+        out,
+        name="mine",
+        tokenizer_revision=None,
+        training=training,
+        tracking=section("tracking"),
+        teacher_section=section("teacher", device="cpu"),
+        say=lambda _: None,
+        **(options | given),
+    )
+    found: dict[str, Any] = read_json(out)
+    return found
+
+
+def test_record_of_a_run_holds_what_evaluate_needs(bench: Bench, tmp_path: Path) -> None:
+    from retort.evaluation.run import METRICS_FROM_TRAINING
+
+    found = run_rule(bench, tmp_path / "abc" / "training.json")
+    assert set(METRICS_FROM_TRAINING) <= set(found)
+    assert (found["run"], found["id"], found["alpha"]) == ("mine", "abc", 0.5)
+    assert read_json(tmp_path / "abc" / "run.json")["config"]["training"]["max_steps"] == 2
+
+
+def test_a_student_that_changed_since_it_was_named_is_refused(bench: Bench, tmp_path: Path) -> None:
+    named = digest(student_content(section("student", config=str(bench.student_path))))
+    run_rule(bench, tmp_path / "a" / "training.json", expected_student=named)
+    with pytest.raises(ValueError, match="changed since the command began"):
+        run_rule(bench, tmp_path / "b" / "training.json", expected_student="0123456789ab")
+    assert not (tmp_path / "b" / "training.json").exists()
+
+
+def test_another_tokenizer_than_the_tokens_is_not_shipped(bench: Bench, tmp_path: Path) -> None:
+    shutil.copytree(bench.teacher_path, tmp_path / "teacher")
+    path = tmp_path / "teacher" / "tokenizer.json"
+    path.write_text(path.read_text() + "\n")
+    with pytest.raises(ValueError, match="is not the one that made the tokens"):
+        run_rule(bench, tmp_path / "a" / "training.json", tokenizer_path=str(tmp_path / "teacher"))
+
+
+def test_a_student_of_text_alone_is_as_wide_as_its_siblings(bench: Bench, tmp_path: Path) -> None:
+    output = {"distillation_type": "output"}
+    run_rule(bench, tmp_path / "a" / "training.json", cache_path=None, training=output)
+    assert read_json(tmp_path / "a" / "final" / "config.json")["vocab_size"] == WIDTH
+    run_rule(
+        bench,
+        tmp_path / "b" / "training.json",
+        cache_path=None,
+        fingerprint_path=None,
+        training=output,
+    )
+    assert read_json(tmp_path / "b" / "final" / "config.json")["vocab_size"] == NUM_TOKENS
+
+
+def test_a_live_teacher_is_loaded_where_no_cache_is_given(bench: Bench, tmp_path: Path) -> None:
+    found = run_rule(
+        bench,
+        tmp_path / "run" / "training.json",
+        cache_path=None,
+        teacher_path=str(bench.teacher_path),
+        training={"use_cached_logits": False},
+    )
+    assert found["alpha"] == 0.5
+    assert float(read_json(tmp_path / "run" / "training.json")["steps"]) == 2
+
+
+LIVE: dict[str, Any] = {"cache_path": None, "training": {"use_cached_logits": False}}
+
+
+def test_a_live_teacher_without_a_record_is_refused(bench: Bench, tmp_path: Path) -> None:
+    path = str(bench.teacher_path)
+    with pytest.raises(ValueError, match=rf"--teacher {path} needs --fingerprint.*resolve_teacher"):
+        run_rule(
+            bench, tmp_path / "training.json", teacher_path=path, fingerprint_path=None, **LIVE
+        )
+
+
+def test_a_live_teacher_of_another_tokenizer_of_the_same_size_is_refused(
+    bench: Bench, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    other = swap_tokens(tmp_path / "other", bench.teacher_path)
+    given: dict[str, Any] = {
+        "index_path": tokenize(tmp_path / "tokens", tiny_corpus, other),
+        "tokenizer_path": str(other),
+        "teacher_path": str(bench.teacher_path),
+    }
+    words = rf"tokenizer '{other}' and that of the teacher '{bench.teacher_path}' give different ids: '[ab]', id"
+    with pytest.raises(ValueError, match=words):
+        run_rule(bench, tmp_path / "run" / "training.json", **given, **LIVE)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_live_teacher_with_another_chat_template_is_learned_from(
+    bench: Bench, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(str(bench.teacher_path))
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    tokenizer.save_pretrained(tmp_path / "chat")
+    found = run_rule(
+        bench,
+        tmp_path / "run" / "training.json",
+        index_path=tokenize(tmp_path / "tokens", tiny_corpus, tmp_path / "chat"),
+        tokenizer_path=str(tmp_path / "chat"),
+        teacher_path=str(bench.teacher_path),
+        **LIVE,
+    )
+    assert found["steps"] == 2
+
+
+def test_a_record_of_another_teacher_than_the_caches_is_refused(
+    bench: Bench, tmp_path: Path
+) -> None:
+    other = read_json(bench.fingerprint) | {"weights": "0123456789ab", "name": "somebody"}
+    write_json(tmp_path / "fingerprint.json", other)
+    weights = bench.cache.header.teacher
+    with pytest.raises(
+        ValueError, match=rf"distributions of teacher {weights}, but .* records 0123456789ab"
+    ):
+        run_rule(bench, tmp_path / "training.json", fingerprint_path=tmp_path / "fingerprint.json")
+
+
+def test_a_student_that_means_other_tokens_is_refused(bench: Bench, tmp_path: Path) -> None:
+    other = swap_tokens(tmp_path / "other", bench.teacher_path)
+    with pytest.raises(ValueError, match=rf"that of the student '{other}' give different ids"):
+        run_rule(
+            bench,
+            tmp_path / "training.json",
+            student=section("student", config=None, model_path=str(other)),
+        )
+
+
+def test_distilling_without_a_teacher_is_refused(bench: Bench, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"'hybrid' \(alpha 0\.5\) learns from a teacher: give --cache"
+    ):
+        run_rule(bench, tmp_path / "training.json", cache_path=None)
+
+
+def test_a_cache_of_other_tokens_is_refused(
+    bench: Bench, tiny_corpus: Path, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    other = tokenize(tmp_path / "tokens", tiny_corpus, tiny_teacher, max_length=32)
+    foreign = make_cache(tmp_path / "logits", other, tiny_teacher, top_k=4)
+    with pytest.raises(ValueError, match=r"distributions for other tokens.*made from this index"):
+        run_rule(bench, tmp_path / "training.json", cache_path=foreign.path)
+
+
+def test_a_cache_that_is_gone_is_said_so(bench: Bench, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"none\.h5 is gone.*manifest"):
+        run_rule(bench, tmp_path / "training.json", cache_path=tmp_path / "none.h5")
+
+
+def test_log_survives_numbers_that_json_cannot_hold(tmp_path: Path) -> None:
+    from retort.training.loop import write_log
+
+    write_log(tmp_path / "log.csv", [{"step": 1, "total_loss": 800.0, "perplexity": math.inf}])
+    (row,) = csv.DictReader((tmp_path / "log.csv").read_text().splitlines())
+    assert float(row["perplexity"]) == math.inf and json.loads(row["step"]) == 1
+
+
+def test_draws_are_trained_from_as_they_are_unbiased_or_not_at_all() -> None:
+    codec = Codec("sampled", None, (1.0, 2.0), 300, 0.05, 36, "0" * 32)
+    plain = section("training", temperature=1.0)
+    assert find_tail(codec, plain, path=Path("cache.h5")) == 0
+    for changes in ({"temperature": 2.0}, {"temperature": 1.0, "divergence": "reverse_kl"}):
+        with pytest.raises(ValueError, match="unbiased for forward_kl at temperature 1 alone"):
+            find_tail(codec, section("training", **changes), path=Path("cache.h5"))

@@ -1,0 +1,342 @@
+"""Kills and checkpoints: a training that was stopped anywhere ends as an undisturbed one."""
+
+import os
+import pickle
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from retort.io.digests import digest_folder
+from retort.io.files import read_json, write_json
+from retort.training.checkpoints import Stamp, find_checkpoint
+from support.bench import Bench, assert_same_curve, assert_same_weights, read_log
+from support.tiny import real_processes
+
+pytestmark = pytest.mark.slow  # each trains two or three times
+
+GPT2_WITH_DROPOUT = {
+    "model_type": "gpt2",
+    "n_embd": 8,
+    "n_layer": 1,
+    "n_head": 2,
+    "n_positions": 128,
+    "resid_pdrop": 0.2,  # its random numbers must go on where they stopped
+}
+LONG: dict[str, Any] = {
+    "max_steps": 36,
+    "save_steps": 3,
+    "save_total_limit": 20,
+    "batch_size": 24,
+    "learning_rate": 1e-2,
+    "dataloader_num_workers": 1,
+    "lr_scheduler_type": "constant",  # a rate of 0 at the end would hide a step too many
+}
+
+
+def stamp_of(folder: Path) -> Stamp:
+    mark = read_json(next(folder.glob("checkpoint-*/complete.json")))
+    return Stamp(mark["run"], mark["strategy"])
+
+
+def train_in_a_process(bench: Bench, folder: Path, student: Path, log: Path) -> None:
+    def say(line: str) -> None:
+        with log.open("a") as file:
+            file.write(line + "\n")
+
+    bench.train(folder, bench.cache, student=student, say=say, **LONG)
+
+
+def wait_for(condition: Callable[[], bool], *, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.002)
+
+
+@pytest.fixture(scope="module")
+def dropout_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("student") / "gpt2.json"
+    write_json(path, GPT2_WITH_DROPOUT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    bench: Bench, dropout_student: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    epochs = LONG["max_steps"] * LONG["batch_size"] / len(bench.table)
+    assert epochs > 2  # the order of a later epoch must be found again too
+    bench.train(folder, bench.cache, student=dropout_student, **LONG)
+    return folder
+
+
+def test_a_run_killed_at_random_steps_ends_with_the_weights_of_an_undisturbed_one(
+    bench: Bench, dropout_student: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    chance = random.Random(0)
+    folder, log = tmp_path / "run", tmp_path / "log"
+    context, kills = real_processes(), 0
+    while not (folder / "final").exists():
+        process = context.Process(
+            target=train_in_a_process, args=(bench, folder, dropout_student, log)
+        )
+        process.start()
+        if kills < 3:
+            before = set(folder.glob("checkpoint-*"))
+            wait_for(lambda before=before: bool(set(folder.glob("checkpoint-*")) - before))
+            time.sleep(chance.random() * 0.03)
+            os.kill(process.pid or 0, signal.SIGKILL)
+            kills += 1
+        process.join()
+        assert kills < 3 or process.exitcode in (0, -signal.SIGKILL)
+    assert kills == 3
+    assert "going on from checkpoint-" in log.read_text()
+    assert_same_weights(folder, undisturbed)
+    # A window of one step never spans a checkpoint, so the curve is the same too.
+    assert_same_curve(folder, undisturbed)
+
+
+def test_a_torn_checkpoint_is_removed_and_the_one_before_is_used(
+    bench: Bench, dropout_student: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed, folder)
+    shutil.rmtree(folder / "final")
+    newest, before = folder / "checkpoint-36", folder / "checkpoint-33"
+    (newest / "complete.json").unlink()
+    (newest / "model.safetensors").write_bytes(b"torn")
+    assert find_checkpoint(folder, stamp_of(undisturbed)) == before
+    assert not newest.exists()
+    said: list[str] = []
+    bench.train(folder, bench.cache, student=dropout_student, say=said.append, **LONG)
+    assert "train run: going on from checkpoint-33" in said
+    assert_same_weights(folder, undisturbed)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "complete.json"])
+def test_a_damaged_checkpoint_is_not_gone_on_from(
+    name: str, undisturbed: Path, tmp_path: Path
+) -> None:
+    for step in (33, 36):
+        shutil.copytree(undisturbed / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    damaged = tmp_path / "checkpoint-36" / name
+    content = damaged.read_bytes()
+    for bad in (None, content[: len(content) // 2], content[:-3] + b"?" + content[-2:]):
+        if bad is None:
+            damaged.unlink()
+        else:
+            shutil.copytree(undisturbed / "checkpoint-36", tmp_path / "checkpoint-36")
+            damaged.write_bytes(bad)
+        said: list[str] = []
+        found = find_checkpoint(tmp_path, stamp_of(undisturbed), say=said.append)
+        assert found == tmp_path / "checkpoint-33"
+        assert len(said) == 1 and "checkpoint-36" in said[0] and "removed" in said[0]
+        assert (name in said[0]) == (not (name == "complete.json" and bad is None))
+
+
+def test_going_on_at_an_epochs_end_or_within_one_gives_the_same_weights(
+    bench: Bench, dropout_student: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    steps_per_epoch = len(bench.table) // LONG["batch_size"]
+    assert len(bench.table) == steps_per_epoch * LONG["batch_size"] and steps_per_epoch % 3 == 0
+    for step in (3, steps_per_epoch, steps_per_epoch + 3):
+        folder = tmp_path / str(step)
+        checkpoint = f"checkpoint-{step}"
+        shutil.copytree(undisturbed / checkpoint, folder / checkpoint)
+        bench.train(folder, bench.cache, student=dropout_student, **LONG)
+        assert_same_weights(folder, undisturbed)
+
+
+def test_a_run_killed_after_its_last_step_only_writes_what_is_missing(
+    bench: Bench, dropout_student: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed, folder)
+    shutil.rmtree(folder / "final")
+    (folder / "training_log.csv").unlink()
+    summary = bench.train(folder, bench.cache, student=dropout_student, **LONG)
+    assert_same_weights(folder, undisturbed)
+    assert read_log(folder) == read_log(undisturbed)
+    assert summary["steps"] == 36
+
+
+def test_seconds_and_positions_add_up_over_attempts(
+    bench: Bench, dropout_student: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed, folder)
+    shutil.rmtree(folder / "checkpoint-36")
+    mark = read_json(folder / "checkpoint-33" / "complete.json")
+    write_json(folder / "checkpoint-33" / "complete.json", mark | {"seconds": 1000.0})
+    summary = bench.train(folder, bench.cache, student=dropout_student, **LONG)
+    assert summary["seconds"] > 1000.0
+    whole = read_json(undisturbed / "checkpoint-36" / "complete.json")
+    assert summary["trained_positions"] == whole["positions"] > mark["positions"]
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_old_checkpoints_are_removed_but_two_are_kept(
+    limit: int, bench: Bench, tmp_path: Path
+) -> None:
+    bench.train(tmp_path, bench.cache, max_steps=5, save_steps=1, save_total_limit=limit)
+    names = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    assert (
+        names == [f"checkpoint-{n}" for n in (3, 4, 5)][-max(2, limit) :]
+    )  # the newest may be torn
+
+
+def test_a_second_process_on_the_same_run_waits(
+    bench: Bench, dropout_student: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    context, folder = real_processes(), tmp_path / "run"
+    first, second = (
+        context.Process(
+            target=train_in_a_process, args=(bench, folder, dropout_student, tmp_path / name)
+        )
+        for name in ("first", "second")
+    )
+    first.start()
+    wait_for(lambda: (folder / "checkpoint-3" / "complete.json").exists())
+    second.start()
+    for process in (first, second):
+        process.join()
+        assert process.exitcode == 0
+    assert "going on" not in (tmp_path / "first").read_text()
+    waiting, going_on = (tmp_path / "second").read_text().splitlines()[:2]
+    assert "another process trains in" in waiting
+    # Had it not waited, it would have gone on from an earlier checkpoint.
+    assert going_on == "train run: going on from checkpoint-36"
+    assert_same_weights(folder, undisturbed)
+
+
+def test_a_window_of_the_log_that_spans_a_checkpoint_is_whole(
+    bench: Bench, dropout_student: Path, tmp_path: Path
+) -> None:
+    keys = LONG | {"max_steps": 14, "logging_steps": 5, "save_steps": 3}
+    bench.train(tmp_path / "whole", bench.cache, student=dropout_student, **keys)
+    for step in (3, 9, 12):  # the log's windows end after steps 1, 5 and 10
+        folder = tmp_path / str(step)
+        shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+        summary = bench.train(folder, bench.cache, student=dropout_student, **keys)
+        assert_same_curve(folder, tmp_path / "whole")
+        whole = read_json(tmp_path / "whole" / "checkpoint-14" / "complete.json")
+        assert summary["trained_positions"] == whole["positions"] + whole["window"]["positions"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"alpha": 0.25}, {"seed": 1}, {"learning_rate": 0.5}, {"divergence": "reverse_kl"}]
+)
+def test_the_checkpoint_of_another_run_is_never_gone_on_from(
+    change: dict[str, Any], bench: Bench, tmp_path: Path
+) -> None:
+    keys = {"max_steps": 4, "save_steps": 2, "batch_size": 4}
+    bench.train(tmp_path, bench.cache, **keys)
+    shutil.rmtree(tmp_path / "final")
+    with pytest.raises(
+        ValueError, match=r"checkpoint-4 is of another run .*resume_from_checkpoint"
+    ):
+        bench.train(tmp_path, bench.cache, **keys, **change)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
+        "checkpoint-2",
+        "checkpoint-4",
+    ]
+
+
+def test_keys_of_the_machine_do_not_make_another_run(bench: Bench, tmp_path: Path) -> None:
+    keys = {"max_steps": 4, "save_steps": 2, "batch_size": 4}
+    bench.train(tmp_path / "one", bench.cache, **keys)
+    shutil.copytree(tmp_path / "one" / "checkpoint-2", tmp_path / "two" / "checkpoint-2")
+    bench.train(
+        tmp_path / "two", bench.cache, **(keys | {"save_steps": 3}), dataloader_num_workers=2
+    )
+    assert_same_weights(tmp_path / "two", tmp_path / "one")
+
+
+def test_weights_optimizer_and_schedule_of_a_named_checkpoint_are_started_from(
+    bench: Bench, dropout_student: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    start = undisturbed / "checkpoint-33"
+    said: list[str] = []
+    keys = LONG | {"resume_from_checkpoint": str(start), "say": said.append}
+    summary = bench.train(tmp_path, bench.cache, student=dropout_student, **keys)
+    assert summary["steps"] == 36
+    assert_same_weights(tmp_path, undisturbed)
+
+
+def test_a_named_checkpoint_must_be_whole_and_before_the_end(
+    bench: Bench, dropout_student: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    def refuse(pattern: str, start: Path) -> None:
+        keys = LONG | {"resume_from_checkpoint": str(start)}
+        with pytest.raises(ValueError, match=rf"resume_from_checkpoint is .*{pattern}"):
+            bench.train(tmp_path / "run", bench.cache, student=dropout_student, **keys)
+
+    refuse("lacks trainer_state.json, scheduler.pt, optimizer.pt", tmp_path / "nowhere")
+    refuse("of step 36, but this run ends at step 36", undisturbed / "checkpoint-36")
+    half = tmp_path / "half"
+    shutil.copytree(undisturbed / "checkpoint-33", half)
+    (half / "model.safetensors").write_bytes(b"torn")
+    refuse("is damaged", half)
+    (half / "optimizer.pt").unlink()
+    refuse("lacks optimizer.pt", half)
+
+
+def test_folders_of_a_persons_own_are_left_alone(
+    bench: Bench, dropout_student: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(undisturbed / "checkpoint-33", tmp_path / "checkpoint-33")
+    for name in ("checkpoint-99.bak", "checkpoint-36-keep"):
+        shutil.copytree(undisturbed / "checkpoint-33", tmp_path / name)
+        (tmp_path / name / "complete.json").unlink()
+    bench.train(tmp_path, bench.cache, student=dropout_student, **LONG)
+    assert_same_weights(tmp_path, undisturbed)
+    assert (tmp_path / "checkpoint-99.bak").exists() and (tmp_path / "checkpoint-36-keep").exists()
+
+
+def test_what_other_launchers_left_in_the_environment_counts_for_nothing(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.train(tmp_path / "plain", bench.cache)
+    left = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "PMI_SIZE": "2"}
+    for name, value in (left | {"ACCELERATE_MIXED_PRECISION": "bf16"}).items():
+        monkeypatch.setenv(name, value)
+    bench.train(tmp_path / "left", bench.cache)
+    assert_same_weights(tmp_path / "left", tmp_path / "plain")
+
+
+def test_no_checkpoint_can_run_code(
+    bench: Bench, dropout_student: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """A pickle in a checkpoint's place, with a mark that vouches for it, is refused by torch, not run."""
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed / "checkpoint-33", folder / "checkpoint-33")
+    victim = tmp_path / "was_run"
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        shutil.rmtree(folder)
+        shutil.copytree(undisturbed / "checkpoint-33", folder / "checkpoint-33")
+        torch.save(Touch(victim), folder / "checkpoint-33" / name)
+        path = folder / "checkpoint-33" / "complete.json"
+        files = digest_folder(path.parent)
+        del files["complete.json"]
+        write_json(path, read_json(path) | {"files": files})
+        with pytest.raises(pickle.UnpicklingError):
+            bench.train(folder, bench.cache, student=dropout_student, **LONG)
+        assert not victim.exists()
+
+
+class Touch:
+    """An object that makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
