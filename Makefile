@@ -104,6 +104,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/snakefmt --check Snakefile workflow
 
 environment: $(READY)
@@ -117,7 +118,7 @@ $(READY): requirements.lock pyproject.toml
 	@touch $(READY)
 
 docs: $(READY)
-	$(BIN)/python -m retort.config.load > config/README.md
+	$(BIN)/python -m retort.config.reference > config/README.md
 
 clean:
 	rm -rf $(VENV) $(VLLM) .snakemake .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -18,8 +18,8 @@ from benchmarks.common import log
 from benchmarks.distributions.settings import Settings
 from retort.corpus import demo_text
 
-# Their whole sources are read, beside the standard library's; `retort.corpus.demo_text` adds the docstrings of four more.
-# All are pinned in requirements.lock. transformers is left out: what is held out of it repeats what is trained on.
+# Their whole sources are read, beside the standard library's; `retort.corpus.demo_text` adds the docstrings of four
+# more. All are pinned in requirements.lock. transformers is left out: what is held out of it repeats the training text.
 PACKAGES = (
     "PIL",
     "accelerate",

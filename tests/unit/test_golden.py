@@ -1,7 +1,7 @@
 """Results made by an earlier version stay valid, or their revision says that they do not.
 
-Whoever changes what a stage makes of the same input must raise its number in `retort.artifacts.plan.REVISIONS`, which makes
-every user's results of that stage again, and write the new digests here. Whoever does not mean to has broken something.
+Whoever changes what a stage makes of the same input must raise its number in `retort.artifacts.plan.REVISIONS`, which
+makes every user's results of that stage again, and write the new digests here. Otherwise something is broken.
 """
 
 import hashlib

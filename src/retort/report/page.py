@@ -228,7 +228,7 @@ def write_report(
 
 
 def _read_resource(name: str) -> str:
-    return resources.files("retort").joinpath(name).read_text(encoding="utf-8")
+    return resources.files("retort.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _script(name: str) -> dict[str, str]:

@@ -497,7 +497,7 @@ def test_a_bit_flipped_on_the_way_is_refused_and_costs_no_part(
             damaged[len(damaged) // 2] ^= 4
         write_pieces(file, memoryview(damaged))
 
-    monkeypatch.setattr("retort.cache.parts.write_pieces", write_wrongly)
+    monkeypatch.setattr("retort.cache.merged.write_pieces", write_wrongly)
     out, mode = own_parts.parent / "merged.h5", "virtual" if is_virtual else "copy"
     with pytest.raises(ValueError, match="is whole, but its copy is not"):
         merge_parts(index, own_parts, header, out, mode=mode)

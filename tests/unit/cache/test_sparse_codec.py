@@ -311,7 +311,7 @@ def test_machine_code_is_kept_apart_for_every_state_of_its_sources(tmp_path: Pat
     code = "import numba, retort.cache.sparse_streams; print(numba.config.CACHE_DIR)"
     found = []
     for comment in ("", "", "# another\n"):
-        with (tmp_path / "retort" / "entropy.py").open("a") as file:
+        with (tmp_path / "retort" / "cache" / "entropy.py").open("a") as file:
             file.write(comment)
         done = subprocess.run(
             [sys.executable, "-c", code],

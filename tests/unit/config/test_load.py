@@ -116,7 +116,7 @@ def test_runs_may_override_every_section_but_output() -> None:
 
 
 def test_the_committed_readme_is_the_generated_one() -> None:
-    command = "python -m retort.config.load > config/README.md"
+    command = "python -m retort.config.reference > config/README.md"
     committed = (REPOSITORY / "config" / "README.md").read_text(encoding="utf-8")
     assert committed == readme(), f"run: {command}"
 

@@ -23,8 +23,9 @@ SCRIPTS = Path(__file__).resolve().parents[3] / "workflow" / "scripts"
 FILES, ROWS = 4, 400
 # The script itself, with short waits and small steps; the client is what users have.
 _DRAW = f"""
-import sys, runpy, retort.corpus.hub, retort.corpus.snapshot
-retort.corpus.hub.FIRST_WAIT_S, retort.corpus.hub.LONGEST_WAIT_S, retort.corpus.hub.LONGEST_WAIT_ASKED_S = 0.02, 0.1, 0.3
+import sys, runpy, retort.corpus.snapshot
+from retort.corpus import hub
+hub.FIRST_WAIT_S, hub.LONGEST_WAIT_S, hub.LONGEST_WAIT_ASKED_S = 0.02, 0.1, 0.3
 retort.corpus.snapshot._STEP_DOCUMENTS, retort.corpus.snapshot._STEP_DOCUMENTS_PER_SHARD = 100, 1
 runpy.run_path({str(SCRIPTS / "draw_corpus.py")!r}, run_name="__main__")
 """

@@ -523,7 +523,7 @@ def test_hub_errors_say_whether_it_is_the_network_the_login_or_the_name() -> Non
 
 def test_a_hub_out_of_reach_is_said_in_one_sentence(tmp_path: Path) -> None:
     code = (
-        "from tests.unit.test_corpus import DEFAULTS, check_corpus, replace\n"
+        "from tests.unit.corpus.test_reading import DEFAULTS, check_corpus, replace\n"
         "try: check_corpus(replace(DEFAULTS, name='nobody/no-such-dataset'))\n"
         "except ValueError as error: print(error)"
     )

@@ -18,8 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retort.corpus.reading import Counts, read_documents
-from retort.tokens import sequences as tokens
-from retort.tokens import shards
+from retort.tokens import shards, tokenize
 from retort.tokens.index import TokenIndex, build_index
 from retort.tokens.sequences import SequenceTable, build_table
 from retort.tokens.shards import read_about, read_token_shard, write_token_shard
@@ -98,8 +97,8 @@ def test_a_stream_of_documents_gives_the_bytes_of_all_at_once(
     if has_prompts:
         keys |= {"prompt_column": "prompt", "response_column": "text"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokens, "_DOCUMENTS_PER_BATCH", batch[0])
-        patch.setattr(tokens, "_CHARACTERS_PER_BATCH", batch[1])
+        patch.setattr(tokenize, "_DOCUMENTS_PER_BATCH", batch[0])
+        patch.setattr(tokenize, "_CHARACTERS_PER_BATCH", batch[1])
         patch.setattr(shards, "_PIECE_BYTES", piece_bytes)
         bytewise.tokenize(folder / "stream.h5", corpus, **keys)
     tokenizer, counts = read_about(folder / "stream.h5")
