@@ -1,6 +1,7 @@
 """Real parts, made small: a teacher with its tokenizer, a corpus, a student's config."""
 
 import json
+import logging
 import random
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from hypothesis import settings
 # No deadline: the first example may load a library, and the machine may be busy.
 settings.register_profile("retort", deadline=None, max_examples=60)
 settings.load_profile("retort")
+
+logging.getLogger("retort").setLevel(logging.DEBUG)  # caplog shows what a job's log would
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -58,7 +58,7 @@ def run(folder: Path, cache: LogitCache, *, steps: int, workers: int) -> tuple[f
         tokenizer=NoTokenizer(),
         vocabulary=cache.header.codec.vocabulary,
     )
-    found = train_student(folder / f"{workers}-{steps}", job, say=lambda _: None)
+    found = train_student(folder / f"{workers}-{steps}", job)
     return found["seconds"], found["seconds_waiting_for_data"]
 
 

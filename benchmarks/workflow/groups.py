@@ -118,7 +118,7 @@ def work(
     teacher = load(seconds_per_token)
     start.wait()
     parts = folder / "parts"
-    with lease([*groups[worker:], *groups[:worker]], folder=folder, say=print):
+    with lease([*groups[worker:], *groups[:worker]], folder=folder):
         watch = Stopwatch(index.parts, part_files(index, parts, HEADER))
         report = run_worker(
             index,

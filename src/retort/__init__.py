@@ -4,3 +4,7 @@ Packages in the order of the data flow; each imports only those before it (docs/
 cli, io, config, cluster, corpus, artifacts, tokens, cache, models, teacher, training, evaluation, synthesis, report,
 pipeline. Import from the module that defines a name: packages re-export nothing, so that a job loads only what it uses.
 """
+
+import logging
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # scripts configure it (retort.cli)

@@ -1,11 +1,17 @@
-"""How every script starts and ends: quiet libraries, one line per message, one sentence per user's mistake.
+"""How every script starts and ends: where its messages go, quiet libraries, one sentence per user's mistake.
 
-Progress goes to stderr, which a rule shows on the terminal and keeps in its log; so do errors. A ValueError is the
-user's to mend: its sentence is printed without a traceback; so are a full disk, a folder that cannot be written, other
-errors of the system, and an interrupt. Anything else is ours, and keeps its traceback.
+Modules use `logging`: info and above is for the person at the terminal, debug for the log alone. Typed by hand, a
+script writes both to stderr. A rule gives it the job's log as stdout and stderr, and names the terminal in
+RETORT_CONSOLE.
+
+A ValueError is the user's to correct: its sentence is shown without a traceback; so are a full disk, a folder that
+cannot be written, other errors of the system, and an interrupt. Anything else is ours, and its traceback is kept.
 """
 
 import errno
+import fcntl
+import io
+import logging
 import os
 import signal
 import sys
@@ -14,8 +20,16 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+logger = logging.getLogger(__name__)
+
+CONSOLE = (
+    "RETORT_CONSOLE"  # the stderr of a rule's shell, as a path: /proc/<process>/fd/<descriptor>
+)
+_PROGRESS = "RETORT_PROGRESS"  # 0: no bars
+_NOT_IN_LOG = "is_for_the_terminal_alone"
+_TIME = "%Y-%m-%d %H:%M:%S"
 ATTEMPT = "=== "  # begins the line that begins an attempt: logs are appended to
 GOES_ON = "What is finished is kept; the same command goes on from there."
 # Errors that say nothing of a file's content: no permission, too many open files, no memory, a failing disk or network.
@@ -66,25 +80,165 @@ def run_script(main: Callable[[], None]) -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     _terminate_by(os.getpid())
     sys.unraisablehook = _raise_again
+    configure_logging()
     # Of several processes that do one job, only the first launcher begins an attempt.
     is_first = "LOCAL_RANK" not in os.environ and os.environ.get("SLURM_PROCID", "0") == "0"
-    if is_first and not sys.stdout.isatty():
-        note(f"{ATTEMPT}{time.strftime('%Y-%m-%d %H:%M:%S')}  {Path(sys.argv[0]).name}")
+    if is_first and has_log():
+        print(f"{ATTEMPT}{time.strftime(_TIME)}  {Path(sys.argv[0]).name}", flush=True)
     try:
         main()
     except KeyboardInterrupt:
-        note(f"interrupted by Ctrl-C. {GOES_ON}")
+        logger.debug(f"interrupted by Ctrl-C. {GOES_ON}")
         raise SystemExit(130) from None
     except Exception as error:
         if is_disk_full(error):
-            say(f"error: the disk is full ({first_line(error)}): free space. {GOES_ON}")
+            logger.error(f"the disk is full ({first_line(error)}): free space. {GOES_ON}")
         elif isinstance(error, ValueError):
-            say(f"error: {error}")
+            logger.error(str(error))
         elif isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
-            say(f"error: {error.strerror}: {error.filename}. Mend that and go on. {GOES_ON}")
+            logger.error(f"{error.strerror}: {error.filename}. Correct that. {GOES_ON}")
         else:
+            if has_log():  # where the traceback goes
+                what = f"{type(error).__name__}: {first_line(error)} (see {_name_log()})"
+                logger.error(what, extra={_NOT_IN_LOG: True})
             raise
         raise SystemExit(1) from None
+
+
+def is_rank() -> bool:
+    """Say whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and "LOCAL_RANK" in os.environ
+
+
+def has_log() -> bool:
+    """Say whether stdout is a log that a rule gave this script."""
+    return CONSOLE in os.environ
+
+
+def configure_logging() -> None:
+    """Send messages to the terminal and, under a rule, to the log; of several ranks the first one alone reports."""
+    library = logging.getLogger("retort")
+    library.handlers.clear()
+    library.propagate = False  # other libraries give the root logger handlers of their own
+    is_further = is_rank() and os.environ.get("RANK") != "0"
+    library.setLevel(logging.WARNING if is_further else logging.DEBUG)
+    if has_log():
+        log = logging.StreamHandler(sys.stdout)
+        log.setFormatter(_Formatter(job=Path(sys.argv[0]).stem))
+        log.addFilter(lambda record: not hasattr(record, _NOT_IN_LOG))
+        library.addHandler(log)
+    stream = _open_console()
+    if stream is not None:
+        console = _Console(stream)
+        console.setFormatter(_Formatter())
+        console.setLevel(logging.INFO if has_log() else logging.DEBUG)
+        if is_further:
+            console.setLevel(logging.ERROR)
+        library.addHandler(console)
+
+
+def keep_to_log() -> None:
+    """Show warnings and errors alone on the terminal from now on; without a log, everything as before."""
+    console = _find_console()
+    if console is not None and has_log():
+        console.setLevel(logging.WARNING)
+
+
+def open_terminal() -> TextIO | None:
+    """Return the terminal that messages go to, locked for one bar; None without one, or with one of no width.
+
+    Until it is closed, messages stand above the bar. Jobs share the terminal: it is opened again, because a lock
+    belongs to an opening, and jobs inherit one from Snakemake.
+    """
+    console = _find_console()
+    if console is None or console.level > logging.INFO or os.environ.get(_PROGRESS) == "0":
+        return None
+    try:
+        path = os.ttyname(console.stream.fileno())
+        opened = os.open(path, os.O_WRONLY | os.O_NOCTTY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.get_terminal_size(opened).columns == 0:
+            raise OSError  # as of a container's that nobody looks at: a bar would have no width
+    except OSError:
+        os.close(opened)
+        return None
+    console.terminal = io.TextIOWrapper(io.FileIO(opened, "w"), write_through=True)
+    return console.terminal
+
+
+class _Formatter(logging.Formatter):
+    """The message, with "warning: " or "error: " before it; in a log, each line after time, job and process."""
+
+    def __init__(self, job: str | None = None) -> None:
+        super().__init__(datefmt=_TIME)
+        self._job = job
+
+    def format(self, record: logging.LogRecord) -> str:
+        kind = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        text = kind + record.getMessage()
+        if self._job is None:
+            return text
+        begin = f"{self.formatTime(record, self.datefmt)} {self._job}[{record.process}] "
+        return "\n".join((begin + line).rstrip() for line in text.splitlines() or [""])
+
+
+class _Console(logging.StreamHandler[TextIO]):
+    """Writes to a person, above the bar where one is shown. A terminal that is gone stops no job."""
+
+    terminal: TextIO | None = None  # of the bar
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.terminal is None or self.terminal.closed:
+            super().emit(record)
+        elif record.levelno > logging.DEBUG:
+            from tqdm import tqdm
+
+            try:
+                tqdm.write(self.format(record), file=self.terminal)
+            except Exception:
+                self.handleError(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        if not isinstance(sys.exception(), (OSError, ValueError)):
+            super().handleError(record)
+
+
+def _find_console() -> _Console | None:
+    handlers = logging.getLogger("retort").handlers
+    return next((found for found in handlers if isinstance(found, _Console)), None)
+
+
+def _open_console() -> TextIO | None:
+    """Return what the person at the terminal reads: stderr, or what a rule's shell had as its stderr.
+
+    The script has it as a descriptor too. Ranks have not, since torchrun closes descriptors, and open it by its path;
+    where that fails (a socket has no path), and on other nodes of a job, messages are in the log alone.
+    """
+    if not has_log():
+        return sys.stderr
+    if os.environ.get("SLURM_PROCID", "0") != "0":
+        return None  # there the path may be another process's
+    path = os.environ[CONSOLE]
+    number = int(Path(path).name)
+    try:
+        opened = os.open(path, os.O_WRONLY | os.O_NOCTTY) if is_rank() else os.dup(number)
+        # In a file (snakemake 2> file) each would else write over what another has written meanwhile.
+        fcntl.fcntl(opened, fcntl.F_SETFL, fcntl.fcntl(opened, fcntl.F_GETFL) | os.O_APPEND)
+    except OSError:
+        return None
+    return os.fdopen(opened, "w", errors="backslashreplace")
+
+
+def _name_log() -> str:
+    """Return the path of stdout, from here where it lies below."""
+    try:
+        path = Path("/proc/self/fd/1").readlink()
+    except OSError:
+        return "its log"
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def _terminate_by(process: int) -> None:
@@ -95,7 +249,7 @@ def _terminate_by(process: int) -> None:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
-        say(f"interrupted by SIGTERM. {GOES_ON}")
+        logger.warning(f"interrupted by SIGTERM. {GOES_ON}")
         raise SystemExit(128 + signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, terminate)
@@ -144,13 +298,3 @@ def is_out_of_memory(words: object) -> bool:
 def first_line(error: BaseException) -> str:
     """Return the first line of what an exception says, its type's name where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def say(message: str) -> None:
-    """Print one line for the person at the terminal (and for the log)."""
-    print(message, file=sys.stderr, flush=True)
-
-
-def note(message: str) -> None:
-    """Print one line for the log alone (a rule's stdout goes nowhere else)."""
-    print(message, flush=True)

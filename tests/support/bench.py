@@ -41,7 +41,6 @@ class Bench:
         **training: Any,
     ) -> dict[str, Any]:
         student = training.pop("student", self.student_path)
-        say = training.pop("say", lambda _: None)
         keys = {
             "max_steps": 4,
             "batch_size": 4,
@@ -60,7 +59,7 @@ class Bench:
             facts=keys.get("facts"),
             **({k: v for k, v in keys.items() if k not in ("tracking", "facts")}),
         )
-        return train_student(folder, job, say=say)
+        return train_student(folder, job)
 
     def job(
         self,

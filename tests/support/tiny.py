@@ -78,7 +78,6 @@ def make_cache(folder: Path, index_path: Path, teacher: Path, **cache: Any) -> L
         num_workers=1,
         batch_size=8,
         load=lambda: load_recorded_teacher(str(teacher), teacher_section, record_path=fingerprint),
-        say=lambda _: None,
     )
     merge_parts(index, folder / "parts", header, folder / "teacher_logits.h5")
     return LogitCache(folder / "teacher_logits.h5")

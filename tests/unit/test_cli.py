@@ -1,6 +1,9 @@
-"""How scripts end: one sentence for a user's mistake, a traceback for ours; as real processes see it."""
+"""Where scripts' messages go, and how scripts end: one sentence for a user's mistake, a traceback for ours; as real
+processes see it."""
 
+import logging
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -9,23 +12,101 @@ from pathlib import Path
 
 import pytest
 
-from retort.cli import ATTEMPT, run_script, say
+from retort.cli import ATTEMPT, logger, run_script
 
-SCRIPT = (
-    "from retort.cli import ATTEMPT, run_script, say\ndef main():\n    {body}\nrun_script(main)"
-)
+SCRIPT = "from retort.cli import logger, run_script\ndef main():\n    {body}\nrun_script(main)"
+PREFIX = "exec 3>&2; export RETORT_CONSOLE=/proc/$$/fd/3; "  # workflow/rules/common.smk
+STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d -c\[\d+\] ")
 
 
 def run(body: str) -> subprocess.CompletedProcess[str]:
+    """Run a script's body as if it was typed."""
     command = [sys.executable, "-c", SCRIPT.format(body=body)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def run_as_a_rule(body: str, log: Path, *, launcher: str = "") -> tuple[str, list[str]]:
+    """Run a script's body as a rule does; return what its terminal showed, and the log's lines without their stamps."""
+    script = shlex.join([sys.executable, "-c", SCRIPT.format(body=body)])
+    command = f"{PREFIX}{launcher}{script} >> {log} 2>&1"
+    shown = subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
+    return shown.stderr, [STAMP.sub("", line) for line in log.read_text().splitlines()]
+
+
+def test_a_rules_terminal_has_what_a_person_reads_and_its_log_has_all(tmp_path: Path) -> None:
+    body = (
+        "logger.info('told\\ntwice'); logger.debug('noted'); logger.warning('beware'); print('by C', flush=True)\n"
+        "    raise ValueError('use 1 or more.')"
+    )
+    log = tmp_path / "log"
+    shown, lines = run_as_a_rule(body, log)
+    assert shown == "told\ntwice\nwarning: beware\nerror: use 1 or more.\n"
+    assert lines[0].startswith(ATTEMPT) and lines[1:] == [
+        *("told", "twice", "noted", "warning: beware", "by C", "error: use 1 or more.")
+    ]
+    assert len(STAMP.findall(log.read_text())) == 5, "every line has its time, job and process"
+
+
+def test_a_fault_of_ours_is_one_line_on_a_rules_terminal_and_a_traceback_in_its_log(
+    tmp_path: Path,
+) -> None:
+    shown, lines = run_as_a_rule("assert 1 == 2, 'ours'", tmp_path / "log")
+    assert shown == f"error: AssertionError: ours (see {tmp_path}/log)\n"
+    assert lines[1].startswith("Traceback") and lines[-1] == "AssertionError: ours"
+
+
+def test_a_terminal_that_is_gone_stops_no_job(tmp_path: Path) -> None:
+    body = "[logger.info(str(i)) for i in range(3)]"
+    gone = "exec 3> >(exec true); wait $!; "
+    shown, lines = run_as_a_rule(body, tmp_path / "log", launcher=gone)
+    assert (shown, lines[1:]) == ("", ["0", "1", "2"])
+    shown, lines = run_as_a_rule(body, tmp_path / "other", launcher="exec 3>&-; ")
+    assert (shown, lines[1:]) == ("", ["0", "1", "2"])
+
+
+def test_a_worker_that_keeps_to_its_log_still_warns(tmp_path: Path) -> None:
+    body = (
+        "from retort.cli import keep_to_log; keep_to_log(); logger.info('a'); logger.warning('b')"
+    )
+    shown, lines = run_as_a_rule(body, tmp_path / "log")
+    assert (shown, lines[1:]) == ("warning: b\n", ["a", "warning: b"])
+    assert run(body).stderr == "a\nwarning: b\n", "typed, there is no log"
+
+
+@pytest.mark.parametrize(
+    ("rank", "shown", "logged"),
+    [("0", ["a", "warning: b", "error: c"], 3), ("1", ["error: c"], 2)],
+)
+def test_of_several_ranks_the_first_one_reports(
+    rank: str, shown: list[str], logged: int, tmp_path: Path
+) -> None:
+    """By a launcher that closes descriptors, as torchrun does."""
+    environment = f"TORCHELASTIC_RUN_ID=x LOCAL_RANK={rank} RANK={rank}"
+    body = "logger.info('a'); logger.warning('b'); logger.error('c')"
+    said, lines = run_as_a_rule(body, tmp_path / "log", launcher=f"3>&- env {environment} ")
+    assert said.splitlines() == shown
+    assert len(lines) == logged, "and no rank begins an attempt"
+
+
+def test_a_rules_terminal_may_be_a_file_that_others_write_to(tmp_path: Path) -> None:
+    """`snakemake 2> file`: not opened for appending, and ranks open it by its path."""
+    rank = [sys.executable, "-c", SCRIPT.format(body="logger.info('a rank')")]
+    launch = (
+        f"import os, subprocess; logger.info('launcher'); subprocess.run({rank!r}, env=os.environ | dict("
+        + ("TORCHELASTIC_RUN_ID='x', LOCAL_RANK='0', RANK='0'))")
+    )
+    script = shlex.join([sys.executable, "-c", SCRIPT.format(body=launch)])
+    command = f"{PREFIX}{script}; echo Snakemake >&2"
+    with (tmp_path / "shown").open("w") as file:
+        subprocess.run(["bash", "-c", command], stdout=subprocess.DEVNULL, stderr=file, check=True)
+    assert (tmp_path / "shown").read_text() == "launcher\na rank\nSnakemake\n"
 
 
 def test_a_users_mistake_is_one_line_and_status_1() -> None:
     found = run("raise ValueError('cache.top_k is 0: use 1 or more.')")
     assert found.returncode == 1
     assert found.stderr == "error: cache.top_k is 0: use 1 or more.\n"
-    assert found.stdout.startswith("=== ") and found.stdout.count("\n") == 1  # the attempt's mark
+    assert found.stdout == ""
 
 
 def test_any_other_error_keeps_its_traceback() -> None:
@@ -36,12 +117,13 @@ def test_any_other_error_keeps_its_traceback() -> None:
 
 def test_an_interrupt_ends_quietly_with_the_shells_status() -> None:
     found = run("raise KeyboardInterrupt")
-    assert found.returncode == 130 and found.stderr == ""
+    assert found.returncode == 130
+    assert found.stderr.startswith("interrupted by Ctrl-C.") and found.stderr.count("\n") == 1
 
 
 def test_sigterm_ends_in_order_and_says_that_the_work_goes_on() -> None:
     found = run(
-        "import os, signal\n    try: os.kill(os.getpid(), signal.SIGTERM)\n    finally: say('cleaned up')"
+        "import os, signal\n    try: os.kill(os.getpid(), signal.SIGTERM)\n    finally: logger.info('cleaned up')"
     )
     assert found.returncode == 143
     assert found.stderr.splitlines()[1:] == ["cleaned up"]
@@ -61,17 +143,17 @@ def test_an_interrupt_is_not_lost_where_python_drops_exceptions(place: str, inte
     found = run(
         "import os, signal, time, weakref\n    class Thing: pass\n    thing = Thing()\n"
         f"    {place.format(interrupt)}\n    try: del thing; time.sleep(60)\n"
-        "    finally: say('cleaned up')"
+        "    finally: logger.info('cleaned up')"
     )
     assert found.returncode == (143 if interrupt == "SIGTERM" else 130)
-    assert found.stderr.splitlines()[-1] == "cleaned up" and "Exception ignored" not in found.stderr
+    assert "cleaned up" in found.stderr.splitlines() and "Exception ignored" not in found.stderr
 
 
 def test_sigterm_of_a_child_is_the_childs_alone() -> None:
     found = run(
         "import os, signal, time\n    child = os.fork()\n    while not child: time.sleep(0.01)\n"
         "    time.sleep(0.5)  # a new child drops what came before it was ready\n"
-        "    os.kill(child, signal.SIGTERM)\n    say(str(os.waitpid(child, 0)[1]))"
+        "    os.kill(child, signal.SIGTERM)\n    logger.info(str(os.waitpid(child, 0)[1]))"
     )
     assert (found.returncode, found.stderr) == (0, "15\n")
 
@@ -143,9 +225,7 @@ def test_a_read_only_folder_is_one_sentence_and_leaves_what_is_there(tmp_path: P
     )
     found = run_on_a_small_disk(tmp_path, body, size="1m")
     assert found.returncode == 1, found.stderr
-    assert found.stdout.splitlines()[1:] == [
-        "True ['a.h5']"
-    ]  # after the line that begins an attempt
+    assert found.stdout.splitlines() == ["True ['a.h5']"]
     assert (
         found.stderr.startswith("error: Read-only file system: ")
         and "Traceback" not in found.stderr
@@ -154,15 +234,17 @@ def test_a_read_only_folder_is_one_sentence_and_leaves_what_is_there(tmp_path: P
 
 def test_progress_goes_to_stderr_at_once() -> None:
     # The process dies without flushing anything.
-    found = run("say('half way'); import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
-    assert found.stderr == "half way\n" and found.stdout.startswith(ATTEMPT)
+    found = run("logger.info('half way'); import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    assert found.stderr == "half way\n" and found.stdout == ""
 
 
 def test_success_is_silent_and_leaves_the_users_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = run("import os; os.environ['TRANSFORMERS_VERBOSITY'] == 'error' or say('not quiet')")
+    found = run(
+        "import os; os.environ['TRANSFORMERS_VERBOSITY'] == 'error' or logger.info('not quiet')"
+    )
     assert (found.returncode, found.stderr) == (0, "")
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "debug")
-    found = run("import os; say(os.environ['TRANSFORMERS_VERBOSITY'])")
+    found = run("import os; logger.info(os.environ['TRANSFORMERS_VERBOSITY'])")
     assert found.stderr == "debug\n"
 
 
@@ -173,9 +255,12 @@ def test_the_exit_is_an_exit_in_this_process_too(
     monkeypatch.setattr(
         "signal.signal", lambda *_: None
     )  # the handler of whoever runs the tests stays
+    library = logging.getLogger("retort")
+    monkeypatch.setattr(library, "handlers", [])
+    monkeypatch.setattr(library, "propagate", False)
 
     def main() -> None:
-        say("begun")
+        logger.info("begun")
         raise ValueError("no such file")
 
     with pytest.raises(SystemExit) as end:

@@ -14,6 +14,7 @@ from retort.artifacts.syntheses import local_model
 from snakemake.exceptions import WorkflowError
 from snakemake.io import flag
 from snakemake.path_modifier import PATH_MODIFIER_FLAG
+from snakemake.settings.enums import Quietness
 
 
 def place_outputs(config):
@@ -59,8 +60,15 @@ WORKFLOW = Path(workflow.current_basedir.get_path_or_uri(secret_free=False)).par
 SCRIPTS = f"{PYTHON} {shlex.quote(str(WORKFLOW / 'scripts'))}/{{}}.py"
 
 # A time limit or scancel sends SIGTERM to every process of a job. The script obeys it, in a moment, and says so: bash
-# waits for its end, and tee (trap '' TERM in each rule) for its last words.
-shell.prefix("set -euo pipefail; trap : TERM; ")
+# (trap) waits for its end. A rule's script has its log as stdout and stderr; what a person reads goes to what is the
+# stderr here, which retort.cli finds by RETORT_CONSOLE. No bar with --quiet progress or all.
+IS_QUIET = {Quietness.ALL, Quietness.PROGRESS} & set(
+    workflow.output_settings.quiet or ()
+)
+shell.prefix(
+    "set -euo pipefail; trap : TERM; exec 3>&2;"
+    f" export RETORT_CONSOLE=/proc/$$/fd/3 RETORT_PROGRESS={int(not IS_QUIET)}; "
+)
 
 
 wildcard_constraints:

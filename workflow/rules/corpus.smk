@@ -13,8 +13,7 @@ rule check_inputs:
     message:
         "Checking the inputs: models, vocabularies, corpora, folders"
     shell:
-        "{params.script} --config {params.config:q} --output {output:q}"
-        " >> {log:q} 2> >(trap '' TERM; tee -a {log:q} >&2)"
+        "{params.script} --config {params.config:q} --output {output:q} >> {log:q} 2>&1"
 
 
 rule stage:
@@ -31,8 +30,7 @@ rule stage:
     message:
         "Fetching what comes from the Hub"
     shell:
-        "{params.script} --config {params.config:q}"
-        " >> {log:q} 2> >(trap '' TERM; tee -a {log:q} >&2)"
+        "{params.script} --config {params.config:q} >> {log:q} 2>&1"
 
 
 rule synthesize:
@@ -53,12 +51,10 @@ rule synthesize:
     params:
         script=SCRIPTS.format("synthesize"),
         flags=get_synthesis_flags,
-        terminal=get_terminal,
     message:
         "A model writes responses: {wildcards.answers}"
     shell:
-        "{params.script} --output {output:q} {params.flags} {params.terminal}"
-        " >> {log:q} 2> >(trap '' TERM; tee -a {log:q} >&2)"
+        "{params.script} --output {output:q} {params.flags} >> {log:q} 2>&1"
 
 
 # A server writes them: this needs a network, which compute nodes often have not, and no GPU. It runs where you type.
@@ -84,8 +80,7 @@ rule draw_corpus:
     message:
         "Drawing the corpus {wildcards.corpus}{wildcards.reader}"
     shell:
-        "{params.script} --output {output:q} {params.flags}"
-        " >> {log:q} 2> >(trap '' TERM; tee -a {log:q} >&2)"
+        "{params.script} --output {output:q} {params.flags} >> {log:q} 2>&1"
 
 
 rule tokenize_shard:
@@ -100,8 +95,7 @@ rule tokenize_shard:
         script=SCRIPTS.format("tokenize_shard"),
         flags=get_tokenize_flags,
     shell:
-        "{params.script} --shard {wildcards.shard} --output {output:q} {params.flags}"
-        " >> {log:q} 2> >(trap '' TERM; tee -a {log:q} >&2)"
+        "{params.script} --shard {wildcards.shard} --output {output:q} {params.flags} >> {log:q} 2>&1"
 
 
 rule index_tokens:
@@ -119,4 +113,4 @@ rule index_tokens:
         "Listing the parts of teacher work in {output}"
     shell:
         "{params.script} --shards {input:q} --streaming-chunk-size {params.chunk_size}"
-        " --output {output:q} >> {log:q} 2> >(trap '' TERM; tee -a {log:q} >&2)"
+        " --output {output:q} >> {log:q} 2>&1"

@@ -21,8 +21,7 @@ rule evaluate:
         "Evaluating the student {wildcards.run}"
     shell:
         "{params.script} --index {input.index:q} --training {input.training:q}"
-        " --features {input.features:q} --signal {input.signal:q} --output {output:q} {params.flags}"
-        " >> {log:q} 2> >(trap '' TERM; tee -a {log:q} >&2)"
+        " --features {input.features:q} --signal {input.signal:q} --output {output:q} {params.flags} >> {log:q} 2>&1"
 
 
 rule benchmark:
@@ -44,8 +43,7 @@ rule benchmark:
     message:
         "Benchmark {wildcards.task} of the student {wildcards.run}"
     shell:
-        "{params.script} --record {input.record:q} --output {output:q} {params.flags}"
-        " >> {log:q} 2> >(trap '' TERM; tee -a {log:q} >&2)"
+        "{params.script} --record {input.record:q} --output {output:q} {params.flags} >> {log:q} 2>&1"
 
 
 use rule benchmark as benchmark_teacher with:

@@ -2,7 +2,6 @@
 import functools
 
 from retort.cluster.gpus import count_workers, detect_gpus
-from snakemake.settings.enums import Quietness
 
 
 def get_cpu_threads(wildcards):
@@ -64,16 +63,6 @@ def get_num_workers(wildcards):
     """How many workers share a cache's parts. It names nothing, so it may differ between machines and runs."""
     generation = PROJECT.logits[wildcards.logits].config.teacher.generation
     return count_workers(generation, detected=detected_gpus())
-
-
-def get_terminal(wildcards):
-    """The terminal, as descriptor 3 of worker 0 or of a synthesis: a bar must not go where stderr goes, into the log."""
-    quiet = workflow.output_settings.quiet or set()
-    is_shown = wildcards.get("worker", "0") == "0" and not {
-        Quietness.ALL,
-        Quietness.PROGRESS,
-    } & set(quiet)
-    return "--terminal 3 3>&2" if is_shown else ""
 
 
 def several_nodes(resource):

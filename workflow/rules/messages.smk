@@ -141,13 +141,14 @@ def watch_jobs():
     """
     plugin = sys.modules.get("snakemake_executor_plugin_slurm")
     if plugin and not workflow.local_exec:
-        stuck = StuckJobs(logger.warning)
+        stuck = StuckJobs()
         kind = plugin.Executor
         pause = kind.next_seconds_between_status_checks
 
         def set_pause(executor, seconds):
             pause.fset(executor, min(seconds, 30))
-            stuck.look(executor.run_uuid)
+            for sentence in stuck.look(executor.run_uuid):
+                logger.warning(sentence)
 
         kind.next_seconds_between_status_checks = pause.setter(set_pause)
 

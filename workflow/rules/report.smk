@@ -17,5 +17,5 @@ rule report:
     message:
         "Writing the report"
     shell:
-        "{params.script} --metrics {input.metrics:q} --benchmarks {input.benchmarks:q} --output {output.html:q}"
-        " >> {log:q} 2> >(trap '' TERM; tee -a {log:q} >&2)"
+        "{params.script} --metrics {input.metrics:q} --benchmarks {input.benchmarks:q}"
+        " --output {output.html:q} >> {log:q} 2>&1"

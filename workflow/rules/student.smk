@@ -22,4 +22,4 @@ rule train:
         "Training the student {wildcards.run}"
     shell:
         "{params.srun} {params.script} --name {wildcards.run} --index {input.index:q} --output {output:q}"
-        " {params.flags} >> {log:q} 2> >(trap '' TERM; tee -a {log:q} >&2)"
+        " {params.flags} >> {log:q} 2>&1"

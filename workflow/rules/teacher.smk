@@ -19,8 +19,7 @@ rule resolve_teacher:
     message:
         "Recording the fingerprint of teacher {wildcards.teacher}"
     shell:
-        "{params.script} --output {output:q} {params.flags}"
-        " >> {log:q} 2> >(trap '' TERM; tee -a {log:q} >&2)"
+        "{params.script} --output {output:q} {params.flags} >> {log:q} 2>&1"
 
 
 rule demo_teacher:
@@ -42,8 +41,7 @@ rule demo_teacher:
     message:
         "Training the demo's teacher and its tokenizer"
     shell:
-        "{params.script} --output {output:q} {params.flags}"
-        " >> {log:q} 2> >(trap '' TERM; tee -a {log:q} >&2)"
+        "{params.script} --output {output:q} {params.flags} >> {log:q} 2>&1"
 
 
 rule score_validation:
@@ -68,8 +66,7 @@ rule score_validation:
         "The teacher reads the held-out text, once"
     shell:
         "{params.script} --index {input.index:q} --fingerprint {input.fingerprint:q}"
-        " --output {output:q} {params.teacher} {params.evaluation}"
-        " >> {log:q} 2> >(trap '' TERM; tee -a {log:q} >&2)"
+        " --output {output:q} {params.teacher} {params.evaluation} >> {log:q} 2>&1"
 
 
 rule plan:
@@ -88,7 +85,7 @@ rule plan:
         "Planning the cache: bytes, room on the disk"
     shell:
         "{params.script} --index {input.index:q} --fingerprint {input.fingerprint:q}"
-        " --output {output:q} {params.cache} >> {log:q} 2> >(trap '' TERM; tee -a {log:q} >&2)"
+        " --output {output:q} {params.cache} >> {log:q} 2>&1"
 
 
 rule generate_logits:
@@ -109,13 +106,12 @@ rule generate_logits:
         num_workers=get_num_workers,
         teacher=get_teacher_flags,
         cache=get_cache_flags,
-        terminal=get_terminal,
     message:
         "The teacher reads the text: worker {wildcards.worker} of {params.num_workers}"
     shell:
         "{params.script} --index {input.index:q} --fingerprint {input.fingerprint:q}"
         " --worker {wildcards.worker} --num-workers {params.num_workers} --output {output:q}"
-        " {params.teacher} {params.cache} {params.terminal} >> {log:q} 2> >(trap '' TERM; tee -a {log:q} >&2)"
+        " {params.teacher} {params.cache} >> {log:q} 2>&1"
 
 
 rule merge_h5:
@@ -135,5 +131,4 @@ rule merge_h5:
         "Merging the parts of cache {wildcards.logits}"
     shell:
         "{params.script} --index {input.index:q} --fingerprint {input.fingerprint:q}"
-        " --features {input.features:q} --output {output:q} {params.cache}"
-        " >> {log:q} 2> >(trap '' TERM; tee -a {log:q} >&2)"
+        " --features {input.features:q} --output {output:q} {params.cache} >> {log:q} 2>&1"

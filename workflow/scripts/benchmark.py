@@ -10,7 +10,7 @@
 import argparse
 from pathlib import Path
 
-from retort.cli import run_script, say
+from retort.cli import logger, run_script
 from retort.cluster.leases import lease_teacher, lease_training
 from retort.config.flags import add_section_flags, section_from_args
 
@@ -43,7 +43,7 @@ def main() -> None:
 
 def benchmark_run(args: argparse.Namespace) -> None:
     """Examine the student of a run."""
-    with lease_training(1, device=args.device, among=args.among_gpus, say=say):
+    with lease_training(1, device=args.device, among=args.among_gpus):
         from retort.evaluation import benchmark as benchmarks
 
         line = benchmarks.benchmark_run(
@@ -53,15 +53,14 @@ def benchmark_run(args: argparse.Namespace) -> None:
             settings=section_from_args(args, "evaluation"),
             device=args.device,
             cpu_threads=section_from_args(args, "teacher.generation").cpu_threads,
-            say=say,
         )
-    say(line)
+    logger.info(line)
 
 
 def benchmark_teacher(args: argparse.Namespace) -> None:
     """Examine a teacher, on a GPU group."""
     section = section_from_args(args, "teacher")
-    with lease_teacher(section.generation, worker=0, device=section.device, say=say):
+    with lease_teacher(section.generation, worker=0, device=section.device):
         from retort.evaluation import benchmark as benchmarks
 
         line = benchmarks.benchmark_teacher(
@@ -71,9 +70,8 @@ def benchmark_teacher(args: argparse.Namespace) -> None:
             fingerprint_path=args.record,
             section=section,
             settings=section_from_args(args, "evaluation"),
-            say=say,
         )
-    say(line)
+    logger.info(line)
 
 
 if __name__ == "__main__":

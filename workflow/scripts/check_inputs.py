@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from retort.cli import run_script, say
+from retort.cli import logger, run_script
 from retort.config.load import load_runs
 from retort.io.files import write_json
 
@@ -26,7 +26,7 @@ def main() -> None:
 
     found = check_project(load_runs(yaml.safe_load(text) or {}))
     for line in found["notes"]:
-        say(line)
+        logger.info(line)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.output, found)
 

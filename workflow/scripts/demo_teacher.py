@@ -7,7 +7,7 @@
 import argparse
 from pathlib import Path
 
-from retort.cli import run_script, say
+from retort.cli import run_script
 from retort.cluster.leases import lease_training
 from retort.config.flags import add_section_flags, section_from_args
 
@@ -23,12 +23,10 @@ def main() -> None:
     )
     add_section_flags(parser, "dataset")
     args = parser.parse_args()
-    with lease_training(1, say=say):
+    with lease_training(1):
         from retort.pipeline.demo_teacher import make_demo_teacher
 
-        make_demo_teacher(
-            args.output, section_from_args(args, "dataset"), drawn=args.corpus, say=say
-        )
+        make_demo_teacher(args.output, section_from_args(args, "dataset"), drawn=args.corpus)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from retort.cli import run_script, say
+from retort.cli import logger, run_script
 from retort.cluster.leases import lease_training
 from retort.config.flags import add_section_flags, section_from_args
 
@@ -74,7 +74,7 @@ def evaluate_run(args: argparse.Namespace) -> None:
             f"{', '.join(missing)} missing: a run's student needs --index, --training and --output; any models by "
             "hand, --model and --data."
         )
-    with lease_training(1, device=args.device, among=args.among_gpus, say=say):
+    with lease_training(1, device=args.device, among=args.among_gpus):
         from retort.evaluation import run as evaluation
 
         line = evaluation.evaluate_run(
@@ -87,9 +87,8 @@ def evaluate_run(args: argparse.Namespace) -> None:
             evaluation=section_from_args(args, "evaluation"),
             device=args.device,
             cpu_threads=args.cpu_threads,
-            say=say,
         )
-    say(line)
+    logger.info(line)
 
 
 def evaluate_models(args: argparse.Namespace) -> None:
@@ -98,7 +97,7 @@ def evaluate_models(args: argparse.Namespace) -> None:
         raise ValueError("--model and --data go together: a model, and the files to measure it on.")
     if args.index or args.training:
         raise ValueError("--model measures any model by hand: leave out --index and --training.")
-    with lease_training(args.gpus, device=args.device, among=args.among_gpus, say=say):
+    with lease_training(args.gpus, device=args.device, among=args.among_gpus):
         from retort.evaluation import compare as by_hand
 
         dataset = replace(
@@ -115,7 +114,6 @@ def evaluate_models(args: argparse.Namespace) -> None:
                 device=args.device, dtype=args.dtype, trust_remote_code=args.trust_remote_code
             ),
             cpu_threads=args.cpu_threads,
-            say=say,
         )
     print(by_hand.render_metrics(found))
     if args.output:

@@ -8,10 +8,9 @@
 import argparse
 from pathlib import Path
 
-from retort.cli import note, run_script, say
+from retort.cli import keep_to_log, run_script
 from retort.cluster.leases import lease_teacher
 from retort.config.flags import add_section_flags, section_from_args
-from retort.teacher.progress import open_terminal
 
 
 def main() -> None:
@@ -31,17 +30,13 @@ def main() -> None:
     parser.add_argument(
         "--output", required=True, type=Path, help="the receipt; parts/ lies beside it"
     )
-    parser.add_argument(
-        "--terminal", type=int, help="the descriptor of a terminal for the progress bar (stderr's)"
-    )
     for section in ("teacher", "teacher.generation", "cache"):
         add_section_flags(parser, section)
     args = parser.parse_args()
     section = section_from_args(args, "teacher")
-    is_first = args.worker == 0
-    tell = say if is_first else note
-    terminal = open_terminal(args.terminal) if is_first else None
-    with lease_teacher(section.generation, worker=args.worker, device=section.device, say=tell):
+    if args.worker > 0:
+        keep_to_log()  # the first one shows the progress of all
+    with lease_teacher(section.generation, worker=args.worker, device=section.device):
         from retort.teacher.worker import generate_logits
 
         generate_logits(
@@ -53,8 +48,6 @@ def main() -> None:
             cache=section_from_args(args, "cache"),
             worker=args.worker,
             num_workers=args.num_workers,
-            say=tell,
-            terminal=terminal,
         )
 
 

@@ -7,7 +7,7 @@
 import argparse
 from pathlib import Path
 
-from retort.cli import run_script, say
+from retort.cli import logger, run_script
 from retort.tokens.index import describe_index, write_index
 
 
@@ -27,7 +27,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     index = write_index(args.output, args.shards, streaming_chunk_size=args.streaming_chunk_size)
-    say(describe_index(index))
+    logger.info(describe_index(index))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@
 import argparse
 from pathlib import Path
 
-from retort.cli import run_script, say
+from retort.cli import logger, run_script
 from retort.config.flags import add_section_flags, section_from_args
 
 
@@ -42,7 +42,7 @@ def main() -> None:
         cache=section_from_args(args, "cache"),
         merge=section_from_args(args, "merge"),
     )
-    say(line)
+    logger.info(line)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 
 from retort.cache.cost import describe_cost, plan_cache
-from retort.cli import run_script, say
+from retort.cli import logger, run_script
 from retort.config.flags import add_section_flags, section_from_args
 from retort.io.files import read_json, write_json
 
@@ -33,7 +33,7 @@ def main() -> None:
         vocabulary=read_json(args.fingerprint)["vocabulary"],
         folder=args.output.parent.resolve(),
     )
-    say(describe_cost(cost))
+    logger.info(describe_cost(cost))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.output, cost.to_json())
 

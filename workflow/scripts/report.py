@@ -6,7 +6,7 @@ python workflow/scripts/report.py --metrics results/runs/*/*/evaluation/*/metric
 import argparse
 from pathlib import Path
 
-from retort.cli import run_script, say
+from retort.cli import logger, run_script
 from retort.report.page import make_report
 
 
@@ -25,7 +25,7 @@ def main() -> None:
         "--output", required=True, type=Path, help="report.html; the summaries lie beside it"
     )
     args = parser.parse_args()
-    say(make_report(args.metrics, args.output, benchmark_paths=args.benchmarks))
+    logger.info(make_report(args.metrics, args.output, benchmark_paths=args.benchmarks))
 
 
 if __name__ == "__main__":

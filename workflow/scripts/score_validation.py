@@ -10,7 +10,7 @@ What the teacher writes when it continues some prompts goes into samples.json be
 import argparse
 from pathlib import Path
 
-from retort.cli import run_script, say
+from retort.cli import run_script
 from retort.cluster.leases import lease_teacher
 from retort.config.flags import add_section_flags, section_from_args
 
@@ -30,7 +30,7 @@ def main() -> None:
         add_section_flags(parser, section)
     args = parser.parse_args()
     section = section_from_args(args, "teacher")
-    with lease_teacher(section.generation, worker=0, device=section.device, say=say):
+    with lease_teacher(section.generation, worker=0, device=section.device):
         from retort.teacher.validation import score_validation
 
         score_validation(
@@ -40,7 +40,6 @@ def main() -> None:
             fingerprint_path=args.fingerprint,
             section=section,
             evaluation=section_from_args(args, "evaluation"),
-            say=say,
         )
 
 

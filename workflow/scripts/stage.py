@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from retort.cli import run_script, say
+from retort.cli import logger, run_script
 from retort.config.load import load_runs
 
 
@@ -23,7 +23,7 @@ def main() -> None:
     from retort.pipeline.staging import stage_project
 
     for line in stage_project(load_runs(yaml.safe_load(text) or {})):
-        say(line)
+        logger.info(line)
 
 
 if __name__ == "__main__":

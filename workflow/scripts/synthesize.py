@@ -9,10 +9,9 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from retort.cli import run_script, say
+from retort.cli import logger, run_script
 from retort.cluster.leases import lease_teacher
 from retort.config.flags import add_section_flags, section_from_args
-from retort.teacher.progress import open_terminal
 
 
 def main() -> None:
@@ -32,15 +31,12 @@ def main() -> None:
         "--stamp",
         help="refuse prompts whose files have another digest of sizes and times than this",
     )
-    parser.add_argument(
-        "--terminal", type=int, help="the descriptor of a terminal for the progress bar (stderr's)"
-    )
     for section in ("synthesis", "evaluation", "teacher", "teacher.generation"):
         add_section_flags(parser, section)
     args = parser.parse_args()
     loading = replace(section_from_args(args, "teacher"), revision=args.local_revision)
     lease = (
-        lease_teacher(loading.generation, worker=0, device=loading.device, say=say)
+        lease_teacher(loading.generation, worker=0, device=loading.device)
         if args.local_model
         else nullcontext()
     )
@@ -53,10 +49,8 @@ def main() -> None:
             local_model=args.local_model,
             loading=loading,
             stamp=args.stamp,
-            say=say,
-            terminal=open_terminal(args.terminal),
         )
-        say(synthesize(args.output, task))
+        logger.info(synthesize(args.output, task))
 
 
 if __name__ == "__main__":

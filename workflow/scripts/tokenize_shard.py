@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from retort.artifacts.syntheses import refuse_other_responses
-from retort.cli import run_script, say
+from retort.cli import logger, run_script
 from retort.config.flags import add_section_flags, section_from_args
 
 
@@ -71,7 +71,7 @@ def main() -> None:
         drawn=args.corpus,
         stamp=args.corpus_stamp,
     )
-    say(line)
+    logger.info(line)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@
 import argparse
 from pathlib import Path
 
-from retort.cli import run_script, say
+from retort.cli import is_rank, logger, run_script
 from retort.cluster.leases import keep_in_use, lease_training
-from retort.cluster.ranks import die_with_parent, find_meeting, is_rank, launch_ranks, rank
+from retort.cluster.ranks import die_with_parent, find_meeting, launch_ranks, rank
 from retort.config.flags import add_section_flags, section_from_args
 
 
@@ -44,8 +44,8 @@ def read_command_line() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def train(args: argparse.Namespace, *, is_first: bool = True) -> None:
-    """Train in this process; of several ranks the first one speaks."""
+def train(args: argparse.Namespace) -> None:
+    """Train in this process."""
     from retort.training.run import train_run
 
     train_run(
@@ -62,19 +62,18 @@ def train(args: argparse.Namespace, *, is_first: bool = True) -> None:
         training=section_from_args(args, "training"),
         tracking=section_from_args(args, "tracking"),
         teacher_section=section_from_args(args, "teacher"),
-        say=say if is_first else lambda _: None,
     )
 
 
 def train_rank(args: argparse.Namespace) -> None:
     """Train as one of several; what another rank's end, or a SIGTERM to all, does to this one is no traceback."""
     try:
-        train(args, is_first=rank() == 0)
+        train(args)
     except RuntimeError as error:
         if "onnection" not in str(error) and "killed by signal: Terminated" not in str(error):
             raise
         if rank() == 0:
-            say("another rank ended, and with it this one; its own words say why")
+            logger.warning("another rank ended, and with it this one; its own words say why")
         raise SystemExit(1) from None
 
 
@@ -89,7 +88,7 @@ def main() -> None:
     training = section_from_args(args, "training")
     count, device = training.gpus, training.device
     meeting = find_meeting(training.nodes)
-    with lease_training(count, device=device, among=args.among_gpus, say=say) as held:
+    with lease_training(count, device=device, among=args.among_gpus) as held:
         # On a machine without GPUs one process trains, unless the CPU was asked for.
         ranks = count if held or device == "cpu" else 1
         if ranks * training.nodes > 1:

@@ -13,6 +13,7 @@ _SHOWN_LINES = 10
 _SHOWN_CHARACTERS = 500  # of a line
 _TRACEBACK = "Traceback (most recent call last)"
 _ATTEMPT = re.compile(re.escape(ATTEMPT) + r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ")
+_STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \S+\[\d+\] ?")  # of retort.cli: time, job, process
 _GOES_ON = "what is finished is kept, and the same command goes on from there."
 _LESS_MEMORY = {
     "generate_logits": "lower teacher.generation.batch_size, raise teacher.generation.gpus_per_model, or take a "
@@ -72,16 +73,18 @@ def find_failure(rule: str, log: Path) -> Failure:
 
 
 def read_last_attempt(log: Path) -> list[str]:
-    """Return the lines of the last attempt in a log, without those that are empty; nothing of earlier ones."""
+    """Return the lines of the last attempt in a log, without time and job, and without those that are empty."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, file.seek(0, 2) - _TAIL_BYTES))
             text = file.read().decode(errors="replace")
     except OSError:
         return []
-    lines = [_shorten(line) for line in text.splitlines() if line.strip()]
+    lines = text.splitlines()
     starts = [place for place, line in enumerate(lines) if _ATTEMPT.match(line)]
-    return lines[starts[-1] + 1 :] if starts else lines
+    last = lines[starts[-1] + 1 :] if starts else lines
+    plain = [line[found.end() :] if (found := _STAMP.match(line)) else line for line in last]
+    return [_shorten(line) for line in plain if line.strip()]
 
 
 def _shorten(line: str) -> str:

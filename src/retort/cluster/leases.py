@@ -9,11 +9,12 @@ A GPU has one lock whatever it is called: by index, by UUID, through CUDA_VISIBL
 """
 
 import fcntl
+import logging
 import os
 import random
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,8 @@ import filelock
 
 from retort.cluster.gpus import detect_gpus, is_scheduled, list_gpus, listed_groups, parse_groups
 from retort.config.sections import Generation
+
+logger = logging.getLogger(__name__)
 
 _POLL_S = 0.5
 _GATE_POLL_S = 0.05  # whoever is at the gate is faster than those who are not
@@ -65,7 +68,6 @@ def lease(
     *,
     count: int | None = None,
     folder: Path,
-    say: Callable[[str], None],
 ) -> Iterator[tuple[str, ...]]:
     """Hold the first of the candidate groups that is free, waiting until one is; yields its GPUs.
 
@@ -78,7 +80,7 @@ def lease(
     locks = _Locks(folder, names)
     try:
         try:
-            held = _wait(candidates, count, locks, say)
+            held = _wait(candidates, count, locks)
         except OSError as error:
             raise _no_locks(folder, error) from None
         in_use = os.pathsep.join(str(locks.path(gpu, "in-use")) for gpu in held)
@@ -101,7 +103,6 @@ def _wait(
     candidates: Sequence[Sequence[str]],
     count: int | None,
     locks: "_Locks",
-    say: Callable[[str], None],
 ) -> tuple[str, ...]:
     """Return a group that is locked as a whole, however long that lasts."""
     gate = locks.file("gate.lock")
@@ -123,7 +124,7 @@ def _wait(
             now = time.monotonic()
             if now - said >= _SAY_WAITING_S:
                 said = now
-                say(
+                logger.info(
                     f"waiting for a free GPU group for {now - waited_since:.0f} s: all are held by other jobs"
                 )
             time.sleep(_GATE_POLL_S if gate.is_locked else _POLL_S * (0.5 + random.random()))
@@ -259,7 +260,7 @@ def _visible(gpus: Sequence[str]) -> AbstractContextManager[None]:
 
 @contextmanager
 def lease_teacher(
-    generation: Generation, *, worker: int, device: str = "auto", say: Callable[[str], None]
+    generation: Generation, *, worker: int, device: str = "auto"
 ) -> Iterator[tuple[str, ...]]:
     """Hold one GPU group for a teacher copy: worker w prefers group w mod groups. Nothing on a CPU."""
     detected = () if device == "cpu" else detect_gpus()
@@ -273,7 +274,7 @@ def lease_teacher(
         return
     first = worker % len(groups)
     ordered = [*groups[first:], *groups[:first]]
-    with lease(ordered, folder=lock_folder(), say=say) as held, _visible(held):
+    with lease(ordered, folder=lock_folder()) as held, _visible(held):
         yield held
 
 
@@ -283,7 +284,6 @@ def lease_training(
     *,
     device: str = "auto",
     among: str | Sequence[str] | None = None,
-    say: Callable[[str], None],
 ) -> Iterator[tuple[str, ...]]:
     """Hold any `count` free GPUs of this machine, or of the scheduler's assignment; `among` those that the config
     lists, where it does. Nothing on a CPU."""
@@ -298,5 +298,5 @@ def lease_training(
         raise ValueError(
             f"training.gpus is {count}, but this machine has {len(detected)} ({', '.join(detected)}). Lower it."
         )
-    with lease([detected], count=count, folder=lock_folder(), say=say) as held, _visible(held):
+    with lease([detected], count=count, folder=lock_folder()) as held, _visible(held):
         yield held

@@ -4,14 +4,17 @@ On several nodes srun starts one launcher on each, and these meet at a port of t
 """
 
 import ctypes
+import logging
 import os
 import re
 import signal
 import sys
 from collections.abc import Sequence
 
-from retort.cli import say
+from retort.cli import is_rank
 from retort.config.checks import require_even_share
+
+logger = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LAUNCHER = "RETORT_LAUNCHER"  # the process that started this rank, where we did
@@ -22,11 +25,6 @@ _OTHERS = re.compile(
 _SETTINGS = ("ACCELERATE_", "FSDP_")  # they would decide what the config does not
 # Where launchers meet: below the ports that Linux gives to whoever asks for any (32768 and more).
 _FIRST_PORT, _PORTS = 20_000, 10_000
-
-
-def is_rank() -> bool:
-    """Say whether torchrun started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ and "LOCAL_RANK" in os.environ
 
 
 def ignore_surroundings() -> None:
@@ -100,7 +98,9 @@ def launch_ranks(count: int, *, meeting: Sequence[str], threads: int) -> None:
     except ChildFailedError:
         raise SystemExit(1) from None
     except SignalException as error:
-        say(f"interrupted by {error.sigval.name}: all ranks ended. The same command goes on.")
+        logger.warning(
+            f"interrupted by {error.sigval.name}: all ranks ended. The same command goes on."
+        )
         raise SystemExit(128 + error.sigval) from None
 
 

@@ -3,7 +3,6 @@
 import re
 import subprocess
 import time
-from collections.abc import Callable
 
 _PAUSE_S = 60.0
 _FORMAT = "%i|%k|%r"  # number, what Snakemake calls it, and SLURM's reason for which it waits
@@ -36,24 +35,22 @@ def describe_stuck(listing: str) -> dict[str, str]:
 
 
 class StuckJobs:
-    """Looks for them once a minute, and says each once."""
+    """Looks for them once a minute, and names each once."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
+    def __init__(self) -> None:
         self._said: set[str] = set()
         self._next_s = 0.0
 
-    def look(self, run: str) -> None:
-        """Say what is new among the waiting jobs of this name, which one Snakemake gives to all of its jobs."""
+    def look(self, run: str) -> list[str]:
+        """Return what is new of the waiting jobs of this name, which one Snakemake gives to all of its jobs."""
         if time.monotonic() < self._next_s:
-            return
+            return []
         self._next_s = time.monotonic() + _PAUSE_S
         command = ["squeue", "--me", "--name", run, "--noheader", "--states=PD", "-o", _FORMAT]
         try:
             told = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
         except (OSError, subprocess.TimeoutExpired):
-            return
-        for sentence in describe_stuck(told).values():
-            if sentence not in self._said:
-                self._said.add(sentence)
-                self._say(sentence)
+            return []
+        new = [found for found in describe_stuck(told).values() if found not in self._said]
+        self._said.update(new)
+        return new

@@ -17,9 +17,11 @@ from typing import Any, TypeVar
 
 import tenacity
 
-from retort.cli import first_line, say
+from retort.cli import first_line
 from retort.config.sections import Dataset
 from retort.corpus.readers import LOADERS, Row, choose_columns, require
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -140,7 +142,7 @@ def _retrying(where: Callable[[], str]) -> tenacity.Retrying:
         outcome = state.outcome.exception()
         assert outcome is not None
         error = _chain(outcome)[-1]
-        say(
+        logger.warning(
             f"the stream dropped at {where()} ({type(error).__name__}: {first_line(error)}): trying again in "
             f"{state.next_action.sleep:.0f} s, {state.attempt_number} of {RETRIES}"
         )

@@ -9,6 +9,7 @@ byte. Where shards have files of their own, each is drawn by a *reader* of its o
 import gzip
 import hashlib
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -17,7 +18,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from retort.cli import say
 from retort.config.sections import Dataset
 from retort.corpus.demo_text import describe_demo
 from retort.corpus.documents import Counts, Document, make_document
@@ -38,6 +38,8 @@ from retort.corpus.sharding import Dealt, choose_sharding
 from retort.corpus.sources import is_hub
 from retort.io.digests import digest, stamp_files
 from retort.io.files import held, read_json, write_json
+
+logger = logging.getLogger(__name__)
 
 _DRAWN_FORMAT = {"format": "retort corpus", "version": 1}
 _PROGRESS_FORMAT = {"format": "retort draw", "version": 1}
@@ -67,7 +69,7 @@ def draw_corpus(
     with ExitStack() as stack:
         busy = f"{out_dir} is being drawn by another process: waiting for it"
         lock = out_dir / f".draw_{reader:05d}.lock"
-        stack.enter_context(held(lock, busy=busy, say=say, patience_s=_PATIENCE_S))
+        stack.enter_context(held(lock, busy=busy, patience_s=_PATIENCE_S))
         drawn = _Drawn.resume(dataset, out_dir, reader)
         if not drawn.is_complete:
             with unchanged(dataset, stamp):
@@ -182,7 +184,9 @@ class _Drawn:
         drawn = cls(dataset, out_dir, reader, key, {s: Counts() for s in shards}, {})
         if drawn._load():
             if not drawn.is_complete:
-                say(f"going on after document {drawn.total.read:,}, where the last draw ended")
+                logger.info(
+                    f"going on after document {drawn.total.read:,}, where the last draw ended"
+                )
         elif dataset.streaming and is_hub(dataset):
             drawn.dataset = pin(dataset)
         return drawn
@@ -331,4 +335,4 @@ class _Progress:
             read = self.drawn.total.read
             rate = (read - self.before) / (now - self.start)
             size = f"{self.drawn.num_bytes / 1e6:,.1f} MB of text"
-            say(f"{read:,} documents read, {size}, {rate:,.0f}/s")
+            logger.info(f"{read:,} documents read, {size}, {rate:,.0f}/s")

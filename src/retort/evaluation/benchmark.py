@@ -66,7 +66,6 @@ def benchmark_run(
     settings: Evaluation,
     device: str,
     cpu_threads: int,
-    say: Callable[[str], None],
 ) -> str:
     """Run a benchmark on the student in final/ beside training.json, write benchmark.json, return its line.
 
@@ -78,9 +77,7 @@ def benchmark_run(
     refuse_other_student(folder, record, training_path)
     model = load_pretrained(str(folder), dtype=torch.float32).to(choose_device(device)).eval()
     about = {"run": record["run"], "id": record["id"], "teacher": None}
-    return _benchmark(
-        out, name, model, load_tokenizer(str(folder)), about=about, settings=settings, say=say
-    )
+    return _benchmark(out, name, model, load_tokenizer(str(folder)), about=about, settings=settings)
 
 
 def benchmark_teacher(
@@ -91,7 +88,6 @@ def benchmark_teacher(
     fingerprint_path: Path,
     section: Teacher,
     settings: Evaluation,
-    say: Callable[[str], None],
 ) -> str:
     """Run a benchmark on a teacher, write benchmark.json, return its line.
 
@@ -103,7 +99,7 @@ def benchmark_teacher(
         teacher_path, revision=section.revision, trust_remote_code=section.trust_remote_code
     )
     about = {"run": None, "id": None, "teacher": section.model_path}
-    return _benchmark(out, name, teacher.model, tokenizer, about=about, settings=settings, say=say)
+    return _benchmark(out, name, teacher.model, tokenizer, about=about, settings=settings)
 
 
 def _benchmark(
@@ -114,12 +110,11 @@ def _benchmark(
     *,
     about: dict[str, Any],
     settings: Evaluation,
-    say: Callable[[str], None],
 ) -> str:
     started = time.monotonic()
     out.parent.mkdir(parents=True, exist_ok=True)
     if name == HUMANEVAL:
-        found, attempts = run_humaneval(model, tokenizer, settings=settings, say=say)
+        found, attempts = run_humaneval(model, tokenizer, settings=settings)
         write_attempts(out.with_name(ATTEMPTS_FILE), attempts)
     else:
         found = run_tasks(name, model, tokenizer, settings=settings)
@@ -138,7 +133,7 @@ def _benchmark(
 
 
 def run_humaneval(
-    model: PreTrainedModel, tokenizer: Any, *, settings: Evaluation, say: Callable[[str], None]
+    model: PreTrainedModel, tokenizer: Any, *, settings: Evaluation
 ) -> tuple[dict[str, Any], list[Attempt]]:
     """Return what benchmark.json says of a model on HumanEval, and every attempt."""
     _require_consent(settings)
@@ -153,7 +148,6 @@ def run_humaneval(
     return score_humaneval(
         lambda prompts: complete_prompts(model, tokenizer, prompts, sampling=sampling),
         settings=settings,
-        say=say,
     )
 
 
@@ -167,7 +161,7 @@ def _require_consent(settings: Evaluation) -> None:
 
 
 def score_humaneval(
-    complete: Callable[[Any], list[str]], *, settings: Evaluation, say: Callable[[str], None]
+    complete: Callable[[Any], list[str]], *, settings: Evaluation
 ) -> tuple[dict[str, Any], list[Attempt]]:
     """Return the same of anything that goes on from prompts."""
     everything = read_problems(Path(str(settings.humaneval_file)))
@@ -177,7 +171,6 @@ def score_humaneval(
         complete,
         num_completions=settings.humaneval_completions,
         timeout_s=settings.code_timeout_s,
-        say=say,
     )
     scores = score_attempts(attempts, settings.humaneval_pass_at)
     rows = [

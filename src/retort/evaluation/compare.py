@@ -4,7 +4,8 @@ Both models read the same whole documents. With one tokenizer they are compared 
 on its own tokens, and only bits per byte, which counts by the text, says which of them is better.
 """
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ from retort.teacher.validation import collect_features
 from retort.tokens.sequences import SequenceTable
 from retort.tokens.tokenize import TokenCounts, tokenize_documents
 from retort.tokens.tokenizer import load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 _LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _PACKED = (".gz", ".zst")
@@ -87,7 +90,6 @@ def evaluate_by_hand(
     evaluation: Evaluation,
     loading: Teacher,
     cpu_threads: int,
-    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Return what metrics.json says of a model, and of a teacher where one is given, on whole documents.
 
@@ -96,9 +98,9 @@ def evaluate_by_hand(
     text in which nothing can be predicted.
     """
     torch.set_num_threads(cpu_threads)
-    dataset = _fit(dataset, [model_path, *([teacher_path] if teacher_path else [])], loading, say)
+    dataset = _fit(dataset, [model_path, *([teacher_path] if teacher_path else [])], loading)
     documents, model = _read(model_path, dataset, evaluation.max_positions, loading)
-    say(
+    logger.info(
         f"{model.table.num_positions:,} positions of {len(documents):,} documents, {_name_files(dataset)}"
     )
     if teacher_path is None:
@@ -107,21 +109,19 @@ def evaluate_by_hand(
     if _is_shared(model, teacher):
         features = _score(teacher, evaluation, loading)
         return _finish(_evaluate(model, features, evaluation, loading), model, teacher, loading)
-    say("the two have different tokenizers: each is measured on its own tokens.")
+    logger.info("the two have different tokenizers: each is measured on its own tokens.")
     alone = _evaluate(teacher, None, evaluation, loading)
     scores = _evaluate(model, None, evaluation, loading)
     return _finish(_join(scores, alone), model, teacher, loading)
 
 
-def _fit(
-    dataset: Dataset, paths: Sequence[str], loading: Teacher, say: Callable[[str], None]
-) -> Dataset:
+def _fit(dataset: Dataset, paths: Sequence[str], loading: Teacher) -> Dataset:
     """Return the dataset with sequences that all models can read, every document of one shard and to be measured."""
     configs = [load_model_config(p, trust_remote_code=loading.trust_remote_code) for p in paths]
     limits = [getattr(c.get_text_config(), "max_position_embeddings", None) for c in configs]
     length = min([dataset.max_length, *(limit for limit in limits if limit and limit > 1)])
     if length < dataset.max_length:
-        say(f"sequences of at most {length:,} tokens: the shortest context of the models")
+        logger.info(f"sequences of at most {length:,} tokens: the shortest context of the models")
     return replace(
         dataset,
         max_length=length,

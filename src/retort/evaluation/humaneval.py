@@ -6,6 +6,7 @@ from prompts to completions; what it writes runs in the room `sandbox` and nowhe
 
 import gzip
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from retort.evaluation.sandbox import Limits, Outcome, run_program
+
+logger = logging.getLogger(__name__)
 
 # Where a completion has left the function: section 3.2 of the paper ("# " is a comment at the margin).
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
@@ -102,7 +105,6 @@ def attempt_problems(
     *,
     num_completions: int,
     timeout_s: float,
-    say: Callable[[str], None],
 ) -> list[Attempt]:
     """Let a model complete every problem `num_completions` times, and run what it wrote.
 
@@ -111,7 +113,7 @@ def attempt_problems(
     asked = [problem for problem in problems for _ in range(num_completions)]
     completions = [cut_completion(text) for text in complete([p.prompt for p in asked])]
     assert len(completions) == len(asked), (len(completions), len(asked))
-    say(f"{len(asked):,} completions of {len(problems):,} problems; running them")
+    logger.info(f"{len(asked):,} completions of {len(problems):,} problems; running them")
     limits = Limits(seconds=timeout_s)
     pairs = list(zip(asked, completions, strict=True))
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:

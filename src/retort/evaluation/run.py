@@ -4,7 +4,6 @@ What each metric is: rooms `metrics` (a number at every position) and `scores` (
 teacher's side comes from what `score_validation` stored: no teacher is loaded here.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -151,11 +150,10 @@ def _sample_student(
     *,
     teacher_path: Path | None,
     weights: str | None,
-    say: Callable[[str], None],
 ) -> dict[str, Samples]:
     """Let the student continue the prompts that its teacher was given; return both sides."""
     prompts = choose_prompts(table, tokenizer, evaluation)
-    found = {"student": sample_model(model, tokenizer, prompts, evaluation, say=say)}
+    found = {"student": sample_model(model, tokenizer, prompts, evaluation)}
     if teacher_path is not None:
         teacher = read_samples(teacher_path, of=weights, whose="teacher")["teacher"]
         if teacher.missing is None:
@@ -175,7 +173,6 @@ def evaluate_run(
     device: str,
     cpu_threads: int,
     fingerprint_path: Path | None = None,
-    say: Callable[[str], None] = print,
 ) -> str:
     """Evaluate the student in final/ beside training.json, write metrics.json, return its line.
 
@@ -209,7 +206,6 @@ def evaluate_run(
             evaluation,
             teacher_path=beside,
             weights=record["teacher"],
-            say=say,
         )
     scores = evaluate_student(
         split_model(model),

@@ -3,16 +3,19 @@
 import difflib
 import errno
 import json
+import logging
 import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import filelock
+
+logger = logging.getLogger(__name__)
 
 _PIECE_BYTES, _FLUSHED_BYTES = 1 << 17, 1 << 22
 
@@ -73,9 +76,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def held(
-    path: Path, *, busy: str, say: Callable[[str], None], patience_s: float = 0.0
-) -> Iterator[None]:
+def held(path: Path, *, busy: str, patience_s: float = 0.0) -> Iterator[None]:
     """Hold a lock file for as long as the block; say `busy` where another process holds it longer than that.
 
     Raises ValueError where the file system keeps no locks.
@@ -85,7 +86,7 @@ def held(
     try:
         lock.acquire(timeout=patience_s)
     except filelock.Timeout:
-        say(busy)
+        logger.info(busy)
         lock.acquire()
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):

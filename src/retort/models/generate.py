@@ -1,6 +1,7 @@
 """A model goes on from a prompt: greedy, or drawn with a seed."""
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ from retort.cli import first_line
 from retort.config.sections import Evaluation
 from retort.models.samples import Prompt, Sample, Samples
 from retort.tokens.tokenizer import encode_beginning
+
+logger = logging.getLogger(__name__)
 
 TOP_P = 0.95  # the nucleus that is drawn from, as in Chen et al., 2021
 _LOOK_EVERY = 16  # tokens
@@ -72,8 +75,6 @@ def sample_model(
     tokenizer: Any,
     prompts: list[Prompt],
     settings: Evaluation,
-    *,
-    say: Callable[[str], None],
 ) -> Samples:
     """Return a model's continuations; one that cannot write keeps its numbers all the same, and `missing` says why."""
     try:
@@ -85,7 +86,7 @@ def sample_model(
         missing = (
             f"{type(model).__name__} did not write ({type(error).__name__}: {first_line(error)})"
         )
-        say(f"no samples: {missing}")
+        logger.warning(f"no samples: {missing}")
         return Samples(tuple(prompts), missing=missing)
     return Samples(tuple(prompts), tuple(map(Sample, *texts)) if prompts else ())
 

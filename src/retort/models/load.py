@@ -4,6 +4,7 @@ A causal LM is used in two halves: its *body*, token ids -> hidden states, and i
 so that the head (most of the work at a large vocabulary) runs only where a prediction counts.
 """
 
+import logging
 import math
 import os
 from dataclasses import dataclass, replace
@@ -21,14 +22,16 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from retort.cli import say
-from retort.cluster.ranks import is_rank, local_rank
+from retort.cli import is_rank
+from retort.cluster.ranks import local_rank
 from retort.config.sections import Teacher
 from retort.io.digests import digest, stamp_files
 from retort.io.files import read_json, write_json
 from retort.io.fingerprints import fingerprint_weights, list_weights
 from retort.models.heads import Head
 from retort.tokens.tokenizer import cannot_load, fingerprint_of_tokenizer, load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -59,8 +62,8 @@ def choose_device(device: str) -> torch.device:
 
 @cache
 def _say_unseen(gpus: str) -> None:
-    say(
-        f"warning: GPUs {gpus} were given, but this PyTorch ({torch.__version__}) sees none: it runs on the CPU. "
+    logger.warning(
+        f"GPUs {gpus} were given, but this PyTorch ({torch.__version__}) sees none: it runs on the CPU. "
         "Install the CUDA build of the same version; with device: cuda this is an error."
     )
 
@@ -167,7 +170,7 @@ def split_model(model: PreTrainedModel) -> CausalLM:
         split = CausalLM(model, head, vocabulary, is_split=True)
         if _is_whole(split):
             return split
-    print(
+    logger.debug(
         f"{type(model).__name__}: its head is of an unknown form; the whole model is run at every position."
     )
     return CausalLM(model, Head(weight=None), vocabulary, is_split=False)
@@ -271,7 +274,7 @@ def _can_pack(teacher: CausalLM) -> bool:
     tolerance = _PROBE_TOLERANCE if teacher.model.dtype == torch.float32 else 2e-2
     if leak <= tolerance:
         return True
-    print(
+    logger.debug(
         f"{type(teacher.model).__name__}: packed sequences see each other (features move by {leak:.0e} of the largest, "
         f"expected below {tolerance:.0e}): they are padded instead."
     )

@@ -4,7 +4,8 @@ Nothing is shipped and nothing downloaded: the corpus is the documentation found
 this room makes from its training documents what a user would otherwise bring. It never sees the held-out ones.
 """
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from retort.io.run_record import describe_run
 from retort.models.load import fingerprint_model
 from retort.tokens.tokenize import TokenCounts, tokenize_documents
 from retort.tokens.tokenizer import fingerprint_of_tokenizer
+
+logger = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -59,9 +62,7 @@ class DemoTokenizer:
         return {}
 
 
-def make_demo_teacher(
-    record_path: Path, dataset: Dataset, *, drawn: Path | None, say: Callable[[str], None] = print
-) -> None:
+def make_demo_teacher(record_path: Path, dataset: Dataset, *, drawn: Path | None) -> None:
     """Train tokenizer and model into model/ beside `record_path`, then write the fingerprint there."""
     from retort.training.loop import (  # seconds; check_inputs reads of this room only
         Job,
@@ -81,7 +82,9 @@ def make_demo_teacher(
                 f"dataset.max_samples (now {dataset.max_samples}), or lower dataset.validation_fraction "
                 f"(now {dataset.validation_fraction})."
             )
-        say(f"demo teacher: {len(table.ids):,} tokens to train on, vocabulary {len(tokenizer)}")
+        logger.info(
+            f"demo teacher: {len(table.ids):,} tokens to train on, vocabulary {len(tokenizer)}"
+        )
         config_path = folder / "config.json"
         write_json(config_path, _model_config(dataset))
         job = Job(
@@ -95,7 +98,7 @@ def make_demo_teacher(
             vocabulary=len(tokenizer),
             facts={"text": f"{dataset.name}, {table.num_positions:,} positions"},
         )
-        summary = train_student(folder, job, say=say)
+        summary = train_student(folder, job)
         model = folder / "model"
         if not model.exists():
             model.symlink_to("final")

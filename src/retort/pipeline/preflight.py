@@ -15,7 +15,6 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from retort.cli import say
 from retort.config.sections import Config, Teacher, Tracking
 from retort.config.synthesis_checks import SYNTHESIS
 from retort.corpus.reading import check_corpus
@@ -81,7 +80,7 @@ def _has_login(host: str) -> bool:
 
 def _check_corpus(config: Config) -> list[str]:
     if config.dataset.name == SYNTHESIS:
-        return check_synthesis(config, say=say)
+        return check_synthesis(config)
     found = check_corpus(config.dataset)
     files = found.get("files") or []
     size = f", {len(files)} files, {found['bytes'] / 1e6:,.1f} MB" if files else ""

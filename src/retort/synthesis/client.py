@@ -6,19 +6,23 @@ paid and what is in flight: where the sum would pass the budget, nothing more is
 """
 
 import asyncio
+import logging
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import Any, TextIO
+from typing import Any
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
 from tqdm import tqdm
 
+from retort.cli import open_terminal
 from retort.config.sections import Synthesis
 from retort.synthesis.journal import Journal, Paid
 from retort.synthesis.prompts import Prompt
 from retort.synthesis.providers import Answer, Lost, Provider, Rejected, TurnedAway, bound_tokens
+
+logger = logging.getLogger(__name__)
 
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 60.0
 _LONGEST_ASKED_WAIT_S = 600.0  # a Retry-After beyond it is an outage
@@ -79,15 +83,11 @@ class Asker:
         prompts: Sequence[Prompt],
         journal: Journal,
         provider: Provider,
-        *,
-        say: Callable[[str], None],
-        terminal: TextIO | None = None,
     ) -> None:
         self.section, self.prompts = section, prompts
         self.journal, self.provider = journal, provider
         # By place; not in the journal, for they cost nothing to ask again.
         self.rejected: dict[int, str] = {}
-        self._say, self._terminal = say, terminal
         self._requests, self._tokens = _limiters(section, prompts)
         self._stopped: ValueError | OSError | None = None
         # What answers cost beyond what they could: a server's long system prompt, or a max_tokens that it passes over.
@@ -101,7 +101,7 @@ class Asker:
         Raises Stopped where the budget ends, ValueError where the server refuses for good.
         """
         self._landed = asyncio.Condition()
-        with _Progress(self, len(places), self._say, self._terminal) as self._progress:
+        with _Progress(self, len(places)) as self._progress:
             queue = iter(places)
             count = min(self.section.concurrency, len(places))
             async with asyncio.TaskGroup() as group:
@@ -213,9 +213,7 @@ class Asker:
     def _note_retry(self, state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
         wait = state.next_action.sleep if state.next_action else 0.0
-        self._progress.note(
-            f"attempt {state.attempt_number} in vain ({error}); again in {wait:.1f} s"
-        )
+        logger.info(f"attempt {state.attempt_number} in vain ({error}); again in {wait:.1f} s")
 
 
 def _limiters(section: Synthesis, prompts: Sequence[Prompt]) -> tuple[Any, Any]:
@@ -244,15 +242,16 @@ def _limiters(section: Synthesis, prompts: Sequence[Prompt]) -> tuple[Any, Any]:
 class _Progress:
     """A bar with the running cost on a terminal; without one, a line every ten seconds."""
 
-    def __init__(
-        self, asker: Asker, total: int, say: Callable[[str], None], terminal: TextIO | None
-    ) -> None:
-        self.asker, self.say, self.total = asker, say, total
+    def __init__(self, asker: Asker, total: int) -> None:
+        self.asker, self.total = asker, total
         self.before = len(asker.journal.answers) + len(asker.rejected)
         self.said = time.monotonic()
+        self.terminal = open_terminal()
         self.bar = (
-            tqdm(total=total, desc="answers", file=terminal, dynamic_ncols=True, smoothing=0.05)
-            if terminal
+            tqdm(
+                total=total, desc="answers", file=self.terminal, dynamic_ncols=True, smoothing=0.05
+            )
+            if self.terminal
             else None
         )
 
@@ -261,8 +260,9 @@ class _Progress:
 
     def __exit__(self, *_: object) -> None:
         self.show(is_last=True)
-        if self.bar is not None:
+        if self.bar is not None and self.terminal is not None:
             self.bar.close()
+            self.terminal.close()
 
     def show(self, *, is_last: bool = False) -> None:
         asker, now = self.asker, time.monotonic()
@@ -273,11 +273,4 @@ class _Progress:
             self.bar.update(done - self.bar.n)
         elif is_last or now - self.said >= _LINE_S:
             self.said = now
-            self.say(f"{done:,} of {self.total:,} answered, {words}")
-
-    def note(self, line: str) -> None:
-        """Say one line, above the bar where there is one."""
-        if self.bar is not None:
-            self.bar.write(line, file=self.bar.fp)
-        else:
-            self.say(line)
+            logger.info(f"{done:,} of {self.total:,} answered, {words}")

@@ -4,14 +4,17 @@ A run is `decontamination_words` words (13, as for GPT-3: Brown et al., 2020, ar
 case, without punctuation; a text of a problem that is shorter, but of five words at least, is looked for as a whole.
 """
 
+import logging
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from retort.config.sections import HUMANEVAL, Evaluation
 from retort.evaluation.humaneval import read_problems
+
+logger = logging.getLogger(__name__)
 
 # Han and kana stand without spaces between words: each sign counts as one.
 _SIGNS = "\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
@@ -50,9 +53,7 @@ def list_runs(words: list[str], length: int) -> Iterator[tuple[str, ...]]:
     return (tuple(words[i : i + length]) for i in range(len(words) - length + 1))
 
 
-def read_benchmarks(
-    evaluation: Evaluation, *, say: Callable[[str], None]
-) -> tuple[list[str], list[str]]:
+def read_benchmarks(evaluation: Evaluation) -> tuple[list[str], list[str]]:
     """Return (texts of all problems of `evaluation.benchmarks`, names of those that could not be read here)."""
     texts: list[str] = []
     missing: list[str] = []
@@ -61,8 +62,8 @@ def read_benchmarks(
             texts += _read_problems(name, evaluation)
         except ValueError as error:
             missing.append(name)
-            say(
-                f"warning: the problems of {name} cannot be read here, so responses are NOT compared with them "
+            logger.warning(
+                f"the problems of {name} cannot be read here, so responses are NOT compared with them "
                 f"({error})"
             )
     return texts, missing

@@ -10,6 +10,7 @@ digest of it, and of what else is asked. A line that was edited, or asked with o
 """
 
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,9 +20,10 @@ from typing import Any
 
 import xxhash
 
-from retort.cli import say
 from retort.synthesis.prompts import Prompt
 from retort.synthesis.providers import Answer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -88,7 +90,7 @@ class Journal:
         end = 0
         for number, line in enumerate(self._file, start=1):
             if not line.endswith(b"\n"):
-                say(f"{self.path}: the last line was torn by a kill, and is cut off")
+                logger.warning(f"{self.path}: the last line was torn by a kill, and is cut off")
                 break
             try:
                 event = json.loads(line)

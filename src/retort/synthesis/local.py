@@ -4,18 +4,20 @@ A batch is `batch_size` prompts in their order, drawn with a seed of its own. So
 model and the settings, and not on what was answered before, or in which attempt.
 """
 
+import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, TextIO
+from typing import Any, ClassVar
 
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from retort.cli import first_line, is_out_of_memory
+from retort.cli import first_line, is_out_of_memory, open_terminal
 from retort.config.sections import Synthesis, Teacher
 from retort.io.digests import digest
 from retort.models.generate import (
@@ -31,6 +33,8 @@ from retort.synthesis.journal import Journal
 from retort.synthesis.prompts import Prompt
 from retort.synthesis.providers import Answer
 from retort.tokens.tokenizer import encode_beginning, encode_chat, load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 _SEEDS = 2**32
 _LINE_S = 10.0
@@ -50,13 +54,10 @@ class Writer(ABC):
         *,
         model_path: str,
         loading: Teacher,
-        say: Callable[[str], None],
-        terminal: TextIO | None = None,
     ) -> None:
         self.section, self.prompts, self.journal = section, prompts, journal
         self.model_path, self.loading = model_path, loading
         self.device = "none"  # until the model is loaded
-        self._say, self._terminal = say, terminal
         self._said = time.monotonic()
         self._done = 0
 
@@ -109,21 +110,24 @@ class Writer(ABC):
         )
         self.journal.keep(place, answer)
 
-    def _open_bar(self, total: int) -> Any:
+    @contextmanager
+    def _open_bar(self, total: int) -> Iterator[Any]:
         self._done = 0
-        return tqdm(
-            total=total, desc=self.unit, file=self._terminal, disable=self._terminal is None
-        )
+        with (
+            open_terminal() or nullcontext() as terminal,
+            tqdm(total=total, desc=self.unit, file=terminal, disable=terminal is None) as bar,
+        ):
+            yield bar
 
     def _advance(self, bar: Any) -> None:
         """Move the bar; without a terminal, say a line every ten seconds, and at the end."""
         bar.update()
         self._done += 1
         now = time.monotonic()
-        if self._terminal is None and (now - self._said >= _LINE_S or self._done == bar.total):
+        if bar.disable and (now - self._said >= _LINE_S or self._done == bar.total):
             self._said = now
             paid = self.journal.paid.tokens
-            self._say(f"{self._done:,} of {bar.total:,} {self.unit}: {paid:,} tokens")
+            logger.info(f"{self._done:,} of {bar.total:,} {self.unit}: {paid:,} tokens")
 
 
 class BatchWriter(Writer):

@@ -7,12 +7,13 @@ the very prompts that were missing.
 
 import asyncio
 import json
+import logging
 import signal
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from retort.artifacts.syntheses import RESPONSES_FILE, list_prompt_files, local_model, name_asking
 from retort.config.load import identity
@@ -26,6 +27,8 @@ from retort.synthesis.filters import Sieve, list_grammars, require_filters
 from retort.synthesis.journal import Journal
 from retort.synthesis.prompts import Prompt, Prompts, read_prompts
 from retort.synthesis.providers import Answer, open_provider
+
+logger = logging.getLogger(__name__)
 
 FORMAT = {"format": "retort synthesis", "version": 1}
 JOURNAL_FILE = "journal.jsonl"
@@ -41,7 +44,7 @@ class Kept:
     counts: dict[str, int]
 
 
-def check_synthesis(config: Config, *, say: Callable[[str], None]) -> list[str]:
+def check_synthesis(config: Config) -> list[str]:
     """Look at what a synthesis needs, before it begins; return notes.
 
     Raises ValueError where prompts, libraries or the key are missing, or the server does not serve the model.
@@ -57,7 +60,7 @@ def check_synthesis(config: Config, *, say: Callable[[str], None]) -> list[str]:
             "prompts. Lower it, or give more."
         )
     if section.decontaminate:
-        _, missing = read_benchmarks(config.evaluation, say=say)
+        _, missing = read_benchmarks(config.evaluation)
         notes += [f"synthesis: NOT compared with the problems of {name}" for name in missing]
     if section.provider == "local":
         _check_local(config)
@@ -119,8 +122,6 @@ class Task:
     local_model: str | None = None  # folder or Hub id
     loading: Teacher | None = None  # how that is loaded
     stamp: str | None = None  # of the files of prompts, as they were when they were named
-    say: Callable[[str], None] = print
-    terminal: TextIO | None = None
 
 
 def synthesize(record_path: Path, task: Task) -> str:
@@ -141,16 +142,16 @@ def synthesize(record_path: Path, task: Task) -> str:
         raise ValueError("the files of prompts changed meanwhile: run the same command again.")
     problems, missing = list[str](), list[str]()
     if section.decontaminate:
-        problems, missing = read_benchmarks(task.evaluation, say=task.say)
+        problems, missing = read_benchmarks(task.evaluation)
     sieve = Sieve(section, Runs(problems, length=section.decontamination_words))
     busy = f"{folder.parent} is being asked by another process: waiting for it"
-    lock = held(folder.parent / ".journal.lock", busy=busy, say=task.say, patience_s=_PATIENCE_S)
+    lock = held(folder.parent / ".journal.lock", busy=busy, patience_s=_PATIENCE_S)
     revision = task.loading.revision if task.loading else None
     asked = name_asking(section, local_model=task.local_model, revision=revision)
     with lock, Journal(folder.parent / JOURNAL_FILE, found.prompts, asked) as journal:
         if journal.answers:
             paid = describe_paid(section, journal.paid)
-            task.say(f"{len(journal.answers):,} answers are in the journal: {paid}")
+            logger.info(f"{len(journal.answers):,} answers are in the journal: {paid}")
         kept, device = _answer(task, found.prompts, journal, sieve)
     _refuse_too_few(section, kept)
     _write_responses(section, folder / RESPONSES_FILE, kept.rows)
@@ -182,8 +183,6 @@ def _answer(
         journal,
         model_path=task.local_model,
         loading=task.loading,
-        say=task.say,
-        terminal=task.terminal,
     )
     kept = keep_examples(task.section, prompts, journal, sieve, writer.write)
     return kept, writer.device
@@ -196,11 +195,11 @@ def _ask_server(task: Task, prompts: Sequence[Prompt], journal: Journal, sieve: 
     """
     section = task.section
     provider = open_provider(section)
-    asker = Asker(section, prompts, journal, provider, say=task.say, terminal=task.terminal)
+    asker = Asker(section, prompts, journal, provider)
     with asyncio.Runner() as loop:
 
         def ask(places: Sequence[int]) -> None:
-            task.say(describe_estimate(section, [prompts[p] for p in places]))
+            logger.info(describe_estimate(section, [prompts[p] for p in places]))
             _run(loop, asker.ask(places))
 
         try:

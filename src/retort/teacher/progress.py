@@ -1,49 +1,28 @@
 """Progress of the teacher's pass: a bar on the terminal, plain lines in the log.
 
 The bar is of all workers together: it looks at which parts have a file. What a worker scores between two looks is its
-own. One process shows a bar on a terminal, whoever locks it first; the others say lines, as does everyone where there
-is no terminal. A bar goes to the terminal itself and never to a log.
+own. One process shows a bar on a terminal, whoever locks it first; for the others, and where there is no terminal,
+there are lines. A bar goes to the terminal itself and never to a log.
 """
 
-import fcntl
-import io
+import logging
 import os
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from retort.cli import note
+from retort.cli import open_terminal
+
+logger = logging.getLogger(__name__)
 
 _LINE_S = 10.0
 # What a narrow terminal cuts off stands last.
 _BAR = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}, {rate_fmt}{postfix}"
 _LOOK_S = 2.0  # between looks at the folder of parts: 10,000 files take 10 ms
-
-
-def open_terminal(descriptor: int | None = None) -> TextIO | None:
-    """Return the terminal behind a descriptor (stderr's, where none is given), locked for one bar; None without one,
-    or with one that has no width.
-
-    Jobs share the terminal. Opened anew, because a lock belongs to an opening, and jobs inherit one from Snakemake.
-    """
-    try:
-        path = os.ttyname(sys.stderr.fileno() if descriptor is None else descriptor)
-        opened = os.open(path, os.O_WRONLY | os.O_NOCTTY)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.get_terminal_size(opened).columns == 0:
-            raise OSError  # as of a container's that nobody looks at: a bar would have no width
-    except OSError:
-        os.close(opened)
-        return None
-    return io.TextIOWrapper(io.FileIO(opened, "w"), write_through=True)
 
 
 class Progress:
@@ -53,11 +32,8 @@ class Progress:
         self,
         parts: Sequence[dict[str, Any]],
         files: Sequence[Path],
-        *,
-        say: Callable[[str], None] = lambda _: None,
-        terminal: TextIO | None = None,
     ) -> None:
-        """`parts` of the index, each with the file that it becomes; `say` is given a line every ten seconds."""
+        """`parts` of the index, each with the file that it becomes."""
         self.tokens = 0  # of this worker
         self._parts = {path.name: part for path, part in zip(files, parts, strict=True)}
         self._places = {part["name"]: place for place, part in enumerate(parts, start=1)}
@@ -68,15 +44,11 @@ class Progress:
         self._all = {name: sum(part[name] for part in parts) for name in ("sequences", "tokens")}
         self._num_done = 0
         self._part_tokens = 0  # of the part that this worker is at
-        # A line on the terminal would cut the bar in two.
-        is_free = terminal is None or not sys.stdout.isatty()
-        self._note = note if is_free else lambda _: None
-        self._say = self._note if terminal else say
-        self._terminal = terminal
         self._started = self._said = time.monotonic()
         self._part_started: dict[str, float] = {}
         self._look()
-        self._bar = self._open_bar(terminal) if terminal else None
+        self._terminal = open_terminal()
+        self._bar = self._open_bar(self._terminal) if self._terminal else None
 
     def _open_bar(self, terminal: TextIO) -> "tqdm[Any]":
         return tqdm(
@@ -122,7 +94,7 @@ class Progress:
         seconds = time.monotonic() - self._part_started.pop(part["name"])
         self._num_done += 1
         size = path.stat().st_size if path.exists() else 0  # merged and removed by others meanwhile
-        self._note(
+        logger.debug(
             f"part {self._places[part['name']]} of {len(self._parts)} done: {part['sequences']:,} samples, "
             f"{part['tokens']:,} tokens, {size:,} bytes, {seconds:.1f} s"
         )
@@ -137,8 +109,9 @@ class Progress:
         if now - self._said >= _LINE_S:
             self._said = now
             rate = self.tokens / (now - self._started)
-            self._say(
-                f"{self._describe()}  here: {self._num_done} parts, {self.tokens:,} tokens, {rate:,.0f} tokens/s"
+            logger.log(
+                logging.INFO if self._bar is None else logging.DEBUG,
+                f"{self._describe()}  here: {self._num_done} parts, {self.tokens:,} tokens, {rate:,.0f} tokens/s",
             )
 
     def _look(self) -> None:

@@ -7,6 +7,7 @@ the batch is halved, and what was made that way is counted.
 """
 
 import gc
+import logging
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Rows
 from concurrent.futures import Executor, Future
@@ -25,6 +26,8 @@ from retort.cli import is_out_of_memory
 from retort.models.load import CausalLM
 from retort.teacher.selection import NotFiniteError, pad_width, select_probable, select_top_k
 from retort.tokens.sequences import Sequence, SequenceTable
+
+logger = logging.getLogger(__name__)
 
 # Rows of logits held at once. On a CPU a product of 64 rows takes a quarter longer a row than one of 128 and more; a
 # GPU wants more at once.
@@ -79,7 +82,6 @@ class Scorer:
 
     teacher: CausalLM
     batch_size: int
-    say: Callable[[str], None] = print
     too_many: int | None = None  # padded tokens for which memory did not suffice
     halved: int = field(default=0, init=False)  # batches that had to be halved
 
@@ -127,7 +129,7 @@ class Scorer:
 
     def _remember(self, size: int, num_sequences: int) -> None:
         self.too_many = size
-        self.say(
+        logger.warning(
             f"out of memory with {num_sequences} sequences ({size:,} tokens) at once: such batches are halved from now "
             "on. A lower teacher.generation.batch_size avoids the attempt."
         )

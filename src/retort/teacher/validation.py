@@ -1,5 +1,6 @@
 """The teacher reads held-out text and a sample of the training text, once for all students."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from retort.tokens.index import TokenIndex
 from retort.tokens.sequences import SequenceTable
 from retort.tokens.tokenizer import load_tokenizer
 
+logger = logging.getLogger(__name__)
+
 
 def score_validation(
     out: Path,
@@ -30,7 +33,6 @@ def score_validation(
     fingerprint_path: Path,
     section: Teacher,
     evaluation: Evaluation,
-    say: Callable[[str], None] = print,
 ) -> None:
     """Score the held-out sequences, and an evenly spaced sample of the training sequences, with one teacher.
 
@@ -49,12 +51,12 @@ def score_validation(
     record = read_json(fingerprint_path)
     samples = Samples((), missing=OTHER_TOKENIZER)
     if int(index.content["tokenizer"]["size"]) > record["vocabulary"]:
-        say(f"the teacher does not know the tokens of this text: {OTHER_TOKENIZER}.")
+        logger.info(f"the teacher does not know the tokens of this text: {OTHER_TOKENIZER}.")
         write_samples(samples_path, {"teacher": samples}, of=record["weights"])
         write_features(out, _say_nothing(record, validation))
         return
     places, training = index.read_sample(num_positions=evaluation.fidelity_positions)
-    say(
+    logger.info(
         f"{validation.num_positions:,} held-out positions, {training.num_positions:,} to measure the cache with"
     )
     teacher = load_recorded_teacher(
@@ -65,7 +67,7 @@ def score_validation(
             teacher_path, revision=record["revision"], trust_remote_code=section.trust_remote_code
         )
         prompts = choose_prompts(validation, tokenizer, evaluation)
-        samples = sample_model(teacher.model, tokenizer, prompts, evaluation, say=say)
+        samples = sample_model(teacher.model, tokenizer, prompts, evaluation)
     found = score_tables(
         teacher,
         fingerprint=record["weights"],
@@ -75,7 +77,6 @@ def score_validation(
         training=training,
         train_sequences=places,
         batch_size=section.generation.batch_size,
-        say=say,
     )
     teacher.require_unchanged()
     write_samples(samples_path, {"teacher": samples}, of=record["weights"])
@@ -97,7 +98,6 @@ def score_tables(
     training: SequenceTable,
     train_sequences: NDArray[np.int64],
     batch_size: int,
-    say: Callable[[str], None] = print,
 ) -> TeacherFeatures:
     """Score the held-out sequences and the sample of training sequences."""
     tables = {"val": validation, "train": training}
@@ -108,7 +108,7 @@ def score_tables(
         nonlocal seen
         before, seen = seen, seen + tokens
         if before * 10 // max(1, total) != seen * 10 // max(1, total):
-            say(f"scored {seen:,} of {total:,} tokens")
+            logger.info(f"scored {seen:,} of {total:,} tokens")
 
     features = {
         split: collect_features(teacher, table, batch_size=batch_size, on_batch=on_batch)

@@ -5,6 +5,7 @@ missing and not claimed by a living worker, so that a slow or dead worker's part
 fixed by a part's content and the config, so its bytes do not depend on who did it, or when.
 """
 
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ from retort.cache.parts import (
     write_part,
 )
 from retort.cache.reader import CACHE_FILE, CacheHeader
-from retort.cli import GOES_ON, first_line, is_out_of_memory, note
+from retort.cli import GOES_ON, first_line, is_out_of_memory
 from retort.cluster.deadlines import OUT_OF_TIME, RESUMABLE, Deadline
 from retort.config.sections import Cache, Teacher
 from retort.io.files import read_json, write_json
@@ -39,6 +40,8 @@ from retort.teacher.progress import Progress
 from retort.teacher.scoring import Scored, Scorer, score_part
 from retort.tokens.index import TokenIndex
 from retort.tokens.sequences import SequenceTable
+
+logger = logging.getLogger(__name__)
 
 _WAIT_S = 0.25  # a look at the folder, a few milliseconds
 
@@ -74,7 +77,6 @@ def run_worker(
     num_workers: int,
     batch_size: int,
     load: Callable[[], CausalLM],
-    say: Callable[[str], None] = print,
     progress: Progress | None = None,
     deadline: Deadline | None = None,
 ) -> WorkerReport:
@@ -86,7 +88,7 @@ def run_worker(
     deadline = deadline or Deadline(ask=lambda: None)
     is_late = False
     scorer: Scorer | None = None
-    progress = progress or Progress(index.parts, part_files(index, folder, header), say=say)
+    progress = progress or Progress(index.parts, part_files(index, folder, header))
     num_tokens = int(index.content["tokenizer"]["size"])
     order = find_order(index, header.codec)
     with (
@@ -114,7 +116,7 @@ def run_worker(
                 is_mine = hold.enter_context(claims.claim(part["name"]))
                 if not is_mine or part_path(folder, part["name"], header).exists():
                     continue
-                scorer = scorer or Scorer(load(), batch_size, say=say)
+                scorer = scorer or Scorer(load(), batch_size)
                 table = index.read_part(part)
                 progress.start_part(part)
                 begun = time.monotonic()
@@ -229,8 +231,6 @@ def generate_logits(
     cache: Cache,
     worker: int,
     num_workers: int,
-    say: Callable[[str], None] = print,
-    terminal: TextIO | None = None,
 ) -> None:
     """Be one worker: do parts into parts/ beside the receipt until none is missing, then write the receipt.
 
@@ -239,18 +239,18 @@ def generate_logits(
     torch.set_num_threads(
         section.generation.cpu_threads
     )  # fixed by the config: another number changes bits
-    (note if terminal else say)(  # under a bar, it would be in its way
+    logger.info(
         f"Worker {worker}/{num_workers}  CUDA_VISIBLE_DEVICES: {os.environ.get('CUDA_VISIBLE_DEVICES', '-')}"
     )
     index = TokenIndex.read(index_path)
     header = build_header(index, read_json(fingerprint_path), cache, source=fingerprint_path)
     folder = receipt.parent
     if is_merged(folder / CACHE_FILE, header):
-        say("the merged cache is there already: nothing to do")
+        logger.info("the merged cache is there already: nothing to do")
         report = WorkerReport(worker, num_workers, [], 0, 0.0)
     else:
         files = part_files(index, folder / "parts", header)
-        with Progress(index.parts, files, say=say, terminal=terminal) as progress:
+        with Progress(index.parts, files) as progress:
             report = run_worker(
                 index,
                 folder / "parts",
@@ -259,12 +259,11 @@ def generate_logits(
                 num_workers=num_workers,
                 batch_size=section.generation.batch_size,
                 load=lambda: _load(teacher_path, section, fingerprint_path, longest=index.longest),
-                say=say,
                 progress=progress,
                 deadline=Deadline(),
             )
     if report.left:
-        say(
+        logger.info(
             f"{OUT_OF_TIME}: {report.left} of {len(index.parts)} parts are still missing, {len(report.parts)} were "
             f"done here. {GOES_ON}"
         )
@@ -277,6 +276,6 @@ def generate_logits(
         seconds=report.seconds,
     )
     write_json(receipt, report.to_json() | {"run": about})
-    say(
+    logger.info(
         f"worker {worker}: {len(report.parts)} parts, {report.tokens:,} tokens in {report.seconds:.1f} s"
     )

@@ -1,14 +1,16 @@
 """Checkpoints that are whole or not there: marked last, with a digest of every file and the run that they are of."""
 
+import logging
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from retort.io.digests import compare_digests, digest_folder
 from retort.io.files import read_json, write_json
+
+logger = logging.getLogger(__name__)
 
 # Written last into a checkpoint, so that one cut short by a kill is told from a whole one.
 COMPLETE_MARK = "complete.json"
@@ -30,9 +32,7 @@ def mark_checkpoint(folder: Path, stamp: Stamp, progress: dict[str, Any]) -> Non
     write_json(folder / COMPLETE_MARK, found | {"files": digest_folder(folder)})
 
 
-def find_checkpoint(
-    folder: Path, stamp: Stamp, *, say: Callable[[str], None] = print
-) -> Path | None:
+def find_checkpoint(folder: Path, stamp: Stamp) -> Path | None:
     """Return the newest whole checkpoint of a run; newer ones that are torn or damaged are removed, aloud.
 
     Raises ValueError when a whole one is of another run, or was saved by the other strategy.
@@ -47,7 +47,7 @@ def find_checkpoint(
         if fault is None:
             _require_stamp(path, stamp)
             return path
-        say(f"{path} {fault}: removed")
+        logger.warning(f"{path} {fault}: removed")
         shutil.rmtree(path)
     return None
 

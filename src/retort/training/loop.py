@@ -9,6 +9,7 @@ again.
 import csv
 import io
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -47,6 +48,8 @@ from retort.training.fused_loss import LossSettings
 from retort.training.model_card import write_card
 from retort.training.model_loss import attach_loss
 from retort.training.trainer import DistillationTrainer, ProgressCallback
+
+logger = logging.getLogger(__name__)
 
 # It has the newer name since transformers 5.23; vLLM 0.32 wants 5.19.
 _CHECKPOINTING = next(
@@ -158,7 +161,7 @@ def choose_precision(training: Training, device: torch.device) -> str:
 
 
 @contextmanager
-def _alone(folder: Path, *, say: Callable[[str], None]) -> Iterator[None]:
+def _alone(folder: Path) -> Iterator[None]:
     """Let one process, or one group of ranks, train in a folder at a time: an orphan of a killed Snakemake may still
     be at it."""
     if rank() > 0:
@@ -166,7 +169,7 @@ def _alone(folder: Path, *, say: Callable[[str], None]) -> Iterator[None]:
         yield
         return
     busy = f"another process trains in {folder}: waiting for it to end"
-    with held(folder / ".lock", busy=busy, say=say):
+    with held(folder / ".lock", busy=busy):
         _wait_for_ranks()
         yield
 
@@ -176,7 +179,7 @@ def _wait_for_ranks() -> None:
         torch.distributed.barrier()
 
 
-def train_student(folder: Path, job: Job, *, say: Callable[[str], None] = print) -> dict[str, Any]:
+def train_student(folder: Path, job: Job) -> dict[str, Any]:
     """Train until max_steps or num_epochs are done, from the newest whole checkpoint where there is one.
 
     Writes checkpoint-*/, final/ (model and tokenizer) and training_log.csv into `folder`, and returns what is
@@ -187,20 +190,19 @@ def train_student(folder: Path, job: Job, *, say: Callable[[str], None] = print)
     _keep_trackers_in(folder)
     torch.set_num_threads(job.training.cpu_threads)
     arguments = training_arguments(folder, job)
-    with _alone(folder, say=say):
+    with _alone(folder):
         trainer = build_trainer(arguments, job)
         parameters = int(trainer.model.num_parameters())  # before they may be cut into pieces
-        checkpoint = _agree_on_checkpoint(folder, job.stamp, say=say)
+        checkpoint = _agree_on_checkpoint(folder, job.stamp)
         progress = ProgressCallback(
             trainer,
             name=job.name,
             stamp=job.stamp,
             before=read_progress(checkpoint),
             write_curve=lambda: write_log(folder / "training_log.csv", trainer.state.log_history),
-            say=say,
         )
         trainer.add_callback(progress)
-        _train(trainer, checkpoint, job, say=say)
+        _train(trainer, checkpoint, job)
         totals = progress.totals
         summary = {
             "steps": trainer.state.global_step,
@@ -251,9 +253,9 @@ def build_trainer(arguments: TrainingArguments, job: Job) -> DistillationTrainer
     return trainer
 
 
-def _agree_on_checkpoint(folder: Path, stamp: Stamp, *, say: Callable[[str], None]) -> Path | None:
+def _agree_on_checkpoint(folder: Path, stamp: Stamp) -> Path | None:
     """Let the first rank look for a checkpoint, since it removes what is torn, and tell the others."""
-    found: list[Any] = [find_checkpoint(folder, stamp, say=say) if rank() == 0 else None]
+    found: list[Any] = [find_checkpoint(folder, stamp) if rank() == 0 else None]
     if world_size() > 1:
         broadcast_object_list(found)
     return found[0]  # type: ignore[no-any-return]
@@ -263,12 +265,10 @@ def _train(
     trainer: DistillationTrainer,
     checkpoint: Path | None,
     job: Job,
-    *,
-    say: Callable[[str], None],
 ) -> None:
     """Train from a checkpoint of this run, from one that the config names, or from the beginning."""
     if checkpoint:
-        say(f"train {job.name}: going on from {checkpoint.name}")
+        logger.info(f"train {job.name}: going on from {checkpoint.name}")
         trainer.window.restore(read_progress(checkpoint)["window"])
     if checkpoint and is_finished(checkpoint):
         trainer.model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)

@@ -1,6 +1,6 @@
 """One run: from tokens, cache or teacher to training.json, which says that the student is finished."""
 
-from collections.abc import Callable
+import logging
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from retort.tokens.tokenizer import fingerprint_of_tokenizer, load_tokenizer
 from retort.tokens.vocabularies import require_student_ids, require_teacher_ids
 from retort.training.loop import Job, train_student
 
+logger = logging.getLogger(__name__)
+
 
 def train_run(
     out: Path,
@@ -38,7 +40,6 @@ def train_run(
     tracking: Tracking,
     teacher_section: Teacher,
     expected_student: str | None = None,
-    say: Callable[[str], None] = print,
 ) -> None:
     """Train one student in the folder of `out` (training.json), from the tokens, a cache or a live teacher.
 
@@ -90,11 +91,11 @@ def train_run(
         teacher=teacher,
         facts={"run": out.parent.name, **facts},
     )
-    summary = train_student(out.parent, job, say=say)
+    summary = train_student(out.parent, job)
     _refuse_other_student(student, expected_student)
     if rank() == 0:
         _write_records(out, job, summary, record)
-        say(f"train {name}  {summary['steps']} steps in {summary['seconds']:.0f} s")
+        logger.info(f"train {name}  {summary['steps']} steps in {summary['seconds']:.0f} s")
 
 
 def _fill_alpha(training: Training, *, has_teacher: bool) -> Training:

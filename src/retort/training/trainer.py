@@ -4,11 +4,12 @@ The loss of a global batch is normalised by the number of its positions, so how 
 over GPUs, does not matter.
 """
 
+import logging
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from retort.cli import open_terminal
 from retort.cluster.ranks import rank, world_size
 from retort.models.load import CausalLM
 from retort.training.batches import IGNORE_INDEX, ShuffledStream
@@ -37,6 +39,8 @@ from retort.training.losses import (
     perplexity,
 )
 from retort.training.model_loss import Lesson
+
+logger = logging.getLogger(__name__)
 
 _PROGRESS_S = 10.0
 _ADVICE = (
@@ -232,10 +236,8 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         stamp: Stamp,
         before: dict[str, Any],
         write_curve: Callable[[], None],
-        say: Callable[[str], None],
     ) -> None:
         self.trainer = trainer
-        self.say = say
         self.name = name
         self.stamp = stamp
         self.before = before
@@ -244,6 +246,7 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         self._said = 0.0
         self._first_step = 0
         self._bar: tqdm[Any] | None = None
+        self._terminal: TextIO | None = None
 
     @property
     def totals(self) -> dict[str, float]:
@@ -259,9 +262,11 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         """Remember where this attempt begins, and see that what shares the training does."""
         self._first_step = state.global_step
         _require_wrapper(self.trainer, self.stamp.strategy)
-        if rank() == 0 and sys.stderr.isatty():
+        # Under a rule there are lines: several students may be trained at once.
+        self._terminal = open_terminal() if rank() == 0 and sys.stderr.isatty() else None
+        if self._terminal is not None:
             steps = {"total": state.max_steps, "initial": state.global_step}
-            self._bar = tqdm(desc=f"train {self.name}", unit="step", **steps)
+            self._bar = tqdm(desc=f"train {self.name}", unit="step", file=self._terminal, **steps)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -315,7 +320,7 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         steps = max(1, state.global_step - self._first_step)
         left = (now - self.started) / steps * (state.max_steps - state.global_step)
         if self._bar is None:
-            self.say(
+            logger.info(
                 f"train {self.name}  step {state.global_step}/{state.max_steps}  loss {logs['total_loss']:.4f}  "
                 f"{logs['tokens_per_second']:,.0f} tokens/s  {left:,.0f} s left"
             )
@@ -342,9 +347,10 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Close the bar."""
-        if self._bar is not None:
+        """Close the bar, and let go of the terminal."""
+        if self._bar is not None and self._terminal is not None:
             self._bar.close()
+            self._terminal.close()
 
 
 def _require_wrapper(trainer: DistillationTrainer, strategy: str) -> None:

@@ -1,21 +1,24 @@
 """What is said of failed jobs, by real logs of real scripts."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from retort.cli import CONSOLE
 from retort.cluster.failures import describe_failures, find_failure
 
 SCRIPT = "from retort.cli import run_script\ndef main():\n    {body}\nrun_script(main)\n"
 
 
 def fail(log: Path, body: str) -> None:
-    """Run a script's body as a rule does: all that it says is added to its log."""
+    """Run a script's body as a rule does: all that it says is added to its log, where there is no terminal."""
     with log.open("a") as file:
         command = [sys.executable, "-c", SCRIPT.format(body=body)]
-        subprocess.run(command, stdout=file, stderr=file, check=False)
+        environment = os.environ | {CONSOLE: "/closed/3"}
+        subprocess.run(command, stdout=file, stderr=file, env=environment, check=False)
 
 
 # A shell that starts its jobs in the background lets them ignore SIGINT.

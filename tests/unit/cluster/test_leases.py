@@ -1,5 +1,6 @@
 """Leases, with pretend ids: no GPU is needed, the locks and processes are real."""
 
+import logging
 import os
 import random
 import signal
@@ -27,11 +28,18 @@ def no_scheduler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[No
 
 
 class WouldWaitError(Exception):
-    """Raised by a lease's `say`: the lease would wait."""
+    """Raised where a lease would say that it waits."""
 
 
-def refuse_to_wait(_: str) -> None:
-    raise WouldWaitError
+@pytest.fixture(autouse=True)
+def refuse_to_wait() -> Iterator[None]:
+    def refuse(_: logging.LogRecord) -> bool:
+        raise WouldWaitError
+
+    leases_logger = logging.getLogger("retort.cluster.leases")
+    leases_logger.addFilter(refuse)
+    yield
+    leases_logger.removeFilter(refuse)
 
 
 @pytest.mark.parametrize(
@@ -44,17 +52,14 @@ def test_workers_hold_all_groups_once_and_one_more_waits_and_leaves_nothing_held
     candidates = [group.split(",") for group in groups.split("|")]
     ids = [gpu for group in candidates for gpu in group]
     with ExitStack() as stack:
-        held = [
-            stack.enter_context(lease(candidates, folder=tmp_path, say=refuse_to_wait))
-            for _ in candidates
-        ]
+        held = [stack.enter_context(lease(candidates, folder=tmp_path)) for _ in candidates]
         assert sorted(gpu for group in held for gpu in group) == sorted(ids)
         with (
             pytest.raises(WouldWaitError),
-            lease([ids], count=1, folder=tmp_path, say=refuse_to_wait),
+            lease([ids], count=1, folder=tmp_path),
         ):
             pass
-    with lease([ids], folder=tmp_path, say=refuse_to_wait) as everything:
+    with lease([ids], folder=tmp_path) as everything:
         assert everything == tuple(ids)
 
 
@@ -62,13 +67,13 @@ def test_a_group_that_is_partly_taken_is_not_held_in_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("retort.cluster.leases._SAY_WAITING_S", 0.0)
-    with lease([["2"]], folder=tmp_path, say=refuse_to_wait):
+    with lease([["2"]], folder=tmp_path):
         with (
             pytest.raises(WouldWaitError),
-            lease([["0", "1", "2"]], folder=tmp_path, say=refuse_to_wait),
+            lease([["0", "1", "2"]], folder=tmp_path),
         ):
             pass
-        with lease([["0", "1"]], folder=tmp_path, say=refuse_to_wait) as held:
+        with lease([["0", "1"]], folder=tmp_path) as held:
             assert held == ("0", "1")
 
 
@@ -78,18 +83,18 @@ def test_training_takes_free_gpus_that_do_not_stand_together(
     monkeypatch.setattr("retort.cluster.leases._SAY_WAITING_S", 0.0)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
     with (
-        lease([["1"]], folder=tmp_path, say=refuse_to_wait),
-        lease([["3"]], folder=tmp_path, say=refuse_to_wait),
-        lease_training(2, say=refuse_to_wait) as held,
+        lease([["1"]], folder=tmp_path),
+        lease([["3"]], folder=tmp_path),
+        lease_training(2) as held,
     ):
         assert held == ("0", "2")
 
 
 def test_what_runs_on_the_cpu_holds_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    with lease_teacher(make_generation(), worker=0, device="cpu", say=print) as held:
+    with lease_teacher(make_generation(), worker=0, device="cpu") as held:
         assert held == ()
-    with lease_training(1, device="cpu", say=print) as held:
+    with lease_training(1, device="cpu") as held:
         assert held == ()
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
 
@@ -99,7 +104,7 @@ def test_a_lease_shows_its_gpus_and_restores_what_was_visible(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
     generation = make_generation(gpus_per_model=2)
-    with lease_teacher(generation, worker=1, say=print) as held:
+    with lease_teacher(generation, worker=1) as held:
         assert held == ("2", "3")
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,3"
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
@@ -109,32 +114,32 @@ def test_a_worker_takes_another_group_when_its_own_is_held(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    with lease_teacher(make_generation(), worker=0, say=print) as first:
+    with lease_teacher(make_generation(), worker=0) as first:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-        with lease_teacher(make_generation(), worker=0, say=print) as second:
+        with lease_teacher(make_generation(), worker=0) as second:
             assert {first, second} == {("0",), ("1",)}
 
 
 def test_training_holds_as_many_as_it_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
-    with lease_training(2, say=print) as held:
+    with lease_training(2) as held:
         assert held == ("4", "5")
     with pytest.raises(ValueError, match=r"training.gpus is 4, but this machine has 3"):
-        lease_training(4, say=print).__enter__()
+        lease_training(4).__enter__()
 
 
 def test_a_scheduler_s_assignment_is_used_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "17")
-    with lease_teacher(make_generation(), worker=0, say=print) as held:
+    with lease_teacher(make_generation(), worker=0) as held:
         assert held == ()
         assert "CUDA_VISIBLE_DEVICES" not in os.environ
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,7")
     generation = make_generation(gpus="0,1,2,3", gpus_per_model=2)
-    with lease_teacher(generation, worker=3, say=print) as held:
+    with lease_teacher(generation, worker=3) as held:
         assert held == ("6", "7")
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "6,7"
         monkeypatch.setenv("SLURM_JOB_ID", "18")  # another job's "6" is another GPU
-        with lease_teacher(generation, worker=3, say=print) as other:
+        with lease_teacher(generation, worker=3) as other:
             assert other == ("6", "7")
 
 
@@ -144,10 +149,10 @@ def test_a_workflow_inside_one_allocation_shares_it_out(monkeypatch: pytest.Monk
         held = []
         for worker in range(3):
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")  # what a new process sees
-            lease_of_worker = lease_teacher(make_generation(), worker=worker, say=print)
+            lease_of_worker = lease_teacher(make_generation(), worker=worker)
             held.append(stack.enter_context(lease_of_worker))
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
-        held.append(stack.enter_context(lease_training(1, say=print)))
+        held.append(stack.enter_context(lease_training(1)))
     assert held == [("0",), ("1",), ("2",), ("3",)]
 
 
@@ -158,7 +163,7 @@ def test_whoever_is_killed_frees_its_gpus_at_once(tmp_path: Path) -> None:
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()
     started = time.monotonic()
-    with lease([["1"]], folder=tmp_path, say=print):
+    with lease([["1"]], folder=tmp_path):
         assert time.monotonic() - started < 5
 
 
@@ -167,7 +172,7 @@ def start_holder(folder: Path, candidates: list[list[str]], *, seconds: float) -
         import time
         from pathlib import Path
         from retort.cluster.leases import lease
-        with lease({candidates!r}, folder=Path({str(folder)!r}), say=lambda _: None) as held:
+        with lease({candidates!r}, folder=Path({str(folder)!r})) as held:
             print("held", *held, time.monotonic(), flush=True)
             time.sleep({seconds})
             print("freed", time.monotonic(), flush=True)
@@ -204,7 +209,7 @@ def test_jobs_of_all_sizes_never_share_a_gpu_and_all_finish_despite_kills(tmp_pa
     assert not unfinished
     assert len(killed) == 6
     assert [job.returncode for n, job in enumerate(jobs) if n not in killed] == [0] * 18
-    with lease([EIGHT], folder=tmp_path, say=refuse_to_wait) as held:
+    with lease([EIGHT], folder=tmp_path) as held:
         assert held == EIGHT
 
 
@@ -220,7 +225,7 @@ def start_job(folder: Path, size: int, *, hangs: bool, seed: int) -> "subprocess
         groups = [ids[i : i + {size}] for i in range(0, 8, {size})]
         chance.shuffle(groups)
         any_of = chance.random() < 0.5
-        with leases.lease([ids] if any_of else groups, count={size}, folder=folder, say=lambda _: None) as held:
+        with leases.lease([ids] if any_of else groups, count={size}, folder=folder) as held:
             assert len(held) == {size}
             for i in held:
                 fcntl.flock(own[i], fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -245,19 +250,19 @@ def test_a_gpu_has_one_lock_by_index_by_uuid_and_by_the_beginning_of_it(
     write_nvidia_smi(tmp_path, LISTED)
     names = {"GPU-5c89852c-d268-c3f3-1b07-005d5ae1dc3f", "GPU-5c8", "0"}
     for held in names:
-        with lease([[held]], folder=tmp_path, say=refuse_to_wait):
+        with lease([[held]], folder=tmp_path):
             for other in names:
                 with (
                     pytest.raises(WouldWaitError),
-                    lease([[other]], folder=tmp_path, say=refuse_to_wait),
+                    lease([[other]], folder=tmp_path),
                 ):
                     pass
-            with lease([["1"]], folder=tmp_path, say=refuse_to_wait):  # the first slice of it
-                with lease([["MIG-b"]], folder=tmp_path, say=refuse_to_wait):
+            with lease([["1"]], folder=tmp_path):  # the first slice of it
+                with lease([["MIG-b"]], folder=tmp_path):
                     pass
                 with (
                     pytest.raises(WouldWaitError),
-                    lease([["MIG-a"]], folder=tmp_path, say=refuse_to_wait),
+                    lease([["MIG-a"]], folder=tmp_path),
                 ):
                     pass
 
@@ -269,7 +274,7 @@ def test_two_names_of_one_gpu_in_a_group_are_refused(
     write_nvidia_smi(tmp_path, LISTED)
     with (
         pytest.raises(ValueError, match="0 and GPU-5c8 are the same GPU"),
-        lease([["0", "GPU-5c8"]], folder=tmp_path, say=refuse_to_wait),
+        lease([["0", "GPU-5c8"]], folder=tmp_path),
     ):
         pass
 
@@ -278,7 +283,7 @@ def test_ids_are_counted_by_bus_in_every_job(monkeypatch: pytest.MonkeyPatch) ->
     for visible in (None, "0,1"):
         if visible is not None:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        with lease_training(1, say=refuse_to_wait) as held:
+        with lease_training(1) as held:
             expected = "PCI_BUS_ID" if held else None
             assert os.environ.get("CUDA_DEVICE_ORDER") == expected
     assert held == ("0",)
@@ -302,8 +307,7 @@ def test_a_gpu_counts_as_held_while_a_process_lives_that_may_use_it(
     body = f"{child}\nprint(pid, flush=True)\ntime.sleep(60)"
     program = (
         "import os, subprocess, sys, time\nfrom pathlib import Path\nfrom retort.cluster.leases import lease\n"
-        f"with lease([['0']], folder=Path({str(tmp_path)!r}), say=print):\n"
-        + textwrap.indent(body, "    ")
+        f"with lease([['0']], folder=Path({str(tmp_path)!r})):\n" + textwrap.indent(body, "    ")
     )
     holder = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
@@ -315,11 +319,12 @@ def test_a_gpu_counts_as_held_while_a_process_lives_that_may_use_it(
         if outlives == "a rank":
             with (
                 pytest.raises(WouldWaitError),
-                lease([["0"]], folder=tmp_path, say=refuse_to_wait),
+                lease([["0"]], folder=tmp_path),
             ):
                 pass
             os.kill(child_id, signal.SIGKILL)
-        with lease([["0"]], folder=tmp_path, say=lambda _: None) as held:
+        monkeypatch.setattr("retort.cluster.leases._SAY_WAITING_S", 30.0)  # it ends in a moment
+        with lease([["0"]], folder=tmp_path) as held:
             assert held == ("0",)
     finally:
         os.kill(child_id, signal.SIGKILL)
@@ -332,11 +337,11 @@ def test_locks_that_cannot_be_kept_are_one_sentence(
     (tmp_path / "file").touch()
     monkeypatch.setenv("RETORT_LOCK_DIR", str(tmp_path / "file"))
     with pytest.raises(ValueError, match=r"cannot be locked in .*file' .*RETORT_LOCK_DIR"):
-        lease_training(1, say=refuse_to_wait).__enter__()
+        lease_training(1).__enter__()
     (tmp_path / "locks" / "gpu-0.lock").mkdir(parents=True)
     monkeypatch.setenv("RETORT_LOCK_DIR", str(tmp_path / "locks"))
     with pytest.raises(ValueError, match=r"cannot be locked in .*locks' .*RETORT_LOCK_DIR"):
-        lease_training(1, say=refuse_to_wait).__enter__()
+        lease_training(1).__enter__()
 
 
 # --- Fairness
@@ -351,7 +356,7 @@ def test_a_job_for_all_gpus_is_served_within_a_steady_flow_of_small_ones(tmp_pat
         from retort.cluster import leases
         leases._POLL_S = 0.1
         while not Path({str(tmp_path / "end")!r}).exists():
-            with leases.lease([[i] for i in "01234567"], folder=Path({str(tmp_path)!r}), say=print):
+            with leases.lease([[i] for i in "01234567"], folder=Path({str(tmp_path)!r})):
                 time.sleep(0.5)
             print("once", flush=True)
     """)
@@ -375,7 +380,7 @@ def test_whoever_waits_at_the_gate_keeps_one_group_only_and_loses_it_when_killed
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("retort.cluster.leases._SAY_WAITING_S", 0.0)
-    with lease([["0"]], folder=tmp_path, say=print), lease([["2"]], folder=tmp_path, say=print):
+    with lease([["0"]], folder=tmp_path), lease([["2"]], folder=tmp_path):
         waiting = start_holder(tmp_path, [["0", "1"], ["2", "3"]], seconds=60)
         free = {"1", "3"}
         until = time.monotonic() + 60
@@ -389,7 +394,7 @@ def test_whoever_waits_at_the_gate_keeps_one_group_only_and_loses_it_when_killed
 
 def is_free(gpu: str, folder: Path) -> bool:
     try:
-        with lease([[gpu]], folder=folder, say=refuse_to_wait):
+        with lease([[gpu]], folder=folder):
             return True
     except WouldWaitError:
         return False

@@ -167,7 +167,7 @@ def test_a_draw_killed_ten_times_ends_with_the_same_bytes(tmp_path: Path) -> Non
 
 
 def test_a_draw_waits_for_another_and_finds_its_work_done(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(retort.corpus.snapshot, "_PATIENCE_S", 0.05)
     stream = make_stream(tmp_path / "data", files=1, rows=30)
@@ -183,7 +183,7 @@ def test_a_draw_waits_for_another_and_finds_its_work_done(
         assert second.is_alive()
     second.join()
     assert found == [expected]
-    assert "is being drawn by another process: waiting" in capsys.readouterr().err
+    assert "is being drawn by another process: waiting" in caplog.text
 
 
 def test_another_corpus_in_the_folder_is_drawn_from_the_beginning(tmp_path: Path) -> None:

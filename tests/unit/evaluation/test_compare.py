@@ -112,7 +112,6 @@ def measure(model: Path, teacher: Path | None, data: Path, **values: Any) -> dic
         evaluation=section("evaluation"),
         loading=LOADING,
         cpu_threads=1,
-        say=lambda _: None,
     )
 
 
@@ -200,7 +199,6 @@ def test_whole_documents_are_read_until_there_are_enough_positions(
             dataset=section("dataset", name="json", data_files=str(data)),
             loading=LOADING,
             cpu_threads=1,
-            say=lambda _: None,
             **few,
         )
         read = found["validation"]["documents"]

@@ -86,7 +86,7 @@ def test_right_solutions_pass_and_wrong_ones_fail(problems: Path, tmp_path: Path
             for p in prompts
         ]
 
-    found, attempts = score_humaneval(complete, settings=settings(problems, **keys), say=print)
+    found, attempts = score_humaneval(complete, settings=settings(problems, **keys))
     scores = {row["metric"]: row for row in found["scores"]}
     assert scores["pass@1"]["value"] == pytest.approx((1 / 3 + 0) / 2)
     assert scores["pass@3"]["value"] == pytest.approx(0.5)
@@ -105,7 +105,7 @@ def test_the_reference_solutions_of_humaneval_all_pass(shared_data: Path) -> Non
     rows = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
     known = {row["prompt"]: row["canonical_solution"] for row in rows}
     found, attempts = score_humaneval(
-        lambda prompts: [known[p] for p in prompts], settings=settings(path), say=print
+        lambda prompts: [known[p] for p in prompts], settings=settings(path)
     )
     assert found["scores"][0]["value"] == 1.0, [a for a in attempts if not a.outcome.has_passed]
     assert found["examples"] == found["examples_in_all"] == len(attempts) == 164
@@ -118,9 +118,7 @@ def test_a_tiny_model_that_tells_stories_solves_nothing(shared_data: Path) -> No
     path = shared_data / "benchmarks" / "HumanEval.jsonl.gz"
     keys = {"humaneval_max_new_tokens": 64, "benchmark_limit": 8}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    found, attempts = run_humaneval(
-        model, load_tokenizer(folder), settings=settings(path, **keys), say=print
-    )
+    found, attempts = run_humaneval(model, load_tokenizer(folder), settings=settings(path, **keys))
     assert found["scores"][0]["value"] == 0.0 and found["examples"] == 8
     assert all(attempt.completion and attempt.outcome.failure for attempt in attempts)
 
@@ -171,9 +169,7 @@ def test_problems_that_are_no_humaneval_are_refused(
 
 def test_code_of_a_model_is_not_run_unasked(problems: Path) -> None:
     with pytest.raises(ValueError, match="allow-code-execution"):
-        run_humaneval(
-            None, None, settings=settings(problems, allow_code_execution=False), say=print
-        )  # type: ignore[arg-type]
+        run_humaneval(None, None, settings=settings(problems, allow_code_execution=False))  # type: ignore[arg-type]
 
 
 def test_one_problem_has_no_standard_error(problems: Path) -> None:

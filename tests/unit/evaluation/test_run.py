@@ -45,7 +45,6 @@ def features_path(
         fingerprint_path=record(folder, tiny_teacher),
         section=section("teacher", device="cpu"),
         evaluation=section("evaluation"),
-        say=lambda _: None,
     )
     return folder / "features.safetensors"
 

@@ -235,7 +235,7 @@ def test_a_file_system_without_locks_is_one_sentence(
     monkeypatch.setattr(fcntl, "flock", flock)
     with (
         pytest.raises(ValueError, match=r"\.lock cannot be locked.*-o flock.*results_dir"),
-        held(tmp_path / ".lock", busy="", say=print),
+        held(tmp_path / ".lock", busy=""),
     ):
         pass
 

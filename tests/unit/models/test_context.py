@@ -43,7 +43,6 @@ def score_training(folder: Path, index_path: Path, teacher: Path) -> None:
         cache=section("cache", top_k=4),
         worker=0,
         num_workers=1,
-        say=lambda _: None,
     )
 
 
@@ -55,7 +54,6 @@ def score_held_out(folder: Path, index_path: Path, teacher: Path) -> None:
         fingerprint_path=record(folder, teacher),
         section=section("teacher", device="cpu"),
         evaluation=section("evaluation"),
-        say=lambda _: None,
     )
 
 
@@ -73,7 +71,6 @@ def train(folder: Path, index_path: Path, teacher: Path, student: Path, **given:
         teacher_path=str(teacher),
         fingerprint_path=record(folder, teacher),
         teacher_section=section("teacher", device="cpu"),
-        say=lambda _: None,
     )
 
 

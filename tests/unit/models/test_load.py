@@ -132,13 +132,13 @@ class Narrow(LlamaForCausalLM):  # type: ignore[misc]
 @pytest.mark.parametrize("kind", [Doubling, Headless, Narrow])
 @torch.inference_mode()
 def test_a_head_of_unknown_form_means_the_whole_model_and_is_said(
-    kind: type[LlamaForCausalLM], capsys: pytest.CaptureFixture[str]
+    kind: type[LlamaForCausalLM], caplog: pytest.LogCaptureFixture
 ) -> None:
     torch.manual_seed(0)
     model = kind(LlamaConfig(**SMALL)).eval()
     whole = split_model(model)
     assert not whole.is_split
-    assert kind.__name__ in capsys.readouterr().out
+    assert kind.__name__ in caplog.text
     ids_BT, attention_BT = padded_batch()
     expected = model(input_ids=ids_BT, attention_mask=attention_BT, use_cache=False).logits
     found = whole.head.logits(whole.features(ids_BT, attention_BT))
@@ -282,16 +282,16 @@ def test_a_missing_gpu_is_refused_only_where_it_was_asked_for() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_gpus_that_were_given_and_are_not_seen_are_said(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for given, is_said in (("7,6", True), ("7,6", False), ("", False), ("-1", False)):  # once
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
         assert choose_device("auto") == torch.device("cpu")
-        said = capsys.readouterr().err
-        assert (f"GPUs {given} were given" in said) is is_said
+        assert (f"GPUs {given} were given" in caplog.text) is is_said
+        caplog.clear()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     choose_device("cpu")
-    assert not capsys.readouterr().err, "the CPU was asked for"
+    assert not caplog.messages, "the CPU was asked for"
 
 
 @pytest.mark.parametrize("load", [load_model_config, load_pretrained, load_tokenizer])

@@ -50,7 +50,7 @@ def read_all(corpus: Path, **values: Any) -> list[Document]:
 
 def make(folder: Path, corpus: Path, **values: Any) -> Path:
     dataset = tiny_dataset(corpus, **values)
-    make_demo_teacher(folder / "fingerprint.json", dataset, drawn=None, say=lambda _: None)
+    make_demo_teacher(folder / "fingerprint.json", dataset, drawn=None)
     return folder
 
 

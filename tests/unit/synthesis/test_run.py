@@ -298,7 +298,9 @@ def test_code_is_parsed_in_its_language(language: str, right: str, wrong: str) -
 
 
 @pytest.mark.slow
-def test_problems_of_benchmarks_are_found_in_prompts_and_responses(tmp_path: Path) -> None:
+def test_problems_of_benchmarks_are_found_in_prompts_and_responses(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     problem = "def has_close_elements(numbers, threshold): Check if in given list of numbers, are any two close"
     row = {
         "task_id": "0",
@@ -307,10 +309,9 @@ def test_problems_of_benchmarks_are_found_in_prompts_and_responses(tmp_path: Pat
         "test": "def check(candidate): pass",
     }
     file = write(tmp_path, "h.jsonl", json.dumps(row))
-    said: list[str] = []
     asked = evaluation(benchmarks=["humaneval", "no_such_task"], humaneval_file=file)
-    texts, missing = read_benchmarks(asked, say=said.append)
-    assert missing == ["no_such_task"] and "NOT compared" in said[0]
+    texts, missing = read_benchmarks(asked)
+    assert missing == ["no_such_task"] and "NOT compared" in caplog.messages[0]
     sieve = Sieve(section(), Runs(texts, length=13))
     inside = f"Well: {problem.upper().replace(',', ' ;')} than that"
     assert sieve.sift(0, Prompt(inside), answer("Yes, it does so.")) == "contaminated"
@@ -605,7 +606,7 @@ def test_the_inputs_are_checked_before_anything_is_asked(
 
     def check(**values: Any) -> list[str]:
         (config,) = load_runs(over(raw, "synthesis", **values)).values()
-        return check_synthesis(config, say=lambda _: None)
+        return check_synthesis(config)
 
     with pytest.raises(ValueError, match="num_examples is 3, but there are 2 different prompts"):
         check(num_examples=3)
@@ -626,7 +627,7 @@ def local(tmp_path: Path, tiny_teacher: Path) -> Task:
         keep_truncated=True, check_language=False, near_duplicates=None,
     )  # fmt: skip
     teacher = build_section("teacher", fill_defaults({"device": "cpu"}, section_schema("teacher")))
-    return Task(asked, evaluation(), str(tiny_teacher), teacher, say=lambda _: None)
+    return Task(asked, evaluation(), str(tiny_teacher), teacher)
 
 
 def run_local(folder: Path, task: Task) -> tuple[bytes, dict[str, Any]]:

@@ -89,12 +89,11 @@ def evaluation() -> Evaluation:
     return section
 
 
-def run(folder: Path, section: Synthesis) -> tuple[bytes, dict[str, Any], list[str]]:
-    """Synthesize into a folder; return the responses, the record and what was said."""
-    said: list[str] = []
+def run(folder: Path, section: Synthesis) -> tuple[bytes, dict[str, Any]]:
+    """Synthesize into a folder; return the responses and the record."""
     record = folder / "answers" / "mine" / "synthesis.json"
-    synthesize(record, Task(section, evaluation(), say=said.append))
-    return record.with_name(RESPONSES_FILE).read_bytes(), json.loads(record.read_text()), said
+    synthesize(record, Task(section, evaluation()))
+    return record.with_name(RESPONSES_FILE).read_bytes(), json.loads(record.read_text())
 
 
 FAULTS = {
@@ -117,7 +116,12 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_asked_again_and_leaves_no_trace_in_the_responses(
-    proxy: Proxy, model: Path, tmp_path: Path, fault: str, capsys: pytest.CaptureFixture[str]
+    proxy: Proxy,
+    model: Path,
+    tmp_path: Path,
+    fault: str,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     prompts = write_prompts(tmp_path, PROMPTS[:4])
     section = configure(proxy, model, prompts, concurrency=1)
@@ -127,12 +131,12 @@ def test_a_fault_is_asked_again_and_leaves_no_trace_in_the_responses(
     proxy.forget()
     proxy.faults.extend(["none", fault])
     started = time.monotonic()
-    found, record, said = run(tmp_path / "disturbed", section)
+    found, record = run(tmp_path / "disturbed", section)
     assert found == expected
     assert Counter(proxy.asked) == Counter([*PROMPTS[:4], PROMPTS[1]])
     paid = record["paid"]
     assert (paid["requests"], paid["lost_requests"]) == (4, int(FAULTS[fault]))
-    (line,) = [line for line in said if line.startswith("attempt 1 in vain")]
+    (line,) = [line for line in caplog.messages if line.startswith("attempt 1 in vain")]
     with capsys.disabled():
         seconds = time.monotonic() - started
         print(f"\n| {fault} | 5 | {paid['lost_requests']} | {seconds:.1f} s | {line} |")
@@ -145,10 +149,10 @@ def test_an_answer_without_its_count_is_kept_and_counted_at_its_most(
     proxy: Proxy, model: Path, tmp_path: Path, fault: str
 ) -> None:
     section = configure(proxy, model, write_prompts(tmp_path, PROMPTS[:4]), concurrency=1)
-    expected, usual, _ = run(tmp_path / "undisturbed", section)
+    expected, usual = run(tmp_path / "undisturbed", section)
     proxy.forget()
     proxy.faults.extend(["none", fault])
-    found, record, _ = run(tmp_path / "disturbed", section)
+    found, record = run(tmp_path / "disturbed", section)
     assert found == expected and len(proxy.asked) == 4
     most = len(PROMPTS[1].encode()) + 64
     assert record["paid"]["input_tokens"] > usual["paid"]["input_tokens"] + most / 2
@@ -197,7 +201,7 @@ def test_a_prompt_that_the_server_rejects_is_counted_and_the_others_are_answered
 ) -> None:
     section = configure(proxy, model, write_prompts(tmp_path, PROMPTS[:5]), concurrency=1)
     proxy.faults.extend(["none", "400"])
-    found, record, _ = run(tmp_path, section)
+    found, record = run(tmp_path, section)
     rows = [json.loads(line) for line in found.splitlines()]
     assert [row["number"] for row in rows] == [0, 2, 3, 4]
     assert record["fell"]["rejected"] == 1 and len(proxy.asked) == 5
@@ -213,7 +217,7 @@ def test_a_server_that_stays_ill_ends_the_job_and_what_was_answered_is_kept(
     with pytest.raises(ValueError, match="no answer after 2 attempts"):
         run(tmp_path, section)
     asked = len(proxy.asked)
-    _, record, _ = run(tmp_path, section)
+    _, record = run(tmp_path, section)
     assert proxy.asked[asked:] == PROMPTS[2:4] and record["paid"]["requests"] == 4
 
 
@@ -222,11 +226,11 @@ def test_the_order_in_which_answers_come_changes_no_byte(
 ) -> None:
     prompts = write_prompts(tmp_path, PROMPTS)
     section = configure(proxy, model, prompts, num_examples=18)
-    one_by_one, first, _ = run(tmp_path / "one", replace(section, concurrency=1))
+    one_by_one, first = run(tmp_path / "one", replace(section, concurrency=1))
     proxy.forget()
     proxy.delay_s = 0.05
     proxy.faults.extend(["none", "429", "none", "500", "none"])
-    together, second, _ = run(tmp_path / "many", replace(section, concurrency=12))
+    together, second = run(tmp_path / "many", replace(section, concurrency=12))
     assert together == one_by_one and first["fell"] == second["fell"]
     assert 8 <= proxy.most_at_once <= 12
 
@@ -301,7 +305,7 @@ def test_another_filter_or_more_examples_ask_only_for_what_is_missing(
 
 @pytest.mark.parametrize("limit", ["cost", "tokens"])
 def test_the_budget_is_never_passed_and_more_of_it_goes_on(
-    proxy: Proxy, model: Path, tmp_path: Path, limit: str
+    proxy: Proxy, model: Path, tmp_path: Path, limit: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     prices = {"price_per_million_input": 1000.0, "price_per_million_output": 2000.0}
     section = configure(proxy, model, write_prompts(tmp_path, PROMPTS[:12]), **prices)
@@ -317,10 +321,10 @@ def test_the_budget_is_never_passed_and_more_of_it_goes_on(
     with pytest.raises(Stopped):
         run(tmp_path, replace(section, **budget))
     assert len(proxy.asked) == sent, "nothing more is sent by the same command"
-    more, record, said = run(tmp_path, section)
+    more, record = run(tmp_path, section)
     assert len(more.splitlines()) + sum(record["fell"].values()) == 12
     assert len(proxy.asked) == 12 + 1
-    assert any("prompts to ask: about" in line for line in said)
+    assert "prompts to ask: about" in caplog.text
     assert record["paid"]["cost"] == pytest.approx(
         _spent(tmp_path / "answers" / JOURNAL_FILE)["cost"]
     )
@@ -374,14 +378,18 @@ def test_anthropics_client_is_asked_the_same_way(proxy: Proxy, model: Path, tmp_
     with pytest.raises(ValueError, match="anthropic refused") as raised:
         run(tmp_path / "anthropic", other)
     assert KEY not in str(raised.value)
-    found, record, _ = run(tmp_path / "anthropic", other)
+    found, record = run(tmp_path / "anthropic", other)
     expected = [json.loads(line)["response"] for line in of_openai.splitlines()]
     assert [json.loads(line)["response"] for line in found.splitlines()] == expected
     assert record["paid"]["lost_requests"] == 2
 
 
 def test_the_key_is_in_no_file_log_or_error(
-    proxy: Proxy, model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    proxy: Proxy,
+    model: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The proxy echoes the header in each refusal, as some servers do."""
     errors = []
@@ -399,9 +407,10 @@ def test_the_key_is_in_no_file_log_or_error(
         errors.append(str(raised.value))
         proxy.forget()
     out, err = capfd.readouterr()
-    assert KEY not in "".join([*errors, out, err])
+    assert KEY not in "".join([*errors, out, err, caplog.text])
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 10 and not [p for p in files if KEY.encode() in p.read_bytes()]
+    assert "in vain" in caplog.text
     assert any("***" in error for error in errors), "the key was echoed, and hidden"
 
 

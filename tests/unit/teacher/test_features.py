@@ -37,7 +37,6 @@ def features_path(
         fingerprint_path=record(folder, tiny_teacher),
         section=section("teacher", device="cpu"),
         evaluation=section("evaluation", fidelity_positions=500),
-        say=lambda _: None,
     )
     return folder / "features.safetensors"
 
@@ -98,7 +97,6 @@ def test_scoring_again_gives_the_same_bytes(
         fingerprint_path=features_path.parent / "fingerprint.json",
         section=section("teacher", device="cpu"),
         evaluation=section("evaluation", fidelity_positions=500),
-        say=lambda _: None,
     )
     assert (tmp_path / "again.safetensors").read_bytes() == features_path.read_bytes()
 
@@ -160,7 +158,6 @@ def test_softcap_bias_and_unsplit_teachers_survive_the_file(
         training=table,
         train_sequences=np.arange(len(table)),
         batch_size=4,
-        say=lambda _: None,
     )
     write_features(tmp_path / "features.safetensors", found)
     expected_PV = live_logprobs(teacher, table, num_tokens=NUM_TOKENS)
@@ -215,9 +212,10 @@ def test_no_held_out_document_is_refused(
         )
 
 
-def test_progress_is_said_about_ten_times(index: TokenIndex, tiny_teacher: Path) -> None:
+def test_progress_is_said_about_ten_times(
+    index: TokenIndex, tiny_teacher: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     teacher = load_teacher(str(tiny_teacher), section("teacher", device="cpu"))
-    said: list[str] = []
     table = index.read_split("train")
     score_tables(
         teacher,
@@ -228,9 +226,9 @@ def test_progress_is_said_about_ten_times(index: TokenIndex, tiny_teacher: Path)
         training=table.slice(0, 1),
         train_sequences=np.zeros(1, np.int64),
         batch_size=2,
-        say=said.append,
     )
     total = len(table.ids) + int(table.lengths[0])
+    said = [line for line in caplog.messages if line.startswith("scored ")]
     assert 5 <= len(said) <= 10 and said[-1] == f"scored {total:,} of {total:,} tokens"
 
 

@@ -17,14 +17,17 @@ PROGRAM = """
 import sys, time
 from pathlib import Path
 from retort.teacher import progress
-from retort.teacher.progress import Progress, open_terminal
+from retort.cli import configure_logging
+from retort.teacher.progress import Progress
+configure_logging()
 progress._LOOK_S = 0.0
 progress._LINE_S = 0.0
 folder = Path(sys.argv[1])
 parts = [{"name": str(i), "sequences": 5, "tokens": 100, "positions": 80} for i in range(4)]
 files = [folder / f"{i}.h5" for i in range(4)]
 files[0].write_bytes(bytes(160))  # another worker's
-with Progress(parts, files, say=lambda line: print(line, file=sys.stderr), terminal=open_terminal(3)) as shown:
+with Progress(parts, files) as shown:
+    progress.logger.info("above the bar")
     for part, file in zip(parts[1:], files[1:]):
         shown.start_part(part)
         shown.add(50)
@@ -48,7 +51,8 @@ def run_with_terminal(
     script = folder / "program.py"
     script.write_text(textwrap.dedent(PROGRAM))
     (folder / "parts").mkdir(exist_ok=True)
-    command = f"{sys.executable} {script} {folder / 'parts'} {pause_s} {redirect}"
+    prefix = "exec 3>&2; export RETORT_CONSOLE=/proc/$$/fd/3; "  # workflow/rules/common.smk
+    command = f"{prefix}{sys.executable} {script} {folder / 'parts'} {pause_s} {redirect}"
     process = subprocess.Popen(
         ["bash", "-c", command],
         stderr=slave,
@@ -74,38 +78,49 @@ def run_with_terminal(
 @pytest.mark.slow
 def test_the_bar_advances_to_the_end_and_the_log_has_lines_only(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    words = f"3>&2 >> {log} 2> >(tee -a {log} >&2)"
     # The bar is drawn twice a second at most.
-    shown = run_with_terminal(tmp_path, redirect=words, pause_s=0.6)
+    shown = run_with_terminal(tmp_path, redirect=f">> {log} 2>&1", pause_s=0.6)
     percents = [int(found) for found in re.findall(r"(\d+)%\|", shown)]
     assert percents[0] == 25, "what others did counts"
     assert percents == sorted(percents) and percents[-1] == 100 and len(set(percents)) > 2
     assert "parts 4/4, samples 20/20, 0.0 MB, 2.0 B/position" in shown
-    assert "part 2 of 4 done" not in shown, "lines would cut the bar"
+    assert "part 2 of 4 done" not in shown
+    assert "\rabove the bar\r\n" in shown, "it does not cut the bar"
     said = log.read_text()
-    assert "\r" not in said and "%|" not in said
+    assert "\r" not in said and "%|" not in said and "above the bar" in said
     assert said.count("part ") >= 3 and "part 2 of 4 done: 5 samples, 100 tokens, 160 bytes" in said
 
 
-@pytest.mark.parametrize("redirect", ["3>&1", "3>/dev/null", "3>&-"])
-def test_without_a_terminal_there_are_lines(redirect: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("redirect", "environment"),
+    [(" 3> >(cat >&2)", {}), ("", {"RETORT_PROGRESS": "0"})],
+    ids=["no terminal", "not wanted"],
+)
+def test_where_no_bar_can_be_or_is_wanted_there_are_lines(
+    redirect: str, environment: dict[str, str], tmp_path: Path
+) -> None:
     log = tmp_path / "log"
-    shown = run_with_terminal(tmp_path, redirect=f">> {log} 2> >(tee -a {log} >&2) {redirect}")
+    shown = run_with_terminal(
+        tmp_path, redirect=f"{redirect} >> {log} 2>&1", environment=os.environ | environment
+    )
     assert "%|" not in shown + log.read_text()
     assert "parts 2/4" in shown and "parts 2/4" in log.read_text()
-    assert "\r" not in log.read_text()
+    assert "\r" not in log.read_text() and "part 2 of 4 done" not in shown
 
 
 def test_one_process_has_the_bar_of_a_terminal() -> None:
     program = (
-        "import fcntl, os, pty, struct, subprocess, sys, termios\n"
-        "from retort.teacher.progress import open_terminal\n"
+        "import fcntl, os, pty, struct, sys, termios\n"
+        "from retort.cli import configure_logging, open_terminal\n"
         "_, slave = pty.openpty()\n"
-        "assert open_terminal(slave) is None, 'it has no width'\n"
+        "os.dup2(slave, 2)\n"
+        "assert open_terminal() is None, 'a library shows no bar'\n"
+        "configure_logging()\n"
+        "assert open_terminal() is None, 'it has no width'\n"
         "fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack('HHHH', 40, 140, 0, 0))\n"
-        "first = open_terminal(slave)\n"
-        "assert first is not None and open_terminal(slave) is None\n"
+        "first = open_terminal()\n"
+        "assert first is not None and open_terminal() is None\n"
         "first.close()\n"
-        "assert open_terminal(slave) is not None\n"
+        "assert open_terminal() is not None\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -221,25 +221,26 @@ class Small(CausalLM):
         return super().features(ids_BT, *args, **kwargs)
 
 
-def test_out_of_memory_halves_batches_once_and_says_so(teacher: CausalLM) -> None:
-    table, codec, said = random_table([40] * 16), make_codec(6, WIDTH), list[str]()
+def test_out_of_memory_halves_batches_once_and_says_so(
+    teacher: CausalLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    table, codec = random_table([40] * 16), make_codec(6, WIDTH)
     expected = score_part(Scorer(teacher, 8), table, codec, num_tokens=NUM_TOKENS)
     small = Small.of(teacher, room=100)
-    scorer = Scorer(small, 8, say=said.append)
+    scorer = Scorer(small, 8)
     found = score_part(scorer, table, codec, num_tokens=NUM_TOKENS)
     # 8 fail, then 4; no further batch of these sizes is tried.
     assert small.__dict__["tried"] == [320, 160] + [80] * 8
     assert expected.halved == 0 and found.halved == 6
-    assert (
-        "out of memory with 8 sequences (320 tokens) at once" in said[0] and "batch_size" in said[0]
-    )
+    said = caplog.messages[0]
+    assert "out of memory with 8 sequences (320 tokens) at once" in said and "batch_size" in said
     np.testing.assert_array_equal(found.targets.ids, expected.targets.ids)
     np.testing.assert_allclose(found.targets.logprobs, expected.targets.logprobs, atol=1e-5)
 
 
 def test_out_of_memory_with_one_sequence_says_what_to_lower(teacher: CausalLM) -> None:
     table = random_table([40, 40])
-    scorer = Scorer(Small.of(teacher, room=30), 2, say=lambda _: None)
+    scorer = Scorer(Small.of(teacher, room=30), 2)
     with pytest.raises(ValueError, match=r"one sequence of 40 tokens.*gpus_per_model.*max_length"):
         score_part(scorer, table, make_codec(6, WIDTH), num_tokens=NUM_TOKENS)
 
@@ -328,12 +329,12 @@ def assert_same_rows(found: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("kind", LEAKING)
 def test_a_teacher_that_mixes_packed_sequences_is_found_and_padded(
-    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = str(save_model(tmp_path, kind, **LEAKING[kind]))
     teacher = load_teacher(path, section("teacher", device="cpu", generation=PACKING))
     assert not teacher.packs
-    assert "packed sequences see each other" in capsys.readouterr().out
+    assert "packed sequences see each other" in caplog.text
 
 
 def test_a_teacher_that_does_not_fit_its_group_is_refused() -> None:

@@ -74,7 +74,6 @@ class Job:
         worker: int = 0,
         num_workers: int = 1,
         load: Callable[[], CausalLM] | None = None,
-        say: Callable[[str], None] = lambda _: None,
         deadline: Deadline | None = None,
     ) -> WorkerReport:
         torch.set_num_threads(1)
@@ -86,7 +85,6 @@ class Job:
             num_workers=num_workers,
             batch_size=4,
             load=load or self.load,
-            say=say,
             deadline=deadline,
         )
 
@@ -337,9 +335,7 @@ def run_rule(
     *,
     worker: int = 0,
     num_workers: int = 1,
-    said: list[str] | None = None,
-) -> list[str]:
-    said = [] if said is None else said
+) -> None:
     generate_logits(
         receipt,
         index_path=job.index_path,
@@ -349,35 +345,38 @@ def run_rule(
         cache=job.cache,
         worker=worker,
         num_workers=num_workers,
-        say=said.append,
     )
-    return said
 
 
 def test_receipt_says_who_did_what_with_which_gpus(
-    job: Job, undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    job: Job,
+    undisturbed: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
-    said = run_rule(job, tmp_path / "metadata_worker1.json", worker=1, num_workers=2)
-    assert said[0] == "Worker 1/2  CUDA_VISIBLE_DEVICES: 4,5"
+    run_rule(job, tmp_path / "metadata_worker1.json", worker=1, num_workers=2)
+    assert caplog.messages[0] == "Worker 1/2  CUDA_VISIBLE_DEVICES: 4,5"
     receipt = read_json(tmp_path / "metadata_worker1.json")
     assert (receipt["worker"], receipt["num_workers"]) == (1, 2)
     assert receipt["tokens"] == job.index.content["train"]["tokens"]
     assert len(receipt["parts_done"]) == len(job.index.parts)
     assert receipt["run"]["config"]["top_k"] == 8
     assert read_parts(tmp_path / "parts") == undisturbed
-    assert run_rule(job, tmp_path / "metadata_worker0.json")[-1].startswith("worker 0: 0 parts")
+    run_rule(job, tmp_path / "metadata_worker0.json")
+    assert caplog.messages[-1].startswith("worker 0: 0 parts")
 
 
 def test_a_merged_cache_means_nothing_to_do(
-    job: Job, undisturbed: dict[str, bytes], tmp_path: Path
+    job: Job, undisturbed: dict[str, bytes], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "parts").mkdir()
     for name, content in undisturbed.items():
         (tmp_path / "parts" / name).write_bytes(content)
     merge_parts(job.index, tmp_path / "parts", job.header, tmp_path / "teacher_logits.h5")
-    said = run_rule(job, tmp_path / "metadata_worker0.json")
-    assert any("nothing to do" in line for line in said)
+    run_rule(job, tmp_path / "metadata_worker0.json")
+    assert "nothing to do" in caplog.text
 
 
 def test_header_names_teacher_tokenizer_tokens_and_codec(job: Job) -> None:
@@ -517,14 +516,14 @@ def test_a_deadline_that_comes_with_the_last_part_is_no_failure(
 
 
 def test_out_of_time_the_rule_leaves_no_receipt_and_says_so(
-    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("retort.teacher.worker.Deadline", lambda: After(0))
-    said: list[str] = []
     with pytest.raises(SystemExit) as ended:
-        run_rule(job, tmp_path / "metadata_worker0.json", said=said)
+        run_rule(job, tmp_path / "metadata_worker0.json")
     assert ended.value.code == RESUMABLE
-    assert re.search(r"stopped before the job's time limit: \d+ of \d+ parts .* goes on", said[-1])
+    told = caplog.messages[-1]
+    assert re.search(r"stopped before the job's time limit: \d+ of \d+ parts .* goes on", told)
     assert not (tmp_path / "metadata_worker0.json").exists()
 
 

@@ -237,7 +237,6 @@ def run_rule(bench: Bench, out: Path, **given: Any) -> dict[str, Any]:
         training=training,
         tracking=section("tracking"),
         teacher_section=section("teacher", device="cpu"),
-        say=lambda _: None,
         **(options | given),
     )
     found: dict[str, Any] = read_json(out)

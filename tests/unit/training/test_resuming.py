@@ -1,5 +1,6 @@
 """Kills and checkpoints: a training that was stopped anywhere ends as an undisturbed one."""
 
+import logging
 import os
 import pickle
 import random
@@ -46,11 +47,10 @@ def stamp_of(folder: Path) -> Stamp:
 
 
 def train_in_a_process(bench: Bench, folder: Path, student: Path, log: Path) -> None:
-    def say(line: str) -> None:
-        with log.open("a") as file:
-            file.write(line + "\n")
-
-    bench.train(folder, bench.cache, student=student, say=say, **LONG)
+    library = logging.getLogger("retort")
+    library.setLevel(logging.INFO)
+    library.addHandler(logging.FileHandler(log))
+    bench.train(folder, bench.cache, student=student, **LONG)
 
 
 def wait_for(condition: Callable[[], bool], *, seconds: float = 60.0) -> None:
@@ -105,7 +105,11 @@ def test_a_run_killed_at_random_steps_ends_with_the_weights_of_an_undisturbed_on
 
 
 def test_a_torn_checkpoint_is_removed_and_the_one_before_is_used(
-    bench: Bench, dropout_student: Path, undisturbed: Path, tmp_path: Path
+    bench: Bench,
+    dropout_student: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(undisturbed, folder)
@@ -115,15 +119,14 @@ def test_a_torn_checkpoint_is_removed_and_the_one_before_is_used(
     (newest / "model.safetensors").write_bytes(b"torn")
     assert find_checkpoint(folder, stamp_of(undisturbed)) == before
     assert not newest.exists()
-    said: list[str] = []
-    bench.train(folder, bench.cache, student=dropout_student, say=said.append, **LONG)
-    assert "train run: going on from checkpoint-33" in said
+    bench.train(folder, bench.cache, student=dropout_student, **LONG)
+    assert "train run: going on from checkpoint-33" in caplog.messages
     assert_same_weights(folder, undisturbed)
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "complete.json"])
 def test_a_damaged_checkpoint_is_not_gone_on_from(
-    name: str, undisturbed: Path, tmp_path: Path
+    name: str, undisturbed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for step in (33, 36):
         shutil.copytree(undisturbed / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
@@ -135,11 +138,12 @@ def test_a_damaged_checkpoint_is_not_gone_on_from(
         else:
             shutil.copytree(undisturbed / "checkpoint-36", tmp_path / "checkpoint-36")
             damaged.write_bytes(bad)
-        said: list[str] = []
-        found = find_checkpoint(tmp_path, stamp_of(undisturbed), say=said.append)
+        caplog.clear()
+        found = find_checkpoint(tmp_path, stamp_of(undisturbed))
         assert found == tmp_path / "checkpoint-33"
-        assert len(said) == 1 and "checkpoint-36" in said[0] and "removed" in said[0]
-        assert (name in said[0]) == (not (name == "complete.json" and bad is None))
+        (said,) = caplog.messages
+        assert "checkpoint-36" in said and "removed" in said
+        assert (name in said) == (not (name == "complete.json" and bad is None))
 
 
 def test_going_on_at_an_epochs_end_or_within_one_gives_the_same_weights(
@@ -264,8 +268,7 @@ def test_weights_optimizer_and_schedule_of_a_named_checkpoint_are_started_from(
     bench: Bench, dropout_student: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     start = undisturbed / "checkpoint-33"
-    said: list[str] = []
-    keys = LONG | {"resume_from_checkpoint": str(start), "say": said.append}
+    keys = LONG | {"resume_from_checkpoint": str(start)}
     summary = bench.train(tmp_path, bench.cache, student=dropout_student, **keys)
     assert summary["steps"] == 36
     assert_same_weights(tmp_path, undisturbed)

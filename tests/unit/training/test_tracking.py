@@ -1,6 +1,7 @@
 """What people watch: the curve on disk, TensorBoard, W&B, the card, mixed precision, and the time spent waiting."""
 
 import json
+import logging
 import os
 import time
 from pathlib import Path
@@ -76,11 +77,16 @@ def test_the_curve_is_written_while_the_training_goes_on(
     monkeypatch.setattr("retort.training.trainer._PROGRESS_S", 0.0)
     seen: list[int] = []
 
-    def say(line: str) -> None:
-        if "step " in line:
-            seen.append(len(read_log(tmp_path)))
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "step " in record.getMessage():
+                seen.append(len(read_log(tmp_path)))
 
-    bench.train(tmp_path, bench.cache, max_steps=5, say=say)
+    lines = Lines()
+    trainer_logger = logging.getLogger("retort.training.trainer")
+    trainer_logger.addHandler(lines)
+    bench.train(tmp_path, bench.cache, max_steps=5)
+    trainer_logger.removeHandler(lines)
     assert seen == [1, 2, 3, 4, 5]
 
 
