@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from retort.cluster.failures import read_last_attempt
 from support.place import Place, sha256, tiny
 
 # Python runs this before a script: a lease writes down what it held.
@@ -121,7 +122,7 @@ def test_groups_are_shown_held_alone_and_change_nothing(
 def read_first_lines(place: Place) -> set[str]:
     """The line under the attempt's mark, of every worker's log."""
     logs = (place.path / "logs" / "generate_logits").iterdir()
-    return {log.read_text().splitlines()[1] for log in logs}
+    return {read_last_attempt(log)[0] for log in logs}
 
 
 def require_disjoint(held: str, number: int) -> None:
