@@ -12,13 +12,14 @@ from support.place import REPOSITORY, Place
 
 PROFILE = REPOSITORY / "profiles" / "slurm" / "config.yaml"
 RULES = {
-    rule
+    rule: block
     for path in (REPOSITORY / "workflow" / "rules").glob("*.smk")
-    for rule in re.findall(r"^(?:use rule \w+ as|rule) (\w+)", path.read_text(), flags=re.MULTILINE)
+    for rule, block in re.findall(
+        r"^(?:use rule \w+ as|rule) (\w+).*\n((?:(?:    .*)?\n)+)", path.read_text(), flags=re.M
+    )
 }
-_LOCAL = re.search(r"^localrules:\n((?: {4}\w+,\n)+)", (REPOSITORY / "Snakefile").read_text(), re.M)
-assert _LOCAL
-SUBMITTED = RULES - set(re.findall(r"\w+", _LOCAL[1]))
+LOCAL = {rule for rule, block in RULES.items() if "    localrule: True\n" in block}
+SUBMITTED = RULES.keys() - LOCAL
 SLURM_COMMANDS = ("sbatch", "squeue", "sacct", "sacctmgr", "scontrol", "sinfo", "srun", "scancel")
 
 

@@ -13,7 +13,9 @@ _SHOWN_LINES = 10
 _SHOWN_CHARACTERS = 500  # of a line
 _TRACEBACK = "Traceback (most recent call last)"
 _ATTEMPT = re.compile(re.escape(ATTEMPT) + r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ")
-_STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \S+\[\d+\] ?")  # of retort.cli: time, job, process
+_STAMP = re.compile(
+    r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \S+\[\d+\] ?"
+)  # of retort.cli: time, job, process
 _GOES_ON = "what is finished is kept, and the same command goes on from there."
 _LESS_MEMORY = {
     "generate_logits": "lower teacher.generation.batch_size, raise teacher.generation.gpus_per_model, or take a "

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from retort.artifacts.plan import Project, plan_project
-from retort.cli import say
 from retort.cluster.gpus import detect_gpus
 from retort.config.load import load_runs
 from retort.pipeline.workflow_files import find_snakefile, find_workflow
@@ -53,7 +52,7 @@ def run_workflow(words: Sequence[str]) -> None:
         if extra := choose_machine(args):
             parser, args = _parse([*command, *extra], is_verbose=is_verbose)
     except ValueError as error:
-        say(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     if not is_verbose:
         args.logger_retort_summary = summary_path(project)
