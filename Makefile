@@ -32,7 +32,7 @@ test-workflow: $(READY)
 # they are absent).
 test-slow: $(READY)
 	$(BIN)/pytest -m slow -n 2 --durations 25 --durations-min 20 tests/workflow/test_kills.py tests/workflow/test_real_input.py \
-		tests/workflow/test_gpu_groups.py tests/workflow/test_synthesis_example.py tests/unit
+		tests/workflow/test_gpu_groups.py tests/workflow/test_synthesis_example.py tests/workflow/test_wheel.py tests/unit
 
 # A local model by vLLM, whose CPU build is installed into an environment of its own: minutes and 4 GB, once.
 test-vllm: $(VLLM)/.ready

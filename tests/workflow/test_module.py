@@ -10,7 +10,7 @@ from support.place import REPOSITORY, Place, tiny
 # What is learned from text alone, with the teacher's tokenizer: the shortest way to a report.
 SHORT = tiny(
     dataset={"tokenizer": "teacher"},
-    teacher=None,
+    teacher={"model_path": None},
     cache=None,
     runs={"hard": {"training": {"distillation_type": "output"}}},
 )

@@ -10,7 +10,7 @@ from retort.cluster.gpus import describe_machine, is_scheduled
 from retort.io.files import require_writable
 from retort.cluster.stuck_jobs import StuckJobs
 
-# The name that a rule has in this run: a Snakefile that takes this one as a module may have renamed it.
+# Names of rules in this run, which a Snakefile that takes this one as a module may have changed.
 rule_name = workflow.modifier.modify_rulename
 
 
