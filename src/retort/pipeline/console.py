@@ -38,7 +38,7 @@ GROUPS = {
 }
 _WORKFLOW = {
     "run": "Run the whole workflow for a config, with Snakemake.",
-    "init": "Copy the example configs, student configs and prompts to config/ in this folder.",
+    "init": "Copy config/ (examples, students, prompts) and profiles/slurm/ to this folder.",
 }
 
 
@@ -83,11 +83,15 @@ def summarize(script: Path) -> str:
 
 
 def copy_configs(folder: Path) -> list[Path]:
-    """Copy the workflow's config/ into `folder`; return the files written, existing ones are left alone."""
-    source = find_workflow() / "config"
+    """Copy the workflow's config/ and profiles/slurm/ into `folder`; return the files written.
+
+    Existing files are left alone.
+    """
+    source = find_workflow()
+    paths = [p for name in ("config", "profiles/slurm") for p in (source / name).rglob("*")]
     written = []
-    for path in sorted(p for p in source.rglob("*") if p.is_file()):
-        target = folder / "config" / path.relative_to(source)
+    for path in sorted(filter(Path.is_file, paths)):
+        target = folder / path.relative_to(source)
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
@@ -104,7 +108,7 @@ def _run_init(words: Sequence[str]) -> None:
         print(f"usage: retort init\n\n{_WORKFLOW['init']} Existing files are left alone.")
         raise SystemExit(0 if words[0] in ("-h", "--help") else 2)
     written = copy_configs(Path())
-    print(f"{len(written)} files written to config/. Try: retort run config/config.yaml -n")
+    print(f"{len(written)} files written. Try: retort run config/config.yaml -n")
 
 
 def _run_script(command: str, words: Sequence[str]) -> None:

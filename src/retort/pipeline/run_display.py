@@ -28,6 +28,7 @@ _TAIL_BYTES = 4096
 _NOTHING_TO_DO = "Nothing to be done"
 _INTERRUPTED = "Terminating processes on user request"
 _FAILED = "At least one job did not complete successfully."
+_EXIT_STATUS = "RuleException:\nCalledProcessError"
 _FILE_LOG = "Complete log(s): "
 # How Snakemake begins an error that a rules file raised: the file and the line are of no use to a user.
 _RAISED = re.compile(r"^WorkflowError(?: in (?:rule|file) .*)?:\n")
@@ -55,6 +56,7 @@ class RunDisplay:
     _done: int = 0
     _failed: int = 0
     _has_ended_well: bool = True
+    _is_interrupted: bool = False
     _said: set[str] = field(default_factory=set)
     _has_line: bool = False  # a progress line stands on the terminal
 
@@ -99,7 +101,9 @@ class RunDisplay:
             self._is_open = False
             self._end.set()
             self._clear()
-            if self._done and not self.is_dry_run:
+            if self._is_interrupted:
+                self._write(f"{self._describe_state()}. Rerun the command to resume.")
+            elif self._done and not self.is_dry_run:
                 self._write(self._describe_state())
             is_wanted = self._has_ended_well and not self.is_dry_run
             if self.summary and is_wanted and self.summary.exists():
@@ -130,21 +134,26 @@ class RunDisplay:
         self._has_ended_well = False
         if self._jobs.pop(info["jobid"], None):
             self._failed += 1
-        # Why is said once, at the end; what the executor said of it is in no log.
-        why = f": {info['rule_msg']}" if info.get("rule_msg") else ""
-        self._say(f"Failed: {_name_job(info)}{why}. Jobs that do not need it go on.")
+        self._say_failed(info)
 
     def _take_group_failure(self, record: LogRecord) -> None:
         self._has_ended_well = False
         for info in record.__dict__["job_error_info"]:
             if self._jobs.pop(info["jobid"], None):
                 self._failed += 1
-            self._say(f"Failed: {_name_job(info)}. Jobs that do not need it go on.")
+            self._say_failed(info)
+
+    def _say_failed(self, info: Mapping[str, Any]) -> None:
+        """Name a failed job; why is said once, at the end, but what the executor said of it is in no log."""
+        why = f": {info['rule_msg']}" if info.get("rule_msg") else ""
+        if not self._is_interrupted:
+            self._say(f"Failed: {_name_job(info)}{why}. Jobs that do not need it go on.")
 
     def _take_error(self, record: LogRecord) -> None:
         self._has_ended_well = False
         text = _RAISED.sub("", record.getMessage()).strip()
-        if text != _FAILED and _FAILED not in text:
+        # A job's exit status: the job is named beside it, and its log says why.
+        if _FAILED not in text and not text.startswith(_EXIT_STATUS):
             self._say(text)
 
     def _take_message(self, record: LogRecord) -> None:
@@ -153,8 +162,10 @@ class RunDisplay:
         if text.startswith(_NOTHING_TO_DO):
             self._say("Nothing to do: everything that this config asks for is already there.")
         elif text.startswith(_INTERRUPTED):
-            self._has_ended_well = False
+            self._has_ended_well, self._is_interrupted = False, True
             self._say("Interrupted: waiting for running jobs to end.")
+        elif self._is_interrupted and record.levelno < WARNING:
+            pass
         elif text.startswith(_FILE_LOG) and not self._has_ended_well:
             self._say(f"Snakemake's log: {text.removeprefix(_FILE_LOG)}")
         elif record.levelno >= WARNING or (is_ours and record.levelno >= INFO):
@@ -201,7 +212,7 @@ class RunDisplay:
 
     def _describe_state(self) -> str:
         of = f"{self._done} of " if self._done < self._total else ""
-        failed = f", {self._failed} failed" if self._failed else ""
+        failed = f", {self._failed} failed" if self._failed and not self._is_interrupted else ""
         elapsed = _duration(time.monotonic() - self._started)
         return f"{of}{_jobs(self._total)} done{failed}, {elapsed}"
 

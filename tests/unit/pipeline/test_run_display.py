@@ -104,6 +104,24 @@ def test_a_failed_job_is_named_at_once_and_the_table_is_not_shown(
     assert "the table" not in said
 
 
+def test_jobs_that_an_interrupt_ended_have_not_failed(capfd: pytest.CaptureFixture[str]) -> None:
+    display = RunDisplay()
+    display.take(plan(train=1))
+    display.take(start(1, "train", run="a"))
+    display.take(record("Terminating processes on user request, this might take some time."))
+    status = "RuleException:\nCalledProcessError in file x, line 1:\nCommand 'x' died"
+    display.take(record(status, event="error", level=logging.ERROR))
+    failed = {"rule_name": "train", "jobid": 1, "wildcards": {"run": "a"}}
+    display.take(record(event="job_error", level=logging.ERROR, **failed))
+    display.take(record("Complete log(s): x"))
+    display.close()
+    assert capfd.readouterr().err.splitlines() == [
+        "Plan, 1 job: train",
+        "Interrupted: waiting for running jobs to end.",
+        "0 of 1 job done, 0:00. Rerun the command to resume.",
+    ]
+
+
 def test_the_table_ends_a_run_that_went_well(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
