@@ -12,10 +12,6 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = ("CONTRIBUTING.md", "SECURITY.md", ".github/PULL_REQUEST_TEMPLATE.md")
 WORKFLOWS = sorted((REPOSITORY / ".github" / "workflows").glob("*.yml"))
 FORMS = sorted((REPOSITORY / ".github" / "ISSUE_TEMPLATE").glob("[!c]*.yml"))
-# The pages are of the layout in packages.
-in_packages = pytest.mark.skipif(
-    not (REPOSITORY / "src" / "retort" / "cache").is_dir(), reason="modules are not in packages yet"
-)
 
 
 def read(name: str) -> str:
@@ -37,7 +33,6 @@ def find_make_targets(code: list[str]) -> set[str]:
     return {target for line in code for target in re.findall(r"\bmake ([a-z][\w-]*)", line)}
 
 
-@in_packages
 @pytest.mark.parametrize("page", PAGES)
 def test_files_that_a_page_names_exist(page: str) -> None:
     text = read(page)
@@ -50,7 +45,6 @@ def test_files_that_a_page_names_exist(page: str) -> None:
     assert [name for name in sorted(ours) if not (REPOSITORY / name).exists()] == []
 
 
-@in_packages
 def test_names_that_contributors_are_sent_to_are_in_the_files_beside_them() -> None:
     """`src/retort/x.py`: `NAME` in the same item of a list, for names in capitals or with an underscore."""
     items = re.findall(r"^\d\. (.*?)(?=^\d\. |^$)", read("CONTRIBUTING.md"), re.M | re.S)
@@ -64,7 +58,6 @@ def test_names_that_contributors_are_sent_to_are_in_the_files_beside_them() -> N
     assert missing == []
 
 
-@in_packages
 def test_make_targets_that_are_named_exist() -> None:
     code = [line for page in PAGES for line in find_code(read(page))]
     runs = [step.get("run", "") for path in WORKFLOWS for step in _steps(path)]

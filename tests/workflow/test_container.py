@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from place import REPOSITORY, Finished, Place, tiny
+
+from support.place import REPOSITORY, Finished, Place, tiny
 
 pytestmark = pytest.mark.slow
 DOCKERFILE = (REPOSITORY / "Dockerfile").read_text(encoding="utf-8")
