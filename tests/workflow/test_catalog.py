@@ -1,20 +1,13 @@
-"""The Snakemake workflow catalog's file: the same workflow, from wherever its Snakefile is included."""
+"""The Snakemake workflow catalog's file is the same workflow, and says how it is used."""
 
 import re
 from pathlib import Path
 
-import pytest
 import yaml
 
 from support.place import REPOSITORY, Place
 
 CATALOG = yaml.safe_load((REPOSITORY / ".snakemake-workflow-catalog.yml").read_text())["usage"]
-MODULE = """
-module retort:
-    snakefile: "{repository}/workflow/Snakefile"
-    config: config
-use rule * from retort
-"""
 
 
 def read_commands(said: str) -> list[str]:
@@ -22,15 +15,10 @@ def read_commands(said: str) -> list[str]:
     return sorted(re.findall(r"^Shell command: (.*)$", said, flags=re.MULTILINE))
 
 
-@pytest.mark.parametrize("kind", ["file", "module"])
-def test_the_workflow_of_the_catalog_runs_the_same_commands(fresh: Place, kind: str) -> None:
+def test_the_workflow_of_the_catalog_runs_the_same_commands(fresh: Place) -> None:
     expected = read_commands(fresh.snakemake("-n", "-p"))
-    snakefile = REPOSITORY / "workflow" / "Snakefile"
-    if kind == "module":
-        snakefile = fresh.path / "Snakefile"
-        snakefile.write_text(MODULE.format(repository=REPOSITORY))
     command = fresh.command("-n", "-p")
-    command[command.index("-s") + 1] = str(snakefile)
+    command[command.index("-s") + 1] = str(REPOSITORY / "workflow" / "Snakefile")
     done = fresh.execute(command)
     assert done.returncode == 0, done.output
     assert read_commands(done.output) == expected
