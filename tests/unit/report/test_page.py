@@ -331,7 +331,6 @@ def test_how_it_learns_and_what_machine_it_learns_on_is_no_other_condition(tmp_p
         "use_cached_logits": False,
         "max_steps": 400,
         "num_epochs": 3.0,
-        "max_seq_length": 512,
         "use_gradient_checkpointing": True,
         "cpu_threads": 8,
         "device": "cuda",
