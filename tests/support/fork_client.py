@@ -5,7 +5,7 @@ passes signals on, and ends as the job ended. What the servers do not take is ex
 Of modules in Python it imports `os` alone: this takes some ten milliseconds of processor for every job.
 """
 
-# ruff: noqa: PTH110, PTH115, PTH118, PTH208 (pathlib takes longer to import than all the rest)
+# ruff: noqa: PTH115, PTH208 (pathlib takes longer to import than all the rest)
 import _signal
 import _socket
 import marshal
@@ -32,13 +32,6 @@ def is_plain(words: "list[str]") -> bool:
     if words[:1] in (["-m"], ["-c"]):
         return len(words) > 1
     return bool(words) and words[0].endswith(".py") and os.access(words[0], os.R_OK)
-
-
-def is_customized() -> bool:
-    """Say whether a folder on PYTHONPATH has code that the interpreter runs at its start."""
-    folders = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    names = ("sitecustomize.py", "usercustomize.py")
-    return any(os.path.exists(os.path.join(folder, name)) for folder in folders for name in names)
 
 
 def surroundings() -> "tuple[object, ...]":
@@ -95,7 +88,7 @@ def end_as(status: int) -> None:
 def main(interpreter: str, path: str, words: "list[str]") -> None:
     """Have the job done by a server if one takes it, else by the interpreter."""
     descriptors = inheritable()
-    is_fit = is_plain(words) and not is_customized() and len(descriptors) < MAX_DESCRIPTORS
+    is_fit = is_plain(words) and len(descriptors) < MAX_DESCRIPTORS
     if is_fit and not _signal.pthread_sigmask(_signal.SIG_BLOCK, FORWARDED):
         socket = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
         try:

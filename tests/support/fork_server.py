@@ -213,20 +213,30 @@ def prepare(words: list[str]) -> Callable[[], object]:
     main.clear()
     main |= {"__name__": "__main__", "__builtins__": builtins, "__annotations__": {}}
     main |= {"__doc__": None, "__package__": None, "__loader__": None, "__spec__": None}
+    sys.path[:0] = given
+    customize(given)
     if words[0] == "-m":
         sys.argv = ["-m", *words[2:]]
-        sys.path[:0] = [str(Path.cwd()), *given]
+        sys.path.insert(0, str(Path.cwd()))
         return partial(runpy._run_module_as_main, words[1])  # what the interpreter itself calls
     if words[0] == "-c":
         sys.argv = ["-c", *words[2:]]
-        sys.path[:0] = ["", *given]
+        sys.path.insert(0, "")
         main["__loader__"] = BuiltinImporter
         return partial(run, words[1], "<string>", main)
     sys.argv = list(words)
-    sys.path[:0] = [str(Path(words[0]).resolve().parent), *given]
+    sys.path.insert(0, str(Path(words[0]).resolve().parent))
     main |= {"__file__": words[0], "__cached__": None}
     main["__loader__"] = SourceFileLoader("__main__", words[0])
     return partial(run, Path(words[0]).read_bytes(), words[0], main)
+
+
+def customize(folders: list[str]) -> None:
+    """Run what folders on PYTHONPATH have for the start of every interpreter."""
+    for name in ("sitecustomize", "usercustomize"):
+        if any(Path(folder, f"{name}.py").exists() for folder in folders):
+            sys.modules.pop(name, None)
+            import_module(name)
 
 
 def run(source: str | bytes, path: str, main: dict[str, Any]) -> None:

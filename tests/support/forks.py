@@ -13,7 +13,7 @@ the job alone in production as well), SIGSTOP to nobody. A script's own children
 
 A server is started where it is first asked for, one for each kind of libraries and set of variables that libraries
 read when they are loaded. Requests with other variables than `environment` has, threads' numbers apart, get the real
-interpreter; so do all that come from another namespace or user, or have a `sitecustomize`.
+interpreter; so do all that come from another namespace or user.
 """
 
 import marshal
@@ -24,12 +24,14 @@ import sys
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from support.fork_client import surroundings
 
 HERE = Path(__file__).parent
+# Those that leave PyTorch out, but where a user's own code runs in them.
 LIGHT_SCRIPTS = ("tokenize_shard", "draw_corpus", "index_tokens", "merge_h5", "plan", "report")
 # Variables that libraries read when they are loaded, by their beginnings.
 THREADS = ("OMP_NUM_", "GOTO_NUM_", "OPENBLAS_NUM_", "MKL_NUM_", "VECLIB_MAXIMUM_", "NUMEXPR_NUM_")
@@ -186,5 +188,6 @@ def find_kind(words: list[str]) -> str:
     """Return which libraries a command line's job is forked from."""
     if words[:2] == ["-m", "snakemake"]:
         return "snakemake"
-    is_custom = "--trust-remote-code" in words or "--dataset-sharding" in words
+    options = dict(pairwise(words))
+    is_custom = ":" in options.get("--dataset-sharding", "") or "--trust-remote-code" in words
     return "light" if Path(words[0]).stem in LIGHT_SCRIPTS and not is_custom else "full"

@@ -75,7 +75,7 @@ def find_processes(words: str) -> list[int]:
 @pytest.fixture(scope="module")
 def student(finished: Place, tmp_path_factory: pytest.TempPathFactory) -> Student:
     place = finished.copy_to(tmp_path_factory.mktemp("ranks") / "project")
-    one = Student(place, read_commands(place)["train both"])
+    one = Student(place, read_commands(place.as_it_is)["train both"])  # what is killed is real
     one.train("one", "--gpus", "1")
     one.train("two", "--gpus", "2")
     return one
