@@ -119,6 +119,7 @@ $(READY): requirements.lock pyproject.toml
 
 docs: $(READY)
 	$(BIN)/python -m retort.config.reference > config/README.md
+	$(BIN)/python docs/architecture.py > docs/architecture.md
 
 clean:
 	rm -rf $(VENV) $(VLLM) .snakemake .pytest_cache .mypy_cache .ruff_cache .hypothesis

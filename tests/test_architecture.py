@@ -91,3 +91,10 @@ def test_the_snakefile_loads_nothing_heavy() -> None:
     code = "\n".join([*lines, "import sys", f"print([m for m in {HEAVY!r} if m in sys.modules])"])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_page_of_modules_is_made_of_their_docstrings() -> None:
+    script = REPOSITORY / "docs" / "architecture.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    page = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert done.stdout == page, "run: make docs"
