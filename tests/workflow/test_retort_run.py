@@ -70,7 +70,7 @@ def test_a_failing_job_says_why_once(done: Place) -> None:
     assert said.returncode == 1
     assert said.output.count("Failed: report") == 1, said.output
     log = next((done.path / "logs" / "report").glob("*.log")).read_text()
-    reason = [line for line in log.splitlines() if line.startswith("error: ")][-1]
-    assert said.output.count(reason.removeprefix("error: ")) == 1, said.output
+    reason = [line for line in log.splitlines() if "] error: " in line][-1].split("] error: ")[1]
+    assert said.output.count(reason) == 1, said.output
     assert "At least one job" not in said.output and "agreement" not in said.output
     assert len(said.output.splitlines()) <= 10, said.output
