@@ -214,17 +214,20 @@ def _find_console() -> _Console | None:
 def _open_console() -> TextIO | None:
     """Return what the person at the terminal reads: stderr, or what a rule's shell had as its stderr.
 
-    The script has it as a descriptor too. Ranks have not, since torchrun closes descriptors, and open it by its path;
-    where that fails (a socket has no path), and on other nodes of a job, messages are in the log alone.
+    A script inherits it as a descriptor. Ranks, and what srun starts, do not, and open it by its path; where that fails
+    (a socket cannot be opened), and on other nodes of a job, messages are in the log alone.
     """
     if not has_log():
         return sys.stderr
     if os.environ.get("SLURM_PROCID", "0") != "0":
         return None  # there the path may be another process's
-    path = os.environ[CONSOLE]
-    number = int(Path(path).name)
+    path = Path(os.environ[CONSOLE])
+    mine = Path("/proc/self/fd") / path.name
     try:
-        opened = os.open(path, os.O_WRONLY | os.O_NOCTTY) if is_rank() else os.dup(number)
+        is_inherited = mine.exists() and mine.samefile(path)
+        opened = (
+            os.dup(int(path.name)) if is_inherited else os.open(path, os.O_WRONLY | os.O_NOCTTY)
+        )
         # In a file (snakemake 2> file) each would else write over what another has written meanwhile.
         fcntl.fcntl(opened, fcntl.F_SETFL, fcntl.fcntl(opened, fcntl.F_GETFL) | os.O_APPEND)
     except OSError:

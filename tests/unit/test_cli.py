@@ -28,7 +28,7 @@ def run(body: str) -> subprocess.CompletedProcess[str]:
 def run_as_a_rule(body: str, log: Path, *, launcher: str = "") -> tuple[str, list[str]]:
     """Run a script's body as a rule does; return what its terminal showed, and the log's lines without their stamps."""
     script = shlex.join([sys.executable, "-c", SCRIPT.format(body=body)])
-    command = f"{PREFIX}{launcher}{script} >> {log} 2>&1"
+    command = f"{PREFIX}{launcher}{script} >> {shlex.quote(str(log))} 2>&1"
     shown = subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
     return shown.stderr, [STAMP.sub("", line) for line in log.read_text().splitlines()]
 
@@ -86,6 +86,18 @@ def test_of_several_ranks_the_first_one_reports(
     said, lines = run_as_a_rule(body, tmp_path / "log", launcher=f"3>&- env {environment} ")
     assert said.splitlines() == shown
     assert len(lines) == logged, "and no rank begins an attempt"
+
+
+def test_what_srun_starts_finds_the_terminal_and_no_other_nodes_process_does(
+    tmp_path: Path,
+) -> None:
+    """By a launcher that leaves a descriptor of its own in the terminal's place."""
+    body = "logger.info('a')"
+    shown, lines = run_as_a_rule(body, tmp_path / "log", launcher=f"3> {tmp_path}/other env ")
+    assert (shown, lines[1:]) == ("a\n", ["a"]) and (tmp_path / "other").read_text() == ""
+    launcher = f"3> {tmp_path}/other env SLURM_PROCID=1 "
+    shown, lines = run_as_a_rule(body, tmp_path / "log 1", launcher=launcher)
+    assert (shown, lines) == ("", ["a"]) and (tmp_path / "other").read_text() == ""
 
 
 def test_a_rules_terminal_may_be_a_file_that_others_write_to(tmp_path: Path) -> None:

@@ -41,7 +41,8 @@ with Progress(parts, files) as shown:
 def run_with_terminal(
     folder: Path,
     *,
-    redirect: str,
+    log: Path,
+    console: str = "3>&2",
     pause_s: float = 0.0,
     environment: dict[str, str] | None = None,
 ) -> str:
@@ -51,8 +52,8 @@ def run_with_terminal(
     script = folder / "program.py"
     script.write_text(textwrap.dedent(PROGRAM))
     (folder / "parts").mkdir(exist_ok=True)
-    prefix = "exec 3>&2; export RETORT_CONSOLE=/proc/$$/fd/3; "  # workflow/rules/common.smk
-    command = f"{prefix}{sys.executable} {script} {folder / 'parts'} {pause_s} {redirect}"
+    prefix = f"exec {console}; export RETORT_CONSOLE=/proc/$$/fd/3"  # workflow/rules/common.smk
+    command = f"{prefix}; {sys.executable} {script} {folder / 'parts'} {pause_s} >> {log} 2>&1"
     process = subprocess.Popen(
         ["bash", "-c", command],
         stderr=slave,
@@ -79,7 +80,7 @@ def run_with_terminal(
 def test_the_bar_advances_to_the_end_and_the_log_has_lines_only(tmp_path: Path) -> None:
     log = tmp_path / "log"
     # The bar is drawn twice a second at most.
-    shown = run_with_terminal(tmp_path, redirect=f">> {log} 2>&1", pause_s=0.6)
+    shown = run_with_terminal(tmp_path, log=log, pause_s=0.6)
     percents = [int(found) for found in re.findall(r"(\d+)%\|", shown)]
     assert percents[0] == 25, "what others did counts"
     assert percents == sorted(percents) and percents[-1] == 100 and len(set(percents)) > 2
@@ -92,16 +93,16 @@ def test_the_bar_advances_to_the_end_and_the_log_has_lines_only(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("redirect", "environment"),
-    [(" 3> >(cat >&2)", {}), ("", {"RETORT_PROGRESS": "0"})],
+    ("console", "environment"),
+    [("3> >(cat >&2)", {}), ("3>&2", {"RETORT_PROGRESS": "0"})],
     ids=["no terminal", "not wanted"],
 )
 def test_where_no_bar_can_be_or_is_wanted_there_are_lines(
-    redirect: str, environment: dict[str, str], tmp_path: Path
+    console: str, environment: dict[str, str], tmp_path: Path
 ) -> None:
     log = tmp_path / "log"
     shown = run_with_terminal(
-        tmp_path, redirect=f"{redirect} >> {log} 2>&1", environment=os.environ | environment
+        tmp_path, log=log, console=console, environment=os.environ | environment
     )
     assert "%|" not in shown + log.read_text()
     assert "parts 2/4" in shown and "parts 2/4" in log.read_text()
