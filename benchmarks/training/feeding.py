@@ -17,7 +17,7 @@ from benchmarks.common import make_parser
 from benchmarks.distributions.build import default_folder, load_or_make
 from benchmarks.training.student import BATCH, build_model
 from retort.cache.reader import LogitCache
-from retort.training.loop import Job, train_student
+from retort.training.loop import TrainingJob, train_student
 
 _FEW_STEPS = 4
 
@@ -39,7 +39,7 @@ def run(folder: Path, cache: LogitCache, *, steps: int, workers: int) -> tuple[f
     student = folder / "student.json"
     config = build_model(cache.header.codec.vocabulary, seed=0).config
     student.write_text(json.dumps(config.to_dict(), default=str))
-    job = Job(
+    job = TrainingJob(
         name=f"{workers} workers, {steps} steps",
         identity="benchmark",
         source=cache,

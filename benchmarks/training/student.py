@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from retort.cache.codec import SparseTargets
-from retort.training.fused_loss import TeacherRows
+from retort.training.teacher_rows import TeacherRows
 
 BATCH, LENGTH, HIDDEN, LAYERS, KEPT = 2, 512, 256, 6, 17
 COUNT = BATCH * LENGTH

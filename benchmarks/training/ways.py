@@ -15,9 +15,8 @@ from benchmarks.common import import_opponent
 from benchmarks.training.student import BATCH, COUNT, LENGTH, Inputs
 from retort.models.load import split_model
 from retort.training.batches import IGNORE_INDEX
-from retort.training.fused_loss import LossSettings
-from retort.training.losses import LossTerms, compute_dense_divergence
-from retort.training.model_loss import Lesson, attach_loss
+from retort.training.losses import LossSettings, LossTerms, compute_dense_divergence
+from retort.training.model_loss import LossTargets, attach_loss
 
 VEOMNI = (
     "put chunk_topk_distill.py of github.com/ByteDance-Seed/VeOmni, in veomni/ops/kernels/cross_entropy, "
@@ -45,11 +44,11 @@ def run_fused(inputs: Inputs, alpha: float, temperature: float, chunk_size: int 
     # The model shifts labels by one: the row is longer by the last position's label, and the first has none.
     padded_BT = F.pad(ids_BT, (0, 1))
     labels_BT = F.pad(inputs.labels_P.view(BATCH, LENGTH), (1, 0), value=IGNORE_INDEX)
-    lesson = Lesson(labels_BT, inputs.rows if alpha < 1 else None, COUNT)
+    targets = LossTargets(labels_BT, inputs.rows if alpha < 1 else None, COUNT)
 
     def step() -> Tensor:
         terms: LossTerms = inputs.model(
-            input_ids=padded_BT, attention_mask=torch.ones_like(padded_BT), lesson=lesson
+            input_ids=padded_BT, attention_mask=torch.ones_like(padded_BT), targets=targets
         )
         return terms.total
 

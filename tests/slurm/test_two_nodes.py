@@ -107,5 +107,5 @@ def test_a_training_on_two_nodes_survives_scancel_and_the_crash_of_one(
     if cluster.state(second.id) == "PENDING":
         cluster.hurry(second.id)
     cache_made.finish(process)
-    assert "going on from checkpoint-" in read_log(cache_made)
+    assert "resuming from checkpoint-" in read_log(cache_made)
     assert_same_student(cache_made, alone)

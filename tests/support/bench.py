@@ -1,4 +1,4 @@
-"""A tiny training to be run whole: corpus, teacher, caches, student, and what came of it."""
+"""A tiny, complete training: corpus, teacher, caches, student, and reading of its results."""
 
 import csv
 from pathlib import Path
@@ -16,12 +16,12 @@ from retort.models.load import CausalLM, load_teacher
 from retort.tokens.index import TokenIndex
 from retort.tokens.sequences import SequenceTable
 from retort.tokens.tokenizer import load_tokenizer
-from retort.training.loop import LOG_COLUMNS, Job, train_student
+from retort.training.loop import LOG_COLUMNS, TrainingJob, train_student
 from support.tiny import WIDTH, make_cache, record, section, tokenize
 
 
 class Bench:
-    """The tiny corpus as tokens and as caches, and what `train_student` needs beside them."""
+    """The tiny corpus as tokens and as caches, with teacher and student."""
 
     def __init__(self, folder: Path, corpus: Path, teacher: Path, student: Path) -> None:
         self.folder, self.teacher_path, self.student_path = folder, teacher, student
@@ -41,7 +41,8 @@ class Bench:
         **training: Any,
     ) -> dict[str, Any]:
         student = training.pop("student", self.student_path)
-        keys = {
+        interval_s = training.pop("progress_interval_s", 10.0)
+        keys: dict[str, Any] = {
             "max_steps": 4,
             "batch_size": 4,
             "learning_rate": 1e-3,
@@ -54,12 +55,12 @@ class Bench:
         job = self.job(
             source,
             student=student,
-            tracking=keys.get("tracking"),
+            tracking=keys.pop("tracking", None),
             teacher=load_teacher(str(self.teacher_path), teacher_section) if live else None,
-            facts=keys.get("facts"),
-            **({k: v for k, v in keys.items() if k not in ("tracking", "facts")}),
+            facts=keys.pop("facts", None),
+            **keys,
         )
-        return train_student(folder, job)
+        return train_student(folder, job, progress_interval_s=interval_s)
 
     def job(
         self,
@@ -70,11 +71,11 @@ class Bench:
         tracking: dict[str, Any] | None = None,
         facts: dict[str, str] | None = None,
         **keys: Any,
-    ) -> Job:
+    ) -> TrainingJob:
         """Return a training of the tiny student; its identity is that of its keys."""
         kind = keys.get("distillation_type", "hybrid")
         training = section("training", **({"alpha": DEFAULT_ALPHA[kind]} | keys))
-        return Job(
+        return TrainingJob(
             name="run",
             identity=digest(identity(training)),
             source=source,

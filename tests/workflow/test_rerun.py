@@ -103,7 +103,7 @@ def test_another_alpha_re_runs_that_run_only_and_from_step_0(done: Place) -> Non
     assert training["alpha"] == 0.25
     assert training["trained_positions"] == _read(old / "training.json")["trained_positions"]
     log = (done.path / "logs" / "train" / f"both_{made}.log").read_text()
-    assert "going on from" not in log
+    assert "resuming from" not in log
     assert sha256(folder / "final/model.safetensors") != sha256(old / "final/model.safetensors")
     assert str(folder.relative_to(done.path)) in _report_text(done)
 

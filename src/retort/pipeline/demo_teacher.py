@@ -65,7 +65,7 @@ class DemoTokenizer:
 def make_demo_teacher(record_path: Path, dataset: Dataset, *, drawn: Path | None) -> None:
     """Train tokenizer and model into model/ beside `record_path`, then write the fingerprint there."""
     from retort.training.loop import (  # seconds; check_inputs reads of this room only
-        Job,
+        TrainingJob,
         train_student,
     )
 
@@ -87,7 +87,7 @@ def make_demo_teacher(record_path: Path, dataset: Dataset, *, drawn: Path | None
         )
         config_path = folder / "config.json"
         write_json(config_path, _model_config(dataset))
-        job = Job(
+        job = TrainingJob(
             name="demo teacher",
             identity=folder.name,
             source=table,

@@ -1,4 +1,4 @@
 """One student: losses, batches, and transformers' Trainer around them.
 
-Read `losses` first, then `run`; `fused_loss` is the same arithmetic without the whole logits in memory.
+Read `losses` first, then `run`; `fused_loss` computes the same losses without all logits in memory.
 """

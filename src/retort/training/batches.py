@@ -1,4 +1,7 @@
-"""Sequences become batches: read by index, shuffled by the seed alone, padded, with their targets beside them."""
+"""Sequences to batches: read by index, in an order that depends on the seed alone, padded, with the teacher's rows.
+
+Legend: B batch, T positions of the longest sequence, P positions that count, N kept tokens of all these positions.
+"""
 
 import math
 from collections.abc import Iterator
@@ -12,22 +15,22 @@ from torch.utils.data import Dataset, Sampler
 from retort.cache.codec import SparseTargets
 from retort.cache.reader import LogitCache
 from retort.tokens.sequences import Sequence, SequenceTable
-from retort.training.fused_loss import TeacherRows
+from retort.training.teacher_rows import TeacherRows
 
 IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)
 class Item:
-    """One sequence, its place in the token index, and the teacher's distributions at its counted positions."""
+    """One sequence, its number in the token index, and the teacher's distributions at its positions that count."""
 
-    place: int
+    index: int
     sequence: Sequence
     targets: SparseTargets | None
 
 
 class TrainingData(Dataset[Item]):
-    """Sequences by index, in the token index's order: from a table, or from a cache that holds its own."""
+    """Sequences by their number in the token index: from a table, or from a cache, which contains them."""
 
     def __init__(self, source: SequenceTable | LogitCache) -> None:
         self.source = source
@@ -42,10 +45,10 @@ class TrainingData(Dataset[Item]):
 
 
 class ShuffledStream(Sampler[int]):
-    """`count` places of a stream that is one permutation of all sequences after the other, without end.
+    """The first `count` indices of an endless stream of permutations of all sequences, one for each epoch.
 
     The permutation of epoch e depends on (seed, e, number of sequences) and on nothing else. Global batches are cut
-    from the stream, so that all are of one size and none is left over, on any number of GPUs.
+    from the stream across the ends of epochs, so all are of one size, on any number of GPUs.
     """
 
     def __init__(self, num_sequences: int, *, seed: int, count: int) -> None:
@@ -66,7 +69,7 @@ class ShuffledStream(Sampler[int]):
 def count_steps(
     num_sequences: int, *, global_batch: int, max_steps: int | None, num_epochs: float
 ) -> int:
-    """Return the number of optimizer steps: as given, or as many whole global batches as the epochs begin."""
+    """Return the number of optimizer steps: `max_steps`, or the epochs' global batches, rounded up."""
     if max_steps is not None:
         return max_steps
     return max(1, math.ceil(num_epochs * num_sequences / global_batch))
@@ -74,23 +77,27 @@ def count_steps(
 
 @dataclass(frozen=True)
 class Collator:
-    """Pad items to a batch; `temperature_place` is the column of the stored tail that training uses.
+    """Pads items to a batch.
 
-    `vocabulary`: of a student whose output layer is narrower than the teacher's; ids beyond it are left out.
+    tail_column: that of the stored tails whose temperature is the training's; vocabulary: of a student whose output
+    layer is narrower than the teacher's, ids beyond it are dropped.
     """
 
-    temperature_place: int = 0
+    tail_column: int = 0
     vocabulary: int | None = None
 
     def __call__(self, items: list[Item]) -> dict[str, Any]:
-        """Return input_ids, attention_mask, labels [B, T] (labels[t] = ids[t] where its prediction counts), places [B]
-        in the token index and, from a cache, the teacher's rows in the batch's order."""
+        """Return the batch: int64 input_ids, attention_mask and labels [B, T], sequences [B], and teacher.
+
+        labels[t] is ids[t] where its prediction counts, else IGNORE_INDEX; sequences: numbers in the token index;
+        teacher: from a cache alone, the TeacherRows of all predictions that count, in the batch's order.
+        """
         width = max(len(item.sequence.ids) for item in items)
         batch: dict[str, Any] = {
             "input_ids": torch.zeros((len(items), width), dtype=torch.long),
             "attention_mask": torch.zeros((len(items), width), dtype=torch.long),
             "labels": torch.full((len(items), width), IGNORE_INDEX, dtype=torch.long),
-            "places": torch.tensor([item.place for item in items]),
+            "sequences": torch.tensor([item.index for item in items]),
         }
         for b, item in enumerate(items):
             ids = torch.from_numpy(np.array(item.sequence.ids, dtype=np.int64))
@@ -107,6 +114,6 @@ class Collator:
         joined = SparseTargets.concatenate(targets)
         if self.vocabulary is not None:
             joined = joined.below(self.vocabulary)
-        tails = np.ascontiguousarray(joined.tail_logprobs[:, self.temperature_place])
+        tails = np.ascontiguousarray(joined.tail_logprobs[:, self.tail_column])
         columns = joined.offsets, joined.ids.astype(np.int64), joined.logprobs, tails
         return TeacherRows(*map(torch.from_numpy, columns))

@@ -1,9 +1,8 @@
-"""Train one student: data from the cache or from the tokens, transformers' Trainer with our losses.
+"""Train one student from tokens or a cache: builds the trainer, resumes from checkpoints, writes final/ and the curve.
 
-Three ways: *output* (cross-entropy on the text), *logit* (the teacher's distributions), *hybrid* (both). The data
+Three kinds: *output* (cross-entropy on the text), *logit* (the teacher's distributions), *hybrid* (both). The data
 order depends on the seed and the number of sequences only, so runs that differ in nothing but the loss see the
-same batches, on any number of GPUs. A run that was killed goes on from its last whole checkpoint when it is started
-again.
+same batches, on any number of GPUs. Restarted after a kill, a run resumes from its last complete checkpoint.
 """
 
 import csv
@@ -38,20 +37,20 @@ from retort.models.students import build_student
 from retort.tokens.sequences import SequenceTable
 from retort.training.batches import Collator, TrainingData, count_steps
 from retort.training.checkpoints import (
-    Stamp,
+    CheckpointId,
     find_checkpoint,
     is_finished,
     read_progress,
     require_start,
 )
-from retort.training.fused_loss import LossSettings
+from retort.training.losses import LossSettings
 from retort.training.model_card import write_card
 from retort.training.model_loss import attach_loss
 from retort.training.trainer import DistillationTrainer, ProgressCallback
 
 logger = logging.getLogger(__name__)
 
-# It has the newer name since transformers 5.23; vLLM 0.32 wants 5.19.
+# The first name is new in transformers 5.23; vLLM 0.32 needs 5.19.
 _CHECKPOINTING = next(
     name
     for name in ("activation_checkpointing", "gradient_checkpointing")
@@ -69,12 +68,12 @@ LOG_COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Job:
-    """One training: from what, of which student, how.
+class TrainingJob:
+    """What to train, on what, and how.
 
-    `identity`: digest of all that its result depends on; `training.alpha` is filled in; `vocabulary`: the student's,
-    where its config says none; `teacher`: a live one, None where the source is a cache or text is all there is;
-    `facts`: what is learned from, for people.
+    identity: digest of all that the result depends on; training: with alpha filled in; vocabulary: the student's,
+    where its config names none; teacher: a live one, None with a cache or with text alone; facts: what the student is
+    trained on, for its model card.
     """
 
     name: str
@@ -89,21 +88,24 @@ class Job:
     facts: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def stamp(self) -> Stamp:
-        """What its checkpoints are marked with."""
+    def checkpoint_id(self) -> CheckpointId:
+        """Return the id of its checkpoints, from which alone it resumes."""
         strategy = self.training.strategy if world_size() > 1 else "ddp"
-        return Stamp(self.identity, strategy)
+        return CheckpointId(self.identity, strategy)
 
     @property
-    def settings(self) -> LossSettings:
-        """Of its loss."""
+    def loss_settings(self) -> LossSettings:
+        """Return the settings of its loss, but for the head's scale and softcap."""
         t = self.training
         assert t.alpha is not None
         return LossSettings(t.alpha, t.temperature, t.divergence, chunk_size=t.loss_chunk_size)
 
 
-def training_arguments(folder: Path, job: Job) -> TrainingArguments:
-    """Translate our keys into transformers' TrainingArguments; starts the ranks' talk where there are several."""
+def training_arguments(folder: Path, job: TrainingJob) -> TrainingArguments:
+    """Return transformers' TrainingArguments for our keys; with several ranks, this starts torch.distributed.
+
+    Raises ValueError when the ranks cannot share the global batch evenly.
+    """
     training, tracking = job.training, job.tracking
     device = choose_device(training.device)
     size, accumulation = cut_global_batch(
@@ -116,7 +118,7 @@ def training_arguments(folder: Path, job: Job) -> TrainingArguments:
         num_epochs=training.num_epochs,
     )
     precision = choose_precision(training, device)
-    shards = world_size() > 1 and training.strategy == "fsdp"
+    is_sharded = world_size() > 1 and training.strategy == "fsdp"
     trackers = [
         t
         for t, on in (("wandb", tracking.use_wandb), ("tensorboard", tracking.use_tensorboard))
@@ -138,13 +140,15 @@ def training_arguments(folder: Path, job: Job) -> TrainingArguments:
         seed=training.seed,
         bf16=precision == "bf16",
         fp16=precision == "fp16",
-        fsdp=True if shards else None,
+        fsdp=True if is_sharded else None,
         **{_CHECKPOINTING: training.use_gradient_checkpointing},
         logging_steps=training.logging_steps,
         logging_first_step=True,  # a run shorter than logging_steps has a curve too
         logging_nan_inf_filter=False,  # it would log 0.0 for a NaN and train on
         save_steps=training.save_steps,
-        save_total_limit=max(2, training.save_total_limit),  # the newest may be torn by a kill
+        save_total_limit=max(
+            2, training.save_total_limit
+        ),  # a kill may leave the newest incomplete
         dataloader_num_workers=training.dataloader_num_workers,
         remove_unused_columns=False,
         use_cpu=device.type == "cpu",
@@ -161,14 +165,13 @@ def choose_precision(training: Training, device: torch.device) -> str:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Let one process, or one group of ranks, train in a folder at a time: an orphan of a killed Snakemake may still
-    be at it."""
+def _lock_folder(folder: Path) -> Iterator[None]:
+    """Let one process, or one group of ranks, train in a folder at a time: a killed Snakemake's job may still run."""
     if rank() > 0:
         _wait_for_ranks()
         yield
         return
-    busy = f"another process trains in {folder}: waiting for it to end"
+    busy = f"another process is training in {folder}: waiting for it to end"
     with held(folder / ".lock", busy=busy):
         _wait_for_ranks()
         yield
@@ -179,27 +182,36 @@ def _wait_for_ranks() -> None:
         torch.distributed.barrier()
 
 
-def train_student(folder: Path, job: Job) -> dict[str, Any]:
-    """Train until max_steps or num_epochs are done, from the newest whole checkpoint where there is one.
+def train_student(
+    folder: Path,
+    job: TrainingJob,
+    *,
+    progress_interval_s: float = 10.0,
+) -> dict[str, Any]:
+    """Train until max_steps or num_epochs are done, from the newest complete checkpoint where there is one.
 
-    Writes checkpoint-*/, final/ (model and tokenizer) and training_log.csv into `folder`, and returns what is
-    worth keeping: steps, trained positions, seconds over all attempts, parameters, device. Called by every rank.
+    Writes checkpoint-*/, final/ (model, tokenizer, card) and training_log.csv into `folder`. Returns a summary: steps,
+    trained_positions, seconds and seconds_waiting_for_data, student_parameters, device. Called by every rank.
+
+    Raises ValueError when the cache lacks the training's temperature, a checkpoint is of another run or cannot be
+    resumed from, the student cannot be built, or a loss, gradient or weight is not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
     ignore_surroundings()
-    _keep_trackers_in(folder)
+    _set_tracker_folders(folder)
     torch.set_num_threads(job.training.cpu_threads)
     arguments = training_arguments(folder, job)
-    with _alone(folder):
+    with _lock_folder(folder):
         trainer = build_trainer(arguments, job)
-        parameters = int(trainer.model.num_parameters())  # before they may be cut into pieces
-        checkpoint = _agree_on_checkpoint(folder, job.stamp)
+        parameters = int(trainer.model.num_parameters())  # now: FSDP shards them later
+        checkpoint = _agree_on_checkpoint(folder, job.checkpoint_id)
         progress = ProgressCallback(
             trainer,
             name=job.name,
-            stamp=job.stamp,
+            checkpoint_id=job.checkpoint_id,
             before=read_progress(checkpoint),
             write_curve=lambda: write_log(folder / "training_log.csv", trainer.state.log_history),
+            interval_s=progress_interval_s,
         )
         trainer.add_callback(progress)
         _train(trainer, checkpoint, job)
@@ -219,29 +231,32 @@ def train_student(folder: Path, job: Job) -> dict[str, Any]:
         return summary
 
 
-def _keep_trackers_in(folder: Path) -> None:
-    """Let trackers write beside the student, and go on with the same curve after a kill, unless the user decided."""
+def _set_tracker_folders(folder: Path) -> None:
+    """Let trackers write beside the student and continue the same curve after a kill, where the user set nothing."""
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))
     os.environ.setdefault("WANDB_DIR", str(folder))
     os.environ.setdefault("WANDB_RUN_ID", folder.name)
     os.environ.setdefault("WANDB_RESUME", "allow")
 
 
-def build_trainer(arguments: TrainingArguments, job: Job) -> DistillationTrainer:
-    """Return a trainer of a freshly built student."""
+def build_trainer(arguments: TrainingArguments, job: TrainingJob) -> DistillationTrainer:
+    """Build the student and return its trainer.
+
+    Raises ValueError when the student cannot be built, or the cache lacks the training's temperature.
+    """
     model = build_student(
         job.student, vocabulary=job.vocabulary, tokenizer=job.tokenizer, seed=job.training.seed
     )
     split = split_model(model)
-    attach_loss(split, job.settings)
+    attach_loss(split, job.loss_settings)
     source, collator = job.source, Collator()
     if isinstance(source, LogitCache):
         codec = source.header.codec
-        tail = find_tail(codec, job.training, path=source.path)
-        is_narrow = split.vocabulary < codec.vocabulary
-        collator = Collator(tail, split.vocabulary if is_narrow else None)
+        tail_column = find_tail_column(codec, job.training, path=source.path)
+        is_narrower = split.vocabulary < codec.vocabulary
+        collator = Collator(tail_column, split.vocabulary if is_narrower else None)
     trainer = DistillationTrainer(
-        settings=job.settings,
+        settings=job.loss_settings,
         teacher=job.teacher,
         num_tokens=len(job.tokenizer),
         model=model,
@@ -253,22 +268,24 @@ def build_trainer(arguments: TrainingArguments, job: Job) -> DistillationTrainer
     return trainer
 
 
-def _agree_on_checkpoint(folder: Path, stamp: Stamp) -> Path | None:
-    """Let the first rank look for a checkpoint, since it removes what is torn, and tell the others."""
-    found: list[Any] = [find_checkpoint(folder, stamp) if rank() == 0 else None]
+def _agree_on_checkpoint(folder: Path, checkpoint_id: CheckpointId) -> Path | None:
+    """Return the first rank's `find_checkpoint` on every rank: it removes damaged ones, so only one may call it."""
+    found: list[Path | None] = [None]
+    if rank() == 0:
+        found = [find_checkpoint(folder, checkpoint_id)]
     if world_size() > 1:
         broadcast_object_list(found)
-    return found[0]  # type: ignore[no-any-return]
+    return found[0]
 
 
 def _train(
     trainer: DistillationTrainer,
     checkpoint: Path | None,
-    job: Job,
+    job: TrainingJob,
 ) -> None:
-    """Train from a checkpoint of this run, from one that the config names, or from the beginning."""
+    """Train from this run's checkpoint, from one that the config names, or from the beginning."""
     if checkpoint:
-        logger.info(f"train {job.name}: going on from {checkpoint.name}")
+        logger.info(f"train {job.name}: resuming from {checkpoint.name}")
         trainer.window.restore(read_progress(checkpoint)["window"])
     if checkpoint and is_finished(checkpoint):
         trainer.model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
@@ -281,17 +298,18 @@ def _train(
     trainer.train(resume_from_checkpoint=start or None)
 
 
-def find_tail(codec: Codec, training: Training, *, path: Path) -> int:
-    """Return the column of the tail at the training's temperature; the whole vocabulary has none, so any will do.
+def find_tail_column(codec: Codec, training: Training, *, path: Path) -> int:
+    """Return the column of the stored tails at the training's temperature; any, where the whole vocabulary is kept.
 
-    Raises ValueError when a cache of this codec cannot be trained from so.
+    Raises ValueError when the cache in `path` has no tail at this temperature, or holds samples, which are of use at
+    temperature 1 with forward_kl only.
     """
     temperature, divergence = training.temperature, training.divergence
     if codec.method == "sampled" and (temperature != 1.0 or divergence != "forward_kl"):
         raise ValueError(
-            f"training.temperature is {temperature} and training.divergence {divergence!r}, but {path} holds draws "
-            "(cache.method: sampled), which are unbiased for forward_kl at temperature 1 alone. Use both, or a cache "
-            "of cache.method: top_p."
+            f"training.temperature is {temperature} and training.divergence {divergence!r}, but {path} holds samples "
+            "(cache.method: sampled), which are unbiased for forward_kl at temperature 1 alone. Use these two, or a "
+            "cache of cache.method: top_p."
         )
     if temperature in codec.temperatures:
         return codec.temperatures.index(temperature)
@@ -304,14 +322,16 @@ def find_tail(codec: Codec, training: Training, *, path: Path) -> int:
 
 
 def save_final(
-    folder: Path, trainer: DistillationTrainer, job: Job, card: Callable[[], str]
+    folder: Path, trainer: DistillationTrainer, job: TrainingJob, card: Callable[[], str]
 ) -> None:
-    """Write the finished student, its tokenizer and card: a folder that AutoModelForCausalLM loads, whole or not at
-    all. Called by every rank."""
+    """Write the finished student, its tokenizer and card atomically, as a folder that AutoModelForCausalLM loads.
+
+    Called by every rank: under FSDP all of them gather the weights.
+    """
     model = trainer.model
-    is_cut = isinstance(model, FSDPModule)  # then all ranks bring their pieces together
-    weights = trainer.accelerator.get_state_dict(model) if is_cut else model.state_dict()
-    # Gathered pieces of a tied weight share no memory any more, and it would be stored under its other name.
+    is_sharded = isinstance(model, FSDPModule)
+    weights = trainer.accelerator.get_state_dict(model) if is_sharded else model.state_dict()
+    # After gathering, a tied weight's two names no longer share memory, and both would be stored.
     weights = {name: w for name, w in weights.items() if name not in model.all_tied_weights_keys}
     if rank() > 0:
         return
@@ -325,7 +345,7 @@ def save_final(
     temporary.rename(folder)
 
 
-def _write_card(job: Job, summary: dict[str, Any], curve: list[dict[str, float]]) -> str:
+def _write_card(job: TrainingJob, summary: dict[str, Any], curve: list[dict[str, float]]) -> str:
     return write_card(
         job.name,
         distillation_type=job.training.distillation_type,
@@ -337,7 +357,7 @@ def _write_card(job: Job, summary: dict[str, Any], curve: list[dict[str, float]]
 
 
 def write_log(path: Path, log_history: list[dict[str, Any]]) -> None:
-    """Write the training curve as CSV, one row per logged step."""
+    """Write Trainer's log history as CSV (LOG_COLUMNS), one row per logged step."""
     rows = [entry for entry in log_history if "total_loss" in entry]
     text = io.StringIO()
     writer = csv.DictWriter(text, LOG_COLUMNS, extrasaction="ignore", lineterminator="\n")

@@ -1,18 +1,20 @@
 """The losses: pure functions of tensors, in nats, summed over positions (the caller divides by their number).
 
-Legend: P counted positions, V vocabulary.
+Legend: P positions that count, V vocabulary.
 
     total_loss = alpha * hard_loss + (1 - alpha) * soft_loss         alpha weighs the *hard* loss
     hard_loss  = - log q(y)                                          y: the token of the text
     soft_loss  = T^2 * KL(p_T || q_T)                                p: teacher, q: student, at temperature T
-                 (or another divergence in its place)
+                 (or another divergence instead of KL)
 
 The factor T^2 keeps the soft gradient's size independent of T (Hinton, Vinyals, Dean: Distilling the Knowledge in a
-Neural Network, 2015, section 2). From a cache, KL is taken over the kept tokens and one bucket for all others (room
-`fused_loss`): never renormalised over the kept ones, which would teach the student to be over-confident (a top-k bias).
+Neural Network, 2015, section 2). From a cache, KL is taken over the kept tokens and one bucket for all others (module
+`sparse_divergences`): never renormalised over the kept ones, which would teach the student to be over-confident (a
+top-k bias).
 """
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -23,10 +25,26 @@ from torch.nn import functional as F
 MIN_LOG_MASS = -30.0
 
 
-class LossTerms(NamedTuple):
-    """Sums over positions, in nats; `soft` carries its factor T^2 and is None where there is no teacher.
+@dataclass(frozen=True)
+class LossSettings:
+    """total = alpha hard + (1 - alpha) T^2 divergence; logits are softcap(scale * (features @ weight + bias)).
 
-    A tuple, because what wraps a model for several devices looks for tensors in what it returns.
+    divergence: forward_kl, reverse_kl or jensen_shannon; softcap(x) = c tanh(x / c); chunk_size: positions that go
+    through the head at once, None: `fused_loss.choose_chunk_size`.
+    """
+
+    alpha: float
+    temperature: float = 1.0
+    divergence: str = "forward_kl"
+    scale: float = 1.0
+    softcap: float | None = None
+    chunk_size: int | None = None
+
+
+class LossTerms(NamedTuple):
+    """Scalars in nats, summed over positions; `soft` includes its factor T^2 and is None without a teacher.
+
+    A tuple, because wrappers for several devices (DDP, FSDP) look for tensors in a model's output.
     """
 
     total: Tensor
@@ -34,9 +52,9 @@ class LossTerms(NamedTuple):
     soft: Tensor | None
 
 
-def compute_hard_loss(logits_PV: Tensor, targets_P: Tensor) -> Tensor:
-    """Return the summed cross-entropy of float32 logits with the text's own tokens."""
-    return F.cross_entropy(logits_PV.float(), targets_P, reduction="sum")
+def compute_hard_loss(logits_PV: Tensor, labels_P: Tensor) -> Tensor:
+    """Return the summed cross-entropy [], in float32, with the tokens of the text (labels_P, int64)."""
+    return F.cross_entropy(logits_PV.float(), labels_P, reduction="sum")
 
 
 def compute_dense_divergence(
@@ -46,13 +64,14 @@ def compute_dense_divergence(
     temperature: float,
     divergence: str = "forward_kl",
 ) -> Tensor:
-    """Return the summed divergence at T over the whole vocabulary, without the factor T^2.
+    """Return the summed divergence [] at T over the whole vocabulary, in float32, without the factor T^2.
 
     forward_kl: KL(teacher || student); reverse_kl: KL(student || teacher), where a teacher's probability counts as
-    exp(-30) at least; jensen_shannon: the mean of both against the mean of both distributions.
+    exp(-30) at least; jensen_shannon: half the KL of each from the mean of both. The teacher's vocabulary may be
+    narrower: its probability of further ids is 0.
     """
     missing = logits_PV.shape[1] - teacher_logits_PV.shape[1]
-    if missing > 0:  # a student's layer may be wider than the teacher's
+    if missing > 0:
         teacher_logits_PV = F.pad(teacher_logits_PV, (0, missing), value=-torch.inf)
     student_PV = (logits_PV.float() / temperature).log_softmax(dim=-1)
     teacher_PV = (teacher_logits_PV.float() / temperature).log_softmax(dim=-1)
@@ -70,7 +89,7 @@ def _sum_kl(logp_PV: Tensor, logq_PV: Tensor) -> Tensor:
 
 
 def combine(hard: Tensor, kl: Tensor | None, *, alpha: float, temperature: float) -> LossTerms:
-    """Return total = alpha * hard + (1 - alpha) * T^2 * kl, and its terms."""
+    """Return total = alpha * hard + (1 - alpha) * T^2 * kl, and its terms; without a `kl`, alpha must be 1."""
     if kl is None:
         assert alpha == 1.0, alpha
         return LossTerms(total=hard, hard=hard, soft=None)
@@ -79,5 +98,5 @@ def combine(hard: Tensor, kl: Tensor | None, *, alpha: float, temperature: float
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss in nats per token), infinite where it overflows."""
+    """Return exp(loss in nats per token), infinity where that overflows."""
     return math.exp(loss) if loss < 700 else math.inf

@@ -1,4 +1,4 @@
-"""The page that goes with a finished student: what it learned from, how, and what came of it."""
+"""The model card of a finished student: what it was trained on, how, and its last losses."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -49,8 +49,8 @@ def write_card(
 ) -> str:
     """Return the card as Markdown.
 
-    `facts`: what was learned from, by name; `summary`: steps, trained_positions, student_parameters; `curve`: Trainer's
-    log history, of which the last line with a loss is shown.
+    `facts`: what the student was trained on, by name; `summary`: with steps, trained_positions, student_parameters;
+    `config`: shown as YAML; `curve`: Trainer's log history, whose last entry with a loss is shown.
     """
     last = next((entry for entry in reversed(curve) if "total_loss" in entry), {})
     metrics = {

@@ -1,8 +1,10 @@
-"""The loss inside the student: its own forward pass returns losses where it is told what to learn.
+"""The loss inside the student: given targets, its forward pass returns losses instead of logits.
 
-Inside, and not in the training loop, because what wraps a model to train it on several devices sees nothing but its
-forward passes. A loss made outside of them trains with other weights on every device (DDP), or with weights that are
-not there (FSDP, which gathers the head's when the head is called), without a word.
+It is not computed in the training loop, because the wrappers for several devices act in forward passes alone. With a
+loss outside of them, DDP would train other weights on every device, and FSDP, which gathers the head's weight when the
+head is called, would use a weight that is not there; neither would say so.
+
+Legend: B batch, T positions of a sequence, P positions that count, D hidden size, V vocabulary, U distinct ids.
 """
 
 from dataclasses import dataclass, replace
@@ -15,22 +17,18 @@ from transformers import PreTrainedModel
 
 from retort.models.load import CausalLM
 from retort.training.batches import IGNORE_INDEX
-from retort.training.fused_loss import (
-    LossSettings,
-    TeacherRows,
-    compute_fused_loss,
-    compute_loss_of_logits,
-)
-from retort.training.losses import LossTerms
+from retort.training.fused_loss import compute_fused_loss, compute_loss_of_logits
+from retort.training.losses import LossSettings, LossTerms
+from retort.training.teacher_rows import TeacherRows
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """What a forward pass is to be measured by.
+class LossTargets:
+    """What the predictions of a forward pass are compared with.
 
-    labels [B, T]: labels[t] is the token of place t where its prediction counts, else IGNORE_INDEX; teacher: the rows
-    of those places in the batch's order, None for alpha 1; normalizer: what the sums are divided by. One object and no
-    tensors beside the input: FSDP's mixed precision rounds every tensor that it sees on the way in to bfloat16.
+    labels int64 [B, T]: labels[t] is the token at t where its prediction counts, else IGNORE_INDEX; teacher: the rows
+    of these predictions in the batch's order, None for alpha 1; normalizer: what the sums are divided by. One object
+    instead of tensors: FSDP's mixed precision rounds every tensor among the inputs to bfloat16.
     """
 
     labels: Tensor
@@ -39,110 +37,111 @@ class Lesson:
 
 
 def attach_loss(split: CausalLM, settings: LossSettings) -> None:
-    """Let a student's forward pass return LossTerms where it is given a `lesson`."""
+    """Patch a student's `forward`: with the keyword `targets` (LossTargets), it returns LossTerms."""
     model = split.model
-    tie = None
+    tied = None
     if split.is_split:
-        tie = _tie_gradients(model)
+        tied = _attach_to_embedding(model)
         scale, softcap = split.head.scale, split.head.softcap
-        _attach_to_head(split, replace(settings, scale=scale, softcap=softcap), tie)
+        _attach_to_head(split, replace(settings, scale=scale, softcap=softcap), tied)
     original = model.forward
 
-    def forward(*args: Any, lesson: Lesson | None = None, **inputs: Any) -> Any:
-        if lesson is None:
+    def forward(*args: Any, targets: LossTargets | None = None, **inputs: Any) -> Any:
+        if targets is None:
             return original(*args, **inputs)
-        if tie is not None and model.get_input_embeddings().weight.requires_grad:
-            tie.begin()
-        counts_BT = lesson.labels[:, 1:] != IGNORE_INDEX
-        labels_P = lesson.labels[:, 1:][counts_BT]
+        if tied is not None and model.get_input_embeddings().weight.requires_grad:
+            tied.begin()
+        # The prediction at position t is of the token at t + 1.
+        counts_BT = targets.labels[:, 1:] != IGNORE_INDEX
+        labels_P = targets.labels[:, 1:][counts_BT]
         if split.is_split:
-            hidden_BTD = split.features(inputs["input_ids"], inputs["attention_mask"])
+            features_BTD = split.features(inputs["input_ids"], inputs["attention_mask"])
             head = model.get_output_embeddings()
-            return head(hidden_BTD[:, :-1][counts_BT], lesson=lesson, labels_P=labels_P)
+            return head(features_BTD[:, :-1][counts_BT], targets=targets, labels_P=labels_P)
         logits_PV = original(**inputs, use_cache=False).logits[:, :-1][counts_BT]
         return compute_loss_of_logits(
-            logits_PV, labels_P, lesson.teacher, settings, normalizer=lesson.normalizer
+            logits_PV, labels_P, targets.teacher, settings, normalizer=targets.normalizer
         )
 
-    model.forward = forward  # type: ignore[method-assign]
+    model.forward = forward
 
 
-class _Tie:
-    """Where a tied weight's two gradients meet in one forward and backward pass.
+class _TiedWeightGrad:
+    """The gradient buffer of a weight that embedding and head share, for one forward and backward pass.
 
     Left to autograd, the embedding's gradient becomes a second [V, D], though it has no more rows than the batch has
-    tokens: at 131,072 ids a step took 0.26 of the memory of transformers' own, and takes 0.20. The head leaves its
-    gradient here instead; the embedding, whose turn comes last, adds its rows to it and hands it on.
+    tokens: at 131,072 ids a step took 0.26 of the memory of transformers' own, and takes 0.20. Instead, the head puts
+    its gradient into the buffer; the embedding, whose backward pass is the last, adds its rows and returns the sum.
     """
 
     def __init__(self) -> None:
-        self.slot: list[Tensor] | None = None
+        self.buffer: list[Tensor] | None = None
 
     def begin(self) -> None:
-        """Begin a pass that the head's loss will end; a compiler is left the ordinary way."""
+        """Begin a pass that ends with the head's loss; under torch.compile autograd's own way is kept."""
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self.slot = []
+            self.buffer = []
 
     def take(self) -> list[Tensor] | None:
-        """End the pass: return its place, None where there is none."""
-        slot, self.slot = self.slot, None
-        return slot
+        """Return the pass's buffer, None where no pass has begun, and forget it."""
+        buffer, self.buffer = self.buffer, None
+        return buffer
 
 
-class _TiedLookup(torch.autograd.Function):
-    """An embedding whose backward pass returns its own gradient and the head's."""
+class _TiedEmbedding(torch.autograd.Function):
+    """An embedding whose backward pass returns the sum of its own gradient and the head's."""
 
     @staticmethod
     def forward(
-        ctx: Any, weight_VD: Tensor, ids_BT: Tensor, padding_id: int | None, slot: list[Tensor]
+        ctx: Any, weight_VD: Tensor, ids_BT: Tensor, padding_id: int | None, buffer: list[Tensor]
     ) -> Tensor:
-        ctx.ids_BT, ctx.padding_id, ctx.slot = ids_BT, padding_id, slot
+        ctx.ids_BT, ctx.padding_id, ctx.buffer = ids_BT, padding_id, buffer
         return nn.functional.embedding(ids_BT, weight_VD)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor | None, ...]:
-        total_VD = ctx.slot.pop()
-        # A row for each id that was read, added up in a fixed order; the padding's is no gradient.
-        read_U, inverse_BT = ctx.ids_BT.unique(return_inverse=True)
+        total_VD = ctx.buffer.pop()
+        # One row for each distinct id, summed in a fixed order; the padding's row gets no gradient.
+        ids_U, inverse_BT = ctx.ids_BT.unique(return_inverse=True)
         padding = -1 if ctx.padding_id is None else ctx.padding_id
         rows_UD = torch.ops.aten.embedding_dense_backward(
-            grad_BTD, inverse_BT, len(read_U), padding_idx=-1, scale_grad_by_freq=False
+            grad_BTD, inverse_BT, len(ids_U), padding_idx=-1, scale_grad_by_freq=False
         )
-        rows_UD = rows_UD.masked_fill_((read_U == padding)[:, None], 0.0)
-        return total_VD.index_add_(0, read_U, rows_UD.to(total_VD.dtype)), None, None, None
+        rows_UD = rows_UD.masked_fill_((ids_U == padding)[:, None], 0.0)
+        return total_VD.index_add_(0, ids_U, rows_UD.to(total_VD.dtype)), None, None, None
 
 
-def _tie_gradients(model: PreTrainedModel) -> _Tie | None:
-    """Let the plain embedding of a tied model take part in a `_Tie`; None for any other."""
+def _attach_to_embedding(model: PreTrainedModel) -> _TiedWeightGrad | None:
+    """Patch the embedding of a model whose weight is tied; return None, and change nothing, for any other model."""
     embedding = model.get_input_embeddings()
     if type(embedding) is not nn.Embedding or embedding.max_norm is not None:
         return None
     if embedding.weight is not model.get_output_embeddings().weight:
         return None
-    original, tie = embedding.forward, _Tie()
+    original, tied = embedding.forward, _TiedWeightGrad()
 
     def forward(input: Tensor) -> Tensor:
-        if tie.slot is None:
+        if tied.buffer is None:
             return original(input)
-        found: Tensor = _TiedLookup.apply(  # type: ignore[no-untyped-call]
-            embedding.weight, input, embedding.padding_idx, tie.slot
+        embedded_BTD: Tensor = _TiedEmbedding.apply(  # type: ignore[no-untyped-call]  # of torch
+            embedding.weight, input, embedding.padding_idx, tied.buffer
         )
-        return found
+        return embedded_BTD
 
-    embedding.forward = forward  # type: ignore[method-assign]
-    return tie
+    embedding.forward = forward  # type: ignore[method-assign]  # a patch by intent
+    return tied
 
 
-def _attach_to_head(split: CausalLM, settings: LossSettings, tie: _Tie | None) -> None:
-    """Let the output layer itself compute the fused loss, from the hidden states [P, D] of what counts."""
+def _attach_to_head(split: CausalLM, settings: LossSettings, tied: _TiedWeightGrad | None) -> None:
+    """Patch the output layer: with `targets`, it computes the fused loss from features [P, D]."""
     head = split.model.get_output_embeddings()
     original = head.forward
 
     def forward(
-        features: Tensor, lesson: Lesson | None = None, labels_P: Tensor | None = None
+        features: Tensor, targets: LossTargets | None = None, labels_P: Tensor | None = None
     ) -> Tensor | LossTerms:
-        if lesson is None:
+        if targets is None:
             logits: Tensor = original(features)
             return logits
         assert labels_P is not None
@@ -150,11 +149,11 @@ def _attach_to_head(split: CausalLM, settings: LossSettings, tie: _Tie | None) -
             features,
             head.weight,
             labels_P,
-            lesson.teacher,
+            targets.teacher,
             settings,
             bias_V=getattr(head, "bias", None),
-            normalizer=lesson.normalizer,
-            weight_slot=tie.take() if tie is not None else None,
+            normalizer=targets.normalizer,
+            weight_grad_buffer=tied.take() if tied is not None else None,
         )
         return terms
 

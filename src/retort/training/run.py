@@ -1,4 +1,4 @@
-"""One run: from tokens, cache or teacher to training.json, which says that the student is finished."""
+"""One run: checks that tokens, tokenizer, teacher and student belong together, trains, and writes training.json."""
 
 import logging
 from dataclasses import asdict, replace
@@ -20,7 +20,7 @@ from retort.tokens.index import TokenIndex
 from retort.tokens.sequences import SequenceTable
 from retort.tokens.tokenizer import fingerprint_of_tokenizer, load_tokenizer
 from retort.tokens.vocabularies import require_student_ids, require_teacher_ids
-from retort.training.loop import Job, train_student
+from retort.training.loop import TrainingJob, train_student
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +41,13 @@ def train_run(
     teacher_section: Teacher,
     expected_student: str | None = None,
 ) -> None:
-    """Train one student in the folder of `out` (training.json), from the tokens, a cache or a live teacher.
+    """Train one student on the tokens, a cache or a live teacher, and write `out` (training.json) and its folder.
 
-    `expected_student`: the digest of the student's content by which `out` is named. Raises ValueError when the signal
-    that the distillation type needs is missing, or was made of other tokens or by another teacher than
-    `fingerprint_path` records, the student is another, or teacher or student mean other tokens by the same ids.
+    `expected_student`: the digest of the student's content when `out` was named.
+
+    Raises ValueError when a teacher is needed and none is given, when the cache is of other tokens or of another
+    teacher than `fingerprint_path` records, when the student's files changed, when teacher, student and text use
+    different ids or sequences are too long for them, and where `train_student` does.
     """
     training = _fill_alpha(training, has_teacher=bool(cache_path or teacher_path))
     needs_teacher = training.alpha != 1.0
@@ -55,16 +57,15 @@ def train_run(
         revision=tokenizer_revision,
         trust_remote_code=teacher_section.trust_remote_code,
     )
-    _refuse_other_tokenizer(index, tokenizer_path, tokenizer)
+    _require_same_tokenizer(index, tokenizer_path, tokenizer)
     source = _open_source(index, cache_path if needs_teacher else None)
     record = read_json(fingerprint_path) if fingerprint_path else None
     if record is not None and isinstance(source, LogitCache):
-        _refuse_other_teacher(source, record, fingerprint_path)
-    _refuse_other_student(student, expected_student)
+        _require_teacher_of_cache(source, record, fingerprint_path)
+    _require_same_student(student, expected_student)
     if student.model_path:
         require_student_ids(tokenizer, source=tokenizer_path, student=student.model_path)
-    # The width of the teacher's output layer, also for a run that learns from text alone: students of one config are of
-    # one size.
+    # The width of the teacher's output layer, with text alone too: so all students of one config have the same size.
     vocabulary = max(record["vocabulary"] if record else 0, len(tokenizer))
     config = student_config(student, vocabulary=vocabulary, tokenizer=tokenizer)
     refuse_short_context(config, index.longest, name_student(student))
@@ -78,8 +79,8 @@ def train_run(
             source=tokenizer_path,
             longest=index.longest,
         )
-    facts = _describe_signal(index, source, record if needs_teacher else None)
-    job = Job(
+    facts = _describe_sources(index, source, record if needs_teacher else None)
+    job = TrainingJob(
         name=name,
         identity=digest([REVISIONS["run"], facts, student_content(student), _identity(training)]),
         source=source,
@@ -92,33 +93,36 @@ def train_run(
         facts={"run": out.parent.name, **facts},
     )
     summary = train_student(out.parent, job)
-    _refuse_other_student(student, expected_student)
+    _require_same_student(student, expected_student)
     if rank() == 0:
         _write_records(out, job, summary, record)
         logger.info(f"train {name}  {summary['steps']} steps in {summary['seconds']:.0f} s")
 
 
 def _fill_alpha(training: Training, *, has_teacher: bool) -> Training:
-    """Return the section with alpha; raises ValueError when it needs a teacher and there is none."""
+    """Return the section with alpha filled in; raises ValueError when it needs a teacher and none is given."""
     kind = training.distillation_type
     alpha = training.alpha if training.alpha is not None else DEFAULT_ALPHA[kind]
     if alpha < 1.0 and not has_teacher:
         raise ValueError(
-            f"distillation type {kind!r} (alpha {alpha}) learns from a teacher: give "
-            "--cache teacher_logits.h5 or --teacher, or use --distillation-type output."
+            f"distillation type {kind!r} (alpha {alpha}) learns from a teacher: give --cache teacher_logits.h5 or "
+            "--teacher, or use --distillation-type output."
         )
     return replace(training, alpha=alpha)
 
 
 def _identity(training: Training) -> dict[str, Any]:
-    """Return the keys that the result depends on."""
+    """Return the keys of the section that the result depends on."""
     return identity(training) | {"alpha": training.alpha}
 
 
-def _describe_signal(
+def _describe_sources(
     index: TokenIndex, source: SequenceTable | LogitCache, record: dict[str, Any] | None
 ) -> dict[str, str]:
-    """Return what a student learns from, by name; `record`: the teacher's fingerprint.json."""
+    """Return what a student is trained on, by name; `record`: the teacher's fingerprint.json, None without a teacher.
+
+    The run's identity is a digest of this too, so its keys must stay.
+    """
     facts = {"tokens": str(index.content["content"])}
     if record is not None:
         facts |= {"teacher": record["name"], "teacher's weights": record["weights"]}
@@ -130,9 +134,9 @@ def _describe_signal(
 
 
 def _write_records(
-    out: Path, job: Job, summary: dict[str, Any], record: dict[str, Any] | None
+    out: Path, job: TrainingJob, summary: dict[str, Any], record: dict[str, Any] | None
 ) -> None:
-    """Write run.json, then training.json, which says that the run is finished."""
+    """Write run.json, then training.json, whose existence means that the run is finished."""
     training = job.training
     about = {
         "run": job.name,
@@ -153,31 +157,31 @@ def _write_records(
     write_json(out, about)
 
 
-def _refuse_other_student(student: Student, expected: str | None) -> None:
-    """Raise ValueError when the student's config or weights are not those that its run is named by."""
+def _require_same_student(student: Student, expected: str | None) -> None:
+    """Raise ValueError when the student's config or weights are not those that the run's id was made from."""
     if expected not in (None, digest(student_content(student))):
         raise ValueError(
-            f"{student.config or student.model_path} changed since the command began, and the run is named by what it "
-            "was. Run the same command again: it trains what is there now, as another run."
+            f"{student.config or student.model_path} changed since the command began, and the run's id was made from "
+            "its old content. Rerun the same command: it trains the new student, as another run."
         )
 
 
-def _refuse_other_tokenizer(index: TokenIndex, path: str, tokenizer: Any) -> None:
-    """Raise ValueError when the tokens were made by another tokenizer than the one that would go into final/."""
+def _require_same_tokenizer(index: TokenIndex, path: str, tokenizer: Any) -> None:
+    """Raise ValueError when the tokenizer, which is saved in final/, is not the one that made the tokens."""
     made_by = index.content["tokenizer"]["fingerprint"]
     found = fingerprint_of_tokenizer(path, tokenizer)["fingerprint"]
     if found != made_by:
         raise ValueError(
             f"the tokenizer in {path!r} is not the one that made the tokens: its fingerprint is {found}, but "
-            f"{index.path} records {made_by}. The student would be shipped with a tokenizer that it was not trained "
-            f"with. Put the old tokenizer back, or delete {index.path.parent} to tokenize the corpus again."
+            f"{index.path} records {made_by}. The student would be saved with a tokenizer that it was not trained "
+            f"with. Restore the old tokenizer, or delete {index.path.parent} to tokenize the corpus again."
         )
 
 
-def _refuse_other_teacher(
+def _require_teacher_of_cache(
     cache: LogitCache, record: dict[str, Any], fingerprint_path: Path | None
 ) -> None:
-    """Raise ValueError when a cache was made by another teacher than the one that would be recorded."""
+    """Raise ValueError when `record`, which goes into training.json, is not of the teacher that made the cache."""
     if cache.header.teacher != record["weights"]:
         raise ValueError(
             f"{cache.path} holds the distributions of teacher {cache.header.teacher}, but {fingerprint_path} records "
@@ -194,13 +198,14 @@ def _load_live_teacher(
     source: str,
     longest: int,
 ) -> CausalLM:
-    """Load the teacher that a student learns from directly; `source`: where the text's `tokenizer` was loaded from.
+    """Load a live teacher; `source`: where the text's `tokenizer` was loaded from.
 
-    Raises ValueError where it has no record or is another one, or means other tokens by the ids of the text.
+    Raises ValueError when it has no record or is not the recorded one, or its tokenizer gives other ids than the
+    text's.
     """
     if record_path is None:
         raise ValueError(
-            f"--teacher {path} needs --fingerprint, the record of which teacher that is. Type: python "
+            f"--teacher {path} needs --fingerprint, the record of that teacher. Make it with python "
             f"workflow/scripts/resolve_teacher.py --teacher-model-path {path} --output fingerprint.json, and give "
             "--fingerprint fingerprint.json."
         )
@@ -216,13 +221,13 @@ def _load_live_teacher(
 
 
 def _open_source(index: TokenIndex, cache_path: Path | None) -> SequenceTable | LogitCache:
-    """Return what is trained on; a cache must be of the very tokens of the index."""
+    """Return the training split, or the cache; raises ValueError when it is missing or not of the index's tokens."""
     if cache_path is None:
         return index.read_split("train")
     if not cache_path.exists():
         raise ValueError(
-            f"{cache_path} is gone, but its manifest.json remains, so it passes for made. Delete the manifest too and "
-            "run the same command again: the teacher makes the cache anew."
+            f"{cache_path} is gone. In a workflow its manifest.json, which remains, counts as the finished cache: "
+            "delete the manifest too and rerun the same command to make the cache again."
         )
     cache = LogitCache(cache_path)
     if cache.header.tokens != index.content["content"]:

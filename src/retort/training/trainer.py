@@ -1,7 +1,9 @@
-"""transformers' Trainer with our losses: what is computed at each step, what is logged, what is shown.
+"""transformers' Trainer with our losses: what is computed at each step, logged and shown.
 
-The loss of a global batch is normalised by the number of its positions, so how it was cut into forward passes, and
-over GPUs, does not matter.
+The loss of a global batch is divided by the number of its positions, so it does not matter how the batch was cut into
+forward passes and over GPUs.
+
+Legend: B batch, T positions of a sequence, P positions that count, D the teacher's hidden size, V vocabulary.
 """
 
 import logging
@@ -25,32 +27,34 @@ from transformers import (
     TrainingArguments,
 )
 
-from retort.cli import open_terminal
 from retort.cluster.ranks import rank, world_size
 from retort.models.load import CausalLM
 from retort.training.batches import IGNORE_INDEX, ShuffledStream
-from retort.training.checkpoints import Stamp, mark_checkpoint
-from retort.training.fused_loss import LossSettings
+from retort.training.checkpoints import CheckpointId, write_marker
+from retort.training.loss_window import LossWindow
 from retort.training.losses import (
+    LossSettings,
     LossTerms,
     combine,
     compute_dense_divergence,
     compute_hard_loss,
-    perplexity,
 )
-from retort.training.model_loss import Lesson
+from retort.training.model_loss import LossTargets
 
 logger = logging.getLogger(__name__)
 
-_PROGRESS_S = 10.0
 _ADVICE = (
-    "The same command would meet it again: try a lower training.learning_rate, more training.warmup_steps, or "
-    "training.use_mixed_precision: false (by hand, with another --output)."
+    "Rerunning will fail the same way: try a lower training.learning_rate, more training.warmup_steps, or "
+    "training.use_mixed_precision: false (where you run train.py yourself, with another --output)."
 )
 
 
 class DistillationTrainer(Trainer):  # type: ignore[misc]
-    """transformers' Trainer with the losses of a student that `attach_loss` prepared."""
+    """transformers' Trainer for a student that `attach_loss` has patched.
+
+    teacher: a live one, None where the batches bring its distributions or alpha is 1; num_tokens: ids of the
+    tokenizer, beyond which a live teacher's probabilities are 0.
+    """
 
     # compute_loss divides by the number of positions of the whole global batch.
     loss_is_scaled_for_ga = True
@@ -68,11 +72,9 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self.model_accepts_loss_kwargs = True
         self.settings = settings
         self.teacher = teacher
-        self.num_tokens = (
-            num_tokens  # of the tokenizer: a live teacher's ids beyond have probability 0
-        )
+        self.num_tokens = num_tokens
         self.window = LossWindow(self.args.device)
-        self.waited_s = 0.0  # for the next batch
+        self.waited_s = 0.0  # for batches
 
     @property
     def global_batch(self) -> int:
@@ -84,14 +86,14 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        """One stream for the whole training: to Trainer it is one long epoch."""
+        """Return one stream for the whole training, which is a single epoch to Trainer."""
         count = self.args.max_steps * self.global_batch
         return ShuffledStream(
             len(train_dataset or self.train_dataset), seed=self.args.seed, count=count
         )
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """Collect the batches of a step, and count the seconds that it took."""
+        """Return the batches of a step, and add the seconds that they took to `waited_s`."""
         started = time.perf_counter()
         found = super().get_batch_samples(*args, **kwargs)
         self.waited_s += time.perf_counter() - started
@@ -104,25 +106,30 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Return this forward pass's share of the mean loss over the global batch's positions, times the ranks: what
-        shares gradients among ranks takes their mean."""
+        """Return the loss [] of one batch of the Collator, summed over its positions that count and divided by
+        `num_items_in_batch`, their number in the global batch.
+
+        Times the number of ranks, because DDP and FSDP take the mean of the ranks' gradients.
+        """
         assert num_items_in_batch is not None and not return_outputs
         ids_BT, mask_BT, labels_BT = (inputs[k] for k in ("input_ids", "attention_mask", "labels"))
         if self.teacher is not None:
             terms = self._compute_live(model, inputs, num_items_in_batch)
         else:
-            lesson = Lesson(labels_BT, inputs.get("teacher"), num_items_in_batch)
-            terms = model(input_ids=ids_BT, attention_mask=mask_BT, lesson=lesson)
-        positions = (labels_BT[:, 1:] != IGNORE_INDEX).sum()
+            targets = LossTargets(labels_BT, inputs.get("teacher"), num_items_in_batch)
+            terms = model(input_ids=ids_BT, attention_mask=mask_BT, targets=targets)
         self.window.add(
-            terms, positions=positions, normalizer=num_items_in_batch, places=inputs["places"]
+            terms,
+            positions=(labels_BT[:, 1:] != IGNORE_INDEX).sum(),
+            normalizer=num_items_in_batch,
+            sequences=inputs["sequences"],
         )
         return terms.total * world_size()
 
     def _compute_live(
         self, model: nn.Module, inputs: dict[str, Tensor], normalizer: Tensor | int
     ) -> LossTerms:
-        """Return the losses beside the live teacher, over the whole vocabulary."""
+        """Return the losses against the live teacher, over the whole vocabulary."""
         assert self.teacher is not None
         labels_BT = inputs["labels"]
         counts_BT = labels_BT[:, 1:] != IGNORE_INDEX
@@ -133,7 +140,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         with torch.no_grad():
             features_BTD = self.teacher.features(ids_BT, mask_BT)
             teacher_logits_PV = self.teacher.head.logits(features_BTD[:, :-1][counts_BT])
-            teacher_logits_PV = teacher_logits_PV[:, : self.num_tokens]  # a wider student is legal
+            teacher_logits_PV = teacher_logits_PV[:, : self.num_tokens]
         temperature = self.settings.temperature
         kl = compute_dense_divergence(
             logits_PV,
@@ -149,101 +156,40 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log the means of our terms under the names users know, in place of Trainer's `loss`."""
+        """Log the means of our terms, under the names users know, instead of Trainer's `loss`."""
         if "loss" in logs:
             logs.pop("loss")
             logs |= self.window.take()
-        # Trainer's is of its one long epoch.
+        # Trainer's own epoch is the fraction of the whole training.
         self.state.epoch = self.state.global_step * self.global_batch / len(self.train_dataset)
         super().log(logs, *args, **kwargs)
 
 
-class LossWindow:
-    """Sums of the loss terms since the last log line, on the device: reading them at every step would make it wait."""
-
-    NAMES = ("total_loss", "hard_loss", "soft_loss", "positions")
-
-    def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
-        self._has_soft = False
-        self._taken = 0.0  # positions of earlier windows
-        self._since = time.monotonic()
-        self._step: list[tuple[Tensor, Tensor]] = []  # total and places of each forward pass
-
-    def add(
-        self, terms: LossTerms, *, positions: Tensor, normalizer: Tensor | int, places: Tensor
-    ) -> None:
-        """Add one forward pass of some sequences, whose terms are sums over `normalizer`."""
-        zero = torch.zeros_like(terms.total)
-        self._has_soft = terms.soft is not None
-        losses = torch.stack([terms.total, terms.hard, zero if terms.soft is None else terms.soft])
-        self._sums[:3] += losses.detach().double() * normalizer
-        self._sums[3] += positions
-        self._step.append((terms.total.detach(), places))
-
-    def end_step(self) -> list[tuple[float, list[int]]]:
-        """Return what was not finite among the step's forward passes: its total, the places of its sequences."""
-        step, self._step = self._step, []
-        if bool(torch.isfinite(torch.stack([total for total, _ in step])).all()):
-            return []
-        return [(t.item(), p.tolist()) for t, p in step if not bool(torch.isfinite(t))]
-
-    def gather(self) -> dict[str, float]:
-        """Bring the sums of all ranks to the first one, and return them."""
-        if world_size() > 1:
-            torch.distributed.all_reduce(self._sums)
-            if rank() > 0:
-                self._sums.zero_()
-        return dict(zip(self.NAMES, self._sums.tolist(), strict=True))
-
-    def restore(self, sums: dict[str, float] | None) -> None:
-        """Go on with the sums that a checkpoint holds."""
-        if sums is not None and rank() == 0:
-            values = [sums[name] for name in self.NAMES]
-            self._sums.copy_(torch.tensor(values, dtype=torch.float64))
-
-    @property
-    def total_positions(self) -> float:
-        """Positions since the training (this attempt's, with a restored window) began, as of the last `gather`."""
-        return self._taken + float(self._sums[3])
-
-    def take(self) -> dict[str, float]:
-        """Return the means over the window's positions, and start a new window."""
-        found = self.gather()
-        count = max(1.0, found.pop("positions"))
-        means = {name: value / count for name, value in found.items()}
-        if not self._has_soft:
-            del means["soft_loss"]
-        now = time.monotonic()
-        rates = {
-            "perplexity": perplexity(means["hard_loss"]),
-            "tokens_per_second": count / max(1e-9, now - self._since),
-        }
-        self._taken += float(self._sums[3])
-        self._since = now
-        self._sums.zero_()
-        return means | rates
-
-
 class ProgressCallback(TrainerCallback):  # type: ignore[misc]
-    """Progress for people, the mark that makes a checkpoint whole, and a watch over what must never be learned from."""
+    """Shows progress, marks checkpoints as complete, and stops the training at numbers that are not finite.
+
+    before: the `read_progress` of the checkpoint that is resumed from; write_curve: called at every line of progress;
+    interval_s: seconds between two such lines.
+    """
 
     def __init__(
         self,
         trainer: DistillationTrainer,
         *,
         name: str,
-        stamp: Stamp,
+        checkpoint_id: CheckpointId,
         before: dict[str, Any],
         write_curve: Callable[[], None],
+        interval_s: float = 10.0,
     ) -> None:
         self.trainer = trainer
         self.name = name
-        self.stamp = stamp
+        self.checkpoint_id = checkpoint_id
         self.before = before
         self.write_curve = write_curve
+        self.interval_s = interval_s
         self.started = time.monotonic()
-        self._said = 0.0
+        self._last_line = 0.0
         self._first_step = 0
         self._bar: tqdm[Any] | None = None
         self._terminal: TextIO | None = None
@@ -259,40 +205,37 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Remember where this attempt begins, and see that what shares the training does."""
+        """Note this attempt's first step, and check that the ranks share their gradients."""
         self._first_step = state.global_step
-        _require_wrapper(self.trainer, self.stamp.strategy)
-        # Under a rule there are lines: several students may be trained at once.
-        self._terminal = open_terminal() if rank() == 0 and sys.stderr.isatty() else None
-        if self._terminal is not None:
+        _require_wrapper(self.trainer, self.checkpoint_id.strategy)
+        if rank() == 0 and sys.stderr.isatty():
             steps = {"total": state.max_steps, "initial": state.global_step}
             self._bar = tqdm(desc=f"train {self.name}", unit="step", file=self._terminal, **steps)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Raise ValueError before a loss or a gradient that is no number reaches the weights."""
-        scaled = (
-            getattr(self.trainer.accelerator, "scaler", None) is not None
-        )  # fp16 skips such steps itself
+        """Raise ValueError, before the weights are changed, when a loss or the gradient is not finite on any rank."""
         bad = self.trainer.window.end_step()
-        norm = 0.0 if scaled or bad else _gradient_norm(self.trainer.model)
+        # With fp16, GradScaler skips steps with infinite gradients itself.
+        is_scaled = getattr(self.trainer.accelerator, "scaler", None) is not None
+        norm = 0.0 if is_scaled or bad else _gradient_norm(self.trainer.model)
         is_bad = bool(bad) or not norm < float("inf")
         if not _any_rank(is_bad, self.trainer.args.device):
             return
         losses = "; ".join(
-            f"{loss} from sequences {places} of the token index" for loss, places in bad
+            f"{loss} from sequences {sequences} of the token index" for loss, sequences in bad
         )
         found = f"the loss is {losses}" if bad else f"the gradient's norm is {norm}"
         raise ValueError(
-            f"{found if is_bad else 'another rank met a loss that is no number'} at step {state.global_step + 1}. "
-            f"Nothing was learned from it. {_ADVICE}"
+            f"{found if is_bad else 'another rank has a loss or gradient that is not finite'} at step "
+            f"{state.global_step + 1}. The weights were not changed by it. {_ADVICE}"
         )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Move the bar, and see that the curve ends with the last step."""
+        """Advance the bar, and have the last step logged."""
         control.should_log |= state.global_step >= state.max_steps
         if self._bar is not None:
             self._bar.update(1)
@@ -305,9 +248,9 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         logs: Any = None,
         **_: Any,
     ) -> None:
-        """Say one line at most every few seconds, and write the curve so far."""
+        """Show a line of progress and write the curve so far, at most once every `interval_s` and at the end."""
         now = time.monotonic()
-        is_due = now - self._said >= _PROGRESS_S or state.global_step >= state.max_steps
+        is_due = now - self._last_line >= self.interval_s or state.global_step >= state.max_steps
         if rank() > 0 or not logs or "total_loss" not in logs:
             return
         if self._bar is not None:
@@ -315,7 +258,7 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
             self._bar.set_postfix({name: f"{logs[name]:.4g}" for name in shown})
         if not is_due:
             return
-        self._said = now
+        self._last_line = now
         self.write_curve()
         steps = max(1, state.global_step - self._first_step)
         left = (now - self.started) / steps * (state.max_steps - state.global_step)
@@ -328,21 +271,26 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Mark the checkpoint that was just written as whole."""
+        """Mark the checkpoint that was just written as complete.
+
+        Raises ValueError when weights are not finite, RuntimeError when the ranks' weights differ under DDP.
+        """
         if _any_rank(not _are_finite(self.trainer.model), self.trainer.args.device):
             raise ValueError(
-                f"weights are no longer finite numbers after step {state.global_step}: the student is lost. {_ADVICE}"
+                f"weights are no longer finite numbers after step {state.global_step}; the student is useless. "
+                f"{_ADVICE}"
             )
-        if self.stamp.strategy == "ddp":
+        if self.checkpoint_id.strategy == "ddp":
             _require_equal_weights(self.trainer.model)
-        window = self.trainer.window.gather()  # all ranks have written theirs
+        window = (
+            self.trainer.window.gather()
+        )  # which also waits until all ranks have written their files
         if rank() == 0:
             folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
             totals = self.totals
-            totals["positions"] -= window["positions"]  # they come back with the window
-            mark_checkpoint(
-                folder, self.stamp, {"step": state.global_step, **totals, "window": window}
-            )
+            totals["positions"] -= window["positions"]  # a restored window counts them again
+            progress = {"step": state.global_step, **totals, "window": window}
+            write_marker(folder, self.checkpoint_id, progress)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -354,7 +302,7 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
 
 
 def _require_wrapper(trainer: DistillationTrainer, strategy: str) -> None:
-    """Assert that several ranks share the training: some settings make each train alone, without a word."""
+    """Assert that the ranks share their gradients: with some settings, accelerate silently trains each alone."""
     found = trainer.accelerator.num_processes
     assert found == world_size() == trainer.args.world_size, (found, world_size())
     wanted = {"ddp": DistributedDataParallel, "fsdp": FSDPModule}[strategy]
@@ -364,7 +312,7 @@ def _require_wrapper(trainer: DistillationTrainer, strategy: str) -> None:
 
 @torch.no_grad()
 def _require_equal_weights(model: nn.Module) -> None:
-    """Raise RuntimeError when the ranks hold different weights: their gradients were not shared."""
+    """Raise RuntimeError when the ranks' weights differ. Called by every rank."""
     if world_size() == 1:
         return
     sums = torch.stack([p.detach().double().sum() for p in model.parameters()])
@@ -378,7 +326,7 @@ def _require_equal_weights(model: nn.Module) -> None:
 
 
 def _are_finite(model: nn.Module) -> bool:
-    """Say whether all weights are finite, or this rank's pieces of them."""
+    """Return whether all weights, or this rank's shards of them, are finite."""
     weights = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
     return bool(torch.stack([w.detach().isfinite().all() for w in weights]).all())
 
@@ -389,10 +337,10 @@ def _gradient_norm(model: nn.Module) -> float:
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
-def _any_rank(is_so: bool, device: torch.device) -> bool:
-    """Say whether it is so on any rank: all of them must stop, or the others wait for the one that did."""
+def _any_rank(is_true: bool, device: torch.device) -> bool:
+    """Return whether `is_true` on any rank: if one stopped alone, the others would wait for it forever."""
     if world_size() == 1:
-        return is_so
-    flag = torch.tensor(float(is_so), device=device)
+        return is_true
+    flag = torch.tensor(float(is_true), device=device)
     torch.distributed.all_reduce(flag)
     return bool(flag > 0)

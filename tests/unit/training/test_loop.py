@@ -1,4 +1,4 @@
-"""Training: losses as computed by hand, every way to learn, what a run leaves behind and what it refuses."""
+"""Training: losses as computed by hand, every kind of training, what a run writes and what it refuses."""
 
 import csv
 import json
@@ -18,11 +18,11 @@ from retort.cache.reader import LogitCache
 from retort.io.digests import digest
 from retort.io.files import read_json, write_json
 from retort.tokens.tokenizer import load_tokenizer
-from retort.training.loop import LOG_COLUMNS, find_tail
+from retort.training.loop import LOG_COLUMNS, find_tail_column, write_log
 from retort.training.run import train_run
+from support.batches import take_order
 from support.bench import Bench, read_log, read_weights
 from support.tiny import NUM_TOKENS, WIDTH, make_cache, section, swap_tokens, tokenize
-from unit.training.test_batches import take_order
 
 
 def compute_by_hand(
@@ -96,7 +96,7 @@ def test_accumulating_two_batches_of_four_is_one_batch_of_eight(
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-6)
     lengths = bench.table.lengths[take_order(bench.table, 8)]
-    assert len(set(lengths.tolist())) > 2  # with equal halves a mean of means would pass as well
+    assert len(set(lengths.tolist())) > 2  # with equal halves a mean of means would be right too
     for mine, theirs in zip(read_log(tmp_path / "two"), read_log(tmp_path / "one"), strict=True):
         for name in ("total_loss", "hard_loss", "soft_loss"):
             assert float(mine[name]) == pytest.approx(float(theirs[name]), abs=1e-5)
@@ -154,7 +154,7 @@ def test_epochs_end_where_max_steps_are_not_given(bench: Bench, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("kind", ["output", "hybrid"])
-def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
     kind: str, bench: Bench, tmp_path: Path
 ) -> None:
     source = bench.table if kind == "output" else bench.cache
@@ -163,13 +163,13 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(
         match=r"the loss is (nan|-?inf) from sequences (.*) of .* at step 2\b.*learning_rate",
     ) as caught:
         bench.train(tmp_path, source, distillation_type=kind, learning_rate=1e30, save_steps=1)
-    places = take_order(bench.table, 8)[4:]
-    assert f"sequences {places} of" in str(caught.value)
+    sequences = take_order(bench.table, 8)[4:]
+    assert f"sequences {sequences} of" in str(caught.value)
     assert not (tmp_path / "final").exists()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
 
 
-def test_weights_that_are_no_numbers_are_never_kept(bench: Bench, tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_are_never_kept(bench: Bench, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no longer finite numbers after step 1\b.*learning_rate"):
         bench.train(tmp_path, bench.cache, learning_rate=1e39, max_steps=1)
     assert not (tmp_path / "final").exists() and not list(tmp_path.glob("*/complete.json"))
@@ -183,7 +183,7 @@ def test_the_curve_ends_with_the_last_step(bench: Bench, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "change", [{"hidden_act": "nope"}, {"num_key_value_heads": 7}, {"head_dim": "four"}]
 )
-def test_a_student_that_cannot_be_built_is_one_sentence(
+def test_a_student_that_cannot_be_built_is_refused(
     change: dict[str, Any], bench: Bench, tmp_path: Path
 ) -> None:
     path = tmp_path / "student.json"
@@ -197,9 +197,8 @@ def test_a_temperature_that_the_cache_lacks_is_refused(bench: Bench, tmp_path: P
         ValueError, match=r"temperature is 3\.0.*\(1\.0, 2\.0\) only.*cache\.temperatures"
     ):
         bench.train(tmp_path, bench.cache, temperature=3.0)
-    bench.train(
-        tmp_path, bench.full, temperature=3.0, max_steps=1
-    )  # the whole vocabulary has no tail
+    # The whole vocabulary has no tail.
+    bench.train(tmp_path, bench.full, temperature=3.0, max_steps=1)
 
 
 def test_final_folder_loads_and_generates(bench: Bench, tmp_path: Path) -> None:
@@ -216,7 +215,7 @@ def test_final_folder_loads_and_generates(bench: Bench, tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The rule's work
+# A run, as the rule `train` calls it
 
 
 def run_rule(bench: Bench, out: Path, **given: Any) -> dict[str, Any]:
@@ -252,7 +251,9 @@ def test_record_of_a_run_holds_what_evaluate_needs(bench: Bench, tmp_path: Path)
     assert read_json(tmp_path / "abc" / "run.json")["config"]["training"]["max_steps"] == 2
 
 
-def test_a_student_that_changed_since_it_was_named_is_refused(bench: Bench, tmp_path: Path) -> None:
+def test_a_student_that_changed_since_the_run_was_named_is_refused(
+    bench: Bench, tmp_path: Path
+) -> None:
     named = digest(student_content(section("student", config=str(bench.student_path))))
     run_rule(bench, tmp_path / "a" / "training.json", expected_student=named)
     with pytest.raises(ValueError, match="changed since the command began"):
@@ -260,7 +261,7 @@ def test_a_student_that_changed_since_it_was_named_is_refused(bench: Bench, tmp_
     assert not (tmp_path / "b" / "training.json").exists()
 
 
-def test_another_tokenizer_than_the_tokens_is_not_shipped(bench: Bench, tmp_path: Path) -> None:
+def test_another_tokenizer_than_that_of_the_tokens_is_refused(bench: Bench, tmp_path: Path) -> None:
     shutil.copytree(bench.teacher_path, tmp_path / "teacher")
     path = tmp_path / "teacher" / "tokenizer.json"
     path.write_text(path.read_text() + "\n")
@@ -268,7 +269,9 @@ def test_another_tokenizer_than_the_tokens_is_not_shipped(bench: Bench, tmp_path
         run_rule(bench, tmp_path / "a" / "training.json", tokenizer_path=str(tmp_path / "teacher"))
 
 
-def test_a_student_of_text_alone_is_as_wide_as_its_siblings(bench: Bench, tmp_path: Path) -> None:
+def test_a_student_of_text_alone_is_as_wide_as_those_with_a_teacher(
+    bench: Bench, tmp_path: Path
+) -> None:
     output = {"distillation_type": "output"}
     run_rule(bench, tmp_path / "a" / "training.json", cache_path=None, training=output)
     assert read_json(tmp_path / "a" / "final" / "config.json")["vocab_size"] == WIDTH
@@ -314,8 +317,8 @@ def test_a_live_teacher_of_another_tokenizer_of_the_same_size_is_refused(
         "tokenizer_path": str(other),
         "teacher_path": str(bench.teacher_path),
     }
-    words = rf"tokenizer '{other}' and that of the teacher '{bench.teacher_path}' give different ids: '[ab]', id"
-    with pytest.raises(ValueError, match=words):
+    message = rf"tokenizer '{other}' and that of the teacher '{bench.teacher_path}' give different ids: '[ab]', id"
+    with pytest.raises(ValueError, match=message):
         run_rule(bench, tmp_path / "run" / "training.json", **given, **LIVE)
     assert not (tmp_path / "run").exists()
 
@@ -340,7 +343,7 @@ def test_a_live_teacher_with_another_chat_template_is_learned_from(
 def test_a_record_of_another_teacher_than_the_caches_is_refused(
     bench: Bench, tmp_path: Path
 ) -> None:
-    other = read_json(bench.fingerprint) | {"weights": "0123456789ab", "name": "somebody"}
+    other = read_json(bench.fingerprint) | {"weights": "0123456789ab", "name": "another"}
     write_json(tmp_path / "fingerprint.json", other)
     weights = bench.cache.header.teacher
     with pytest.raises(
@@ -375,23 +378,21 @@ def test_a_cache_of_other_tokens_is_refused(
         run_rule(bench, tmp_path / "training.json", cache_path=foreign.path)
 
 
-def test_a_cache_that_is_gone_is_said_so(bench: Bench, tmp_path: Path) -> None:
+def test_a_cache_that_is_gone_is_reported(bench: Bench, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none\.h5 is gone.*manifest"):
         run_rule(bench, tmp_path / "training.json", cache_path=tmp_path / "none.h5")
 
 
 def test_log_survives_numbers_that_json_cannot_hold(tmp_path: Path) -> None:
-    from retort.training.loop import write_log
-
     write_log(tmp_path / "log.csv", [{"step": 1, "total_loss": 800.0, "perplexity": math.inf}])
     (row,) = csv.DictReader((tmp_path / "log.csv").read_text().splitlines())
     assert float(row["perplexity"]) == math.inf and json.loads(row["step"]) == 1
 
 
-def test_draws_are_trained_from_as_they_are_unbiased_or_not_at_all() -> None:
+def test_a_sampled_cache_needs_temperature_1_and_forward_kl() -> None:
     codec = Codec("sampled", None, (1.0, 2.0), 300, 0.05, 36, "0" * 32)
     plain = section("training", temperature=1.0)
-    assert find_tail(codec, plain, path=Path("cache.h5")) == 0
+    assert find_tail_column(codec, plain, path=Path("cache.h5")) == 0
     for changes in ({"temperature": 2.0}, {"temperature": 1.0, "divergence": "reverse_kl"}):
         with pytest.raises(ValueError, match="unbiased for forward_kl at temperature 1 alone"):
-            find_tail(codec, section("training", **changes), path=Path("cache.h5"))
+            find_tail_column(codec, section("training", **changes), path=Path("cache.h5"))

@@ -1,4 +1,4 @@
-"""The loss inside real students: the gradients of autograd over all their own logits, whatever their head is."""
+"""The loss inside real students of every kind of head: the gradients of autograd over all their own logits."""
 
 from dataclasses import replace
 from typing import Any
@@ -12,9 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from retort.models.heads import Head
 from retort.models.load import split_model
 from retort.training.batches import IGNORE_INDEX
-from retort.training.fused_loss import LossSettings, TeacherRows
-from retort.training.losses import LossTerms, compute_dense_divergence
-from retort.training.model_loss import Lesson, attach_loss
+from retort.training.losses import LossSettings, compute_dense_divergence
+from retort.training.model_loss import LossTargets, attach_loss
+from retort.training.teacher_rows import TeacherRows
 
 torch.set_num_threads(1)
 
@@ -54,7 +54,7 @@ STUDENTS: dict[str, dict[str, Any]] = {
 
 
 def build(name: str) -> PreTrainedModel:
-    """A small student in float64, its weights drawn once and for all; id 0 is padding."""
+    """A small student in float64 with fixed random weights; id 0 is padding."""
     keys = {k: v for k, v in STUDENTS[name].items() if k != "model_type"}
     config = AutoConfig.for_model(
         STUDENTS[name]["model_type"], vocab_size=VOCABULARY, pad_token_id=0, **keys
@@ -68,7 +68,7 @@ def build(name: str) -> PreTrainedModel:
 
 
 def make_batch() -> tuple[dict[str, Tensor], Tensor]:
-    """Three rows of other lengths, the padding's id within one too, and labels with gaps."""
+    """Three rows of different lengths, one with the padding's id within, and labels with gaps."""
     torch.manual_seed(1)
     ids = torch.randint(1, VOCABULARY, (3, 9))
     ids[0, 3], ids[1, 6:], ids[2, 8:] = 0, 0, 0
@@ -117,7 +117,7 @@ def learn_from_all_logits(model: PreTrainedModel, temperature: float) -> dict[st
     _, logprobs = make_teacher(len(logits))
     p, q = (x.div(temperature).log_softmax(-1) for x in (logprobs, logits))
     kl = (p.exp() * (p - q)).sum()
-    (0.25 * hard / 7 + 0.75 * temperature**2 * kl / 7).backward()
+    (0.25 * hard / 7 + 0.75 * temperature**2 * kl / 7).backward()  # type: ignore[no-untyped-call]  # of torch
     return gradients(model)
 
 
@@ -126,8 +126,7 @@ def learn(model: PreTrainedModel, *, passes: int = 1) -> dict[str, Tensor]:
     inputs, labels = make_batch()
     teacher, _ = make_teacher(int((labels[:, 1:] != IGNORE_INDEX).sum()))
     for _ in range(passes):
-        terms: LossTerms = model(**inputs, lesson=Lesson(labels, teacher, 7))
-        terms.total.backward()
+        model(**inputs, targets=LossTargets(labels, teacher, 7)).total.backward()
     return gradients(model)
 
 
@@ -160,10 +159,10 @@ def test_gradients_of_several_passes_add_up_and_other_calls_are_as_before(name: 
     assert_same(learn(model, passes=2), {n: 2 * g for n, g in once.items()})
     assert torch.equal(model(**inputs).logits, logits)
     with torch.no_grad():
-        terms = model(**inputs, lesson=Lesson(labels, None, 7))
+        terms = model(**inputs, targets=LossTargets(labels, None, 7))
     assert not terms.total.requires_grad
-    assert_same(learn(model), once)  # a pass without gradients leaves nothing behind
-    model(**inputs, lesson=Lesson(labels, None, 7))  # nor one that is never brought to its end
+    assert_same(learn(model), once)  # a pass without gradients leaves no state
+    model(**inputs, targets=LossTargets(labels, None, 7))  # nor does one without its backward pass
     assert_same(learn(model), once)
 
 
@@ -182,10 +181,10 @@ def test_a_compiled_student_learns_the_same(name: str) -> None:
     attach_loss(split_model(model), LossSettings(0.25, 2.0, chunk_size=4))
     expected = learn(model)
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled: Any = torch.compile(model, backend="aot_eager")
     inputs, labels = make_batch()
     teacher, _ = make_teacher(int((labels[:, 1:] != IGNORE_INDEX).sum()))
-    compiled(**inputs, lesson=Lesson(labels, teacher, 7)).total.backward()
+    compiled(**inputs, targets=LossTargets(labels, teacher, 7)).total.backward()
     assert_same(gradients(model), expected)
 
 
@@ -201,7 +200,7 @@ def test_a_batch_without_any_label_teaches_nothing() -> None:
     model = build("llama, tied")
     attach_loss(split_model(model), LossSettings(1.0))
     inputs, labels = make_batch()
-    terms = model(**inputs, lesson=Lesson(torch.full_like(labels, IGNORE_INDEX), None, 7))
+    terms = model(**inputs, targets=LossTargets(torch.full_like(labels, IGNORE_INDEX), None, 7))
     terms.total.backward()
     assert float(terms.total.detach()) == 0.0
     found = gradients(model)
@@ -225,13 +224,12 @@ def test_divergences_are_those_of_trl(
     counts = labels[:, 1:] != IGNORE_INDEX
     logits = model(**inputs, use_cache=False).logits[:, :-1][counts]
     teacher, logprobs = make_teacher(len(logits))
-    theirs = GKDTrainer.generalized_jsd_loss(
-        logits[None], logprobs[None], beta=beta, temperature=temperature, reduction="sum"
-    )
+    loss: Any = GKDTrainer.generalized_jsd_loss
+    theirs = loss(logits[None], logprobs[None], beta=beta, temperature=temperature, reduction="sum")
     theirs.backward()
     expected = gradients(model)
     attach_loss(split_model(model), LossSettings(0.0, temperature, divergence, chunk_size=4))
-    terms = model(**inputs, lesson=Lesson(labels, teacher))
+    terms = model(**inputs, targets=LossTargets(labels, teacher))
     terms.total.backward()
     assert float(terms.soft) == pytest.approx(temperature**2 * float(theirs.detach()), rel=1e-6)
     assert_same(gradients(model), {n: temperature**2 * g for n, g in expected.items()})

@@ -1,4 +1,4 @@
-"""Kills and checkpoints: a training that was stopped anywhere ends as an undisturbed one."""
+"""Kills and checkpoints: a training that was stopped anywhere ends with the weights of an uninterrupted one."""
 
 import logging
 import os
@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 from retort.io.digests import digest_folder
 from retort.io.files import read_json, write_json
-from retort.training.checkpoints import Stamp, find_checkpoint
+from retort.training.checkpoints import CheckpointId, find_checkpoint
 from support.bench import Bench, assert_same_curve, assert_same_weights, read_log
 from support.tiny import real_processes
 
@@ -28,7 +29,7 @@ GPT2_WITH_DROPOUT = {
     "n_layer": 1,
     "n_head": 2,
     "n_positions": 128,
-    "resid_pdrop": 0.2,  # its random numbers must go on where they stopped
+    "resid_pdrop": 0.2,  # the state of its random numbers must be restored
 }
 LONG: dict[str, Any] = {
     "max_steps": 36,
@@ -41,9 +42,9 @@ LONG: dict[str, Any] = {
 }
 
 
-def stamp_of(folder: Path) -> Stamp:
-    mark = read_json(next(folder.glob("checkpoint-*/complete.json")))
-    return Stamp(mark["run"], mark["strategy"])
+def id_of(folder: Path) -> CheckpointId:
+    marker = read_json(next(folder.glob("checkpoint-*/complete.json")))
+    return CheckpointId(marker["run"], marker["strategy"])
 
 
 def train_in_a_process(bench: Bench, folder: Path, student: Path, log: Path) -> None:
@@ -53,10 +54,14 @@ def train_in_a_process(bench: Bench, folder: Path, student: Path, log: Path) -> 
     bench.train(folder, bench.cache, student=student, **LONG)
 
 
+def has_more(folder: Path, before: set[Path]) -> bool:
+    return bool(set(folder.glob("checkpoint-*")) - before)
+
+
 def wait_for(condition: Callable[[], bool], *, seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, f"not within {seconds} s"
         time.sleep(0.002)
 
 
@@ -68,20 +73,20 @@ def dropout_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(
+def uninterrupted(
     bench: Bench, dropout_student: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    folder = tmp_path_factory.mktemp("undisturbed")
+    folder = tmp_path_factory.mktemp("uninterrupted")
     epochs = LONG["max_steps"] * LONG["batch_size"] / len(bench.table)
-    assert epochs > 2  # the order of a later epoch must be found again too
+    assert epochs > 2  # so that the order of a later epoch is restored too
     bench.train(folder, bench.cache, student=dropout_student, **LONG)
     return folder
 
 
-def test_a_run_killed_at_random_steps_ends_with_the_weights_of_an_undisturbed_one(
-    bench: Bench, dropout_student: Path, undisturbed: Path, tmp_path: Path
+def test_a_run_killed_at_random_steps_ends_with_the_weights_of_an_uninterrupted_one(
+    bench: Bench, dropout_student: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    chance = random.Random(0)
+    rng = random.Random(0)
     folder, log = tmp_path / "run", tmp_path / "log"
     context, kills = real_processes(), 0
     while not (folder / "final").exists():
@@ -91,99 +96,98 @@ def test_a_run_killed_at_random_steps_ends_with_the_weights_of_an_undisturbed_on
         process.start()
         if kills < 3:
             before = set(folder.glob("checkpoint-*"))
-            wait_for(lambda before=before: bool(set(folder.glob("checkpoint-*")) - before))
-            time.sleep(chance.random() * 0.03)
+            wait_for(partial(has_more, folder, before))
+            time.sleep(rng.random() * 0.03)
             os.kill(process.pid or 0, signal.SIGKILL)
             kills += 1
         process.join()
         assert kills < 3 or process.exitcode in (0, -signal.SIGKILL)
     assert kills == 3
-    assert "going on from checkpoint-" in log.read_text()
-    assert_same_weights(folder, undisturbed)
-    # A window of one step never spans a checkpoint, so the curve is the same too.
-    assert_same_curve(folder, undisturbed)
+    assert "resuming from checkpoint-" in log.read_text()
+    assert_same_weights(folder, uninterrupted)
+    # Every step is logged, so no window of the log spans a checkpoint, and the curve is the same too.
+    assert_same_curve(folder, uninterrupted)
 
 
-def test_a_torn_checkpoint_is_removed_and_the_one_before_is_used(
+def test_an_incomplete_checkpoint_is_removed_and_the_one_before_is_used(
     bench: Bench,
     dropout_student: Path,
-    undisturbed: Path,
+    uninterrupted: Path,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     folder = tmp_path / "run"
-    shutil.copytree(undisturbed, folder)
+    shutil.copytree(uninterrupted, folder)
     shutil.rmtree(folder / "final")
     newest, before = folder / "checkpoint-36", folder / "checkpoint-33"
     (newest / "complete.json").unlink()
     (newest / "model.safetensors").write_bytes(b"torn")
-    assert find_checkpoint(folder, stamp_of(undisturbed)) == before
+    assert find_checkpoint(folder, id_of(uninterrupted)) == before
     assert not newest.exists()
     bench.train(folder, bench.cache, student=dropout_student, **LONG)
-    assert "train run: going on from checkpoint-33" in caplog.messages
-    assert_same_weights(folder, undisturbed)
+    assert "train run: resuming from checkpoint-33" in caplog.messages
+    assert_same_weights(folder, uninterrupted)
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "complete.json"])
-def test_a_damaged_checkpoint_is_not_gone_on_from(
-    name: str, undisturbed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_damaged_checkpoint_is_not_resumed_from(
+    name: str, uninterrupted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for step in (33, 36):
-        shutil.copytree(undisturbed / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+        shutil.copytree(uninterrupted / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
     damaged = tmp_path / "checkpoint-36" / name
     content = damaged.read_bytes()
     for bad in (None, content[: len(content) // 2], content[:-3] + b"?" + content[-2:]):
         if bad is None:
             damaged.unlink()
         else:
-            shutil.copytree(undisturbed / "checkpoint-36", tmp_path / "checkpoint-36")
+            shutil.copytree(uninterrupted / "checkpoint-36", tmp_path / "checkpoint-36")
             damaged.write_bytes(bad)
         caplog.clear()
-        found = find_checkpoint(tmp_path, stamp_of(undisturbed))
+        found = find_checkpoint(tmp_path, id_of(uninterrupted))
         assert found == tmp_path / "checkpoint-33"
         (said,) = caplog.messages
-        assert "checkpoint-36" in said and "removed" in said
-        assert (name in said) == (not (name == "complete.json" and bad is None))
+        assert "checkpoint-36" in said and "removed" in said and name in said
 
 
-def test_going_on_at_an_epochs_end_or_within_one_gives_the_same_weights(
-    bench: Bench, dropout_student: Path, undisturbed: Path, tmp_path: Path
+def test_resuming_at_an_epochs_end_or_within_one_gives_the_same_weights(
+    bench: Bench, dropout_student: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
     steps_per_epoch = len(bench.table) // LONG["batch_size"]
     assert len(bench.table) == steps_per_epoch * LONG["batch_size"] and steps_per_epoch % 3 == 0
     for step in (3, steps_per_epoch, steps_per_epoch + 3):
         folder = tmp_path / str(step)
         checkpoint = f"checkpoint-{step}"
-        shutil.copytree(undisturbed / checkpoint, folder / checkpoint)
+        shutil.copytree(uninterrupted / checkpoint, folder / checkpoint)
         bench.train(folder, bench.cache, student=dropout_student, **LONG)
-        assert_same_weights(folder, undisturbed)
+        assert_same_weights(folder, uninterrupted)
 
 
 def test_a_run_killed_after_its_last_step_only_writes_what_is_missing(
-    bench: Bench, dropout_student: Path, undisturbed: Path, tmp_path: Path
+    bench: Bench, dropout_student: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    shutil.copytree(undisturbed, folder)
+    shutil.copytree(uninterrupted, folder)
     shutil.rmtree(folder / "final")
     (folder / "training_log.csv").unlink()
     summary = bench.train(folder, bench.cache, student=dropout_student, **LONG)
-    assert_same_weights(folder, undisturbed)
-    assert read_log(folder) == read_log(undisturbed)
+    assert_same_weights(folder, uninterrupted)
+    assert read_log(folder) == read_log(uninterrupted)
     assert summary["steps"] == 36
 
 
 def test_seconds_and_positions_add_up_over_attempts(
-    bench: Bench, dropout_student: Path, undisturbed: Path, tmp_path: Path
+    bench: Bench, dropout_student: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    shutil.copytree(undisturbed, folder)
+    shutil.copytree(uninterrupted, folder)
     shutil.rmtree(folder / "checkpoint-36")
-    mark = read_json(folder / "checkpoint-33" / "complete.json")
-    write_json(folder / "checkpoint-33" / "complete.json", mark | {"seconds": 1000.0})
+    marker = read_json(folder / "checkpoint-33" / "complete.json")
+    write_json(folder / "checkpoint-33" / "complete.json", marker | {"seconds": 1000.0})
     summary = bench.train(folder, bench.cache, student=dropout_student, **LONG)
     assert summary["seconds"] > 1000.0
-    whole = read_json(undisturbed / "checkpoint-36" / "complete.json")
-    assert summary["trained_positions"] == whole["positions"] > mark["positions"]
+    whole = read_json(uninterrupted / "checkpoint-36" / "complete.json")
+    assert summary["trained_positions"] == whole["positions"] > marker["positions"]
 
 
 @pytest.mark.parametrize("limit", [1, 3])
@@ -192,13 +196,12 @@ def test_old_checkpoints_are_removed_but_two_are_kept(
 ) -> None:
     bench.train(tmp_path, bench.cache, max_steps=5, save_steps=1, save_total_limit=limit)
     names = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
-    assert (
-        names == [f"checkpoint-{n}" for n in (3, 4, 5)][-max(2, limit) :]
-    )  # the newest may be torn
+    # Two at least: a kill may leave the newest incomplete.
+    assert names == [f"checkpoint-{n}" for n in (3, 4, 5)][-max(2, limit) :]
 
 
 def test_a_second_process_on_the_same_run_waits(
-    bench: Bench, dropout_student: Path, undisturbed: Path, tmp_path: Path
+    bench: Bench, dropout_student: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
     context, folder = real_processes(), tmp_path / "run"
     first, second = (
@@ -213,15 +216,15 @@ def test_a_second_process_on_the_same_run_waits(
     for process in (first, second):
         process.join()
         assert process.exitcode == 0
-    assert "going on" not in (tmp_path / "first").read_text()
-    waiting, going_on = (tmp_path / "second").read_text().splitlines()[:2]
-    assert "another process trains in" in waiting
-    # Had it not waited, it would have gone on from an earlier checkpoint.
-    assert going_on == "train run: going on from checkpoint-36"
-    assert_same_weights(folder, undisturbed)
+    assert "resuming" not in (tmp_path / "first").read_text()
+    waiting, resuming = (tmp_path / "second").read_text().splitlines()[:2]
+    assert "another process is training in" in waiting
+    # Without waiting, it would have resumed from an earlier checkpoint.
+    assert resuming == "train run: resuming from checkpoint-36"
+    assert_same_weights(folder, uninterrupted)
 
 
-def test_a_window_of_the_log_that_spans_a_checkpoint_is_whole(
+def test_a_window_of_the_log_that_spans_a_checkpoint_is_complete(
     bench: Bench, dropout_student: Path, tmp_path: Path
 ) -> None:
     keys = LONG | {"max_steps": 14, "logging_steps": 5, "save_steps": 3}
@@ -238,10 +241,10 @@ def test_a_window_of_the_log_that_spans_a_checkpoint_is_whole(
 @pytest.mark.parametrize(
     "change", [{"alpha": 0.25}, {"seed": 1}, {"learning_rate": 0.5}, {"divergence": "reverse_kl"}]
 )
-def test_the_checkpoint_of_another_run_is_never_gone_on_from(
+def test_the_checkpoint_of_another_run_is_never_resumed_from(
     change: dict[str, Any], bench: Bench, tmp_path: Path
 ) -> None:
-    keys = {"max_steps": 4, "save_steps": 2, "batch_size": 4}
+    keys: dict[str, Any] = {"max_steps": 4, "save_steps": 2, "batch_size": 4}
     bench.train(tmp_path, bench.cache, **keys)
     shutil.rmtree(tmp_path / "final")
     with pytest.raises(
@@ -255,7 +258,7 @@ def test_the_checkpoint_of_another_run_is_never_gone_on_from(
 
 
 def test_keys_of_the_machine_do_not_make_another_run(bench: Bench, tmp_path: Path) -> None:
-    keys = {"max_steps": 4, "save_steps": 2, "batch_size": 4}
+    keys: dict[str, Any] = {"max_steps": 4, "save_steps": 2, "batch_size": 4}
     bench.train(tmp_path / "one", bench.cache, **keys)
     shutil.copytree(tmp_path / "one" / "checkpoint-2", tmp_path / "two" / "checkpoint-2")
     bench.train(
@@ -264,18 +267,18 @@ def test_keys_of_the_machine_do_not_make_another_run(bench: Bench, tmp_path: Pat
     assert_same_weights(tmp_path / "two", tmp_path / "one")
 
 
-def test_weights_optimizer_and_schedule_of_a_named_checkpoint_are_started_from(
-    bench: Bench, dropout_student: Path, undisturbed: Path, tmp_path: Path
+def test_a_run_starts_from_weights_optimizer_and_schedule_of_a_named_checkpoint(
+    bench: Bench, dropout_student: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    start = undisturbed / "checkpoint-33"
+    start = uninterrupted / "checkpoint-33"
     keys = LONG | {"resume_from_checkpoint": str(start)}
     summary = bench.train(tmp_path, bench.cache, student=dropout_student, **keys)
     assert summary["steps"] == 36
-    assert_same_weights(tmp_path, undisturbed)
+    assert_same_weights(tmp_path, uninterrupted)
 
 
-def test_a_named_checkpoint_must_be_whole_and_before_the_end(
-    bench: Bench, dropout_student: Path, undisturbed: Path, tmp_path: Path
+def test_a_named_checkpoint_must_be_complete_and_before_the_end(
+    bench: Bench, dropout_student: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
     def refuse(pattern: str, start: Path) -> None:
         keys = LONG | {"resume_from_checkpoint": str(start)}
@@ -283,28 +286,28 @@ def test_a_named_checkpoint_must_be_whole_and_before_the_end(
             bench.train(tmp_path / "run", bench.cache, student=dropout_student, **keys)
 
     refuse("lacks trainer_state.json, scheduler.pt, optimizer.pt", tmp_path / "nowhere")
-    refuse("of step 36, but this run ends at step 36", undisturbed / "checkpoint-36")
+    refuse("of step 36, but this run ends at step 36", uninterrupted / "checkpoint-36")
     half = tmp_path / "half"
-    shutil.copytree(undisturbed / "checkpoint-33", half)
+    shutil.copytree(uninterrupted / "checkpoint-33", half)
     (half / "model.safetensors").write_bytes(b"torn")
     refuse("is damaged", half)
     (half / "optimizer.pt").unlink()
     refuse("lacks optimizer.pt", half)
 
 
-def test_folders_of_a_persons_own_are_left_alone(
-    bench: Bench, dropout_student: Path, undisturbed: Path, tmp_path: Path
+def test_folders_of_the_users_own_are_left_alone(
+    bench: Bench, dropout_student: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(undisturbed / "checkpoint-33", tmp_path / "checkpoint-33")
+    shutil.copytree(uninterrupted / "checkpoint-33", tmp_path / "checkpoint-33")
     for name in ("checkpoint-99.bak", "checkpoint-36-keep"):
-        shutil.copytree(undisturbed / "checkpoint-33", tmp_path / name)
+        shutil.copytree(uninterrupted / "checkpoint-33", tmp_path / name)
         (tmp_path / name / "complete.json").unlink()
     bench.train(tmp_path, bench.cache, student=dropout_student, **LONG)
-    assert_same_weights(tmp_path, undisturbed)
+    assert_same_weights(tmp_path, uninterrupted)
     assert (tmp_path / "checkpoint-99.bak").exists() and (tmp_path / "checkpoint-36-keep").exists()
 
 
-def test_what_other_launchers_left_in_the_environment_counts_for_nothing(
+def test_environment_variables_of_other_launchers_are_ignored(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench.train(tmp_path / "plain", bench.cache)
@@ -316,15 +319,15 @@ def test_what_other_launchers_left_in_the_environment_counts_for_nothing(
 
 
 def test_no_checkpoint_can_run_code(
-    bench: Bench, dropout_student: Path, undisturbed: Path, tmp_path: Path
+    bench: Bench, dropout_student: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    """A pickle in a checkpoint's place, with a mark that vouches for it, is refused by torch, not run."""
+    """A pickle instead of a checkpoint's file, with its digest in the marker, is refused by torch, not run."""
     folder = tmp_path / "run"
-    shutil.copytree(undisturbed / "checkpoint-33", folder / "checkpoint-33")
+    shutil.copytree(uninterrupted / "checkpoint-33", folder / "checkpoint-33")
     victim = tmp_path / "was_run"
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         shutil.rmtree(folder)
-        shutil.copytree(undisturbed / "checkpoint-33", folder / "checkpoint-33")
+        shutil.copytree(uninterrupted / "checkpoint-33", folder / "checkpoint-33")
         torch.save(Touch(victim), folder / "checkpoint-33" / name)
         path = folder / "checkpoint-33" / "complete.json"
         files = digest_folder(path.parent)
