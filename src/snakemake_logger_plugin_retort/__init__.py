@@ -1,7 +1,7 @@
-"""Snakemake's logger plugin `retort`: `snakemake --logger retort`, and every `retort run`.
+"""Snakemake's logger plugin `retort`, for `snakemake --logger retort` and `retort run`.
 
-Snakemake finds plugins by the name of their module, which is why this one stands outside the package. It is imported
-by every snakemake command, so nothing heavy may be imported here.
+It is outside the package because Snakemake finds plugins by the name of a top-level module. Every snakemake command
+imports it, so it may import nothing heavy.
 """
 
 from dataclasses import dataclass, field
@@ -14,22 +14,22 @@ from snakemake_interface_logger_plugins.settings import LogHandlerSettingsBase
 
 @dataclass
 class LogHandlerSettings(LogHandlerSettingsBase):
-    """What `--logger-retort-...` sets."""
+    """The options `--logger-retort-...`."""
 
     summary: Path | None = field(
         default=None,
         metadata={
-            "help": "A text file that is printed at the end of a run that went well",
+            "help": "A text file to print at the end of a successful run",
             "type": Path,
         },
     )
 
 
 class LogHandler(LogHandlerBase):
-    """Hands Snakemake's events to the display."""
+    """Passes Snakemake's log records to the display."""
 
     def __post_init__(self) -> None:
-        """Open the display; from now on it alone writes to the terminal."""
+        """Open the display, which from now on is the only one to write to the terminal."""
         from retort.pipeline.run_display import RunDisplay
 
         summary = self.settings.summary if isinstance(self.settings, LogHandlerSettings) else None
@@ -40,38 +40,38 @@ class LogHandler(LogHandlerBase):
         )
 
     def emit(self, record: LogRecord) -> None:
-        """Show a record, or take it in."""
+        """Pass on a record."""
         try:
             self._display.take(record)
         except Exception:
             self.handleError(record)
 
     def close(self) -> None:
-        """End the display, which shows the table."""
+        """Close the display, which shows the summary."""
         self._display.close()
         super().close()
 
     @property
     def writes_to_stream(self) -> bool:
-        """It replaces Snakemake's own output."""
+        """Return True: it replaces Snakemake's own output."""
         return True
 
     @property
     def writes_to_file(self) -> bool:
-        """Snakemake's own log file is written as ever."""
+        """Return False: Snakemake writes its own log file."""
         return False
 
     @property
     def has_filter(self) -> bool:
-        """It chooses itself what is shown."""
+        """Return True: the display chooses what is shown."""
         return True
 
     @property
     def has_formatter(self) -> bool:
-        """It words itself what is shown."""
+        """Return True: the display formats the messages."""
         return True
 
     @property
     def needs_rulegraph(self) -> bool:
-        """It shows no graph."""
+        """Return False: it shows no graph."""
         return False

@@ -14,12 +14,12 @@ from retort.io.files import write_json
 
 
 def main() -> None:
-    """Read the config (a file, or its text as Snakemake has it) and check it."""
+    """Check the config and write what was found."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, help="a YAML file, or the config itself as JSON")
-    parser.add_argument("--output", required=True, type=Path, help="what was found, as JSON")
+    parser.add_argument("--output", required=True, type=Path, help="JSON file for what was found")
     args = parser.parse_args()
     text = args.config if args.config.lstrip().startswith("{") else Path(args.config).read_text()
     from retort.pipeline.preflight import check_project

@@ -13,20 +13,25 @@ from retort.config.flags import add_section_flags, section_from_args
 
 
 def main() -> None:
-    """Write model/ and fingerprint.json; an interrupted training goes on where it was."""
+    """Write model/ and fingerprint.json; an interrupted training resumes from its last checkpoint."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--corpus", type=Path, help="folder of a drawn corpus, where there is one")
     parser.add_argument(
-        "--output", required=True, type=Path, help="fingerprint.json; model/ lies beside it"
+        "--corpus", type=Path, help="folder that draw_corpus wrote, if there is one"
+    )
+    parser.add_argument(
+        "--output",
+        required=True,
+        type=Path,
+        help="fingerprint.json; model/ goes to the same folder",
     )
     add_section_flags(parser, "dataset")
     args = parser.parse_args()
     with lease_training(1):
         from retort.pipeline.demo_teacher import make_demo_teacher
 
-        make_demo_teacher(args.output, section_from_args(args, "dataset"), drawn=args.corpus)
+        make_demo_teacher(args.output, section_from_args(args, "dataset"), snapshot=args.corpus)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fetch what a config takes from the Hub into this machine's cache: models, tokenizers, datasets.
+"""Download what a config takes from the Hub into this machine's cache: models, tokenizers, datasets.
 
 python workflow/scripts/stage.py --config mine.yaml
 """
@@ -13,7 +13,7 @@ from retort.config.load import load_runs
 
 
 def main() -> None:
-    """Read the config (a file, or its text as Snakemake has it) and fetch."""
+    """Download everything that the config names."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -15,29 +15,32 @@ from retort.config.flags import add_section_flags, section_from_args
 
 
 def read_command_line() -> argparse.Namespace:
-    """Return the flags."""
+    """Return the parsed flags."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--name", default="student", help="the run's name, for its log lines")
     parser.add_argument("--index", required=True, type=Path, help="index.json of the tokens")
     parser.add_argument(
-        "--tokenizer", required=True, help="folder or Hub id of the tokens' tokenizer"
+        "--tokenizer", required=True, help="folder or Hub id of the tokenizer that made the tokens"
     )
     parser.add_argument("--tokenizer-revision", help="revision of a Hub tokenizer")
     parser.add_argument(
-        "--expected-student", help="refuse a student whose config or weights have another digest"
+        "--expected-student", help="stop if the student's config or weights have another digest"
     )
     parser.add_argument("--cache", type=Path, help="teacher_logits.h5, for logit and hybrid")
     parser.add_argument("--teacher", help="folder or Hub id of a live teacher, instead of --cache")
     parser.add_argument(
-        "--fingerprint", type=Path, help="fingerprint.json of the teacher, where there is one"
+        "--fingerprint", type=Path, help="fingerprint.json of the teacher, if there is one"
     )
     parser.add_argument(
-        "--among-gpus", help="GPUs of this machine that may be used, such as 1,3,5,7; else all"
+        "--among-gpus", help="GPUs of this machine to choose from, such as 1,3,5,7 (default: all)"
     )
     parser.add_argument(
-        "--output", required=True, type=Path, help="training.json; the student lies beside it"
+        "--output",
+        required=True,
+        type=Path,
+        help="training.json; the student goes to the same folder",
     )
     for section in ("student", "training", "tracking", "teacher"):
         add_section_flags(parser, section)
@@ -66,14 +69,16 @@ def train(args: argparse.Namespace) -> None:
 
 
 def train_rank(args: argparse.Namespace) -> None:
-    """Train as one of several; what another rank's end, or a SIGTERM to all, does to this one is no traceback."""
+    """Train as one of several ranks; when another rank has ended, or all got SIGTERM, exit without a traceback."""
     try:
         train(args)
     except RuntimeError as error:
         if "onnection" not in str(error) and "killed by signal: Terminated" not in str(error):
             raise
         if rank() == 0:
-            logger.warning("another rank ended, and with it this one; its own words say why")
+            logger.warning(
+                "another rank ended, so this one ends too; see the error message of the other rank"
+            )
         raise SystemExit(1) from None
 
 
@@ -82,15 +87,15 @@ def main() -> None:
     args = read_command_line()
     if is_rank():
         keep_in_use()
-        die_with_parent()  # after it: the GPUs were its parent's if that is still there
+        die_with_parent()  # last: a parent that is alive here held the GPUs until keep_in_use did
         train_rank(args)
         return
     training = section_from_args(args, "training")
     count, device = training.gpus, training.device
     meeting = find_meeting(training.nodes)
-    with lease_training(count, device=device, among=args.among_gpus) as held:
-        # On a machine without GPUs one process trains, unless the CPU was asked for.
-        ranks = count if held or device == "cpu" else 1
+    with lease_training(count, device=device, among=args.among_gpus) as gpus:
+        # Without GPUs one process trains, unless device: cpu asks for several.
+        ranks = count if gpus or device == "cpu" else 1
         if ranks * training.nodes > 1:
             launch_ranks(ranks, meeting=meeting, threads=training.cpu_threads)
         else:

@@ -1,4 +1,4 @@
-"""Before and around the rules: the check of all inputs, fetching for nodes without a network, the demo's teacher.
+"""Around the rules: the command `retort`, the check of all inputs, downloads for offline nodes, the demo's teacher.
 
 Read `preflight` first.
 """

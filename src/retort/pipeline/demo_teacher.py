@@ -1,12 +1,13 @@
-"""The demo's teacher: a small causal LM with its own BPE tokenizer, trained on the machine's own text.
+"""The demo's teacher: a small causal LM with its own BPE tokenizer, trained on the corpus' training documents.
 
-Nothing is shipped and nothing downloaded: the corpus is the documentation found on the machine (room `corpus`), and
-this room makes from its training documents what a user would otherwise bring. It never sees the held-out ones.
+It replaces the model that a user would bring, without a download: the demo's corpus is the documentation found on the
+machine. It never sees held-out documents.
 """
 
 import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,10 @@ END_OF_TEXT = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class DemoTeacher:
-    """Its size and its training: about three minutes on two cores. Changing one raises REVISIONS["teacher"]."""
+    """Size and training of the demo's teacher: about three minutes on two cores.
+
+    After a change of a value, raise REVISIONS["demo_teacher"].
+    """
 
     vocabulary: int = 512
     hidden_size: int = 128
@@ -48,33 +52,43 @@ class DemoTeacher:
 DEMO_TEACHER = DemoTeacher()
 
 
+@dataclass(frozen=True)
 class DemoTokenizer:
-    """What is known of the demo's tokenizer before it is trained."""
+    """What is known about the demo's tokenizer before it is trained."""
 
+    vocabulary: int = DEMO_TEACHER.vocabulary
     bos_token_id = eos_token_id = pad_token_id = 0
     chat_template = None
 
     def __len__(self) -> int:
-        return DEMO_TEACHER.vocabulary
+        return self.vocabulary
 
     def get_vocab(self) -> dict[str, int]:
         """Return no token: none is known yet."""
         return {}
 
 
-def make_demo_teacher(record_path: Path, dataset: Dataset, *, drawn: Path | None) -> None:
-    """Train tokenizer and model into model/ beside `record_path`, then write the fingerprint there."""
-    from retort.training.loop import (  # seconds; check_inputs reads of this room only
-        TrainingJob,
-        train_student,
-    )
+def make_demo_teacher(
+    record_path: Path,
+    dataset: Dataset,
+    *,
+    snapshot: Path | None,
+    size: DemoTeacher = DEMO_TEACHER,
+) -> None:
+    """Train tokenizer and model into model/ beside `record_path`, then write their fingerprint to it.
+
+    `snapshot`: the folder that draw_corpus made of the corpus, None where it is read directly. Raises ValueError when
+    no training document has any text.
+    """
+    # Imported here: it takes seconds, and check_inputs needs this module's constants only.
+    from retort.training.loop import TrainingJob, train_student
 
     folder = record_path.parent
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / ".demo_teacher.lock"):
-        tokenizer = train_tokenizer(_read_training_documents(dataset, drawn))
+        tokenizer = train_tokenizer(_read_training_documents(dataset, snapshot), size)
         table = tokenize_documents(
-            _read_training_documents(dataset, drawn), tokenizer, dataset, counts=TokenCounts()
+            _read_training_documents(dataset, snapshot), tokenizer, dataset, counts=TokenCounts()
         )
         if table.num_positions == 0:
             raise ValueError(
@@ -86,13 +100,13 @@ def make_demo_teacher(record_path: Path, dataset: Dataset, *, drawn: Path | None
             f"demo teacher: {len(table.ids):,} tokens to train on, vocabulary {len(tokenizer)}"
         )
         config_path = folder / "config.json"
-        write_json(config_path, _model_config(dataset))
+        write_json(config_path, _model_config(size, dataset))
         job = TrainingJob(
             name="demo teacher",
             identity=folder.name,
             source=table,
             student=Student(config=str(config_path), model_path=None),
-            training=_training(),
+            training=_training(size),
             tracking=_build("tracking", Tracking),
             tokenizer=tokenizer,
             vocabulary=len(tokenizer),
@@ -108,7 +122,7 @@ def make_demo_teacher(record_path: Path, dataset: Dataset, *, drawn: Path | None
             "vocabulary": len(tokenizer),
         }
         about = describe_run(
-            section=asdict(DEMO_TEACHER),
+            section=asdict(size),
             seed=0,
             device=summary["device"],
             seconds=summary["seconds"],
@@ -117,12 +131,12 @@ def make_demo_teacher(record_path: Path, dataset: Dataset, *, drawn: Path | None
         write_json(record_path, record)
 
 
-def _read_training_documents(dataset: Dataset, drawn: Path | None) -> Iterator[Document]:
+def _read_training_documents(dataset: Dataset, snapshot: Path | None) -> Iterator[Document]:
     """Yield the corpus' documents that are not held out, shard by shard."""
     for shard in range(dataset.num_shards):
         documents = (
-            read_drawn(drawn, shard=shard, counts=Counts())
-            if drawn
+            read_drawn(snapshot, shard=shard, counts=Counts())
+            if snapshot
             else read_documents(
                 dataset, shard=shard, num_shards=dataset.num_shards, counts=Counts()
             )
@@ -130,16 +144,14 @@ def _read_training_documents(dataset: Dataset, drawn: Path | None) -> Iterator[D
         yield from (document for document in documents if document.split == "train")
 
 
-def train_tokenizer(documents: Iterator[Document]) -> Any:
-    """Train a byte-level BPE tokenizer of DEMO_TEACHER.vocabulary tokens on the first documents."""
-    texts = (
-        d.text for d, _ in zip(documents, range(DEMO_TEACHER.tokenizer_documents), strict=False)
-    )
+def train_tokenizer(documents: Iterator[Document], size: DemoTeacher = DEMO_TEACHER) -> Any:
+    """Train a byte-level BPE tokenizer of `size.vocabulary` tokens on `size.tokenizer_documents` documents."""
+    texts = (d.text for d in islice(documents, size.tokenizer_documents))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=DEMO_TEACHER.vocabulary,
+        vocab_size=size.vocabulary,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -153,38 +165,38 @@ def train_tokenizer(documents: Iterator[Document]) -> Any:
     )
 
 
-def _model_config(dataset: Dataset) -> dict[str, Any]:
+def _model_config(size: DemoTeacher, dataset: Dataset) -> dict[str, Any]:
     return {
         "model_type": "llama",
-        "hidden_size": DEMO_TEACHER.hidden_size,
-        "intermediate_size": DEMO_TEACHER.hidden_size * 3,
-        "num_hidden_layers": DEMO_TEACHER.num_layers,
-        "num_attention_heads": DEMO_TEACHER.num_heads,
-        "num_key_value_heads": DEMO_TEACHER.num_heads,
+        "hidden_size": size.hidden_size,
+        "intermediate_size": size.hidden_size * 3,
+        "num_hidden_layers": size.num_layers,
+        "num_attention_heads": size.num_heads,
+        "num_key_value_heads": size.num_heads,
         "max_position_embeddings": dataset.max_length,
         "tie_word_embeddings": True,
     }
 
 
 def _build(section: str, kind: type[Any], **values: Any) -> Any:
-    """Return a section's record with its defaults, but for `values`."""
+    """Return a section's record: `values`, and the schema's defaults."""
     record = build_section(section, fill_defaults(values, section_schema(section)))
     assert isinstance(record, kind)
     return record
 
 
-def _training() -> Training:
+def _training(size: DemoTeacher) -> Training:
     training: Training = _build(
         "training",
         Training,
         distillation_type="output",
         alpha=1.0,
-        learning_rate=DEMO_TEACHER.learning_rate,
+        learning_rate=size.learning_rate,
         warmup_steps=20,
-        max_steps=DEMO_TEACHER.max_steps,
-        batch_size=DEMO_TEACHER.batch_size,
+        max_steps=size.max_steps,
+        batch_size=size.batch_size,
         save_steps=200,
         save_total_limit=2,
-        cpu_threads=DEMO_TEACHER.cpu_threads,
+        cpu_threads=size.cpu_threads,
     )
     return training

@@ -1,6 +1,6 @@
-"""What can be checked cheaply before any expensive job: folders, corpora, models, vocabularies, context lengths.
+"""Cheap checks before any expensive job: folders, corpora, models, vocabularies, context lengths, logins.
 
-Each check raises ValueError with the value found, what was expected and what to do; nothing here needs a GPU.
+Each check raises ValueError with the value found, what was expected and what to do. None needs a GPU.
 """
 
 import os
@@ -30,7 +30,7 @@ from retort.tokens.vocabularies import require_student_ids, require_teacher_ids
 
 
 def check_project(configs: Mapping[str, Config]) -> dict[str, Any]:
-    """Check every run's inputs; return what was found, with `notes` in the words of a person.
+    """Check the inputs of every run; return `runs`, their names, and `notes`, lines about what was found.
 
     Raises ValueError for the first mistake.
     """
@@ -50,25 +50,25 @@ def check_project(configs: Mapping[str, Config]) -> dict[str, Any]:
 
 
 def _check_trackers(tracking: Tracking) -> None:
-    """Raise ValueError when what is to show the curves is not installed, or would ask for a login at midnight."""
+    """Raise ValueError when a tracker is not installed, or would ask for a login hours later."""
     wanted = {"wandb": tracking.use_wandb, "tensorboard": tracking.use_tensorboard}
     for name, is_wanted in wanted.items():
         if is_wanted and find_spec(name) is None:
             raise ValueError(
                 f"tracking.use_{name} is true, but {name} is not installed here. Type: pip install {name}, or leave "
-                "the key out: every run writes training_log.csv anyway."
+                "the key out: every run writes training_log.csv without it."
             )
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     is_offline = os.environ.get("WANDB_MODE") in ("offline", "disabled")
     if tracking.use_wandb and not (is_offline or _has_login(host)):
         raise ValueError(
             f"tracking.use_wandb is true, but there is no login for {host}. Type: wandb login, or set WANDB_API_KEY, "
-            "or, where there is no network, export WANDB_MODE=offline and upload later with wandb sync."
+            "or, without a network, export WANDB_MODE=offline and upload later with wandb sync."
         )
 
 
 def _has_login(host: str) -> bool:
-    """Say whether W&B would find a key, where it looks for one: the environment, or .netrc."""
+    """Return whether W&B would find an API key for `host`, in the environment or in .netrc."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
@@ -88,7 +88,7 @@ def _check_corpus(config: Config) -> list[str]:
 
 
 def _check_teacher(config: Config) -> tuple[Any, int, str]:
-    """Return (tokenizer, ids that a student must be able to predict, note)."""
+    """Return the text's tokenizer, the width of the teacher's output layer (or number of tokens), and a note."""
     section, dataset = config.teacher, config.dataset
     if section.model_path == "demo":
         return DemoTokenizer(), DEMO_TEACHER.vocabulary, "teacher: the demo's own, trained first"
@@ -125,7 +125,7 @@ def _check_teacher(config: Config) -> tuple[Any, int, str]:
 
 
 def _check_teachers_tokenizer(config: Config, tokenizer: Any, width: int) -> None:
-    """Raise ValueError unless a teacher's distributions can be paired with the tokens that `tokenizer` makes."""
+    """Raise ValueError when the teacher's ids, or with a cache its tokenizer files, are not those of `tokenizer`."""
     section, path = config.teacher, str(config.teacher.model_path)
     source = config.dataset.tokenizer or path
     teachers = tokenizer
@@ -134,29 +134,29 @@ def _check_teachers_tokenizer(config: Config, tokenizer: Any, width: int) -> Non
             path, revision=section.revision, trust_remote_code=section.trust_remote_code
         )
     require_teacher_ids(tokenizer, teachers, width=width, source=source, teacher=path)
-    # A cache names its tokenizer by the files, templates included, and is refused where they differ.
+    # A cache records the fingerprint of all tokenizer files, templates included, and only that one is accepted.
     mine, theirs = (
         fingerprint_of_tokenizer(source, tokenizer),
         fingerprint_of_tokenizer(path, teachers),
     )
     if config.training.use_cached_logits and mine != theirs:
         raise ValueError(
-            f"dataset.tokenizer {source!r} gives the ids of the teacher {path!r}, but by other files (fingerprint "
+            f"dataset.tokenizer {source!r} gives the ids of the teacher {path!r}, but its files differ (fingerprint "
             f"{mine['fingerprint']}, not {theirs['fingerprint']}), and a cache is made with the teacher's own. Leave "
             "dataset.tokenizer out, or set training.use_cached_logits: false."
         )
 
 
 def _check_causal(model: PretrainedConfig, section: Teacher) -> None:
-    """Refuse what is no causal language model, or was saved with another head (BERT for masked words, say)."""
+    """Raise ValueError for a model that is not a causal LM, or was saved with another head (as a masked LM, say)."""
     architectures = model.architectures or []
     has_class = type(model) in AutoModelForCausalLM._model_mapping
     has_head = not architectures or any(name in _causal_classes() for name in architectures)
     if not (has_class and has_head) and not section.trust_remote_code:
         raise ValueError(
             f"teacher.model_path {section.model_path!r} is a {model.model_type!r} model "
-            f"({', '.join(architectures) or 'no architectures given'}), which is no causal language model: it gives "
-            "no distribution for the next token. Choose one that AutoModelForCausalLM loads."
+            f"({', '.join(architectures) or 'no architectures given'}), which is not a causal language model: it has "
+            "no distribution of the next token. Choose one that AutoModelForCausalLM loads."
         )
 
 
@@ -180,9 +180,12 @@ def _check_student(config: Config, tokenizer: Any, width: int) -> str:
 
 
 def _check_students_tokenizer(config: Config, tokenizer: Any) -> list[str]:
-    """Check that a student's weights were trained with the ids of the text; return what could not be compared."""
+    """Return a note where a pretrained student's tokenizer cannot be compared with the text's.
+
+    Raises ValueError when their ids differ.
+    """
     path = config.student.model_path
-    if path is None or isinstance(tokenizer, DemoTokenizer):  # the demo's is not there yet
+    if path is None or isinstance(tokenizer, DemoTokenizer):  # which does not exist yet
         return []
     source = str(config.dataset.tokenizer or config.teacher.model_path)
     note = require_student_ids(tokenizer, source=source, student=path)

@@ -1,7 +1,7 @@
-"""What a config takes from the Hub, brought into this machine's cache: for jobs on nodes that reach no network.
+"""Downloads what a config takes from the Hub into this machine's cache, for jobs on nodes without a network.
 
-A teacher is only recorded, and a stream drawn, by rules of their own; here is the rest. What is there already is not
-fetched again.
+Streams are not downloaded here: the rule `draw_corpus` takes its snapshot of them. What is in the cache is not
+downloaded again.
 """
 
 from collections.abc import Mapping
@@ -17,9 +17,9 @@ from retort.tokens.tokenizer import cannot_load, load_tokenizer
 
 
 def stage_project(configs: Mapping[str, Config]) -> list[str]:
-    """Fetch models, tokenizers and datasets of every run; return a line for each.
+    """Download models, tokenizers and datasets of every run; return a line about each.
 
-    Raises ValueError with the next step for the first that cannot be fetched.
+    Raises ValueError for the first one that cannot be downloaded.
     """
     models: dict[tuple[str, str | None], None] = {}
     tokenizers: dict[str, None] = {}
@@ -48,9 +48,10 @@ def stage_project(configs: Mapping[str, Config]) -> list[str]:
 
 
 def stage_model(name: str, *, revision: str | None = None) -> Path:
-    """Fetch a model: its weights, safetensors where there are any, and the small files beside them; return the folder.
+    """Download a model's weights, as safetensors if possible, and its small files; return the folder in the cache.
 
-    Other formats of the same weights, and folders (where some keep the originals), are left.
+    Skips other formats of the same weights, and subfolders, where some repositories keep the original weights. Raises
+    ValueError when the model cannot be downloaded.
     """
     from huggingface_hub import list_repo_files, snapshot_download
 
@@ -68,13 +69,14 @@ def stage_model(name: str, *, revision: str | None = None) -> Path:
 
 
 def _stage_corpus(config: Config) -> list[str]:
-    """Fetch a dataset that is read as a table; a stream is drawn, and local files are there."""
+    """Download a Hub dataset that is not streamed; return a line about it, none for local files."""
     dataset = config.dataset
     if not is_hub(dataset) or Path(dataset.name).is_dir():
         return []
     if dataset.streaming:
         return [
-            f"stream {dataset.name}: drawn into {config.output.cache_dir or config.output.results_dir}"
+            f"stream {dataset.name}: not downloaded here, draw_corpus saves its rows in "
+            f"{config.output.cache_dir or config.output.results_dir}"
         ]
     splits = [split for split in (dataset.split, dataset.validation_split) if split]
     return [
@@ -84,7 +86,7 @@ def _stage_corpus(config: Config) -> list[str]:
 
 
 def _stage_prompts(config: Config) -> list[str]:
-    """Fetch prompts that are a dataset of the Hub."""
+    """Download prompts that are a dataset of the Hub; return a line about them, none for files and templates."""
     section = config.synthesis
     if section.templates or list_prompt_files(section):
         return []

@@ -1,6 +1,6 @@
-"""Where the workflow's own files are: in an installed wheel inside the package, in a checkout at its top.
+"""Finds the workflow's files: inside the package in an installed wheel, at the top of a checkout.
 
-Both hold the same layout: Snakefile, workflow/rules, workflow/scripts, config, profiles.
+The layout is the same: Snakefile, workflow/rules, workflow/scripts, config, profiles.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ PACKAGED = "_workflow"
 
 
 def find_workflow() -> Path:
-    """Return the folder that holds the Snakefile and its workflow/, config/ and profiles/.
+    """Return the folder with the Snakefile, workflow/, config/ and profiles/.
 
     Raises FileNotFoundError when this Retort was installed without them.
     """
@@ -20,7 +20,7 @@ def find_workflow() -> Path:
         if (folder / "Snakefile").is_file():
             return folder
     raise FileNotFoundError(
-        f"Retort in {package} has no workflow beside it. Install it from its wheel, or with pip from a checkout."
+        f"the Retort in {package} comes without its workflow. Install it from its wheel, or with pip from a checkout."
     )
 
 
@@ -30,9 +30,9 @@ def find_snakefile() -> Path:
 
 
 def find_script(name: str) -> Path:
-    """Return the script of a rule, such as train for workflow/scripts/train.py.
+    """Return the path of a rule's script, such as workflow/scripts/train.py for train.
 
-    Raises ValueError, with the names there are, where there is no such script.
+    Raises ValueError, which lists all names, when there is no such script.
     """
     found = find_workflow() / "workflow" / "scripts" / f"{name}.py"
     if not found.is_file():

@@ -1,4 +1,4 @@
-"""The demo's teacher, made small: the same from the same text, and blind to what is held out."""
+"""The demo's teacher, made small: the same from the same text, without held-out documents."""
 
 import json
 from collections.abc import Callable
@@ -16,7 +16,6 @@ from retort.corpus.reading import read_documents
 from retort.io.files import read_json
 from retort.io.fingerprints import fingerprint_tokenizer, fingerprint_weights
 from retort.models.students import student_config
-from retort.pipeline import demo_teacher as demo
 from retort.pipeline.demo_teacher import (
     DEMO_TEACHER,
     DemoTokenizer,
@@ -38,11 +37,6 @@ SMALL = replace(
 )
 
 
-@pytest.fixture(autouse=True)
-def small_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "DEMO_TEACHER", SMALL)
-
-
 def read_all(corpus: Path, **values: Any) -> list[Document]:
     dataset = tiny_dataset(corpus, num_shards=1, **values)
     return list(read_documents(dataset, shard=0, num_shards=1, counts=Counts()))
@@ -50,20 +44,18 @@ def read_all(corpus: Path, **values: Any) -> list[Document]:
 
 def make(folder: Path, corpus: Path, **values: Any) -> Path:
     dataset = tiny_dataset(corpus, **values)
-    make_demo_teacher(folder / "fingerprint.json", dataset, drawn=None)
+    make_demo_teacher(folder / "fingerprint.json", dataset, snapshot=None, size=SMALL)
     return folder
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "DEMO_TEACHER", SMALL)
-        return make(tmp_path_factory.mktemp("teacher"), tiny_corpus)
+    return make(tmp_path_factory.mktemp("teacher"), tiny_corpus)
 
 
 def test_tokenizer_has_the_size_asked_for_and_loses_no_text(tiny_corpus: Path) -> None:
     documents = read_all(tiny_corpus)
-    tokenizer = train_tokenizer(iter(documents))
+    tokenizer = train_tokenizer(iter(documents), SMALL)
     assert len(tokenizer) == SMALL.vocabulary
     for text in (documents[3].text, "naïve — 日本語 \t\n  two  spaces", "<p>&amp;"):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
@@ -76,22 +68,25 @@ def test_tokenizer_has_the_size_asked_for_and_loses_no_text(tiny_corpus: Path) -
 def test_tokenizer_is_the_same_from_the_same_text(tiny_corpus: Path, tmp_path: Path) -> None:
     documents = read_all(tiny_corpus)
     for name in ("one", "two"):
-        train_tokenizer(iter(documents)).save_pretrained(tmp_path / name)
+        train_tokenizer(iter(documents), SMALL).save_pretrained(tmp_path / name)
     assert fingerprint_tokenizer(tmp_path / "one") == fingerprint_tokenizer(tmp_path / "two")
 
 
-def test_tokenizer_reads_no_more_documents_than_it_is_to(tiny_corpus: Path, tmp_path: Path) -> None:
+def test_tokenizer_reads_no_more_documents_than_given(tiny_corpus: Path, tmp_path: Path) -> None:
     documents = read_all(tiny_corpus)
     others = documents[: SMALL.tokenizer_documents] + [
         replace(d, text="zzyzx qqfq " * 50) for d in documents[SMALL.tokenizer_documents :]
     ]
-    train_tokenizer(iter(documents)).save_pretrained(tmp_path / "one")
-    train_tokenizer(iter(others)).save_pretrained(tmp_path / "two")
+    train_tokenizer(iter(documents), SMALL).save_pretrained(tmp_path / "one")
+    train_tokenizer(iter(others), SMALL).save_pretrained(tmp_path / "two")
     assert fingerprint_tokenizer(tmp_path / "one") == fingerprint_tokenizer(tmp_path / "two")
 
 
-def test_what_is_said_of_the_tokenizer_beforehand_comes_true(made: Path, tmp_path: Path) -> None:
-    before, tokenizer = DemoTokenizer(), AutoTokenizer.from_pretrained(made / "model")
+def test_the_tokenizer_is_as_predicted_before_its_training(made: Path, tmp_path: Path) -> None:
+    before, tokenizer = (
+        DemoTokenizer(SMALL.vocabulary),
+        AutoTokenizer.from_pretrained(made / "model"),
+    )
     assert len(before) == len(tokenizer)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id", "chat_template"):
         assert getattr(before, name) == getattr(tokenizer, name)
@@ -104,7 +99,7 @@ def test_what_is_said_of_the_tokenizer_beforehand_comes_true(made: Path, tmp_pat
     assert configs[0] == configs[1]
 
 
-def test_teacher_is_a_model_that_anyone_can_load(made: Path) -> None:
+def test_teacher_is_a_model_that_transformers_loads(made: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(made / "model")
     tokenizer = AutoTokenizer.from_pretrained(made / "model")
     assert model.config.vocab_size == len(tokenizer) == SMALL.vocabulary

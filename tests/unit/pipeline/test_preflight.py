@@ -1,4 +1,4 @@
-"""What is refused before any expensive job: value found, what was expected, what to do."""
+"""What the checks before any expensive job find and refuse."""
 
 import json
 import re
@@ -26,7 +26,7 @@ SMALL: dict[str, Any] = {
 
 
 class Setting:
-    """A config that passes, to be broken in one place."""
+    """A config that passes; tests change one value."""
 
     def __init__(self, folder: Path, corpus: Path, teacher: Path, student: Path) -> None:
         self.folder = folder
@@ -46,12 +46,17 @@ class Setting:
         return notes
 
     def refuse(self, pattern: str, **sections: Any) -> str:
-        """Check as above; return the one sentence of the refusal."""
-        with pytest.raises(ValueError, match=pattern) as refusal:
+        """Check as above, and return the error message, which must be one line."""
+        with pytest.raises(ValueError, match=pattern) as caught:
             self.check(**sections)
-        sentence = str(refusal.value)
-        assert len(sentence.splitlines()) == 1
-        return sentence
+        message = str(caught.value)
+        assert len(message.splitlines()) == 1
+        return message
+
+
+@pytest.fixture
+def setting(tmp_path: Path, tiny_corpus: Path, tiny_teacher: Path, tiny_student: Path) -> Setting:
+    return Setting(tmp_path, tiny_corpus, tiny_teacher, tiny_student)
 
 
 def test_a_tracker_that_is_missing_or_would_ask_for_a_login_is_refused(
@@ -72,11 +77,6 @@ def test_a_tracker_that_is_missing_or_would_ask_for_a_login_is_refused(
     setting.refuse("wandb is not installed here. Type: pip install wandb", tracking=wanted)
 
 
-@pytest.fixture
-def setting(tmp_path: Path, tiny_corpus: Path, tiny_teacher: Path, tiny_student: Path) -> Setting:
-    return Setting(tmp_path, tiny_corpus, tiny_teacher, tiny_student)
-
-
 def copy_teacher(folder: Path, teacher: Path, **changes: Any) -> Path:
     """Copy a teacher with some of its config's values changed."""
     shutil.copytree(teacher, folder)
@@ -94,14 +94,16 @@ def test_a_good_config_passes_and_says_what_was_found(setting: Setting) -> None:
     assert re.search(r"run student: student of [\d,]+ parameters, hybrid, alpha 0\.5", notes[2])
 
 
-def test_parameters_said_are_those_of_the_student(setting: Setting, tiny_student: Path) -> None:
+def test_parameters_in_the_note_are_those_of_the_student(
+    setting: Setting, tiny_student: Path
+) -> None:
     content = read_json(tiny_student)
     width, inner = content["hidden_size"], content["intermediate_size"]
     expected = 2 * WIDTH * width + 4 * width**2 + 3 * width * inner + 3 * width
     assert f"student of {expected:,} parameters" in setting.check()[2]
 
 
-def test_every_run_is_checked_and_common_findings_are_said_once(setting: Setting) -> None:
+def test_every_run_is_checked_and_common_notes_are_given_once(setting: Setting) -> None:
     runs = {
         "a": {"training": {"distillation_type": "output"}},
         "b": {"training": {"distillation_type": "logit"}},
@@ -127,9 +129,9 @@ def _student(setting: Setting, vocabulary: int, **changes: Any) -> str:
 @pytest.mark.parametrize("key", ["results_dir", "cache_dir"])
 def test_a_folder_that_cannot_be_written_is_refused(key: str, setting: Setting) -> None:
     (setting.folder / "file").write_text("not a folder")
-    for place in (setting.folder / "file" / "results", Path("/proc/retort")):
+    for folder in (setting.folder / "file" / "results", Path("/proc/retort")):
         setting.refuse(
-            rf"cannot write to '{place}' .*output\.results_dir", output={key: str(place)}
+            rf"cannot write to '{folder}' .*output\.results_dir", output={key: str(folder)}
         )
 
 
@@ -143,9 +145,9 @@ def test_checking_leaves_nothing_in_the_results_folder(setting: Setting) -> None
 
 
 def test_a_missing_teacher_is_refused(setting: Setting) -> None:
-    place = setting.folder / "models" / "none"
+    folder = setting.folder / "models" / "none"
     setting.refuse(
-        f"cannot load the model '{place}': there is no such", teacher={"model_path": str(place)}
+        f"cannot load the model '{folder}': there is no such", teacher={"model_path": str(folder)}
     )
 
 
@@ -171,25 +173,25 @@ def test_a_teacher_without_a_tokenizer_is_refused(setting: Setting, tiny_teacher
 def test_a_masked_language_model_is_no_teacher(setting: Setting, tiny_teacher: Path) -> None:
     BertForMaskedLM(BertConfig(**SMALL)).save_pretrained(setting.folder / "bert")
     load_tokenizer(str(tiny_teacher)).save_pretrained(setting.folder / "bert")
-    sentence = setting.refuse(
-        r"'bert' model \(BertForMaskedLM\), which is no causal language model",
+    message = setting.refuse(
+        r"'bert' model \(BertForMaskedLM\), which is not a causal language model",
         teacher={"model_path": str(setting.folder / "bert")},
     )
-    assert "AutoModelForCausalLM" in sentence
+    assert "AutoModelForCausalLM" in message
 
 
 def test_a_model_saved_without_its_head_is_no_teacher(setting: Setting, tiny_teacher: Path) -> None:
-    # AutoModelForCausalLM would load it, with a head of random numbers.
+    # AutoModelForCausalLM would load it, with random weights for the head.
     LlamaModel(LlamaConfig(**SMALL)).save_pretrained(setting.folder / "headless")
     load_tokenizer(str(tiny_teacher)).save_pretrained(setting.folder / "headless")
     headless = {"model_path": str(setting.folder / "headless")}
-    setting.refuse(r"\(LlamaModel\), which is no causal language model", teacher=headless)
+    setting.refuse(r"\(LlamaModel\), which is not a causal language model", teacher=headless)
 
 
 def test_an_encoder_and_decoder_is_no_teacher(setting: Setting, tiny_teacher: Path) -> None:
     folder = copy_teacher(setting.folder / "t5", tiny_teacher)
     T5Config(vocab_size=WIDTH).save_pretrained(folder)
-    setting.refuse("'t5' model .*no causal language model", teacher={"model_path": str(folder)})
+    setting.refuse("'t5' model .*not a causal language model", teacher={"model_path": str(folder)})
 
 
 def test_a_tokenizer_with_ids_beyond_the_output_layer_is_refused(
@@ -206,7 +208,7 @@ def test_a_tokenizer_with_ids_beyond_the_output_layer_is_refused(
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_a_tokenizer_that_means_other_tokens_is_no_teachers(
+def test_a_tokenizer_with_other_ids_than_the_teachers_is_refused(
     cached: bool, setting: Setting, tiny_teacher: Path
 ) -> None:
     other = {"tokenizer": str(swap_tokens(setting.folder / "other", tiny_teacher))}
@@ -219,7 +221,7 @@ def test_a_tokenizer_that_means_other_tokens_is_no_teachers(
     setting.check(dataset=other, training={"distillation_type": "output"})
 
 
-def test_a_tokenizer_with_another_chat_template_is_a_live_teachers(
+def test_a_tokenizer_with_another_chat_template_is_for_a_live_teacher_only(
     setting: Setting, tiny_teacher: Path
 ) -> None:
     tokenizer = load_tokenizer(str(tiny_teacher))
@@ -227,7 +229,7 @@ def test_a_tokenizer_with_another_chat_template_is_a_live_teachers(
     tokenizer.save_pretrained(setting.folder / "chat")
     chat = {"tokenizer": str(setting.folder / "chat")}
     setting.check(dataset=chat, training={"use_cached_logits": False})
-    setting.refuse("gives the ids of the teacher .* but by other files", dataset=chat)
+    setting.refuse("gives the ids of the teacher .* but its files differ", dataset=chat)
 
 
 def test_sequences_longer_than_the_teachers_context_are_refused(setting: Setting) -> None:
@@ -270,7 +272,7 @@ def test_a_student_from_a_checkpoint_is_checked_like_any_other(
 
 
 @pytest.mark.parametrize("kind", ["output", "logit"])
-def test_a_student_whose_own_tokenizer_means_other_tokens_is_refused(
+def test_a_student_whose_own_tokenizer_has_other_ids_is_refused(
     kind: str, setting: Setting, tiny_teacher: Path
 ) -> None:
     other = swap_tokens(setting.folder / "other", tiny_teacher)
@@ -281,7 +283,7 @@ def test_a_student_whose_own_tokenizer_means_other_tokens_is_refused(
     )
 
 
-def test_a_student_whose_tokenizer_names_an_id_more_or_is_not_there_passes(
+def test_a_student_whose_tokenizer_has_one_more_token_or_is_missing_passes(
     setting: Setting, tiny_teacher: Path
 ) -> None:
     more = name_token(setting.folder / "more", tiny_teacher, "<|user|>")
@@ -292,7 +294,7 @@ def test_a_student_whose_tokenizer_names_an_id_more_or_is_not_there_passes(
     assert "own tokenizer was not compared" in notes[3]
 
 
-def test_without_a_teacher_the_tokenizer_says_how_large_the_student_must_be(
+def test_without_a_teacher_the_tokenizer_determines_the_students_vocabulary(
     setting: Setting, tiny_teacher: Path
 ) -> None:
     sections: dict[str, Any] = {
@@ -320,7 +322,7 @@ def test_the_demos_teacher_is_known_before_it_exists(setting: Setting) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Corpora: test_corpus.py has the whole list
+# Corpora: tests/unit/corpus/test_reading.py has all cases
 
 
 def test_a_missing_column_is_refused_here_too(setting: Setting) -> None:
