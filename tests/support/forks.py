@@ -18,9 +18,11 @@ interpreter; so do all that come from another namespace or user.
 
 import marshal
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
@@ -34,37 +36,18 @@ HERE = Path(__file__).parent
 # Those that leave PyTorch out, but where a user's own code runs in them.
 LIGHT_SCRIPTS = ("tokenize_shard", "draw_corpus", "index_tokens", "merge_h5", "plan", "report")
 # Variables that libraries read when they are loaded, by their beginnings.
-THREADS = ("OMP_NUM_", "GOTO_NUM_", "OPENBLAS_NUM_", "MKL_NUM_", "VECLIB_MAXIMUM_", "NUMEXPR_NUM_")
-READ_AT_LOAD = (
-    *(
-        "HF_",
-        "HUGGINGFACE_",
-        "TRANSFORMERS_",
-        "TOKENIZERS_",
-        "DATASETS_",
-        "ACCELERATE_",
-        "XDG_",
-        "HOME",
-    ),
-    *("TORCH", "PYTORCH_", "USE_", "NUMBA_", "MPL", "HDF5_", "ARROW_", "JAX_", "TF_", "WANDB_"),
-    *(
-        "OMP_",
-        "GOMP_",
-        "KMP_",
-        "MKL_",
-        "OPENBLAS_",
-        "BLIS_",
-        "NUMEXPR_",
-        "MALLOC_",
-        "LD_",
-        "GLIBC_",
-    ),
-    *("PYTHON", "LANG", "LC_", "TZ"),
+THREADS = (
+    *("OMP_NUM_", "GOTO_NUM_", "OPENBLAS_NUM_"),
+    *("MKL_NUM_", "VECLIB_MAXIMUM_", "NUMEXPR_NUM_"),
 )
-NOT_READ = (
-    "PYTHONPATH",
-    "TORCHINDUCTOR_CACHE_DIR",
-)  # the latter is what PyTorch sets where it is loaded
+READ_AT_LOAD = (
+    *("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "TOKENIZERS_", "DATASETS_", "ACCELERATE_"),
+    *("TORCH", "PYTORCH_", "USE_", "JAX_", "TF_", "WANDB_", "MPL", "NUMBA_", "HDF5_", "ARROW_"),
+    *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "BLIS_", "NUMEXPR_", "MALLOC_", "GLIBC_"),
+    *("PYTHON", "LANG", "LC_", "TZ", "LD_", "XDG_", "HOME"),
+)
+# A job puts the first into its own path; PyTorch itself sets the second, where it is loaded.
+NOT_READ = ("PYTHONPATH", "TORCHINDUCTOR_CACHE_DIR")
 Key = tuple[str, tuple[tuple[str, str], ...]]
 
 
@@ -97,14 +80,17 @@ class Forks:
         self._servers: dict[Key, tuple[subprocess.Popen[bytes], socket.socket]] = {}
         self._surroundings = surroundings()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._listener.bind(str(folder / "socket"))
+        # A socket's path has 108 bytes at most.
+        self._meeting = Path(tempfile.mkdtemp(prefix="forks-"))
+        address = str(self._meeting / "socket")
+        self._listener.bind(address)
         self._listener.listen(64)
         start = f"#!{sys.executable} -IS"
         if len(start) > 250 or " " in sys.executable:
             raise ValueError(f"the kernel cannot start {sys.executable!r} by a script's first line")
         self.python.write_text(
             f"{start}\nimport sys\nsys.path.insert(0, {str(HERE)!r})\nfrom fork_client import main\n"
-            f"main({sys.executable!r}, {str(folder / 'socket')!r}, sys.argv[1:])\n"
+            f"main({sys.executable!r}, {address!r}, sys.argv[1:])\n"
         )
         self.python.chmod(0o755)
         self._thread = threading.Thread(target=self._listen, daemon=True)
@@ -116,6 +102,7 @@ class Forks:
             self._listener.shutdown(socket.SHUT_RDWR)
         self._thread.join()
         self._listener.close()
+        shutil.rmtree(self._meeting)
         for _, asked in self._servers.values():
             asked.close()
         statuses = [server.wait(timeout=60) for server, _ in self._servers.values()]

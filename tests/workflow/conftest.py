@@ -1,8 +1,8 @@
 """Workflows on tiny parts: one finished run for all tests to copy.
 
-A whole tiny workflow starts a dozen Pythons that load torch, most of a minute on two cores. So one is run per test
-session (shared by pytest-xdist's workers through a lock), tests copy it, and a dry run is used wherever what would
-run is all that is asked.
+A whole tiny workflow is a dozen jobs, which take ten seconds of processor, and a minute if each were a real start (see
+forks.py). One is run per test session (shared by pytest-xdist's workers through a lock), tests copy it, and a dry run
+is used wherever what would run is all that is asked.
 """
 
 import os
@@ -20,10 +20,14 @@ from support.place import REPOSITORY, Once, Place, lay_out
 
 @pytest.fixture(scope="session", autouse=True)
 def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    """What stands for the interpreter wherever a command runs to its end: minutes of imports less."""
+    """What stands for the interpreter wherever a command runs to its end: minutes of imports less.
+
+    With RETORT_REAL_STARTS=1 in the environment, nothing does: every command is a real start.
+    """
     environment = Place(REPOSITORY).environment()
     forks = Forks(tmp_path_factory.mktemp("forks"), environment, sources=REPOSITORY / "src")
-    Place.interpreter = forks.python
+    if os.environ.get("RETORT_REAL_STARTS") != "1":
+        Place.interpreter = forks.python
     yield forks
     Place.interpreter = Path(sys.executable)
     forks.close()
