@@ -1,4 +1,4 @@
-"""Run one benchmark on a run's student, or on a teacher: a task of lm-evaluation-harness, or humaneval.
+"""Run one benchmark on the student of a run or on a teacher: a task of lm-evaluation-harness, or humaneval.
 
     python workflow/scripts/benchmark.py --benchmark hellaswag --record results/runs/mine/training.json \\
         --output results/runs/mine/benchmarks/hellaswag/benchmark.json
@@ -20,20 +20,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--benchmark", required=True, help="its name")
+    parser.add_argument("--benchmark", required=True, help="name of the task")
     parser.add_argument(
         "--record",
         required=True,
         type=Path,
-        help="training.json of a run (final/ lies beside it), or fingerprint.json of the teacher",
+        help="training.json of a run, with final/ beside it, or fingerprint.json of the teacher",
     )
-    parser.add_argument("--teacher", help="folder or Hub id of the teacher; without it, a student")
+    parser.add_argument("--teacher", help="folder or Hub id of the teacher; default: the student")
     parser.add_argument("--output", required=True, type=Path, help="benchmark.json")
     parser.add_argument(
-        "--among-gpus", help="GPUs that a student may use, such as 1,3,5,7; else all"
+        "--among-gpus", help="GPUs for a student to choose from, such as 1,3,5,7; default: all"
     )
     parser.add_argument(
-        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="of a student"
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="device of a student"
     )
     for section in ("evaluation", "teacher", "teacher.generation"):
         add_section_flags(parser, section)
@@ -42,11 +42,11 @@ def main() -> None:
 
 
 def benchmark_run(args: argparse.Namespace) -> None:
-    """Examine the student of a run."""
+    """Run the task on the student of a run."""
     with lease_training(1, device=args.device, among=args.among_gpus):
-        from retort.evaluation import benchmark as benchmarks
+        from retort.evaluation import tasks
 
-        line = benchmarks.benchmark_run(
+        line = tasks.run_task_on_student(
             args.output,
             name=args.benchmark,
             training_path=args.record,
@@ -58,12 +58,12 @@ def benchmark_run(args: argparse.Namespace) -> None:
 
 
 def benchmark_teacher(args: argparse.Namespace) -> None:
-    """Examine a teacher, on a GPU group."""
+    """Run the task on a teacher, on a GPU group."""
     section = section_from_args(args, "teacher")
     with lease_teacher(section.generation, worker=0, device=section.device):
-        from retort.evaluation import benchmark as benchmarks
+        from retort.evaluation import tasks
 
-        line = benchmarks.benchmark_teacher(
+        line = tasks.run_task_on_teacher(
             args.output,
             name=args.benchmark,
             teacher_path=args.teacher,

@@ -1,10 +1,10 @@
-"""Measure one student on the held-out sequences, and against its teacher where there is one.
+"""Measure a student on the held-out sequences, and compare it with its teacher if it has one.
 
     python workflow/scripts/evaluate.py --index results/tokens/mine/index.json \\
         --training results/runs/mine/training.json --features results/validation/mine/teacher_validation.safetensors \\
         --output results/runs/mine/evaluation/metrics.json
 
-Or any model on any text, without a pipeline; the table is printed, and metrics.json written where --output says:
+Or measure any model on any text, without a pipeline; this prints a table, and writes metrics.json if --output is given:
 
     python workflow/scripts/evaluate.py --model models/small --teacher models/large --data stories.jsonl
 """
@@ -19,13 +19,13 @@ from retort.config.flags import add_section_flags, section_from_args
 
 
 def main() -> None:
-    """Write metrics.json of a run; or print the table of two models."""
+    """Write the metrics.json of a run, or print the table of a standalone comparison."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    run = parser.add_argument_group("a run's student")
+    run = parser.add_argument_group("the student of a run")
     run.add_argument("--index", type=Path, help="index.json of the tokens")
-    run.add_argument("--training", type=Path, help="training.json; final/ lies beside it")
+    run.add_argument("--training", type=Path, help="training.json, with final/ beside it")
     run.add_argument(
         "--features", type=Path, nargs="*", default=[], help="teacher_validation.safetensors"
     )
@@ -36,29 +36,31 @@ def main() -> None:
         default=[],
         help="manifest.json of the run's cache, or fingerprint.json of its teacher",
     )
-    hand = parser.add_argument_group("any models, by hand")
-    hand.add_argument("--model", help="folder or Hub id of the model to measure")
-    hand.add_argument("--teacher", help="folder or Hub id of the model to compare it with")
-    hand.add_argument(
-        "--data", nargs="+", help="files of text: JSON lines, CSV, Parquet, plain text"
+    alone = parser.add_argument_group("any models, standalone")
+    alone.add_argument("--model", help="folder or Hub id of the model to measure")
+    alone.add_argument("--teacher", help="folder or Hub id of the model to compare it with")
+    alone.add_argument(
+        "--data", nargs="+", help="text files: JSON lines, CSV, Parquet or plain text"
     )
-    hand.add_argument(
+    alone.add_argument(
         "--dtype",
         choices=["auto", "float32", "bfloat16", "float16"],
         default="auto",
-        help="of the weights; auto is bfloat16 on a GPU",
+        help="dtype of the weights; auto is bfloat16 on a GPU",
     )
-    hand.add_argument("--gpus", type=int, default=1, help="GPUs to hold, where there are any")
-    hand.add_argument(
+    alone.add_argument(
+        "--gpus", type=int, default=1, help="number of GPUs to use, if there are any"
+    )
+    alone.add_argument(
         "--trust-remote-code", action="store_true", help="run code that comes with the models"
     )
     parser.add_argument(
-        "--among-gpus", help="GPUs of this machine that may be used, such as 1,3,5,7; else all"
+        "--among-gpus", help="GPUs of this machine to choose from, such as 1,3,5,7; default: all"
     )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--cpu-threads", type=int, default=1, help="threads on a CPU")
     parser.add_argument(
-        "--output", type=Path, help="metrics.json; by hand, only where it is wanted"
+        "--output", type=Path, help="metrics.json; optional for a standalone comparison"
     )
     for section in ("evaluation", "dataset"):
         add_section_flags(parser, section)
@@ -67,12 +69,12 @@ def main() -> None:
 
 
 def evaluate_run(args: argparse.Namespace) -> None:
-    """Measure the student of a run."""
+    """Write the metrics.json of a run's student."""
     missing = [f"--{name}" for name in ("index", "training", "output") if not getattr(args, name)]
     if missing:
         raise ValueError(
-            f"{', '.join(missing)} missing: a run's student needs --index, --training and --output; any models by "
-            "hand, --model and --data."
+            f"{', '.join(missing)} missing. Give --index, --training and --output for the student of a run, or --model "
+            "and --data for any model."
         )
     with lease_training(1, device=args.device, among=args.among_gpus):
         from retort.evaluation import run as evaluation
@@ -92,32 +94,34 @@ def evaluate_run(args: argparse.Namespace) -> None:
 
 
 def evaluate_models(args: argparse.Namespace) -> None:
-    """Measure a model by hand, and compare it with a teacher where one is given."""
+    """Measure any model, and compare it with a teacher if one is given."""
     if not (args.model and args.data):
-        raise ValueError("--model and --data go together: a model, and the files to measure it on.")
+        raise ValueError(
+            "--model and --data go together: give the model, and the files to measure it on."
+        )
     if args.index or args.training:
-        raise ValueError("--model measures any model by hand: leave out --index and --training.")
+        raise ValueError("--model is for any model, without a run: remove --index and --training.")
     with lease_training(args.gpus, device=args.device, among=args.among_gpus):
-        from retort.evaluation import compare as by_hand
+        from retort.evaluation import compare
 
         dataset = replace(
             section_from_args(args, "dataset"),
-            name=by_hand.choose_loader(args.data),
+            name=compare.choose_loader(args.data),
             data_files=tuple(args.data),
         )
-        found = by_hand.evaluate_by_hand(
+        found = compare.evaluate_models(
             args.model,
             args.teacher,
             dataset=dataset,
             evaluation=section_from_args(args, "evaluation"),
-            loading=by_hand.choose_loading(
+            loading=compare.choose_loading(
                 device=args.device, dtype=args.dtype, trust_remote_code=args.trust_remote_code
             ),
             cpu_threads=args.cpu_threads,
         )
-    print(by_hand.render_metrics(found))
+    print(compare.render_metrics(found))
     if args.output:
-        by_hand.write_metrics(args.output, found)
+        compare.write_metrics(args.output, found)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Compare all runs: a table for the terminal (summary.txt, summary.csv) and a page (report.html).
+"""Compare all runs: a table (summary.txt, summary.csv) and a page (report.html).
 
 python workflow/scripts/report.py --metrics results/runs/*/*/evaluation/*/metrics.json --output report.html
 """
@@ -22,7 +22,10 @@ def main() -> None:
         "--benchmarks", type=Path, nargs="*", default=[], help="benchmark.json of runs and teachers"
     )
     parser.add_argument(
-        "--output", required=True, type=Path, help="report.html; the summaries lie beside it"
+        "--output",
+        required=True,
+        type=Path,
+        help="report.html; the summaries are written beside it",
     )
     args = parser.parse_args()
     logger.info(make_report(args.metrics, args.output, benchmark_paths=args.benchmarks))

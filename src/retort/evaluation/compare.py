@@ -1,7 +1,7 @@
-"""Any two models on any text, without a pipeline: what evaluate.py --model --teacher --data does.
+"""Standalone comparison of any two models on any text: evaluate.py --model --teacher --data.
 
-Both models read the same whole documents. With one tokenizer they are compared as in a run; with two, each is measured
-on its own tokens, and only bits per byte, which counts by the text, says which of them is better.
+Both models read the same whole documents. With one tokenizer they are compared as in a run. With two, each is measured
+on its own tokens, and only bits per byte, which does not depend on the tokens, tells which model is better.
 """
 
 import logging
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from retort.config.schema import fill_defaults, section_schema
 from retort.config.sections import Dataset, Evaluation, Teacher, build_section
@@ -43,26 +44,26 @@ from retort.tokens.tokenizer import load_tokenizer
 logger = logging.getLogger(__name__)
 
 _LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-_PACKED = (".gz", ".zst")
-_WIDTH = 28  # of a column of the table
+_COMPRESSED = (".gz", ".zst")
+_COLUMN_WIDTH = 28
 
 
 def choose_loader(paths: Sequence[str]) -> str:
-    """Return which loader reads the files: by their ending, what is not json, csv or parquet is text.
+    """Return the loader for the files by their extension: json, csv, parquet, else text.
 
-    Raises ValueError where they end in different ways.
+    Raises ValueError when the files need different loaders.
     """
-    endings = [[s for s in Path(path).suffixes if s not in _PACKED][-1:] for path in paths]
-    loaders = {_LOADERS.get("".join(ending), "text") for ending in endings}
+    extensions = [[s for s in Path(path).suffixes if s not in _COMPRESSED][-1:] for path in paths]
+    loaders = {_LOADERS.get("".join(extension), "text") for extension in extensions}
     if len(loaders) > 1:
         raise ValueError(
-            f"--data names files of different kinds ({', '.join(sorted(loaders))}): give files of one kind."
+            f"--data has files of different kinds ({', '.join(sorted(loaders))}): give files of one kind."
         )
     return loaders.pop()
 
 
 def choose_loading(*, device: str, dtype: str, trust_remote_code: bool) -> Teacher:
-    """Return how both models are loaded, as a section of the config; what is not said is at its default."""
+    """Return the `teacher` section by which both models are loaded; all other keys keep their defaults."""
     values = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     section: Teacher = build_section("teacher", fill_defaults(values, section_schema("teacher")))
     return section
@@ -70,19 +71,19 @@ def choose_loading(*, device: str, dtype: str, trust_remote_code: bool) -> Teach
 
 @dataclass(frozen=True)
 class Side:
-    """A model to measure, by path or Hub id, with its tokenizer and the documents cut by it."""
+    """One of the models: its path or Hub id, its tokenizer, and the documents tokenized with it."""
 
     path: str
     tokenizer: Any
     table: SequenceTable
 
     @property
-    def next_bytes(self) -> Any:
-        """Bytes of the token that each counted position predicts, [P]."""
+    def next_bytes(self) -> NDArray[np.int64]:
+        """Bytes of text of the token that each counted position predicts, int64 [P]."""
         return count_next_bytes(self.table, self.tokenizer)
 
 
-def evaluate_by_hand(
+def evaluate_models(
     model_path: str,
     teacher_path: str | None,
     *,
@@ -91,32 +92,34 @@ def evaluate_by_hand(
     loading: Teacher,
     cpu_threads: int,
 ) -> dict[str, Any]:
-    """Return what metrics.json says of a model, and of a teacher where one is given, on whole documents.
+    """Return the content of metrics.json of a model, beside a teacher's if given, on whole documents.
 
-    Documents are read until `evaluation.max_positions` is reached by the model's tokenizer. `loading` says how models
-    are loaded: device, dtype, trust_remote_code. Raises ValueError for files and models that cannot be read, and for
-    text in which nothing can be predicted.
+    Documents are read until they have `evaluation.max_positions` positions in the model's tokens. `loading` gives
+    device, dtype and trust_remote_code of both models.
+    Raises ValueError when a file or model cannot be read, and when the text has no position to predict.
     """
     torch.set_num_threads(cpu_threads)
-    dataset = _fit(dataset, [model_path, *([teacher_path] if teacher_path else [])], loading)
-    documents, model = _read(model_path, dataset, evaluation.max_positions, loading)
+    dataset = _fit_context(
+        dataset, [model_path, *([teacher_path] if teacher_path else [])], loading
+    )
+    documents, model = _read_documents(model_path, dataset, evaluation.max_positions, loading)
     logger.info(
         f"{model.table.num_positions:,} positions of {len(documents):,} documents, {_name_files(dataset)}"
     )
     if teacher_path is None:
-        return _finish(_evaluate(model, None, evaluation, loading), model, None, loading)
-    teacher = _cut(teacher_path, documents, dataset, loading)
-    if _is_shared(model, teacher):
-        features = _score(teacher, evaluation, loading)
-        return _finish(_evaluate(model, features, evaluation, loading), model, teacher, loading)
-    logger.info("the two have different tokenizers: each is measured on its own tokens.")
+        return _describe(_evaluate(model, None, evaluation, loading), model, None, loading)
+    teacher = _tokenize(teacher_path, documents, dataset, loading)
+    if _have_same_tokens(model, teacher):
+        features = _score_teacher(teacher, evaluation, loading)
+        return _describe(_evaluate(model, features, evaluation, loading), model, teacher, loading)
+    logger.info("the two models have different tokenizers: each is measured on its own tokens.")
     alone = _evaluate(teacher, None, evaluation, loading)
     scores = _evaluate(model, None, evaluation, loading)
-    return _finish(_join(scores, alone), model, teacher, loading)
+    return _describe(_join(scores, alone), model, teacher, loading)
 
 
-def _fit(dataset: Dataset, paths: Sequence[str], loading: Teacher) -> Dataset:
-    """Return the dataset with sequences that all models can read, every document of one shard and to be measured."""
+def _fit_context(dataset: Dataset, paths: Sequence[str], loading: Teacher) -> Dataset:
+    """Return the dataset with sequences that fit every model's context, one shard, and all documents held out."""
     configs = [load_model_config(p, trust_remote_code=loading.trust_remote_code) for p in paths]
     limits = [getattr(c.get_text_config(), "max_position_embeddings", None) for c in configs]
     length = min([dataset.max_length, *(limit for limit in limits if limit and limit > 1)])
@@ -131,10 +134,10 @@ def _fit(dataset: Dataset, paths: Sequence[str], loading: Teacher) -> Dataset:
     )
 
 
-def _read(
+def _read_documents(
     path: str, dataset: Dataset, max_positions: int, loading: Teacher
 ) -> tuple[list[Document], Side]:
-    """Return the documents that are measured, and the model's side of them."""
+    """Return the documents to measure on, and the model with its tokens of them."""
     tokenizer = load_tokenizer(path, trust_remote_code=loading.trust_remote_code)
     documents: list[Document] = []
     positions = 0
@@ -147,10 +150,10 @@ def _read(
             break
     if positions == 0:
         raise ValueError(
-            f"nothing can be predicted in {_name_files(dataset)}: {len(documents):,} documents, none of which has two "
-            "tokens. Give a file with text; of JSON, --dataset-text-column says where it is."
+            f"nothing to predict in {_name_files(dataset)}: none of its {len(documents):,} documents has two tokens. "
+            "Give a file with text; for JSON, --dataset-text-column names the column."
         )
-    return documents, _cut(path, documents, dataset, loading)
+    return documents, _tokenize(path, documents, dataset, loading)
 
 
 def _name_files(dataset: Dataset) -> str:
@@ -158,23 +161,23 @@ def _name_files(dataset: Dataset) -> str:
     return files if isinstance(files, str) else ", ".join(files or ())
 
 
-def _cut(path: str, documents: list[Document], dataset: Dataset, loading: Teacher) -> Side:
+def _tokenize(path: str, documents: list[Document], dataset: Dataset, loading: Teacher) -> Side:
     tokenizer = load_tokenizer(path, trust_remote_code=loading.trust_remote_code)
     table = tokenize_documents(documents, tokenizer, dataset, counts=TokenCounts())
     return Side(path, tokenizer, table)
 
 
-def _is_shared(one: Side, other: Side) -> bool:
-    """Say whether two models read the same tokens: one vocabulary, and the documents cut alike."""
+def _have_same_tokens(one: Side, other: Side) -> bool:
+    """Whether two models have one vocabulary and the same tokens of the documents."""
     return digest_keys(one.table) == digest_keys(other.table) and (
         one.tokenizer.get_vocab() == other.tokenizer.get_vocab()
     )
 
 
-def _score(side: Side, evaluation: Evaluation, loading: Teacher) -> TeacherFeatures:
-    """Return what the teacher says of its table; the teacher itself is not kept."""
+def _score_teacher(side: Side, evaluation: Evaluation, loading: Teacher) -> TeacherFeatures:
+    """Return the teacher's hidden states and head for its table; the teacher itself is freed."""
     teacher = load_teacher(side.path, loading)
-    _refuse_narrow(side, teacher.vocabulary)
+    _require_outputs(side, teacher.vocabulary)
     features = collect_features(
         teacher, side.table, batch_size=evaluation.batch_size, on_batch=lambda _: None
     )
@@ -212,22 +215,22 @@ def _load(side: Side, loading: Teacher) -> CausalLM:
     )
     require_causal(model.to(device).eval(), name=side.path)
     split = split_model(model)
-    _refuse_narrow(side, split.vocabulary)
+    _require_outputs(side, split.vocabulary)
     return split
 
 
-def _refuse_narrow(side: Side, vocabulary: int) -> None:
-    """Raise ValueError when a tokenizer gives ids for which the model has no output."""
+def _require_outputs(side: Side, vocabulary: int) -> None:
+    """Raise ValueError when a tokenizer gives ids beyond the model's output layer."""
     largest = int(side.table.ids.max())
     if largest >= vocabulary:
         raise ValueError(
-            f"the tokenizer of {side.path} gives token {largest}, but the model's output layer has {vocabulary:,} ids "
-            "only: the two do not belong together."
+            f"the tokenizer of {side.path} gives token {largest}, but the model's output layer has only {vocabulary:,} "
+            "ids: tokenizer and model do not match. Use the tokenizer that the model was trained with."
         )
 
 
 def _join(scores: Scores, teacher: Scores) -> Scores:
-    """Return the scores of two models with different tokenizers: the teacher's own beside the model's."""
+    """Return the scores of two models with different tokenizers: the teacher's added to the model's."""
     found, other = scores.sections, teacher.sections
     found["not_defined"] |= dict.fromkeys(OF_BOTH, OTHER_TOKENIZER)
     found["teacher_validation"] = other["validation"]
@@ -236,7 +239,9 @@ def _join(scores: Scores, teacher: Scores) -> Scores:
     return scores
 
 
-def _finish(scores: Scores, model: Side, teacher: Side | None, loading: Teacher) -> dict[str, Any]:
+def _describe(
+    scores: Scores, model: Side, teacher: Side | None, loading: Teacher
+) -> dict[str, Any]:
     about = {
         "format": METRICS_FORMAT,
         "version": METRICS_VERSION,
@@ -248,13 +253,13 @@ def _finish(scores: Scores, model: Side, teacher: Side | None, loading: Teacher)
 
 
 def write_metrics(path: Path, found: dict[str, Any]) -> None:
-    """Write metrics.json, its folder too."""
+    """Write metrics.json, and create its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, found)
 
 
 def render_metrics(found: dict[str, Any]) -> str:
-    """Return the table of a model and its teacher: a line for each metric, values with their intervals."""
+    """Return a table of a model and its teacher for the terminal: a line for each metric, values with intervals."""
     sides = [("validation", "model"), ("teacher_validation", "teacher")]
     shown = [
         (found[section], found["intervals"][section], name)
@@ -267,11 +272,13 @@ def render_metrics(found: dict[str, Any]) -> str:
     titles = {name: name_metric(name) for name in names}
     width = max(map(len, titles.values()))
     lines = [f"{whose:<8} {found[whose]}" for whose in ("model", "teacher") if found[whose]]
-    lines += ["", " " * width + "".join(f"{name:>{_WIDTH}}" for _, _, name in shown)]
+    lines += ["", " " * width + "".join(f"{name:>{_COLUMN_WIDTH}}" for _, _, name in shown)]
     for name in names:
         cells = [_cell(name, values, ends) for values, ends, _ in shown]
-        lines.append(f"{titles[name]:<{width}}" + "".join(f"{cell:>{_WIDTH}}" for cell in cells))
-    lines += ["", "In brackets: 95 % intervals, from drawing the documents anew."]
+        lines.append(
+            f"{titles[name]:<{width}}" + "".join(f"{cell:>{_COLUMN_WIDTH}}" for cell in cells)
+        )
+    lines += ["", "In brackets: 95 % intervals, from resampling the documents."]
     reasons: dict[str, list[str]] = {}
     for name, reason in found["not_defined"].items():
         reasons.setdefault(reason, []).append(METRICS[name].title)
@@ -279,7 +286,7 @@ def render_metrics(found: dict[str, Any]) -> str:
         f"Not defined: {', '.join(t)}; {why}." for why, t in reasons.items() if found["teacher"]
     ]
     if OTHER_TOKENIZER in reasons:
-        lines.append("Losses are of each model's own tokens: compare bits per byte.")
+        lines.append("Losses are per token of each model's own tokenizer: compare bits per byte.")
     return "\n".join(lines)
 
 

@@ -1,22 +1,23 @@
-"""Metrics as people read them: titles, rounding, intervals."""
+"""Metrics as text: titles, rounding, intervals."""
 
 from retort.evaluation.intervals import Estimate
 from retort.evaluation.scores import METRICS
 
 
 def name_metric(name: str) -> str:
-    """Return a metric's title and unit; a share of 1 is given in percent."""
+    """Return a metric's title and unit; shares are in percent."""
     metric = METRICS[name]
     return f"{metric.title}, {metric.unit or '%'}"
 
 
 def format_metric(name: str, found: Estimate) -> tuple[str, str]:
-    """Return a metric's value, a share in percent, and its interval ("" without one)."""
+    """Return a metric's value (shares in percent) and its interval ("" without one)."""
     scale, digits = (1.0, 3) if METRICS[name].unit else (100.0, 1)
     return format_estimate(found, scale, digits)
 
 
 def format_estimate(found: Estimate, scale: float, digits: int) -> tuple[str, str]:
+    """Return (value, interval) times `scale`, rounded to `digits`; the interval is "" without one."""
     text = f"{found.value * scale:,.{digits}f}"
     if found.ends is None:
         return text, ""

@@ -1,7 +1,7 @@
-"""Tasks of lm-evaluation-harness, and task files of the user's own, run on a model that is loaded.
+"""Tasks of lm-evaluation-harness, and task files of the user's, run on a loaded model.
 
-The harness is an extra and is imported where it is used. Tasks that run a model's code are refused: it would run them
-in this process, with all that this process may do.
+The harness is an optional dependency and is imported where it is used. Tasks that run a model's code are refused: the
+harness would run it in this process, with all of its rights.
 """
 
 import difflib
@@ -24,40 +24,44 @@ REQUIREMENT = "lm-eval>=0.4.13"
 
 
 def require_harness(names: list[str]) -> None:
-    """Raise ValueError, with the line that installs it, where lm-evaluation-harness is missing."""
+    """Raise ValueError, with the command that installs it, when lm-evaluation-harness is missing."""
     if find_spec("lm_eval") is None:
         raise ValueError(
             f"evaluation.benchmarks asks for {', '.join(names)} of lm-evaluation-harness, which is not installed here. "
-            f"Type: {sys.executable} -m pip install '{REQUIREMENT}'"
+            f"Run: {sys.executable} -m pip install '{REQUIREMENT}'"
         )
 
 
 def load_tasks(name: str, *, tasks_dir: str | None) -> Any:
-    """Return the harness's tasks and groups of one name, their data read.
+    """Return the harness's dictionary of tasks and groups for one name, with their data loaded.
 
-    Names of the user's own folder come first. Raises ValueError for a name that nobody knows (with the nearest ones),
-    for data that cannot be had, and for a task that runs a model's code.
+    Tasks in `tasks_dir`, the user's folder, take precedence.
+    Raises ValueError for an unknown name (with the nearest ones), for data that cannot be loaded, and for a task that
+    runs a model's code.
     """
     require_harness([name])
     manager = _find_manager(name, tasks_dir)
     try:
         loaded = manager.load([name])
-    except Exception as error:  # of the task's own code, of datasets, of the network
+    except Exception as error:  # from the task's own code, datasets or the network
         raise ValueError(_cannot_load(name, error)) from error
     unsafe = [t for t, task in loaded["tasks"].items() if getattr(task, "UNSAFE_CODE", False)]
     if unsafe:
         raise ValueError(
             f"evaluation.benchmarks asks for {name!r}, but {unsafe[0]} runs the code that a model writes, and "
-            f"lm-evaluation-harness does that without a sandbox. Take it out; {HUMANEVAL} is run in one."
+            f"lm-evaluation-harness does that without a sandbox. Remove it, or use {HUMANEVAL}, which runs in one."
         )
     return loaded
 
 
-def run_tasks(
+def run_harness_task(
     name: str, model: PreTrainedModel, tokenizer: Any, *, settings: Evaluation
 ) -> dict[str, Any]:
-    """Return what the harness says of a model: `scores` (a row for each task and metric), `examples`, `versions`."""
-    load_tasks(name, tasks_dir=settings.benchmark_tasks_dir)  # refused here, by a sentence
+    """Return sections of benchmark.json: `scores` (a row for each task and metric), `examples`, `versions`.
+
+    Raises ValueError as `load_tasks` does.
+    """
+    load_tasks(name, tasks_dir=settings.benchmark_tasks_dir)  # for its clear errors
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
@@ -89,33 +93,33 @@ def run_tasks(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Send what the harness says on stderr nowhere: its bars belong to no log, nor what git says of this folder."""
+    """Discard stderr: the harness writes progress bars and git's warnings about the current folder there."""
     sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
+    saved, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 2)
     try:
         yield
     finally:
         sys.stderr.flush()
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(devnull)
 
 
 def _read_scores(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return a row for each metric of each task; the harness says {"acc,none": 0.5, "acc_stderr,none": ...}."""
+    """Return a row for each metric of each task; the harness's keys are "acc,none", "acc_stderr,none", ..."""
     rows = []
     for task, values in found["results"].items():
         for key, value in values.items():
-            metric, _, way = key.partition(",")
-            if not way or metric.endswith("_stderr") or not isinstance(value, int | float):
+            metric, _, filter_name = key.partition(",")
+            if not filter_name or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
-            error = values.get(f"{metric}_stderr,{way}")
+            error = values.get(f"{metric}_stderr,{filter_name}")
             is_higher_better = found["higher_is_better"].get(task, {}).get(metric)
             rows.append(
                 {
                     "task": task,
-                    "metric": metric if way == "none" else f"{metric} ({way})",
+                    "metric": metric if filter_name == "none" else f"{metric} ({filter_name})",
                     "value": float(value),
                     "standard_error": float(error) if isinstance(error, int | float) else None,
                     "is_less_better": is_higher_better is False,
@@ -125,34 +129,36 @@ def _read_scores(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _find_manager(name: str, tasks_dir: str | None) -> Any:
-    """Return an index of tasks that knows a name; of the user's folder alone where that is enough."""
+    """Return the harness's TaskManager that has a task: of the user's folder alone if it does, because that is fast."""
     if tasks_dir is not None:
         own = _index_tasks(tasks_dir, False)
         if name in own.all_subtasks:
             return own
-    everything = _index_tasks(tasks_dir, True)
-    if name in everything.all_tasks:
-        return everything
-    near = difflib.get_close_matches(name, [*everything.all_tasks, HUMANEVAL], n=3)
+    manager = _index_tasks(tasks_dir, True)
+    if name in manager.all_tasks:
+        return manager
+    near = difflib.get_close_matches(name, [*manager.all_tasks, HUMANEVAL], n=3)
     advice = (
-        f"Did you mean {' or '.join(map(repr, near))}?" if near else "lm-eval ls tasks lists them."
+        f"Did you mean {' or '.join(map(repr, near))}?"
+        if near
+        else "List them with: lm-eval ls tasks."
     )
     where = f" and in {tasks_dir}" if tasks_dir else ""
     raise ValueError(
-        f"evaluation.benchmarks asks for {name!r}, which is none of the {len(everything.all_tasks):,} tasks and groups "
+        f"evaluation.benchmarks asks for {name!r}, which is none of the {len(manager.all_tasks):,} tasks and groups "
         f"of lm-evaluation-harness {metadata.version('lm_eval')}{where}. {advice}"
     )
 
 
 @cache
 def _index_tasks(tasks_dir: str | None, has_defaults: bool) -> Any:
-    """Read the names of all tasks: half a minute for the harness's own."""
+    """Return a TaskManager; reading the names of the harness's own tasks takes half a minute."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from lm_eval.tasks import TaskManager
 
     try:
         return TaskManager(include_path=tasks_dir, include_defaults=has_defaults)
-    except Exception as error:  # a task file that is no YAML, say
+    except Exception as error:  # a task file that is not YAML, for example
         raise ValueError(
             f"evaluation.benchmark_tasks_dir {tasks_dir!r}: lm-evaluation-harness cannot read it. {first_line(error)}"
         ) from error
@@ -161,9 +167,9 @@ def _index_tasks(tasks_dir: str | None, has_defaults: bool) -> Any:
 def _cannot_load(name: str, error: Exception) -> str:
     is_offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "ON", "YES")
     advice = (
-        "HF_HUB_OFFLINE is set, so data that were not fetched before are not there. Type, where there is network: "
-        "snakemake --cores 1 check_inputs; or bring a task file with local data (evaluation.benchmark_tasks_dir)"
+        "HF_HUB_OFFLINE is set and its data are not in the local cache. With network access, run: "
+        "snakemake --cores 1 check_inputs; or use a task file with local data (evaluation.benchmark_tasks_dir)"
         if is_offline
-        else "its data must be on this machine, or within reach"
+        else "its data must be on this machine or downloadable from here"
     )
     return f"benchmark {name!r} cannot be loaded: {advice}. {type(error).__name__}: {first_line(error)}"

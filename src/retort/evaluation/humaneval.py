@@ -1,7 +1,7 @@
-"""HumanEval on a local copy of its problems: a model completes functions, their tests say which are right.
+"""HumanEval on a local copy of its problems: a model completes functions, and unit tests check them.
 
 Chen et al., Evaluating Large Language Models Trained on Code, 2021 (arXiv 2107.03374). The model is given as a function
-from prompts to completions; what it writes runs in the room `sandbox` and nowhere else.
+from prompts to completions; its code runs only in the `sandbox`.
 """
 
 import gzip
@@ -19,17 +19,17 @@ from retort.evaluation.sandbox import Limits, Outcome, run_program
 
 logger = logging.getLogger(__name__)
 
-# Where a completion has left the function: section 3.2 of the paper ("# " is a comment at the margin).
+# Strings at which a completion has left the function (section 3.2 of the paper).
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 _KEYS = ("task_id", "prompt", "entry_point", "test")
 
-# Prompts -> one completion of each, in their order.
+# Prompts -> one completion each, in the same order.
 Complete = Callable[[Sequence[str]], list[str]]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """The head of a function with its docstring, and the tests of it."""
+    """A function's signature with its docstring, and its tests."""
 
     task_id: str
     prompt: str
@@ -37,7 +37,7 @@ class Problem:
     test: str
 
     def program(self, completion: str) -> str:
-        """Return the program that raises nothing where the completion is right."""
+        """Return the program that ends without an exception if the completion is correct."""
         return f"{self.prompt}{completion}\n{self.test}\ncheck({self.entry_point})\n"
 
 
@@ -53,11 +53,11 @@ class Attempt:
 def read_problems(path: Path) -> list[Problem]:
     """Read the problems of a .jsonl or .jsonl.gz.
 
-    Raises ValueError, with file and line, where it is no copy of HumanEval.
+    Raises ValueError, with file and line, when it is not a copy of HumanEval.
     """
     try:
-        packed = path.read_bytes()
-        text = (gzip.decompress(packed) if path.suffix == ".gz" else packed).decode("utf-8")
+        content = path.read_bytes()
+        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8")
         lines = [line for line in text.splitlines() if line.strip()]
         found = [_read_problem(line, path, number) for number, line in enumerate(lines, start=1)]
     except (OSError, EOFError, UnicodeDecodeError) as error:
@@ -66,7 +66,7 @@ def read_problems(path: Path) -> list[Problem]:
         ) from None
     if not found:
         raise ValueError(
-            f"evaluation.humaneval_file {str(path)!r} is empty: 164 problems expected."
+            f"evaluation.humaneval_file {str(path)!r} is empty. Give a copy of HumanEval.jsonl.gz (164 problems)."
         )
     return found
 
@@ -77,26 +77,28 @@ def _read_problem(line: str, path: Path, number: int) -> Problem:
         values = {key: row[key] for key in _KEYS}
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"evaluation.humaneval_file {str(path)!r}, line {number}: {error!r}. Every line is expected to be a JSON "
-            f"object with {', '.join(_KEYS)}, as OpenAI publishes them."
+            f"evaluation.humaneval_file {str(path)!r}, line {number}: {error!r}. Every line must be a JSON object "
+            f"with {', '.join(_KEYS)}, as in OpenAI's HumanEval.jsonl.gz."
         ) from None
     return Problem(**{key: str(value) for key, value in values.items()})
 
 
 def cut_completion(text: str) -> str:
-    """Return a completion up to where it leaves the function."""
-    ends = [place for stop in STOPS if (place := text.find(stop)) >= 0]
+    """Return the part of a completion that belongs to the function."""
+    ends = [start for stop in STOPS if (start := text.find(stop)) >= 0]
     return text[: min(ends, default=len(text))]
 
 
-def estimate_pass_at_k(num_completions: int, num_right: int, k: int) -> float:
+def estimate_pass_at_k(num_completions: int, num_correct: int, k: int) -> float:
     """Return the unbiased estimate of pass@k of one problem: 1 - C(n - c, k) / C(n, k) (Chen et al., equation 1).
 
-    n completions, c of them right. Raises ValueError where k is more than n.
+    n is the number of completions, c how many of them are correct. Raises ValueError when k is not in 1..n.
     """
     if not 1 <= k <= num_completions:
-        raise ValueError(f"pass@{k} of {num_completions} completions is not defined.")
-    return 1.0 - math.comb(num_completions - num_right, k) / math.comb(num_completions, k)
+        raise ValueError(
+            f"pass@{k} is not defined for {num_completions} completions: generate {k} or more for each problem."
+        )
+    return 1.0 - math.comb(num_completions - num_correct, k) / math.comb(num_completions, k)
 
 
 def attempt_problems(
@@ -106,16 +108,16 @@ def attempt_problems(
     num_completions: int,
     timeout_s: float,
 ) -> list[Attempt]:
-    """Let a model complete every problem `num_completions` times, and run what it wrote.
+    """Generate `num_completions` completions of every problem, run them, and return the attempts problem by problem.
 
-    Returns the attempts, those of one problem together. Raises ValueError where there is no sandbox.
+    Raises ValueError when there is no sandbox to run them in.
     """
-    asked = [problem for problem in problems for _ in range(num_completions)]
-    completions = [cut_completion(text) for text in complete([p.prompt for p in asked])]
-    assert len(completions) == len(asked), (len(completions), len(asked))
-    logger.info(f"{len(asked):,} completions of {len(problems):,} problems; running them")
+    repeated = [problem for problem in problems for _ in range(num_completions)]
+    completions = [cut_completion(text) for text in complete([p.prompt for p in repeated])]
+    assert len(completions) == len(repeated), (len(completions), len(repeated))
+    logger.info(f"{len(repeated):,} completions of {len(problems):,} problems; running them")
     limits = Limits(seconds=timeout_s)
-    pairs = list(zip(asked, completions, strict=True))
+    pairs = list(zip(repeated, completions, strict=True))
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         outcomes = pool.map(
             lambda pair: run_program(pair[0].program(pair[1]), limits=limits), pairs
@@ -124,18 +126,19 @@ def attempt_problems(
 
 
 def score_attempts(attempts: Sequence[Attempt], ks: Sequence[int]) -> dict[str, dict[str, Any]]:
-    """Return pass@k for each k: its value, the mean over problems, and the standard error of that mean.
+    """Return {"pass@k": {"value", "standard_error"}} for each k: the mean over problems, and its standard error.
 
-    The error is the deviation of the problems' estimates by the root of their number; None for one problem.
+    The standard error is s / sqrt(n), s the sample standard deviation over n problems; None for one problem.
     """
-    right: dict[str, list[bool]] = {}
+    passed: dict[str, list[bool]] = {}
     for attempt in attempts:
-        right.setdefault(attempt.task_id, []).append(attempt.outcome.has_passed)
+        passed.setdefault(attempt.task_id, []).append(attempt.outcome.has_passed)
     scores = {}
     for k in sorted(ks):
-        each = [estimate_pass_at_k(len(found), sum(found), k) for found in right.values()]
-        mean = math.fsum(each) / len(each)
-        spread = math.fsum((x - mean) ** 2 for x in each)
-        error = math.sqrt(spread / (len(each) - 1) / len(each)) if len(each) > 1 else None
+        estimates = [estimate_pass_at_k(len(found), sum(found), k) for found in passed.values()]
+        mean = math.fsum(estimates) / len(estimates)
+        squares = math.fsum((x - mean) ** 2 for x in estimates)
+        num = len(estimates)
+        error = math.sqrt(squares / (num - 1) / num) if num > 1 else None
         scores[f"pass@{k}"] = {"value": mean, "standard_error": error}
     return scores

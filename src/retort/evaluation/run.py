@@ -1,7 +1,7 @@
-"""Held-out metrics of a student, and of its teacher where there is one: metrics.json, and documents.csv beside it.
+"""Held-out metrics of a student, and of its teacher if it has one: metrics.json, with documents.csv beside it.
 
-What each metric is: rooms `metrics` (a number at every position) and `scores` (means, intervals, classes). The
-teacher's side comes from what `score_validation` stored: no teacher is loaded here.
+The metrics are defined in `metrics` (at every position) and `scores` (means, intervals, classes). The teacher's
+distributions come from the features that `score_validation` stored: no teacher is loaded here.
 """
 
 from dataclasses import replace
@@ -23,7 +23,7 @@ from retort.evaluation.scores import (
     OF_BOTH,
     Scores,
     summarise,
-    write_documents,
+    write_document_sums,
 )
 from retort.evaluation.text_bytes import count_next_bytes
 from retort.io.digests import compare_digests, digest_folder
@@ -77,15 +77,15 @@ def evaluate_student(
     next_bytes: NDArray[np.int64] | None = None,
     token_counts: NDArray[np.int64] | None = None,
 ) -> Scores:
-    """Return the scores of one student on held-out sequences.
+    """Return the scores of a student on held-out sequences.
 
     `next_bytes` [P]: bytes of text of the token that each counted position predicts; without it, no bits per byte.
-    `token_counts` [V]: how often each token comes in the training text; without it, no classes by frequency.
-    Raises ValueError when there is nothing held out.
+    `token_counts` [V]: how often each token occurs in the training text; without it, no classes by frequency.
+    Raises ValueError when there are no held-out positions.
     """
     if table.num_positions == 0:
         raise ValueError(
-            "no held-out position to evaluate on: raise dataset.validation_fraction, or give more documents."
+            "no held-out position to evaluate on: raise dataset.validation_fraction, or add documents."
         )
     columns = measure_positions(student, table, teacher=teacher, batch_size=batch_size)
     classes = find_classes(
@@ -96,9 +96,9 @@ def evaluate_student(
 
 
 def _load_own_tokenizer(path: str) -> tuple[Any, str | None]:
-    """Return (tokenizer, None), or (None, why) where it does not load.
+    """Return (tokenizer, None), or (None, error message) when it does not load.
 
-    A student that has no use of its tokenizer (one with code of its own, say) is measured all the same.
+    A student whose tokenizer does not load (one with custom code, for example) is measured without bits per byte.
     """
     try:
         return load_tokenizer(path), None
@@ -107,9 +107,9 @@ def _load_own_tokenizer(path: str) -> tuple[Any, str | None]:
 
 
 def _shares_ids(record: dict[str, Any], index: TokenIndex, tokenizer: Any) -> bool:
-    """Say whether a recorded teacher means the tokens of the student's tokenizer by their ids.
+    """Whether the ids of a recorded teacher mean the same tokens as in the student's tokenizer.
 
-    Without a look at it where the files are the same; what cannot be loaded is another one.
+    Tokenizers from equal files are not loaded; a teacher's that cannot be loaded counts as different.
     """
     if tokenizer is None or has_tokenizer(record, index):
         return has_tokenizer(record, index)
@@ -117,24 +117,23 @@ def _shares_ids(record: dict[str, Any], index: TokenIndex, tokenizer: Any) -> bo
         teachers = load_tokenizer(record["name"], revision=record["revision"])
     except ValueError:
         return False
-    has_room = len(tokenizer) <= record["vocabulary"]
-    return has_room and find_difference(tokenizer, teachers) is None
+    return len(tokenizer) <= record["vocabulary"] and find_difference(tokenizer, teachers) is None
 
 
-def refuse_other_student(folder: Path, record: dict[str, Any], source: Path) -> None:
-    """Raise ValueError when the student is not the one that training.json was written for."""
+def require_trained_student(folder: Path, record: dict[str, Any], source: Path) -> None:
+    """Raise ValueError when the files of a student are not those that its training.json, `source`, records."""
     faults = compare_digests(record["final"], digest_folder(folder))
     if faults:
         raise ValueError(
-            f"{folder} is not what {source} records: {', '.join(faults)}. Delete {source} and run the same command "
-            "again: training goes on from its last checkpoint and writes the student anew."
+            f"{folder} is not what {source} records: {', '.join(faults)}. Delete {source} and rerun the same command: "
+            "training resumes from its last checkpoint and writes the student again."
         )
 
 
 def _open_teacher(
     path: Path, table: SequenceTable, weights: str | None, *, made_from: Path
 ) -> TeacherFeatures:
-    """Read what the teacher said of the very sequences of `table`; it must be the one that was trained with, if any."""
+    """Read the teacher's features of `table`. Raises ValueError for other sequences or other teacher weights."""
     teacher = read_features(path)
     teacher.require("val", table, source=path)
     if weights is not None:
@@ -151,7 +150,7 @@ def _sample_student(
     teacher_path: Path | None,
     weights: str | None,
 ) -> dict[str, Samples]:
-    """Let the student continue the prompts that its teacher was given; return both sides."""
+    """Let the student continue the prompts that its teacher was given; return the samples of both."""
     prompts = choose_prompts(table, tokenizer, evaluation)
     found = {"student": sample_model(model, tokenizer, prompts, evaluation)}
     if teacher_path is not None:
@@ -174,20 +173,20 @@ def evaluate_run(
     cpu_threads: int,
     fingerprint_path: Path | None = None,
 ) -> str:
-    """Evaluate the student in final/ beside training.json, write metrics.json, return its line.
+    """Evaluate the student in final/ beside training.json, write metrics.json, return a one-line summary.
 
-    What the student writes goes into samples.json beside it; what its teacher writes lies beside `features_path`.
-    `fingerprint_path`: the teacher's record, where the student did not learn from a cache: a teacher that means other
-    tokens by the ids is not compared with.
-    Raises ValueError when final/ is not what training wrote, or the teacher is not the one that was trained with.
+    Samples of the student and its teacher go into samples.json beside it; the teacher's come from beside
+    `features_path`. `fingerprint_path`: the teacher's fingerprint.json, for a student that did not learn from a cache;
+    a teacher with another tokenizer is not compared with.
+    Raises ValueError when final/ is not what training wrote, or the features are of another teacher or other text.
     """
     torch.set_num_threads(cpu_threads)
     index = TokenIndex.read(index_path)
     record = read_json(training_path)
     folder = training_path.parent / "final"
-    refuse_other_student(folder, record, training_path)
+    require_trained_student(folder, record, training_path)
     table = index.read_split("val", max_positions=evaluation.max_positions)
-    tokenizer, why_none = _load_own_tokenizer(str(folder))
+    tokenizer, no_tokenizer = _load_own_tokenizer(str(folder))
     is_foreign = fingerprint_path is not None and not _shares_ids(
         read_json(fingerprint_path), index, tokenizer
     )
@@ -196,15 +195,14 @@ def evaluate_run(
         teacher = _open_teacher(features_path, table, record["teacher"], made_from=training_path)
     chosen = choose_device(device)
     model = load_pretrained(str(folder), dtype=torch.float32).to(chosen).eval()
-    samples = {"student": Samples((), missing=why_none)}
+    samples = {"student": Samples((), missing=no_tokenizer)}
     if tokenizer:
-        beside = features_path.with_name(SAMPLES_FILE) if features_path else None
         samples = _sample_student(
             model,
             tokenizer,
             table,
             evaluation,
-            teacher_path=beside,
+            teacher_path=features_path.with_name(SAMPLES_FILE) if features_path else None,
             weights=record["teacher"],
         )
     scores = evaluate_student(
@@ -219,13 +217,13 @@ def evaluate_run(
     found["validation"]["content"] = digest_keys(table)
     found["validation"]["leaked_sequences"] = index.count_leaked(table)
     found["validation"]["sequences"] = len(table)
-    found["not_defined"] |= {"bits_per_byte": why_none} if why_none else {}
+    found["not_defined"] |= {"bits_per_byte": no_tokenizer} if no_tokenizer else {}
     found["not_defined"] |= dict.fromkeys(OF_BOTH, OTHER_TOKENIZER) if is_foreign else {}
     provenance = _read_provenance(training_path.with_name("run.json"))
     metrics = _describe_run(record, teacher, manifest_path) | {"trained": provenance} | found
     out.parent.mkdir(parents=True, exist_ok=True)
     write_samples(out.with_name(SAMPLES_FILE), samples, of=record["id"])
-    write_documents(out.with_name(DOCUMENTS_FILE), scores.sums)
+    write_document_sums(out.with_name(DOCUMENTS_FILE), scores.sums)
     write_json(out, metrics)
     return f"evaluate {record['run']}  {_describe(found)}"
 
@@ -233,7 +231,7 @@ def evaluate_run(
 def _describe_run(
     record: dict[str, Any], teacher: TeacherFeatures | None, manifest_path: Path | None
 ) -> dict[str, Any]:
-    """Return what metrics.json says of a run beside its scores: training, teacher, cache."""
+    """Return the keys of metrics.json other than the scores: training, teacher, cache."""
     manifest = read_json(manifest_path) if manifest_path else None
     is_measured = manifest is not None and manifest["fidelity_kl"] is not None
     return {
@@ -251,7 +249,7 @@ def _describe_run(
 
 
 def _read_provenance(path: Path) -> dict[str, Any] | None:
-    """Return what the report says of where a run comes from, out of its run.json; None where there is none."""
+    """Return the parts of a run.json that the report shows; None when there is no such file."""
     if not path.exists():
         return None
     run: dict[str, Any] = read_json(path)

@@ -1,9 +1,9 @@
-"""Code that nobody has read, run where it can do no harm: in bubblewrap, under limits, and not for long.
+"""Run untrusted Python code in a sandbox: in bubblewrap, with limits on resources and time.
 
-A program sees the system's folders read-only, an empty folder of its own in memory, no network, no home, no variable of
-the environment, and no process but its own. It cannot start another process or a thread, so one limit of memory holds
-for all that it does. The kernel kills it with whoever started it. What is guarded is the machine, not the score: a
-program that looks for the proof that it ended well (`_RUNNER`) can pretend to have done so.
+A program sees the system's folders read-only, an empty folder of its own in memory, no network, no home, no environment
+variables and no process but its own. It cannot start another process or thread, so one memory limit covers all of it.
+The kernel kills it when its parent ends. The sandbox protects the machine, not the score: a program that searches the
+memory of its process for the secret token (`_RUNNER`) can fake a pass.
 """
 
 import json
@@ -21,35 +21,35 @@ from typing import Any
 
 INSTALL = "apt-get install bubblewrap (Debian, Ubuntu), dnf install bubblewrap (Fedora, RHEL)"
 NOBODY = 65534
-_JAIL = "/jail"  # where root puts what is seen
+_JAIL = "/jail"  # root folder of the program when this process is root
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache")
-# The interpreter that this one's environment was made from: no package is needed. Elsewhere than at home, where nobody
-# may look.
+# The base interpreter of this one's environment, because no package is needed; mounted outside of home, which the
+# program must not see.
 _PYTHON = f"/python/bin/python{sys.version_info.major}.{sys.version_info.minor}"
-_SAID_AT_MOST = 4096  # bytes that are read of a verdict
+_MAX_RESULT_BYTES = 4096
 
-# Runs inside, from stdin: a line of JSON, then the program. Whoever started it as root is nobody from here on; limits
-# follow, because Linux counts root's processes never and a user's only beside all others of his. The verdict goes where
-# stdout was, with a word that the program was not told; a program that exits by itself says none.
+# Runs inside the sandbox and reads from stdin a line of JSON, then the program. Root becomes nobody before the limits
+# are set: Linux never limits root's number of processes, and counts a user's over the whole machine. The result goes to
+# the former stdout, with a token that the program was not given; a program that exits by itself writes none.
 _RUNNER = """
 import json, os, resource, sys
 def run():
-    told = json.loads(sys.stdin.buffer.readline())
+    options = json.loads(sys.stdin.buffer.readline())
     program = sys.stdin.read()
     if os.getuid() == 0:
-        os.chroot(told["jail"]); os.chdir("/tmp")
-        os.setgroups([]); os.setgid(told["nobody"]); os.setuid(told["nobody"])
-    verdict, nothing = os.dup(1), os.open("/dev/null", os.O_RDWR)
-    for place in (0, 1, 2):
-        os.dup2(nothing, place)
-    for name, most in told["limits"].items():
-        resource.setrlimit(getattr(resource, name), (most, most))
-    word, failure = told["word"], None
+        os.chroot(options["jail"]); os.chdir("/tmp")
+        os.setgroups([]); os.setgid(options["nobody"]); os.setuid(options["nobody"])
+    result, null = os.dup(1), os.open("/dev/null", os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(null, descriptor)
+    for name, limit in options["limits"].items():
+        resource.setrlimit(getattr(resource, name), (limit, limit))
+    token, failure = options["token"], None
     try:
         exec(compile(program, "program", "exec"), {"__name__": "__main__"})
     except BaseException as error:
         failure = f"{type(error).__name__}: {error}"[:500]
-    os.write(verdict, json.dumps({"word": word, "failure": failure}).encode())
+    os.write(result, json.dumps({"token": token, "failure": failure}).encode())
     os._exit(0)
 run()
 """
@@ -57,16 +57,16 @@ run()
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use: seconds by the clock (and as many of a processor), bytes of memory and of files."""
+    """Limits of a program: wall-clock seconds (and as many CPU seconds), bytes of memory and of files."""
 
     seconds: float = 10.0
     memory_bytes: int = 1 << 30
     file_bytes: int = 16 << 20
 
-    def of_process(self) -> dict[str, int]:
-        """Return the resource limits that the kernel holds a program to, by their names."""
+    def as_rlimits(self) -> dict[str, int]:
+        """Return the limits as values for `resource.setrlimit`, by their names."""
         return {
-            "RLIMIT_NPROC": 0,  # it runs already; any other would be one too many
+            "RLIMIT_NPROC": 0,  # no process besides the running one
             "RLIMIT_AS": self.memory_bytes,
             "RLIMIT_DATA": self.memory_bytes,
             "RLIMIT_FSIZE": self.file_bytes,
@@ -80,24 +80,24 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a program ended: well, or why not, in one line."""
+    """Whether a program passed; if not, why, in one line."""
 
     has_passed: bool
     failure: str | None = None
 
 
 def run_program(program: str, *, limits: Limits) -> Outcome:
-    """Run a Python program; it has passed when it came to its end without an exception.
+    """Run a Python program; it passes when it reaches its end without an exception.
 
-    Raises ValueError where there is no sandbox to run it in.
+    Raises ValueError when there is no working sandbox on this machine.
     """
     require_sandbox()
     return _run(program, limits)
 
 
 def _run(program: str, limits: Limits) -> Outcome:
-    word = secrets.token_hex(16)
-    told = {"word": word, "limits": limits.of_process(), "nobody": NOBODY, "jail": _JAIL}
+    token = secrets.token_hex(16)
+    options = {"token": token, "limits": limits.as_rlimits(), "nobody": NOBODY, "jail": _JAIL}
     process = subprocess.Popen(
         _command(limits),
         stdin=subprocess.PIPE,
@@ -107,99 +107,100 @@ def _run(program: str, limits: Limits) -> Outcome:
         cwd="/",
         start_new_session=True,
     )
-    until = time.monotonic() + limits.seconds
+    deadline = time.monotonic() + limits.seconds
     try:
-        _tell(process, json.dumps(told) + "\n" + program)
-        said = _listen(process, until)
+        _send(process, json.dumps(options) + "\n" + program)
+        result = _receive(process, deadline)
     finally:
-        process.kill()  # the kernel ends all that is inside with it
+        process.kill()  # the kernel kills everything inside with it
         process.wait()
         for pipe in (process.stdin, process.stdout):
             assert pipe is not None
             pipe.close()
-    return _judge(said, word, limits)
+    return _read_outcome(result, token, limits)
 
 
-def _tell(process: "subprocess.Popen[bytes]", text: str) -> None:
+def _send(process: "subprocess.Popen[bytes]", text: str) -> None:
     assert process.stdin is not None
     try:
         process.stdin.write(text.encode("utf-8", errors="replace"))
         process.stdin.flush()
         process.stdin.close()
     except BrokenPipeError:
-        pass  # it ended before: there will be no verdict
+        pass  # it has already ended and writes no result
 
 
-def _listen(process: "subprocess.Popen[bytes]", until: float) -> bytes | None:
-    """Return what a program says, up to a bound; None when its time is over."""
+def _receive(process: "subprocess.Popen[bytes]", deadline: float) -> bytes | None:
+    """Return what the program writes, up to a maximum; None when the time is over."""
     assert process.stdout is not None
-    said = b""
-    while len(said) < _SAID_AT_MOST:
-        ready, _, _ = select.select([process.stdout], [], [], max(0.0, until - time.monotonic()))
+    result = b""
+    while len(result) < _MAX_RESULT_BYTES:
+        timeout = max(0.0, deadline - time.monotonic())
+        ready, _, _ = select.select([process.stdout], [], [], timeout)
         if not ready:
             return None
-        piece = os.read(process.stdout.fileno(), _SAID_AT_MOST)
+        piece = os.read(process.stdout.fileno(), _MAX_RESULT_BYTES)
         if not piece:
             break
-        said += piece
-    return said
+        result += piece
+    return result
 
 
-def _judge(said: bytes | None, word: str, limits: Limits) -> Outcome:
-    if said is None:
-        return Outcome(False, f"not at its end after {limits.seconds:g} s")
+def _read_outcome(result: bytes | None, token: str, limits: Limits) -> Outcome:
+    if result is None:
+        return Outcome(False, f"timed out after {limits.seconds:g} s")
     try:
-        verdict: Any = json.loads(said)
-        is_ours = verdict["word"] == word
-        failure = verdict["failure"]
+        found: Any = json.loads(result)
+        is_genuine = found["token"] == token
+        failure = found["failure"]
     except (ValueError, TypeError, KeyError):
-        is_ours, failure = False, None
-    if not is_ours:
-        return Outcome(False, "ended before its end: it exited, or was killed at a limit")
+        is_genuine, failure = False, None
+    if not is_genuine:
+        return Outcome(False, "stopped before its end: it exited, or was killed at a limit")
     return Outcome(failure is None, failure)
 
 
 def _command(limits: Limits, runner: str = _RUNNER) -> list[str]:
-    """Return the command that runs `_RUNNER` in bubblewrap, with nothing of the machine but what Python needs."""
-    words = [str(shutil.which("bwrap")), "--die-with-parent", "--new-session", "--clearenv"]
-    words += ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
-    words += ["--unshare-cgroup-try", "--hostname", "sandbox"]
+    """Return the command that runs `runner` in bubblewrap, with only what Python needs of the machine."""
+    command = [str(shutil.which("bwrap")), "--die-with-parent", "--new-session", "--clearenv"]
+    command += ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
+    command += ["--unshare-cgroup-try", "--hostname", "sandbox"]
     if os.getuid() == 0:
-        # Nobody could not enter a Python in root's home. So root builds the place, and the runner gives root up; it
-        # changes the root folder first, because in such a place the kernel makes no namespace of users.
-        words += ["--cap-drop", "ALL"]
+        # User nobody could not enter a Python in root's home. So root mounts the folders, and the runner gives up root;
+        # it calls chroot first, because a process in a chroot cannot create user namespaces.
+        command += ["--cap-drop", "ALL"]
         for capability in ("CAP_SETUID", "CAP_SETGID", "CAP_SYS_CHROOT"):
-            words += ["--cap-add", capability]
-        words += ["--perms", "0755", "--dir", _JAIL]
-        words += [*_mount_system(""), *_mount_system(_JAIL)]
+            command += ["--cap-add", capability]
+        command += ["--perms", "0755", "--dir", _JAIL]
+        command += [*_mount_system(""), *_mount_system(_JAIL)]
     else:
-        words += ["--unshare-user", "--disable-userns", *_mount_system("")]
+        command += ["--unshare-user", "--disable-userns", *_mount_system("")]
     root = _JAIL if os.getuid() == 0 else ""
-    words += ["--proc", f"{root}/proc", "--dev", f"{root}/dev", "--remount-ro", f"{root}/dev"]
-    words += ["--perms", "1777", "--size", str(limits.file_bytes), "--tmpfs", f"{root}/tmp"]
-    words += ["--remount-ro", "/", "--chdir", f"{root}/tmp", "--setenv", "HOME", "/tmp"]
-    words += ["--setenv", "LD_LIBRARY_PATH", "/python/lib"]
-    return [*words, _PYTHON, "-I", "-S", "-c", runner]
+    command += ["--proc", f"{root}/proc", "--dev", f"{root}/dev", "--remount-ro", f"{root}/dev"]
+    command += ["--perms", "1777", "--size", str(limits.file_bytes), "--tmpfs", f"{root}/tmp"]
+    command += ["--remount-ro", "/", "--chdir", f"{root}/tmp", "--setenv", "HOME", "/tmp"]
+    command += ["--setenv", "LD_LIBRARY_PATH", "/python/lib"]
+    return [*command, _PYTHON, "-I", "-S", "-c", runner]
 
 
 def _mount_system(root: str) -> list[str]:
-    """Return the options that show the system's folders and Python below a folder, read-only."""
-    words = ["--ro-bind", str(Path(sys.base_prefix).resolve()), f"{root}/python"]
+    """Return the options that mount the system's folders and Python below `root`, read-only."""
+    options = ["--ro-bind", str(Path(sys.base_prefix).resolve()), f"{root}/python"]
     for path in map(Path, _SYSTEM):
         if path.is_symlink():
-            words += ["--symlink", str(path.readlink()), f"{root}{path}"]
+            options += ["--symlink", str(path.readlink()), f"{root}{path}"]
         elif path.exists():
-            words += ["--ro-bind", str(path), f"{root}{path}"]
-    return words
+            options += ["--ro-bind", str(path), f"{root}{path}"]
+    return options
 
 
 @cache
 def require_sandbox() -> None:
-    """Raise ValueError where bubblewrap is missing, may not run here, or does not hold what it should."""
+    """Raise ValueError when bubblewrap is missing, cannot run here, or fails one of the probes."""
     if shutil.which("bwrap") is None:
         raise ValueError(
-            f"evaluation.allow_code_execution is true, but bubblewrap is not installed here: code of a model runs "
-            f"nowhere else. Type: {INSTALL}."
+            "evaluation.allow_code_execution is true, but bubblewrap, the sandbox for a model's code, is not installed "
+            f"here. Run: {INSTALL}."
         )
     done = subprocess.run(
         _command(Limits(), runner="pass"),
@@ -212,22 +213,22 @@ def require_sandbox() -> None:
     )
     if done.returncode != 0:
         raise ValueError(
-            "evaluation.allow_code_execution is true, but bubblewrap may not run here: "
-            f"{(done.stderr.strip().splitlines() or ['it said nothing'])[-1]}. Where user namespaces are switched off, "
-            "an administrator allows them (sysctl kernel.unprivileged_userns_clone=1, or on Ubuntu an AppArmor profile "
-            "for bwrap); in a container, give it --security-opt seccomp=unconfined or more rights. Or leave benchmarks "
-            "that run code out."
+            "evaluation.allow_code_execution is true, but bubblewrap cannot run here: "
+            f"{(done.stderr.strip().splitlines() or ['no error message'])[-1]}. If user namespaces are disabled, an "
+            "administrator can enable them (sysctl kernel.unprivileged_userns_clone=1; on Ubuntu, an AppArmor profile "
+            "for bwrap); start a container with --security-opt seccomp=unconfined or more rights. Or remove benchmarks "
+            "that run code."
         )
-    for what, program in _PROBES.items():
+    for problem, program in _PROBES.items():
         outcome = _run(program, Limits(seconds=60.0))
         if not outcome.has_passed:
             raise ValueError(
-                f"evaluation.allow_code_execution is true, but the sandbox here does not hold: {what} "
-                f"({outcome.failure}). Benchmarks that run code need another machine."
+                f"evaluation.allow_code_execution is true, but the sandbox is not safe on this machine: {problem} "
+                f"({outcome.failure}). Run benchmarks that run code on another machine."
             )
 
 
-# What must hold before code that nobody has read runs: each program passes where it does.
+# Checked before any untrusted code runs: {problem: a program that passes if there is no such problem}.
 _PROBES = {
     "Python's own modules cannot be read": "import hashlib, math, random, typing",
     "another process can be started": """
@@ -242,21 +243,21 @@ assert child is None
 """,
     "memory is not limited": """
 try:
-    held = bytearray(1 << 34)
+    block = bytearray(1 << 34)
 except MemoryError:
-    held = None
-assert held is None
+    block = None
+assert block is None
 """,
-    "a namespace of users can be made": """
+    "a user namespace can be created": """
 import ctypes
 CLONE_NEWUSER = 0x10000000
 assert ctypes.CDLL(None).unshare(CLONE_NEWUSER) != 0
 """,
-    "a network is there": """
+    "a network can be reached": """
 with open("/proc/net/dev") as file:
     assert [line.split(":")[0].strip() for line in file if ":" in line] == ["lo"]
 """,
-    "the system can be written": """
+    "the system's folders can be written": """
 import os
 for folder in ("/", "/usr", "/dev", "/dev/shm"):
     try:

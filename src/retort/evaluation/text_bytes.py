@@ -1,8 +1,8 @@
-"""How many bytes of text a token stands for: what bits per byte are counted by, whatever the tokenizer.
+"""Number of bytes of text that a token stands for, with any tokenizer: the denominator of bits per byte.
 
-Bytes are those of the text in UTF-8. A special token (begin, end, of a chat template) is no text: 0 bytes. A token of a
-byte-level tokenizer may be a part of a character, so its bytes are counted where they are written, in the vocabulary;
-decoding it alone would give a replacement character of three bytes.
+Bytes are those of the text in UTF-8. A special token (begin, end, of a chat template) is not text: 0 bytes. A token of
+a byte-level tokenizer may be part of a character, so its bytes are counted in the vocabulary; decoding it alone would
+give a replacement character of three bytes.
 """
 
 import json
@@ -16,23 +16,23 @@ from numpy.typing import NDArray
 from retort.tokens.sequences import SequenceTable
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # stands for a space in the vocabularies of SentencePiece
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # a space in SentencePiece vocabularies
 
 
 def count_next_bytes(table: SequenceTable, tokenizer: Any) -> NDArray[np.int64]:
-    """Return the bytes of text of the token that each counted position predicts, [P], in the table's order."""
+    """Return the bytes of text of the token that each counted position predicts, int64 [P]."""
     counted = np.flatnonzero(table.loss_mask)
     next_ids = np.asarray(table.ids)[counted + 1]
-    ids, places = np.unique(next_ids, return_inverse=True)
-    sizes = count_token_bytes(tokenizer, ids.tolist())[places]
-    return sizes - _leading_spaces(table, tokenizer, next_ids, counted)
+    ids, indices = np.unique(next_ids, return_inverse=True)
+    sizes = count_token_bytes(tokenizer, ids.tolist())[indices]
+    return sizes - _count_added_spaces(table, tokenizer, next_ids, counted)
 
 
 def count_token_bytes(tokenizer: Any, ids: list[int]) -> NDArray[np.int64]:
-    """Return the bytes of text that each token stands for in the midst of a text."""
+    """Return the bytes of text that each token stands for in the middle of a text, int64 [len(ids)]."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     special = set(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
-    form = _find_form(tokenizer)
+    encoding = _find_encoding(tokenizer)
     sizes = []
     for token_id in ids:
         if token_id in special or token_id >= len(tokenizer):
@@ -40,23 +40,23 @@ def count_token_bytes(tokenizer: Any, ids: list[int]) -> NDArray[np.int64]:
         elif token_id in added:
             sizes.append(len(added[token_id].content.encode()))
         else:
-            sizes.append(_count_bytes(tokenizer, token_id, form))
+            sizes.append(_count_bytes(tokenizer, token_id, encoding))
     return np.array(sizes, dtype=np.int64)
 
 
-def _count_bytes(tokenizer: Any, token_id: int, form: str) -> int:
+def _count_bytes(tokenizer: Any, token_id: int, encoding: str) -> int:
     token = tokenizer.convert_ids_to_tokens(token_id)
-    if form == "bytes":
-        return len(token)  # a character of the vocabulary is a byte
-    if form == "pieces":
+    if encoding == "bytes":
+        return len(token)  # each character of the vocabulary entry is one byte
+    if encoding == "pieces":
         return 1 if _BYTE.fullmatch(token) else len(token.replace(_SPACE, " ").encode())
-    # Whatever it is: what it adds behind itself, so that a space between words counts.
+    # Any other kind: the bytes that a second copy adds, so that a space between words counts.
     once, twice = (tokenizer.decode([token_id] * times) for times in (1, 2))
     return len(twice.encode()) - len(once.encode())
 
 
-def _find_form(tokenizer: Any) -> str:
-    """Return how a tokenizer writes its vocabulary: "bytes" (byte-level BPE), "pieces" (SentencePiece), "other"."""
+def _find_encoding(tokenizer: Any) -> str:
+    """Return how the vocabulary is encoded: "bytes" (byte-level BPE), "pieces" (SentencePiece) or "other"."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     steps = list(_steps(json.loads(backend.to_str())["decoder"])) if backend is not None else []
     if any(step["type"] == "ByteLevel" for step in steps):
@@ -77,25 +77,20 @@ def _steps(decoder: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
         yield from _steps(step)
 
 
-def _leading_spaces(
+def _count_added_spaces(
     table: SequenceTable, tokenizer: Any, next_ids: NDArray[np.int32], counted: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Return 1 where a predicted token begins a document with a space that the tokenizer put there itself."""
+    """Return 1 where a predicted token begins a document with a space that the tokenizer added, else 0, [P]."""
     found = np.zeros(len(counted), dtype=np.int64)
-    if _find_form(tokenizer) != "pieces":
+    if _find_encoding(tokenizer) != "pieces":
         return found
     begins = np.flatnonzero(np.diff(table.documents, prepend=-1))  # sequences that begin a document
     firsts = np.isin(counted, table.offsets[begins])
     head_ids = np.asarray(table.ids)[counted[firsts]]
-    heads = dict(zip(*_sized(tokenizer, head_ids), strict=True))
-    for place, head in zip(np.flatnonzero(firsts).tolist(), head_ids.tolist(), strict=True):
-        token_id = int(next_ids[place])
-        is_spaced = tokenizer.convert_ids_to_tokens(token_id).startswith(_SPACE)
-        if heads[head] == 0 and is_spaced and not tokenizer.decode([token_id]).startswith(" "):
-            found[place] = 1
+    sizes = count_token_bytes(tokenizer, head_ids.tolist()).tolist()
+    for index, size in zip(np.flatnonzero(firsts).tolist(), sizes, strict=True):
+        token_id = int(next_ids[index])
+        has_space = tokenizer.convert_ids_to_tokens(token_id).startswith(_SPACE)
+        if size == 0 and has_space and not tokenizer.decode([token_id]).startswith(" "):
+            found[index] = 1
     return found
-
-
-def _sized(tokenizer: Any, ids: NDArray[np.int32]) -> tuple[list[int], list[int]]:
-    distinct = np.unique(ids).tolist()
-    return distinct, count_token_bytes(tokenizer, distinct).tolist()

@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from retort.config.sections import Config, Teacher, Tracking
 from retort.config.synthesis_checks import SYNTHESIS
 from retort.corpus.reading import check_corpus
-from retort.evaluation.benchmark import check_benchmarks
+from retort.evaluation.tasks import check_tasks
 from retort.io.files import require_writable
 from retort.io.fingerprints import fingerprint_weights
 from retort.models.load import load_model_config, output_width, refuse_short_context
@@ -45,7 +45,7 @@ def check_project(configs: Mapping[str, Config]) -> dict[str, Any]:
         notes.append(f"run {name}: {_check_student(config, tokenizer, width)}")
         notes += _check_students_tokenizer(config, tokenizer)
         _check_trackers(config.tracking)
-        notes += check_benchmarks(config.evaluation)
+        notes += check_tasks(config.evaluation)
     return {"runs": list(configs), "notes": list(dict.fromkeys(notes))}
 
 

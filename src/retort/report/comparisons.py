@@ -23,7 +23,7 @@ from retort.evaluation.scores import (
     METRICS,
     OF_MODEL,
     compare_losses,
-    read_documents,
+    read_document_sums,
 )
 from retort.report.records import CacheFacts, Record, find_baseline, find_differences
 
@@ -140,7 +140,7 @@ def _stamp(record: Record) -> _Stamp:
 @lru_cache(maxsize=256)
 def _compare(files: tuple[_Stamp, ...]) -> dict[str, Estimate]:
     """Compare run, baseline and perhaps FullKD. Raises ValueError for sums of another run, or of other documents."""
-    tables = [read_documents(file.path) for file in files]
+    tables = [read_document_sums(file.path) for file in files]
     for file, table in zip(files, tables, strict=True):
         loss = float(table["loss"].sum() / table["positions"].sum())
         if not math.isclose(loss, file.loss, rel_tol=1e-6):

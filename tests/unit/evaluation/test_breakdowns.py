@@ -34,11 +34,11 @@ def table(tiny_teacher: Path) -> SequenceTable:
 
 
 def names_of(classes: Classes) -> list[str]:
-    return [classes.names[place] for place in classes.places]
+    return [classes.names[index] for index in classes.indices]
 
 
 def positions(table: SequenceTable) -> list[tuple[int, int, int]]:
-    """(document, tokens of the document before the next token, the next token) of each counted position."""
+    """Return (document, tokens of it before the next token, next token) of each counted position."""
     found = []
     before: Counter[int] = Counter()
     for s in range(len(table)):
@@ -51,7 +51,7 @@ def positions(table: SequenceTable) -> list[tuple[int, int, int]]:
     return found
 
 
-def test_places_count_the_documents_tokens_through_all_its_sequences(table: SequenceTable) -> None:
+def test_places_count_tokens_of_the_document_over_all_its_sequences(table: SequenceTable) -> None:
     classes = find_classes(table, token_counts=None, teacher_entropy=None)["place"]
     assert classes.names == ("1 to 15", "16 to 63", "64 to 255", "256 to 1,023", "from 1,024")
     for name, (_, before, _) in zip(names_of(classes), positions(table), strict=True):
@@ -60,9 +60,9 @@ def test_places_count_the_documents_tokens_through_all_its_sequences(table: Sequ
 
 
 def test_frequency_is_the_rank_in_the_training_text(table: SequenceTable) -> None:
-    counts = np.zeros(290, np.int64)  # fewer than there are ids: the last ones never came
-    chance = np.random.default_rng(0)
-    counts[chance.permutation(290)[:240]] = chance.permutation(240) + 1
+    counts = np.zeros(290, np.int64)  # fewer than there are ids: the last ones do not occur
+    rng = np.random.default_rng(0)
+    counts[rng.permutation(290)[:240]] = rng.permutation(240) + 1
     classes = find_classes(table, token_counts=counts, teacher_entropy=None)["frequency"]
     order = sorted(range(290), key=lambda token: -counts[token])
     for name, (_, _, token) in zip(names_of(classes), positions(table), strict=True):
@@ -94,7 +94,7 @@ def test_labels_are_those_of_the_documents(table: SequenceTable) -> None:
         assert language == ("en", "de")[document % 2]
 
 
-def test_many_labels_are_the_largest_ones_and_the_others_together() -> None:
+def test_of_many_labels_the_smallest_are_one_class() -> None:
     rows = [([1] * (i + 2), [True] * (i + 1) + [False], i, (f"c{i:02d}", "")) for i in range(30)]
     found = find_classes(build_table(rows), token_counts=None, teacher_entropy=None)
     classes = found["category"]
@@ -104,6 +104,6 @@ def test_many_labels_are_the_largest_ones_and_the_others_together() -> None:
     assert sizes["11 others"] == sum(range(1, 12)) and sizes["c29"] == 30
 
 
-def test_what_is_one_class_only_is_left_out() -> None:
+def test_a_partition_with_one_class_is_left_out() -> None:
     table = build_table([([1, 2, 3], [True, True, False], 0, ("a", "b"))])
     assert find_classes(table, token_counts=None, teacher_entropy=np.array([0.1, 0.2])) == {}

@@ -1,4 +1,4 @@
-"""Two models on a file, as somebody types it: against transformers' own loss, document by document."""
+"""Standalone comparison of two models on files: against transformers' own loss, document by document."""
 
 import json
 import math
@@ -22,7 +22,7 @@ from transformers import (
 from retort.evaluation.compare import (
     choose_loader,
     choose_loading,
-    evaluate_by_hand,
+    evaluate_models,
     render_metrics,
 )
 from retort.evaluation.scores import METRICS, OF_BOTH
@@ -34,7 +34,7 @@ LOADING = choose_loading(device="cpu", dtype="auto", trust_remote_code=False)
 
 
 def make_text(num_words: int, *, seed: int) -> str:
-    """Return common words in an order of the seed."""
+    """Return common words in a random order."""
     known = ("the", "bird", "can", "see", "a", "house", "by", "old", "trees", "in", "nights")
     return " ".join(random.Random(seed).choices(known, k=num_words))
 
@@ -65,8 +65,8 @@ def student(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Pat
 
 
 @pytest.fixture(scope="module")
-def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with a tokenizer of its own, of 400 tokens."""
+def other_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose own tokenizer has 400 tokens."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -76,7 +76,7 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     bpe.train_from_iterator([make_text(2000, seed=5)], trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>")
-    return save_model(tmp_path_factory.mktemp("stranger"), tokenizer, width=400)
+    return save_model(tmp_path_factory.mktemp("other_tokenizer"), tokenizer, width=400)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def data(tmp_path: Path, texts: list[str]) -> Path:
     return path
 
 
-def type_in(*words: Any) -> subprocess.CompletedProcess[str]:
+def run_script(*words: Any) -> subprocess.CompletedProcess[str]:
     script = REPOSITORY / "workflow" / "scripts" / "evaluate.py"
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "src"), "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
@@ -105,7 +105,7 @@ def type_in(*words: Any) -> subprocess.CompletedProcess[str]:
 
 def measure(model: Path, teacher: Path | None, data: Path, **values: Any) -> dict[str, Any]:
     keys = {"name": choose_loader([str(data)]), "data_files": str(data)} | values
-    return evaluate_by_hand(
+    return evaluate_models(
         str(model),
         str(teacher) if teacher else None,
         dataset=section("dataset", **keys),
@@ -116,7 +116,7 @@ def measure(model: Path, teacher: Path | None, data: Path, **values: Any) -> dic
 
 
 def own_loss(folder: Path, texts: list[str]) -> tuple[float, int, int]:
-    """(summed loss, positions, bytes predicted) as transformers counts them; documents that fit the context."""
+    """Return (summed loss, positions, predicted bytes) by transformers' loss; documents must fit the context."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), load_tokenizer(str(folder))
     loss, positions, size = 0.0, 0, 0
     for text in texts:
@@ -130,11 +130,13 @@ def own_loss(folder: Path, texts: list[str]) -> tuple[float, int, int]:
 
 
 @pytest.mark.slow
-def test_the_command_prints_the_table_and_writes_metrics_where_asked(
+def test_the_script_prints_the_table_and_writes_metrics_json(
     student: Path, tiny_teacher: Path, data: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "new" / "metrics.json"
-    done = type_in("--model", student, "--teacher", tiny_teacher, "--data", data, "--output", out)
+    done = run_script(
+        "--model", student, "--teacher", tiny_teacher, "--data", data, "--output", out
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     for name, metric in METRICS.items():
@@ -150,14 +152,14 @@ def test_the_command_prints_the_table_and_writes_metrics_where_asked(
 
 
 def test_losses_and_bits_per_byte_are_those_of_the_models_themselves(
-    student: Path, stranger: Path, tmp_path: Path
+    student: Path, other_tokenizer: Path, tmp_path: Path
 ) -> None:
     short = [make_text(3 + i, seed=i) for i in range(8)] + ["Größe 東京"]
     (tmp_path / "short.jsonl").write_text(
         "".join(json.dumps({"text": text}) + "\n" for text in short)
     )
-    found = measure(student, stranger, tmp_path / "short.jsonl")
-    for values, folder in (("validation", student), ("teacher_validation", stranger)):
+    found = measure(student, other_tokenizer, tmp_path / "short.jsonl")
+    for values, folder in (("validation", student), ("teacher_validation", other_tokenizer)):
         loss, positions, size = own_loss(folder, short)
         scores = found[values]
         assert (scores["positions"], scores["bytes"]) == (positions, size)
@@ -166,15 +168,15 @@ def test_losses_and_bits_per_byte_are_those_of_the_models_themselves(
 
 
 @pytest.mark.slow
-def test_with_two_tokenizers_only_bits_per_byte_are_to_be_compared(
-    student: Path, stranger: Path, data: Path
+def test_with_two_tokenizers_only_bits_per_byte_are_compared(
+    student: Path, other_tokenizer: Path, data: Path
 ) -> None:
-    done = type_in("--model", student, "--teacher", stranger, "--data", data)
+    done = run_script("--model", student, "--teacher", other_tokenizer, "--data", data)
     assert done.returncode == 0, done.stderr
     assert "different tokenizers" in done.stderr
     assert "Not defined: KL(teacher || student), KL(student || teacher)" in done.stdout
     assert "compare bits per byte" in done.stdout
-    found = measure(student, stranger, data)
+    found = measure(student, other_tokenizer, data)
     assert set(found["not_defined"]) == set(OF_BOTH)
     assert all("different tokenizers" in why for why in found["not_defined"].values())
     assert found["intervals"]["teacher_validation"]["bits_per_byte"] is not None
@@ -189,11 +191,11 @@ def test_a_model_alone_needs_no_teacher(student: Path, data: Path) -> None:
 
 
 def test_whole_documents_are_read_until_there_are_enough_positions(
-    student: Path, tiny_teacher: Path, stranger: Path, data: Path, texts: list[str]
+    student: Path, tiny_teacher: Path, other_tokenizer: Path, data: Path, texts: list[str]
 ) -> None:
     few = {"evaluation": section("evaluation", max_positions=100)}
-    for teacher in (tiny_teacher, stranger):
-        found = evaluate_by_hand(
+    for teacher in (tiny_teacher, other_tokenizer):
+        found = evaluate_models(
             str(student),
             str(teacher),
             dataset=section("dataset", name="json", data_files=str(data)),
@@ -203,11 +205,11 @@ def test_whole_documents_are_read_until_there_are_enough_positions(
         )
         read = found["validation"]["documents"]
         assert 100 <= found["validation"]["positions"] < 300 and 1 < read < len(texts)
-        if teacher is stranger:
+        if teacher is other_tokenizer:
             assert found["teacher_validation"]["documents"] == read
 
 
-def test_prompts_are_read_and_only_responses_measured(
+def test_only_responses_to_prompts_are_measured(
     student: Path, tiny_teacher: Path, tmp_path: Path, texts: list[str]
 ) -> None:
     path = tmp_path / "pairs.jsonl"
@@ -219,45 +221,45 @@ def test_prompts_are_read_and_only_responses_measured(
     assert [row["class"] for row in found["breakdown"]["language"]] == ["a", "b"]
 
 
-@pytest.mark.parametrize("ending", ["txt", "csv"])
+@pytest.mark.parametrize("extension", ["txt", "csv"])
 def test_plain_text_and_tables_are_read_too(
-    student: Path, tmp_path: Path, texts: list[str], ending: str
+    student: Path, tmp_path: Path, texts: list[str], extension: str
 ) -> None:
-    path = tmp_path / f"some.{ending}"
-    lines = ["text", *(f'"{text}"' for text in texts)] if ending == "csv" else texts
+    path = tmp_path / f"some.{extension}"
+    lines = ["text", *(f'"{text}"' for text in texts)] if extension == "csv" else texts
     path.write_text("\n".join(lines))
     assert measure(student, None, path)["validation"]["positions"] > 100
 
 
-def test_mistakes_are_one_sentence(
-    student: Path, stranger: Path, data: Path, tmp_path: Path
+def test_bad_files_and_models_are_refused(
+    student: Path, other_tokenizer: Path, data: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "empty.jsonl").write_text('{"text": " "}\n{"text": ""}\n')
-    with pytest.raises(ValueError, match=r"nothing can be predicted in .*empty\.jsonl"):
+    with pytest.raises(ValueError, match=r"nothing to predict in .*empty\.jsonl"):
         measure(student, None, tmp_path / "empty.jsonl")
     with pytest.raises(ValueError, match="cannot load the model 'nowhere/at/all'"):
         measure(Path("nowhere/at/all"), None, data)
     with pytest.raises(ValueError, match=r"different kinds \(csv, json\)"):
         choose_loader(["a.jsonl", "b.csv"])
     narrow = save_model(tmp_path / "narrow", load_tokenizer(str(student)), width=40)
-    with pytest.raises(ValueError, match="output layer has 40 ids only"):
+    with pytest.raises(ValueError, match="output layer has only 40 ids"):
         measure(narrow, None, data)
-    with pytest.raises(ValueError, match="output layer has 40 ids only"):
+    with pytest.raises(ValueError, match="output layer has only 40 ids"):
         measure(student, narrow, data)
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--model", "x"], "error: --model and --data go together"),
         (["--data", "x.jsonl"], "error: --model and --data go together"),
         ([], "error: --index, --training, --output missing"),
-        (["--model", "x", "--data", "y", "--index", "z"], "leave out --index and --training"),
+        (["--model", "x", "--data", "y", "--index", "z"], "remove --index and --training"),
     ],
 )
-def test_flags_that_do_not_go_together_are_said(words: list[str], said: str) -> None:
-    done = type_in(*words)
-    assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr
+def test_flags_that_do_not_go_together_are_refused(words: list[str], message: str) -> None:
+    done = run_script(*words)
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -270,5 +272,5 @@ def test_flags_that_do_not_go_together_are_said(words: list[str], said: str) -> 
         (["a.md", "b.txt.zst"], "text"),
     ],
 )
-def test_a_files_ending_says_how_it_is_read(names: list[str], loader: str) -> None:
+def test_the_loader_is_chosen_by_file_extension(names: list[str], loader: str) -> None:
     assert choose_loader(names) == loader

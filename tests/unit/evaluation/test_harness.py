@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness: a local file on a real model, offline; what is missing is said in one sentence."""
+"""Tasks of lm-evaluation-harness: a local task on a real model, offline; clear errors for what is missing."""
 
 import json
 import os
@@ -11,7 +11,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from retort.evaluation.benchmark import check_benchmarks
+from retort.config.sections import Evaluation
+from retort.evaluation.tasks import check_tasks
 from retort.tokens.tokenizer import load_tokenizer
 from support.hub import NAME, serve
 from support.tiny import section
@@ -46,33 +47,34 @@ def write_task(folder: Path, **keys: object) -> Path:
     return folder
 
 
-def settings(tasks_dir: Path | None, *names: str):  # type: ignore[no-untyped-def]
+def settings(tasks_dir: Path | None, *names: str) -> Evaluation:
     where = str(tasks_dir) if tasks_dir else None
-    return section("evaluation", benchmarks=list(names), benchmark_tasks_dir=where)
+    found: Evaluation = section("evaluation", benchmarks=list(names), benchmark_tasks_dir=where)
+    return found
 
 
-def test_a_missing_harness_is_said_with_the_line_that_installs_it(
+def test_a_missing_harness_is_an_error_with_the_command_that_installs_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ValueError, match="hellaswag of lm-evaluation-harness") as refusal:
-        check_benchmarks(settings(None, "hellaswag"))
+        check_tasks(settings(None, "hellaswag"))
     assert f"{sys.executable} -m pip install 'lm-eval>=" in str(refusal.value)
 
 
 @pytest.mark.slow
-def test_a_local_task_scores_what_the_model_itself_finds_likelier(
+def test_a_local_task_scores_the_choices_that_the_model_finds_likelier(
     tmp_path: Path, tiny_teacher: Path
 ) -> None:
     pytest.importorskip("lm_eval", reason="the extra eval is not installed")
-    from retort.evaluation.harness import run_tasks
+    from retort.evaluation.harness import run_harness_task
 
     wanted = settings(write_task(tmp_path / "tasks"), "animals")
-    assert check_benchmarks(wanted) == ["benchmark animals: 4 examples"]
+    assert check_tasks(wanted) == ["benchmark animals: 4 examples"]
     model = AutoModelForCausalLM.from_pretrained(tiny_teacher, dtype=torch.float32).eval()
     tokenizer = load_tokenizer(str(tiny_teacher))
-    found = run_tasks("animals", model, tokenizer, settings=wanted.of_benchmark("animals"))
-    right = 0
+    found = run_harness_task("animals", model, tokenizer, settings=wanted.of_benchmark("animals"))
+    num_right = 0
     for question, choices, answer in ROWS:
         sums = []
         for choice in choices:
@@ -80,20 +82,20 @@ def test_a_local_task_scores_what_the_model_itself_finds_likelier(
             ids = tokenizer(question + choice)["input_ids"]
             with torch.inference_mode():
                 logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-            places = range(len(start), len(ids))
-            sums.append(sum(float(logprobs[p - 1, ids[p]]) for p in places))
-        right += sums.index(max(sums)) == answer
+            answer_positions = range(len(start), len(ids))
+            sums.append(sum(float(logprobs[p - 1, ids[p]]) for p in answer_positions))
+        num_right += sums.index(max(sums)) == answer
     (score,) = found["scores"]
     assert (score["task"], score["metric"]) == ("animals", "acc")
-    assert score["value"] == pytest.approx(right / len(ROWS))
+    assert score["value"] == pytest.approx(num_right / len(ROWS))
     assert found["examples"] == found["examples_in_all"] == 4
 
 
-def test_a_task_that_runs_code_in_the_open_is_refused(tmp_path: Path) -> None:
+def test_a_task_that_runs_code_without_a_sandbox_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="the extra eval is not installed")
     folder = write_task(tmp_path / "tasks", unsafe_code=True)
     with pytest.raises(ValueError, match="without a sandbox"):
-        check_benchmarks(settings(folder, "animals"))
+        check_tasks(settings(folder, "animals"))
 
 
 def test_data_that_are_not_there_are_said_before_any_job(tmp_path: Path) -> None:
@@ -101,7 +103,7 @@ def test_data_that_are_not_there_are_said_before_any_job(tmp_path: Path) -> None
     folder = write_task(tmp_path / "tasks")
     (folder / "animals.jsonl").unlink()
     with pytest.raises(ValueError, match="benchmark 'animals' cannot be loaded") as refusal:
-        check_benchmarks(settings(folder, "animals"))
+        check_tasks(settings(folder, "animals"))
     assert len(str(refusal.value).splitlines()) == 1
 
 
@@ -109,20 +111,20 @@ def test_data_that_are_not_there_are_said_before_any_job(tmp_path: Path) -> None
 def test_an_unknown_benchmark_is_refused_with_the_nearest_names() -> None:
     pytest.importorskip("lm_eval", reason="the extra eval is not installed")
     with pytest.raises(ValueError, match="'helaswag', which is none of") as refusal:
-        check_benchmarks(settings(None, "helaswag"))
+        check_tasks(settings(None, "helaswag"))
     assert "Did you mean 'hellaswag'" in str(refusal.value)
 
 
 FROM_HUB = """
 import json, sys
 from support.tiny import section
-from retort.evaluation.benchmark import check_benchmarks
-print(json.dumps(check_benchmarks(section("evaluation", benchmarks=["animals"], benchmark_tasks_dir=sys.argv[1]))))
+from retort.evaluation.tasks import check_tasks
+print(json.dumps(check_tasks(section("evaluation", benchmarks=["animals"], benchmark_tasks_dir=sys.argv[1]))))
 """
 
 
 @pytest.mark.slow
-def test_data_of_a_hub_are_fetched_by_the_check_and_then_needed_no_more(tmp_path: Path) -> None:
+def test_the_check_fetches_data_from_a_hub_so_that_later_runs_are_offline(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="the extra eval is not installed")
     data = tmp_path / "hub"
     tasks = write_task(tmp_path / "tasks", dataset_path=NAME, dataset_kwargs={})

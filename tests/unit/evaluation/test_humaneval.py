@@ -1,4 +1,4 @@
-"""HumanEval: pass@k by enumeration, right answers pass, wrong ones fail, and a model is asked as it should be."""
+"""HumanEval: pass@k by enumeration, correct solutions pass, wrong ones fail, and how completions are generated."""
 
 import gzip
 import itertools
@@ -10,30 +10,33 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from retort.evaluation.benchmark import run_humaneval, score_humaneval, write_attempts
+from retort.config.sections import Evaluation
 from retort.evaluation.humaneval import (
+    Attempt,
     cut_completion,
     estimate_pass_at_k,
     read_problems,
     score_attempts,
 )
+from retort.evaluation.sandbox import Outcome
+from retort.evaluation.tasks import run_humaneval, score_humaneval, write_attempts
 from retort.models.generate import Sampling, complete_prompts
 from retort.tokens.tokenizer import load_tokenizer
+from support.sandbox import needs_sandbox
 from support.tiny import section
-from unit.evaluation.test_sandbox import needs_sandbox
 
-RIGHT = {"add": "    return a + b\n", "double": "    return 2 * a\n"}
+SOLUTIONS = {"add": "    return a + b\n", "double": "    return 2 * a\n"}
 
 
 @pytest.fixture
 def problems(tmp_path: Path) -> Path:
-    """Two problems in HumanEval's form."""
+    """Two problems in HumanEval's format."""
     rows = [
         {
             "task_id": f"Own/{name}",
             "prompt": f'from typing import Any\n\n\ndef {name}({inputs}) -> Any:\n    """ {name} """\n',
             "entry_point": name,
-            "canonical_solution": RIGHT[name],
+            "canonical_solution": SOLUTIONS[name],
             "test": f"def check(candidate):\n    assert candidate({given}) == {result}\n",
         }
         for name, inputs, given, result in (("add", "a, b", "2, 3", 5), ("double", "a", "4", 8))
@@ -43,26 +46,27 @@ def problems(tmp_path: Path) -> Path:
     return path
 
 
-def settings(path: Path, **values: object):  # type: ignore[no-untyped-def]
+def settings(path: Path, **values: object) -> Evaluation:
     keys = {"humaneval_file": str(path), "allow_code_execution": True, "code_timeout_s": 120.0}
-    return section("evaluation", **(keys | values))
+    found: Evaluation = section("evaluation", **(keys | values))
+    return found
 
 
 def answer(prompt: str) -> str:
-    return next(text for name, text in RIGHT.items() if f"def {name}(" in prompt)
+    return next(text for name, text in SOLUTIONS.items() if f"def {name}(" in prompt)
 
 
 @pytest.mark.parametrize(("n", "c", "k"), [(5, 2, 1), (5, 2, 3), (6, 0, 2), (6, 6, 4), (4, 3, 2)])
-def test_pass_at_k_is_the_share_of_draws_that_hold_a_right_completion(
+def test_pass_at_k_is_the_share_of_samples_with_a_correct_completion(
     n: int, c: int, k: int
 ) -> None:
-    draws = list(itertools.combinations([True] * c + [False] * (n - c), k))
-    expected = sum(any(draw) for draw in draws) / len(draws)
+    samples = list(itertools.combinations([True] * c + [False] * (n - c), k))
+    expected = sum(any(sample) for sample in samples) / len(samples)
     assert estimate_pass_at_k(n, c, k) == pytest.approx(expected, abs=1e-12)
 
 
-def test_pass_at_more_than_there_are_completions_is_refused() -> None:
-    with pytest.raises(ValueError, match="pass@3 of 2 completions"):
+def test_pass_at_k_with_fewer_than_k_completions_is_refused() -> None:
+    with pytest.raises(ValueError, match="pass@3 is not defined for 2 completions"):
         estimate_pass_at_k(2, 1, 3)
 
 
@@ -75,7 +79,7 @@ def test_a_completion_ends_where_it_leaves_the_function() -> None:
 
 
 @needs_sandbox
-def test_right_solutions_pass_and_wrong_ones_fail(problems: Path, tmp_path: Path) -> None:
+def test_correct_solutions_pass_and_wrong_ones_fail(problems: Path, tmp_path: Path) -> None:
     keys = {"humaneval_completions": 3, "humaneval_pass_at": (1, 3)}
     turns = itertools.cycle([True, False, False])
 
@@ -141,40 +145,39 @@ def test_a_completion_is_the_models_own_greedy_path(tiny_teacher: Path) -> None:
         assert text == tokenizer.decode(ids[start:], skip_special_tokens=True), prompt
 
 
-def test_draws_follow_the_seed_and_a_long_prompt_keeps_its_end(tiny_teacher: Path) -> None:
+def test_samples_follow_the_seed_and_a_long_prompt_keeps_its_end(tiny_teacher: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_teacher, dtype=torch.float32).eval()
     tokenizer = load_tokenizer(str(tiny_teacher))
     prompts = ["The fox", "word " * 400]  # longer than the context of 128
 
-    def draw(seed: int) -> list[str]:
+    def sample(seed: int) -> list[str]:
         sampling = Sampling(temperature=1.0, max_new_tokens=200, seed=seed, batch_size=2)
         return complete_prompts(model, tokenizer, prompts, sampling=sampling)
 
-    assert draw(0) == draw(0) != draw(1)
+    assert sample(0) == sample(0) != sample(1)
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [(b"", "is empty"), (b'{"task_id": "x"}\n', "line 1"), (b"\x1f\x8b broken", "cannot be read")],
 )
-def test_problems_that_are_no_humaneval_are_refused(
-    tmp_path: Path, content: bytes, said: str
+def test_files_that_are_not_humaneval_are_refused(
+    tmp_path: Path, content: bytes, message: str
 ) -> None:
     path = tmp_path / ("problems.jsonl.gz" if content[:1] == b"\x1f" else "problems.jsonl")
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=said) as refusal:
+    with pytest.raises(ValueError, match=message) as refusal:
         read_problems(path)
     assert str(path) in str(refusal.value) and len(str(refusal.value).splitlines()) == 1
 
 
-def test_code_of_a_model_is_not_run_unasked(problems: Path) -> None:
+def test_code_of_a_model_is_not_run_without_consent(problems: Path) -> None:
     with pytest.raises(ValueError, match="allow-code-execution"):
-        run_humaneval(None, None, settings=settings(problems, allow_code_execution=False))  # type: ignore[arg-type]
+        run_humaneval(
+            None, None, settings=settings(problems, allow_code_execution=False), say=print
+        )
 
 
 def test_one_problem_has_no_standard_error(problems: Path) -> None:
-    from retort.evaluation.humaneval import Attempt
-    from retort.evaluation.sandbox import Outcome
-
     scores = score_attempts([Attempt("a", "", Outcome(True))], [1])
     assert scores == {"pass@1": {"value": 1.0, "standard_error": None}}

@@ -17,7 +17,7 @@ from retort.evaluation.run import (
     evaluate_run,
     evaluate_student,
 )
-from retort.evaluation.scores import OF_BOTH, read_documents
+from retort.evaluation.scores import OF_BOTH, read_document_sums
 from retort.evaluation.text_bytes import count_next_bytes
 from retort.io.digests import digest_folder
 from retort.io.files import read_json, write_json
@@ -70,7 +70,7 @@ def make_student(vocabulary: int, *, seed: int = 0) -> CausalLM:
 
 
 def log_probabilities(model: Any, table: SequenceTable, *, num_tokens: int | None = None) -> Matrix:
-    """Every counted position's distribution in float64; ids from `num_tokens` on are given nothing."""
+    """Return log-probabilities of each counted position in float64; ids from `num_tokens` on have none."""
     rows = []
     for i in range(len(table)):
         ids = torch.from_numpy(np.asarray(table[i].ids, dtype=np.int64))
@@ -158,7 +158,7 @@ def test_batches_do_not_change_the_metrics(index: TokenIndex, features: TeacherF
         evaluate_student(student, table, teacher=features, batch_size=b).sections["validation"]
         for b in (1, 16)
     )
-    for name in ("bytes", "bits_per_byte"):  # of no text here
+    for name in ("bytes", "bits_per_byte"):  # without next_bytes they are None
         assert one.pop(name) is many[name] is None
     for name, value in one.items():
         assert many[name] == pytest.approx(value, rel=1e-6, abs=1e-6)
@@ -180,8 +180,7 @@ def test_nothing_held_out_is_refused(index: TokenIndex) -> None:
         evaluate_student(make_student(WIDTH), empty, teacher=None, batch_size=4)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The rule's work
+# evaluate_run
 
 
 MANIFEST: dict[str, Any] = {
@@ -267,9 +266,9 @@ def test_metrics_file_holds_what_the_report_reads(
         "leaked_sequences": 0,
     }
     assert {name: found[name] for name in direct} == direct
-    assert set(found["breakdown"]) == {"place", "frequency"}  # the teacher is nowhere sure
+    assert set(found["breakdown"]) == {"place", "frequency"}  # every entropy is in one class
     assert found["validation"]["bits_per_byte"] > 1 and found["not_defined"] == {}
-    by_document = read_documents(path.with_name("documents.csv"))
+    by_document = read_document_sums(path.with_name("documents.csv"))
     loss = by_document["loss"].sum() / by_document["positions"].sum()
     assert loss == pytest.approx(found["validation"]["loss"])
     assert {name: found[name] for name in METRICS_FROM_TRAINING} == {
@@ -290,7 +289,7 @@ def test_a_run_without_a_teacher_has_metrics_too(trained: Path, index: TokenInde
     assert load_metrics([trained.parent / "evaluation" / "metrics.json"])[0].kl_to_teacher is None
 
 
-def test_a_tokenizer_that_does_not_load_costs_the_bits_per_byte_alone(
+def test_without_a_loadable_tokenizer_only_bits_per_byte_is_missing(
     trained: Path, index: TokenIndex, features_path: Path
 ) -> None:
     (trained.parent / "final" / "tokenizer.json").write_text("{}")
@@ -302,20 +301,20 @@ def test_a_tokenizer_that_does_not_load_costs_the_bits_per_byte_alone(
     assert "cannot load the tokenizer" in found["not_defined"]["bits_per_byte"]
 
 
-def test_with_a_teacher_of_another_tokenizer_nothing_is_compared(
+def test_a_teacher_with_another_tokenizer_is_not_compared_with(
     trained: Path, index: TokenIndex, features_path: Path, tmp_path: Path
 ) -> None:
-    known = read_json(features_path.parent / "fingerprint.json")
-    write_json(tmp_path / "same.json", known)
+    fingerprint = read_json(features_path.parent / "fingerprint.json")
+    write_json(tmp_path / "same.json", fingerprint)
     run_rule(trained, index, features_path, fingerprint=tmp_path / "same.json")
     path = trained.parent / "evaluation" / "metrics.json"
     assert read_json(path)["validation"]["kl_to_teacher"] > 0
-    known["tokenizer"]["fingerprint"] = "0123456789ab"  # other files, the same ids
-    write_json(tmp_path / "files.json", known)
+    fingerprint["tokenizer"]["fingerprint"] = "0123456789ab"  # other files, the same ids
+    write_json(tmp_path / "files.json", fingerprint)
     run_rule(trained, index, features_path, fingerprint=tmp_path / "files.json")
     assert read_json(path)["validation"]["kl_to_teacher"] > 0
-    known["name"] = str(swap_tokens(tmp_path / "other", Path(known["name"])))
-    write_json(tmp_path / "other.json", known)
+    fingerprint["name"] = str(swap_tokens(tmp_path / "other", Path(fingerprint["name"])))
+    write_json(tmp_path / "other.json", fingerprint)
     run_rule(trained, index, features_path, fingerprint=tmp_path / "other.json")
     found = read_json(path)
     assert found["teacher"] is None and found["teacher_validation"] is None
@@ -332,7 +331,7 @@ def test_features_of_other_held_out_sequences_are_refused(
     assert not (trained.parent / "evaluation" / "metrics.json").exists()
 
 
-def test_a_student_that_is_gone_is_one_sentence(
+def test_a_missing_student_is_refused(
     trained: Path, index: TokenIndex, features_path: Path
 ) -> None:
     (trained.parent / "final" / "model.safetensors").unlink()
@@ -340,7 +339,7 @@ def test_a_student_that_is_gone_is_one_sentence(
         run_rule(trained, index, features_path)
 
 
-def test_a_student_that_was_exchanged_is_refused(
+def test_a_replaced_student_is_refused(
     trained: Path, index: TokenIndex, features_path: Path
 ) -> None:
     make_student(WIDTH, seed=1).model.save_pretrained(trained.parent / "final")

@@ -1,39 +1,23 @@
-"""Code that nobody has read does no harm: every way out is tried, in the real bubblewrap.
+"""Untrusted code cannot leave the sandbox: every way out is tried, in the real bubblewrap.
 
-A program has passed when it came to its end; each of these asserts, from inside, that its way out is closed.
+A program passes when it reaches its end; each of these asserts, from inside, that one way out is closed.
 """
 
 import ctypes
 import os
 import secrets
-import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from retort.evaluation import sandbox
 from retort.evaluation.sandbox import Limits, require_sandbox, run_program
+from support.sandbox import OBSTACLE, needs_sandbox
 
-
-def _why_not() -> str | None:
-    """Why there are no namespaces here. The code under test is not asked: where it fails, its tests fail."""
-    if shutil.which("bwrap") is None:
-        return f"no bubblewrap here: {sandbox.INSTALL}"
-    options = ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--ro-bind", "/", "/"]
-    if os.getuid() != 0:
-        options += ["--unshare-user", "--disable-userns"]
-    command = ["bwrap", *options, "--proc", "/proc", "--dev", "/dev", "true"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return f"no namespaces here: {done.stderr.strip()}" if done.returncode else None
-
-
-WHY_NOT = _why_not()
-needs_sandbox = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
-PATIENT = Limits(seconds=120.0)  # a busy machine is slow, not wrong
+GENEROUS = Limits(seconds=120.0)  # for busy machines
 
 ESCAPES = {
     "a fork": """
@@ -76,13 +60,13 @@ with open("/proc/net/dev") as file:
     assert [line.split(":")[0].strip() for line in file if ":" in line] == ["lo"]
 """,
     "a huge allocation": """
-held = []
+blocks = []
 try:
     while True:
-        held.append(bytearray(1 << 24))
+        blocks.append(bytearray(1 << 24))
 except MemoryError:
-    reached = len(held) << 24
-    held.clear()
+    reached = len(blocks) << 24
+    blocks.clear()
 assert 1 << 26 < reached <= 1 << 30, reached
 """,
     "a huge file, or many": """
@@ -125,7 +109,7 @@ assert found["NoNewPrivs"].strip() == "1"
 assert os.getuid() != 0 or os.stat("/proc/1").st_uid == 0
 for become_root in (lambda: os.setuid(0), lambda: os.chroot("/"), lambda: os.setgroups([0])):
     if os.getuid() == 0:
-        break  # of a namespace in which it is nobody
+        break  # root of a user namespace, outside of which it is nobody
     try:
         become_root()
     except OSError:
@@ -142,9 +126,9 @@ for flag in (0x10000000, 0x00020000, 0x40000000, 0x20000000):  # user, mount, ne
 import resource
 for name in ("RLIMIT_AS", "RLIMIT_NPROC", "RLIMIT_FSIZE", "RLIMIT_CPU"):
     limit = getattr(resource, name)
-    most = resource.getrlimit(limit)[1]
+    hard = resource.getrlimit(limit)[1]
     try:
-        resource.setrlimit(limit, (most + 1, most + 1))
+        resource.setrlimit(limit, (hard + 1, hard + 1))
     except (OSError, ValueError):
         continue
     raise AssertionError(name)
@@ -152,23 +136,23 @@ for name in ("RLIMIT_AS", "RLIMIT_NPROC", "RLIMIT_FSIZE", "RLIMIT_CPU"):
 }
 
 
-# Guesses where the verdict goes, but not the word that goes with it.
 RECURSION = "import sys; sys.setrecursionlimit(10**9)\ndef f(): f()\nf()"
+# Guesses where the result goes, but not the token in it.
 PRETENDER = """
 import os
-for place in range(3, 64):
+for descriptor in range(3, 64):
     try:
-        os.write(place, b'{"word": "x", "failure": null}')
+        os.write(descriptor, b'{"token": "x", "failure": null}')
     except OSError:
         pass
 os._exit(0)
 """
 FLOOD = """
 import os
-for place in range(64):
+for descriptor in range(64):
     try:
         while True:
-            os.write(place, b"x" * 65536)
+            os.write(descriptor, b"x" * 65536)
     except OSError:
         pass
 """
@@ -178,14 +162,14 @@ for place in range(64):
     "bubblewrap" not in os.environ.get("RETORT_REQUIRE", "").split(","),
     reason="RETORT_REQUIRE does not name bubblewrap, so tests may be skipped where it is missing",
 )
-def test_the_sandbox_is_tried_where_it_must_be() -> None:
-    assert WHY_NOT is None, WHY_NOT
+def test_bubblewrap_works_where_it_is_required() -> None:
+    assert OBSTACLE is None, OBSTACLE
 
 
 @needs_sandbox
 @pytest.mark.parametrize("escape", ESCAPES)
 def test_there_is_no_way_out_by(escape: str) -> None:
-    outcome = run_program(ESCAPES[escape], limits=PATIENT)
+    outcome = run_program(ESCAPES[escape], limits=GENEROUS)
     assert outcome.has_passed, outcome.failure
 
 
@@ -207,25 +191,26 @@ for process in (p for p in os.listdir("/proc") if p.isdigit()):
             assert b"hf_secret" not in file.read(), process
     except OSError:
         pass
-for place in {[str(secret), str(Path.home()), str(Path.cwd()), "/etc/passwd", "/var", "/run", "/sys"]}:
-    assert not os.path.exists(place), place
+for path in {[str(secret), str(Path.home()), str(Path.cwd()), "/etc/passwd", "/var", "/run", "/sys"]}:
+    assert not os.path.exists(path), path
 assert os.listdir("/tmp") == []
 open("/tmp/mine", "w").close()
 """
-    outcome = run_program(program, limits=PATIENT)
+    outcome = run_program(program, limits=GENEROUS)
     assert outcome.has_passed, outcome.failure
-    assert run_program(program, limits=PATIENT).has_passed  # what one wrote, the next does not see
+    # The next program does not see /tmp/mine.
+    assert run_program(program, limits=GENEROUS).has_passed
 
 
 @needs_sandbox
-def test_memory_that_others_share_is_not_seen() -> None:
-    """Any user may read and write this segment, who is in the same namespace of System V's means."""
+def test_shared_memory_of_others_is_not_seen() -> None:
+    """Every process of the same IPC namespace could read and write this System V segment."""
     libc, key = ctypes.CDLL(None, use_errno=True), secrets.randbelow(1 << 30) + 1
-    segment = libc.shmget(key, 4096, 0o1666)  # IPC_CREAT, and rights for all
+    segment = libc.shmget(key, 4096, 0o1666)  # IPC_CREAT, readable and writable by all
     assert segment >= 0, os.strerror(ctypes.get_errno())
     try:
         program = f"import ctypes\nassert ctypes.CDLL(None).shmget({key}, 4096, 0) == -1"
-        outcome = run_program(program, limits=PATIENT)
+        outcome = run_program(program, limits=GENEROUS)
         assert outcome.has_passed, outcome.failure
         assert libc.shmget(key, 4096, 0) == segment
     finally:
@@ -233,7 +218,7 @@ def test_memory_that_others_share_is_not_seen() -> None:
 
 
 @needs_sandbox
-def test_a_fork_bomb_is_over_when_its_time_is() -> None:
+def test_a_fork_bomb_ends_at_its_time_limit() -> None:
     before = _processes()
     outcome = run_program(
         "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass\n",
@@ -244,20 +229,20 @@ def test_a_fork_bomb_is_over_when_its_time_is() -> None:
 
 
 def _processes() -> set[str]:
-    """The sandboxed Pythons of this machine that this process started."""
+    """Return the bwrap processes that this process started."""
     mine = set()
-    for place in Path("/proc").glob("[0-9]*"):
+    for folder in Path("/proc").glob("[0-9]*"):
         try:
-            command = (place / "cmdline").read_bytes()
+            command = (folder / "cmdline").read_bytes()
         except OSError:
             continue
-        if b"bwrap" in command.split(b"\0")[0] and _is_ours(place):
-            mine.add(place.name)
+        if b"bwrap" in command.split(b"\0")[0] and _is_ours(folder):
+            mine.add(folder.name)
     return mine
 
 
-def _is_ours(place: Path) -> bool:
-    fields = (place / "stat").read_text().rsplit(")", 1)[1].split()
+def _is_ours(folder: Path) -> bool:
+    fields = (folder / "stat").read_text().rsplit(")", 1)[1].split()
     return int(fields[1]) == os.getpid()
 
 
@@ -270,7 +255,7 @@ def _is_ours(place: Path) -> bool:
         "import signal\nfor s in (1, 2, 15, 24): signal.signal(s, signal.SIG_IGN)\nwhile True: pass",
     ],
 )
-def test_a_program_without_end_has_failed(program: str) -> None:
+def test_a_program_that_does_not_end_fails(program: str) -> None:
     outcome = run_program(program, limits=Limits(seconds=2.0))
     assert not outcome.has_passed
     assert outcome.failure is not None
@@ -287,25 +272,23 @@ def test_a_program_without_end_has_failed(program: str) -> None:
         "raise KeyboardInterrupt",
         "def broken(:",
         "assert False, 'no'",
-        pytest.param(
-            RECURSION, marks=pytest.mark.slow
-        ),  # half a minute until its memory is used up
+        pytest.param(RECURSION, marks=pytest.mark.slow),  # half a minute until memory is used up
         PRETENDER,
     ],
 )
-def test_a_program_that_leaves_before_its_end_has_not_passed(program: str) -> None:
-    assert not run_program(program, limits=PATIENT).has_passed
+def test_a_program_that_exits_before_its_end_does_not_pass(program: str) -> None:
+    assert not run_program(program, limits=GENEROUS).has_passed
 
 
 @pytest.mark.slow
 @needs_sandbox
 def test_a_flood_of_output_is_not_kept() -> None:
     assert not run_program(FLOOD, limits=Limits(seconds=5.0)).has_passed
-    assert run_program("print('x' * 10**7)", limits=PATIENT).has_passed
+    assert run_program("print('x' * 10**7)", limits=GENEROUS).has_passed
 
 
 @needs_sandbox
-def test_what_runs_inside_ends_with_whoever_started_it() -> None:
+def test_a_program_ends_with_the_process_that_started_it() -> None:
     code = (
         "from retort.evaluation.sandbox import Limits, run_program\n"
         "print('ready', flush=True)\n"
@@ -324,37 +307,37 @@ def test_what_runs_inside_ends_with_whoever_started_it() -> None:
 
 
 def _below(process: int) -> list[int]:
-    """A process's children and theirs."""
+    """Return all descendants of a process."""
     children = [
         int(p) for p in Path(f"/proc/{process}/task/{process}/children").read_text().split()
     ]
     return children + [grandchild for child in children for grandchild in _below(child)]
 
 
-def _wait(condition) -> None:  # type: ignore[no-untyped-def]
-    until = time.monotonic() + 300
+def _wait(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 300
     while not condition():
-        assert time.monotonic() < until, "waited in vain"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.05)
 
 
 @pytest.fixture
-def _forgetful() -> Iterator[None]:
+def _no_cache() -> Iterator[None]:
     require_sandbox.cache_clear()
     yield
     require_sandbox.cache_clear()
 
 
-@pytest.mark.usefixtures("_forgetful")
+@pytest.mark.usefixtures("_no_cache")
 def test_without_bubblewrap_nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ValueError, match="bubblewrap is not installed") as refusal:
+    with pytest.raises(ValueError, match="is not installed") as refusal:
         run_program("pass", limits=Limits())
     assert "apt-get install bubblewrap" in str(refusal.value)
 
 
-@pytest.mark.usefixtures("_forgetful")
-def test_where_bubblewrap_may_not_run_nothing_runs(
+@pytest.mark.usefixtures("_no_cache")
+def test_where_bubblewrap_cannot_run_nothing_runs(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     refusing = tmp_path / "bwrap"
@@ -363,20 +346,18 @@ def test_where_bubblewrap_may_not_run_nothing_runs(
     )
     refusing.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    with pytest.raises(ValueError, match="may not run here: bwrap: No permissions") as refusal:
+    with pytest.raises(ValueError, match="cannot run here: bwrap: No permissions") as refusal:
         run_program("pass", limits=Limits())
     assert len(str(refusal.value).splitlines()) == 1
 
 
-@pytest.mark.usefixtures("_forgetful")
-def test_a_sandbox_that_does_not_hold_is_not_used(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.mark.usefixtures("_no_cache")
+def test_an_unsafe_sandbox_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     open_door = tmp_path / "bwrap"  # runs the command outside of any sandbox
     open_door.write_text(
         f'#!/bin/sh\nwhile [ "$1" != -I ]; do shift; done\nexec {sys.executable} "$@"\n'
     )
     open_door.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    with pytest.raises(ValueError, match="does not hold"):
+    with pytest.raises(ValueError, match="is not safe on this machine"):
         run_program("pass", limits=Limits())

@@ -1,20 +1,18 @@
-"""Bytes of tokens: those of the text, whatever kind of tokenizer cut it."""
+"""Bytes of tokens add up to the text's, with every kind of tokenizer."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from retort.corpus.documents import Document
 from retort.evaluation.text_bytes import count_next_bytes, count_token_bytes
-from retort.tokens.sequences import SequenceTable, build_table
 from retort.tokens.tokenize import TokenCounts, tokenize_documents
 from retort.tokens.tokenizer import load_tokenizer
+from support.pieces import make_piece_tokenizer, tokenize_after_special
 from support.tiny import section
 
 TEXTS = (
@@ -25,39 +23,8 @@ TEXTS = (
 )
 
 
-def make_pieces(*, with_prefix: bool) -> Any:
-    """A tokenizer as Llama 2's: SentencePiece's pieces, what it lacks as bytes."""
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
-    pieces += [
-        "\u2581",
-        *"abcdefghijklmnopqrstuvwxyzTQ.",
-        "\u2581T",
-        "h",
-        "he",
-        "\u2581The",
-        "\u2581ok",
-    ]
-    names = list(dict.fromkeys(pieces))
-    merges = [("\u2581", "T"), ("h", "e"), ("\u2581T", "he"), ("\u2581", "o"), ("\u2581o", "k")]
-    names += ["\u2581o"]
-    bpe = Tokenizer(
-        models.BPE(
-            {name: i for i, name in enumerate(names)}, merges, unk_token="<unk>", byte_fallback=True
-        )
-    )
-    before = [normalizers.Prepend("\u2581")] if with_prefix else []
-    bpe.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", "\u2581")])
-    after = [decoders.Strip(" ", 1, 0)] if with_prefix else []
-    bpe.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), *after]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-
-
 def make_words() -> Any:
-    """A tokenizer as BERT's: words, and pieces of words behind ##."""
+    """Return a tokenizer like BERT's: words, and pieces of words after ##."""
     names = ["[UNK]", "[CLS]", "house", "bird", "##s", "##ing", "sing", "old"]
     words = Tokenizer(
         models.WordPiece({name: i for i, name in enumerate(names)}, unk_token="[UNK]")
@@ -74,46 +41,20 @@ def tokenizer(request: pytest.FixtureRequest, tiny_teacher: Path) -> Any:
     if request.param == "bytes":
         return load_tokenizer(str(tiny_teacher))
     if request.param.startswith("pieces"):
-        return make_pieces(with_prefix=request.param == "pieces")
+        return make_piece_tokenizer(with_prefix=request.param == "pieces")
     data = request.getfixturevalue("shared_data")
     folder = {"gpt2": "tokenizers/gpt2", "stories": "models/stories260K"}[request.param]
     return load_tokenizer(str(data / folder))
 
 
-def begun(tokenizer: Any, text: str) -> SequenceTable:
-    """The text as one sequence that begins with a special token, so that every other token is predicted."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    mask = [True] * len(ids) + [False]
-    return build_table([([begin, *ids], mask, 0, ("", ""))])
-
-
 @pytest.mark.parametrize("text", TEXTS)
 def test_bytes_of_all_tokens_are_those_of_the_text(tokenizer: Any, text: str) -> None:
-    sizes = count_next_bytes(begun(tokenizer, text), tokenizer)
+    sizes = count_next_bytes(tokenize_after_special(tokenizer, text), tokenizer)
     assert sizes.sum() == len(text.encode())
     assert sizes.min() >= 0
 
 
-@settings(max_examples=150)
-@given(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=40))
-def test_so_are_those_of_any_text(tiny_teacher: Path, text: str) -> None:
-    for tokenizer in (load_tokenizer_once(str(tiny_teacher)), PIECES):
-        sizes = count_next_bytes(begun(tokenizer, text), tokenizer)
-        assert sizes.sum() == len(text.encode()), tokenizer
-
-
-PIECES = make_pieces(with_prefix=True)
-_LOADED: dict[str, Any] = {}
-
-
-def load_tokenizer_once(path: str) -> Any:
-    if path not in _LOADED:
-        _LOADED[path] = load_tokenizer(path)
-    return _LOADED[path]
-
-
-def test_special_tokens_and_ids_beyond_the_tokenizer_are_no_text(tiny_teacher: Path) -> None:
+def test_special_tokens_and_ids_beyond_the_tokenizer_have_no_bytes(tiny_teacher: Path) -> None:
     tokenizer = load_tokenizer(str(tiny_teacher))
     assert count_token_bytes(tokenizer, [0, 1, 2, 300, 319]).tolist() == [0] * 5
 
@@ -132,7 +73,7 @@ def test_words_count_with_the_space_between_them() -> None:
     assert sizes.tolist() == [5, 1, 5, 4, 6]  # " bird", "s", " sing", " old", " house"
 
 
-def test_long_documents_and_prompts_count_each_byte_of_theirs_once(tiny_teacher: Path) -> None:
+def test_every_byte_of_long_documents_after_prompts_counts_once(tiny_teacher: Path) -> None:
     tokenizer = load_tokenizer(str(tiny_teacher))
     dataset = section("dataset", prompt_column="prompt", response_column="response", max_length=16)
     texts = [text * 3 for text in TEXTS]

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from retort.config.sections import Training
 from retort.evaluation.intervals import DocumentSums
-from retort.evaluation.scores import METRICS, write_documents
+from retort.evaluation.scores import METRICS, write_document_sums
 from retort.models.samples import Prompt, Sample, Samples, write_samples
 from retort.report.comparisons import compare_with_baseline, find_best, find_full
 from retort.report.figures import INKS, SERIES, _smooth, _thin, draw_costs
@@ -554,7 +554,7 @@ def write_losses(path: Path, gain: float, *, noise: float = 0.01) -> None:
     sums.add("positions", positions)
     losses = positions * (own - gain + chance.normal(0, noise, 50))
     sums.add("loss", losses)
-    write_documents(path.with_name("documents.csv"), sums)
+    write_document_sums(path.with_name("documents.csv"), sums)
     metrics = json.loads(path.read_text())
     metrics["validation"]["loss"] = losses.sum() / positions.sum()
     path.write_text(json.dumps(metrics))

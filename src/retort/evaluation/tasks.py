@@ -1,4 +1,7 @@
-"""Benchmarks of a student or a teacher: benchmark.json, and for HumanEval attempts.jsonl beside it."""
+"""A benchmark task run on a student or a teacher: benchmark.json and, for HumanEval, attempts.jsonl beside it.
+
+A task is an entry of the config's `evaluation.benchmarks`: a task or group of lm-evaluation-harness, or `humaneval`.
+"""
 
 import json
 import time
@@ -12,7 +15,7 @@ from transformers import PreTrainedModel
 
 from retort.config.load import identity
 from retort.config.sections import HUMANEVAL, Evaluation, Teacher
-from retort.evaluation.harness import load_tasks, require_harness, run_tasks
+from retort.evaluation.harness import load_tasks, require_harness, run_harness_task
 from retort.evaluation.humaneval import (
     STOPS,
     Attempt,
@@ -20,7 +23,7 @@ from retort.evaluation.humaneval import (
     read_problems,
     score_attempts,
 )
-from retort.evaluation.run import refuse_other_student
+from retort.evaluation.run import require_trained_student
 from retort.evaluation.sandbox import require_sandbox
 from retort.io.files import read_json, write_atomically, write_json
 from retort.io.run_record import describe_run
@@ -38,10 +41,10 @@ BENCHMARK_VERSION = 1
 ATTEMPTS_FILE = "attempts.jsonl"
 
 
-def check_benchmarks(evaluation: Evaluation) -> list[str]:
-    """Check what benchmarks need, and fetch their data; return a note for each.
+def check_tasks(evaluation: Evaluation) -> list[str]:
+    """Check the requirements of every task and fetch its data; return a note with its size for each task.
 
-    Raises ValueError where the harness, a task, its data, the problems or the sandbox are missing.
+    Raises ValueError when the harness, a task, its data, the HumanEval problems or the sandbox are missing.
     """
     names = [name for name in evaluation.benchmarks if name != HUMANEVAL]
     if names:
@@ -58,7 +61,7 @@ def check_benchmarks(evaluation: Evaluation) -> list[str]:
     return notes
 
 
-def benchmark_run(
+def run_task_on_student(
     out: Path,
     *,
     name: str,
@@ -67,20 +70,20 @@ def benchmark_run(
     device: str,
     cpu_threads: int,
 ) -> str:
-    """Run a benchmark on the student in final/ beside training.json, write benchmark.json, return its line.
+    """Run a task on the student in final/ beside training.json, write benchmark.json, return a one-line summary.
 
-    Raises ValueError when final/ is not what training wrote.
+    Raises ValueError when final/ is not the student that training.json describes.
     """
     torch.set_num_threads(cpu_threads)
     record = read_json(training_path)
     folder = training_path.parent / "final"
-    refuse_other_student(folder, record, training_path)
+    require_trained_student(folder, record, training_path)
     model = load_pretrained(str(folder), dtype=torch.float32).to(choose_device(device)).eval()
     about = {"run": record["run"], "id": record["id"], "teacher": None}
-    return _benchmark(out, name, model, load_tokenizer(str(folder)), about=about, settings=settings)
+    return _run_task(out, name, model, load_tokenizer(str(folder)), about=about, settings=settings)
 
 
-def benchmark_teacher(
+def run_task_on_teacher(
     out: Path,
     *,
     name: str,
@@ -89,9 +92,9 @@ def benchmark_teacher(
     section: Teacher,
     settings: Evaluation,
 ) -> str:
-    """Run a benchmark on a teacher, write benchmark.json, return its line.
+    """Run a task on a teacher, write benchmark.json, return a one-line summary.
 
-    Raises ValueError when it is not the recorded one.
+    Raises ValueError when the teacher is not the one in fingerprint.json.
     """
     torch.set_num_threads(section.generation.cpu_threads)
     teacher = load_recorded_teacher(teacher_path, section, record_path=fingerprint_path)
@@ -99,10 +102,10 @@ def benchmark_teacher(
         teacher_path, revision=section.revision, trust_remote_code=section.trust_remote_code
     )
     about = {"run": None, "id": None, "teacher": section.model_path}
-    return _benchmark(out, name, teacher.model, tokenizer, about=about, settings=settings)
+    return _run_task(out, name, teacher.model, tokenizer, about=about, settings=settings)
 
 
-def _benchmark(
+def _run_task(
     out: Path,
     name: str,
     model: PreTrainedModel,
@@ -117,13 +120,11 @@ def _benchmark(
         found, attempts = run_humaneval(model, tokenizer, settings=settings)
         write_attempts(out.with_name(ATTEMPTS_FILE), attempts)
     else:
-        found = run_tasks(name, model, tokenizer, settings=settings)
-    keys = identity(settings)
-    device = describe_device(model.device)
+        found = run_harness_task(name, model, tokenizer, settings=settings)
     made = describe_run(
-        section={"evaluation": keys},
+        section={"evaluation": identity(settings)},
         seed=settings.benchmark_seed,
-        device=device,
+        device=describe_device(model.device),
         seconds=time.monotonic() - started,
     )
     made["versions"] |= found.pop("versions")
@@ -135,9 +136,12 @@ def _benchmark(
 def run_humaneval(
     model: PreTrainedModel, tokenizer: Any, *, settings: Evaluation
 ) -> tuple[dict[str, Any], list[Attempt]]:
-    """Return what benchmark.json says of a model on HumanEval, and every attempt."""
+    """Return (sections of benchmark.json, every attempt) of a model on HumanEval.
+
+    Raises ValueError when running code is not allowed, no problems are given or the sandbox does not work.
+    """
     _require_consent(settings)
-    require_sandbox()  # before hours of writing
+    require_sandbox()  # before hours of generation
     sampling = Sampling(
         temperature=settings.humaneval_temperature,
         max_new_tokens=settings.humaneval_max_new_tokens,
@@ -154,18 +158,18 @@ def run_humaneval(
 def _require_consent(settings: Evaluation) -> None:
     if not settings.allow_code_execution or settings.humaneval_file is None:
         raise ValueError(
-            f"{HUMANEVAL} runs the code that a model writes on problems of yours: give "
-            "--evaluation-allow-code-execution and --evaluation-humaneval-file (in a config, the same keys of "
-            "evaluation)."
+            f"{HUMANEVAL} runs code written by a model, on a local copy of the problems: give "
+            "--evaluation-allow-code-execution and --evaluation-humaneval-file (in a config, "
+            "evaluation.allow_code_execution and evaluation.humaneval_file)."
         )
 
 
 def score_humaneval(
     complete: Callable[[Any], list[str]], *, settings: Evaluation
 ) -> tuple[dict[str, Any], list[Attempt]]:
-    """Return the same of anything that goes on from prompts."""
-    everything = read_problems(Path(str(settings.humaneval_file)))
-    problems = everything[: settings.benchmark_limit]
+    """Return the same for any function from prompts to completions."""
+    all_problems = read_problems(Path(str(settings.humaneval_file)))
+    problems = all_problems[: settings.benchmark_limit]
     attempts = attempt_problems(
         problems,
         complete,
@@ -180,14 +184,14 @@ def score_humaneval(
     found = {
         "scores": rows,
         "examples": len(problems),
-        "examples_in_all": len(everything),
+        "examples_in_all": len(all_problems),
         "versions": {},
     }
     return found, attempts
 
 
 def write_attempts(path: Path, attempts: list[Attempt]) -> None:
-    """Write what was written and how it ended, a line of JSON for each attempt."""
+    """Write one line of JSON for each attempt: its completion and how its program ended."""
     rows = [
         {"task_id": a.task_id, "completion": a.completion, **asdict(a.outcome)} for a in attempts
     ]
