@@ -106,11 +106,14 @@ def _load_own_tokenizer(path: str) -> tuple[Any, str | None]:
         return None, str(error)
 
 
-def _shares_ids(record: dict[str, Any], index: TokenIndex, tokenizer: Any) -> bool:
-    """Whether the ids of a recorded teacher mean the same tokens as in the student's tokenizer.
+def _shares_ids(fingerprint_path: Path | None, index: TokenIndex, tokenizer: Any) -> bool:
+    """Whether the ids of a recorded teacher, if there is one, mean the same tokens as in the student's tokenizer.
 
     Tokenizers from equal files are not loaded; a teacher's that cannot be loaded counts as different.
     """
+    if fingerprint_path is None:
+        return True
+    record = read_json(fingerprint_path)
     if tokenizer is None or has_tokenizer(record, index):
         return has_tokenizer(record, index)
     try:
@@ -147,13 +150,14 @@ def _sample_student(
     table: SequenceTable,
     evaluation: Evaluation,
     *,
-    teacher_path: Path | None,
+    features_path: Path | None,
     weights: str | None,
 ) -> dict[str, Samples]:
     """Let the student continue the prompts that its teacher was given; return the samples of both."""
     prompts = choose_prompts(table, tokenizer, evaluation)
     found = {"student": sample_model(model, tokenizer, prompts, evaluation)}
-    if teacher_path is not None:
+    if features_path is not None:
+        teacher_path = features_path.with_name(SAMPLES_FILE)
         teacher = read_samples(teacher_path, of=weights, whose="teacher")["teacher"]
         if teacher.missing is None:
             require_prompts(teacher, prompts, source=teacher_path)
@@ -187,9 +191,7 @@ def evaluate_run(
     require_trained_student(folder, record, training_path)
     table = index.read_split("val", max_positions=evaluation.max_positions)
     tokenizer, no_tokenizer = _load_own_tokenizer(str(folder))
-    is_foreign = fingerprint_path is not None and not _shares_ids(
-        read_json(fingerprint_path), index, tokenizer
-    )
+    is_foreign = not _shares_ids(fingerprint_path, index, tokenizer)
     teacher = None
     if features_path is not None and not is_foreign:
         teacher = _open_teacher(features_path, table, record["teacher"], made_from=training_path)
@@ -202,7 +204,7 @@ def evaluate_run(
             tokenizer,
             table,
             evaluation,
-            teacher_path=features_path.with_name(SAMPLES_FILE) if features_path else None,
+            features_path=features_path,
             weights=record["teacher"],
         )
     scores = evaluate_student(
@@ -213,23 +215,33 @@ def evaluate_run(
         next_bytes=count_next_bytes(table, tokenizer) if tokenizer else None,
         token_counts=index.read_token_counts(),
     )
-    found = scores.sections
-    found["validation"]["content"] = digest_keys(table)
-    found["validation"]["leaked_sequences"] = index.count_leaked(table)
-    found["validation"]["sequences"] = len(table)
-    found["not_defined"] |= {"bits_per_byte": no_tokenizer} if no_tokenizer else {}
-    found["not_defined"] |= dict.fromkeys(OF_BOTH, OTHER_TOKENIZER) if is_foreign else {}
-    provenance = _read_provenance(training_path.with_name("run.json"))
-    metrics = _describe_run(record, teacher, manifest_path) | {"trained": provenance} | found
+    reasons = {"bits_per_byte": no_tokenizer} if no_tokenizer else {}
+    reasons |= dict.fromkeys(OF_BOTH, OTHER_TOKENIZER) if is_foreign else {}
+    about = _describe_run(record, teacher, manifest_path, training_path.with_name("run.json"))
+    metrics = about | _add_facts(scores.sections, table, index, reasons)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_samples(out.with_name(SAMPLES_FILE), samples, of=record["id"])
     write_document_sums(out.with_name(DOCUMENTS_FILE), scores.sums)
     write_json(out, metrics)
-    return f"evaluate {record['run']}  {_describe(found)}"
+    return f"evaluate {record['run']}  {_describe(metrics)}"
+
+
+def _add_facts(
+    found: dict[str, Any], table: SequenceTable, index: TokenIndex, reasons: dict[str, str]
+) -> dict[str, Any]:
+    """Add to the scores what was measured on, and reasons for metrics that are not defined."""
+    found["validation"]["content"] = digest_keys(table)
+    found["validation"]["leaked_sequences"] = index.count_leaked(table)
+    found["validation"]["sequences"] = len(table)
+    found["not_defined"] |= reasons
+    return found
 
 
 def _describe_run(
-    record: dict[str, Any], teacher: TeacherFeatures | None, manifest_path: Path | None
+    record: dict[str, Any],
+    teacher: TeacherFeatures | None,
+    manifest_path: Path | None,
+    run_path: Path,
 ) -> dict[str, Any]:
     """Return the keys of metrics.json other than the scores: training, teacher, cache."""
     manifest = read_json(manifest_path) if manifest_path else None
@@ -245,6 +257,7 @@ def _describe_run(
         "cache": {name: manifest[name] for name in METRICS_FROM_MANIFEST}
         if manifest and is_measured
         else None,
+        "trained": _read_provenance(run_path),
     }
 
 

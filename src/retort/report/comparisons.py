@@ -1,9 +1,9 @@
-"""What a distilled run gained over cross-entropy, and how sure that is, from what both said of the same documents.
+"""Margins of distilled runs over cross-entropy, with intervals, from the losses on each held-out document.
 
 The *margin* of a run is its held-out loss minus its baseline's (see `records`): negative is better. The *gap* is what
-learning from the teacher's whole distributions (FullKD: `logit` from a live teacher, or from a cache that leaves
-nothing out) gains over cross-entropy; a run closes a share of it. Both are means over the same held-out documents, so
-their intervals draw the documents for all runs at once (room `intervals`).
+training on the teacher's full distributions (FullKD: `logit` from a live teacher, or from a cache that keeps every
+token) gains over cross-entropy; a run closes a share of it. All runs are measured on the same documents, so the
+intervals resample the documents of all runs together (`intervals`).
 """
 
 import csv
@@ -27,18 +27,20 @@ from retort.evaluation.scores import (
 )
 from retort.report.records import CacheFacts, Record, find_baseline, find_differences
 
-# Of a record: what is no number, or has columns of its own with the ends of its interval.
+# Fields of a record that are not numbers or strings, or have columns of their own with an interval.
 _NO_COLUMN = {
     *("path", "cache", "card", "teacher_card", "breakdown", "not_defined", "trained"),
     *("loss", "perplexity", "kl_to_teacher", "agreement", "teacher_loss", "teacher_perplexity"),
 }
 
-_OF_LOSS = ("loss", "perplexity", "bits_per_byte")  # rise and fall together on the same text
+# The column "cache_dial" keeps its name for scripts that read summary.csv.
+_CACHE_COLUMNS = {"setting": "dial"}
+_LOSS_METRICS = ("loss", "perplexity", "bits_per_byte")  # monotone in each other on the same text
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A run beside its baseline, nats/token; `gap_closed` is a share, None where no FullKD run shows a gap."""
+    """A run compared with its baseline; margin in nats/token; `gap_closed` is a share, None without a clear gap."""
 
     baseline: Record
     margin: Estimate
@@ -48,9 +50,10 @@ class Comparison:
 def compare_with_baseline(
     record: Record, records: Sequence[Record], *, baseline: str | None = None
 ) -> Comparison | None:
-    """Return what a distilled run gained over the cross-entropy run that it can be compared with; None without one.
+    """Compare a distilled run with its baseline among `records`; None without one.
 
-    Without the documents.csv of both there is no interval, and no share of the gap.
+    Without the documents.csv of both there is no interval and no share of the gap.
+    Raises ValueError when a documents.csv does not match its metrics.json, or the runs' documents differ.
     """
     other = find_baseline(record, records, baseline=baseline)
     if other is None:
@@ -59,47 +62,47 @@ def compare_with_baseline(
     if not all(map(has_documents, (record, other))):
         return Comparison(other, compare_losses_of(record, other), None)
     compared = [record, other, *([full] if full and has_documents(full) else [])]
-    found = _compare(tuple(map(_stamp, compared)))
+    found = _compare(tuple(map(_identify, compared)))
     return Comparison(other, found["margin"], found.get("gap_closed"))
 
 
 def compare_losses_of(one: Record, other: Record) -> Estimate:
-    """Return the held-out loss of one run minus another's on the same documents; without their sums, no interval."""
+    """Return the held-out loss of one run minus another's on the same documents; no interval without documents.csv."""
     if not all(map(has_documents, (one, other))):
         return Estimate(one.loss - other.loss, None, None)
-    return _compare((_stamp(one), _stamp(other)))["margin"]
+    return _compare((_identify(one), _identify(other)))["margin"]
 
 
 def has_documents(record: Record) -> bool:
-    """Say whether the sums of each document, which intervals of differences are drawn from, lie beside the metrics."""
+    """Whether there is a documents.csv, which intervals of differences need, beside the metrics."""
     return record.path.with_name(DOCUMENTS_FILE).exists()
 
 
 def find_full(record: Record, records: Sequence[Record]) -> Record | None:
-    """Return the run that learned from all that the teacher says, and is otherwise like `record`; None without one."""
+    """Return the FullKD run with the same teacher, temperature and settings as `record`; None without one."""
     if not record.is_distilled:
         return None
-    alike = [
+    matching = [
         r
         for r in records
         if is_full(r)
         and not find_differences(record, r)
         and (r.teacher, r.temperature) == (record.teacher, record.temperature)
     ]
-    return min(alike, key=lambda r: r.id, default=None)
+    return min(matching, key=lambda r: r.id, default=None)
 
 
 def is_full(record: Record) -> bool:
-    """Say whether a run learned from the teacher's whole distributions alone, by KL(teacher || student)."""
+    """Whether a run learned only from the teacher's full distributions, by KL(teacher || student)."""
     is_whole = record.cache is None or record.cache.keeps_all
     is_forward = record.trained.get("training.divergence", "forward_kl") == "forward_kl"
     return record.distillation_type == "logit" and is_whole and is_forward
 
 
 def find_best(group: Sequence[Record], name: str) -> Record | None:
-    """Return the run that is best by a metric beyond the chance of the documents; None where no run clearly is.
+    """Return the run that is clearly best in a metric; None if there is none.
 
-    By losses, runs are compared document by document; by other metrics, their intervals must not touch.
+    Losses are compared document by document; in other metrics, the intervals must not overlap.
     """
     sign = 1 if METRICS[name].is_less_better else -1
     known = sorted(
@@ -113,7 +116,7 @@ def find_best(group: Sequence[Record], name: str) -> Record | None:
 
 
 def _is_clearly_better(one: Record, other: Record, name: str) -> bool:
-    if name in _OF_LOSS and all(map(has_documents, (one, other))):
+    if name in _LOSS_METRICS and all(map(has_documents, (one, other))):
         margin = compare_losses_of(one, other)
         return margin.high is not None and margin.high < 0
     mine, theirs = one.card.metrics[name].ends, other.card.metrics[name].ends
@@ -122,8 +125,8 @@ def _is_clearly_better(one: Record, other: Record, name: str) -> bool:
     return mine[1] < theirs[0] if METRICS[name].is_less_better else mine[0] > theirs[1]
 
 
-class _Stamp(NamedTuple):
-    """A run's sums by document; the file's time and size are there to forget what it was before."""
+class _DocumentsFile(NamedTuple):
+    """A run's documents.csv and loss, the key of a cache; time and size change when the file does."""
 
     path: Path
     time: int
@@ -131,29 +134,29 @@ class _Stamp(NamedTuple):
     loss: float
 
 
-def _stamp(record: Record) -> _Stamp:
+def _identify(record: Record) -> _DocumentsFile:
     path = record.path.with_name(DOCUMENTS_FILE)
     about = path.stat()
-    return _Stamp(path, about.st_mtime_ns, about.st_size, record.loss)
+    return _DocumentsFile(path, about.st_mtime_ns, about.st_size, record.loss)
 
 
 @lru_cache(maxsize=256)
-def _compare(files: tuple[_Stamp, ...]) -> dict[str, Estimate]:
-    """Compare run, baseline and perhaps FullKD. Raises ValueError for sums of another run, or of other documents."""
+def _compare(files: tuple[_DocumentsFile, ...]) -> dict[str, Estimate]:
+    """Compare run, baseline and optionally FullKD. Raises ValueError for sums of another run or of other documents."""
     tables = [read_document_sums(file.path) for file in files]
     for file, table in zip(files, tables, strict=True):
         loss = float(table["loss"].sum() / table["positions"].sum())
         if not math.isclose(loss, file.loss, rel_tol=1e-6):
             raise ValueError(
-                f"{file.path} sums up to a loss of {loss:.6f}, but metrics.json beside it says {file.loss:.6f}: one of "
-                "them is another run's. Evaluate the run again."
+                f"{file.path} gives a loss of {loss:.6f}, but metrics.json beside it has {file.loss:.6f}: one of them "
+                "is another run's. Evaluate the run again."
             )
         if not all(
             np.array_equal(table[name], tables[0][name]) for name in ("document", "positions")
         ):
             raise ValueError(
-                f"{file.path} and {files[0].path} are not of the same documents, though their metrics say so: evaluate "
-                "both runs again."
+                f"{file.path} and {files[0].path} have different documents, but their metrics.json name the same "
+                "held-out text: evaluate both runs again."
             )
     names = ("run", "plain", "full")
     losses = {name: table["loss"] for name, table in zip(names, tables, strict=False)}
@@ -163,14 +166,17 @@ def _compare(files: tuple[_Stamp, ...]) -> dict[str, Estimate]:
 
 
 def render_csv(records: Sequence[Record]) -> str:
-    """Return the table of runs with all digits; an empty cell is not defined. Ends of intervals: _low and _high."""
+    """Return the table of runs with all digits; empty cells are undefined; _low and _high are ends of intervals."""
     plain = [f.name for f in fields(Record) if f.name not in _NO_COLUMN]
     rows = [
         {name: getattr(record, name) for name in plain}
         | _columns_of("", record.card.metrics)
         | _columns_of("teacher_", record.teacher_card.metrics if record.teacher_card else {})
         | _columns_of_comparison(compare_with_baseline(record, records))
-        | {f"cache_{f.name}": getattr(record.cache, f.name, None) for f in fields(CacheFacts)}
+        | {
+            f"cache_{_CACHE_COLUMNS.get(f.name, f.name)}": getattr(record.cache, f.name, None)
+            for f in fields(CacheFacts)
+        }
         for record in records
     ]
     text = io.StringIO()

@@ -1,5 +1,5 @@
-// A table whose head is clicked is sorted by that column; clicked again, the other way round. Rows without a number
-// there (a dash) stay last, and the teacher first: it is what the runs are read against.
+// Clicking a column's head sorts the table by it; clicking again reverses the order. Teachers stay first, and rows
+// without a value in the column stay last.
 for (const table of document.querySelectorAll("table.sortable")) {
   const heads = [...table.tHead.rows[0].cells];
   heads.forEach((head, column) => {
@@ -12,19 +12,19 @@ for (const table of document.querySelectorAll("table.sortable")) {
 }
 
 function sort(table, heads, column) {
-  const falls = heads[column].getAttribute("aria-sort") === "ascending";
+  const descending = heads[column].getAttribute("aria-sort") === "ascending";
   heads.forEach((head) => head.removeAttribute("aria-sort"));
-  heads[column].setAttribute("aria-sort", falls ? "descending" : "ascending");
+  heads[column].setAttribute("aria-sort", descending ? "descending" : "ascending");
   const rows = [...table.tBodies[0].rows].map((row) => ({ row, key: row.cells[column].dataset.key ?? "" }));
-  rows.sort((one, other) => compare(one, other, falls));
+  rows.sort((one, other) => compare(one, other, descending));
   table.tBodies[0].append(...rows.map(({ row }) => row));
 }
 
-function compare(one, other, falls) {
+function compare(one, other, descending) {
   const [first, second] = [one, other].map(({ row }) => row.classList.contains("teacher"));
   if (first !== second) return first ? -1 : 1;
   if (!one.key || !other.key) return (one.key ? 0 : 1) - (other.key ? 0 : 1);
   const [a, b] = [Number(one.key), Number(other.key)];
   const order = Number.isNaN(a) || Number.isNaN(b) ? one.key.localeCompare(other.key, "en", { numeric: true }) : a - b;
-  return falls ? -order : order;
+  return descending ? -order : order;
 }

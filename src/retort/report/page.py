@@ -1,7 +1,7 @@
-"""Records of runs -> the table at the end of a run, and a page that opens without network.
+"""The summary (a table for the terminal) and the report page, one file that needs no network, from records of runs.
 
-The *margin* of a distilled run is its held-out loss minus its baseline's (see `records`): negative
-is better. What is not defined is a dash. Equal inputs give equal bytes.
+The *margin* of a distilled run is its held-out loss minus its baseline's (see `records`): negative is better. Undefined
+values are a dash. Equal inputs give equal bytes.
 """
 
 import base64
@@ -17,15 +17,8 @@ from retort.evaluation.intervals import Estimate
 from retort.evaluation.scores import METRICS
 from retort.io.files import write_atomically
 from retort.report.comparisons import compare_with_baseline, render_csv
-from retort.report.figures import (
-    INKS,
-    SERIES,
-    draw_comparison,
-    draw_costs,
-    draw_curves,
-    draw_reliability,
-    draw_swatch,
-)
+from retort.report.curves import draw_curves
+from retort.report.figures import draw_comparison, draw_costs, draw_reliability
 from retort.report.findings import (
     FEW_POSITIONS,
     describe_next_best,
@@ -46,39 +39,40 @@ from retort.report.records import (
 )
 from retort.report.scoreboard import Scoreboard, read_scoreboard, render_scoreboard
 from retort.report.seeds import average_seeds
+from retort.report.svg import INKS, SERIES, draw_swatch
 from retort.report.tables import (
     COLUMNS,
-    build_benchmark_table,
     build_breakdowns,
     build_metric_table,
     build_rows,
     build_samples,
     build_seed_table,
-    describe_cache,
+    build_task_table,
     describe_seeds,
+    format_cache,
     format_kl,
     format_seconds,
     mark_lines,
     sort_key,
 )
 
-WIDTH = 100  # columns of the terminal's table
+WIDTH = 100  # characters of the summary's lines
 _NAME_WIDTH = WIDTH - sum(width + 2 for _, _, width in COLUMNS)
 
 
 def make_report(
     metrics_paths: Sequence[Path], out_html: Path, *, benchmark_paths: Sequence[Path] = ()
 ) -> str:
-    """Write the page, and beside it summary.csv and summary.txt; return the latter's text.
+    """Write the page, with summary.csv and summary.txt beside it; return the text of summary.txt.
 
-    Raises ValueError where a file is missing, is not what `evaluate`, `benchmark` or `train` writes, or has NaN.
+    Raises ValueError when a file is missing, is not as `evaluate`, `benchmark` or `train` writes it, or has NaN.
     """
     records = load_metrics(metrics_paths)
     board = read_scoreboard(benchmark_paths)
     out_html.parent.mkdir(parents=True, exist_ok=True)
     summary = render_summary(records, report_path=out_html, board=board)
     write_atomically(out_html.with_name("summary.txt"), (summary + "\n").encode())
-    # The page comes last: where it is, the rest is too.
+    # The page is written last: if it exists, so do the other files.
     summary_csv = out_html.with_name("summary.csv")
     write_report(records, load_logs(records), out_html, summary_csv, board=board)
     return summary
@@ -91,27 +85,29 @@ def render_summary(
     baseline: str | None = None,
     board: Scoreboard | None = None,
 ) -> str:
-    """Return the text at the end of a run: the table, what it means, and where to look next.
+    """Return the text of the summary: the tables, what they mean, warnings, and paths.
 
-    `baseline` names the cross-entropy run of the margins; by default the one that fits each run.
-    Lines fit in WIDTH columns, but for paths, which are not broken. Raises ValueError when
-    `baseline` is no such run.
+    `baseline` names the cross-entropy run for the margins; by default the one that matches each run. Lines have at most
+    WIDTH characters, except for paths. Raises ValueError when `baseline` is not a cross-entropy run.
     """
     plain = [r.name for r in records if not r.is_distilled]
     if baseline is not None and baseline not in plain:
         names = ", ".join(plain) or "none"
-        raise ValueError(f"baseline {baseline!r} is no run of type output; those here: {names}.")
+        raise ValueError(
+            f"baseline {baseline!r} is not a run of type output. Choose one of: {names}."
+        )
     parts = [_render_group(group, baseline) for group in group_runs(records)]
     facts = [
-        f"cache of {list_names(n)}: {describe_cache(cache)}" for n, cache in find_caches(records)
+        f"cache of {list_names(n)}: {format_cache(cache)}" for n, cache in find_caches(records)
     ]
     facts.append(
-        "margin: held-out loss minus that of the cross-entropy run with the same student size, "
-        "seed and steps; negative is better. Losses and KL in nats/token. After \u00b1, how far a "
-        "95 % interval reaches: what other held-out documents would change."
+        "margin: held-out loss minus that of the cross-entropy run with the same settings of student and training "
+        "except for the loss; negative is better. Losses and KL are in nats/token. After \u00b1: distance to the "
+        "farther end of the 95 % interval over held-out documents."
     )
     facts += [
-        f"{run.name}: {_percent(found.gap_closed)} of what the teacher's whole distributions gain over cross-entropy."
+        f"{run.name} closes {_percent(found.gap_closed)} of the gap between cross-entropy and training on the "
+        "teacher's full distributions."
         for run in records
         if (found := compare_with_baseline(run, records)) and found.gap_closed
     ]
@@ -120,12 +116,12 @@ def render_summary(
     notes = [
         f"note: {text}" for text in find_warnings(records, load_logs(records), baseline=baseline)
     ]
-    places = [
+    paths = [
         f"report: {report_path}",
         "students, each with final/ (the model) and training_log.csv:",
         *(f"  {record.folder}/" for record in records),
     ]
-    parts += ["\n".join(map(_wrap, facts)), "\n".join(map(_wrap, notes)), "\n".join(places)]
+    parts += ["\n".join(map(_wrap, facts)), "\n".join(map(_wrap, notes)), "\n".join(paths)]
     return "\n\n".join(parts)
 
 
@@ -156,7 +152,7 @@ def _render_group(group: Sequence[Record], baseline: str | None) -> str:
 
 
 def describe_group(group: Sequence[Record]) -> str:
-    """Return what was compared on what."""
+    """Return the number of students, the size of the held-out text and the teachers."""
     students = f"{len(group)} student{'' if len(group) == 1 else 's'}"
     teachers = ", ".join(str(t.teacher) for t in find_teachers(group))
     names = f"; teacher: {teachers}" if teachers else ""
@@ -165,7 +161,7 @@ def describe_group(group: Sequence[Record]) -> str:
 
 
 def _align(name: str, cells: Sequence[str], name_width: int) -> str:
-    """Return one line: the name and the type to the left, numbers to the right of their columns."""
+    """Return one line: the name and the type left-aligned, numbers right-aligned."""
     widths = [width for _, _, width in COLUMNS]
     kind, numbers = (
         cells[0].ljust(widths[0]),
@@ -189,7 +185,7 @@ def write_report(
     *,
     board: Scoreboard | None = None,
 ) -> None:
-    """Write the page (one file that fetches nothing) and a table of the runs with all digits."""
+    """Write the page, and a CSV of the runs with all digits."""
     source = _read_resource("page.html.j2")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -212,11 +208,11 @@ def write_report(
         curves=draw_curves(logs, key="c"),
         legend=[(r.name, draw_swatch(i, key=f"s{i}")) for i, r in enumerate(records) if logs[i]],
         samples=build_samples(records, samples),
-        silent=[r.name for r, found in zip(records, samples, strict=True) if not found],
+        without_samples=[r.name for r, found in zip(records, samples, strict=True) if not found],
         script=_script("page.js"),
         caches=find_caches(records),
         warnings=find_warnings(records, logs),
-        benchmarks=build_benchmark_table(board) if board and board.rows else None,
+        benchmarks=build_task_table(board) if board and board.rows else None,
         trials=board.trials if board else [],
         shared={k: v[0] for k, v in settings.items() if len(set(v)) == 1},
         differing={k: v for k, v in settings.items() if len(set(v)) > 1},
@@ -232,7 +228,7 @@ def _read_resource(name: str) -> str:
 
 
 def _script(name: str) -> dict[str, str]:
-    """Return a script and the digest by which the page's policy lets this script run, and no other."""
+    """Return a script and its digest: the page's security policy allows only scripts of this digest."""
     text = _read_resource(name)
     digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     return {"text": text, "digest": f"sha256-{digest}"}
@@ -246,7 +242,7 @@ def _page_group(
     return {
         "outcome": describe_outcome(group),
         "next_best": describe_next_best(group),
-        "is_telling": group[0].positions >= FEW_POSITIONS,
+        "has_enough_positions": group[0].positions >= FEW_POSITIONS,
         "about": describe_group(group),
         "rows": build_rows(group),
         "has_teacher_line": any(t.teacher_loss is not None for t in find_teachers(group)),
@@ -265,7 +261,7 @@ def _page_group(
 
 
 def _explain_missing(group: Sequence[Record]) -> list[str]:
-    """Return why runs lack metrics, a sentence for each reason."""
+    """Return a sentence for each reason why runs lack metrics."""
     lacking: dict[tuple[str, str], list[str]] = {}
     for record in group:
         by_reason: dict[str, list[str]] = {}
@@ -279,5 +275,5 @@ def _explain_missing(group: Sequence[Record]) -> list[str]:
 
 
 def _typeset(text: str) -> str:
-    """Return a table's cell with a true minus, and an en dash for what is not defined."""
+    """Return the text of a cell with a minus sign for a hyphen, and an en dash for an undefined value."""
     return "\N{EN DASH}" if text == "-" else text.replace("-", "\N{MINUS SIGN}")

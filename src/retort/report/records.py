@@ -1,9 +1,9 @@
-"""Measured runs: metrics.json and training_log.csv -> records, and what may be compared.
+"""Records of runs, from metrics.json and training_log.csv, and which runs can be compared.
 
-A *group* is the runs evaluated on the same held-out positions: only within a group are losses
-compared. The *baseline* of a distilled run is the cross-entropy run (`output`) of its group that
-differs in nothing but in what it learns from: the same student, start, seed, steps, learning rate,
-batch, precision. What a run does not define is None.
+A *group* is the runs that were evaluated on the same held-out positions: losses are compared only within a group. The
+*baseline* of a distilled run is the cross-entropy run (`output`) of its group with the same settings of `student` and
+`training`, except those of the loss: the same initial weights, seed, steps, learning rate, batch size, precision.
+Undefined values are None.
 """
 
 import csv
@@ -28,13 +28,13 @@ from retort.report.scorecards import (
     read_scorecard,
 )
 
-# Keys of run.json that say what a setting of its own says already, or when and how something ran.
-_SAID_OTHERWISE = {
+# Keys of run.json that the report shows under another name, and the time.
+_SHOWN_ELSEWHERE = {
     *("finished", "training.distillation_type", "training.alpha", "training.temperature"),
     *("training.seed", "training.max_steps", "training.device"),
 }
-# Settings of a run that name it, in which it may differ from its baseline: what it learns from the teacher, and how;
-# what rounds otherwise; how its steps are said, which are compared themselves; the length that the corpus has anyway.
+# Settings that change a run's id but may differ from its baseline's: those of the loss, those that change only the
+# rounding, and those that set the number of steps, which is compared itself.
 _NOT_COMPARED = {
     *("training.distillation_type", "training.alpha", "training.temperature"),
     *("training.divergence", "training.use_cached_logits"),
@@ -46,10 +46,10 @@ STUDENT_SIZE, VALIDATION_SET, SETTINGS = "student parameters", "validation set",
 
 @dataclass(frozen=True)
 class CacheFacts:
-    """What a run's logit cache costs and keeps: bytes and probability per position, KL in nats."""
+    """Size and quality of a run's logit cache: bytes and probability per position, KL in nats."""
 
     method: str
-    dial: str  # what the method keeps: k = 64, p >= 0.003
+    setting: str  # of the method: k = 64, p >= 0.003
     positions: int
     bytes_per_position: float
     tail_mass: float
@@ -58,13 +58,13 @@ class CacheFacts:
 
     @property
     def keeps_all(self) -> bool:
-        """Whether nothing of the teacher's distributions is left out."""
+        """Whether the cache has the teacher's full distributions."""
         return self.method == "top_k" and self.tail_mass < 1e-9
 
 
 @dataclass(frozen=True)
 class Record:
-    """One metrics.json. Losses and KL: nats per token, held-out positions; None = not defined."""
+    """One run, from its metrics.json. Losses and KL are in nats per token on held-out positions."""
 
     path: Path
     name: str
@@ -84,7 +84,7 @@ class Record:
     documents: int
     content: str | None  # digest of the held-out sequences
     sequences: int
-    leaked_sequences: int  # of them, those that are in the training text too
+    leaked_sequences: int  # how many of these are also in the training text
     loss: float
     perplexity: float
     kl_to_teacher: float | None
@@ -94,13 +94,13 @@ class Record:
     card: Scorecard
     teacher_card: Scorecard | None
     breakdown: Mapping[str, tuple[ClassRow, ...]]
-    not_defined: Mapping[str, str]  # why a metric is None
-    trained: Mapping[str, Any]  # of run.json, by dotted names: commit, training.alpha
+    not_defined: Mapping[str, str]  # reasons why metrics are None
+    trained: Mapping[str, Any]  # from run.json, by dotted keys: commit, training.alpha
     cache: CacheFacts | None
 
     @property
     def folder(self) -> Path:
-        """The run's folder: final/ and training_log.csv lie in it (the metrics may lie deeper)."""
+        """The run's folder, with final/ and training_log.csv."""
         above = [p.parent for p in self.path.parents if p.name == "evaluation"]
         return above[0] if above else self.path.parent
 
@@ -112,27 +112,30 @@ class Record:
 
 @dataclass(frozen=True)
 class TrainingLog:
-    """One run's learning curve: steps, and the hard loss (nats/token) of each logging interval."""
+    """One run's learning curve: steps, and the mean hard loss (nats/token) since the previous logged step."""
 
     steps: tuple[int, ...]
     hard_loss: tuple[float, ...]
 
 
 def load_metrics(paths: Sequence[Path]) -> list[Record]:
-    """Read the metrics.json of each run, in the order given; equal names get their id behind them.
+    """Read the metrics.json of each run, in the order given; runs of equal names get their id appended.
 
-    Raises ValueError where there is nothing to read, a number is missing or not finite, or a run
-    comes twice.
+    Raises ValueError when there are no runs, a number is missing or not finite, or a run is given twice.
     """
     records = [_read_record(Path(path)) for path in paths]
     if not records:
-        raise ValueError("no runs to report on: give the metrics.json of one run at least.")
-    times = Counter(r.name for r in records)
-    records = [replace(r, name=f"{r.name} {r.id[:6]}") if times[r.name] > 1 else r for r in records]
+        raise ValueError("no runs to report on: give the metrics.json of at least one run.")
+    counts = Counter(r.name for r in records)
+    records = [
+        replace(r, name=f"{r.name} {r.id[:6]}") if counts[r.name] > 1 else r for r in records
+    ]
     for name, count in Counter(r.name for r in records).items():
         if count > 1:
-            places = ", ".join(str(r.path) for r in records if r.name == name)
-            raise ValueError(f"run {name!r} is given {count} times: {places}. Give each run once.")
+            paths_of_run = ", ".join(str(r.path) for r in records if r.name == name)
+            raise ValueError(
+                f"run {name!r} is given {count} times: {paths_of_run}. Give each run once."
+            )
     return records
 
 
@@ -140,7 +143,7 @@ def _read_record(path: Path) -> Record:
     read = open_metrics(path)
     card = read_scorecard(read, whose="student")
     teacher_card = read_scorecard(read, whose="teacher")
-    read.number("validation", "loss")  # of a student there is always one
+    read.number("validation", "loss")  # a clear error if it is null
     assert card is not None, path
     return Record(
         path=path,
@@ -184,7 +187,7 @@ def _read_record(path: Path) -> Record:
 def _read_cache(read: Reader) -> CacheFacts:
     return CacheFacts(
         method=read.text("cache", "method"),
-        dial=_describe_dial(read),
+        setting=_describe_setting(read),
         positions=read.count("cache", "positions"),
         bytes_per_position=read.number("cache", "bytes_per_position"),
         tail_mass=read.number("cache", "tail_mass"),
@@ -193,15 +196,15 @@ def _read_cache(read: Reader) -> CacheFacts:
     )
 
 
-def _describe_dial(read: Reader) -> str:
+def _describe_setting(read: Reader) -> str:
     top_k = read("cache", "top_k")
     return f"p >= {read.number('cache', 'min_probability'):g}" if top_k is None else f"k = {top_k}"
 
 
 def load_logs(records: Sequence[Record]) -> list[TrainingLog | None]:
-    """Read each run's training_log.csv; None where there is none, or no row in it.
+    """Read each run's training_log.csv; None when there is none, or it has no rows.
 
-    Raises ValueError where a log is not what `train` writes, or holds NaN.
+    Raises ValueError when a log is not as `train` writes it, or has a loss that is not finite.
     """
     return [_read_log(record.folder / "training_log.csv") for record in records]
 
@@ -213,7 +216,9 @@ def _read_log(path: Path) -> TrainingLog | None:
         rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
         points = [(int(row["step"]), float(row["hard_loss"])) for row in rows if row["hard_loss"]]
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no training log as `train` writes it: {error!r}.") from None
+        raise ValueError(
+            f"{path} is not a training log of `train`: {error!r}. Train the run again."
+        ) from None
     for step, loss in points:
         if not math.isfinite(loss):
             raise ValueError(
@@ -224,7 +229,10 @@ def _read_log(path: Path) -> TrainingLog | None:
 
 
 def load_samples(records: Sequence[Record]) -> list[dict[str, Samples]]:
-    """Read what each run's student, and its teacher, wrote; nothing where there is no samples.json."""
+    """Read the samples of each run's student and teacher; an empty dictionary when there is no samples.json.
+
+    Raises ValueError when a samples.json is damaged or is another run's.
+    """
     paths = [record.path.with_name(SAMPLES_FILE) for record in records]
     return [
         read_samples(path, of=record.id, whose="student") if path.exists() else {}
@@ -233,7 +241,7 @@ def load_samples(records: Sequence[Record]) -> list[dict[str, Samples]]:
 
 
 def group_runs(records: Sequence[Record]) -> list[list[Record]]:
-    """Return the runs by held-out sequences; groups, and runs within them, in the order given."""
+    """Return the runs grouped by their held-out sequences; groups and their runs are in the order given."""
     groups: dict[tuple[int, int, str | None], list[Record]] = {}
     for record in records:
         groups.setdefault((record.positions, record.documents, record.content), []).append(record)
@@ -242,7 +250,7 @@ def group_runs(records: Sequence[Record]) -> list[list[Record]]:
 
 @cache
 def _compared_settings() -> dict[str, Any]:
-    """Return the settings that a run and its baseline must share, by dotted names, with their defaults."""
+    """Return the settings that must be the same for a run and its baseline: dotted key -> default."""
     schemas = {name: section_schema(name) for name in ("student", "training")}
     return {
         f"{section}.{key}": sub["default"]
@@ -253,9 +261,9 @@ def _compared_settings() -> dict[str, Any]:
 
 
 def compared_conditions(record: Record) -> dict[str, Any]:
-    """Return by name what two runs must have in common for a margin between them; keys as in the config.
+    """Return by name the conditions that must be the same for a margin between two runs; keys as in the config.
 
-    A setting that a run does not know is at its default. A run of which no setting is known is like no other.
+    A setting that run.json does not have is at its default. Without run.json, a run matches no other.
     """
     settings = {k: record.trained.get(k, value) for k, value in _compared_settings().items()}
     is_known = any(key.startswith(("student.", "training.")) for key in record.trained)
@@ -269,7 +277,7 @@ def compared_conditions(record: Record) -> dict[str, Any]:
 
 
 def find_differences(record: Record, other: Record) -> dict[str, tuple[Any, Any]]:
-    """Return what stands between two runs and a margin, by name: what each of them has."""
+    """Return the conditions in which two runs differ: name -> (value of `record`, value of `other`)."""
     mine, theirs = compared_conditions(record), compared_conditions(other)
     return {key: (mine[key], theirs[key]) for key in mine if mine[key] != theirs[key]}
 
@@ -277,29 +285,35 @@ def find_differences(record: Record, other: Record) -> dict[str, tuple[Any, Any]
 def find_baseline(
     record: Record, records: Sequence[Record], *, baseline: str | None = None
 ) -> Record | None:
-    """Return the cross-entropy run to compare `record` with, or the one named where it fits; whatever their order."""
+    """Return the cross-entropy run to compare a distilled run with, in any order of `records`; None without one.
+
+    If `baseline` names a run, only that one is considered.
+    """
     if not record.is_distilled:
         return None
-    named = [r for r in records if not r.is_distilled and baseline in (None, r.name)]
-    alike = [r for r in named if not find_differences(record, r)]
-    return min(alike, key=lambda r: r.id, default=None)
+    candidates = _find_cross_entropy(records, baseline)
+    matching = [r for r in candidates if not find_differences(record, r)]
+    return min(matching, key=lambda r: r.id, default=None)
 
 
 def find_nearest(
     record: Record, records: Sequence[Record], *, baseline: str | None = None
 ) -> Record | None:
-    """Return the cross-entropy run with the fewest differences from `record`; None where there is none at all."""
+    """Return the cross-entropy run with the fewest differences from `record`; None if there is none."""
 
     def distance(other: Record) -> tuple[bool, int, str]:
         found = find_differences(record, other)
         return VALIDATION_SET in found, len(found), other.id
 
-    plain = [r for r in records if not r.is_distilled and baseline in (None, r.name)]
-    return min(plain, key=distance, default=None)
+    return min(_find_cross_entropy(records, baseline), key=distance, default=None)
+
+
+def _find_cross_entropy(records: Sequence[Record], name: str | None) -> list[Record]:
+    return [r for r in records if not r.is_distilled and name in (None, r.name)]
 
 
 def find_teachers(group: Sequence[Record]) -> list[Record]:
-    """Return one record of the group for each teacher in it; equal but for rounding is equal."""
+    """Return one record for each teacher of a group; teachers that differ only by rounding are one."""
     found: list[Record] = []
     for record in group:
         if record.teacher is None:
@@ -307,6 +321,11 @@ def find_teachers(group: Sequence[Record]) -> list[Record]:
         if not any(_has_same_teacher(record, other) for other in found):
             found.append(record)
     return found
+
+
+def name_teacher(record: Record, teachers: Sequence[Record]) -> str:
+    """Return the name of a row for a record's teacher: "teacher" alone if there is only one."""
+    return "teacher" if len(teachers) == 1 else f"teacher {record.teacher}"
 
 
 def _has_same_teacher(one: Record, other: Record) -> bool:
@@ -327,16 +346,16 @@ def find_caches(records: Sequence[Record]) -> list[tuple[list[str], CacheFacts]]
 
 
 def find_settings(records: Sequence[Record]) -> dict[str, list[str]]:
-    """Return the settings that metrics.json records, by name: a text for each run, or a dash.
+    """Return the settings of the runs by name: a text for each run, "-" if it has none.
 
-    Of run.json, the commit and the versions, and those keys of the config in which runs differ.
+    From run.json come the commit, the versions, and the keys of the config in which the runs differ.
     """
-    return {**_find_own_settings(records), **_find_trained(records)}
+    return {**_find_own_settings(records), **_find_recorded_settings(records)}
 
 
-def _find_trained(records: Sequence[Record]) -> dict[str, list[str]]:
+def _find_recorded_settings(records: Sequence[Record]) -> dict[str, list[str]]:
     found = {}
-    for key in sorted({key for r in records for key in r.trained} - _SAID_OTHERWISE):
+    for key in sorted({key for r in records for key in r.trained} - _SHOWN_ELSEWHERE):
         texts = [str(r.trained.get(key, "-")) for r in records]
         if key.startswith(("versions.", "commit", "python")) or len(set(texts)) > 1:
             found[key.removeprefix("versions.")] = texts
@@ -356,7 +375,7 @@ def _find_own_settings(records: Sequence[Record]) -> dict[str, list[str]]:
         "student parameters": [f"{r.student_parameters:,}" for r in records],
         "teacher": [r.teacher or "-" for r in records],
         "cache": [
-            f"{r.cache.method}, {r.cache.dial}" if r.cache and r.is_distilled else "-"
+            f"{r.cache.method}, {r.cache.setting}" if r.cache and r.is_distilled else "-"
             for r in records
         ],
         "device": [r.device for r in records],

@@ -1,4 +1,4 @@
-"""benchmark.json of students and teachers -> one table: a row for each model, a column for each benchmark."""
+"""benchmark.json of students and teachers -> a table with a row for each model and a column for each task's metric."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,15 +9,15 @@ from retort.evaluation.intervals import Estimate
 from retort.io.files import read_json
 
 _FORMAT, _VERSION = "retort-benchmark", 1
-_Z = 1.96  # of a 95 % interval, by the standard error over examples
+_Z = 1.96  # standard errors over examples in half a 95 % interval
 
 
 @dataclass(frozen=True)
-class Column:
-    """What a column holds: a benchmark's metric, on how many examples of how many."""
+class TaskMetric:
+    """A column of the table: a metric of a task, or of a subtask in a group, and the number of examples used."""
 
-    benchmark: str
     task: str
+    subtask: str
     metric: str
     examples: int
     examples_in_all: int
@@ -25,36 +25,36 @@ class Column:
 
     @property
     def title(self) -> str:
-        """The task and the metric, and which way is better where that is downwards."""
-        return f"{self.task}, {self.metric}{' (less is better)' if self.is_less_better else ''}"
+        """The subtask and the metric, with a note if less is better."""
+        return f"{self.subtask}, {self.metric}{' (less is better)' if self.is_less_better else ''}"
 
     @property
-    def is_whole(self) -> bool:
-        """Whether all examples were asked: else the number is a trial's."""
+    def is_complete(self) -> bool:
+        """Whether all examples of the task were used."""
         return self.examples == self.examples_in_all
 
 
 @dataclass(frozen=True)
 class Scoreboard:
-    """Columns, and the scores of each model in them; teachers first, a model that was not asked has none."""
+    """The columns, and each model's scores in them, None where the task was not run; teachers first."""
 
-    columns: tuple[Column, ...]
+    columns: tuple[TaskMetric, ...]
     rows: tuple[tuple[str, bool, tuple[Estimate | None, ...]], ...]  # name, is it a teacher, scores
 
     @property
     def trials(self) -> list[str]:
-        """Benchmarks of which a part of the examples was asked, with the numbers."""
+        """The tasks that were run on some of their examples only, with the numbers."""
         found = {
-            f"{c.benchmark}: {c.examples:,} of {c.examples_in_all:,} examples"
+            f"{c.task}: {c.examples:,} of {c.examples_in_all:,} examples"
             for c in self.columns
-            if not c.is_whole
+            if not c.is_complete
         }
         return sorted(found)
 
 
 def read_scoreboard(paths: Sequence[Path]) -> Scoreboard:
-    """Read what `benchmark` wrote, in the order given. Raises ValueError where a file is something else."""
-    scores: dict[tuple[str, bool], dict[Column, Estimate]] = {}
+    """Read files of benchmark.json, in the order given. Raises ValueError when one is missing or is something else."""
+    scores: dict[tuple[str, bool], dict[TaskMetric, Estimate]] = {}
     for path in paths:
         raw = _open(path)
         model = (raw["run"] or f"teacher {raw['teacher']}", raw["run"] is None)
@@ -72,21 +72,23 @@ def _open(path: Path) -> dict[str, Any]:
     found = (raw.get("format"), raw.get("version")) if isinstance(raw, dict) else (None, None)
     if found != (_FORMAT, _VERSION):
         raise ValueError(
-            f"{path} is no benchmark.json of this version (format {found[0]!r}, version {found[1]!r}; expected "
+            f"{path} is not a benchmark.json of this version (format {found[0]!r}, version {found[1]!r}; expected "
             f"{_FORMAT!r}, {_VERSION}): run the benchmark again."
         )
     return raw
 
 
-def _read_columns(raw: dict[str, Any]) -> dict[Column, Estimate]:
-    """Return a benchmark's own scores; of a collection without one of its own, those of all its tasks."""
+def _read_columns(raw: dict[str, Any]) -> dict[TaskMetric, Estimate]:
+    """Return the scores of a task; of a group without a score of its own, those of all its subtasks."""
     rows = raw["scores"]
     own = [row for row in rows if row["task"] == raw["benchmark"]] or rows
     found = {}
+    counts = (raw["examples"], raw["examples_in_all"])
     for row in own:
-        counts = (raw["examples"], raw["examples_in_all"])
-        key = Column(raw["benchmark"], row["task"], row["metric"], *counts, row["is_less_better"])
-        found[key] = _score(row["value"], row["standard_error"])
+        names = (raw["benchmark"], row["task"], row["metric"])
+        found[TaskMetric(*names, *counts, row["is_less_better"])] = _score(
+            row["value"], row["standard_error"]
+        )
     return found
 
 
@@ -97,16 +99,19 @@ def _score(value: float, error: float | None) -> Estimate:
 
 
 def render_scoreboard(board: Scoreboard) -> list[str]:
-    """Return what is said at the end of a run: every model's number, a line for each column."""
+    """Return the lines for the summary: one for each column with every model's score."""
     lines = []
-    for place, column in enumerate(board.columns):
-        found = [(name, scores[place]) for name, _, scores in board.rows]
-        shown = ", ".join(f"{name} {_reach(score)}" for name, score in found if score is not None)
+    for index, column in enumerate(board.columns):
+        found = [(name, scores[index]) for name, _, scores in board.rows]
+        shown = ", ".join(f"{name} {_format(score)}" for name, score in found if score is not None)
         lines.append(f"{column.title}: {shown}")
-    return [*lines, *(f"a trial, not a result: {trial}" for trial in board.trials)]
+    return [
+        *lines,
+        *(f"not a full result, on some examples only: {trial}" for trial in board.trials),
+    ]
 
 
-def _reach(score: Estimate) -> str:
+def _format(score: Estimate) -> str:
     if score.ends is None:
         return f"{score.value:.3f}"
     return f"{score.value:.3f}\u00b1{score.ends[1] - score.value:.3f}"

@@ -1,6 +1,6 @@
-"""One metrics.json, read key by key: a scorecard of the student and of its teacher, and their classes.
+"""Read one metrics.json key by key: the scorecards of the student and its teacher, and the classes of positions.
 
-What is not defined is None. A number that is missing, not finite or of another type is refused by its key.
+Undefined values are None. A value that is missing, not finite or of the wrong type is an error that names its key.
 """
 
 import json
@@ -16,7 +16,7 @@ from retort.evaluation.scores import METRICS, METRICS_FORMAT, METRICS_VERSION
 
 @dataclass(frozen=True)
 class Bin:
-    """A bin of confidence: positions in it, their mean confidence and accuracy, and the interval of the latter."""
+    """A bin of confidence: its number of positions, their mean confidence, and their accuracy with an interval."""
 
     positions: int
     confidence: float
@@ -25,7 +25,7 @@ class Bin:
 
 @dataclass(frozen=True)
 class ClassRow:
-    """The positions of one class: how many, and their metrics by name."""
+    """A class of positions: its name, its size, and the metrics in it by name."""
 
     name: str
     positions: int
@@ -35,7 +35,7 @@ class ClassRow:
 
 @dataclass(frozen=True)
 class Scorecard:
-    """A model's metrics by name (those that are defined), and its reliability curve."""
+    """A model's defined metrics by name, and its reliability curve."""
 
     metrics: Mapping[str, Estimate]
     reliability: tuple[Bin, ...]
@@ -43,13 +43,16 @@ class Scorecard:
 
 @dataclass(frozen=True)
 class Reader:
-    """Looks keys up in one metrics.json, and says which key of which file is wrong."""
+    """Typed access to one metrics.json; errors name the file and the key."""
 
     path: Path
     raw: Any
 
     def __call__(self, *keys: str | int) -> Any:
-        """Return the value under nested keys; None where it, or what should hold it, is null."""
+        """Return the value at nested keys; None when it or one of its parents is null.
+
+        Raises ValueError for a missing key, as all methods do; they also do so for a value of another type.
+        """
         value = self.raw
         for depth, key in enumerate(keys):
             if value is None and depth:
@@ -60,7 +63,9 @@ class Reader:
             value = value[key]
         return value
 
-    def _checked(self, keys: tuple[str | int, ...], types: tuple[type, ...], expected: str) -> Any:
+    def _require_type(
+        self, keys: tuple[str | int, ...], types: tuple[type, ...], expected: str
+    ) -> Any:
         value = self(*keys)
         if not isinstance(value, types) or isinstance(value, bool):
             found = f"{self.path}: {_dotted(keys)} is {value!r}"
@@ -68,18 +73,21 @@ class Reader:
         return value
 
     def text(self, *keys: str | int) -> str:
-        return str(self._checked(keys, (str,), "a text"))
+        """Return a string."""
+        return str(self._require_type(keys, (str,), "a string"))
 
     def mapping(self, *keys: str | int) -> Mapping[str, Any]:
-        """Return a section; an empty one where it is null."""
+        """Return a mapping; an empty one for null."""
         found: Mapping[str, Any] = {}
-        return found if self(*keys) is None else self._checked(keys, (dict,), "a mapping")
+        return found if self(*keys) is None else self._require_type(keys, (dict,), "a mapping")
 
     def count(self, *keys: str | int) -> int:
-        return int(self._checked(keys, (int,), "a whole number"))
+        """Return a whole number."""
+        return int(self._require_type(keys, (int,), "a whole number"))
 
     def number(self, *keys: str | int) -> float:
-        value = float(self._checked(keys, (int, float), "a number"))
+        """Return a finite number."""
+        value = float(self._require_type(keys, (int, float), "a number"))
         if not math.isfinite(value):
             raise ValueError(
                 f"{self.path}: {_dotted(keys)} is {value}, expected a finite number. The run "
@@ -89,6 +97,7 @@ class Reader:
         return value
 
     def number_or_none(self, *keys: str | int) -> float | None:
+        """Return a finite number, or None for null."""
         return None if self(*keys) is None else self.number(*keys)
 
 
@@ -97,25 +106,25 @@ def _dotted(keys: tuple[str | int, ...]) -> str:
 
 
 def open_metrics(path: Path) -> Reader:
-    """Open a metrics.json. Raises ValueError where it cannot be read, or is not of this version."""
+    """Open a metrics.json. Raises ValueError when it cannot be read, or has another version."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"no readable metrics in {path} ({error}): evaluate the run again."
+            f"cannot read the metrics in {path} ({error}): evaluate the run again."
         ) from None
     read = Reader(path, raw)
     found = raw.get("version") if isinstance(raw, dict) and "version" in raw else None
     if found != METRICS_VERSION or raw.get("format") != METRICS_FORMAT:
         raise ValueError(
-            f"{path} holds metrics of version {found}; this Retort reads version {METRICS_VERSION}: evaluate the run "
+            f"{path} has metrics of version {found}; this Retort reads version {METRICS_VERSION}: evaluate the run "
             "again."
         )
     return read
 
 
 def read_scorecard(read: Reader, *, whose: str) -> Scorecard | None:
-    """Return the scorecard of "student" or "teacher"; None where there is no teacher."""
+    """Return the scorecard of "student" or "teacher"; None without a teacher."""
     section = {"student": "validation", "teacher": "teacher_validation"}[whose]
     if read(section) is None:
         return None
@@ -125,38 +134,36 @@ def read_scorecard(read: Reader, *, whose: str) -> Scorecard | None:
         if name in read(section) and read(section, name) is not None
     }
     count = len(read("reliability", whose) or ())
-    bins = tuple(_read_bin(read, ("reliability", whose, place)) for place in range(count))
+    bins = tuple(_read_bin(read, ("reliability", whose, i)) for i in range(count))
     return Scorecard(metrics, bins)
 
 
 def read_breakdown(read: Reader) -> dict[str, tuple[ClassRow, ...]]:
-    """Return the classes of each breakdown, in the order of the file."""
+    """Return the classes of each breakdown by its name, in the order of the file."""
     found = {}
     for kind, rows in read.mapping("breakdown").items():
-        places = [("breakdown", kind, place) for place in range(len(rows))]
-        found[kind] = tuple(_read_class(read, place) for place in places)
+        found[kind] = tuple(_read_class(read, ("breakdown", kind, i)) for i in range(len(rows)))
     return found
 
 
-def _read_class(read: Reader, place: tuple[str | int, ...]) -> ClassRow:
-    names = [name for name in read(*place, "intervals") if read(*place, name) is not None]
+def _read_class(read: Reader, keys: tuple[str | int, ...]) -> ClassRow:
+    names = [name for name in read(*keys, "intervals") if read(*keys, name) is not None]
     return ClassRow(
-        name=read.text(*place, "class"),
-        positions=read.count(*place, "positions"),
-        documents=read.count(*place, "documents"),
+        name=read.text(*keys, "class"),
+        positions=read.count(*keys, "positions"),
+        documents=read.count(*keys, "documents"),
         metrics={
-            name: _read_estimate(read, (*place, name), (*place, "intervals", name))
-            for name in names
+            name: _read_estimate(read, (*keys, name), (*keys, "intervals", name)) for name in names
         },
     )
 
 
-def _read_bin(read: Reader, place: tuple[str | int, ...]) -> Bin:
-    ends = [read.number_or_none(*place, end) for end in ("low", "high")]
+def _read_bin(read: Reader, keys: tuple[str | int, ...]) -> Bin:
+    ends = [read.number_or_none(*keys, end) for end in ("low", "high")]
     return Bin(
-        positions=read.count(*place, "positions"),
-        confidence=read.number(*place, "confidence"),
-        accuracy=Estimate(read.number(*place, "accuracy"), *ends),
+        positions=read.count(*keys, "positions"),
+        confidence=read.number(*keys, "confidence"),
+        accuracy=Estimate(read.number(*keys, "accuracy"), *ends),
     )
 
 
@@ -165,5 +172,5 @@ def _read_estimate(
 ) -> Estimate:
     ends: list[float | None] = [None, None]
     if read(*interval) is not None:
-        ends = [read.number(*interval, place) for place in (0, 1)]
+        ends = [read.number(*interval, end) for end in (0, 1)]
     return Estimate(read.number(*value), *ends)

@@ -1,8 +1,8 @@
-"""Runs that differ in their seed alone: means over the seeds, and how sure these are.
+"""Means over runs that differ only in their seed, with confidence intervals.
 
-The interval is Student's: mean +- t s / sqrt(n), t the quantile of n - 1 degrees of freedom (Student: The probable
-error of a mean, 1908). It says what other seeds would change; those of single runs, what other documents would.
-A margin is taken of each run against the baseline of its own seed first.
+The interval is Student's: mean +- t s / sqrt(n), with t the quantile of n - 1 degrees of freedom (Student: The probable
+error of a mean, 1908). It accounts for the choice of seeds; the intervals of single runs, for the choice of documents.
+The margin of each run is against the baseline of its own seed.
 """
 
 import json
@@ -16,7 +16,7 @@ from retort.evaluation.intervals import Estimate
 from retort.report.comparisons import compare_with_baseline
 from retort.report.records import Record, group_runs
 
-METRICS = ("loss", "bits_per_byte", "kl_to_teacher", "agreement")
+AVERAGED_METRICS = ("loss", "bits_per_byte", "kl_to_teacher", "agreement")
 _SEED = "training.seed"
 # 0.975 quantiles of Student's t for 1, 2, ... degrees of freedom.
 _T = (
@@ -27,20 +27,20 @@ _T = (
 
 @dataclass(frozen=True)
 class SeedMean:
-    """What runs of several seeds have in common: their name without the seed, and means by metric."""
+    """Runs that differ only in their seed: their name without the seed, and means by metric."""
 
     name: str
     runs: tuple[Record, ...]
-    means: dict[str, Estimate]  # of METRICS, and "margin"; what some run lacks is left out
+    means: dict[str, Estimate]  # of AVERAGED_METRICS and "margin"; without those that a run lacks
 
     @property
     def num_seeds(self) -> int:
-        """How many seeds there are."""
+        """The number of seeds."""
         return len(self.runs)
 
 
 def average_seeds(records: Sequence[Record]) -> list[SeedMean]:
-    """Return the means of all runs that are alike but for their seed, where there are two or more."""
+    """Return the means of all runs that differ only in their seed, if there are two seeds or more."""
     alike: dict[str, list[Record]] = {}
     for group in group_runs(records):
         for record in group:
@@ -49,13 +49,13 @@ def average_seeds(records: Sequence[Record]) -> list[SeedMean]:
 
 
 def _settings(record: Record) -> str:
-    """Return everything that a run's result depends on, but for its seed."""
+    """Return all settings that a run's result depends on, except its seed, as one string."""
     config = {
         k: v
         for k, v in record.trained.items()
         if k.startswith(("student.", "training.")) and k != _SEED
     }
-    if not config:  # of a version that did not say how a run was trained: like no other
+    if not config:  # settings are unknown: do not average with any other run
         return record.id
     rest = (record.content, record.positions, record.teacher, record.steps, str(record.cache))
     return json.dumps([config, rest], sort_keys=True, default=str)
@@ -65,7 +65,7 @@ def _average(runs: Sequence[Record], records: Sequence[Record]) -> SeedMean:
     first_of_seed = {record.seed: record for record in reversed(runs)}
     chosen = tuple(sorted(first_of_seed.values(), key=lambda r: r.seed))
     means = {}
-    for name in METRICS:
+    for name in AVERAGED_METRICS:
         if all(name in r.card.metrics for r in chosen):
             means[name] = average([r.card.metrics[name].value for r in chosen])
     margins = [compare_with_baseline(r, records) for r in chosen]
@@ -75,22 +75,22 @@ def _average(runs: Sequence[Record], records: Sequence[Record]) -> SeedMean:
 
 
 def _name(runs: Sequence[Record]) -> str:
-    """Return what the names have in common: without a sweep's `-seed_3`; else the first and the last."""
-    plain = {re.sub(r"-(training\.)?seed_\d+(?=-|$)", "", r.name) for r in runs}
-    return plain.pop() if len(plain) == 1 else f"{runs[0].name} ... {runs[-1].name}"
+    """Return the names without a sweep's `-seed_3`; if they still differ, the first and the last name."""
+    names = {re.sub(r"-(training\.)?seed_\d+(?=-|$)", "", r.name) for r in runs}
+    return names.pop() if len(names) == 1 else f"{runs[0].name} ... {runs[-1].name}"
 
 
 def average(values: Sequence[float]) -> Estimate:
     """Return the mean of two or more values, with its 95 % interval."""
     mean = statistics.fmean(values)
-    reach = student_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return Estimate(mean, mean - reach, mean + reach)
+    half = student_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return Estimate(mean, mean - half, mean + half)
 
 
 def student_quantile(freedom: int) -> float:
-    """Return the 0.975 quantile of Student's t; beyond the table by its expansion around the normal's.
+    """Return the 0.975 quantile of Student's t for degrees of freedom; beyond the table, by a normal expansion.
 
-    Abramowitz and Stegun, Handbook of Mathematical Functions (1964), 26.7.5, to the second order.
+    The expansion: Abramowitz and Stegun, Handbook of Mathematical Functions (1964), 26.7.5, to the second order.
     """
     if freedom <= len(_T):
         return _T[freedom - 1]

@@ -1,4 +1,4 @@
-"""Rows and cells of the tables: of the terminal's, and of the page's. What is not defined is a dash."""
+"""Rows and cells of the tables in the summary and on the page. Undefined values are a dash."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -8,12 +8,12 @@ from retort.evaluation.formatting import format_estimate, format_metric, name_me
 from retort.evaluation.intervals import Estimate
 from retort.models.samples import Prompt, Samples
 from retort.report.comparisons import compare_with_baseline, find_best
-from retort.report.records import CacheFacts, Record, find_teachers
+from retort.report.records import CacheFacts, Record, find_teachers, name_teacher
 from retort.report.scoreboard import Scoreboard
 from retort.report.scorecards import ClassRow
 from retort.report.seeds import SeedMean
 
-# First and second line of a column's head, and its width, after the column of names.
+# First and second line of a column's head, and its width in characters; the first column is the name.
 COLUMNS = (
     ("type", "", 6),
     ("alpha", "", 5),
@@ -29,22 +29,22 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the comparison: the name, and a text for each of COLUMNS."""
+    """A row of the comparison: the name, and a text for each of COLUMNS."""
 
     name: str
     is_teacher: bool
     cells: tuple[str, ...]
-    is_better: bool = False  # than cross-entropy, beyond the chance of the documents
+    is_better: bool = False  # clearly better than cross-entropy
 
 
 def build_rows(group: Sequence[Record], *, baseline: str | None = None) -> list[Row]:
-    """Return the lines of one group's table: its teachers first, then its runs."""
+    """Return the rows of one group's table: its teachers, then its runs."""
     teachers = find_teachers(group)
     rows = []
     for teacher in teachers:
-        name = "teacher" if len(teachers) == 1 else f"teacher {teacher.teacher}"
+        name = name_teacher(teacher, teachers)
         known = teacher.teacher_card.metrics if teacher.teacher_card else {}
-        loss, ppl = _with_reach(known.get("loss")), _perplexity(teacher.teacher_perplexity)
+        loss, ppl = _format_estimate(known.get("loss")), _perplexity(teacher.teacher_perplexity)
         size = _size(teacher.teacher_parameters)
         rows.append(Row(name, True, ("-", "-", "-", size, loss, ppl, "-", "-", "-")))
     for run in group:
@@ -54,11 +54,11 @@ def build_rows(group: Sequence[Record], *, baseline: str | None = None) -> list[
             _compact(run.alpha),
             _compact(run.temperature) if run.is_distilled else "-",
             _size(run.student_parameters),
-            _with_reach(run.card.metrics["loss"]),
+            _format_estimate(run.card.metrics["loss"]),
             _perplexity(run.perplexity),
             _fixed(run.kl_to_teacher),
             "-" if run.agreement is None else f"{100 * run.agreement:.1f}",
-            "-" if found is None else _with_reach(found.margin, is_signed=True),
+            "-" if found is None else _format_estimate(found.margin, is_signed=True),
         )
         is_better = found is not None and is_gain(found.margin)
         rows.append(Row(run.name, False, cells, is_better))
@@ -66,7 +66,7 @@ def build_rows(group: Sequence[Record], *, baseline: str | None = None) -> list[
 
 
 def is_clear(margin: Estimate) -> bool:
-    """Say whether a difference is one: its interval leaves zero out; without one, not zero to three digits."""
+    """Whether a difference is clear: its interval excludes zero; without one, it is not zero to three digits."""
     if margin.ends is None:
         return round(margin.value, 3) != 0
     low, high = margin.ends
@@ -74,15 +74,15 @@ def is_clear(margin: Estimate) -> bool:
 
 
 def is_gain(margin: Estimate) -> bool:
-    """Say whether a margin is one for the better."""
+    """Whether a margin is clearly negative, that is, better."""
     return is_clear(margin) and margin.value < 0
 
 
-def _with_reach(found: Estimate | None, *, is_signed: bool = False) -> str:
-    """Return 3.213 or 3.213±0.020: the reach is that of the interval's farther end."""
+def _format_estimate(found: Estimate | None, *, is_signed: bool = False) -> str:
+    """Return 3.213 or 3.213±0.020, with the distance to the farther end of the interval."""
     if found is None:
         return "-"
-    text = signed(found.value) if is_signed else _fixed(found.value)
+    text = format_signed(found.value) if is_signed else _fixed(found.value)
     if found.ends is None:
         return text
     low, high = found.ends
@@ -97,8 +97,8 @@ def _compact(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
-def signed(value: float) -> str:
-    """Return a difference with its sign; zero to three digits has none."""
+def format_signed(value: float) -> str:
+    """Return a difference with three digits and its sign; zero has no sign."""
     return "0.000" if round(value, 3) == 0 else f"{value:+.3f}"
 
 
@@ -109,7 +109,7 @@ def _perplexity(value: float | None) -> str:
 
 
 def sort_key(text: str) -> str:
-    """Return what a cell is sorted by: its number without signs of typesetting and reach; a dash has none."""
+    """Return what a cell is sorted by: its number without separators and interval; "" for a dash; else its text."""
     found = re.match(r"([+-]?[0-9][0-9,]*(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)([TBM]?)", text)
     if not found:
         return "" if text == "-" else text
@@ -128,7 +128,7 @@ def _size(count: int | None) -> str:
 
 
 def format_seconds(value: float) -> str:
-    """Return a duration as a person says it."""
+    """Return a duration in seconds, minutes or hours."""
     if value < 100:
         return f"{value:.1f} s"
     minutes, hours = value / 60, value / 3600
@@ -136,17 +136,18 @@ def format_seconds(value: float) -> str:
 
 
 def format_kl(value: float) -> str:
+    """Return a KL with four digits, or in scientific notation below 0.001."""
     return f"{value:.4f}" if value == 0 or value >= 1e-3 else f"{value:.1e}"
 
 
 def _name_tail(cache: CacheFacts) -> str:
-    return "drawn mass" if cache.method == "sampled" else "tail mass"
+    return "sampled mass" if cache.method == "sampled" else "tail mass"
 
 
-def describe_cache(cache: CacheFacts) -> str:
-    """Return a cache's facts in one line, each with its unit."""
+def format_cache(cache: CacheFacts) -> str:
+    """Return a cache's size and quality in one line."""
     return (
-        f"{cache.method}, {cache.dial}: {cache.bytes_per_position:.1f} bytes/token, {_name_tail(cache)} "
+        f"{cache.method}, {cache.setting}: {cache.bytes_per_position:.1f} bytes/token, {_name_tail(cache)} "
         f"{cache.tail_mass:.4f}, fidelity KL {format_kl(cache.fidelity_kl)} nats, same top token "
         f"{100 * cache.fidelity_agreement:.1f} %, {cache.positions:,} positions"
     )
@@ -161,17 +162,17 @@ _PAGE_METRICS = (
 
 
 _KINDS = {
-    "frequency": "How common the next token is: its rank in the training text",
-    "place": "Where in its document: tokens before the next one",
-    "entropy": "How unsure the teacher is: entropy of its distribution, nats",
-    "category": "Category of the document",
-    "language": "Language of the document",
+    "frequency": "By frequency of the next token: its rank in the training text",
+    "place": "By place in the document: number of tokens before the next one",
+    "entropy": "By entropy of the teacher's distribution, nats",
+    "category": "By category of the document",
+    "language": "By language of the document",
 }
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A number of the page: its text, a smaller one below it (the interval), whether it is clearly the best."""
+    """A cell of the page: its text, a smaller text below it (the interval), and whether it is clearly the best."""
 
     text: str
     below: str = ""
@@ -180,7 +181,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the page: heads of the columns, the first of which is that of the rows' names; rows by name."""
+    """A table of the page. The first of `heads` is that of the rows' names."""
 
     title: str
     heads: tuple[str, ...]
@@ -195,7 +196,7 @@ def build_metric_table(group: Sequence[Record]) -> Table:
     rows: list[tuple[str, bool, tuple[Cell, ...]]] = []
     for record in teachers:
         card = record.teacher_card.metrics if record.teacher_card else {}
-        name = "teacher" if len(teachers) == 1 else f"teacher {record.teacher}"
+        name = name_teacher(record, teachers)
         rows.append((name, True, (*(_cell(n, card.get(n)) for n in shown), Cell("-"))))
     gaps = [_gap(record, group) for record in group]
     for record, gap in zip(group, gaps, strict=True):
@@ -220,7 +221,7 @@ def _gap(record: Record, group: Sequence[Record]) -> Cell:
 
 
 def build_seed_table(means: Sequence[SeedMean]) -> Table:
-    """Return the means over seeds, with their intervals; shares in percent."""
+    """Return the table of means over seeds with their intervals; shares in percent."""
     names = [n for n in _PAGE_METRICS if any(n in mean.means for mean in means)]
     heads = ("runs", "seeds", *map(name_metric, names), "margin, nats/token")
     rows = []
@@ -234,14 +235,14 @@ def build_seed_table(means: Sequence[SeedMean]) -> Table:
 
 
 def describe_seeds(mean: SeedMean) -> str:
-    """Return the means over seeds of one kind of run in a line."""
+    """Return the means over seeds of one kind of run in one line."""
     loss, margin = mean.means["loss"], mean.means.get("margin")
-    text = f"{mean.name}, mean of {mean.num_seeds} seeds: held-out loss {_with_reach(loss)}"
-    return text + (f", margin {_with_reach(margin, is_signed=True)}" if margin else "")
+    text = f"{mean.name}, mean of {mean.num_seeds} seeds: held-out loss {_format_estimate(loss)}"
+    return text + (f", margin {_format_estimate(margin, is_signed=True)}" if margin else "")
 
 
 def build_breakdowns(group: Sequence[Record]) -> list[Table]:
-    """Return a table for each way to tell positions apart: the loss of every run in every class, below it the KL."""
+    """Return a table for each partition of the positions: each run's loss, and its KL below, in every class."""
     tables = []
     for kind, title in _KINDS.items():
         rows_of = {r.name: {row.name: row for row in r.breakdown.get(kind, ())} for r in group}
@@ -277,8 +278,8 @@ def _class_cell(row: ClassRow | None) -> Cell:
     return Cell(_fixed(row.metrics["loss"].value), f"KL {kl.value:.3f}" if kl else "")
 
 
-def build_benchmark_table(board: Scoreboard) -> Table:
-    """Return every model's score in every benchmark, as the benchmark counts it, with its interval below."""
+def build_task_table(board: Scoreboard) -> Table:
+    """Return the table of every model's score in every task, with its interval."""
     rows = ((name, is_t, tuple(map(_score_cell, scores))) for name, is_t, scores in board.rows)
     return Table("", ("model", *(column.title for column in board.columns)), tuple(rows))
 
@@ -289,54 +290,54 @@ def _score_cell(score: Estimate | None) -> Cell:
     return Cell(*format_estimate(score, 1.0, 3))
 
 
-# What was written -----------------------------------------------------------------------------------
+# Samples -------------------------------------------------------------------------------------------
 
-TEXT = "the text itself"
+REFERENCE = "held-out text"
 
 
 @dataclass(frozen=True)
-class Written:
-    """What one model wrote after a prompt: greedily, and drawn with a seed; `missing` says why it wrote nothing."""
+class Continuation:
+    """A model's continuations of a prompt, greedy and sampled; `missing` is the reason if it has none."""
 
     name: str
     greedy: str = ""
-    drawn: str | None = None
+    sampled: str | None = None
     missing: str | None = None
 
 
 @dataclass(frozen=True)
 class SampleBlock:
-    """One prompt, and what the held-out text, teachers and students have after it."""
+    """A prompt and its continuations: of the held-out text, the teachers and the students."""
 
     prompt: str
-    lines: tuple[Written, ...]
+    lines: tuple[Continuation, ...]
 
 
 def build_samples(
     records: Sequence[Record], found: Sequence[Mapping[str, Samples]]
 ) -> list[SampleBlock]:
-    """Return a block for each prompt, in the order given: the text first, then teachers, then runs."""
+    """Return a block for each prompt, in the order given: the held-out text first, then teachers, then runs."""
     has_several = len({record.teacher for record in records if record.teacher}) > 1
     prompts: dict[tuple[int, ...], Prompt] = {}
-    lines: dict[tuple[int, ...], list[tuple[int, Written]]] = {}
+    lines: dict[tuple[int, ...], list[tuple[int, Continuation]]] = {}
     for record, samples in zip(records, found, strict=True):
         teacher = f"teacher {record.teacher}" if has_several else "teacher"
         for rank, (whose, name) in enumerate((("teacher", teacher), ("student", record.name))):
-            for prompt, written in _pair(samples.get(whose), name):
+            for prompt, continuation in _pair(samples.get(whose), name):
                 prompts.setdefault(prompt.ids, prompt)
                 known = lines.setdefault(prompt.ids, [])
-                if (rank, written) not in known:  # a teacher that several runs share
-                    known.append((rank, written))
+                if (rank, continuation) not in known:  # a teacher that several runs share
+                    known.append((rank, continuation))
     blocks = []
     for ids, prompt in prompts.items():
-        text = [] if prompt.reference is None else [Written(TEXT, prompt.reference)]
+        text = [] if prompt.reference is None else [Continuation(REFERENCE, prompt.reference)]
         ranked = sorted(lines[ids], key=lambda line: line[0])
-        blocks.append(SampleBlock(prompt.text, (*text, *(written for _, written in ranked))))
+        blocks.append(SampleBlock(prompt.text, (*text, *(line for _, line in ranked))))
     return blocks
 
 
 def mark_lines(text: str) -> str:
-    """Return what a model wrote with a sign for every empty line: small models write dozens of them."""
+    """Return a generated text with a sign for every empty line, of which small models write dozens."""
     if not text:
         return "(nothing)"
     whole = re.sub(r"\n\n+", lambda run: _mark_run(len(run[0]) - 1) + "\n", text)
@@ -348,10 +349,10 @@ def _mark_run(count: int) -> str:
     return sign * count if count <= 3 else f"{sign}\N{MULTIPLICATION SIGN}{count}"
 
 
-def _pair(samples: Samples | None, name: str) -> list[tuple[Prompt, Written]]:
+def _pair(samples: Samples | None, name: str) -> list[tuple[Prompt, Continuation]]:
     if samples is None:
         return []
     if samples.missing is not None:
-        return [(prompt, Written(name, missing=samples.missing)) for prompt in samples.prompts]
+        return [(prompt, Continuation(name, missing=samples.missing)) for prompt in samples.prompts]
     pairs = zip(samples.prompts, samples.continued, strict=True)
-    return [(prompt, Written(name, found.greedy, found.drawn)) for prompt, found in pairs]
+    return [(prompt, Continuation(name, found.greedy, found.drawn)) for prompt, found in pairs]

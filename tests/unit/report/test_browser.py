@@ -1,4 +1,4 @@
-"""The report in a real browser: no script error, nothing fetched, nothing that sticks out, tables that sort."""
+"""The report in a real browser: no script errors, no requests, no overflow, tables that sort."""
 
 import json
 import os
@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Dialog, Page, sync_playwright
 
 from retort.models.samples import Prompt, Sample, Samples, write_samples
 from retort.report.page import make_report
-from unit.report.test_page import write_demo, write_run
+from support.reports import write_demo, write_run
 
 pytestmark = pytest.mark.slow
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-# Whatever sticks out to the right of the window, but for what scrolls by itself; and text that leaves its figure.
-STICKS_OUT = """() => {
+# Elements outside of the window, except in areas that scroll; and text outside of its figure.
+FIND_OVERFLOW = """() => {
   const found = [];
   for (const element of document.querySelectorAll("body *")) {
     if (element.closest(".scroll table, svg")) continue;
@@ -47,7 +47,7 @@ def browser() -> Iterator[Browser]:
 
 
 def write_student_samples(path: Path) -> None:
-    """Write samples.json as `evaluate` does, with text that is long, wild or empty."""
+    """Write samples.json as `evaluate` does, with text that is long, markup or empty."""
     prompts = (
         Prompt((1, 2, 3), "Once upon a time <b>there</b> was a & b", " in the text"),
         Prompt((4, 5), "a_very_long_word_without_any_break_" * 12, None),
@@ -69,7 +69,7 @@ def write_student_samples(path: Path) -> None:
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     paths = write_demo(folder)
-    paths.append(write_run(folder, "a-run-whose-name-" + "goes-on-" * 8, seed=1, steps=900))
+    paths.append(write_run(folder, "a-run-with-a-long-name-" + "longer-" * 8, seed=1, steps=900))
     for path in paths:
         write_student_samples(path)
     make_report(paths, folder / "report.html")
@@ -77,13 +77,18 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def open_page(browser: Browser, report: Path, **options: Any) -> tuple[Page, list[str]]:
-    """Return the page, and what went wrong while it was read: errors, warnings, anything that was fetched."""
+    """Return the page, and a list that collects errors, warnings and requests."""
     context = browser.new_context(**options)
     page = context.new_page()
     faults: list[str] = []
+
+    def refuse(dialog: Dialog) -> None:
+        faults.append("a dialog")
+        dialog.dismiss()
+
     page.on("pageerror", lambda error: faults.append(f"script error: {error}"))
     page.on("console", lambda message: faults.append(f"{message.type}: {message.text}"))
-    page.on("dialog", lambda dialog: (faults.append("a dialog"), dialog.dismiss()))
+    page.on("dialog", refuse)
     page.on(
         "request",
         lambda request: (
@@ -99,13 +104,13 @@ def open_page(browser: Browser, report: Path, **options: Any) -> tuple[Page, lis
 @pytest.mark.parametrize(
     ("width", "scheme"), [(320, "dark"), (390, "light"), (768, "dark"), (1440, "light")]
 )
-def test_page_fits_and_says_nothing_to_the_console(
+def test_page_fits_and_writes_nothing_to_the_console(
     width: int, scheme: Any, browser: Browser, report: Path
 ) -> None:
     size: Any = {"width": width, "height": 900}
     page, faults = open_page(browser, report, viewport=size, color_scheme=scheme)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    assert page.evaluate(STICKS_OUT) == []
+    assert page.evaluate(FIND_OVERFLOW) == []
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == {
         "light": "rgb(255, 255, 255)",
         "dark": "rgb(20, 24, 29)",
@@ -114,7 +119,7 @@ def test_page_fits_and_says_nothing_to_the_console(
     page.context.close()
 
 
-def test_tables_sort_by_the_column_that_is_clicked(browser: Browser, report: Path) -> None:
+def test_tables_sort_by_the_clicked_column(browser: Browser, report: Path) -> None:
     page, faults = open_page(browser, report)
     table = page.locator("table").first
     losses = table.locator("tbody tr td:nth-child(6)")
@@ -137,17 +142,15 @@ def test_tables_sort_by_the_column_that_is_clicked(browser: Browser, report: Pat
     assert faults == []
 
 
-def test_without_scripts_everything_is_there_but_the_sorting(
-    browser: Browser, report: Path
-) -> None:
+def test_without_scripts_everything_but_sorting_works(browser: Browser, report: Path) -> None:
     page, faults = open_page(browser, report, java_script_enabled=False)
     assert page.locator("table").first.locator("thead button").count() == 0
-    assert "What they write" in page.inner_text("main")
+    assert "Samples" in page.inner_text("main")
     assert page.locator("svg").count() > 5
     assert [fault for fault in faults if "script" not in fault] == []
 
 
-def test_what_models_write_is_text_and_no_page(browser: Browser, report: Path) -> None:
+def test_generated_text_is_text_never_markup(browser: Browser, report: Path) -> None:
     page, faults = open_page(browser, report)
     assert (
         page.locator(".prompt .written").first.inner_text()

@@ -1,4 +1,4 @@
-"""Benchmarks side by side: teachers first, a dash where one was not run, a trial is called one."""
+"""Table of tasks: teachers first, a dash where a task was not run, a note where only some examples were."""
 
 import json
 from pathlib import Path
@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 
 from retort.report.scoreboard import read_scoreboard, render_scoreboard
-from retort.report.tables import build_benchmark_table
+from retort.report.tables import build_task_table
 
 
-def write(path: Path, benchmark: str, scores: list[dict[str, Any]], **values: Any) -> Path:
+def write(path: Path, task: str, scores: list[dict[str, Any]], **values: Any) -> Path:
     raw = {
         "format": "retort-benchmark",
         "version": 1,
-        "benchmark": benchmark,
+        "benchmark": task,
         "run": None,
         "teacher": None,
         "examples": 100,
@@ -30,7 +30,7 @@ def score(task: str, value: float, error: float | None = 0.01, **values: Any) ->
     return row | {"is_less_better": False} | values
 
 
-def test_models_stand_side_by_side(tmp_path: Path) -> None:
+def test_models_are_rows_with_teachers_first(tmp_path: Path) -> None:
     paths = [
         write(tmp_path / "a", "arc", [score("arc", 0.5)], run="small"),
         write(tmp_path / "b", "arc", [score("arc", 0.75, None)], teacher="big"),
@@ -46,9 +46,9 @@ def test_models_stand_side_by_side(tmp_path: Path) -> None:
     assert render_scoreboard(board) == [
         "arc, acc: teacher big 0.750, small 0.500\u00b10.020",
         "wiki, acc (less is better): small 9.000\u00b10.020",
-        "a trial, not a result: wiki: 10 of 100 examples",
+        "not a full result, on some examples only: wiki: 10 of 100 examples",
     ]
-    table = build_benchmark_table(board)
+    table = build_task_table(board)
     assert [(name, is_teacher) for name, is_teacher, _ in table.rows] == [
         ("teacher big", True),
         ("small", False),
@@ -60,15 +60,15 @@ def test_models_stand_side_by_side(tmp_path: Path) -> None:
     assert table.rows[1][2][0].below == "0.480 to 0.520"
 
 
-def test_a_group_shows_its_own_score_and_a_collection_all_of_its_tasks(tmp_path: Path) -> None:
-    parts = [score("one", 0.1), score("two", 0.2)]
-    group = write(tmp_path / "a", "mmlu", [score("mmlu", 0.3), *parts], run="r")
-    collection = write(tmp_path / "b", "tag", parts, run="r")
-    columns = [column.task for column in read_scoreboard([group, collection]).columns]
+def test_a_group_shows_its_own_score_or_those_of_all_its_subtasks(tmp_path: Path) -> None:
+    subtasks = [score("one", 0.1), score("two", 0.2)]
+    group = write(tmp_path / "a", "mmlu", [score("mmlu", 0.3), *subtasks], run="r")
+    collection = write(tmp_path / "b", "tag", subtasks, run="r")
+    columns = [column.subtask for column in read_scoreboard([group, collection]).columns]
     assert columns == ["mmlu", "one", "two"]
 
 
-def test_no_benchmarks_are_nothing_and_other_files_are_refused(tmp_path: Path) -> None:
+def test_without_files_there_is_no_table_and_other_files_are_refused(tmp_path: Path) -> None:
     assert render_scoreboard(read_scoreboard([])) == []
     other = write(tmp_path / "a", "arc", [], version=2)
     with pytest.raises(ValueError, match="run the benchmark again"):

@@ -1,4 +1,4 @@
-"""Means over seeds: which runs are alike, and whether the interval holds what it says."""
+"""Means over seeds: which runs are averaged, and how often the interval contains the mean."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import pytest
 from retort.report.page import make_report, render_summary
 from retort.report.records import load_metrics
 from retort.report.seeds import average, average_seeds, student_quantile
-from unit.report.test_page import write_run
+from support.reports import write_run
 
 
 def write(folder: Path, name: str, seed: int, kind: str = "logit", **training: Any) -> Path:
@@ -31,14 +31,14 @@ def test_runs_that_differ_in_their_seed_alone_are_averaged(tmp_path: Path) -> No
     assert (hard.name, soft.name) == ("hard", "soft-temperature_2")
     assert [r.seed for r in soft.runs] == [0, 1, 2]
     loss, margin = soft.means["loss"], soft.means["margin"]
-    reach = 4.3027 * 0.01 / 3**0.5  # the deviation of 3.20, 3.21, 3.22 is 0.01
-    assert (loss.value, loss.high) == (pytest.approx(3.21), pytest.approx(3.21 + reach))
-    # Of each seed's own baseline: -0.30, -0.31, -0.32.
-    assert (margin.value, margin.low) == (pytest.approx(-0.31), pytest.approx(-0.31 - reach))
+    half = 4.3027 * 0.01 / 3**0.5  # the deviation of 3.20, 3.21, 3.22 is 0.01
+    assert [loss.value, loss.high] == pytest.approx([3.21, 3.21 + half])
+    # Against each seed's own baseline: -0.30, -0.31, -0.32.
+    assert [margin.value, margin.low] == pytest.approx([-0.31, -0.31 - half])
     assert "margin" not in hard.means
 
 
-def test_one_seed_has_no_mean_and_twice_the_same_counts_once(tmp_path: Path) -> None:
+def test_one_seed_has_no_mean_and_a_repeated_seed_counts_once(tmp_path: Path) -> None:
     paths = [write(tmp_path, "a", 0), write(tmp_path, "b", 0)]
     assert average_seeds(load_metrics(paths)) == []
     (mean,) = average_seeds(load_metrics([*paths, write(tmp_path, "c", 1)]))
@@ -46,10 +46,12 @@ def test_one_seed_has_no_mean_and_twice_the_same_counts_once(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_they_stand_in_the_summary_and_on_the_page(tmp_path: Path) -> None:
+def test_means_are_in_the_summary_and_on_the_page(tmp_path: Path) -> None:
     paths = write_sweep(tmp_path)
-    said = " ".join(render_summary(load_metrics(paths), report_path=tmp_path / "r.html").split())
-    assert "soft-temperature_2, mean of 3 seeds: held-out loss 3.210±0.025, margin -0.310±" in said
+    summary = " ".join(render_summary(load_metrics(paths), report_path=tmp_path / "r.html").split())
+    assert (
+        "soft-temperature_2, mean of 3 seeds: held-out loss 3.210±0.025, margin -0.310±" in summary
+    )
     make_report(paths, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "<h2>Means over seeds</h2>" in page and ">soft-temperature_2<" in page
@@ -58,10 +60,10 @@ def test_they_stand_in_the_summary_and_on_the_page(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 5, 10, 11, 30, 200])
-def test_the_quantile_leaves_a_fortieth_above_it(freedom: int) -> None:
-    """By the density itself, summed up."""
+def test_the_probability_above_the_quantile_is_a_fortieth(freedom: int) -> None:
+    """By numerical integration of the density."""
     quantile = student_quantile(freedom)
-    # t = tan(u) takes all of the tail into a finite range.
+    # t = tan(u) maps the infinite tail to a finite range.
     u = np.linspace(np.arctan(quantile), np.pi / 2, 400_001)[:-1]
     density = (1 + np.tan(u) ** 2 / freedom) ** (-(freedom + 1) / 2) / np.cos(u) ** 2
     whole = np.linspace(-np.pi / 2, np.pi / 2, 800_001)[1:-1]
@@ -70,8 +72,8 @@ def test_the_quantile_leaves_a_fortieth_above_it(freedom: int) -> None:
     assert share == pytest.approx(0.025, rel=2e-3)
 
 
-def test_the_interval_of_few_seeds_holds_the_mean_as_often_as_it_says() -> None:
-    chance = np.random.default_rng(0)
-    found = [average(chance.normal(5.0, 2.0, size=3).tolist()) for _ in range(4000)]
-    held = np.mean([e.low <= 5.0 <= e.high for e in found if e.ends])
-    assert abs(held - 0.95) < 0.012  # 3.5 standard errors
+def test_the_interval_of_few_seeds_contains_the_mean_as_often_as_stated() -> None:
+    rng = np.random.default_rng(0)
+    found = [average(rng.normal(5.0, 2.0, size=3).tolist()).ends for _ in range(4000)]
+    share = np.mean([ends[0] <= 5.0 <= ends[1] for ends in found if ends])
+    assert abs(share - 0.95) < 0.012  # 3.5 standard errors

@@ -1,0 +1,156 @@
+"""Sentences on the outcome, and warnings."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from retort.report.findings import describe_next_best, describe_outcome
+from retort.report.page import make_report
+from retort.report.records import load_metrics
+from support.reports import find_all_warnings, write_demo, write_measured, write_run, write_trained
+
+
+def test_outcome_says_by_how_much_the_best_run_won(tmp_path: Path) -> None:
+    assert describe_outcome(load_metrics(write_demo(tmp_path))) == (
+        "hybrid: held-out loss 3.213, 0.081 below cross-entropy (output, 3.294); teacher 2.752."
+    )
+
+
+@pytest.mark.parametrize(
+    ("logit", "hybrid", "message"),
+    [
+        (
+            3.4,
+            3.5,
+            "did not beat cross-entropy: the best distilled run, logit, has held-out loss 3.400, "
+            "0.106 above cross-entropy (output, 3.294)",
+        ),
+        (
+            3.4,
+            3.2936,
+            "did not beat cross-entropy: the best distilled run, hybrid, has held-out loss 3.294, "
+            "not different (to 0.001) from cross-entropy",
+        ),
+        (3.4, 3.2, "Not every distilled run improved: logit is 0.106 above it."),
+    ],
+)
+def test_outcome_says_when_distillation_lost(
+    tmp_path: Path, logit: float, hybrid: float, message: str
+) -> None:
+    paths = [
+        write_run(tmp_path, "output", "output"),
+        write_run(tmp_path, "logit", "logit", validation__loss=logit),
+        write_run(tmp_path, "hybrid", validation__loss=hybrid),
+    ]
+    assert message in describe_outcome(load_metrics(paths))
+
+
+def test_outcome_is_of_the_best_run_and_not_of_the_worst_baseline(tmp_path: Path) -> None:
+    paths = [
+        write_trained(tmp_path, "plain", "output", 3.3),
+        write_trained(tmp_path, "hot", "output", 4.5, learning_rate=0.1),
+        write_trained(tmp_path, "soft", loss=3.2),
+        write_trained(tmp_path, "hot-soft", loss=4.0, learning_rate=0.1),
+    ]
+    message = describe_outcome(load_metrics(paths))
+    assert message.startswith("soft: held-out loss 3.200, 0.100 below cross-entropy (plain, 3.300)")
+    paths[2] = write_trained(tmp_path, "softer", loss=3.4)
+    assert describe_outcome(load_metrics(paths)) == (
+        "Not every distilled run improved: the best distilled run, softer, has held-out loss 3.400, 0.100 above "
+        "cross-entropy (plain, 3.300); teacher 2.752. But hot-soft is 0.500 below hot."
+    )
+    paths[2] = write_trained(tmp_path, "soft", loss=3.2)
+    paths[3] = write_trained(tmp_path, "hot-softer", loss=4.6, learning_rate=0.1)
+    assert "improved: hot-softer is 0.100 above hot." in describe_outcome(load_metrics(paths))
+
+
+def test_outcome_claims_no_gain_where_nothing_can_be_compared(tmp_path: Path) -> None:
+    (hybrid,) = load_metrics([write_run(tmp_path, "hybrid")])
+    assert "no matching cross-entropy run to compare with" in describe_outcome([hybrid])
+    (output,) = load_metrics([write_run(tmp_path, "output", "output")])
+    assert "no distilled run to compare with" in describe_outcome([output])
+
+
+def test_the_best_run_is_compared_with_the_next_best(tmp_path: Path) -> None:
+    paths = write_measured(tmp_path, {"output": 0.0, "hybrid": 0.1, "third": 0.103})
+    records = load_metrics(paths)
+    message = describe_next_best(records)
+    assert message is not None and message.startswith("third is not clearly different (-0.00")
+    assert "the next best run, hybrid (2.9" in message
+    assert message in " ".join(make_report(paths, tmp_path / "report.html").split())
+    assert message.split(" (")[0] in (tmp_path / "report.html").read_text()
+    assert describe_next_best(records[:2]) is None  # the outcome says so already
+    assert describe_next_best(records[:1]) is None
+
+
+@pytest.mark.parametrize(
+    ("key", "allowed", "warned", "message"),
+    [
+        ("cache__tail_mass", 0.2, 0.2001, "Tail mass 0.200 is high"),
+        ("cache__fidelity_kl", 0.05, 0.051, "Fidelity KL 0.051 nats is high"),
+        (
+            "validation__leaked_sequences",
+            0,
+            25,
+            "25 of 500 held-out sequences are also in the training text",
+        ),
+        ("validation__positions", 1000, 999, "Only 999 held-out positions: too few to tell"),
+        ("teacher_validation__loss", 3.213, 3.214, "A teacher's held-out loss is worse"),
+    ],
+)
+def test_a_warning_starts_at_its_threshold(
+    tmp_path: Path, key: str, allowed: Any, warned: Any, message: str
+) -> None:
+    assert " ".join(message.split()[-3:]) not in find_all_warnings(
+        [write_run(tmp_path, "quiet", **{key: allowed})]
+    )
+    assert message in find_all_warnings([write_run(tmp_path, "loud", **{key: warned})])
+
+
+def test_one_seed_and_unequal_amounts_of_text_are_warned_of(tmp_path: Path) -> None:
+    paths = write_demo(tmp_path)
+    assert "not for the seed: with one seed" in find_all_warnings(paths)
+    assert "different amounts of text" not in find_all_warnings(paths)
+    paths.append(write_run(tmp_path, "longer", trained_tokens=2_000_000))
+    assert (
+        "different amounts of text: longer (2,000,000 tokens; output 1,638,400)"
+        in find_all_warnings(paths)
+    )
+
+
+def test_few_documents_are_warned_of(tmp_path: Path) -> None:
+    assert "Only 9 held-out documents" in find_all_warnings(
+        [write_run(tmp_path, "few", validation__documents=9)]
+    )
+    assert "held-out documents: too few" not in find_all_warnings([write_run(tmp_path, "many")])
+
+
+def test_a_run_without_a_margin_says_which_cross_entropy_run_is_missing(tmp_path: Path) -> None:
+    others = [
+        write_trained(tmp_path, "far", "output", learning_rate=0.1, batch_size=4, weight_decay=0.5),
+        write_trained(tmp_path, "near", "output", learning_rate=0.001, lr_scheduler_type="linear"),
+    ]
+    paths = [write_trained(tmp_path, name, learning_rate=0.002) for name in ("a", "b")]
+    need = "training.learning_rate: 0.002 (near: 0.001), training.lr_scheduler_type: 'cosine' (near: 'linear')."
+    lacks = "no matching cross-entropy run; add one with"
+    for order in ([*others, *paths], [*paths, *reversed(others)]):
+        assert f"No margin for a, b: {lacks} {need}" in find_all_warnings(order)
+        assert "a: held-out loss 3.200 nats/token, no matching cross-entropy run" in (
+            describe_outcome(load_metrics([paths[0], *others]))
+        )
+    assert f"{lacks} training.distillation_type: output." in find_all_warnings(paths)
+    far = write_run(tmp_path, "elsewhere", "output", validation__content="beef", seed=3)
+    assert (
+        f"{lacks} the same validation set, training.learning_rate: 0.002 (elsewhere: 0.0001), "
+        in (find_all_warnings([paths[0], far]))
+    )
+    bare = write_run(tmp_path, "bare", "output", trained={})
+    assert "not all settings of these runs and of bare are recorded" in find_all_warnings(
+        [paths[0], bare]
+    )
+    many = [write_trained(tmp_path, f"rate{n}", learning_rate=0.1 + n) for n in range(9)]
+    message = find_all_warnings([*many, others[0]])
+    assert (
+        message.count(lacks) == 3 and "No margin for rate3, rate4, rate5, 3 more either" in message
+    )

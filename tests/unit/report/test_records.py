@@ -1,0 +1,215 @@
+"""Records of runs: which can be compared, and what is refused."""
+
+import itertools
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from retort.config.sections import Training
+from retort.report.comparisons import compare_with_baseline
+from retort.report.records import find_baseline, find_caches, load_logs, load_metrics
+from retort.report.tables import build_rows
+from support.reports import LOG_HEAD, MARGIN, find_all_warnings, write_run, write_trained
+
+# For each setting of a training that matters to its result whatever the loss, a value that is not the default.
+OTHER_TRAINING = {
+    "learning_rate": 0.002,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 10,
+    "weight_decay": 0.1,
+    "max_grad_norm": 0.5,
+    "batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "use_mixed_precision": False,
+    "mixed_precision_dtype": "fp16",
+    "resume_from_checkpoint": "checkpoint-10",
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 1},
+        {"steps": 401},
+        {"student_parameters": 54_273},
+        {"validation__positions": 65_535},
+        {"validation__documents": 411},
+        {"distillation_type": "logit"},
+        {"trained": {"commit": "0123456789abcdef"}},
+        *({"trained": {"training": {key: value}}} for key, value in OTHER_TRAINING.items()),
+        {"trained": {"student": {"config": "other.json"}, "training": {"alpha": 1.0}}},
+        {"trained": {"student": {"model_path": "weights"}, "training": {"alpha": 1.0}}},
+    ],
+)
+def test_no_margin_against_a_run_of_other_conditions(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    paths = [write_run(tmp_path, "output", "output", **changes), write_run(tmp_path, "hybrid")]
+    records = load_metrics(paths)
+    assert find_baseline(records[1], records) is None
+    assert build_rows(records)[-1].cells[MARGIN] == "-"
+    assert "No margin for" in find_all_warnings(paths)
+
+
+def test_in_any_order_a_run_is_compared_with_the_one_of_its_settings(
+    tmp_path: Path,
+) -> None:
+    paths = [
+        write_trained(tmp_path, "slow", "output", 3.3, learning_rate=0.001),
+        write_trained(tmp_path, "fast", "output", 3.5, learning_rate=0.002),
+        write_trained(tmp_path, "again", "output", 3.6, learning_rate=0.002, logging_steps=5),
+        write_trained(tmp_path, "hybrid", learning_rate=0.002),
+    ]
+    for order in itertools.permutations(paths):
+        records = load_metrics(order)
+        (hybrid,) = (r for r in records if r.name == "hybrid")
+        found = compare_with_baseline(hybrid, records)
+        assert found is not None and found.baseline.name == "fast"
+        assert found.margin.value == pytest.approx(-0.3)
+    assert "No margin" not in find_all_warnings(paths)
+
+
+def test_loss_settings_and_machine_settings_may_differ_from_the_baselines(tmp_path: Path) -> None:
+    may_differ: dict[str, Any] = {
+        "distillation_type": "output",
+        "alpha": 1.0,
+        "temperature": 1.0,
+        "divergence": "reverse_kl",
+        "use_cached_logits": False,
+        "max_steps": 400,
+        "num_epochs": 3.0,
+        "use_gradient_checkpointing": True,
+        "cpu_threads": 8,
+        "device": "cuda",
+        "gpus": 2,
+        "nodes": 2,
+        "strategy": "fsdp",
+        "dataloader_num_workers": 4,
+        "loss_chunk_size": 64,
+        "logging_steps": 1,
+        "save_steps": 1,
+        "save_total_limit": 9,
+    }
+    paths = [
+        write_trained(tmp_path, "output", "output", **may_differ),
+        write_trained(tmp_path, "hybrid"),
+    ]
+    records = load_metrics(paths)
+    assert find_baseline(records[1], records) == records[0]
+    # Together these are all settings.
+    assert (
+        may_differ.keys() | OTHER_TRAINING.keys() | {"seed"} == Training.__dataclass_fields__.keys()
+    )
+
+
+def test_each_seed_is_compared_with_its_own_baseline(tmp_path: Path) -> None:
+    paths = []
+    for seed, loss in ((0, 3.3), (1, 3.5)):
+        paths.append(write_run(tmp_path, f"o{seed}", "output", seed=seed, validation__loss=loss))
+        paths.append(write_run(tmp_path, f"h{seed}", seed=seed, validation__loss=3.2))
+    rows = build_rows(load_metrics(paths))
+    assert [row.cells[MARGIN] for row in rows] == ["-", "-", "-0.100", "-", "-0.300"]
+    assert "2 seeds" in find_all_warnings(paths)
+
+
+def test_a_run_trained_on_text_only_uses_no_cache(tmp_path: Path) -> None:
+    paths = [
+        write_run(tmp_path, "hybrid"),
+        write_run(tmp_path, "other", distillation_type="output"),
+    ]
+    assert [names for names, _ in find_caches(load_metrics(paths))] == [["hybrid"]]
+
+
+def test_the_runs_folder_is_found_from_both_places_of_metrics(tmp_path: Path) -> None:
+    (record,) = load_metrics([write_run(tmp_path, "hybrid")])
+    assert (record.folder / "training_log.csv").exists()
+    assert replace(record, path=Path("runs/mine/metrics.json")).folder == Path("runs/mine")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("trained", [1]), ("not_defined", ["loss"]), ("breakdown", 3)]
+)
+def test_a_section_that_is_not_a_mapping_is_refused(key: str, value: Any, tmp_path: Path) -> None:
+    path = write_run(tmp_path, "one", **{key: value})
+    with pytest.raises(ValueError, match=f"metrics.json: {key} is .*, expected a mapping"):
+        load_metrics([path])
+
+
+def test_metrics_of_an_earlier_version_are_refused(tmp_path: Path) -> None:
+    path = write_run(tmp_path, "old")
+    raw = json.loads(path.read_text())
+    del raw["version"]
+    path.write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match="metrics of version None; this Retort reads version 2"):
+        load_metrics([path])
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "validation__loss",
+        "validation__kl_to_teacher",
+        "teacher_validation__loss",
+        "training_seconds",
+        "cache__tail_mass",
+    ],
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_numbers_that_are_not_finite_are_refused(tmp_path: Path, key: str, value: Any) -> None:
+    path = write_run(tmp_path, "run", **{key: value})
+    name = key.replace("__", r"\.")
+    with pytest.raises(
+        ValueError, match=rf"{name} is (nan|inf), expected a finite number\. .*train it again"
+    ):
+        load_metrics([path])
+
+
+def test_a_log_that_diverged_is_refused(tmp_path: Path) -> None:
+    records = load_metrics([write_run(tmp_path, "run")])
+    log = records[0].folder / "training_log.csv"
+    log.write_text(f"{LOG_HEAD}\n10,1,1,,2,1e-4,9\n20,nan,nan,,nan,1e-4,9\n")
+    with pytest.raises(ValueError, match="hard_loss is nan at step 20"):
+        load_logs(records)
+    log.write_text("step,loss\n10,3\n")
+    with pytest.raises(ValueError, match="is not a training log of `train`"):
+        load_logs(records)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": "0"}, "seed is '0', expected a whole number"),
+        ({"steps": True}, "steps is True, expected a whole number"),
+        ({"validation": {"loss": 3.0}}, "has no 'validation.positions'"),
+        ({"validation": None}, "validation.loss is None"),
+    ],
+)
+def test_values_of_another_type_are_refused_by_key(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    path = write_run(tmp_path, "run", **changes)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_metrics([path])
+
+
+def test_unreadable_missing_and_repeated_metrics_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no runs to report on"):
+        load_metrics([])
+    with pytest.raises(ValueError, match="cannot read the metrics in"):
+        load_metrics([tmp_path / "nowhere.json"])
+    (tmp_path / "half.json").write_text('{"run": "x"')
+    with pytest.raises(ValueError, match="cannot read the metrics in"):
+        load_metrics([tmp_path / "half.json"])
+    path = write_run(tmp_path, "run")
+    with pytest.raises(ValueError, match="is given 2 times"):
+        load_metrics([path, path])
+
+
+def test_runs_of_one_name_are_told_apart_by_their_ids(tmp_path: Path) -> None:
+    paths = [write_run(tmp_path, "same", id="aaaaaaaaaaaa"), write_run(tmp_path, "same")]
+    assert [record.name for record in load_metrics(paths)] == ["same aaaaaa", "same 000000"]
