@@ -24,12 +24,12 @@ from retort.config.load import load_runs
 from retort.config.schema import fill_defaults, section_schema
 from retort.config.sections import build_section
 from retort.corpus.documents import Document
-from retort.synthesis.contamination import Runs
-from retort.synthesis.filters import Sieve
+from retort.synthesis.contamination import ProblemNgrams
+from retort.synthesis.filters import AnswerFilter
 from retort.synthesis.journal import Journal
 from retort.synthesis.prompts import read_prompts
 from retort.synthesis.providers import Answer
-from retort.synthesis.run import keep_examples
+from retort.synthesis.run import collect_examples
 from retort.tokens.index import TokenIndex, write_index
 from retort.tokens.sequences import SequenceTable
 from retort.tokens.shards import write_token_shard
@@ -161,13 +161,15 @@ def test_the_same_templates_and_answers_give_the_same_corpus(tmp_path: Path) -> 
         for place in range(len(prompts)):
             words = " ".join(f"w{place // 4}-{i + (place % 4) * (place % 3)}" for i in range(30))
             finish = "length" if place % 7 == 3 else "stop"
-            journal.keep(place, Answer(words, finish, input_tokens=1, output_tokens=2, model="m"))
-        sieve = Sieve(section, Runs(["Say thing 3"], length=3))
-        kept = keep_examples(section, prompts, journal, sieve, lambda places: None)
-    fell = {reason for reason, number in kept.counts.items() if number}
-    assert fell == {"truncated", "duplicate", "near_duplicate"} and len(kept.rows) == 18
-    found = sha256(json.dumps([kept.rows, kept.asked, kept.counts]).encode())
-    assert found == GOLDEN_SYNTHESIS, explain("responses", found)
+            journal.add_answer(
+                place, Answer(words, finish, input_tokens=1, output_tokens=2, model="m")
+            )
+        answer_filter = AnswerFilter(section, ProblemNgrams(["Say thing 3"], length=3))
+        found = collect_examples(section, prompts, journal, answer_filter, lambda indices: None)
+    dropped = {reason for reason, number in found.num_dropped.items() if number}
+    assert dropped == {"truncated", "duplicate", "near_duplicate"} and len(found.rows) == 18
+    digest = sha256(json.dumps([found.rows, found.num_asked, found.num_dropped]).encode())
+    assert digest == GOLDEN_SYNTHESIS, explain("responses", digest)
 
 
 def test_the_same_documents_give_the_same_sequences() -> None:

@@ -1,4 +1,4 @@
-"""Let a model write responses to prompts: a corpus, with everything that was paid for in a journal.
+"""Let a model write a corpus of responses to prompts; a journal keeps every answer that was paid for.
 
     python workflow/scripts/synthesize.py --synthesis-provider openai --synthesis-base-url http://localhost:8000/v1 \\
         --synthesis-model my-model --synthesis-prompts prompts.jsonl --output results/mine/all/synthesis.json
@@ -15,7 +15,7 @@ from retort.config.flags import add_section_flags, section_from_args
 
 
 def main() -> None:
-    """Hold a GPU group where the model is local; ask what is missing, write the responses and their record."""
+    """Request the missing answers (a local model leases a GPU group), and write the responses and their record."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -23,13 +23,13 @@ def main() -> None:
         "--output",
         required=True,
         type=Path,
-        help="synthesis.json; responses.jsonl lies beside it, the journal one folder up",
+        help="synthesis.json; responses.jsonl is written beside it, the journal one folder up",
     )
-    parser.add_argument("--local-model", help="folder or Hub id of a model that answers here")
+    parser.add_argument("--local-model", help="folder or Hub id of a model to run on this machine")
     parser.add_argument("--local-revision", help="revision of a Hub model")
     parser.add_argument(
         "--stamp",
-        help="refuse prompts whose files have another digest of sizes and times than this",
+        help="digest of the prompt files' sizes and times; files with another digest are refused",
     )
     for section in ("synthesis", "evaluation", "teacher", "teacher.generation"):
         add_section_flags(parser, section)
@@ -41,16 +41,16 @@ def main() -> None:
         else nullcontext()
     )
     with lease:
-        from retort.synthesis.run import Task, synthesize
+        from retort.synthesis.run import SynthesisJob, synthesize
 
-        task = Task(
+        job = SynthesisJob(
             section=section_from_args(args, "synthesis"),
             evaluation=section_from_args(args, "evaluation"),
             local_model=args.local_model,
             loading=loading,
-            stamp=args.stamp,
+            files_digest=args.stamp,
         )
-        logger.info(synthesize(args.output, task))
+        logger.info(synthesize(args.output, job))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from retort.io.fingerprints import fingerprint_weights
 from retort.models.load import load_model_config, output_width, refuse_short_context
 from retort.models.students import name_student, student_config
 from retort.pipeline.demo_teacher import DEMO_TEACHER, DemoTokenizer
-from retort.synthesis.run import check_synthesis
+from retort.synthesis.run import check_synthesis_inputs
 from retort.tokens.tokenizer import fingerprint_of_tokenizer, load_tokenizer
 from retort.tokens.vocabularies import require_student_ids, require_teacher_ids
 
@@ -80,7 +80,7 @@ def _has_login(host: str) -> bool:
 
 def _check_corpus(config: Config) -> list[str]:
     if config.dataset.name == SYNTHESIS:
-        return check_synthesis(config)
+        return check_synthesis_inputs(config)
     found = check_corpus(config.dataset)
     files = found.get("files") or []
     size = f", {len(files)} files, {found['bytes'] / 1e6:,.1f} MB" if files else ""

@@ -1,4 +1,4 @@
 """A model writes the corpus: prompts, requests, filters, within a budget.
 
-Read `run` first.
+Start with `run`.
 """

@@ -1,7 +1,8 @@
-"""Problems that a student will be examined with must not be among what it learns: runs of words that they share.
+"""Decontamination: problems of the benchmarks that a student is evaluated on must not be in its training text.
 
-A run is `decontamination_words` words (13, as for GPT-3: Brown et al., 2020, arXiv 2005.14165, appendix C), in lower
-case, without punctuation; a text of a problem that is shorter, but of five words at least, is looked for as a whole.
+A text is contaminated when it shares an n-gram of words with a problem; n is `decontamination_words` (13, as for GPT-3:
+Brown et al., 2020, arXiv 2005.14165, appendix C). Words are in lower case, without punctuation. A text of fewer than
+n words, but at least five, counts as one n-gram.
 """
 
 import logging
@@ -16,45 +17,47 @@ from retort.evaluation.humaneval import read_problems
 
 logger = logging.getLogger(__name__)
 
-# Han and kana stand without spaces between words: each sign counts as one.
-_SIGNS = "\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
-_WORD = re.compile(rf"[{_SIGNS}]|[^\W{_SIGNS}]+")
-# Within a word, on no screen.
-_UNSEEN = dict.fromkeys(map(ord, "\u00ad\u200b\u200c\u200d\u2060\ufeff"))
-_FEWEST_WORDS = 5
+# Han and kana have no spaces between words: each character counts as a word.
+_CJK = "\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+_WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+")
+# Invisible characters that may occur within a word: the soft hyphen, zero-width ones.
+_INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u200b\u200c\u200d\u2060\ufeff"))
+_MIN_WORDS = 5
 
 
-class Runs:
-    """The runs of words of a set of problems."""
+class ProblemNgrams:
+    """The word n-grams of a set of problems."""
 
     def __init__(self, texts: Iterable[str], *, length: int) -> None:
         self.by_length: dict[int, set[tuple[str, ...]]] = {}
         for text in texts:
             words = split_words(text)
             size = min(length, len(words))
-            if size >= min(_FEWEST_WORDS, length):
-                self.by_length.setdefault(size, set()).update(list_runs(words, size))
+            if size >= min(_MIN_WORDS, length):
+                self.by_length.setdefault(size, set()).update(list_ngrams(words, size))
 
-    def is_in(self, text: str) -> bool:
-        """Say whether a text has a run of a problem."""
+    def overlaps(self, text: str) -> bool:
+        """Return whether a text has an n-gram of a problem."""
         words = split_words(text)
         return any(
-            run in known for size, known in self.by_length.items() for run in list_runs(words, size)
+            ngram in known
+            for size, known in self.by_length.items()
+            for ngram in list_ngrams(words, size)
         )
 
 
 def split_words(text: str) -> list[str]:
-    """Return a text's words in lower case, without punctuation, however their letters are composed."""
-    return _WORD.findall(unicodedata.normalize("NFKC", text).translate(_UNSEEN).casefold())
+    """Return the words of a text, NFKC-normalized, in lower case, without punctuation."""
+    return _WORD.findall(unicodedata.normalize("NFKC", text).translate(_INVISIBLE).casefold())
 
 
-def list_runs(words: list[str], length: int) -> Iterator[tuple[str, ...]]:
-    """Yield every run of so many words."""
+def list_ngrams(words: list[str], length: int) -> Iterator[tuple[str, ...]]:
+    """Yield every n-gram of this length, in order."""
     return (tuple(words[i : i + length]) for i in range(len(words) - length + 1))
 
 
 def read_benchmarks(evaluation: Evaluation) -> tuple[list[str], list[str]]:
-    """Return (texts of all problems of `evaluation.benchmarks`, names of those that could not be read here)."""
+    """Return (texts of all problems of `evaluation.benchmarks`, names of the benchmarks that cannot be read here)."""
     texts: list[str] = []
     missing: list[str] = []
     for name in evaluation.benchmarks:
@@ -63,8 +66,7 @@ def read_benchmarks(evaluation: Evaluation) -> tuple[list[str], list[str]]:
         except ValueError as error:
             missing.append(name)
             logger.warning(
-                f"the problems of {name} cannot be read here, so responses are NOT compared with them "
-                f"({error})"
+                f"the problems of {name} cannot be read here, so responses are NOT compared with them ({error})"
             )
     return texts, missing
 
@@ -80,6 +82,6 @@ def _read_problems(name: str, evaluation: Evaluation) -> list[str]:
 
 
 def _read_doc(task: Any, doc: Any) -> list[str]:
-    """Return the question and the right answer of one example, where they are texts."""
+    """Return the question and the right answer of one example, when they are texts."""
     found = [task.doc_to_text(doc), task.doc_to_target(doc)]
     return [text for text in found if isinstance(text, str)]

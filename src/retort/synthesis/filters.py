@@ -1,6 +1,6 @@
-"""Which answers become documents: each falls for one reason, the first that is found, or stays.
+"""Filters of answers: each answer is kept as a document, or dropped for the first reason that applies.
 
-What stays depends on the answers in the order of their prompts, never on the order in which they came.
+The result depends on the answers in the order of their prompts, never on the order in which they arrived.
 """
 
 import ast
@@ -15,8 +15,8 @@ from typing import Any
 import xxhash
 
 from retort.config.sections import Synthesis
-from retort.synthesis.contamination import Runs, list_runs, split_words
-from retort.synthesis.prompts import Prompt
+from retort.synthesis.contamination import ProblemNgrams, list_ngrams, split_words
+from retort.synthesis.prompts import LabeledPrompt
 from retort.synthesis.providers import Answer
 
 REASONS = (
@@ -34,7 +34,7 @@ REASONS = (
 )
 PACKAGES = {"datasketch": "datasketch>=2.0", "py3langid": "py3langid>=0.4"}
 
-# A refusal is said at the beginning, by these models in these words.
+# Chat models refuse in these words, at the beginning of the answer.
 _REFUSAL = re.compile(
     r"\W*(i'm (very |really )?sorry,? (but )?(i|as)\b|i apologi[sz]e,? but i\b"
     r"|(sorry,? (but )?)?(i (can(no|')t|am (unable|not able)|won't|will not|must decline)|i'm (unable|not able))"
@@ -48,10 +48,10 @@ _FENCE = re.compile(
 _CODE = re.compile(r"`[^`\n]*`|https?://\S+")
 _SHINGLE_WORDS = 5
 _PERMUTATIONS = 128
-_INDEXED = 0.9  # the index cannot tell apart what is more alike; each hit is compared by itself
-# A detector guesses at less.
-_LEAST_PROSE = 60
-_LEAST_PROBABILITY = 0.9
+_MAX_INDEX_THRESHOLD = 0.9  # the index cannot resolve higher ones; each match is compared exactly
+# Below these the detector is a guess.
+_MIN_LETTERS = 60
+_MIN_PROBABILITY = 0.9
 _LANGUAGES = {
     "arabic": "ar", "bengali": "bn", "bulgarian": "bg", "catalan": "ca", "chinese": "zh", "croatian": "hr",
     "czech": "cs", "danish": "da", "dutch": "nl", "english": "en", "finnish": "fi", "french": "fr", "german": "de",
@@ -60,7 +60,7 @@ _LANGUAGES = {
     "romanian": "ro", "russian": "ru", "slovak": "sk", "spanish": "es", "swedish": "sv", "thai": "th",
     "turkish": "tr", "ukrainian": "uk", "vietnamese": "vi",
 }  # fmt: skip
-# The grammar of a language, by the names that follow a fence.
+# The grammar of a language, by the names after a fence.
 _GRAMMARS = {
     "javascript": "javascript", "js": "javascript", "jsx": "javascript", "java": "java", "c": "c", "cpp": "cpp",
     "c++": "cpp", "go": "go", "golang": "go", "rust": "rust", "rs": "rust", "bash": "bash", "sh": "bash",
@@ -69,48 +69,49 @@ _PYTHON = ("python", "python3", "py")
 
 
 def require_filters(section: Synthesis) -> None:
-    """Raise ValueError where a filter's library is missing, with the line that installs it, or a language unknown."""
-    wanted = {
-        "datasketch": section.near_duplicates is not None,
-        "py3langid": section.check_language,
+    """Raise ValueError when a filter's package is not installed, or `response_language` is unknown."""
+    needed = {
+        "near_duplicates": ("datasketch", section.near_duplicates is not None, "null"),
+        "check_language": ("py3langid", section.check_language, "false"),
     }
-    keys = {"datasketch": "near_duplicates", "py3langid": "check_language"}
-    for name, is_wanted in wanted.items():
-        if is_wanted and find_spec(name) is None:
-            off = "null" if name == "datasketch" else "false"
+    for key, (package, is_needed, off) in needed.items():
+        if is_needed and find_spec(package) is None:
             raise ValueError(
-                f"synthesis.{keys[name]} needs {name}, which is not installed here. Type: pip install "
-                f"'{PACKAGES[name]}' (or the extra synth), or set synthesis.{keys[name]}: {off}."
+                f"synthesis.{key} needs {package}, which is not installed. Type: pip install "
+                f"'{PACKAGES[package]}' (or the extra synth), or set synthesis.{key}: {off}."
             )
-    wanted_language = section.response_language
-    if section.check_language and wanted_language and _code_of(wanted_language) is None:
+    language = section.response_language
+    if section.check_language and language and _language_code(language) is None:
         raise ValueError(
-            f"synthesis.response_language is {wanted_language!r}, but known are {', '.join(sorted(_LANGUAGES))} and "
-            "their codes, such as en. Write one of these, or set synthesis.check_language: false."
+            f"Unknown synthesis.response_language {language!r}. Use one of {', '.join(sorted(_LANGUAGES))}, or its "
+            "code, such as en; or set synthesis.check_language: false."
         )
 
 
-class Sieve:
-    """Takes the answers in the order of their prompts, and says for each why it falls, or None."""
+class AnswerFilter:
+    """Checks answers, in the order of their prompts; counts the dropped ones by reason."""
 
-    def __init__(self, section: Synthesis, runs: Runs) -> None:
-        self.section, self.runs = section, runs
+    def __init__(self, section: Synthesis, problems: ProblemNgrams) -> None:
+        self.section, self.problems = section, problems
         self.counts = dict.fromkeys(REASONS, 0)
         self._seen: set[str] = set()
         self._near = _NearDuplicates(section.near_duplicates) if section.near_duplicates else None
 
-    def sift(self, place: int, prompt: Prompt, answer: Answer | None) -> str | None:
-        """Return why an answer falls (one of REASONS), None where it stays; count it. None is a rejected prompt."""
-        reason = self._find_reason(place, prompt, answer)
+    def check(self, index: int, prompt: LabeledPrompt, answer: Answer | None) -> str | None:
+        """Return why an answer is dropped (one of REASONS), or None when it is kept.
+
+        `answer` is None for a prompt that the server rejected.
+        """
+        reason = self._find_reason(index, prompt, answer)
         if reason is not None:
             self.counts[reason] += 1
         return reason
 
-    def _find_reason(self, place: int, prompt: Prompt, answer: Answer | None) -> str | None:
+    def _find_reason(self, index: int, prompt: LabeledPrompt, answer: Answer | None) -> str | None:
         if answer is None:
             return "rejected"
         section = self.section
-        own: dict[str, Callable[[], bool]] = {
+        checks: dict[str, Callable[[], bool]] = {
             "refused": lambda: not section.keep_refusals and is_refusal(answer),
             "empty": lambda: not answer.text.strip(),
             "truncated": lambda: not section.keep_truncated and answer.finish == "length",
@@ -118,34 +119,35 @@ class Sieve:
             "too_long": lambda: len(answer.text) > (section.max_characters or len(answer.text)),
             "wrong_language": lambda: section.check_language and self._is_foreign(prompt, answer),
             "broken_code": lambda: section.check_code and has_broken_code(answer.text),
-            "contaminated": lambda: self.runs.is_in(prompt.text) or self.runs.is_in(answer.text),
-            "duplicate": lambda: self._is_copy(answer) and not section.keep_duplicates,
+            "contaminated": lambda: any(map(self.problems.overlaps, (prompt.text, answer.text))),
+            "duplicate": lambda: self._is_duplicate(answer) and not section.keep_duplicates,
             "near_duplicate": lambda: (
-                self._near is not None and self._near.has(place, f"{prompt.text}\n{answer.text}")
+                self._near is not None
+                and self._near.find_or_add(index, f"{prompt.text}\n{answer.text}")
             ),
         }
-        return next((reason for reason, falls in own.items() if falls()), None)
+        return next((reason for reason, is_dropped in checks.items() if is_dropped()), None)
 
-    def _is_foreign(self, prompt: Prompt, answer: Answer) -> bool:
-        code = _code_of(self.section.response_language or prompt.language or "")
+    def _is_foreign(self, prompt: LabeledPrompt, answer: Answer) -> bool:
+        code = _language_code(self.section.response_language or prompt.language or "")
         return code is not None and detect_language(answer.text) not in (None, code)
 
-    def _is_copy(self, answer: Answer) -> bool:
-        """Say whether another prompt had the same response, but for white space."""
+    def _is_duplicate(self, answer: Answer) -> bool:
+        """Return whether an earlier response is the same, except for white space; remember this one."""
         key = xxhash.xxh3_128_hexdigest(" ".join(answer.text.split()).encode("utf-8", "replace"))
-        is_copy = key in self._seen
+        is_duplicate = key in self._seen
         self._seen.add(key)
-        return is_copy
+        return is_duplicate
 
 
-def _code_of(language: str) -> str | None:
-    """Return the code of a human language, of its name or code; None for another word, as python."""
+def _language_code(language: str) -> str | None:
+    """Return the code of a human language, given its name or code; None for other words, such as python."""
     code = _LANGUAGES.get(language.casefold(), language.casefold())
     return code if code in _LANGUAGES.values() else None
 
 
 def is_refusal(answer: Answer) -> bool:
-    """Say whether a model declines to answer: by the provider's word, or by how the answer begins."""
+    """Return whether a model declines to answer: the provider says so, or the answer begins like a refusal."""
     return (
         answer.finish == "refusal" or _REFUSAL.match(answer.text.replace("\u2019", "'")) is not None
     )
@@ -159,17 +161,17 @@ def _identifier() -> Any:
 
 
 def detect_language(text: str) -> str | None:
-    """Return the code of the human language that a text's prose is in; None for too little of it, or in doubt."""
+    """Return the code of the human language of a text's prose; None when there is too little of it, or in doubt."""
     prose = _CODE.sub(" ", _FENCE.sub(" ", text))
-    if sum(map(str.isalpha, prose)) < _LEAST_PROSE:
+    if sum(map(str.isalpha, prose)) < _MIN_LETTERS:
         return None
-    whole = prose.encode("utf-8", "replace").decode()  # half a character, cut at the end, is none
-    code, probability = _identifier().classify(whole)
-    return str(code) if probability >= _LEAST_PROBABILITY else None
+    valid = prose.encode("utf-8", "replace").decode()  # a lone surrogate, cut at max_tokens
+    code, probability = _identifier().classify(valid)
+    return str(code) if probability >= _MIN_PROBABILITY else None
 
 
 def has_broken_code(text: str) -> bool:
-    """Say whether a fenced block of a language that can be parsed here does not parse."""
+    """Return whether a fenced block of code does not parse; blocks in languages without a parser here pass."""
     return any(not _parses(name.lower(), body) for name, body, _ in _FENCE.findall(text))
 
 
@@ -182,7 +184,7 @@ def _parses(name: str, code: str) -> bool:
 
 def _is_python(code: str) -> bool:
     try:
-        with warnings.catch_warnings(action="ignore"):  # of a "\d", say, to nobody who wrote it
+        with warnings.catch_warnings(action="ignore"):  # of the response's code, such as "\d"
             ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
@@ -191,7 +193,7 @@ def _is_python(code: str) -> bool:
 
 @cache
 def _parser(grammar: str) -> Any:
-    """Return the parser of a grammar; None where its package is not installed."""
+    """Return the parser of a grammar; None when its package is not installed."""
     if find_spec("tree_sitter") is None or find_spec(f"tree_sitter_{grammar}") is None:
         return None
     from tree_sitter import Language, Parser
@@ -200,7 +202,7 @@ def _parser(grammar: str) -> Any:
 
 
 def list_grammars() -> list[str]:
-    """Return the languages whose code is parsed on this machine."""
+    """Return the programming languages that can be parsed on this machine."""
     return ["python", *sorted(g for g in set(_GRAMMARS.values()) if _parser(g) is not None)]
 
 
@@ -210,20 +212,23 @@ class _NearDuplicates:
     def __init__(self, threshold: float) -> None:
         from datasketch import MinHash, MinHashLSH
 
-        self.make, self.threshold = MinHash, threshold
-        self.index = MinHashLSH(threshold=min(threshold, _INDEXED), num_perm=_PERMUTATIONS)
-        self.kept: dict[int, Any] = {}
+        self.build_sketch, self.threshold = MinHash, threshold
+        self.index = MinHashLSH(
+            threshold=min(threshold, _MAX_INDEX_THRESHOLD), num_perm=_PERMUTATIONS
+        )
+        self.sketches: dict[int, Any] = {}
 
-    def has(self, place: int, text: str) -> bool:
-        """Say whether a text is as like as the threshold to one that was kept; else keep it."""
+    def find_or_add(self, key: int, text: str) -> bool:
+        """Return whether an added text has at least the threshold's Jaccard similarity; add this one if not."""
         words = split_words(text)
         size = min(_SHINGLE_WORDS, max(1, len(words)))
-        sketch = self.make(num_perm=_PERMUTATIONS, seed=1)
+        sketch = self.build_sketch(num_perm=_PERMUTATIONS, seed=1)
         sketch.update_batch(
-            [" ".join(run).encode("utf-8", "replace") for run in set(list_runs(words, size))]
+            [" ".join(s).encode("utf-8", "replace") for s in set(list_ngrams(words, size))]
         )
-        if any(self.kept[k].jaccard(sketch) >= self.threshold for k in self.index.query(sketch)):
+        matches = (self.sketches[match] for match in self.index.query(sketch))
+        if any(match.jaccard(sketch) >= self.threshold for match in matches):
             return True
-        self.kept[place] = sketch
-        self.index.insert(place, sketch)
+        self.sketches[key] = sketch
+        self.index.insert(key, sketch)
         return False

@@ -1,12 +1,12 @@
-"""The journal of answers: a file to which one whole line is added for each thing that happened, and never changed.
+"""The journal of answers: an append-only file of JSON lines, one for each event, which survives a kill.
 
-*sent* is written before a request goes out, with the most that it can cost; *answer* or *away* (turned away: nothing
-paid) follows. So after a kill it is known what is there, what was paid, and what may have been paid besides: requests
-that were sent and never answered.
+*sent* is written before a request goes out, with upper bounds of its tokens; *answer* or *away* (not accepted, free)
+follows. So after a kill the journal shows which answers exist, what was paid, and what may have been paid besides: the
+requests without an answer.
 
-Each line has the digest of its prompt, and that alone says to which prompt an answer belongs: where the prompts of the
-Hub changed meanwhile, an answer moves to the place where its prompt is now, or to none. And each ends with a seal: a
-digest of it, and of what else is asked. A line that was edited, or asked with other settings, is refused.
+Each line has the digest of its prompt, and only this digest assigns an answer to a prompt: when the prompts of a Hub
+dataset change, an answer moves to its prompt's new index, or is left unused. Each line also has a checksum of itself
+and of the other settings of the request (the key `seal`): an edited line, or one of other settings, is refused.
 """
 
 import json
@@ -20,15 +20,15 @@ from typing import Any
 
 import xxhash
 
-from retort.synthesis.prompts import Prompt
+from retort.synthesis.prompts import LabeledPrompt
 from retort.synthesis.providers import Answer
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Paid:
-    """What a journal says was paid: of answers exactly, of lost requests at most."""
+class Usage:
+    """Requests and tokens that were paid: exact for answers, upper bounds for lost requests."""
 
     requests: int = 0
     input_tokens: int = 0
@@ -39,41 +39,42 @@ class Paid:
 
     @property
     def tokens(self) -> int:
-        """All tokens, lost ones at their most."""
-        of_answers = self.input_tokens + self.output_tokens
-        return of_answers + self.lost_input_tokens + self.lost_output_tokens
+        """All tokens, with the upper bounds of lost requests."""
+        answered = self.input_tokens + self.output_tokens
+        return answered + self.lost_input_tokens + self.lost_output_tokens
 
-    def cost(self, price_in: float, price_out: float) -> float:
-        """Return the price of all that was or may have been paid, at prices of a million tokens."""
-        read = self.input_tokens + self.lost_input_tokens
-        written = self.output_tokens + self.lost_output_tokens
-        return (read * price_in + written * price_out) / 1e6
+    def cost(self, input_price: float, output_price: float) -> float:
+        """Return the price of all tokens, given prices per million tokens."""
+        num_input = self.input_tokens + self.lost_input_tokens
+        num_output = self.output_tokens + self.lost_output_tokens
+        return (num_input * input_price + num_output * output_price) / 1e6
 
 
 @dataclass
 class Journal:
-    """The answers to these prompts, by the place of the prompt; opened by `with`, by one process at a time.
+    """The answers to `prompts`, by the prompt's index; a context manager, for one process at a time.
 
-    `asked` says what is asked besides the prompts: of whom, and how.
+    `settings` identifies the request's other settings: the model and how it samples.
+    Entering it raises ValueError when a line was edited, is not a journal's, or has other settings.
     """
 
     path: Path
-    prompts: Sequence[Prompt]
-    asked: str = ""
+    prompts: Sequence[LabeledPrompt]
+    settings: str = ""
     answers: dict[int, Answer] = field(default_factory=dict)
-    paid: Paid = field(default_factory=Paid)
-    # The most that requests in flight can cost, by prompt: (input, output) tokens of each attempt.
-    open: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    usage: Usage = field(default_factory=Usage)
+    # Requests without an answer yet, by the prompt's digest: bounds of (input, output) tokens of each attempt.
+    in_flight: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
 
     def __enter__(self) -> "Journal":
         self._keys = [_digest(prompt.text) for prompt in self.prompts]
-        self._places = {key: place for place, key in enumerate(self._keys)}
+        self._indices = {key: index for index, key in enumerate(self._keys)}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("a+b")
         self._read()
-        # Of a process that was killed: nobody waits for these answers any more.
-        for key in list(self.open):
-            self._lose(key)
+        # Left by a process that was killed: these answers can no longer arrive.
+        for key in list(self.in_flight):
+            self._apply_lost(key)
         return self
 
     def __exit__(
@@ -85,100 +86,102 @@ class Journal:
         self._file.close()
 
     def _read(self) -> None:
-        """Take up every whole line; a torn last one, of a kill or a full disk, is cut off."""
+        """Apply every complete line; cut off an incomplete last one, left by a kill or a full disk."""
         self._file.seek(0)
         end = 0
         for number, line in enumerate(self._file, start=1):
             if not line.endswith(b"\n"):
-                logger.warning(f"{self.path}: the last line was torn by a kill, and is cut off")
+                logger.warning(
+                    f"{self.path}: the last line is incomplete after a kill, and is removed"
+                )
                 break
             try:
                 event = json.loads(line)
-                is_ours = event.pop("seal") == self._seal(event)
-                if is_ours:
-                    self._take(event)
+                is_valid = event.pop("seal") == self._checksum(event)
+                if is_valid:
+                    self._apply(event)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(
-                    f"{self.path}, line {number}, is no line of a journal ({error!r}). Put the file back as it was; "
-                    "it holds answers that were paid for."
+                    f"{self.path}, line {number}, is not a line of a journal ({error!r}). Restore the file: it holds "
+                    "answers that were paid for."
                 ) from None
-            if not is_ours:
+            if not is_valid:
                 raise ValueError(
-                    f"{self.path}, line {number}, was changed, or was asked with other settings than these. Put the "
-                    "file back as it was, for it holds answers that were paid for; or write to another folder."
+                    f"{self.path}, line {number}, was edited, or has other settings than this run. Restore the file, "
+                    "which holds answers that were paid for, or write to another folder."
                 )
             end += len(line)
         self._file.truncate(end)
         self._file.seek(0, os.SEEK_END)
 
-    def _seal(self, event: Mapping[str, Any]) -> str:
-        return xxhash.xxh3_64_hexdigest(f"{self.asked}\n{_to_line(event)}".encode())
+    def _checksum(self, event: Mapping[str, Any]) -> str:
+        return xxhash.xxh3_64_hexdigest(f"{self.settings}\n{_to_line(event)}".encode())
 
-    def _take(self, event: Mapping[str, Any]) -> None:
-        key, what = str(event["prompt"]), event["event"]
-        if what == "sent":
-            self.open.setdefault(key, []).append((event["input"], event["output"]))
-        elif what == "lost":
-            self._lose(key)
-        elif what == "away":
-            self._close(key)
-        elif what == "answer":
+    def _apply(self, event: Mapping[str, Any]) -> None:
+        key, kind = str(event["prompt"]), event["event"]
+        if kind == "sent":
+            self.in_flight.setdefault(key, []).append((event["input"], event["output"]))
+        elif kind == "lost":
+            self._apply_lost(key)
+        elif kind == "away":
+            self._pop_attempt(key)
+        elif kind == "answer":
             answer = Answer(**event["answer"])
-            self._close(key)
-            if key in self._places:
-                self.answers[self._places[key]] = answer
-            self.paid.requests += 1
-            self.paid.input_tokens += answer.input_tokens
-            self.paid.output_tokens += answer.output_tokens
+            self._pop_attempt(key)
+            if key in self._indices:
+                self.answers[self._indices[key]] = answer
+            self.usage.requests += 1
+            self.usage.input_tokens += answer.input_tokens
+            self.usage.output_tokens += answer.output_tokens
         else:
-            raise ValueError(f"event {what!r}")
+            raise ValueError(f"event {kind!r}")
 
-    def _close(self, key: str) -> tuple[int, int]:
-        attempts = self.open.get(key) or [(0, 0)]
+    def _pop_attempt(self, key: str) -> tuple[int, int]:
+        attempts = self.in_flight.get(key) or [(0, 0)]
         bound = attempts.pop()
         if not attempts:
-            self.open.pop(key, None)
+            self.in_flight.pop(key, None)
         return bound
 
-    def _lose(self, key: str) -> None:
-        while key in self.open:
-            read, written = self._close(key)
-            self.paid.lost_requests += 1
-            self.paid.lost_input_tokens += read
-            self.paid.lost_output_tokens += written
+    def _apply_lost(self, key: str) -> None:
+        while key in self.in_flight:
+            num_input, num_output = self._pop_attempt(key)
+            self.usage.lost_requests += 1
+            self.usage.lost_input_tokens += num_input
+            self.usage.lost_output_tokens += num_output
 
-    def _add(self, what: str, place: int, *, is_lasting: bool = False, **facts: Any) -> None:
-        event = {"event": what, "place": place, "prompt": self._keys[place], **facts}
-        line = _to_line({**event, "seal": self._seal(event)})
+    def _append(self, kind: str, index: int, *, is_synced: bool = False, **facts: Any) -> None:
+        event = {"event": kind, "place": index, "prompt": self._keys[index], **facts}
+        line = _to_line({**event, "seal": self._checksum(event)})
         self._file.write(f"{line}\n".encode())
         self._file.flush()
-        if is_lasting:
+        if is_synced:
             os.fsync(self._file.fileno())
-        self._take(event)
+        self._apply(event)
 
-    def send(self, place: int, bound: tuple[int, int]) -> None:
-        """Note, before it goes out, that a request is sent, and the most (input, output) tokens that it can cost."""
-        self._add("sent", place, input=bound[0], output=bound[1])
+    def add_sent(self, index: int, bound: tuple[int, int]) -> None:
+        """Record, before it is sent, a request and the upper bounds of its (input, output) tokens."""
+        self._append("sent", index, input=bound[0], output=bound[1])
 
-    def turn_away(self, place: int) -> None:
-        """Note that a request was not taken: nothing is paid."""
-        self._add("away", place)
+    def add_unavailable(self, index: int) -> None:
+        """Record that the server did not accept a request, which is free."""
+        self._append("away", index)
 
-    def lose(self, place: int) -> None:
-        """Note that a request has no answer, and may have been paid for."""
-        self._add("lost", place)
+    def add_lost(self, index: int) -> None:
+        """Record that a request has no answer, and may be charged."""
+        self._append("lost", index)
 
-    def keep(self, place: int, answer: Answer) -> None:
-        """Write an answer; it is on the disk when this returns."""
-        self._add("answer", place, is_lasting=True, answer=asdict(answer))
+    def add_answer(self, index: int, answer: Answer) -> None:
+        """Record an answer; it is on disk (fsync) when this returns."""
+        self._append("answer", index, is_synced=True, answer=asdict(answer))
 
     @property
-    def reserved(self) -> Paid:
-        """What is paid, and what the requests in flight may cost besides."""
-        bounds = [bound for attempts in self.open.values() for bound in attempts]
-        total = Paid(**asdict(self.paid))
-        total.lost_input_tokens += sum(read for read, _ in bounds)
-        total.lost_output_tokens += sum(written for _, written in bounds)
+    def reserved(self) -> Usage:
+        """The usage so far, with the upper bounds of the requests in flight."""
+        bounds = [bound for attempts in self.in_flight.values() for bound in attempts]
+        total = Usage(**asdict(self.usage))
+        total.lost_input_tokens += sum(num_input for num_input, _ in bounds)
+        total.lost_output_tokens += sum(num_output for _, num_output in bounds)
         return total
 
 

@@ -1,23 +1,19 @@
-"""A local model answers prompts, in fixed batches: the unit of resuming, as parts are of the teacher's pass.
+"""Local generation: a model that is loaded here answers prompts in fixed batches, the unit of resuming.
 
-A batch is `batch_size` prompts in their order, drawn with a seed of its own. So an answer depends on the prompts, the
-model and the settings, and not on what was answered before, or in which attempt.
+A batch is `batch_size` consecutive prompts, sampled with the batch's own seed. So an answer depends only on the
+prompts, the model and the settings, not on which answers existed before, or on the attempt.
 """
 
-import logging
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from retort.cli import first_line, is_out_of_memory, open_terminal
+from retort.cli import first_line, is_out_of_memory
 from retort.config.sections import Synthesis, Teacher
 from retort.io.digests import digest
 from retort.models.generate import (
@@ -29,27 +25,26 @@ from retort.models.generate import (
     longest_context,
 )
 from retort.models.load import describe_device, load_teacher
+from retort.synthesis.client import describe_usage
 from retort.synthesis.journal import Journal
-from retort.synthesis.prompts import Prompt
+from retort.synthesis.progress import Progress
+from retort.synthesis.prompts import LabeledPrompt
 from retort.synthesis.providers import Answer
 from retort.tokens.tokenizer import encode_beginning, encode_chat, load_tokenizer
 
-logger = logging.getLogger(__name__)
-
-_SEEDS = 2**32
-_LINE_S = 10.0
-_TEMPERATURE = 0.7  # where the config leaves it to the provider
+_NUM_SEEDS = 2**32
+_TEMPERATURE = 0.7  # when synthesis.temperature is not set
 
 
-class Writer(ABC):
+class LocalGenerator(ABC):
     """Answers prompts with a model of its own, which is loaded when the first answer is missing."""
 
-    unit: ClassVar[str]  # what is counted on the way
+    unit: ClassVar[str]  # of the progress
 
     def __init__(
         self,
         section: Synthesis,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[LabeledPrompt],
         journal: Journal,
         *,
         model_path: str,
@@ -58,12 +53,10 @@ class Writer(ABC):
         self.section, self.prompts, self.journal = section, prompts, journal
         self.model_path, self.loading = model_path, loading
         self.device = "none"  # until the model is loaded
-        self._said = time.monotonic()
-        self._done = 0
 
     @abstractmethod
-    def write(self, places: Sequence[int]) -> None:
-        """Answer the prompts of these places that are not answered yet."""
+    def generate(self, indices: Sequence[int]) -> None:
+        """Generate the missing answers to these prompts, and write them into the journal."""
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -85,20 +78,20 @@ class Writer(ABC):
         )
 
     def _seed(self, start: int) -> int:
-        """Return the seed of the prompts that are drawn together from this place on."""
-        return int(digest([self.section.seed, start]), 16) % _SEEDS
+        """Return the seed of the prompts that are sampled together, given the index of the first."""
+        return int(digest([self.section.seed, start]), 16) % _NUM_SEEDS
 
-    def _encode(self, place: int) -> list[int]:
-        """Return a prompt's ids: through the model's chat template, or where it has none, as a text to go on from."""
-        text, system = self.prompts[place].text, self.section.system_prompt
+    def _encode(self, index: int) -> list[int]:
+        """Return a prompt's token ids: in the model's chat template, or as plain text when it has none."""
+        text, system = self.prompts[index].text, self.section.system_prompt
         if getattr(self.tokenizer, "chat_template", None):
             messages = [{"role": "system", "content": system}] * bool(system)
             return encode_chat([*messages, {"role": "user", "content": text}], self.tokenizer)
         return encode_beginning(f"{system}\n\n{text}" if system else text, self.tokenizer)
 
-    def _keep(self, place: int, completion: Completion) -> None:
-        """Write an answer into the journal, unless it is there."""
-        if place in self.journal.answers:
+    def _add_answer(self, index: int, completion: Completion) -> None:
+        """Write an answer into the journal, unless it has one."""
+        if index in self.journal.answers:
             return
         path = Path(self.model_path)
         answer = Answer(
@@ -108,50 +101,38 @@ class Writer(ABC):
             output_tokens=completion.new_tokens,
             model=path.name if path.is_dir() else self.model_path,
         )
-        self.journal.keep(place, answer)
+        self.journal.add_answer(index, answer)
 
-    @contextmanager
-    def _open_bar(self, total: int) -> Iterator[Any]:
-        self._done = 0
-        with (
-            open_terminal() or nullcontext() as terminal,
-            tqdm(total=total, desc=self.unit, file=terminal, disable=terminal is None) as bar,
-        ):
-            yield bar
+    def _open_progress(self, total: int) -> Progress:
+        def describe() -> str:
+            return describe_usage(self.section, self.journal.usage)
 
-    def _advance(self, bar: Any) -> None:
-        """Move the bar; without a terminal, say a line every ten seconds, and at the end."""
-        bar.update()
-        self._done += 1
-        now = time.monotonic()
-        if bar.disable and (now - self._said >= _LINE_S or self._done == bar.total):
-            self._said = now
-            paid = self.journal.paid.tokens
-            logger.info(f"{self._done:,} of {bar.total:,} {self.unit}: {paid:,} tokens")
+        return Progress(total, unit=self.unit, describe=describe)
 
 
-class BatchWriter(Writer):
-    """Runs transformers' generate."""
+class TransformersGenerator(LocalGenerator):
+    """Generates with transformers."""
 
     unit = "batches"
 
-    def write(self, places: Sequence[int]) -> None:
-        """Answer every batch in which one of these places is not answered yet."""
+    def generate(self, indices: Sequence[int]) -> None:
+        """Generate every batch in which one of these prompts has no answer yet.
+
+        Raises ValueError when a batch does not fit into memory.
+        """
         size = self.section.batch_size
-        starts = sorted(
-            {place // size * size for place in places if place not in self.journal.answers}
-        )
-        with self._open_bar(len(starts)) as bar:
+        starts = sorted({i // size * size for i in indices if i not in self.journal.answers})
+        with self._open_progress(len(starts)) as progress:
             for start in starts:
                 batch = range(start, min(start + size, len(self.prompts)))
-                for place, completion in zip(batch, self._complete(start, batch), strict=True):
-                    self._keep(place, completion)
-                self._advance(bar)
+                for index, completion in zip(batch, self._complete(start, batch), strict=True):
+                    self._add_answer(index, completion)
+                progress.advance()
 
     def _complete(self, start: int, batch: range) -> list[Completion]:
         model, tokenizer, sampling = self._model, self.tokenizer, self._sampling
         context = longest_context(model.config)
-        ids = [clip_prompt(self._encode(p), context, sampling.max_new_tokens) for p in batch]
+        ids = [clip_prompt(self._encode(i), context, sampling.max_new_tokens) for i in batch]
         ends = list_ends(model.generation_config, tokenizer)
         torch.manual_seed(self._seed(start))
         try:
@@ -161,8 +142,8 @@ class BatchWriter(Writer):
                 raise
             raise ValueError(
                 f"{len(batch)} prompts at a time do not fit into memory ({first_line(error)}): lower "
-                f"synthesis.batch_size (now {self.section.batch_size}), which asks anew, or raise "
-                "teacher.generation.gpus_per_model, which does not."
+                f"synthesis.batch_size (now {self.section.batch_size}), which generates all answers again, or raise "
+                "teacher.generation.gpus_per_model, which keeps them."
             ) from None
 
     @cached_property

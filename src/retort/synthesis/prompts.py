@@ -1,7 +1,7 @@
-"""What a model is asked, in order: prompts of files or of the Hub, or templates filled with topics; none twice.
+"""The prompts of a synthesis, in order, without duplicates: from files or the Hub, or templates filled with topics.
 
-Templates are drawn so that every beginning of the list has its categories and languages in the stated proportions: it
-does not matter how many of them are asked.
+Filled templates are interleaved so that every prefix of the list has the stated proportions of categories and
+languages: they hold however many prompts are asked.
 """
 
 import random
@@ -27,8 +27,8 @@ _TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """One thing that is asked, with its labels."""
+class LabeledPrompt:
+    """A prompt and its labels; `language` is a human or a programming language."""
 
     text: str
     category: str | None = None
@@ -36,36 +36,39 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Prompts:
-    """All prompts in the order in which they are asked, and how many were left out."""
+class PromptList:
+    """The prompts in the order in which they are asked, and how many were left out."""
 
-    prompts: list[Prompt]
-    empty: int
-    twice: int
+    prompts: list[LabeledPrompt]
+    num_empty: int
+    num_duplicates: int
 
 
-def read_prompts(section: Synthesis) -> Prompts:
-    """Return what is asked. Raises ValueError, naming the file, where it cannot be read or nothing is left."""
-    read = _fill_templates(section) if section.templates else _read_rows(section)
+def read_prompts(section: Synthesis) -> PromptList:
+    """Return the prompts of a section.
+
+    Raises ValueError, naming the file, when a source cannot be read, has invalid rows, or gives no prompt.
+    """
+    source = _fill_templates(section) if section.templates else _read_rows(section)
     seen: set[str] = set()
-    kept: list[Prompt] = []
-    empty = twice = 0
-    for prompt in read:
+    prompts: list[LabeledPrompt] = []
+    num_empty = num_duplicates = 0
+    for prompt in source:
         key = _normalize(prompt.text)
-        empty += not key
-        twice += key in seen
+        num_empty += not key
+        num_duplicates += key in seen
         if key and key not in seen:
             seen.add(key)
-            kept.append(prompt)
-    if not kept:
+            prompts.append(prompt)
+    if not prompts:
         raise ValueError(
-            f"there is no prompt in {section.templates or section.prompts!r}: {empty} are empty. Give at least one."
+            f"{section.templates or section.prompts!r} has no prompt ({num_empty} are empty). Give at least one."
         )
-    return Prompts(kept, empty=empty, twice=twice)
+    return PromptList(prompts, num_empty, num_duplicates)
 
 
 def _normalize(text: str) -> str:
-    """Return what two prompts share that differ in case, white space or the form of a letter alone."""
+    """Return a key that is equal for prompts that differ only in case, white space or Unicode form."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
@@ -73,26 +76,26 @@ def _normalize(text: str) -> str:
 # Files and the Hub
 
 
-def _read_rows(section: Synthesis) -> Iterator[Prompt]:
+def _read_rows(section: Synthesis) -> Iterator[LabeledPrompt]:
     rows = _read_files(section) if list_prompt_files(section) else _read_hub(section)
     for number, row in enumerate(rows, start=1):
         text = row.get(section.prompt_column)
         if not isinstance(text, str):
             raise ValueError(
                 f"prompt {number} of {section.prompts!r} has {text!r} in the column {section.prompt_column!r}, but "
-                "text is expected. Mend the row, or set synthesis.prompt_column."
+                "text is expected. Correct the row, or set synthesis.prompt_column."
             )
-        if not _is_whole(text):
+        if _has_surrogate(text):
             raise ValueError(
-                f"prompt {number} of {section.prompts!r} holds half a character (such as \\ud83d in JSON), "
-                f"which cannot be sent: {text[:40]!r}. Mend the row."
+                f"prompt {number} of {section.prompts!r} has half a character (a lone surrogate, such as \\ud83d in "
+                f"JSON), which cannot be sent: {text[:40]!r}. Correct the row."
             )
         labels = {name: None if row.get(name) is None else str(row[name]) for name in _LABELS}
-        yield Prompt(text, **labels)
+        yield LabeledPrompt(text, **labels)
 
 
-def _is_whole(text: str) -> bool:
-    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+def _has_surrogate(text: str) -> bool:
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _read_files(section: Synthesis) -> Iterator[Mapping[str, Any]]:
@@ -110,17 +113,18 @@ def _read_files(section: Synthesis) -> Iterator[Mapping[str, Any]]:
 def _read_lines(path: Path) -> Iterator[str]:
     with naming(path), open_bytes(path) as file:
         for line in file:
-            if text := line.decode("utf-8").lstrip("\ufeff").strip():  # what some editors put first
+            if text := line.decode("utf-8").lstrip("\ufeff").strip():  # without a byte order mark
                 yield text
 
 
 def _read_hub(section: Synthesis) -> Iterator[Mapping[str, Any]]:
-    name = section.prompts if isinstance(section.prompts, str) else section.prompts[0]  # type: ignore[index]
+    assert section.prompts is not None
+    name = section.prompts if isinstance(section.prompts, str) else section.prompts[0]
     values = {"name": name, "split": section.prompts_split, "text_column": section.prompt_column}
     dataset: Dataset = build_section("dataset", fill_defaults(values, section_schema("dataset")))
     for row in read_rows(open_source(dataset, section.prompts_split)):
         columns = row()
-        require(Columns((section.prompt_column,), ()), columns, where=str(name))
+        require(Columns((section.prompt_column,), ()), columns, where=name)
         yield columns
 
 
@@ -130,7 +134,7 @@ def _read_hub(section: Synthesis) -> Iterator[Mapping[str, Any]]:
 
 @dataclass(frozen=True)
 class _Templates:
-    """A file of templates: texts by category, topics by category, weights that sum to 1."""
+    """A file of templates: texts and topics by category; weights of categories and languages, which sum to 1."""
 
     texts: dict[str | None, list[str]]
     topics: dict[str | None, list[str]]
@@ -138,53 +142,52 @@ class _Templates:
     languages: dict[str | None, float]
 
 
-def _fill_templates(section: Synthesis) -> Iterator[Prompt]:
-    """Yield filled templates until one kind of prompt is used up: from there on, proportions could not be kept."""
-    path = Path(str(section.templates))
-    given = _read_templates(path)
+def _fill_templates(section: Synthesis) -> Iterator[LabeledPrompt]:
+    """Yield filled templates until one kind of prompt is used up: beyond, the proportions could not be kept."""
+    templates = _read_templates(Path(str(section.templates)))
     cells = {
-        (c, lang): _fill_cell(given, c, lang, seed=section.seed)
-        for c, lang in product(given.categories, given.languages)
+        (c, lang): _fill_cell(templates, c, lang, seed=section.seed)
+        for c, lang in product(templates.categories, templates.languages)
     }
-    weights = {(c, lang): given.categories[c] * given.languages[lang] for c, lang in cells}
-    taken = dict.fromkeys(cells, 0)
+    weights = {(c, lang): templates.categories[c] * templates.languages[lang] for c, lang in cells}
+    num_taken = dict.fromkeys(cells, 0)
     for number in range(1, sum(map(len, cells.values())) + 1):
-        # The kind that is furthest behind its share: so every beginning of the list is within one of it.
-        cell = max(cells, key=lambda cell: weights[cell] * number - taken[cell])
-        if taken[cell] == len(cells[cell]):
+        # The cell furthest below its share: the counts of every prefix are then within one of the proportions.
+        cell = max(cells, key=lambda cell: weights[cell] * number - num_taken[cell])
+        if num_taken[cell] == len(cells[cell]):
             return
         category, language = cell
-        yield Prompt(cells[cell][taken[cell]], category, language)
-        taken[cell] += 1
+        yield LabeledPrompt(cells[cell][num_taken[cell]], category, language)
+        num_taken[cell] += 1
 
 
 def _fill_cell(
-    given: _Templates, category: str | None, language: str | None, *, seed: int
+    templates: _Templates, category: str | None, language: str | None, *, seed: int
 ) -> list[str]:
-    """Return every template of a category with every topic, each once, in an order of the seed."""
+    """Return every template of a category with every topic, without duplicates, shuffled by the seed."""
     values = {"language": language or "", "category": category or ""}
-    topics = given.topics.get(category, given.topics.get(None, []))
+    topics = templates.topics.get(category, templates.topics.get(None, []))
     filled = [
         text.format(topic=topic, **values)
-        for text, topic in product(given.texts[category], topics or [""])
+        for text, topic in product(templates.texts[category], topics or [""])
     ]
-    once = list({_normalize(text): text for text in filled}.values())
-    random.Random(f"{seed} {category} {language}").shuffle(once)
-    return once
+    distinct = list({_normalize(text): text for text in filled}.values())
+    random.Random(f"{seed} {category} {language}").shuffle(distinct)
+    return distinct
 
 
 def _read_templates(path: Path) -> _Templates:
-    """Read and check a file of templates. Raises ValueError, with the key, for what it cannot mean."""
+    """Return a checked file of templates. Raises ValueError, with the key, when its content is invalid."""
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"synthesis.templates {str(path)!r} is not YAML: {error}. Mend the file."
+            f"synthesis.templates {str(path)!r} is not YAML: {error}. Correct the file."
         ) from None
     if not isinstance(raw, dict) or not raw.get("templates") or not set(raw) <= set(_KEYS):
         raise ValueError(
             f"synthesis.templates {str(path)!r} has the keys {', '.join(map(str, raw or ()))}, but expected are "
-            f"templates and, where wanted, {', '.join(_KEYS[1:])} (docs/synthesis.md)."
+            f"templates and, optionally, {', '.join(_KEYS[1:])} (docs/synthesis.md)."
         )
     texts = _by_category(raw["templates"], "templates", path)
     categories = _read_weights(raw.get("categories"), "categories", path)
@@ -193,7 +196,7 @@ def _read_templates(path: Path) -> _Templates:
     languages = _read_weights(raw.get("languages"), "languages", path) or {None: 1.0}
     if set(categories) != set(texts):
         raise ValueError(
-            f"synthesis.templates {str(path)!r}: categories are {_list(categories)}, but templates are of "
+            f"synthesis.templates {str(path)!r}: categories are {_list(categories)}, but templates are for "
             f"{_list(texts)}. Give each category its templates."
         )
     topics = _by_category(raw.get("topics", []), "topics", path)
@@ -203,7 +206,7 @@ def _read_templates(path: Path) -> _Templates:
 
 
 def _by_category(value: Any, key: str, path: Path) -> dict[str | None, list[str]]:
-    """Return texts by category; a plain list is of all categories (None)."""
+    """Return texts by category; a plain list applies to all categories (None)."""
     groups = value if isinstance(value, dict) else {None: value}
     for texts in groups.values():
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
@@ -224,13 +227,14 @@ def _read_weights(value: Any, key: str, path: Path) -> dict[str | None, float] |
         )
     if abs(sum(numbers) - 1) > _TOLERANCE:
         raise ValueError(
-            f"synthesis.templates {str(path)!r}: {key} sum to {sum(numbers):g}, but proportions sum to 1. Mend them."
+            f"synthesis.templates {str(path)!r}: {key} sum to {sum(numbers):g}, but proportions must sum to 1. "
+            "Correct them."
         )
     return {str(name): float(number) for name, number in value.items()}
 
 
 def _check_texts(texts: Iterable[str], *, has_topics: bool, path: Path) -> None:
-    """Raise ValueError for a template that cannot be filled."""
+    """Raise ValueError when a template cannot be filled."""
     for text in texts:
         try:
             text.format(topic="", language="", category="")

@@ -1,8 +1,8 @@
-"""Responses from a model: asked, journaled, filtered, and written as JSONL that `dataset` reads.
+"""A synthesis from prompts to responses.jsonl, which `dataset` reads: answers are journaled, filtered and written.
 
-Prompts are asked in rounds. The first asks as many as are to be kept; each further one as many as fell, until enough
-are kept or no prompt is left. A round is a function of the answers before it, so an interrupted synthesis goes on with
-the very prompts that were missing.
+Prompts are asked in rounds: first as many as the wanted examples, then as many as were dropped, until enough are kept
+or no prompt is left. A round depends only on the answers before it, so an interrupted synthesis continues with exactly
+the missing prompts.
 """
 
 import asyncio
@@ -21,43 +21,59 @@ from retort.config.sections import Config, Evaluation, Synthesis, Teacher
 from retort.io.digests import digest_file, stamp_files
 from retort.io.files import held, write_atomically, write_json
 from retort.io.run_record import describe_run
-from retort.synthesis.client import Asker, describe_estimate, describe_paid
-from retort.synthesis.contamination import Runs, read_benchmarks
-from retort.synthesis.filters import Sieve, list_grammars, require_filters
+from retort.synthesis.client import Client, describe_estimate, describe_usage
+from retort.synthesis.contamination import ProblemNgrams, read_benchmarks
+from retort.synthesis.filters import AnswerFilter, list_grammars, require_filters
 from retort.synthesis.journal import Journal
-from retort.synthesis.prompts import Prompt, Prompts, read_prompts
+from retort.synthesis.prompts import LabeledPrompt, PromptList, read_prompts
 from retort.synthesis.providers import Answer, open_provider
 
 logger = logging.getLogger(__name__)
 
 FORMAT = {"format": "retort synthesis", "version": 1}
 JOURNAL_FILE = "journal.jsonl"
-_PATIENCE_S = 3.0
+_LOCK_TIMEOUT_S = 3.0  # before the wait for another process is logged
 
 
 @dataclass(frozen=True)
-class Kept:
-    """The rows that passed, and what became of all that were looked at."""
+class Examples:
+    """The rows that passed the filters, the number of prompts asked for them, and the dropped answers by reason."""
 
     rows: list[dict[str, Any]]
-    asked: int
-    counts: dict[str, int]
+    num_asked: int
+    num_dropped: dict[str, int]
 
 
-def check_synthesis(config: Config) -> list[str]:
-    """Look at what a synthesis needs, before it begins; return notes.
+@dataclass(frozen=True)
+class SynthesisJob:
+    """The inputs of `synthesize`."""
 
-    Raises ValueError where prompts, libraries or the key are missing, or the server does not serve the model.
+    section: Synthesis
+    evaluation: Evaluation  # its benchmarks' problems must not be in the responses
+    local_model: str | None = None  # folder or Hub id
+    loading: Teacher | None = None  # how to load the local model
+    files_digest: str | None = (
+        None  # of the prompt files' sizes and times, when the synthesis was planned
+    )
+
+
+def check_synthesis_inputs(config: Config) -> list[str]:
+    """Check what a synthesis needs before it starts; return notes.
+
+    Raises ValueError when prompts, packages or the API key are missing, when the output cannot be written, or when the
+    server does not serve the model.
     """
     section = config.synthesis
     require_filters(section)
-    _make_room(section)
+    _prepare_output(section)
     found = read_prompts(section)
-    notes = [f"synthesis: {len(found.prompts):,} prompts; {found.twice:,} copies are left out"]
+    notes = [
+        f"synthesis: {len(found.prompts):,} prompts; {found.num_duplicates:,} duplicates are left out"
+    ]
     if section.num_examples is not None and len(found.prompts) < section.num_examples:
         raise ValueError(
             f"synthesis.num_examples is {section.num_examples:,}, but there are {len(found.prompts):,} different "
-            "prompts. Lower it, or give more."
+            "prompts. Lower it, or give more prompts."
         )
     if section.decontaminate:
         _, missing = read_benchmarks(config.evaluation)
@@ -69,8 +85,8 @@ def check_synthesis(config: Config) -> list[str]:
     return notes
 
 
-def _make_room(section: Synthesis) -> None:
-    """Make the folder of `output`. Raises ValueError where it cannot be written, or would overwrite the prompts."""
+def _prepare_output(section: Synthesis) -> None:
+    """Create the folder of `output`. Raises ValueError when that fails, or `output` is a folder or a prompt file."""
     if section.output is None:
         return
     path = Path(section.output)
@@ -78,27 +94,27 @@ def _make_room(section: Synthesis) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(
-            f"the folder of synthesis.output {section.output!r} cannot be made ({error.strerror}: {error.filename})."
+            f"the folder of synthesis.output {section.output!r} cannot be created ({error.strerror}: "
+            f"{error.filename}). Set another path."
         ) from None
     if path.is_dir():
         raise ValueError(
-            f"synthesis.output {section.output!r} is a folder, but a file is written: add its name, such as "
+            f"synthesis.output {section.output!r} is a folder, but must be a file: add a name, such as "
             f"{path / RESPONSES_FILE}."
         )
     if path.exists() and any(path.samefile(file) for file in list_prompt_files(section)):
         raise ValueError(
-            f"synthesis.output {section.output!r} is a file of prompts, and would overwrite it. Name another file."
+            f"synthesis.output {section.output!r} is a prompt file, which would be overwritten. Name another file."
         )
 
 
 def _check_local(config: Config) -> None:
-    """Raise ValueError where the config or the tokenizer of a local model cannot be read, or its engine is missing."""
+    """Raise ValueError when the config or tokenizer of a local model cannot be read, or its engine is missing."""
     from retort.models.load import load_model_config
     from retort.synthesis.local_vllm import require_vllm
     from retort.tokens.tokenizer import load_tokenizer
 
     require_vllm(config.synthesis)
-
     path, revision = local_model(config)
     trust = config.teacher.trust_remote_code
     load_model_config(path, revision=revision, trust_remote_code=trust)
@@ -113,49 +129,42 @@ async def _check_provider(section: Synthesis) -> str:
         await provider.close()
 
 
-@dataclass(frozen=True)
-class Task:
-    """What is to be made, and how it is shown."""
+def synthesize(record_path: Path, job: SynthesisJob) -> str:
+    """Write responses.jsonl beside the record, then the record; return a summary line.
 
-    section: Synthesis
-    evaluation: Evaluation  # whose benchmarks' problems must not be in it
-    local_model: str | None = None  # folder or Hub id
-    loading: Teacher | None = None  # how that is loaded
-    stamp: str | None = None  # of the files of prompts, as they were when they were named
-
-
-def synthesize(record_path: Path, task: Task) -> str:
-    """Write responses.jsonl beside the record, then the record; return a line.
-
-    The journal lies one folder up, where all syntheses of the same answers share it. Raises ValueError where prompts
-    changed since the stamp was taken, the budget is used up, the server refuses, or too little passes the filters.
+    The journal is one folder up, shared by all syntheses with the same answers. Raises ValueError when prompt files
+    changed since `files_digest`, the budget is used up, the server refuses, or too few answers pass the filters.
     """
     started = time.monotonic()
-    section = task.section
+    section = job.section
     require_filters(section)
-    _make_room(section)
+    _prepare_output(section)
     folder = record_path.parent
     folder.mkdir(parents=True, exist_ok=True)
-    found = read_prompts(section)
-    # After reading: whatever was written before or meanwhile, the stamp is another.
-    if task.stamp not in (None, stamp_files(list_prompt_files(section))):
-        raise ValueError("the files of prompts changed meanwhile: run the same command again.")
+    prompts = read_prompts(section)
+    # After reading: a write before or during it changes the digest.
+    if job.files_digest not in (None, stamp_files(list_prompt_files(section))):
+        raise ValueError(
+            "the prompt files changed since the plan was made: rerun the same command."
+        )
     problems, missing = list[str](), list[str]()
     if section.decontaminate:
-        problems, missing = read_benchmarks(task.evaluation)
-    sieve = Sieve(section, Runs(problems, length=section.decontamination_words))
-    busy = f"{folder.parent} is being asked by another process: waiting for it"
-    lock = held(folder.parent / ".journal.lock", busy=busy, patience_s=_PATIENCE_S)
-    revision = task.loading.revision if task.loading else None
-    asked = name_asking(section, local_model=task.local_model, revision=revision)
-    with lock, Journal(folder.parent / JOURNAL_FILE, found.prompts, asked) as journal:
+        problems, missing = read_benchmarks(job.evaluation)
+    answer_filter = AnswerFilter(
+        section, ProblemNgrams(problems, length=section.decontamination_words)
+    )
+    busy = f"another process writes the answers in {folder.parent}: waiting for it"
+    lock = held(folder.parent / ".journal.lock", busy=busy, patience_s=_LOCK_TIMEOUT_S)
+    revision = job.loading.revision if job.loading else None
+    settings = name_asking(section, local_model=job.local_model, revision=revision)
+    with lock, Journal(folder.parent / JOURNAL_FILE, prompts.prompts, settings) as journal:
         if journal.answers:
-            paid = describe_paid(section, journal.paid)
-            logger.info(f"{len(journal.answers):,} answers are in the journal: {paid}")
-        kept, device = _answer(task, found.prompts, journal, sieve)
-    _refuse_too_few(section, kept)
-    _write_responses(section, folder / RESPONSES_FILE, kept.rows)
-    record = _describe(task, found, kept, journal, folder / RESPONSES_FILE)
+            usage = describe_usage(section, journal.usage)
+            logger.info(f"{len(journal.answers):,} answers are in the journal: {usage}")
+        examples, device = _answer_prompts(job, prompts.prompts, journal, answer_filter)
+    _check_enough(section, examples)
+    _write_responses(section, folder / RESPONSES_FILE, examples.rows)
+    record = _describe(job, prompts, examples, journal, folder / RESPONSES_FILE)
     made = describe_run(
         section={"synthesis": identity(section)},
         seed=section.seed,
@@ -166,64 +175,65 @@ def synthesize(record_path: Path, task: Task) -> str:
     return _describe_line(record)
 
 
-def _answer(
-    task: Task, prompts: Sequence[Prompt], journal: Journal, sieve: Sieve
-) -> tuple[Kept, str]:
-    """Return what is kept of the answers of a server, or of a model that is loaded here, and where they were made."""
-    if task.section.provider != "local":
-        return _ask_server(task, prompts, journal, sieve), "server"
-    assert task.local_model is not None and task.loading is not None
-    from retort.synthesis.local import BatchWriter
-    from retort.synthesis.local_vllm import VllmWriter, takes_vllm  # loads torch
+def _answer_prompts(
+    job: SynthesisJob,
+    prompts: Sequence[LabeledPrompt],
+    journal: Journal,
+    answer_filter: AnswerFilter,
+) -> tuple[Examples, str]:
+    """Return the examples of a server or of a local model, and the device that generated them."""
+    if job.section.provider != "local":
+        return _ask_server(job.section, prompts, journal, answer_filter), "server"
+    assert job.local_model is not None and job.loading is not None
+    from retort.synthesis.local import TransformersGenerator  # loads torch
+    from retort.synthesis.local_vllm import VllmGenerator, uses_vllm
 
-    kind = VllmWriter if takes_vllm(task.section, task.loading) else BatchWriter
-    writer = kind(
-        task.section,
-        prompts,
-        journal,
-        model_path=task.local_model,
-        loading=task.loading,
-    )
-    kept = keep_examples(task.section, prompts, journal, sieve, writer.write)
-    return kept, writer.device
+    kind = VllmGenerator if uses_vllm(job.section, job.loading) else TransformersGenerator
+    generator = kind(job.section, prompts, journal, model_path=job.local_model, loading=job.loading)
+    examples = collect_examples(job.section, prompts, journal, answer_filter, generator.generate)
+    return examples, generator.device
 
 
-def _ask_server(task: Task, prompts: Sequence[Prompt], journal: Journal, sieve: Sieve) -> Kept:
-    """Keep examples, whose rounds are asked in one event loop: the clients' connections live in it.
+def _ask_server(
+    section: Synthesis,
+    prompts: Sequence[LabeledPrompt],
+    journal: Journal,
+    answer_filter: AnswerFilter,
+) -> Examples:
+    """Collect examples from a server, all rounds in one event loop, which the clients' connections belong to.
 
-    No thread beside it: one that waits for a loop that a signal ended waits for ever, and the process with it.
+    The loop runs in this thread: another thread that waits for a loop that a signal has ended would wait for ever.
     """
-    section = task.section
     provider = open_provider(section)
-    asker = Asker(section, prompts, journal, provider)
-    with asyncio.Runner() as loop:
+    client = Client(section, prompts, journal, provider)
+    with asyncio.Runner() as runner:
 
-        def ask(places: Sequence[int]) -> None:
-            logger.info(describe_estimate(section, [prompts[p] for p in places]))
-            _run(loop, asker.ask(places))
+        def ask(indices: Sequence[int]) -> None:
+            logger.info(describe_estimate(section, [prompts[i] for i in indices]))
+            _run_until_sigterm(runner, client.request_answers(indices))
 
         try:
-            return keep_examples(section, prompts, journal, sieve, ask)
+            return collect_examples(section, prompts, journal, answer_filter, ask)
         finally:
-            loop.run(provider.close())
+            runner.run(provider.close())
 
 
-def _run(loop: asyncio.Runner, work: Coroutine[Any, Any, None]) -> None:
-    """Run to the end, or until SIGTERM, which then does what it does elsewhere.
+def _run_until_sigterm(runner: asyncio.Runner, work: Coroutine[Any, Any, None]) -> None:
+    """Run a coroutine to its end, or cancel it on SIGTERM, then pass the signal to the previous handler.
 
-    It cancels the work between two steps. Raised within one, as the scripts' handler does, it would leave tasks behind
-    whose tracebacks asyncio prints. (Of SIGINT the runner takes care.)
+    The handler of scripts raises within a step, which would leave tasks behind whose tracebacks asyncio prints.
+    (The runner itself handles SIGINT.)
     """
     handler = signal.getsignal(signal.SIGTERM)
 
-    async def until_told() -> None:
+    async def cancel_on_sigterm() -> None:
         task = asyncio.current_task()
         assert task is not None
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         await work
 
     try:
-        loop.run(until_told())
+        runner.run(cancel_on_sigterm())
     except asyncio.CancelledError:
         signal.signal(signal.SIGTERM, handler)
         signal.raise_signal(signal.SIGTERM)
@@ -232,34 +242,36 @@ def _run(loop: asyncio.Runner, work: Coroutine[Any, Any, None]) -> None:
         signal.signal(signal.SIGTERM, handler)
 
 
-def keep_examples(
+def collect_examples(
     section: Synthesis,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[LabeledPrompt],
     journal: Journal,
-    sieve: Sieve,
+    answer_filter: AnswerFilter,
     ask: Callable[[Sequence[int]], None],
-) -> Kept:
-    """Ask in rounds until enough answers pass the filters; what stays depends on the answers alone.
+) -> Examples:
+    """Ask prompts in rounds until enough answers pass the filters; the result depends only on the answers.
 
-    `ask` answers the prompts of these places into the journal, but for those that are rejected for good.
+    `ask` writes the answers to the prompts of these indices into the journal, except for rejected prompts.
     """
-    wanted = section.num_examples or len(prompts)
+    num_wanted = section.num_examples or len(prompts)
     rows: list[dict[str, Any]] = []
-    asked = 0
-    while len(rows) < wanted and asked < len(prompts):
-        first, asked = asked, min(len(prompts), asked + wanted - len(rows))
-        missing = [place for place in range(first, asked) if place not in journal.answers]
+    num_asked = 0
+    while len(rows) < num_wanted and num_asked < len(prompts):
+        first, num_asked = num_asked, min(len(prompts), num_asked + num_wanted - len(rows))
+        missing = [index for index in range(first, num_asked) if index not in journal.answers]
         if missing:
             ask(missing)
-        for place in range(first, asked):
-            answer = journal.answers.get(place)
-            if sieve.sift(place, prompts[place], answer) is None:
+        for index in range(first, num_asked):
+            answer = journal.answers.get(index)
+            if answer_filter.check(index, prompts[index], answer) is None:
                 assert answer is not None
-                rows.append(_to_row(section, place, prompts[place], answer))
-    return Kept(rows, asked, sieve.counts)
+                rows.append(_to_row(section, index, prompts[index], answer))
+    return Examples(rows, num_asked, answer_filter.counts)
 
 
-def _to_row(section: Synthesis, place: int, prompt: Prompt, answer: Answer) -> dict[str, Any]:
+def _to_row(
+    section: Synthesis, index: int, prompt: LabeledPrompt, answer: Answer
+) -> dict[str, Any]:
     return {
         "prompt": prompt.text,
         "response": answer.text,
@@ -268,40 +280,44 @@ def _to_row(section: Synthesis, place: int, prompt: Prompt, answer: Answer) -> d
         "provider": section.provider,
         "model": answer.model,
         "finish": answer.finish,
-        "number": place,
+        "number": index,
     }
 
 
 def _write_responses(section: Synthesis, path: Path, rows: Sequence[dict[str, Any]]) -> None:
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    content = lines.encode("utf-8", "replace")  # half a character, cut at max_tokens, is none
+    content = lines.encode("utf-8", "replace")  # a lone surrogate, cut at max_tokens
     write_atomically(path, content)
     if section.output is not None:
         write_atomically(Path(section.output), content)
 
 
 def _describe(
-    task: Task, found: Prompts, kept: Kept, journal: Journal, responses: Path
+    job: SynthesisJob,
+    prompts: PromptList,
+    examples: Examples,
+    journal: Journal,
+    responses: Path,
 ) -> dict[str, Any]:
-    section = task.section
+    section = job.section
     prices = section.price_per_million_input, section.price_per_million_output
     return {
         **FORMAT,
         "provider": section.provider,
-        "model": task.local_model or section.model,
+        "model": job.local_model or section.model,
         "responses": {
             "file": responses.name,
-            "rows": len(kept.rows),
+            "rows": len(examples.rows),
             "digest": digest_file(responses),
         },
         "prompts": {
-            "there": len(found.prompts),
-            "empty": found.empty,
-            "copies": found.twice,
-            "asked": kept.asked,
+            "there": len(prompts.prompts),
+            "empty": prompts.num_empty,
+            "copies": prompts.num_duplicates,
+            "asked": examples.num_asked,
         },
-        "fell": kept.counts,
-        "paid": asdict(journal.paid) | {"cost": journal.paid.cost(*prices)},
+        "fell": examples.num_dropped,
+        "paid": asdict(journal.usage) | {"cost": journal.usage.cost(*prices)},
         "code_parsed_in": list_grammars() if section.check_code else [],
     }
 
@@ -310,23 +326,22 @@ def _describe_line(record: dict[str, Any]) -> str:
     paid = record["paid"]
     cost = f", {paid['cost']:,.4f} paid" if paid["cost"] else ""
     return (
-        f"synthesis: {record['responses']['rows']:,} responses of {record['prompts']['asked']:,} prompts; fell: "
-        f"{_list_fallen(record['fell'])}; {paid['input_tokens'] + paid['output_tokens']:,} tokens{cost}"
+        f"synthesis: {record['responses']['rows']:,} responses to {record['prompts']['asked']:,} prompts; dropped: "
+        f"{_list_dropped(record['fell'])}; {paid['input_tokens'] + paid['output_tokens']:,} tokens{cost}"
     )
 
 
-def _list_fallen(counts: dict[str, int]) -> str:
-    return (
-        ", ".join(f"{number:,} {reason}" for reason, number in counts.items() if number) or "none"
-    )
+def _list_dropped(counts: dict[str, int]) -> str:
+    dropped = [f"{number:,} {reason}" for reason, number in counts.items() if number]
+    return ", ".join(dropped) or "none"
 
 
-def _refuse_too_few(section: Synthesis, kept: Kept) -> None:
-    """Raise ValueError where the prompts are used up before enough responses are kept."""
-    if not kept.rows or len(kept.rows) < (section.num_examples or 0):
+def _check_enough(section: Synthesis, examples: Examples) -> None:
+    """Raise ValueError when all prompts are asked and too few responses are kept."""
+    if not examples.rows or len(examples.rows) < (section.num_examples or 0):
         wanted = f" of the {section.num_examples:,} wanted" if section.num_examples else ""
         raise ValueError(
-            f"all {kept.asked:,} prompts are asked, and {len(kept.rows):,} responses{wanted} are kept (fell: "
-            f"{_list_fallen(kept.counts)}). The answers stay in the journal: lower synthesis.num_examples, loosen a "
-            "filter of synthesis, or give more prompts."
+            f"all {examples.num_asked:,} prompts are asked, and {len(examples.rows):,} responses{wanted} are kept "
+            f"(dropped: {_list_dropped(examples.num_dropped)}). The answers stay in the journal: lower "
+            "synthesis.num_examples, relax a filter of synthesis, or give more prompts."
         )
