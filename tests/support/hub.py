@@ -1,6 +1,6 @@
-"""A Hugging Face Hub on 127.0.0.1: enough of its API to stream a dataset and to fetch a model, with faults on demand.
+"""A Hugging Face Hub on 127.0.0.1: enough of its API to stream a dataset and to download a model, with faults.
 
-Clients run in subprocesses with `HF_ENDPOINT` set, as users' do: huggingface_hub reads it when it is imported.
+Clients run in subprocesses with `HF_ENDPOINT` set, because huggingface_hub reads it when it is imported.
 """
 
 import json
@@ -20,13 +20,13 @@ MODEL = "someone/teacher"
 SHA = "0123456789abcdef0123456789abcdef01234567"
 _STALL_S = 30.0
 
-# (file, number of the request for its content, from 1) -> None, a status, ("cut", bytes) or "stall"
+# (file, number of the request for its content, from 1) -> None, a status, ("cut", number of bytes) or "stall"
 Fault = Callable[[str, int], "int | tuple[str, int] | str | None"]
 
 
 @dataclass
 class Hub:
-    """The files of one dataset, maybe of one model, and what was asked of them."""
+    """The files of one dataset, optionally of one model, and the requests for them."""
 
     folder: Path
     fault: Fault = lambda *_: None
@@ -38,7 +38,7 @@ class Hub:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a client needs to be told."""
+        """The environment variables of a client."""
         return {
             "HF_ENDPOINT": self.endpoint,
             "HF_HUB_OFFLINE": "0",
@@ -50,7 +50,7 @@ class Hub:
 
 @contextmanager
 def serve(folder: Path, fault: Fault = lambda *_: None, **keys: Any) -> Iterator[Hub]:
-    """Serve a folder as the dataset someone/stories for as long as the block lasts; `model`, as someone/teacher."""
+    """Serve a folder as the dataset someone/stories within the block, and the folder `model` as someone/teacher."""
     hub = Hub(folder, fault, **keys)
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Handler,), {"hub": hub}))
     server.daemon_threads = True
@@ -78,7 +78,7 @@ class _Handler(BaseHTTPRequestHandler):
         api = f"/api/{'models' if is_model else 'datasets'}/{name}"
         content = f"{'' if is_model else '/datasets'}/{name}/resolve/"
         if path.startswith(f"{api}/tree/"):
-            # Of a folder inside (chat templates, say) there is none.
+            # Subfolders (of chat templates, for example) are empty.
             is_top = path.removeprefix(f"{api}/tree/").count("/") == 0
             self.answer(self.describe(sorted(folder.iterdir())) if is_top else [])
         elif path == api or path.startswith(f"{api}/revision/"):
@@ -93,8 +93,8 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET  # noqa: N815
 
     def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers.get("content-length", 0))))
-        found = [self.hub.folder / name for name in asked.get("paths", [])]
+        body = json.loads(self.rfile.read(int(self.headers.get("content-length", 0))))
+        found = [self.hub.folder / name for name in body.get("paths", [])]
         self.answer(self.describe([p for p in found if p.is_file()]))
 
     def describe(self, paths: list[Path]) -> list[dict[str, object]]:
@@ -129,11 +129,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer({"error": f"gated {fault}"}, fault, **gated, **wait)
             return
         first, last = 0, len(content) - 1
-        if asked := self.headers.get("range"):
-            begin, _, end = asked.removeprefix("bytes=").partition("-")
+        if byte_range := self.headers.get("range"):
+            begin, _, end = byte_range.removeprefix("bytes=").partition("-")
             first, last = int(begin), min(last, int(end or last))
         piece = content[first : last + 1]
-        self.send_response(206 if asked else 200)
+        self.send_response(206 if byte_range else 200)
         self.send_header("content-length", str(len(piece)))
         self.send_header("content-range", f"bytes {first}-{last}/{len(content)}")
         self.send_header("accept-ranges", "bytes")

@@ -1,7 +1,7 @@
-"""A real OpenAI-compatible server with a small model, `transformers serve`, and a proxy in front of it that has faults.
+"""A real OpenAI-compatible server with a small model (`transformers serve`), and a proxy before it that injects faults.
 
-The proxy counts what is asked, and does to each request what stands next in its list of faults; then, or where the list
-is empty, it hands the request on. It also speaks Anthropic's Messages: these are put into the other protocol and back.
+The proxy counts requests, and applies to each the next fault in its list; without a fault it forwards the request. It
+also speaks Anthropic's Messages API, which it translates to the other protocol and back.
 """
 
 import asyncio
@@ -22,14 +22,14 @@ from urllib.request import urlopen
 import aiohttp
 from aiohttp import web
 
-_PATIENCE_S = 300
+_STARTUP_TIMEOUT_S = 300
 _TEMPLATE = (
     "{% for m in messages %}{{ m['content'] }}{% if not loop.last %} {% endif %}{% endfor %}"
 )
 
 
 def copy_with_template(model: Path, folder: Path) -> Path:
-    """Copy a model, with the chat template that a server needs."""
+    """Copy a model into a new folder, with the chat template that a server needs; return the folder."""
     folder.mkdir()
     for file in model.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
@@ -38,8 +38,8 @@ def copy_with_template(model: Path, folder: Path) -> Path:
 
 
 @contextmanager
-def serve(model: Path, cache: Path) -> Iterator[str]:
-    """Run `transformers serve` with one model; yields the address of its API."""
+def run_server(model: Path, cache: Path) -> Iterator[str]:
+    """Run `transformers serve` with one model; yield the URL of its API."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -57,7 +57,7 @@ def serve(model: Path, cache: Path) -> Iterator[str]:
 
 
 def _wait_for(url: str, server: "subprocess.Popen[bytes]") -> None:
-    until = time.monotonic() + _PATIENCE_S
+    until = time.monotonic() + _STARTUP_TIMEOUT_S
     while True:
         assert server.poll() is None and time.monotonic() < until, "the server did not start"
         try:
@@ -68,17 +68,16 @@ def _wait_for(url: str, server: "subprocess.Popen[bytes]") -> None:
 
 
 class Proxy:
-    """Stands before a server, in a thread of its own; `url` is what clients are given."""
+    """A proxy in its own thread; clients use `url`."""
 
     def __init__(self, upstream: str) -> None:
         self.upstream = upstream
         self.faults: deque[str] = deque()
-        self.asked: list[str] = []  # the prompt of each request that came, faulty or not
-        self.answered: list[str] = []  # of each that was handed back whole
+        self.asked: list[str] = []  # the prompt of each request, with or without a fault
         self.delay_s = 0.0
-        self.at_once = self.most_at_once = 0
+        self.num_open = self.max_open = 0  # concurrent requests
         self.times: list[float] = []
-        self.sends_on_to = ""  # where status 307 points
+        self.redirect_url = ""  # of status 307
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
@@ -92,16 +91,15 @@ class Proxy:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
 
-    def forget(self) -> None:
-        """Begin to count anew, without faults."""
+    def reset(self) -> None:
+        """Reset all counts, and remove the faults."""
         self.faults.clear()
         self.asked.clear()
-        self.answered.clear()
         self.times.clear()
-        self.delay_s, self.most_at_once = 0.0, 0
+        self.delay_s, self.max_open = 0.0, 0
 
     async def _start(self) -> None:
-        # A connection that is kept may be closed by the server in the very moment that it is used again.
+        # The server may close a kept connection at the moment of its next use.
         self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True))
         app = web.Application()
         app.router.add_post("/v1/chat/completions", self._chat)
@@ -136,8 +134,8 @@ class Proxy:
         self.asked.append(prompt)
         self.times.append(time.monotonic())
         fault = self.faults.popleft() if self.faults else "none"
-        self.at_once += 1
-        self.most_at_once = max(self.most_at_once, self.at_once)
+        self.num_open += 1
+        self.max_open = max(self.max_open, self.num_open)
         try:
             if early := await self._fail_early(fault, request):
                 return early
@@ -148,24 +146,22 @@ class Proxy:
                 if response.status != 200:
                     return web.json_response(content, status=response.status)
             answer = _alter(fault, translate(content))
-            sent = await _send(fault, request, answer)
-            self.answered += [prompt] * (fault == "none")
-            return sent
+            return await _send(fault, request, answer)
         finally:
-            self.at_once -= 1
+            self.num_open -= 1
 
     async def _fail_early(self, fault: str, request: web.Request) -> web.Response | None:
-        """Do what does not need an answer."""
-        shown = request.headers.get("Authorization", "") + request.headers.get("x-api-key", "")
+        """Return the response of a fault that needs no answer of the server, or None."""
+        key = request.headers.get("Authorization", "") + request.headers.get("x-api-key", "")
         if fault.isdigit():
             headers = {"Retry-After": "1"} if fault in ("429", "503") else {}
             if fault == "307":
-                headers = {"Location": self.sends_on_to + request.path}
-            said = {"error": {"message": f"no, {shown}", "type": "fault", "code": None}}
-            return web.json_response(said, status=int(fault), headers=headers)
+                headers = {"Location": self.redirect_url + request.path}
+            body = {"error": {"message": f"no, {key}", "type": "fault", "code": None}}
+            return web.json_response(body, status=int(fault), headers=headers)
         if fault == "quota":
-            said = {"error": {"message": "pay first", "type": "x", "code": "insufficient_quota"}}
-            return web.json_response(said, status=429)
+            body = {"error": {"message": "pay first", "type": "x", "code": "insufficient_quota"}}
+            return web.json_response(body, status=429)
         if fault == "hang":
             await asyncio.sleep(3600)
         if fault == "reset":
@@ -184,7 +180,7 @@ class Proxy:
 
 
 def _alter(fault: str, content: Any) -> bytes:
-    """Return an answer as bytes, not quite what the API promises."""
+    """Return an answer as bytes, altered by the fault."""
     if fault == "no usage":
         del content["usage"]
     if fault in ("negative usage", "endless usage"):
@@ -201,7 +197,7 @@ def _alter(fault: str, content: Any) -> bytes:
 
 
 async def _send(fault: str, request: web.Request, answer: bytes) -> web.StreamResponse:
-    """Hand an answer back, whole, cut, or drop by drop."""
+    """Send an answer: complete, cut off, or byte by byte."""
     headers = {"Content-Type": "application/json", "Content-Length": str(len(answer))}
     response = web.StreamResponse(headers=headers)
     await response.prepare(request)
@@ -211,8 +207,8 @@ async def _send(fault: str, request: web.Request, answer: bytes) -> web.StreamRe
         request.transport.abort()
         return response
     if fault == "slow stream":
-        for place in range(len(answer)):
-            await response.write(answer[place : place + 1])
+        for index in range(len(answer)):
+            await response.write(answer[index : index + 1])
             await asyncio.sleep(0.5)
     else:
         await response.write(answer)
@@ -221,7 +217,7 @@ async def _send(fault: str, request: web.Request, answer: bytes) -> web.StreamRe
 
 
 def _as_message(answer: Any) -> Any:
-    """Return a chat completion as Anthropic's Messages API has it."""
+    """Return a chat completion in the format of Anthropic's Messages API."""
     choice, usage = answer["choices"][0], answer["usage"]
     return {
         "id": "msg_1",

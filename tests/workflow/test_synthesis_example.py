@@ -1,4 +1,4 @@
-"""A corpus that a model writes, inside the pipeline: from prompts to a student, killed, and planned again."""
+"""A corpus that a model writes, in the workflow: from prompts to a student, a kill, and the rules that run."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import yaml
 from support.place import REPOSITORY, Place, merge, tiny
 
 EXAMPLE = REPOSITORY / "config" / "examples" / "code_student_from_prompts.yaml"
-# What lets the example run in a minute on two cores; all else is the example's.
+# Small enough for a minute on two cores; everything else is the example's.
 SMALL = {
     "dataset": {"max_length": 128, "validation_fraction": 0.3, "num_proc": 1},
     "synthesis": {"num_examples": 24, "max_tokens": 40, "keep_truncated": True, "batch_size": 4},
@@ -47,7 +47,7 @@ def test_the_example_runs_from_prompts_to_a_report_offline(place: Place, shared_
     found = json.loads(metrics.read_text())
     assert found["validation"]["loss"] > 0
     assert "synthesize" not in place.plan()
-    # Another filter makes another corpus, and asks nothing: the journal is not touched.
+    # Another number of examples makes another corpus, but asks no prompt: the journal stays as it is.
     (journal,) = place.results.rglob("journal.jsonl")
     before = journal.read_bytes()
     place.write_config(merge(config, {"synthesis": {"num_examples": 20}}))
@@ -56,17 +56,17 @@ def test_the_example_runs_from_prompts_to_a_report_offline(place: Place, shared_
 
 
 @pytest.mark.slow
-def test_a_workflow_killed_while_the_model_writes_goes_on_and_asks_only_for_what_is_missing(
+def test_a_killed_synthesis_resumes_with_the_missing_prompts(
     place: Place, shared_data: Path
 ) -> None:
     config = example(shared_data / "models" / "stories260K")
     config["synthesis"] |= {"num_examples": 400, "max_tokens": 64}
     place.write_config(config)
     running = place.start("--until", "synthesize")
-    until = time.monotonic() + 600
+    deadline = time.monotonic() + 600
     journals: list[Path] = []
     while not (journals := list(place.results.rglob("journal.jsonl"))) or not _answers(journals[0]):
-        assert running.poll() is None and time.monotonic() < until
+        assert running.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     os.killpg(running.pid, signal.SIGKILL)
     running.wait()
@@ -75,7 +75,7 @@ def test_a_workflow_killed_while_the_model_writes_goes_on_and_asks_only_for_what
     place.snakemake("--unlock")
     place.snakemake("--until", "synthesize")
     lines = _answers(journals[0])
-    assert lines[: len(kept)] == kept, "what was answered stays as it is"
+    assert lines[: len(kept)] == kept, "answers are kept as they are"
     numbers = [json.loads(line)["place"] for line in lines]
     assert len(numbers) == len(set(numbers)), "nothing is answered twice"
 
@@ -84,8 +84,8 @@ def _answers(journal: Path) -> list[bytes]:
     return journal.read_bytes().split(b"\n")[:-1]
 
 
-def of_one_prompt(place: Place) -> dict[str, Any]:
-    """Return a config whose text a server writes, of one prompt."""
+def ask_one_prompt(place: Place) -> dict[str, Any]:
+    """Return a config whose corpus is a server's response to one prompt."""
     (place.path / "prompts.jsonl").write_text('{"prompt": "One?"}\n')
     synthesis = {"provider": "openai", "model": "m", "prompts": "prompts.jsonl"}
     config = tiny(synthesis=synthesis)
@@ -94,8 +94,8 @@ def of_one_prompt(place: Place) -> dict[str, Any]:
     return config
 
 
-def test_a_server_is_asked_where_you_type_and_a_local_model_on_gpus(place: Place) -> None:
-    config = of_one_prompt(place)
+def test_a_server_is_asked_by_a_local_rule_and_a_local_model_on_gpus(place: Place) -> None:
+    config = ask_one_prompt(place)
     place.write_config(config)
     planned = place.plan()
     assert planned["synthesize_online"] == 1 and "synthesize" not in planned
@@ -104,8 +104,8 @@ def test_a_server_is_asked_where_you_type_and_a_local_model_on_gpus(place: Place
     assert planned["synthesize"] == 1 and "synthesize_online" not in planned
 
 
-def test_a_key_that_is_missing_is_said_before_anything_runs(place: Place) -> None:
-    place.write_config(of_one_prompt(place))
+def test_a_missing_key_is_refused_before_anything_runs(place: Place) -> None:
+    place.write_config(ask_one_prompt(place))
     bare = Place(place.path, without=("OPENAI_API_KEY",))
     refused = bare.try_snakemake("--quiet", "rules")
     assert refused.returncode != 0 and "OPENAI_API_KEY is not in the environment" in refused.output
