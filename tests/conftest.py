@@ -3,6 +3,7 @@
 import json
 import logging
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,10 @@ from hypothesis import settings
 # No deadline: the first example may load a library, and the machine may be busy.
 settings.register_profile("retort", deadline=None, max_examples=60)
 settings.load_profile("retort")
+
+# A shell lets its background jobs ignore SIGINT (`make test &`), and children inherit that: tests send it to theirs.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 logging.getLogger("retort").setLevel(logging.DEBUG)  # caplog shows what a job's log would
 

@@ -4,7 +4,6 @@ import hashlib
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -169,7 +168,7 @@ class Place:
         return folder
 
     def start(self, *arguments: str, **options: Any) -> "subprocess.Popen[bytes]":
-        """Start snakemake as a terminal would: in a process group of its own, open to Ctrl-C.
+        """Start snakemake as a terminal would: in a process group of its own.
 
         It is to be stopped, so it and its jobs are real interpreters.
         """
@@ -183,7 +182,6 @@ class Place:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                preexec_fn=_hear_ctrl_c,
             )
 
     def copy_to(self, path: Path) -> "Place":
@@ -203,10 +201,6 @@ def lay_out(path: Path, *, teacher: Path, corpus: Path, student: Path) -> Place:
     place = Place(path)
     place.write_config(TINY)
     return place
-
-
-def _hear_ctrl_c() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background shell's children ignore it
 
 
 def read_job_table(said: str) -> dict[str, int]:

@@ -1,5 +1,5 @@
-"""Where scripts' messages go, and how scripts end: one sentence for a user's mistake, a traceback for ours; as real
-processes see it."""
+"""Where scripts' messages go and how scripts end, tried with real processes: one message for a user's mistake, a
+traceback for a bug."""
 
 import logging
 import os
@@ -16,24 +16,24 @@ from retort.cli import ATTEMPT, logger, run_script
 
 SCRIPT = "from retort.cli import logger, run_script\ndef main():\n    {body}\nrun_script(main)"
 PREFIX = "exec 3>&2; export RETORT_CONSOLE=/proc/$$/fd/3; "  # workflow/rules/common.smk
-STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d -c\[\d+\] ")
+LINE_HEAD = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d -c\[\d+\] ")
 
 
 def run(body: str) -> subprocess.CompletedProcess[str]:
-    """Run a script's body as if it was typed."""
+    """Run a script's body as from a shell."""
     command = [sys.executable, "-c", SCRIPT.format(body=body)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def run_as_a_rule(body: str, log: Path, *, launcher: str = "") -> tuple[str, list[str]]:
-    """Run a script's body as a rule does; return what its terminal showed, and the log's lines without their stamps."""
+    """Run a script's body as a rule does; return the terminal's text, and the log's lines without their heads."""
     script = shlex.join([sys.executable, "-c", SCRIPT.format(body=body)])
     command = f"{PREFIX}{launcher}{script} >> {shlex.quote(str(log))} 2>&1"
     shown = subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
-    return shown.stderr, [STAMP.sub("", line) for line in log.read_text().splitlines()]
+    return shown.stderr, [LINE_HEAD.sub("", line) for line in log.read_text().splitlines()]
 
 
-def test_a_rules_terminal_has_what_a_person_reads_and_its_log_has_all(tmp_path: Path) -> None:
+def test_a_rules_terminal_shows_info_and_above_and_its_log_has_all(tmp_path: Path) -> None:
     body = (
         "logger.info('told\\ntwice'); logger.debug('noted'); logger.warning('beware'); print('by C', flush=True)\n"
         "    raise ValueError('use 1 or more.')"
@@ -44,10 +44,10 @@ def test_a_rules_terminal_has_what_a_person_reads_and_its_log_has_all(tmp_path: 
     assert lines[0].startswith(ATTEMPT) and lines[1:] == [
         *("told", "twice", "noted", "warning: beware", "by C", "error: use 1 or more.")
     ]
-    assert len(STAMP.findall(log.read_text())) == 5, "every line has its time, job and process"
+    assert len(LINE_HEAD.findall(log.read_text())) == 5, "every line has time, job and process"
 
 
-def test_a_fault_of_ours_is_one_line_on_a_rules_terminal_and_a_traceback_in_its_log(
+def test_a_bug_is_one_line_on_a_rules_terminal_and_a_traceback_in_its_log(
     tmp_path: Path,
 ) -> None:
     shown, lines = run_as_a_rule("assert 1 == 2, 'ours'", tmp_path / "log")
@@ -55,7 +55,7 @@ def test_a_fault_of_ours_is_one_line_on_a_rules_terminal_and_a_traceback_in_its_
     assert lines[1].startswith("Traceback") and lines[-1] == "AssertionError: ours"
 
 
-def test_a_terminal_that_is_gone_stops_no_job(tmp_path: Path) -> None:
+def test_a_closed_terminal_stops_no_job(tmp_path: Path) -> None:
     body = "[logger.info(str(i)) for i in range(3)]"
     gone = "exec 3> >(exec true); wait $!; "
     shown, lines = run_as_a_rule(body, tmp_path / "log", launcher=gone)
@@ -64,28 +64,26 @@ def test_a_terminal_that_is_gone_stops_no_job(tmp_path: Path) -> None:
     assert (shown, lines[1:]) == ("", ["0", "1", "2"])
 
 
-def test_a_worker_that_keeps_to_its_log_still_warns(tmp_path: Path) -> None:
-    body = (
-        "from retort.cli import keep_to_log; keep_to_log(); logger.info('a'); logger.warning('b')"
-    )
+def test_a_quiet_worker_still_warns(tmp_path: Path) -> None:
+    body = "from retort.cli import quiet_terminal; quiet_terminal(); logger.info('a'); logger.warning('b')"
     shown, lines = run_as_a_rule(body, tmp_path / "log")
     assert (shown, lines[1:]) == ("warning: b\n", ["a", "warning: b"])
-    assert run(body).stderr == "a\nwarning: b\n", "typed, there is no log"
+    assert run(body).stderr == "a\nwarning: b\n", "without a rule there is no log"
 
 
 @pytest.mark.parametrize(
     ("rank", "shown", "logged"),
     [("0", ["a", "warning: b", "error: c"], 3), ("1", ["error: c"], 2)],
 )
-def test_of_several_ranks_the_first_one_reports(
+def test_of_several_ranks_only_the_first_reports(
     rank: str, shown: list[str], logged: int, tmp_path: Path
 ) -> None:
-    """By a launcher that closes descriptors, as torchrun does."""
+    """The launcher closes descriptors, as torchrun does."""
     environment = f"TORCHELASTIC_RUN_ID=x LOCAL_RANK={rank} RANK={rank}"
     body = "logger.info('a'); logger.warning('b'); logger.error('c')"
     said, lines = run_as_a_rule(body, tmp_path / "log", launcher=f"3>&- env {environment} ")
     assert said.splitlines() == shown
-    assert len(lines) == logged, "and no rank begins an attempt"
+    assert len(lines) == logged, "no rank writes an attempt's first line"
 
 
 def test_what_srun_starts_finds_the_terminal_and_no_other_nodes_process_does(
@@ -100,8 +98,8 @@ def test_what_srun_starts_finds_the_terminal_and_no_other_nodes_process_does(
     assert (shown, lines) == ("", ["a"]) and (tmp_path / "other").read_text() == ""
 
 
-def test_a_rules_terminal_may_be_a_file_that_others_write_to(tmp_path: Path) -> None:
-    """`snakemake 2> file`: not opened for appending, and ranks open it by its path."""
+def test_a_rules_terminal_may_be_a_file_with_other_writers(tmp_path: Path) -> None:
+    """`snakemake 2> file`: the file is not open for appending, and ranks open it by its path."""
     rank = [sys.executable, "-c", SCRIPT.format(body="logger.info('a rank')")]
     launch = (
         f"import os, subprocess; logger.info('launcher'); subprocess.run({rank!r}, env=os.environ | dict("
@@ -133,13 +131,13 @@ def test_an_interrupt_ends_quietly_with_the_shells_status() -> None:
     assert found.stderr.startswith("interrupted by Ctrl-C.") and found.stderr.count("\n") == 1
 
 
-def test_sigterm_ends_in_order_and_says_that_the_work_goes_on() -> None:
+def test_sigterm_ends_cleanly_and_tells_how_to_resume() -> None:
     found = run(
         "import os, signal\n    try: os.kill(os.getpid(), signal.SIGTERM)\n    finally: logger.info('cleaned up')"
     )
     assert found.returncode == 143
     assert found.stderr.splitlines()[1:] == ["cleaned up"]
-    assert "the same command goes on" in found.stderr and "Traceback" not in found.stderr
+    assert "rerun the same command to resume" in found.stderr and "Traceback" not in found.stderr
 
 
 @pytest.mark.parametrize("interrupt", ["SIGTERM", "SIGINT"])
@@ -161,10 +159,10 @@ def test_an_interrupt_is_not_lost_where_python_drops_exceptions(place: str, inte
     assert "cleaned up" in found.stderr.splitlines() and "Exception ignored" not in found.stderr
 
 
-def test_sigterm_of_a_child_is_the_childs_alone() -> None:
+def test_sigterm_to_a_child_ends_the_child_only() -> None:
     found = run(
         "import os, signal, time\n    child = os.fork()\n    while not child: time.sleep(0.01)\n"
-        "    time.sleep(0.5)  # a new child drops what came before it was ready\n"
+        "    time.sleep(0.5)  # a new child loses signals that come before it is ready\n"
         "    os.kill(child, signal.SIGTERM)\n    logger.info(str(os.waitpid(child, 0)[1]))"
     )
     assert (found.returncode, found.stderr) == (0, "15\n")
@@ -181,7 +179,7 @@ WRITERS = {
 def run_on_a_small_disk(
     folder: Path, body: str, *, size: str
 ) -> "subprocess.CompletedProcess[str]":
-    """Run a script's body where a disk of its own, of some size, is mounted in a folder."""
+    """Run a script's body with a disk of this size mounted at a folder."""
     mount = f"mount -t tmpfs -o size={size} none {folder}"
     small_disk = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
     if (
@@ -197,7 +195,7 @@ def run_on_a_small_disk(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("writer", WRITERS)
-def test_a_full_disk_is_one_sentence_whichever_library_writes(writer: str, tmp_path: Path) -> None:
+def test_a_full_disk_is_one_message_whichever_library_writes(writer: str, tmp_path: Path) -> None:
     body = f"path = '{tmp_path}/file'\n    {WRITERS[writer]}"
     found = run_on_a_small_disk(tmp_path, body, size="1m")
     assert found.returncode == 1
@@ -205,7 +203,7 @@ def test_a_full_disk_is_one_sentence_whichever_library_writes(writer: str, tmp_p
     assert "Traceback" not in found.stderr
 
 
-def test_a_part_on_a_full_disk_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_file_on_a_full_disk_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     body = (
         "import os, numpy as np; from pathlib import Path; from retort.io.hdf5 import write_h5\n"
         f"    folder = Path('{tmp_path}')\n"
@@ -225,7 +223,7 @@ def test_a_part_on_a_full_disk_is_written_whole_or_not_at_all(tmp_path: Path) ->
     assert any(line == "False ['filler']" for line in lines)
 
 
-def test_a_read_only_folder_is_one_sentence_and_leaves_what_is_there(tmp_path: Path) -> None:
+def test_a_read_only_folder_is_one_message_and_keeps_its_files(tmp_path: Path) -> None:
     body = (
         "import os, subprocess, numpy as np; from pathlib import Path; from retort.io.hdf5 import write_h5\n"
         f"    folder = Path('{tmp_path}')\n"
@@ -260,13 +258,11 @@ def test_success_is_silent_and_leaves_the_users_settings(monkeypatch: pytest.Mon
     assert found.stderr == "debug\n"
 
 
-def test_the_exit_is_an_exit_in_this_process_too(
+def test_a_mistake_raises_system_exit(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.environ", dict(os.environ))
-    monkeypatch.setattr(
-        "signal.signal", lambda *_: None
-    )  # the handler of whoever runs the tests stays
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # keep pytest's handlers
     library = logging.getLogger("retort")
     monkeypatch.setattr(library, "handlers", [])
     monkeypatch.setattr(library, "propagate", False)

@@ -8,7 +8,7 @@
 import argparse
 from pathlib import Path
 
-from retort.cli import keep_to_log, run_script
+from retort.cli import quiet_terminal, run_script
 from retort.cluster.leases import lease_teacher
 from retort.config.flags import add_section_flags, section_from_args
 
@@ -35,7 +35,7 @@ def main() -> None:
     args = parser.parse_args()
     section = section_from_args(args, "teacher")
     if args.worker > 0:
-        keep_to_log()  # the first one shows the progress of all
+        quiet_terminal()  # the first one shows the progress of all
     with lease_teacher(section.generation, worker=args.worker, device=section.device):
         from retort.teacher.worker import generate_logits
 

@@ -27,8 +27,8 @@ from retort.corpus.reading import (
     record_path,
 )
 from retort.corpus.sources import list_files
-from retort.io.digests import digest, digest_file, stamp_files
-from retort.io.files import is_path, read_json, refuse_file_in_the_way, suggest_path
+from retort.io.digests import digest, digest_file, digest_file_states
+from retort.io.files import is_path, read_json, require_no_file_at, suggest_path
 from retort.io.fingerprints import fingerprint_tokenizer, fingerprint_weights
 
 # Raise a number when the code makes other bytes from the same input: that, and only that, re-makes results.
@@ -183,8 +183,8 @@ def plan_project(configs: Mapping[str, Config]) -> Project:
     made with.
     """
     for output in {config.output for config in configs.values()}:
-        refuse_file_in_the_way(Path(output.results_dir))
-        refuse_file_in_the_way(Path(output.cache_dir or output.results_dir))
+        require_no_file_at(Path(output.results_dir))
+        require_no_file_at(Path(output.cache_dir or output.results_dir))
     for config in configs.values():
         _refuse_missing_folders(config)
     runs = {name: _plan_run(name, config) for name, config in configs.items()}
@@ -315,7 +315,9 @@ def _plan_corpus(config: Config) -> Corpus:
             "windows"  # once it was a buffer that was refilled row by row, another order
         )
     memo = Path(config.output.results_dir) / ".digests.json"
-    stamp = stamp_files(files)  # before the digests: an edit while they are taken must show too
+    stamp = digest_file_states(
+        files
+    )  # before the digests: an edit while they are taken must show too
     content = [digest_file(path, memo=memo) for path in files]
     corpus_id = digest(["corpus", REVISIONS["corpus"], keys, content])
     folder = _cache_root(config) / "corpora" / corpus_id

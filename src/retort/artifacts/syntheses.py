@@ -14,7 +14,7 @@ from retort.config.load import identity
 from retort.config.sections import Config, Dataset, Synthesis
 from retort.config.synthesis_checks import COLUMNS
 from retort.corpus.sources import expand
-from retort.io.digests import digest, digest_file, stamp_files
+from retort.io.digests import digest, digest_file, digest_file_states
 from retort.io.files import is_path, read_json, suggest_path
 from retort.io.fingerprints import fingerprint_tokenizer, fingerprint_weights
 
@@ -102,7 +102,7 @@ def plan_synthesis(config: Config, root: Path, *, revisions: Mapping[str, int]) 
     """
     section = config.synthesis
     files = list_prompt_files(section)
-    stamp = stamp_files(files)
+    stamp = digest_file_states(files)
     named = identity(section)
     asked = _list_asked(section)
     if files:

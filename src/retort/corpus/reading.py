@@ -38,7 +38,7 @@ from retort.corpus.sharding import (
     require_files,
 )
 from retort.corpus.sources import Source, is_hub, list_files, open_source
-from retort.io.digests import stamp_files
+from retort.io.digests import digest_file_states
 
 T = TypeVar("T")
 
@@ -310,7 +310,7 @@ def unchanged(dataset: Dataset, stamp: str | None) -> Iterator[None]:
     """
 
     def compare() -> None:
-        if stamp not in (None, stamp_files(corpus_files(dataset))):
+        if stamp not in (None, digest_file_states(corpus_files(dataset))):
             raise ValueError(
                 f"the files of dataset.data_files {dataset.data_files or dataset.name!r} changed while Retort read "
                 "them; nothing was kept of what was read. Run the same command again: it goes on with the files as "

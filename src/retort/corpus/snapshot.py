@@ -36,8 +36,8 @@ from retort.corpus.reading import (
 )
 from retort.corpus.sharding import Dealt, choose_sharding
 from retort.corpus.sources import is_hub
-from retort.io.digests import digest, stamp_files
-from retort.io.files import held, read_json, write_json
+from retort.io.digests import digest, digest_file_states
+from retort.io.files import file_lock, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def draw_corpus(
     with ExitStack() as stack:
         busy = f"{out_dir} is being drawn by another process: waiting for it"
         lock = out_dir / f".draw_{reader:05d}.lock"
-        stack.enter_context(held(lock, busy=busy, patience_s=_PATIENCE_S))
+        stack.enter_context(file_lock(lock, busy=busy, notify_after_s=_PATIENCE_S))
         drawn = _Drawn.resume(dataset, out_dir, reader)
         if not drawn.is_complete:
             with unchanged(dataset, stamp):
@@ -180,7 +180,7 @@ class _Drawn:
         """Return what an earlier draw of the same corpus committed, or nothing drawn."""
         shards = range(dataset.num_shards) if count_readers(dataset) == 1 else [reader]
         packages = describe_demo() if dataset.name == "demo" else {}
-        key = digest([corpus_keys(dataset), stamp_files(corpus_files(dataset)), packages])
+        key = digest([corpus_keys(dataset), digest_file_states(corpus_files(dataset)), packages])
         drawn = cls(dataset, out_dir, reader, key, {s: Counts() for s in shards}, {})
         if drawn._load():
             if not drawn.is_complete:

@@ -1,4 +1,4 @@
-"""Files: written atomically, named by digests, HDF5 in one layout, run.json.
+"""Files: written atomically, named by digests, HDF5, run.json.
 
-Read `files` first; `digests` and `fingerprints` say how content is named.
+Read `files` first; `digests` and `fingerprints` name content.
 """

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, locked, and found; JSON among them."""
+"""Atomic writing, file locks, JSON, and checks of paths."""
 
 import difflib
 import errno
@@ -21,33 +21,33 @@ _PIECE_BYTES, _FLUSHED_BYTES = 1 << 17, 1 << 22
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file. Raises ValueError that names it when it holds none."""
+    """Read a JSON file. Raises ValueError when its content is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(
-            f"{path} is not JSON ({error}): delete it and run the same command again."
+            f"{path} is not JSON ({error}): delete it and rerun the same command."
         ) from None
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically: a reader finds the old file or the new one, never half of one."""
+    """Write a JSON file atomically. Raises ValueError when a number is NaN or infinite."""
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomically(path, text.encode())
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Write bytes: a reader finds the old file or the new one."""
+    """Write a file so that readers find the old content or the new, never a part of it."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         write_pieces(file, memoryview(content))
 
 
 def write_pieces(file: BinaryIO, content: memoryview) -> None:
-    """Write bytes in pieces of 128 KiB, of which every 4 MiB are sent to the disk while the next ones are written.
+    """Write bytes in pieces of 128 KiB; every 4 MiB, start to send them to the disk while the next are written.
 
-    A larger write asks the kernel's page cache for larger blocks of memory. Once memory is fragmented, collecting them
-    takes longer than the writing: 1.1 GB in pieces of 512 KiB took 0.4 to 1.4 s, in pieces of 128 KiB 0.4 to 0.7
-    (Linux 6.18, ext4), fsync included, which has little left to wait for.
+    For a larger write, the kernel's page cache allocates larger blocks of memory. Once memory is fragmented, finding
+    them takes longer than the write: 1.1 GB in pieces of 512 KiB took 0.4 to 1.4 s, in pieces of 128 KiB 0.4 to 0.7 s
+    (Linux 6.18, ext4), including fsync, which then has little left to do.
     """
     for first in range(0, len(content), _FLUSHED_BYTES):
         block, place = content[first : first + _FLUSHED_BYTES], file.tell()
@@ -60,9 +60,9 @@ def write_pieces(file: BinaryIO, content: memoryview) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to; it is flushed to the disk and renamed to `path` when the block ends.
+    """Yield a temporary path to write to; when the block ends, flush it to the disk and rename it to `path`.
 
-    Where the block fails, nothing is left behind and `path` is as it was.
+    If the block fails, the temporary file is removed and `path` is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
@@ -76,15 +76,15 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def held(path: Path, *, busy: str, patience_s: float = 0.0) -> Iterator[None]:
-    """Hold a lock file for as long as the block; say `busy` where another process holds it longer than that.
+def file_lock(path: Path, *, busy: str, notify_after_s: float = 0.0) -> Iterator[None]:
+    """Hold a lock file during the block; log `busy` if another process holds it longer than `notify_after_s`.
 
-    Raises ValueError where the file system keeps no locks.
+    Raises ValueError when the file system does not support locks.
     """
-    # Not the soft lock that filelock falls back to without flock: it would outlive a killed process.
+    # Not filelock's fallback for file systems without flock, a soft lock: it would outlive a killed process.
     lock = filelock.FileLock(path, fallback_to_soft=False)
     try:
-        lock.acquire(timeout=patience_s)
+        lock.acquire(timeout=notify_after_s)
     except filelock.Timeout:
         logger.info(busy)
         lock.acquire()
@@ -92,9 +92,9 @@ def held(path: Path, *, busy: str, patience_s: float = 0.0) -> Iterator[None]:
         if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
             raise
         raise ValueError(
-            f"{path} cannot be locked: its file system keeps no locks (flock), so two jobs could write there at once. "
-            "Ask for a mount with them (Lustre: -o flock), or set output.results_dir and output.cache_dir to another "
-            "disk that all nodes see."
+            f"{path} cannot be locked: its file system does not support flock, so two jobs could write there at once. "
+            "Ask for a mount that does (Lustre: -o flock), or set output.results_dir and output.cache_dir to another "
+            "disk that all nodes share."
         ) from None
     try:
         yield
@@ -103,12 +103,12 @@ def held(path: Path, *, busy: str, patience_s: float = 0.0) -> Iterator[None]:
 
 
 def temporary_name(path: Path) -> Path:
-    """Return a name beside `path` that no other process on any node uses."""
+    """Return a path beside `path` that no other process on any node uses."""
     return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
 
 
 def remove_stale_temporaries(folder: Path, *, older_than_s: float = 3600.0) -> None:
-    """Remove what killed writers left in `folder`; younger files of others than the dead of this node stay."""
+    """Remove the temporary files of killed writers: those of this node's dead processes, and all that are old."""
     now = time.time()
     for path in folder.glob(".*.tmp"):
         node, _, process = path.name.removesuffix(".tmp").rpartition(".")
@@ -120,35 +120,35 @@ def remove_stale_temporaries(folder: Path, *, older_than_s: float = 3600.0) -> N
 
 
 def has_ended(process: int) -> bool:
-    """Say whether no process of this node has that number."""
+    """Return whether no process of this node has this id."""
     try:
         os.kill(process, 0)
-    except OSError as error:  # PermissionError: it is alive, and somebody else's
+    except OSError as error:  # PermissionError: it is alive and another user's
         return isinstance(error, ProcessLookupError)
     return False
 
 
 def is_path(name: str) -> bool:
-    """Say whether a model's name can only be a path: a Hub id has one slash at most, and none of these beginnings."""
+    """Return whether a model's name must be a path: a Hub id has at most one slash, and none of these prefixes."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def suggest_path(path: Path) -> str:
-    """Return " Did you mean 'x'?" of the nearest name beside a path that does not exist, or nothing."""
-    there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, there, n=1)
-    return f" Did you mean {str(path.parent / near[0])!r}?" if near else ""
+    """Return " Did you mean 'x'?" with the most similar path in the folder of a missing one, or ""."""
+    names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f" Did you mean {str(path.parent / close[0])!r}?" if close else ""
 
 
-def refuse_file_in_the_way(folder: Path) -> None:
-    """Raise ValueError where a file stands at `folder` or above it; nothing is made."""
+def require_no_file_at(folder: Path) -> None:
+    """Raise ValueError when `folder` or one of its parents is a file; create nothing."""
     nearest = next((path for path in (folder, *folder.parents) if path.exists()), Path())
     if not nearest.is_dir():
         raise _not_writable(folder, f"{nearest} is a file")
 
 
 def require_writable(folder: Path) -> None:
-    """Make `folder` and try to write in it. Raises ValueError when that fails."""
+    """Create `folder` and try to write in it. Raises ValueError when that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -159,6 +159,6 @@ def require_writable(folder: Path) -> None:
 
 def _not_writable(folder: Path, reason: str) -> ValueError:
     return ValueError(
-        f"cannot write to {str(folder.resolve())!r} ({reason}): free space or change its rights, or set "
-        "output.results_dir and output.cache_dir to folders of yours."
+        f"cannot write to {str(folder.resolve())!r} ({reason}): free space or change its permissions, or set "
+        "output.results_dir and output.cache_dir to other folders."
     )

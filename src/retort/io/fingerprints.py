@@ -1,6 +1,6 @@
-"""What was really found in a model folder: a digest of its weights, and one of its tokenizer.
+"""Digests of the weights and of the tokenizer in a model folder.
 
-A fingerprint is recorded inside an artifact and compared again whenever the artifact is used.
+A fingerprint is recorded in each artifact that a model makes, and compared whenever the artifact is used.
 """
 
 import os
@@ -9,8 +9,6 @@ from pathlib import Path
 from retort.io.digests import digest, digest_file, hash_file
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
-
-
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -24,9 +22,9 @@ TOKENIZER_FILES = (
 
 
 def _weights_memo() -> Path | None:
-    """Where the digests of weights are remembered: jobs know no results folder, and projects share teachers.
+    """Return the file that caches digests of weights, for all projects, since they may share teachers.
 
-    None for a user without a home: in some containers nobody knows who it is.
+    None for a user without a home, as in containers whose user is not in /etc/passwd.
     """
     try:
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -36,15 +34,15 @@ def _weights_memo() -> Path | None:
 
 
 def list_weights(folder: Path) -> list[Path]:
-    """Return the files that hold a model's weights and architecture."""
+    """Return config.json, if there, and the files with weights in a model folder."""
     weights = sorted(p for p in folder.iterdir() if p.suffix in WEIGHT_SUFFIXES)
     return [p for p in (folder / "config.json", *weights) if p.exists()]
 
 
 def fingerprint_weights(folder: Path) -> str:
-    """Return the fingerprint of the weights and the architecture in a model folder.
+    """Return the fingerprint (12 hex digits) of the weights and config.json in a model folder.
 
-    Raises ValueError when the folder holds no weights.
+    Raises ValueError when the folder has no weights.
     """
     files = list_weights(folder) if folder.is_dir() else []
     if not any(path.suffix in WEIGHT_SUFFIXES for path in files):
@@ -56,7 +54,10 @@ def fingerprint_weights(folder: Path) -> str:
 
 
 def fingerprint_tokenizer(folder: Path) -> str:
-    """Return the fingerprint of the tokenizer in a folder (its files' bytes, not just its size)."""
+    """Return the fingerprint (12 hex digits) of the tokenizer's files in a folder, by their bytes.
+
+    Raises ValueError when there is none.
+    """
     files = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
     if not files:
         raise ValueError(

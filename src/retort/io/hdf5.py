@@ -1,8 +1,8 @@
-"""HDF5 files of ours: written whole or not at all, equal content to equal bytes; opened, or refused in one sentence.
+"""Atomic, deterministic HDF5 files: equal content gives equal bytes.
 
-HDF5 takes a full disk badly: seen were a segmentation fault, and a torn file without an error. So it only ever writes
-to memory, and the bytes go to the disk by our own hands. Large columns are only laid out there: their bytes are copied
-from wherever they are, in pieces.
+On a full disk HDF5 has crashed with a segmentation fault, and has left a truncated file without an error. So it writes
+to memory only, and this module writes the bytes to the disk. In memory, large columns are holes: their bytes are copied
+from their source to the disk, in pieces.
 """
 
 import math
@@ -23,8 +23,8 @@ _IMAGE_BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
-class Column:
-    """A column whose values need not be in memory: shape, type, and its bytes in pieces, which are read once."""
+class ColumnSource:
+    """A column to write whose values need not be in memory: `pieces` are its bytes in C order, and are read once."""
 
     shape: tuple[int, ...]
     dtype: Any
@@ -32,7 +32,7 @@ class Column:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all its values."""
+        """Size of all values in bytes."""
         return math.prod(self.shape) * int(np.dtype(self.dtype).itemsize)
 
 
@@ -40,18 +40,18 @@ def write_h5(
     path: Path,
     fill: Callable[[Any], None],
     *,
-    columns: Mapping[str, Column] | None = None,
+    columns: Mapping[str, ColumnSource] | None = None,
     verify: Callable[[Path], None] = lambda _: None,
 ) -> None:
-    """Write an HDF5 file atomically (temporary name, fsync, rename); equal content gives equal bytes.
+    """Write an HDF5 file atomically (temporary name, fsync, rename).
 
-    `fill` is called with the file, to write what is small; `columns` follow in their order, by names with groups
-    ("train/ids"); `verify` is called with the temporary file. Memory holds what `fill` writes and one piece.
+    `fill` gets the open file and writes all small data; `columns` follow, by names with groups ("train/ids"); `verify`
+    gets the path of the temporary file. Memory holds what `fill` writes and one piece.
 
-    libver "earliest" because files of "latest" carry a consistency flag that a SIGKILL leaves set.
+    libver is "earliest" because files of "latest" have a consistency flag that stays set after a SIGKILL.
     """
     columns = columns or {}
-    # A file in memory whose holes, where the columns will be, take none.
+    # A sparse file in memory: its holes, where the columns will be, take no memory.
     with os.fdopen(os.memfd_create("retort"), "w+b") as image:
         with h5py.File(image, "w", libver="earliest") as file:
             fill(file)
@@ -70,43 +70,43 @@ def write_h5(
 
 
 def _copy_image(image: BinaryIO, written: BinaryIO, *, stop: int) -> None:
-    """Go on with the image's bytes up to `stop`."""
+    """Append the image's bytes from the end of `written` up to `stop`."""
     image.seek(written.tell())
     while (left := stop - written.tell()) > 0:
         write_pieces(written, memoryview(image.read(min(left, _IMAGE_BLOCK))))
 
 
 def reserve(file: Any, name: str, *, shape: tuple[int, ...], dtype: Any) -> int:
-    """Create a column without writing it; return the byte of the file at which it lies (0 where it has no rows)."""
+    """Create a column without writing its values; return its offset in the file in bytes (0 if it has no rows)."""
     layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     layout.set_obj_track_times(False)  # equal content, equal bytes
-    space, of_kind = h5py.h5s.create_simple(shape), h5py.h5t.py_create(np.dtype(dtype))
-    dataset = h5py.h5d.create(file.id, name.encode(), of_kind, space, dcpl=layout)
+    space, kind = h5py.h5s.create_simple(shape), h5py.h5t.py_create(np.dtype(dtype))
+    dataset = h5py.h5d.create(file.id, name.encode(), kind, space, dcpl=layout)
     return int(dataset.get_offset() or 0)
 
 
 def write_text(group: Any, name: str, text: str) -> None:
     """Store text as a dataset of its UTF-8 bytes.
 
-    HDF5's own strings of any length lie in a heap on which one flipped bit can send its reader into an endless loop;
-    short ones are limited to 64 KiB.
+    HDF5 keeps strings of variable length in a heap, where one flipped bit can send its reader into an endless loop;
+    strings of fixed length are limited to 64 KiB.
     """
     group.create_dataset(name, data=np.frombuffer(text.encode(), np.uint8))
 
 
 def read_text(group: Any, name: str) -> str:
-    """Read what `write_text` wrote."""
+    """Return a text that `write_text` stored."""
     return bytes(group[name][()]).decode()
 
 
 @contextmanager
 def open_h5(path: Path, *, expected_format: str, version: int) -> Iterator[Any]:
-    """Open an HDF5 file of ours for reading; one sentence when it is missing, torn, damaged, foreign or newer.
+    """Open an HDF5 file for reading.
 
-    What h5py and numpy raise on damage (KeyError, RuntimeError, TypeError, ...) while the file is open becomes that
-    ValueError too.
+    Raises ValueError when it is missing, truncated, damaged, or of another format or version. Whatever h5py and numpy
+    raise on damage inside the block (KeyError, RuntimeError, TypeError, ...) becomes this ValueError too.
     """
     try:
         with h5py.File(path, "r") as file:
@@ -114,7 +114,7 @@ def open_h5(path: Path, *, expected_format: str, version: int) -> Iterator[Any]:
             yield file
     except FileNotFoundError:
         raise ValueError(
-            f"{path} does not exist: run the same snakemake command again to make it."
+            f"{path} does not exist: rerun the same snakemake command to make it."
         ) from None
     except Exception as error:
         if isinstance(error, ValueError) and str(path) in str(error):
@@ -122,8 +122,8 @@ def open_h5(path: Path, *, expected_format: str, version: int) -> Iterator[Any]:
         if isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
             raise OSError(error.errno, os.strerror(error.errno), str(path)) from None
         raise ValueError(
-            f"{path} cannot be read as HDF5 ({error}): it was cut short or damaged. Delete it and run the "
-            "same command again."
+            f"{path} cannot be read as HDF5 ({error}): it was cut short or damaged. Delete it and rerun "
+            "the same command."
         ) from None
 
 
@@ -131,7 +131,9 @@ def _refuse_other_format(path: Path, file: Any, expected_format: str, version: i
     name = file.attrs.get("format")
     name = name.decode() if isinstance(name, bytes) else name
     if name != expected_format:
-        raise ValueError(f"{path} is no {expected_format} file: its format attribute is {name!r}.")
+        raise ValueError(
+            f"{path} is not a {expected_format} file: its format attribute is {name!r}."
+        )
     found = int(file.attrs.get("version", 0))
     if found != version:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""run.json beside every output: who made it, from what, with which versions, where, how long."""
+"""run.json beside every output: the command, config, code version and packages that made it, where, and how long."""
 
 import platform
 import subprocess
@@ -13,7 +13,7 @@ from typing import Any
 def describe_run(
     *, section: Mapping[str, Any], seed: int | None, device: str, seconds: float
 ) -> dict[str, Any]:
-    """Return what run.json says of one output: who made it, from what, with which versions, where, how long."""
+    """Return the content of an output's run.json. `section` is the config it was made from, `seconds` the run time."""
     commit, is_dirty = _git_state()
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -32,7 +32,7 @@ def describe_run(
 
 
 def _git_state() -> tuple[str | None, bool | None]:
-    """Return (commit, has uncommitted changes) of the checkout that this package lies in, or (None, None)."""
+    """Return (commit, has uncommitted changes) of the checkout that holds this package, or (None, None)."""
     root = Path(__file__).resolve().parents[3]
 
     def git(*arguments: str) -> str:

@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 from retort.cli import is_rank
 from retort.cluster.ranks import local_rank
 from retort.config.sections import Teacher
-from retort.io.digests import digest, stamp_files
+from retort.io.digests import digest, digest_file_states
 from retort.io.files import read_json, write_json
 from retort.io.fingerprints import fingerprint_weights, list_weights
 from retort.models.heads import Head
@@ -114,7 +114,7 @@ class CausalLM:
 
     def require_unchanged(self) -> None:
         """Raise ValueError when the files were written since: on a CPU, weights are mapped, and change with them."""
-        if self.source is not None and stamp_files(list_weights(self.source)) != self.stamp:
+        if self.source is not None and digest_file_states(list_weights(self.source)) != self.stamp:
             raise ValueError(
                 f"the files of {self.source} were changed while the teacher was at work; nothing of the part in hand "
                 "was kept. Put the old files back and run the same command again, or set "
@@ -359,7 +359,7 @@ def load_recorded_teacher(
     """
     record = read_json(record_path)
     source = Path(path) if Path(path).is_dir() else None
-    stamp = stamp_files(list_weights(source)) if source else None
+    stamp = digest_file_states(list_weights(source)) if source else None
     require_weights(record, path, source=record_path)
     if source is None:
         section = replace(section, revision=record["revision"])

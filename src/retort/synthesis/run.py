@@ -18,8 +18,8 @@ from typing import Any
 from retort.artifacts.syntheses import RESPONSES_FILE, list_prompt_files, local_model, name_asking
 from retort.config.load import identity
 from retort.config.sections import Config, Evaluation, Synthesis, Teacher
-from retort.io.digests import digest_file, stamp_files
-from retort.io.files import held, write_atomically, write_json
+from retort.io.digests import digest_file, digest_file_states
+from retort.io.files import file_lock, write_atomically, write_json
 from retort.io.run_record import describe_run
 from retort.synthesis.client import Client, describe_estimate, describe_usage
 from retort.synthesis.contamination import ProblemNgrams, read_benchmarks
@@ -143,7 +143,7 @@ def synthesize(record_path: Path, job: SynthesisJob) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     prompts = read_prompts(section)
     # After reading: a write before or during it changes the digest.
-    if job.files_digest not in (None, stamp_files(list_prompt_files(section))):
+    if job.files_digest not in (None, digest_file_states(list_prompt_files(section))):
         raise ValueError(
             "the prompt files changed since the plan was made: rerun the same command."
         )
@@ -154,7 +154,7 @@ def synthesize(record_path: Path, job: SynthesisJob) -> str:
         section, ProblemNgrams(problems, length=section.decontamination_words)
     )
     busy = f"another process writes the answers in {folder.parent}: waiting for it"
-    lock = held(folder.parent / ".journal.lock", busy=busy, patience_s=_LOCK_TIMEOUT_S)
+    lock = file_lock(folder.parent / ".journal.lock", busy=busy, notify_after_s=_LOCK_TIMEOUT_S)
     revision = job.loading.revision if job.loading else None
     settings = name_asking(section, local_model=job.local_model, revision=revision)
     with lock, Journal(folder.parent / JOURNAL_FILE, prompts.prompts, settings) as journal:

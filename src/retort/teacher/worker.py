@@ -29,7 +29,7 @@ from retort.cache.parts import (
     write_part,
 )
 from retort.cache.reader import CACHE_FILE, CacheHeader
-from retort.cli import GOES_ON, first_line, is_out_of_memory
+from retort.cli import RESUME, first_line, is_out_of_memory
 from retort.cluster.deadlines import OUT_OF_TIME, RESUMABLE, Deadline
 from retort.config.sections import Cache, Teacher
 from retort.io.files import read_json, write_json
@@ -265,7 +265,7 @@ def generate_logits(
     if report.left:
         logger.info(
             f"{OUT_OF_TIME}: {report.left} of {len(index.parts)} parts are still missing, {len(report.parts)} were "
-            f"done here. {GOES_ON}"
+            f"done here. {RESUME}"
         )
         raise SystemExit(RESUMABLE)
     device = "cuda" if torch.cuda.is_available() and section.device != "cpu" else "cpu"

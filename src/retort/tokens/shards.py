@@ -23,7 +23,7 @@ from retort.corpus.reading import read_documents, unchanged
 from retort.corpus.sharding import Dealt
 from retort.corpus.snapshot import read_drawn
 from retort.io.files import remove_stale_temporaries
-from retort.io.hdf5 import Column, open_h5, read_text, write_h5, write_text
+from retort.io.hdf5 import ColumnSource, open_h5, read_text, write_h5, write_text
 from retort.tokens.sequences import SPLITS, TABLE_COLUMNS, SequenceTable, build_table
 from retort.tokens.tokenize import TokenCounts, tokenize_batches
 
@@ -49,7 +49,7 @@ def tokenize_shard(
 ) -> str:
     """Tokenize one shard of the corpus (of a drawn one where `drawn` names its folder); return what was counted.
 
-    Raises ValueError when the corpus is no longer what `stamp` (see `stamp_files`) was taken of.
+    Raises ValueError when the corpus is no longer what `stamp` (see `digest_file_states`) was taken of.
     """
     started = time.monotonic()
     documents, counts, dealt = Counts(), TokenCounts(), Dealt()
@@ -109,7 +109,7 @@ def write_token_shard(
 
 def _write_shard(
     path: Path,
-    columns: Mapping[str, Mapping[str, Column]],
+    columns: Mapping[str, Mapping[str, ColumnSource]],
     label_names: Mapping[str, tuple[tuple[str, str], ...]],
     *,
     counts: dict[str, Any],
@@ -133,9 +133,9 @@ def _stored(values: NDArray[Any]) -> NDArray[Any]:
     return values.view(np.uint8) if values.dtype == np.bool_ else values
 
 
-def _column_of(values: NDArray[Any]) -> Column:
+def _column_of(values: NDArray[Any]) -> ColumnSource:
     stored = _stored(values)
-    return Column(stored.shape, stored.dtype, [stored.reshape(-1).view(np.uint8).data])
+    return ColumnSource(stored.shape, stored.dtype, [stored.reshape(-1).view(np.uint8).data])
 
 
 class _Spool:
@@ -172,7 +172,7 @@ class _Spool:
         """The labels in their final order."""
         return tuple(sorted({*self._places, ("", "")}))
 
-    def columns(self) -> dict[str, Column]:
+    def columns(self) -> dict[str, ColumnSource]:
         """Return the columns, to be copied once: each file is closed, and its room free, when it was read."""
         empty, columns = build_table([]), {}
         for name, file in self._files.items():
@@ -180,7 +180,7 @@ class _Spool:
             row_bytes = like.itemsize * int(np.prod(like.shape[1:], dtype=np.int64))
             shape = (file.tell() // row_bytes, *like.shape[1:])
             pieces = _read_back(file)
-            columns[name] = Column(
+            columns[name] = ColumnSource(
                 shape, like.dtype, self._relabel(pieces) if name == "labels" else pieces
             )
         return columns

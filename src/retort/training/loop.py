@@ -31,7 +31,7 @@ from retort.cache.codec import Codec
 from retort.cache.reader import LogitCache
 from retort.cluster.ranks import cut_global_batch, ignore_surroundings, rank, world_size
 from retort.config.sections import Student, Tracking, Training
-from retort.io.files import held, write_atomically
+from retort.io.files import file_lock, write_atomically
 from retort.models.load import CausalLM, choose_device, describe_device, split_model
 from retort.models.students import build_student
 from retort.tokens.sequences import SequenceTable
@@ -172,7 +172,7 @@ def _lock_folder(folder: Path) -> Iterator[None]:
         yield
         return
     busy = f"another process is training in {folder}: waiting for it to end"
-    with held(folder / ".lock", busy=busy):
+    with file_lock(folder / ".lock", busy=busy):
         _wait_for_ranks()
         yield
 

@@ -523,7 +523,7 @@ def test_out_of_time_the_rule_leaves_no_receipt_and_says_so(
         run_rule(job, tmp_path / "metadata_worker0.json")
     assert ended.value.code == RESUMABLE
     told = caplog.messages[-1]
-    assert re.search(r"stopped before the job's time limit: \d+ of \d+ parts .* goes on", told)
+    assert re.search(r"stopped before the job's time limit: \d+ of \d+ parts .* to resume", told)
     assert not (tmp_path / "metadata_worker0.json").exists()
 
 
