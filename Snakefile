@@ -1,17 +1,18 @@
 # Retort: distil a large language model into a small one, from a cache of its distributions.
 #
-#   snakemake --cores 8 --resources gpu=8          everything the config asks for, on one machine
-#   snakemake -n                                   what would run, and why
-#   snakemake --cores 2 --configfile mine.yaml     with your own config instead of the demo's
+#   snakemake --cores 8 --resources gpu=8          run the config on one machine
+#   snakemake -n                                   show what would run, and why
+#   snakemake --cores 2 --configfile mine.yaml     use your own config instead of the demo's
 #
-# Every path holds a digest of what is in it, so existence is all that matters: inputs are ancient(), and nothing
-# is ever re-made because of a date. docs/design.md tells the whole story.
+# Every path contains a digest of what defines its content, so an existing file is always up to date: inputs are
+# ancient(), and dates re-run nothing. See docs/design.md.
 from snakemake.utils import min_version
 
 min_version("9.27")
 
 
-# A config given on the command line replaces the demo's; it is not merged into it. A module is given its own.
+# A config on the command line replaces the demo's instead of being merged into it. A module gets its config from the
+# Snakefile that uses it.
 if workflow.modifier.is_main_snakefile() and not workflow.overwrite_configfiles:
 
     configfile: "config/config.yaml"
@@ -33,12 +34,12 @@ rule all:
     localrule: True
 
 
-# Going back to an earlier config makes nothing, but its report is the one to look at.
+# Returning to an earlier config runs nothing, so link to its report now.
 point_to_report()
 
 
 onstart:
-    greet()
+    prepare()
 
 
 onsuccess:
@@ -46,5 +47,5 @@ onsuccess:
 
 
 onerror:
-    cancel_forgotten_jobs()
+    cancel_slurm_jobs()
     explain_failures()

@@ -9,8 +9,8 @@ import argparse
 from pathlib import Path
 
 from retort.cli import is_rank, logger, run_script
-from retort.cluster.leases import keep_in_use, lease_training
-from retort.cluster.ranks import die_with_parent, find_meeting, launch_ranks, rank
+from retort.cluster.leases import hold_parent_gpus, lease_training
+from retort.cluster.ranks import die_with_parent, launch_ranks, rank, rendezvous_flags
 from retort.config.flags import add_section_flags, section_from_args
 
 
@@ -86,18 +86,18 @@ def main() -> None:
     """Write checkpoint-*/, final/, training_log.csv and training.json."""
     args = read_command_line()
     if is_rank():
-        keep_in_use()
-        die_with_parent()  # last: a parent that is alive here held the GPUs until keep_in_use did
+        hold_parent_gpus()
+        die_with_parent()  # last: a parent that is alive here held the GPUs until hold_parent_gpus did
         train_rank(args)
         return
     training = section_from_args(args, "training")
     count, device = training.gpus, training.device
-    meeting = find_meeting(training.nodes)
+    rendezvous = rendezvous_flags(training.nodes)
     with lease_training(count, device=device, among=args.among_gpus) as gpus:
         # Without GPUs one process trains, unless device: cpu asks for several.
         ranks = count if gpus or device == "cpu" else 1
         if ranks * training.nodes > 1:
-            launch_ranks(ranks, meeting=meeting, threads=training.cpu_threads)
+            launch_ranks(ranks, rendezvous=rendezvous, threads=training.cpu_threads)
         else:
             train(args)
 

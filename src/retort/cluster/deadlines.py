@@ -1,4 +1,4 @@
-"""The time limit of a job: a worker that knows it ends between two parts shortly before, instead of being killed."""
+"""The time limit of a SLURM job, so that a worker can stop between two parts before it is killed."""
 
 import math
 import os
@@ -8,17 +8,15 @@ import subprocess
 import time
 from collections.abc import Callable
 
-RESUMABLE = (
-    75  # exit status: neither done nor failed, the same command goes on (EX_TEMPFAIL of sysexits.h)
-)
+RESUMABLE = 75  # exit status: unfinished, rerun to resume (EX_TEMPFAIL of sysexits.h)
 OUT_OF_TIME = "stopped before the job's time limit"
-_MARGIN_S = 20.0  # to end in
-# As squeue writes it: [[days-]hours:]minutes:seconds.
+_MARGIN_S = 20.0  # for a clean exit
+# squeue's format: [[days-]hours:]minutes:seconds.
 _TIME_LEFT = re.compile(r"(?:(?:(\d+)-)?(\d+):)?(\d+):(\d+)")
 
 
 def ask_scheduler() -> float | None:
-    """Return the seconds that SLURM leaves this job, inf without a limit; None where there is no job or no answer."""
+    """Return the seconds left to this SLURM job, inf without a limit; None outside a job or if squeue fails."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is None or shutil.which("squeue") is None:
         return None
@@ -30,14 +28,11 @@ def ask_scheduler() -> float | None:
     return read_time_left(found.stdout.strip())
 
 
-def read_time_left(said: str) -> float | None:
-    """Return the seconds in what squeue says of the time left; None where it says nothing of it.
-
-    Of a job that is beyond its limit it says INVALID.
-    """
-    if said in ("UNLIMITED", "INVALID"):
-        return math.inf if said == "UNLIMITED" else 0.0
-    found = _TIME_LEFT.fullmatch(said)
+def read_time_left(text: str) -> float | None:
+    """Return the seconds in squeue's time left; None if it is not a time. INVALID means past the limit."""
+    if text in ("UNLIMITED", "INVALID"):
+        return math.inf if text == "UNLIMITED" else 0.0
+    found = _TIME_LEFT.fullmatch(text)
     if found is None:
         return None
     days, hours, minutes, seconds = (int(number or 0) for number in found.groups())
@@ -45,26 +40,32 @@ def read_time_left(said: str) -> float | None:
 
 
 class Deadline:
-    """When the scheduler will end this job, with a margin for an orderly end before."""
+    """When the scheduler will end this job, minus a margin for a clean exit."""
 
-    def __init__(self, ask: Callable[[], float | None] = ask_scheduler) -> None:
-        """`ask` returns the seconds left, or None; without any answer there is no deadline."""
+    def __init__(
+        self,
+        ask: Callable[[], float | None] = ask_scheduler,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`ask` returns the seconds left, or None for no answer; without any answer there is no deadline."""
         self._ask = ask
+        self._clock = clock
         self._end = math.inf
-        self._look()
+        self._update()
 
     @property
     def left(self) -> float:
-        """The seconds left until an orderly end must begin."""
-        return self._end - _MARGIN_S - time.monotonic()
+        """Seconds until the exit must begin."""
+        return self._end - _MARGIN_S - self._clock()
 
     def forbids(self, seconds: float) -> bool:
-        """Say whether there is no time for so many seconds of work; a limit may have been moved meanwhile."""
+        """Return whether there is no time for so many seconds of work; ask again first, as a limit may be raised."""
         if seconds > self.left:
-            self._look()
+            self._update()
         return seconds > self.left
 
-    def _look(self) -> None:
+    def _update(self) -> None:
         found = self._ask()
         if found is not None:
-            self._end = time.monotonic() + found
+            self._end = self._clock() + found

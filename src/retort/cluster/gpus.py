@@ -1,8 +1,8 @@
-"""GPU groups: which devices there are, and how they are grouped for one teacher copy each.
+"""GPU groups: which GPUs there are, and how they are grouped for one copy of the teacher each.
 
-Snakemake counts GPUs but does not say which: on one machine a lease does (room `leases`). Under a scheduler that
-assigned devices (SLURM) only those count, whatever the config lists: a job with one group gets exactly that, and a
-workflow inside one allocation of 8 GPUs shares them out.
+Snakemake counts GPUs but does not assign them; on one machine, leases do (see `leases`). In a SLURM job only its
+assigned GPUs count, whatever the config lists: a job for one group uses exactly that, and a workflow inside one
+allocation of 8 GPUs divides them among its jobs.
 """
 
 import os
@@ -15,8 +15,6 @@ from itertools import takewhile
 
 from retort.config.sections import Generation
 
-# Set by SLURM inside an allocation: its devices are ours alone.
-_SCHEDULER_MARKS = ("SLURM_JOB_ID",)
 _GPU_ID = re.compile(r"\d+|(GPU|MIG)-[A-Za-z0-9/-]+")
 # Lines of nvidia-smi -L: "GPU 0: NVIDIA A100 (UUID: GPU-5c..)", and below it "  MIG 1g.5gb Device 0: (UUID: MIG-a1..)".
 _LISTED = re.compile(r"(?:GPU (\d+):| +MIG ).*\(UUID: ([A-Za-z0-9/-]+)\)")
@@ -24,7 +22,7 @@ _LISTED = re.compile(r"(?:GPU (\d+):| +MIG ).*\(UUID: ([A-Za-z0-9/-]+)\)")
 
 @dataclass(frozen=True)
 class Groups:
-    """`groups`: the devices of each teacher copy; empty where there is no GPU. `left_over`: in no group."""
+    """`groups`: the GPU ids of each teacher copy, empty without GPUs; `left_over`: GPUs in no group."""
 
     groups: tuple[tuple[str, ...], ...]
     left_over: tuple[str, ...] = ()
@@ -33,13 +31,13 @@ class Groups:
 def detect_gpus() -> tuple[str, ...]:
     """Return the ids of the GPUs that this process may use: CUDA_VISIBLE_DEVICES, else what nvidia-smi lists.
 
-    A SLURM job without CUDA_VISIBLE_DEVICES was given none, whatever its node has.
-    Raises ValueError when nvidia-smi is there and fails: a broken driver is an error, not a CPU run.
+    A SLURM job without CUDA_VISIBLE_DEVICES was assigned none, whatever its node has.
+    Raises ValueError when nvidia-smi fails: a broken driver is an error, not a reason to run on the CPU.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         ids = [g.strip() for g in visible.split(",")]
-        # CUDA reads as far as the first entry that is none, such as -1.
+        # CUDA stops at the first entry that is not an id, such as -1.
         return tuple(takewhile(_GPU_ID.fullmatch, ids))
     if is_scheduled() or shutil.which("nvidia-smi") is None:
         return ()
@@ -50,19 +48,19 @@ def detect_gpus() -> tuple[str, ...]:
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise _broken_driver(str(error)) from None
-    said = (found.stdout + found.stderr).strip()
-    if "No devices were found" in said:
-        return ()  # a driver that works without a GPU, as in a container that was given none; exit status 6
+    output = (found.stdout + found.stderr).strip()
+    if "No devices were found" in output:
+        return ()  # the driver works without a GPU, as in a container without one; exit status 6
     ids = found.stdout.split()
     if found.returncode or not all(map(_GPU_ID.fullmatch, ids)):
-        raise _broken_driver(said or f"exit status {found.returncode}")
+        raise _broken_driver(output or f"exit status {found.returncode}")
     return tuple(ids)
 
 
 def list_gpus() -> dict[str, str]:
-    """Return the UUID by every name that nvidia-smi has for a GPU of this machine: index, UUID, a slice's UUID.
+    """Return the UUID of every name that nvidia-smi has for this machine's GPUs: index, UUID, a MIG slice's UUID.
 
-    A GPU that is split (MIG) is called by its first slice. Nothing where nvidia-smi does not answer.
+    The names of a GPU that is split (MIG) map to its first slice. Empty if nvidia-smi fails.
     """
     try:
         found = subprocess.run(
@@ -84,11 +82,11 @@ def list_gpus() -> dict[str, str]:
     return names
 
 
-def _broken_driver(said: str) -> ValueError:
+def _broken_driver(reason: str) -> ValueError:
     return ValueError(
-        f"nvidia-smi is installed but fails ({said}): the GPU driver is broken. Mend it, or run on the "
-        'CPU with CUDA_VISIBLE_DEVICES="" in front of the command. If the teacher runs on other machines than this '
-        "one, set teacher.generation.num_workers, and nothing is counted here."
+        f"nvidia-smi is installed but fails ({reason}): the GPU driver is broken. Fix it, or put "
+        'CUDA_VISIBLE_DEVICES="" in front of the command to run on the CPU. If the teacher runs on other machines '
+        "than this one, set teacher.generation.num_workers: then GPUs are not counted here."
     )
 
 
@@ -97,8 +95,8 @@ def parse_groups(
 ) -> Groups:
     """Group GPUs: "0,1,2,3" or the detected ones by `gpus_per_model`, or explicit groups ["0", "1", "2,3"].
 
-    Listed GPUs on a machine without any give no group: the same config runs on a laptop's CPU.
-    Raises ValueError when a group cannot be filled, or a listed GPU is not there.
+    Without detected GPUs there is no group, so the same config runs on a laptop's CPU.
+    Raises ValueError when there are fewer GPUs than `gpus_per_model`, or a listed GPU is missing or listed twice.
     """
     if not detected:
         return Groups(())
@@ -135,7 +133,7 @@ def _refuse_absent(listed: Sequence[str], detected: Sequence[str]) -> None:
 
 
 def _is_among(gpu: str, detected: Sequence[str]) -> bool:
-    """Say whether a GPU is there, as far as it can be known: a UUID (it may be abbreviated) is no index."""
+    """Return whether a GPU may be one of these; a UUID, which may be abbreviated, cannot be compared with an index."""
     comparable = [other for other in detected if other.isdigit() == gpu.isdigit()]
     if gpu.isdigit():
         return not comparable or gpu in comparable
@@ -143,12 +141,12 @@ def _is_among(gpu: str, detected: Sequence[str]) -> bool:
 
 
 def count_workers(generation: Generation, *, detected: Sequence[str] | None = None) -> int:
-    """Return how many workers share the parts: as configured, else one per group, else one.
+    """Return how many workers share the parts: `num_workers`, else one per GPU group, else 1.
 
-    GPUs are looked for (`detected` left out) only when their number matters: a login node may have none, or a
-    driver that does not work.
-    Groups that the config lists count as listed, so that every machine that reads it plans the same jobs; what a
-    machine lacks is said by the job that needs it.
+    Without `detected`, GPUs are detected only when their number matters: a login node may have none, or a broken
+    driver. Groups that the config lists count as listed, so that every machine plans the same jobs; a missing GPU is
+    an error of the job that needs it.
+    Raises ValueError when the listed GPUs are fewer than `gpus_per_model` or repeated, or detection fails.
     """
     if generation.num_workers is not None:
         return generation.num_workers
@@ -163,15 +161,20 @@ def count_workers(generation: Generation, *, detected: Sequence[str] | None = No
 
 
 def listed_groups(gpus: str | Sequence[str]) -> list[tuple[str, ...]]:
-    """Return the groups that a config's `gpus` lists, as they are written."""
+    """Return the groups of ids in a config's `gpus`; a single text is one group."""
     return [_split(gpus)] if isinstance(gpus, str) else [_split(group) for group in gpus]
 
 
 def describe_machine(generation: Generation, *, detected: Sequence[str]) -> str:
-    """Return the table that is shown before the work starts. What a scheduler gave is shown as it is."""
+    """Return the table of GPUs, groups and workers that is shown before the work starts.
+
+    In a SLURM job the groups are of its assigned GPUs. Raises ValueError as `parse_groups` does.
+    """
     workers = count_workers(generation, detected=detected)
     if not detected:
-        return f"No GPU found here: what runs on this machine runs on the CPU. Teacher workers: {workers}."
+        return (
+            f"No GPU found here: jobs on this machine run on the CPU. Teacher workers: {workers}."
+        )
     groups = parse_groups(
         None if is_scheduled() else generation.gpus,
         gpus_per_model=generation.gpus_per_model,
@@ -190,5 +193,5 @@ def describe_machine(generation: Generation, *, detected: Sequence[str]) -> str:
 
 
 def is_scheduled() -> bool:
-    """Say whether a scheduler has given this process its devices."""
-    return any(mark in os.environ for mark in _SCHEDULER_MARKS)
+    """Return whether this process runs in a SLURM job, whose GPUs are its own."""
+    return "SLURM_JOB_ID" in os.environ

@@ -1,11 +1,11 @@
-"""Leases: which job holds which GPUs of this machine, as long as a process lives that may use them.
+"""Leases: which job holds which GPUs of this machine, for as long as a process that may use them is alive.
 
-One lock file per GPU in a node-local folder, freed by the kernel when its holder dies, however it dies; nothing else
-is kept. All of a group are taken or none, so jobs that wait hold nothing; but one of them, whoever has the *gate*,
-wants one group: nobody else takes a GPU of it any more, and what becomes free of it is kept. So a large job is not
-starved by a flow of small ones, and as only one at a time holds while it waits, no two can wait for each other.
+There is one lock file per GPU in a node-local folder; the kernel releases a lock when its holder dies in any way. A job
+locks all GPUs of a group or none, so waiting jobs hold nothing, except one: the job that has the *gate* reserves one
+group. No other job takes a GPU of that group, and it keeps those that become free. So a large job is not starved by a
+stream of small ones. As only one job at a time holds GPUs while it waits, there is no deadlock.
 
-A GPU has one lock whatever it is called: by index, by UUID, through CUDA_VISIBLE_DEVICES or not.
+A GPU has one lock, whether it is named by index or UUID, with or without CUDA_VISIBLE_DEVICES.
 """
 
 import fcntl
@@ -27,25 +27,25 @@ from retort.config.sections import Generation
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.5
-_GATE_POLL_S = 0.05  # whoever is at the gate is faster than those who are not
-_SAY_WAITING_S = 60.0
+_GATE_POLL_S = 0.05  # the job with the gate is faster than the others
+_NOTIFY_S = 60.0
 _IN_USE = "RETORT_GPUS_IN_USE"  # lock files of the GPUs that a process and its children may use
 
 
 def lock_folder() -> Path:
-    """Return the node-local folder of this user's GPU locks: not in TMPDIR, which may differ from job to job.
+    """Create and return the node-local folder of this user's GPU locks; not in TMPDIR, which may differ between jobs.
 
-    Raises ValueError when locks cannot be kept there.
+    Raises ValueError when it cannot be used.
     """
     named = os.environ.get("RETORT_LOCK_DIR")
     folder = Path(named) if named else Path(f"/tmp/retort-gpus-{os.getuid()}")
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not named and folder.stat().st_uid != os.getuid():
-            raise PermissionError(0, "it belongs to somebody else")
+            raise PermissionError(0, "it belongs to another user")
         if is_scheduled():
-            # ids may be counted anew in each job, so "0" of two jobs need not be one GPU; nor of two nodes, which may
-            # share a folder all the same
+            # Ids may start at 0 in each job, so "0" of two jobs may be two GPUs; so may "0" of two nodes, which may
+            # share this folder.
             step = os.environ.get("SLURM_STEP_ID", "batch")
             node = os.environ.get("SLURMD_NODENAME", "")
             folder /= f"slurm-{os.environ['SLURM_JOB_ID']}.{step}-{node}"
@@ -58,7 +58,7 @@ def lock_folder() -> Path:
 def _no_locks(folder: Path, error: OSError) -> ValueError:
     return ValueError(
         f"GPUs cannot be locked in {str(folder)!r} ({error.strerror}): give all your jobs on this machine one folder "
-        "that you may write to, by RETORT_LOCK_DIR=/path in front of the command."
+        "that you can write to, with RETORT_LOCK_DIR=/path in front of the command."
     )
 
 
@@ -68,29 +68,31 @@ def lease(
     *,
     count: int | None = None,
     folder: Path,
+    poll_s: float = _POLL_S,
+    notify_s: float = _NOTIFY_S,
 ) -> Iterator[tuple[str, ...]]:
-    """Hold the first of the candidate groups that is free, waiting until one is; yields its GPUs.
+    """Wait for the first of the candidate groups that is free, hold its GPUs during the block, and yield their ids.
 
-    With `count`, any so many GPUs of a group are enough.
-    Raises ValueError when locks cannot be kept in the folder, or two ids of a group are one GPU.
+    With `count`, any `count` GPUs of a group are enough. A message is logged every `notify_s` while it waits.
+    Raises ValueError when the folder cannot hold locks, or two ids of a group are the same GPU.
     """
-    names = find_names([gpu for group in candidates for gpu in group])
+    names = resolve_gpus([gpu for group in candidates for gpu in group])
     for group in candidates:
-        _refuse_two_names(group, names)
+        _refuse_repeated(group, names)
     locks = _Locks(folder, names)
     try:
         try:
-            held = _wait(candidates, count, locks)
+            held = _wait(candidates, count, locks, poll_s=poll_s, notify_s=notify_s)
         except OSError as error:
             raise _no_locks(folder, error) from None
         in_use = os.pathsep.join(str(locks.path(gpu, "in-use")) for gpu in held)
         with _environment(**{_IN_USE: in_use}):
             yield held
     finally:
-        locks.release_but(())
+        locks.release_except(())
 
 
-def _refuse_two_names(group: Sequence[str], names: dict[str, str]) -> None:
+def _refuse_repeated(group: Sequence[str], names: dict[str, str]) -> None:
     first: dict[str, str] = {}
     for gpu in group:
         if (other := first.setdefault(names[gpu], gpu)) != gpu:
@@ -103,33 +105,36 @@ def _wait(
     candidates: Sequence[Sequence[str]],
     count: int | None,
     locks: "_Locks",
+    *,
+    poll_s: float,
+    notify_s: float,
 ) -> tuple[str, ...]:
-    """Return a group that is locked as a whole, however long that lasts."""
+    """Return a group once it is locked as a whole."""
     gate = locks.file("gate.lock")
-    target: Sequence[str] = ()  # what this process wants, once it has the gate
-    waited_since = said = time.monotonic()
+    target: Sequence[str] = ()  # the group that this process reserves, once it has the gate
+    started = notified = time.monotonic()
     try:
         while True:
             found = []
             for group in candidates:
                 taken = locks.take(group, count or len(group))
                 if len(taken) == (count or len(group)):
-                    locks.release_but(taken)
+                    locks.release_except(taken)
                     return taken
-                locks.release_but(target)
+                locks.release_except(target)
                 found.append(len(taken))
             if not gate.is_locked and _try(gate):
                 target = candidates[found.index(max(found))]
-            locks.want(target)
+            locks.reserve(target)
             now = time.monotonic()
-            if now - said >= _SAY_WAITING_S:
-                said = now
+            if now - notified >= notify_s:
+                notified = now
                 logger.info(
-                    f"waiting for a free GPU group for {now - waited_since:.0f} s: all are held by other jobs"
+                    f"waiting for a free GPU group for {now - started:.0f} s: other jobs hold all"
                 )
-            time.sleep(_GATE_POLL_S if gate.is_locked else _POLL_S * (0.5 + random.random()))
+            time.sleep(_GATE_POLL_S if gate.is_locked else poll_s * (0.5 + random.random()))
     finally:
-        locks.want_nothing()
+        locks.unreserve()
         gate.release()
 
 
@@ -142,24 +147,24 @@ def _try(lock: filelock.BaseFileLock) -> bool:
 
 
 class _Locks:
-    """The locks that this process holds, by GPU."""
+    """The locks that this process holds, by GPU: of GPUs it uses, and of GPUs it reserves."""
 
     def __init__(self, folder: Path, names: dict[str, str]) -> None:
         self._folder = folder
         self._names = names
         self._held: dict[str, filelock.BaseFileLock] = {}
-        self._wanted: dict[str, filelock.BaseFileLock] = {}
+        self._reserved: dict[str, filelock.BaseFileLock] = {}
 
     def path(self, gpu: str, kind: str) -> Path:
         return self._folder / f"gpu-{re.sub('[^A-Za-z0-9]', '_', self._names[gpu])}.{kind}"
 
     def file(self, name: str) -> filelock.BaseFileLock:
-        # Not the soft lock that filelock falls back to without flock: it would outlive a killed process.
-        # For all users, where they share a folder.
+        # Not filelock's fallback without flock, a soft lock: it would outlive a killed process.
+        # The mode lets all users lock it, if they share a folder.
         return filelock.FileLock(self._folder / name, fallback_to_soft=False, mode=0o666)
 
     def take(self, group: Sequence[str], count: int) -> tuple[str, ...]:
-        """Lock up to `count` GPUs of a group, lowest ids first, and return those that are held."""
+        """Lock up to `count` GPUs of a group, lowest ids first, and return the ids of those that are held."""
         held = [gpu for gpu in group if gpu in self._held]
         for gpu in sorted(group, key=lambda g: (len(g), g)):
             if len(held) >= count:
@@ -169,38 +174,38 @@ class _Locks:
         return tuple(gpu for gpu in group if gpu in held[:count])
 
     def _take_one(self, gpu: str) -> bool:
-        if gpu not in self._wanted and _is_locked(self.path(gpu, "wanted"), fcntl.LOCK_SH):
+        if gpu not in self._reserved and _is_locked(self.path(gpu, "wanted"), fcntl.LOCK_SH):
             return False
         lock = self.file(self.path(gpu, "lock").name)
         if not _try(lock):
             return False
         if _is_locked(self.path(gpu, "in-use"), fcntl.LOCK_EX):
-            lock.release()  # its holder was killed, but not yet a rank that it started
+            lock.release()  # its holder was killed, but a rank that it started is still alive
             return False
         self._held[gpu] = lock
         return True
 
-    def want(self, group: Sequence[str]) -> None:
-        """Keep others from taking the GPUs of a group; what cannot be wanted now may be at the next call."""
+    def reserve(self, group: Sequence[str]) -> None:
+        """Keep other jobs from taking the GPUs of a group, as far as possible now."""
         for gpu in group:
-            if gpu not in self._wanted:
+            if gpu not in self._reserved:
                 lock = self.file(self.path(gpu, "wanted").name)
                 if _try(lock):
-                    self._wanted[gpu] = lock
+                    self._reserved[gpu] = lock
 
-    def want_nothing(self) -> None:
-        """Let others take what was wanted."""
-        while self._wanted:
-            self._wanted.popitem()[1].release()
+    def unreserve(self) -> None:
+        """Let other jobs take the reserved GPUs."""
+        while self._reserved:
+            self._reserved.popitem()[1].release()
 
-    def release_but(self, kept: Sequence[str]) -> None:
-        """Free what is held, but for these GPUs."""
+    def release_except(self, kept: Sequence[str]) -> None:
+        """Release the locks of all GPUs but these."""
         for gpu in [gpu for gpu in self._held if gpu not in kept]:
             self._held.pop(gpu).release()
 
 
 def _is_locked(path: Path, kind: int) -> bool:
-    """Say whether a lock of some kind could not be had now."""
+    """Return whether another process holds a lock that conflicts with this kind (LOCK_SH, LOCK_EX)."""
     file = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
@@ -211,11 +216,11 @@ def _is_locked(path: Path, kind: int) -> bool:
     return False
 
 
-def keep_in_use() -> None:
-    """Hold the GPUs of the process that started this one, for as long as this one lives.
+def hold_parent_gpus() -> None:
+    """Hold the GPUs of the process that started this one until this one ends.
 
-    An executed child does not inherit locks. Whoever is forked from here (a DataLoader's process) cannot use a GPU, and
-    lets go of them.
+    A child that is executed does not inherit its parent's locks. A child that is forked from this process (for a
+    DataLoader) cannot use a GPU and closes them.
     """
     for path in filter(None, os.environ.get(_IN_USE, "").split(os.pathsep)):
         in_use = os.open(path, os.O_RDONLY)
@@ -223,20 +228,22 @@ def keep_in_use() -> None:
         os.register_at_fork(after_in_child=partial(os.close, in_use))
 
 
-def find_names(gpus: Sequence[str]) -> dict[str, str]:
-    """Return one name for each GPU, by whatever it is called: its UUID where nvidia-smi says it, else the id itself.
+def resolve_gpus(gpus: Sequence[str]) -> dict[str, str]:
+    """Return the UUID of each GPU id where nvidia-smi knows it, else the id itself.
 
-    The name of a GPU that is split (MIG) is that of its first slice, which is what CUDA uses of it.
+    For a GPU that is split (MIG) it is the UUID of its first slice, which is what CUDA uses.
     """
     listed = list_gpus()
-    return {gpu: _find_name(gpu, listed) for gpu in gpus}
+    return {gpu: _resolve(gpu, listed) for gpu in gpus}
 
 
-def _find_name(gpu: str, listed: dict[str, str]) -> str:
+def _resolve(gpu: str, listed: dict[str, str]) -> str:
     if gpu in listed:
         return listed[gpu]
-    longer = {name for known, name in listed.items() if not gpu.isdigit() and known.startswith(gpu)}
-    return longer.pop() if len(longer) == 1 else gpu
+    matches = {
+        name for known, name in listed.items() if not gpu.isdigit() and known.startswith(gpu)
+    }
+    return matches.pop() if len(matches) == 1 else gpu
 
 
 @contextmanager
@@ -253,8 +260,8 @@ def _environment(**values: str) -> Iterator[None]:
 
 
 def _visible(gpus: Sequence[str]) -> AbstractContextManager[None]:
-    """Let only these GPUs be seen by CUDA; must be entered before CUDA starts."""
-    # The ids are nvidia-smi's, which counts by bus; CUDA by itself counts the fastest first.
+    """Make only these GPUs visible to CUDA; to be entered before CUDA is initialized."""
+    # The ids are nvidia-smi's, in the order of the bus; CUDA's default order is the fastest first.
     return _environment(CUDA_DEVICE_ORDER="PCI_BUS_ID", CUDA_VISIBLE_DEVICES=",".join(gpus))
 
 
@@ -262,7 +269,10 @@ def _visible(gpus: Sequence[str]) -> AbstractContextManager[None]:
 def lease_teacher(
     generation: Generation, *, worker: int, device: str = "auto"
 ) -> Iterator[tuple[str, ...]]:
-    """Hold one GPU group for a teacher copy: worker w prefers group w mod groups. Nothing on a CPU."""
+    """Hold one GPU group for a copy of the teacher and yield its ids, () on a CPU. Worker w prefers group w mod groups.
+
+    Raises ValueError when the config's groups do not fit this machine's GPUs (see `parse_groups`), or as `lease` does.
+    """
     detected = () if device == "cpu" else detect_gpus()
     groups = parse_groups(
         None if is_scheduled() else generation.gpus,
@@ -285,8 +295,10 @@ def lease_training(
     device: str = "auto",
     among: str | Sequence[str] | None = None,
 ) -> Iterator[tuple[str, ...]]:
-    """Hold any `count` free GPUs of this machine, or of the scheduler's assignment; `among` those that the config
-    lists, where it does. Nothing on a CPU."""
+    """Hold any `count` GPUs of this machine or SLURM job, `among` those of the config if given; yield ids, () on a CPU.
+
+    Raises ValueError when there are fewer than `count`, or as `lease` does.
+    """
     detected = () if device == "cpu" else detect_gpus()
     if among is not None and not is_scheduled():
         allowed = {gpu for group in listed_groups(among) for gpu in group}

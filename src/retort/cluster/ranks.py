@@ -1,6 +1,6 @@
-"""Several processes that train one student: *ranks*, started by torchrun, of which none outlives what started it.
+"""Processes that train one student together: *ranks*, started by torchrun and killed with it.
 
-On several nodes srun starts one launcher on each, and these meet at a port of the first node.
+On several nodes, srun starts one launcher on each; their rendezvous is a port of the first node.
 """
 
 import ctypes
@@ -11,36 +11,39 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from retort.cli import is_rank
+from retort.cli import RESUME, is_rank
 from retort.config.checks import require_even_share
 
 logger = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_LAUNCHER = "RETORT_LAUNCHER"  # the process that started this rank, where we did
-# What an outer launcher (torchrun, mpirun, srun, accelerate) may have left behind, and accelerate would believe.
-_OTHERS = re.compile(
+_LAUNCHER = "RETORT_LAUNCHER"  # the id of the process that started this rank
+# Variables that an outer launcher (torchrun, mpirun, srun, accelerate) may have set and accelerate would read.
+_LAUNCHER_VARIABLES = re.compile(
     r"(LOCAL_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)|(PMI|OMPI_COMM_WORLD|MV2_COMM_WORLD)_(SIZE|RANK)"
 )
-_SETTINGS = ("ACCELERATE_", "FSDP_")  # they would decide what the config does not
-# Where launchers meet: below the ports that Linux gives to whoever asks for any (32768 and more).
+_SETTINGS = (
+    "ACCELERATE_",
+    "FSDP_",
+)  # prefixes of accelerate's settings, which would add to the config
+# Ports of the rendezvous: below Linux's ephemeral ports (32768 and up).
 _FIRST_PORT, _PORTS = 20_000, 10_000
 
 
-def ignore_surroundings() -> None:
-    """Forget what other launchers and accelerate's settings say in the environment: the config decides."""
+def clear_launcher_environment() -> None:
+    """Remove the variables of other launchers and accelerate's settings from the environment: the config decides."""
     for name in list(os.environ):
-        if name.startswith(_SETTINGS) or (_OTHERS.fullmatch(name) and not is_rank()):
+        if name.startswith(_SETTINGS) or (_LAUNCHER_VARIABLES.fullmatch(name) and not is_rank()):
             del os.environ[name]
 
 
 def rank() -> int:
-    """Return this process's number among those that train together; 0 where it is alone."""
+    """Return this process's rank among all that train together; 0 if it is alone."""
     return int(os.environ["RANK"]) if is_rank() else 0
 
 
 def local_rank() -> int:
-    """Return this process's number on its machine: its GPU among those that are visible."""
+    """Return this process's rank on its node, which is the index of its GPU among the visible ones."""
     return int(os.environ["LOCAL_RANK"]) if is_rank() else 0
 
 
@@ -49,12 +52,12 @@ def world_size() -> int:
     return int(os.environ["WORLD_SIZE"]) if is_rank() else 1
 
 
-def find_meeting(nodes: int) -> list[str]:
-    """Return torchrun's flags by which the launchers of `nodes` nodes, one on each, find each other.
+def rendezvous_flags(nodes: int) -> list[str]:
+    """Return torchrun's flags for the rendezvous of `nodes` launchers, one on each node.
 
-    Their step of a SLURM job says which nodes those are; the port is made of the job's and the step's number, so that
-    jobs which share a node seldom meet at one, and a retry, which is another job, at another.
-    Raises ValueError where srun has not started one launcher on each of so many nodes.
+    The nodes are those of the SLURM step. The port depends on the job's and the step's id, so that jobs that share a
+    node rarely use the same one, and a retry, which is another job, uses another.
+    Raises ValueError when srun did not start one launcher on each of `nodes` nodes.
     """
     if nodes == 1:
         return ["--standalone"]
@@ -62,8 +65,8 @@ def find_meeting(nodes: int) -> list[str]:
     if any(os.environ.get(name) != str(nodes) for name in names):
         raise ValueError(
             f"training.nodes is {nodes}, but srun has not started this command once on each of {nodes} nodes. Use "
-            "snakemake --profile profiles/slurm, which does, or put in front of the command, in an allocation of so "
-            f"many nodes: srun --nodes={nodes} --ntasks-per-node=1. On one machine use training.nodes: 1."
+            f"snakemake --profile profiles/slurm, which does; or, in an allocation of {nodes} nodes, put this in "
+            f"front of the command: srun --nodes={nodes} --ntasks-per-node=1. On one machine use training.nodes: 1."
         )
     job, step = int(os.environ["SLURM_JOB_ID"]), int(os.environ["SLURM_STEP_ID"])
     return [
@@ -75,49 +78,48 @@ def find_meeting(nodes: int) -> list[str]:
 
 
 def first_node(nodes: str) -> str:
-    """Return the first name of a list of nodes as SLURM writes it: gpu-[003-007,9],big1 -> gpu-003."""
+    """Return the first node in SLURM's notation of a list: gpu-[003-007,9],big1 -> gpu-003."""
     return re.sub(r"\[(\d+)[^]]*\]", r"\1", re.split(r",(?![^[]*\])", nodes)[0])
 
 
-def launch_ranks(count: int, *, meeting: Sequence[str], threads: int) -> None:
-    """Run this very command line in `count` processes of this node by torchrun, and wait for them.
+def launch_ranks(count: int, *, rendezvous: Sequence[str], threads: int) -> None:
+    """Run this command line in `count` processes on this node by torchrun, and wait for them.
 
-    `meeting`: of find_meeting. Raises SystemExit(1) when one fails: it has said why, and torchrun has ended the others
-    of its node, and with them ends whoever talks to them; and with the shell's status when a signal ended them all.
+    `rendezvous` are the flags of `rendezvous_flags`, `threads` the OpenMP threads of a rank. Raises SystemExit(1) when
+    a rank fails: it has logged why, and torchrun has ended the node's others; with the shell's status of a signal when
+    one ended them all.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP's advice is of no use to a user
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # silences DDP's advice
     script = str(sys.modules["__main__"].__file__)  # sys.argv[0] may be the name of a command
     os.environ[_LAUNCHER] = str(os.getpid())
     try:
-        torchrun([*meeting, f"--nproc-per-node={count}", script, *sys.argv[1:]])
+        torchrun([*rendezvous, f"--nproc-per-node={count}", script, *sys.argv[1:]])
     except ChildFailedError:
         raise SystemExit(1) from None
     except SignalException as error:
-        logger.warning(
-            f"interrupted by {error.sigval.name}: all ranks ended. The same command goes on."
-        )
+        logger.warning(f"interrupted by {error.sigval.name}: all ranks ended. {RESUME}")
         raise SystemExit(128 + error.sigval) from None
 
 
 def die_with_parent() -> None:
-    """Ask the kernel for SIGKILL when the launcher dies: ranks that wait for each other would never end."""
+    """Ask the kernel for SIGKILL when the launcher dies; ranks that wait for each other would never end."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     launcher = os.environ.get(_LAUNCHER)
-    if launcher is not None and int(launcher) != os.getppid():  # it died before
+    if launcher is not None and int(launcher) != os.getppid():  # it is dead already
         raise SystemExit("the launcher of this rank is gone")
 
 
-def cut_global_batch(batch_size: int, accumulation: int, ranks: int) -> tuple[int, int]:
-    """Return (sequences in a rank's forward pass, forward passes a step), for the same global batch on any ranks.
+def split_global_batch(batch_size: int, accumulation: int, ranks: int) -> tuple[int, int]:
+    """Return (sequences in a rank's forward pass, forward passes per step) for the same global batch on any ranks.
 
-    Of a forward pass of `batch_size` sequences each rank gets its share. Raises ConfigError when the global batch,
-    batch_size * accumulation, does not go into so many parts.
+    All ranks together have at most `batch_size` sequences in a forward pass, or one each. Raises ConfigError when the
+    global batch, batch_size * accumulation, is not a multiple of `ranks`.
     """
     require_even_share(batch_size, accumulation, ranks)
     share = batch_size * accumulation // ranks

@@ -29,7 +29,7 @@ from transformers import (
 
 from retort.cache.codec import Codec
 from retort.cache.reader import LogitCache
-from retort.cluster.ranks import cut_global_batch, ignore_surroundings, rank, world_size
+from retort.cluster.ranks import clear_launcher_environment, rank, split_global_batch, world_size
 from retort.config.sections import Student, Tracking, Training
 from retort.io.files import file_lock, write_atomically
 from retort.models.load import CausalLM, choose_device, describe_device, split_model
@@ -108,7 +108,7 @@ def training_arguments(folder: Path, job: TrainingJob) -> TrainingArguments:
     """
     training, tracking = job.training, job.tracking
     device = choose_device(training.device)
-    size, accumulation = cut_global_batch(
+    size, accumulation = split_global_batch(
         training.batch_size, training.gradient_accumulation_steps, world_size()
     )
     steps = count_steps(
@@ -197,7 +197,7 @@ def train_student(
     resumed from, the student cannot be built, or a loss, gradient or weight is not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    ignore_surroundings()
+    clear_launcher_environment()
     _set_tracker_folders(folder)
     torch.set_num_threads(job.training.cpu_threads)
     arguments = training_arguments(folder, job)

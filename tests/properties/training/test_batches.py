@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retort.cluster.ranks import cut_global_batch
+from retort.cluster.ranks import split_global_batch
 from retort.training.batches import count_steps
 from support.batches import check_batch, check_stream
 
@@ -41,9 +41,9 @@ def test_every_number_of_ranks_shares_the_same_global_batch(
         with pytest.raises(
             ValueError, match=rf"{size * accumulation} sequences a step, which {ranks}"
         ):
-            cut_global_batch(size, accumulation, ranks)
+            split_global_batch(size, accumulation, ranks)
         return
-    mine, passes = cut_global_batch(size, accumulation, ranks)
+    mine, passes = split_global_batch(size, accumulation, ranks)
     assert mine * passes * ranks == size * accumulation
     assert mine <= max(1, size // ranks)  # no rank needs more memory than its share of one batch
     if size % ranks == 0:

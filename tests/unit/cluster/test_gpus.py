@@ -1,14 +1,10 @@
-"""GPU groups, with pretend ids: no GPU is needed."""
+"""GPU groups, with simulated ids: no GPU is needed."""
 
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from retort.cluster.gpus import (
     count_workers,
@@ -17,20 +13,7 @@ from retort.cluster.gpus import (
     list_gpus,
     parse_groups,
 )
-from retort.config.load import load_runs
-from retort.config.sections import Generation
-
-EIGHT = tuple("01234567")
-
-
-def make_generation(**keys: Any) -> Generation:
-    raw = {
-        "student": {"config": "student.json"},
-        "teacher": {"model_path": "models/teacher"},
-        "dataset": {"name": "json", "data_files": "corpus.jsonl"},
-    }
-    generation = next(iter(load_runs(raw).values())).teacher.generation
-    return replace(generation, **keys)
+from support.gpus import EIGHT, LISTED, make_generation, write_nvidia_smi
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +45,7 @@ def test_uneven_groups_are_taken_as_written() -> None:
     assert found.groups == (("0",), ("1",), ("2", "3"))
 
 
-def test_a_remainder_is_kept_apart_and_said() -> None:
+def test_a_remainder_is_in_no_group_and_shown() -> None:
     seven = EIGHT[:7]
     assert parse_groups(None, gpus_per_model=2, detected=seven).left_over == ("6",)
     table = describe_machine(make_generation(gpus_per_model=2), detected=seven)
@@ -70,26 +53,17 @@ def test_a_remainder_is_kept_apart_and_said() -> None:
     assert "6" in table
 
 
-@given(count=st.integers(1, 16), per_model=st.integers(1, 16))
-def test_groups_are_disjoint_and_full(count: int, per_model: int) -> None:
-    ids = tuple(str(i) for i in range(count))
-    if count < per_model:
-        with pytest.raises(ValueError, match=f"gpus_per_model is {per_model}, but .* {count} GPUs"):
-            parse_groups(None, gpus_per_model=per_model, detected=ids)
-        return
-    found = parse_groups(None, gpus_per_model=per_model, detected=ids)
-    used = [g for group in found.groups for g in group]
-    assert len(set(used)) == len(used)
-    assert {len(group) for group in found.groups} == {per_model}
-    assert sorted([*used, *found.left_over]) == sorted(ids)
+def test_fewer_gpus_than_a_model_needs_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"gpus_per_model is 4, but there are only 2 GPUs \(0,1\)"):
+        parse_groups(None, gpus_per_model=4, detected=("0", "1"))
 
 
-def test_without_gpus_there_is_no_group_even_when_some_are_listed() -> None:
+def test_without_gpus_there_is_no_group_even_if_some_are_listed() -> None:
     assert parse_groups("0,1", gpus_per_model=1, detected=()).groups == ()
     assert "CPU" in describe_machine(make_generation(), detected=())
 
 
-def test_a_gpu_that_is_not_there_is_named() -> None:
+def test_a_missing_gpu_is_named() -> None:
     with pytest.raises(ValueError, match=r"lists GPU 9, but this machine has 0, 1"):
         parse_groups("0,9", gpus_per_model=1, detected=("0", "1"))
 
@@ -99,7 +73,7 @@ def test_a_gpu_in_two_groups_is_named() -> None:
         parse_groups(("0,1", "1"), gpus_per_model=1, detected=EIGHT)
 
 
-def test_the_number_of_workers_is_the_config_s_then_the_groups_then_one() -> None:
+def test_the_number_of_workers_is_the_configs_or_the_groups_or_one() -> None:
     assert count_workers(make_generation(num_workers=5), detected=EIGHT) == 5
     assert count_workers(make_generation(gpus_per_model=2), detected=EIGHT) == 4
     assert count_workers(make_generation(), detected=()) == 1
@@ -130,7 +104,7 @@ def test_gpus_are_counted_only_when_their_number_matters(
         count_workers(make_generation())
 
 
-def test_a_scheduler_s_assignment_is_described_whatever_the_config_lists(
+def test_slurms_assignment_is_shown_whatever_the_config_lists(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "17")
@@ -140,12 +114,6 @@ def test_a_scheduler_s_assignment_is_described_whatever_the_config_lists(
 
 
 # --- Detection
-
-
-def write_nvidia_smi(folder: Path, body: str) -> None:
-    script = folder / "nvidia-smi"
-    script.write_text(f"#!/bin/sh\n{body}\n")
-    script.chmod(0o755)
 
 
 def test_visible_devices_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +145,7 @@ def test_a_driver_without_a_gpu_is_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert detect_gpus() == ()
 
 
-def test_an_answer_that_is_no_list_of_gpus_is_a_broken_driver(
+def test_output_that_is_not_a_list_of_gpus_is_a_broken_driver(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     write_nvidia_smi(tmp_path, "echo 'Unable to determine the device handle: Unknown Error'")
@@ -186,7 +154,7 @@ def test_an_answer_that_is_no_list_of_gpus_is_a_broken_driver(
         detect_gpus()
 
 
-def test_a_slurm_job_that_was_given_no_gpu_does_not_take_those_of_its_node(
+def test_a_slurm_job_without_gpus_does_not_take_its_nodes(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     write_nvidia_smi(tmp_path, "printf '0\\n1\\n'")
@@ -197,23 +165,14 @@ def test_a_slurm_job_that_was_given_no_gpu_does_not_take_those_of_its_node(
 
 
 @pytest.mark.parametrize(("text", "ids"), [("0,-1,1", ("0",)), ("-1", ()), ("NoDevFiles", ())])
-def test_visible_devices_end_where_cuda_ends_them(
+def test_visible_devices_end_where_cuda_stops(
     monkeypatch: pytest.MonkeyPatch, text: str, ids: tuple[str, ...]
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", text)
     assert detect_gpus() == ids
 
 
-# What nvidia-smi -L says of two GPUs, of which the second is split in two.
-LISTED = """cat <<END
-GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-5c89852c-d268-c3f3-1b07-005d5ae1dc3f)
-GPU 1: NVIDIA A100-SXM4-40GB (UUID: GPU-77777777-d268-c3f3-1b07-005d5ae1dc3f)
-  MIG 1g.5gb      Device  0: (UUID: MIG-a1111111-1111-5111-8111-111111111111)
-  MIG 1g.5gb      Device  1: (UUID: MIG-b2222222-2222-5222-8222-222222222222)
-END"""
-
-
-def test_gpus_are_listed_by_every_name_and_a_split_one_by_its_first_slice(
+def test_gpus_are_listed_by_every_name_and_a_split_one_as_its_first_slice(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))

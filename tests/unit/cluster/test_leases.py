@@ -1,4 +1,4 @@
-"""Leases, with pretend ids: no GPU is needed, the locks and processes are real."""
+"""Leases, with simulated GPU ids and real locks and processes."""
 
 import logging
 import os
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from retort.cluster.leases import lease, lease_teacher, lease_training
-from unit.cluster.test_gpus import EIGHT, LISTED, make_generation, write_nvidia_smi
+from support.gpus import EIGHT, LISTED, make_generation, write_nvidia_smi
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def no_scheduler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[No
 
 
 class WouldWaitError(Exception):
-    """Raised where a lease would say that it waits."""
+    """Raised instead of the message that a lease waits."""
 
 
 @pytest.fixture(autouse=True)
@@ -42,23 +42,27 @@ def refuse_to_wait() -> Iterator[None]:
     leases_logger.removeFilter(refuse)
 
 
+def is_free(folder: Path, *gpus: str, count: int | None = None) -> bool:
+    """Return whether a lease of these GPUs, or of `count` of them, would not wait."""
+    try:
+        with lease([gpus], count=count, folder=folder, notify_s=0.0):
+            return True
+    except WouldWaitError:
+        return False
+
+
 @pytest.mark.parametrize(
     "groups", ["0|1|2|3|4|5|6|7", "0,1|2,3|4,5|6,7", "0,1,2,3|4,5,6,7", "0|1|2,3", "1,3|5,7"]
 )
-def test_workers_hold_all_groups_once_and_one_more_waits_and_leaves_nothing_held(
+def test_workers_hold_each_group_once_and_one_more_waits_without_locks(
     groups: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("retort.cluster.leases._SAY_WAITING_S", 0.0)
     candidates = [group.split(",") for group in groups.split("|")]
     ids = [gpu for group in candidates for gpu in group]
     with ExitStack() as stack:
         held = [stack.enter_context(lease(candidates, folder=tmp_path)) for _ in candidates]
         assert sorted(gpu for group in held for gpu in group) == sorted(ids)
-        with (
-            pytest.raises(WouldWaitError),
-            lease([ids], count=1, folder=tmp_path),
-        ):
-            pass
+        assert not is_free(tmp_path, *ids, count=1)
     with lease([ids], folder=tmp_path) as everything:
         assert everything == tuple(ids)
 
@@ -66,21 +70,15 @@ def test_workers_hold_all_groups_once_and_one_more_waits_and_leaves_nothing_held
 def test_a_group_that_is_partly_taken_is_not_held_in_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("retort.cluster.leases._SAY_WAITING_S", 0.0)
     with lease([["2"]], folder=tmp_path):
-        with (
-            pytest.raises(WouldWaitError),
-            lease([["0", "1", "2"]], folder=tmp_path),
-        ):
-            pass
+        assert not is_free(tmp_path, "0", "1", "2")
         with lease([["0", "1"]], folder=tmp_path) as held:
             assert held == ("0", "1")
 
 
-def test_training_takes_free_gpus_that_do_not_stand_together(
+def test_training_takes_free_gpus_that_are_not_adjacent(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("retort.cluster.leases._SAY_WAITING_S", 0.0)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
     with (
         lease([["1"]], folder=tmp_path),
@@ -90,7 +88,7 @@ def test_training_takes_free_gpus_that_do_not_stand_together(
         assert held == ("0", "2")
 
 
-def test_what_runs_on_the_cpu_holds_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_on_the_cpu_hold_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     with lease_teacher(make_generation(), worker=0, device="cpu") as held:
         assert held == ()
@@ -99,7 +97,7 @@ def test_what_runs_on_the_cpu_holds_no_gpu(monkeypatch: pytest.MonkeyPatch) -> N
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
 
 
-def test_a_lease_shows_its_gpus_and_restores_what_was_visible(
+def test_a_lease_sets_the_visible_gpus_and_restores_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
@@ -110,7 +108,7 @@ def test_a_lease_shows_its_gpus_and_restores_what_was_visible(
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
 
 
-def test_a_worker_takes_another_group_when_its_own_is_held(
+def test_a_worker_takes_another_group_if_its_preferred_one_is_held(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
@@ -120,7 +118,7 @@ def test_a_worker_takes_another_group_when_its_own_is_held(
             assert {first, second} == {("0",), ("1",)}
 
 
-def test_training_holds_as_many_as_it_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_holds_as_many_gpus_as_it_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
     with lease_training(2) as held:
         assert held == ("4", "5")
@@ -128,7 +126,9 @@ def test_training_holds_as_many_as_it_asks_for(monkeypatch: pytest.MonkeyPatch) 
         lease_training(4).__enter__()
 
 
-def test_a_scheduler_s_assignment_is_used_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurms_assignment_is_used_whatever_the_config_lists(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     with lease_teacher(make_generation(), worker=0) as held:
         assert held == ()
@@ -143,7 +143,7 @@ def test_a_scheduler_s_assignment_is_used_as_it_is(monkeypatch: pytest.MonkeyPat
             assert other == ("6", "7")
 
 
-def test_a_workflow_inside_one_allocation_shares_it_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_inside_one_allocation_share_its_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     with ExitStack() as stack:
         held = []
@@ -156,7 +156,7 @@ def test_a_workflow_inside_one_allocation_shares_it_out(monkeypatch: pytest.Monk
     assert held == [("0",), ("1",), ("2",), ("3",)]
 
 
-def test_whoever_is_killed_frees_its_gpus_at_once(tmp_path: Path) -> None:
+def test_a_killed_job_frees_its_gpus_at_once(tmp_path: Path) -> None:
     holder = start_holder(tmp_path, [["0", "1"]], seconds=60)
     assert holder.stdout is not None
     assert holder.stdout.readline().startswith("held")
@@ -182,12 +182,12 @@ def start_holder(folder: Path, candidates: list[list[str]], *, seconds: float) -
 
 @pytest.mark.slow
 def test_jobs_of_all_sizes_never_share_a_gpu_and_all_finish_despite_kills(tmp_path: Path) -> None:
-    """24 processes on 8 ids; 6 of them hang while they hold and are killed. Each also takes a lock of its own on
-    every GPU that it was given: were one given twice, that would fail."""
-    chance = random.Random(7)
+    """24 processes on 8 ids; 6 of them hang while they hold GPUs and are killed. Each also locks a second file for each
+    GPU that it gets, which would fail if another process had the GPU."""
+    rng = random.Random(7)
     sizes = [1, 2, 4, 1, 2, 8] * 4
     jobs = [
-        start_job(tmp_path, size, hangs=number % 4 == 1, seed=chance.randrange(2**16))
+        start_job(tmp_path, size, hangs=number % 4 == 1, seed=rng.randrange(2**16))
         for number, size in enumerate(sizes)
     ]
     killed: set[int] = set()
@@ -217,54 +217,42 @@ def start_job(folder: Path, size: int, *, hangs: bool, seed: int) -> "subprocess
     program = textwrap.dedent(f"""
         import fcntl, os, random, time
         from pathlib import Path
-        from retort.cluster import leases
-        leases._POLL_S = 0.05
-        folder, ids, chance = Path({str(folder)!r}), {list(EIGHT)!r}, random.Random({seed})
-        # Opened before the lease: a killed process closes its files in order, and this one must go first.
+        from retort.cluster.leases import lease
+        folder, ids, rng = Path({str(folder)!r}), {list(EIGHT)!r}, random.Random({seed})
+        # Opened before the lease: a killed process closes its files in order, and these must be closed first.
         own = {{i: open(folder / f"own-{{i}}", "a") for i in ids}}
         groups = [ids[i : i + {size}] for i in range(0, 8, {size})]
-        chance.shuffle(groups)
-        any_of = chance.random() < 0.5
-        with leases.lease([ids] if any_of else groups, count={size}, folder=folder) as held:
+        rng.shuffle(groups)
+        any_of = rng.random() < 0.5
+        with lease([ids] if any_of else groups, count={size}, folder=folder, poll_s=0.05) as held:
             assert len(held) == {size}
             for i in held:
                 fcntl.flock(own[i], fcntl.LOCK_EX | fcntl.LOCK_NB)
             if {hangs}:
                 (folder / f"hangs-{{os.getpid()}}").touch()
                 time.sleep(600)
-            time.sleep(0.02 + 0.05 * chance.random())
+            time.sleep(0.02 + 0.05 * rng.random())
             for i in held:
                 fcntl.flock(own[i], fcntl.LOCK_UN)
     """)
     return subprocess.Popen([sys.executable, "-c", program])
 
 
-# --- One GPU, whatever it is called and whoever uses it
+# --- One GPU, whatever its name and user
 
 
-def test_a_gpu_has_one_lock_by_index_by_uuid_and_by_the_beginning_of_it(
+def test_a_gpu_has_one_lock_by_index_uuid_and_abbreviated_uuid(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("retort.cluster.leases._SAY_WAITING_S", 0.0)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     write_nvidia_smi(tmp_path, LISTED)
     names = {"GPU-5c89852c-d268-c3f3-1b07-005d5ae1dc3f", "GPU-5c8", "0"}
     for held in names:
         with lease([[held]], folder=tmp_path):
             for other in names:
-                with (
-                    pytest.raises(WouldWaitError),
-                    lease([[other]], folder=tmp_path),
-                ):
-                    pass
-            with lease([["1"]], folder=tmp_path):  # the first slice of it
-                with lease([["MIG-b"]], folder=tmp_path):
-                    pass
-                with (
-                    pytest.raises(WouldWaitError),
-                    lease([["MIG-a"]], folder=tmp_path),
-                ):
-                    pass
+                assert not is_free(tmp_path, other)
+            with lease([["1"]], folder=tmp_path):  # its first slice
+                assert is_free(tmp_path, "MIG-b") and not is_free(tmp_path, "MIG-a")
 
 
 def test_two_names_of_one_gpu_in_a_group_are_refused(
@@ -279,7 +267,7 @@ def test_two_names_of_one_gpu_in_a_group_are_refused(
         pass
 
 
-def test_ids_are_counted_by_bus_in_every_job(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ids_are_in_the_order_of_the_bus_in_every_job(monkeypatch: pytest.MonkeyPatch) -> None:
     for visible in (None, "0,1"):
         if visible is not None:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -291,14 +279,13 @@ def test_ids_are_counted_by_bus_in_every_job(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("outlives", ["a forked child", "a rank"])
-def test_a_gpu_counts_as_held_while_a_process_lives_that_may_use_it(
+def test_a_gpu_is_held_while_a_process_that_may_use_it_lives(
     outlives: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A forked child (a DataLoader's) cannot use its parent's GPU; a rank that torchrun started does."""
-    monkeypatch.setattr("retort.cluster.leases._SAY_WAITING_S", 0.0)
+    """A forked child (a DataLoader's) cannot use its parent's GPU; a rank that torchrun started can."""
     child = {
         "a forked child": "pid = os.fork()\nif pid == 0: time.sleep(60)",
-        "a rank": "code = 'from retort.cluster.leases import keep_in_use; import time; keep_in_use();"
+        "a rank": "code = 'from retort.cluster.leases import hold_parent_gpus; import time; hold_parent_gpus();"
         " print(1, flush=True); time.sleep(60)'\n"
         "rank = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE)\n"
         "rank.stdout.read(1)\n"
@@ -317,22 +304,15 @@ def test_a_gpu_counts_as_held_while_a_process_lives_that_may_use_it(
     try:
         os.kill(child_id, 0)  # it lives
         if outlives == "a rank":
-            with (
-                pytest.raises(WouldWaitError),
-                lease([["0"]], folder=tmp_path),
-            ):
-                pass
-            os.kill(child_id, signal.SIGKILL)
-        monkeypatch.setattr("retort.cluster.leases._SAY_WAITING_S", 30.0)  # it ends in a moment
+            assert not is_free(tmp_path, "0")
+            os.kill(child_id, signal.SIGKILL)  # it ends soon
         with lease([["0"]], folder=tmp_path) as held:
             assert held == ("0",)
     finally:
         os.kill(child_id, signal.SIGKILL)
 
 
-def test_locks_that_cannot_be_kept_are_one_sentence(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_folder_without_locks_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     (tmp_path / "file").touch()
     monkeypatch.setenv("RETORT_LOCK_DIR", str(tmp_path / "file"))
@@ -348,15 +328,14 @@ def test_locks_that_cannot_be_kept_are_one_sentence(
 
 
 @pytest.mark.slow
-def test_a_job_for_all_gpus_is_served_within_a_steady_flow_of_small_ones(tmp_path: Path) -> None:
-    """Ten jobs that take one GPU again and again, and one that wants all eight: they would never be free at once."""
+def test_a_job_for_all_gpus_is_served_beside_a_stream_of_small_ones(tmp_path: Path) -> None:
+    """Ten jobs take one GPU again and again, so eight are never free at once by chance."""
     program = textwrap.dedent(f"""
         import time
         from pathlib import Path
-        from retort.cluster import leases
-        leases._POLL_S = 0.1
+        from retort.cluster.leases import lease
         while not Path({str(tmp_path / "end")!r}).exists():
-            with leases.lease([[i] for i in "01234567"], folder=Path({str(tmp_path)!r})):
+            with lease([[i] for i in "01234567"], folder=Path({str(tmp_path)!r}), poll_s=0.1):
                 time.sleep(0.5)
             print("once", flush=True)
     """)
@@ -376,25 +355,16 @@ def test_a_job_for_all_gpus_is_served_within_a_steady_flow_of_small_ones(tmp_pat
         assert [job.wait(timeout=60) for job in flow] == [0] * 10, "nor are the small ones starved"
 
 
-def test_whoever_waits_at_the_gate_keeps_one_group_only_and_loses_it_when_killed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_job_with_the_gate_reserves_one_group_and_loses_it_when_killed(
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr("retort.cluster.leases._SAY_WAITING_S", 0.0)
     with lease([["0"]], folder=tmp_path), lease([["2"]], folder=tmp_path):
         waiting = start_holder(tmp_path, [["0", "1"], ["2", "3"]], seconds=60)
         free = {"1", "3"}
         until = time.monotonic() + 60
         while len(free) == 2 and time.monotonic() < until:
-            free = {gpu for gpu in free if is_free(gpu, tmp_path)}
+            free = {gpu for gpu in free if is_free(tmp_path, gpu)}
         assert len(free) == 1, "one GPU is kept, the other is left to others"
         waiting.kill()
         waiting.wait()
-        assert is_free("1", tmp_path) and is_free("3", tmp_path)
-
-
-def is_free(gpu: str, folder: Path) -> bool:
-    try:
-        with lease([[gpu]], folder=folder):
-            return True
-    except WouldWaitError:
-        return False
+        assert is_free(tmp_path, "1") and is_free(tmp_path, "3")

@@ -1,11 +1,11 @@
-"""Launchers of several nodes find each other by what SLURM says of their step, and only there."""
+"""The rendezvous of launchers on several nodes, from the environment of a SLURM step."""
 
 import os
 
 import pytest
 
 from retort.cluster.leases import lock_folder
-from retort.cluster.ranks import find_meeting, first_node
+from retort.cluster.ranks import first_node, rendezvous_flags
 from retort.config.checks import ConfigError, require_even_share
 
 STEP = {
@@ -41,28 +41,28 @@ def start_by_srun(monkeypatch: pytest.MonkeyPatch, **other: str) -> None:
         ("cn[12,14]-ib0.site,cn9", "cn12-ib0.site"),
     ],
 )
-def test_the_first_of_slurms_lists_of_nodes(listed: str, first: str) -> None:
+def test_the_first_node_of_slurms_lists(listed: str, first: str) -> None:
     assert first_node(listed) == first
 
 
-def test_one_node_meets_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert find_meeting(1) == ["--standalone"]
+def test_one_node_needs_no_rendezvous(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert rendezvous_flags(1) == ["--standalone"]
     start_by_srun(monkeypatch)
-    assert find_meeting(1) == ["--standalone"]
+    assert rendezvous_flags(1) == ["--standalone"]
 
 
-def test_the_nodes_of_a_step_meet_at_its_first_at_a_port_of_their_own(
+def test_each_step_meets_at_its_first_node_at_its_own_port(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     start_by_srun(monkeypatch)
-    mine = find_meeting(2)
-    assert mine[:3] == ["--nnodes=2", "--node-rank=1", "--master-addr=gpu-007"]
+    flags = rendezvous_flags(2)
+    assert flags[:3] == ["--nnodes=2", "--node-rank=1", "--master-addr=gpu-007"]
     ports = set()
     for job in range(70001, 70041):
         for step in ("0", "1"):
             start_by_srun(monkeypatch, SLURM_JOB_ID=str(job), SLURM_STEP_ID=step)
-            ports.add(int(find_meeting(2)[3].removeprefix("--master-port=")))
-    assert len(ports) == 80, "jobs and steps beside each other"
+            ports.add(int(rendezvous_flags(2)[3].removeprefix("--master-port=")))
+    assert len(ports) == 80, "of concurrent jobs and steps"
     assert min(ports) >= 1024 and max(ports) < 32768
 
 
@@ -78,10 +78,10 @@ def test_several_nodes_without_one_launcher_on_each_are_refused(
     other: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ValueError, match=r"training.nodes is 2, but srun has not started"):
-        find_meeting(2)
+        rendezvous_flags(2)
     start_by_srun(monkeypatch, **other)
     with pytest.raises(ValueError, match=r"training.nodes is 2, but srun has not started"):
-        find_meeting(2)
+        rendezvous_flags(2)
 
 
 def test_gpu_0_of_two_nodes_is_two_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:

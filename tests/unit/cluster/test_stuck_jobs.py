@@ -1,4 +1,4 @@
-"""Which waiting jobs time does not help."""
+"""Which pending jobs will never start, and how often they are reported."""
 
 from pathlib import Path
 
@@ -19,30 +19,31 @@ LISTING = """\
 """
 
 
-def test_of_waiting_jobs_only_those_that_never_start_are_said() -> None:
+def test_only_pending_jobs_that_never_start_are_reported() -> None:
     found = describe_stuck(LISTING)
     assert list(found) == ["5", "6", "7", "10"]
     assert "scontrol release 5." in found["5"] and "launch failed requeued held" in found["5"]
     assert "(rule_tokenize_shard_wildcards_4_00001) will not start by itself" in found["6"]
-    assert "Ctrl-C, mend profiles/slurm/config.yaml" in found["6"]
+    assert "press Ctrl-C, fix profiles/slurm/config.yaml" in found["6"]
 
 
-def test_each_is_said_once_and_squeue_is_asked_once_a_minute(
+def test_each_job_is_reported_once_and_squeue_asked_once_a_minute(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a program in squeue's place, which notes how it is asked."""
+    """A script in place of squeue records its arguments."""
     squeue = tmp_path / "squeue"
     squeue.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\ncat <<END\n{LISTING}END\n')
     squeue.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    watch = StuckJobs()
-    assert [len(watch.look("a-run")) for _ in range(2)] == [4, 0]
+    now = [1000.0]
+    stuck = StuckJobs(clock=lambda: now[0])
+    assert [len(stuck.find_new("a-run")) for _ in range(2)] == [4, 0]
     assert (tmp_path / "asked").read_text().count("--name a-run") == 1
-    watch._next_s = 0.0
-    assert watch.look("a-run") == []
+    now[0] += 60.0
+    assert stuck.find_new("a-run") == []
     assert (tmp_path / "asked").read_text().count("--name a-run") == 2
 
 
-def test_without_squeue_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_squeue_nothing_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    assert StuckJobs().look("a-run") == []
+    assert StuckJobs().find_new("a-run") == []

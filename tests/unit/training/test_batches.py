@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from retort.cache.reader import LogitCache
-from retort.cluster.ranks import cut_global_batch
+from retort.cluster.ranks import split_global_batch
 from retort.tokens.sequences import SequenceTable
 from retort.training.batches import count_steps
 from retort.training.loop import build_trainer, training_arguments
@@ -54,11 +54,11 @@ def test_steps_are_whole_global_batches(
 
 
 def test_every_number_of_ranks_shares_the_same_global_batch() -> None:
-    assert cut_global_batch(8, 3, 1) == (8, 3)
-    assert cut_global_batch(8, 3, 4) == (2, 3)
-    assert cut_global_batch(2, 6, 4) == (1, 3)
+    assert split_global_batch(8, 3, 1) == (8, 3)
+    assert split_global_batch(8, 3, 4) == (2, 3)
+    assert split_global_batch(2, 6, 4) == (1, 3)
     with pytest.raises(ValueError, match="24 sequences a step, which 5"):
-        cut_global_batch(8, 3, 5)
+        split_global_batch(8, 3, 5)
 
 
 def test_labels_and_targets_belong_to_the_same_positions() -> None:
