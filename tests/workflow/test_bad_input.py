@@ -37,7 +37,7 @@ def over(**sections: Any) -> dict[str, Any]:
 SEEN_IN_THE_CONFIG = {
     "unknown key": (
         over(training={"alhpa": 0.5}),
-        ["training.alhpa is no key", "training.alpha: 0.5"],
+        ["Unknown config key training.alhpa", "training.alpha: 0.5"],
     ),
     "unknown section": (over(trainign={"alpha": 0.5}), ["trainign", "training"]),
     "old name": (over(teacher={"teacher_model_path": "x"}), ["teacher_model_path", "model_path"]),

@@ -50,7 +50,7 @@ def test_a_wrong_config_is_one_sentence_before_snakemake_starts(fresh: Place) ->
     said = run(fresh, "tiny.yaml")
     assert said.returncode == 1
     assert said.output == (
-        "error: training.lr is no key of the config. Write it as training.learning_rate: 1.\n"
+        "error: Unknown config key training.lr. Write it as training.learning_rate: 1.\n"
     )
     changed = run(fresh, "tiny.yaml", "--config", "training={learning_rate: -1}")
     assert changed.returncode == 1 and changed.output.count("\n") == 1, changed.output

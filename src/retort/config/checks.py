@@ -1,7 +1,7 @@
-"""What keys of the config say about each other: contradictions are refused here.
+"""Checks across keys: contradictions in a config are refused here.
 
-The checks take a complete config as a flat mapping from the dotted key that users write to its
-value, and raise one `ConfigError`: value found, what was expected, what to do.
+The checks take a complete config as a flat mapping from dotted keys ("cache.top_k") to values, and raise one
+`ConfigError`: the value found, what was expected, what to do.
 """
 
 import re
@@ -9,15 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from retort.config.schema import ConfigError, show
-from retort.config.synthesis_checks import SYNTHESIS, check_synthesis
+from retort.config.synthesis_checks import SYNTHESIS, check_synthesis_keys
 
 Flat = Mapping[str, Any]
 
 DEFAULT_ALPHA = {"output": 1.0, "logit": 0.0, "hybrid": 0.5}
 LOADERS = ("text", "json", "parquet", "csv")
-
-
-_DIALS = {
+_METHOD_KEYS = {
     "top_k": "cache.top_k",
     "top_p": "cache.min_probability",
     "sampled": "cache.head_probability",
@@ -32,44 +30,44 @@ def check_config(c: Flat, defaults: Flat) -> None:
     _check_validation(c, defaults)
     _check_teacher(c)
     _check_gpus(c)
-    _check_dials(c, defaults)
+    _check_method_keys(c, defaults)
     _check_student(c)
     _check_alpha(c)
     _check_training(c, defaults)
     _check_benchmarks(c)
-    check_synthesis(c, defaults)
+    check_synthesis_keys(c, defaults)
 
 
 def _check_streaming(c: Flat) -> None:
     if c["dataset.streaming"] and c["dataset.max_samples"] is None:
         raise ConfigError(
-            "dataset.streaming is true and dataset.max_samples is null, so the stream would never "
-            "end and the teacher would run for ever. Set dataset.max_samples to the number of "
+            "dataset.streaming is true and dataset.max_samples is null, so the stream and the "
+            "teacher's work would never end. Set dataset.max_samples to the number of "
             "documents to use, for instance 100000."
         )
     if c["dataset.streaming"] and c["dataset.sharding"] == "contiguous":
         raise ConfigError(
             "dataset.sharding is contiguous and dataset.streaming is true, but a stream has no "
-            "known size to cut into runs. Use dataset.sharding: interleaved, or "
+            "known size to divide. Use dataset.sharding: interleaved, or "
             "dataset.streaming: false."
         )
     _check_files(c)
 
 
 def _check_files(c: Flat) -> None:
-    """Refuse sharding by files for what is no list of files."""
+    """Refuse sharding by files for a dataset that is not a list of files."""
     name = c["dataset.name"]
     if c["dataset.sharding"] != "files" or name in (*LOADERS, SYNTHESIS):
         return
     if name == "demo":
         raise ConfigError(
-            "dataset.sharding is files, but dataset.name is 'demo', whose text is no list of files. Use "
+            "dataset.sharding is files, but dataset.name is 'demo', which is not a list of files. Use "
             "dataset.sharding: interleaved."
         )
     if not c["dataset.streaming"]:
         raise ConfigError(
-            f"dataset.sharding is files and dataset.name is {show(name)}, a Hub dataset that is downloaded whole "
-            "(dataset.streaming is false), where files no longer count. Set dataset.streaming: true, or use "
+            f"dataset.sharding is files and dataset.name is {show(name)}, a Hub dataset that is downloaded "
+            "(dataset.streaming is false) and has no files any more. Set dataset.streaming: true, or use "
             "dataset.sharding: interleaved."
         )
 
@@ -84,7 +82,7 @@ def _check_documents(c: Flat, defaults: Flat) -> None:
     if name == "demo" and files is not None:
         raise ConfigError(
             f"dataset.data_files is {show(files)}, but dataset.name is 'demo', which reads no "
-            "files of yours. Set dataset.name to the loader of your files: one of "
+            "local files. Set dataset.name to the loader of your files: one of "
             f"{', '.join(LOADERS)}."
         )
     prompt, response = c["dataset.prompt_column"], c["dataset.response_column"]
@@ -98,7 +96,7 @@ def _check_documents(c: Flat, defaults: Flat) -> None:
     if prompt is not None and c["dataset.text_column"] != defaults["dataset.text_column"]:
         raise ConfigError(
             f"dataset.text_column is {show(c['dataset.text_column'])} and dataset.prompt_column is "
-            f"{show(prompt)}: a document is either text or prompt + response. Remove one of the "
+            f"{show(prompt)}: a document is either text, or prompt and response. Remove one of the "
             "two."
         )
 
@@ -109,7 +107,7 @@ def _check_validation(c: Flat, defaults: Flat) -> None:
         if fraction == 0:
             raise ConfigError(
                 "dataset.validation_fraction is 0 and dataset.validation_split is null, so "
-                "nothing would be held out to measure the students on. Set "
+                "no documents would be held out to evaluate students on. Set "
                 "dataset.validation_fraction above 0, for instance 0.01, or name a "
                 "dataset.validation_split."
             )
@@ -117,14 +115,14 @@ def _check_validation(c: Flat, defaults: Flat) -> None:
     if split == c["dataset.split"]:
         raise ConfigError(
             f"dataset.validation_split is {show(split)}, the same as dataset.split: students would "
-            "be measured on what they were trained on. Name another split, or set "
+            "be evaluated on their training data. Name another split, or set "
             "dataset.validation_split: null to hold out dataset.validation_fraction of the "
             "documents."
         )
     if fraction not in (0, defaults["dataset.validation_fraction"]):
         raise ConfigError(
             f"dataset.validation_fraction is {show(fraction)} and dataset.validation_split is "
-            f"{show(split)}, but only one of them can say what is held out. Remove "
+            f"{show(split)}, but only one of them can set what is held out. Remove "
             "dataset.validation_fraction to use the split, or dataset.validation_split to use the "
             "fraction."
         )
@@ -135,20 +133,20 @@ def _check_teacher(c: Flat) -> None:
     kind = c["training.distillation_type"]
     if teacher is None and kind != "output":
         raise ConfigError(
-            f"training.distillation_type is {kind}, which learns from a teacher, but "
+            f"training.distillation_type is {kind}, which needs a teacher, but "
             "teacher.model_path is null. Set teacher.model_path to a model, or use "
             "training.distillation_type: output."
         )
     if teacher is None and tokenizer is None:
         raise ConfigError(
-            "teacher.model_path and dataset.tokenizer are both null, so nothing says how text "
-            "becomes tokens. Set dataset.tokenizer to a Hub id or a folder with a tokenizer, for "
+            "teacher.model_path and dataset.tokenizer are both null, so there is no "
+            "tokenizer. Set dataset.tokenizer to a Hub id or a folder with a tokenizer, for "
             "instance gpt2."
         )
     if teacher == "demo" and tokenizer is not None:
         raise ConfigError(
-            f"dataset.tokenizer is {show(tokenizer)}, but teacher.model_path is 'demo', and that "
-            "teacher is trained with a tokenizer of its own. Set dataset.tokenizer: null, or name "
+            f"dataset.tokenizer is {show(tokenizer)}, but teacher.model_path is 'demo', which "
+            "is trained with its own tokenizer. Set dataset.tokenizer: null, or name "
             "another teacher."
         )
 
@@ -165,21 +163,20 @@ def _check_gpus(c: Flat) -> None:
     ]
     if bad := [i for i in ids if not _GPU_ID.fullmatch(i)]:
         raise ConfigError(
-            f"{key} is {show(gpus)}, where {show(bad[0])} is no GPU id. Write ids as nvidia-smi "
-            "shows them, with "
-            'commas between, such as "0,1,2,3", or groups of them, such as ["0", "1", "2,3"].'
+            f"{key} is {show(gpus)}, where {show(bad[0])} is not a GPU id. Write ids as nvidia-smi "
+            'shows them, separated by commas, such as "0,1,2,3", or groups of them, such as ["0", "1", "2,3"].'
         )
     if twice := sorted({i for i in ids if ids.count(i) > 1}):
         raise ConfigError(
-            f"{key} is {show(gpus)}, where GPU {', '.join(twice)} stands more than once; each GPU "
-            "holds one copy of the teacher at most. List every GPU once."
+            f"{key} is {show(gpus)}, where GPU {', '.join(twice)} is listed more than once, but a GPU "
+            "holds at most one copy of the teacher. List every GPU once."
         )
     if not isinstance(gpus, str) and per_model != 1:
         raise ConfigError(
             f"teacher.generation.gpus_per_model is {per_model}, but {key} is {show(gpus)}, a list "
-            "of explicit groups, which says already how many GPUs hold a model. Remove "
+            "of groups, whose sizes are already given. Remove "
             "teacher.generation.gpus_per_model, or "
-            f'write the GPUs as one text to be cut into groups: "{",".join(ids)}".'
+            f'write the GPUs as one text to divide: "{",".join(ids)}".'
         )
     if per_model > len(ids):
         raise ConfigError(
@@ -194,14 +191,13 @@ def _check_gpus(c: Flat) -> None:
         )
 
 
-def _check_dials(c: Flat, defaults: Flat) -> None:
+def _check_method_keys(c: Flat, defaults: Flat) -> None:
     method = c["cache.method"]
-    for owner, dial in _DIALS.items():
-        if owner != method and c[dial] != defaults[dial]:
+    for owner, key in _METHOD_KEYS.items():
+        if owner != method and c[key] != defaults[key]:
             raise ConfigError(
-                f"{dial} is {show(c[dial])}, but cache.method is {method}, which has the dial "
-                f"{_DIALS[method]} only; {dial} belongs to {owner}. Remove {dial}, or set "
-                f"cache.method: {owner}."
+                f"{key} is {show(c[key])}, but cache.method is {method}, which uses "
+                f"{_METHOD_KEYS[method]} instead. Remove {key}, or set cache.method: {owner}."
             )
 
 
@@ -216,8 +212,8 @@ def _check_student(c: Flat) -> None:
     if config is not None and weights is not None:
         raise ConfigError(
             f"student.config is {show(config)} and student.model_path is {show(weights)}, but a "
-            "student starts either from random weights or from given ones. Set one of the two to "
-            "null."
+            "student starts either with random weights or with those of a model. Set one of the two "
+            "to null."
         )
 
 
@@ -228,7 +224,7 @@ def _check_alpha(c: Flat) -> None:
     learns = "the corpus" if kind == "output" else "the teacher"
     raise ConfigError(
         f"training.alpha is {alpha}, but training.distillation_type is {kind}, which learns from "
-        f"{learns} alone: its alpha is {DEFAULT_ALPHA[kind]}. Set training.alpha: null, or "
+        f"{learns} only: its alpha is {DEFAULT_ALPHA[kind]}. Set training.alpha: null, or "
         "training.distillation_type: hybrid to learn from both (alpha is the weight of the hard "
         "loss)."
     )
@@ -248,19 +244,19 @@ def _check_training(c: Flat, defaults: Flat) -> None:
         list(defaults["cache.temperatures"]),
     ):
         raise ConfigError(
-            f"cache.temperatures is {stored}, but cache.method is 'sampled', whose draws serve temperature 1 only. "
+            f"cache.temperatures is {stored}, but cache.method is 'sampled', whose samples are for temperature 1 only. "
             "Leave cache.temperatures out, or use cache.method: top_p."
         )
     if uses_cache and c["cache.method"] == "sampled" and temperature != 1.0:
         raise ConfigError(
             f"training.temperature is {temperature} (the default is {defaults['training.temperature']}), but "
-            "cache.method is 'sampled': its draws are unbiased at temperature 1 only. Use training.temperature: 1.0, "
+            "cache.method is 'sampled': its samples are unbiased at temperature 1 only. Use training.temperature: 1.0, "
             "or cache.method: top_p."
         )
     if uses_cache and c["cache.method"] == "sampled" and c["training.divergence"] != "forward_kl":
         raise ConfigError(
-            f"training.divergence is {c['training.divergence']!r}, but cache.method is 'sampled': only forward_kl is "
-            "linear in the teacher's probabilities, so draws are unbiased for no other. Use training.divergence: "
+            f"training.divergence is {c['training.divergence']!r}, but cache.method is 'sampled': its samples are "
+            "unbiased for forward_kl only, which is linear in the teacher's probabilities. Use training.divergence: "
             "forward_kl, or cache.method: top_p."
         )
     if uses_cache and c["cache.top_k"] != "full" and temperature not in stored:
@@ -272,13 +268,13 @@ def _check_training(c: Flat, defaults: Flat) -> None:
 
 
 def require_even_share(batch_size: int, accumulation: int, gpus: int) -> None:
-    """Raise ConfigError when a step's sequences, batch_size * accumulation, do not go into so many equal parts."""
+    """Raise ConfigError when a step's sequences, batch_size * accumulation, are not a multiple of `gpus`."""
     if (batch_size * accumulation) % gpus:
         raise ConfigError(
             f"training.gpus x training.nodes is {gpus}, but training.batch_size {batch_size} x "
             f"training.gradient_accumulation_steps {accumulation} is {batch_size * accumulation} sequences a step, "
             f"which {gpus} GPUs cannot share evenly. Make it a multiple of {gpus}, or use a number of GPUs that "
-            "divides it: any trains the same student."
+            "divides it: each trains the same student."
         )
 
 
@@ -287,7 +283,7 @@ def _check_several_gpus(c: Flat) -> None:
     require_even_share(size, accumulation, c["training.gpus"] * c["training.nodes"])
     if c["training.strategy"] == "fsdp" and c["training.device"] == "cpu":
         raise ConfigError(
-            "training.strategy is 'fsdp' and training.device is 'cpu', but fsdp cuts a student over GPUs. Use "
+            "training.strategy is 'fsdp' and training.device is 'cpu', but fsdp shards a student over GPUs. Use "
             "training.strategy: ddp, or another device."
         )
 
@@ -304,20 +300,20 @@ def _check_benchmarks(c: Flat) -> None:
     if not c["evaluation.allow_code_execution"]:
         raise ConfigError(
             f"evaluation.benchmarks is {names}, and humaneval runs the code that a student writes, but "
-            "evaluation.allow_code_execution is false. Set evaluation.allow_code_execution: true to let it, inside "
-            "bubblewrap (docs/guide.md), or take humaneval out."
+            "evaluation.allow_code_execution is false. Set evaluation.allow_code_execution: true to allow it, inside "
+            "bubblewrap (docs/guide.md), or remove humaneval."
         )
     if c["evaluation.humaneval_file"] is None:
         raise ConfigError(
-            f"evaluation.benchmarks is {names}, but evaluation.humaneval_file is null, which should be a local copy of "
-            "its problems. Take data/HumanEval.jsonl.gz from https://github.com/openai/human-eval and give its path."
+            f"evaluation.benchmarks is {names}, but evaluation.humaneval_file is null: it should be the path of its "
+            "problems. Download data/HumanEval.jsonl.gz from https://github.com/openai/human-eval and set its path."
         )
     completions, ks = c["evaluation.humaneval_completions"], list(c["evaluation.humaneval_pass_at"])
     if max(ks) > completions:
         raise ConfigError(
             f"evaluation.humaneval_pass_at is {ks}, but evaluation.humaneval_completions is {completions}: pass@k "
-            f"needs k completions at least. Set evaluation.humaneval_completions to {max(ks)} or more (twice as many "
-            "estimate it better), or ask for smaller k."
+            f"needs at least k completions. Set evaluation.humaneval_completions to {max(ks)} or more (twice as many "
+            "estimate it better), or use a smaller k."
         )
     if completions > 1 and c["evaluation.humaneval_temperature"] == 0:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Config sections as command-line flags, and back."""
+"""Config sections to command-line flags, and back."""
 
 import argparse
 import json
@@ -12,7 +12,6 @@ from retort.config.schema import (
     expected,
     fill_defaults,
     is_section,
-    read_value,
     section_schema,
     show,
 )
@@ -23,23 +22,20 @@ from retort.config.sections import (
     is_default,
     section_name,
 )
+from retort.config.values import read_value
 
-# Sections whose flags carry the section's name, so that one script can take several sections.
+# Sections whose flags have the section's name as prefix, so that one script can take several sections.
 _PREFIXED = ("dataset", "teacher", "cache", "student", "evaluation", "synthesis")
-
-
-# What a single job cannot be told: how many jobs there are.
+# A setting of the workflow, not of one job.
 _NO_FLAG = ("teacher.generation.num_workers",)
-
-
-# Flags that users know by another name than the key's.
+# Other names of flags that users know.
 _ALIAS = {"training.dataloader_num_workers": "--num-workers"}
 
 
 def add_section_flags(parser: argparse.ArgumentParser, section: str) -> None:
     """Add one flag per key of a section, with the schema's type, default and description.
 
-    "teacher" and "teacher.generation" are two sections here: a script that takes both adds both.
+    "teacher" and "teacher.generation" are separate sections here.
     """
     group = parser.add_argument_group(section, section_schema(section)["description"])
     for key, sub in _flag_keys(section):
@@ -61,7 +57,7 @@ def add_section_flags(parser: argparse.ArgumentParser, section: str) -> None:
 
 
 def section_from_args(args: argparse.Namespace, section: str) -> Any:
-    """Return a section's record from parsed flags; what has no flag there is at its default."""
+    """Return a section's record from parsed flags; keys without a flag have their default."""
     values = fill_defaults({}, section_schema(section))
     given = vars(args)
     values |= {key: given[f"{section}.{key}"] for key, _ in _flag_keys(section)}
@@ -73,9 +69,9 @@ def section_from_args(args: argparse.Namespace, section: str) -> Any:
 
 
 def section_flags(section: Any) -> list[str]:
-    """Return the flags that section_from_args reads back; keys at their default are left out.
+    """Return the flags from which `section_from_args` makes this record; keys at their default are left out.
 
-    A Teacher's flags are without those of its generation, which is a section of its own.
+    The flags of a Teacher do not include its `generation`, which is a separate section.
     """
     name = section_name(section)
     argv: list[str] = []

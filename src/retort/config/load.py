@@ -1,4 +1,4 @@
-"""A whole config: one checked record for each run, and which of its keys name results."""
+"""A whole config as one checked record per run, and the keys that ids of artifacts are made of."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -14,23 +14,17 @@ from retort.config.schema import (
     leaves,
     load_schema,
     merge,
-    read_config,
     section_schema,
 )
-from retort.config.sections import (
-    Config,
-    build_section,
-    is_default,
-    section_name,
-)
+from retort.config.sections import Config, build_section, is_default, section_name
 from retort.config.sweeps import expand_runs
+from retort.config.values import read_config
 
 
 def load_runs(raw: Mapping[str, Any]) -> dict[str, Config]:
-    """Return one complete config per run, in order, sweeps written out; without `runs`, one named "student".
+    """Return one complete config per run, in order, with sweeps expanded; without `runs`, one named "student".
 
-    `raw` is what Snakemake calls config. Raises ConfigError (a ValueError) for the first mistake,
-    with the run's name when it is in a run.
+    `raw` is Snakemake's `config`. Raises ConfigError (a ValueError) for the first mistake, with the name of its run.
     """
     if "runs" in raw:
         raw = {**raw, "runs": expand_runs(raw["runs"])}
@@ -54,24 +48,24 @@ def load_runs(raw: Mapping[str, Any]) -> dict[str, Config]:
 
 
 def identity(section: Any) -> dict[str, Any]:
-    """Return a section's keys that name artefacts and differ from their default, ready for JSON.
+    """Return the keys of a section that change ids and differ from their default, as JSON values.
 
-    A key added later with a default is not in it, so it leaves old names alone.
+    Defaults are left out so that a key that is added later does not change old ids.
     """
     schema = section_schema(section_name(section))
-    named: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, sub in schema["properties"].items():
         value = getattr(section, key)
         if is_section(sub):
             if below := identity(value):
-                named[key] = below
-        elif names_artefacts(sub, schema) and not is_default(value, sub):
-            named[key] = list(value) if isinstance(value, tuple) else value
-    return named
+                found[key] = below
+        elif changes_id(sub, schema) and not is_default(value, sub):
+            found[key] = list(value) if isinstance(value, tuple) else value
+    return found
 
 
-def names_artefacts(schema: Schema, section: Schema) -> bool:
-    """Say whether a key, by its schema and its section's, is part of the names of what is made from it."""
+def changes_id(schema: Schema, section: Schema) -> bool:
+    """Return whether another value of a key, given its schema and its section's, changes the ids of results."""
     return bool(schema.get("identity", True) and section.get("identity", True))
 
 

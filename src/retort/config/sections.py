@@ -1,4 +1,4 @@
-"""The sections of the config as frozen records; a test holds their fields to the schema's keys."""
+"""The sections of the config as frozen records. A test compares their fields with the schema's keys."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -6,12 +6,14 @@ from typing import Any
 
 from retort.config.schema import section_schema
 
-HUMANEVAL = "humaneval"  # the benchmark that is run here, not by lm-evaluation-harness: it runs a model's code
+HUMANEVAL = (
+    "humaneval"  # the only benchmark not run by lm-evaluation-harness: it executes a model's code
+)
 
 
 @dataclass(frozen=True)
 class Output:
-    """Where results go."""
+    """Folders of the results."""
 
     results_dir: str
     cache_dir: str | None
@@ -50,7 +52,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Generation:
-    """How the workers make the teacher's logits."""
+    """How workers compute the teacher's logits."""
 
     num_workers: int | None
     batch_size: int
@@ -76,7 +78,7 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Cache:
-    """What is kept of the teacher's distribution per position; `top_k` is a number or "full"."""
+    """What is stored of the teacher's distribution at each position; `top_k` is a number or "full"."""
 
     method: str
     top_k: int | str
@@ -87,14 +89,14 @@ class Cache:
 
 @dataclass(frozen=True)
 class Merge:
-    """How the parts become one cache."""
+    """How parts are merged into one cache."""
 
     mode: str
 
 
 @dataclass(frozen=True)
 class Student:
-    """The model to train: a config with random weights, or a model to start from."""
+    """The model to train: a transformers config, or a model with weights."""
 
     config: str | None
     model_path: str | None
@@ -161,32 +163,29 @@ class Evaluation:
     code_timeout_s: float
 
     def without_benchmarks(self) -> "Evaluation":
-        """Return what says how a model is measured on held-out text; all else at its default."""
-        return _keep(self, lambda key: key not in _OF_BENCHMARKS)
+        """Return only the settings of evaluation on held-out text; all others at their default."""
+        return _keep(self, lambda key: key not in _BENCHMARK_KEYS)
 
     def of_teacher(self) -> "Evaluation":
-        """Return what says on which text a teacher is measured, and what it writes; all else at its default."""
+        """Return only the settings of a teacher's held-out positions and samples; all others at their default."""
         return _keep(self, lambda key: key.endswith("_positions") or "sample" in key)
 
     def of_problems(self) -> "Evaluation":
-        """Return what says which problems there are; all else at its default."""
+        """Return only the settings that select benchmarks and their problems; all others at their default."""
         kept = ("benchmarks", "benchmark_tasks_dir", "humaneval_file")
         return _keep(self, kept.__contains__)
 
     def of_benchmark(self, name: str) -> "Evaluation":
-        """Return what one benchmark is run by; all else, the list of benchmarks too, at its default."""
-        of_code = ("allow_code_execution", "code_timeout_s")
-        mine = [key for key in _OF_BENCHMARKS if key.startswith("humaneval_") or key in of_code]
-        if name != HUMANEVAL:
-            mine = ["benchmark_tasks_dir"]
-        return _keep(self, {"batch_size", "benchmark_limit", "benchmark_seed", *mine}.__contains__)
+        """Return only the settings of one benchmark; all others, and the list of benchmarks, at their default."""
+        keys = ["benchmark_tasks_dir"]
+        if name == HUMANEVAL:
+            keys = [key for key in _BENCHMARK_KEYS if key.startswith(_OF_HUMANEVAL)]
+        return _keep(self, {"batch_size", "benchmark_limit", "benchmark_seed", *keys}.__contains__)
 
 
-_OF_BENCHMARKS = tuple(
-    key
-    for key in Evaluation.__dataclass_fields__
-    if key.startswith(("benchmark", "humaneval_"))
-    or key in ("allow_code_execution", "code_timeout_s")
+_OF_HUMANEVAL = ("humaneval_", "allow_code_execution", "code_timeout_s")
+_BENCHMARK_KEYS = tuple(
+    key for key in Evaluation.__dataclass_fields__ if key.startswith(("benchmark", *_OF_HUMANEVAL))
 )
 
 
@@ -198,7 +197,7 @@ def _keep(evaluation: Evaluation, is_kept: Callable[[str], bool]) -> Evaluation:
 
 @dataclass(frozen=True)
 class Synthesis:
-    """Responses from a provider or a local teacher, made into a corpus."""
+    """A corpus of responses that a provider or a local model writes."""
 
     provider: str | None
     model: str | None
@@ -242,7 +241,7 @@ class Synthesis:
 
 @dataclass(frozen=True)
 class Tracking:
-    """Where the training metrics are shown while it runs."""
+    """Trackers that show metrics during training."""
 
     use_wandb: bool
     wandb_project: str | None
@@ -252,7 +251,7 @@ class Tracking:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that one run is made from."""
+    """All settings of one run."""
 
     output: Output
     dataset: Dataset
@@ -290,7 +289,7 @@ def build_section(section: str, values: Mapping[str, Any]) -> Any:
 
 
 def section_name(record: Any) -> str:
-    """Return the section that a record is of: "training", "teacher.generation"."""
+    """Return the name of a record's section, such as "training" or "teacher.generation"."""
     return next(name for name, kind in SECTIONS.items() if type(record) is kind)
 
 
@@ -300,6 +299,6 @@ def freeze(value: Any) -> Any:
 
 
 def is_default(value: Any, schema: Mapping[str, Any]) -> bool:
-    """Say whether a record's value is its schema's default; 0 is not false."""
+    """Return whether a record's value is its schema's default; 0 is not false."""
     default = freeze(schema["default"])
     return type(value) is type(default) and bool(value == default)

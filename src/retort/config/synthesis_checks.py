@@ -1,4 +1,4 @@
-"""What the keys of `synthesis` say about each other and about the corpus: contradictions are refused here."""
+"""Checks of the `synthesis` section, across its keys and with `dataset`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,8 +8,8 @@ from retort.config.schema import KEY_PREFIXES, ConfigError, show
 
 Flat = Mapping[str, Any]
 
-SYNTHESIS = "synthesis"  # the dataset.name of a corpus that is written by a model
-# Columns of responses.jsonl, the corpus that is made.
+SYNTHESIS = "synthesis"  # the dataset.name of a corpus that a model writes
+# The columns of that corpus, responses.jsonl.
 COLUMNS = {"prompt_column": "prompt", "response_column": "response"}
 _SET_BY_SYNTHESIS = (
     "data_files",
@@ -21,11 +21,11 @@ _SET_BY_SYNTHESIS = (
 )
 
 
-def check_synthesis(c: Flat, defaults: Flat) -> None:
+def check_synthesis_keys(c: Flat, defaults: Flat) -> None:
     """Raise ConfigError for the first contradiction."""
     _refuse_secrets(c)
     if c["dataset.name"] != SYNTHESIS:
-        _refuse_unread(c, defaults)
+        _refuse_unused(c, defaults)
         return
     _check_provider(c)
     _check_corpus(c, defaults)
@@ -34,16 +34,16 @@ def check_synthesis(c: Flat, defaults: Flat) -> None:
 
 
 def _refuse_secrets(c: Flat) -> None:
-    """Raise ConfigError, without showing it, for what looks like a key: configs are recorded and shared."""
-    words = (
-        "Put it into the environment: export OPENAI_API_KEY=..., or the variable that "
+    """Raise ConfigError for an API key, without showing it: configs are recorded and shared."""
+    advice = (
+        "Set an environment variable: export OPENAI_API_KEY=..., or the one that "
         "synthesis.api_key_variable names."
     )
     texts = {k: v for k, v in c.items() if k.startswith("synthesis.") and isinstance(v, str)}
     for key, value in texts.items():
         if value.startswith(KEY_PREFIXES):
             raise ConfigError(
-                f"{key} looks like an API key, which must not stand in a config. {words}"
+                f"{key} looks like an API key, which does not belong in a config. {advice}"
             )
     url = c["synthesis.base_url"]
     if url is None:
@@ -51,21 +51,21 @@ def _refuse_secrets(c: Flat) -> None:
     parts = urlsplit(url)
     if parts.username or parts.password or parts.query:
         raise ConfigError(
-            f"synthesis.base_url holds a name, a password or a query, which must not stand in a config. {words}"
+            f"synthesis.base_url has a user name, password or query, which do not belong in a config. {advice}"
         )
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(
-            f"synthesis.base_url is {show(url)}, but an address is expected. Write it as http://localhost:8000/v1."
+            f"synthesis.base_url is {show(url)}, but a URL is expected, such as http://localhost:8000/v1."
         )
 
 
-def _refuse_unread(c: Flat, defaults: Flat) -> None:
-    """Raise ConfigError where responses are asked for that nothing would read."""
+def _refuse_unused(c: Flat, defaults: Flat) -> None:
+    """Raise ConfigError when `synthesis` is set, but the corpus is another one."""
     for key, value in c.items():
         if key.startswith("synthesis.") and value != defaults[key]:
             raise ConfigError(
-                f"{key} is {show(value)}, but dataset.name is {show(c['dataset.name'])}, so nobody would read the "
-                f"responses. Set dataset.name: {SYNTHESIS}, or leave synthesis out."
+                f"{key} is {show(value)}, but dataset.name is {show(c['dataset.name'])}, so its responses "
+                f"would not be used. Set dataset.name: {SYNTHESIS}, or remove synthesis."
             )
 
 
@@ -73,7 +73,7 @@ def _check_provider(c: Flat) -> None:
     provider, model = c["synthesis.provider"], c["synthesis.model"]
     if provider is None:
         raise ConfigError(
-            f"dataset.name is {SYNTHESIS!r}, but synthesis.provider is null, so nobody answers. Set it to openai (any "
+            f"dataset.name is {SYNTHESIS!r}, but synthesis.provider is null. Set it to openai (any "
             "OpenAI-compatible server), anthropic or local."
         )
     if provider != "local" and model is None:
@@ -82,13 +82,13 @@ def _check_provider(c: Flat) -> None:
         )
     if provider == "local" and c["synthesis.base_url"] is not None:
         raise ConfigError(
-            f"synthesis.base_url is {show(c['synthesis.base_url'])}, but synthesis.provider is local, which asks no "
-            "server. Use provider openai, or remove base_url."
+            f"synthesis.base_url is {show(c['synthesis.base_url'])}, but synthesis.provider is local, which uses no "
+            "server. Use synthesis.provider: openai, or remove synthesis.base_url."
         )
     if provider != "local" and c["synthesis.engine"] != "auto":
         raise ConfigError(
             f"synthesis.engine is {show(c['synthesis.engine'])}, but synthesis.provider is {provider}, whose server "
-            "has an engine of its own. Use provider local, or remove engine."
+            "chooses its engine. Use synthesis.provider: local, or remove synthesis.engine."
         )
     if provider == "local" and model is None and c["teacher.model_path"] is None:
         raise ConfigError(
@@ -97,8 +97,8 @@ def _check_provider(c: Flat) -> None:
         )
     if "demo" in (c["teacher.model_path"], model if provider == "local" else None):
         raise ConfigError(
-            "teacher.model_path or synthesis.model is 'demo', but the demo's teacher answers no prompts. Name another "
-            "model, or use dataset.name: demo."
+            "teacher.model_path or synthesis.model is 'demo', but the demo's teacher cannot answer prompts. Use "
+            "another model, or dataset.name: demo."
         )
 
 
@@ -107,7 +107,7 @@ def _check_corpus(c: Flat, defaults: Flat) -> None:
         value = c[f"dataset.{key}"]
         if value != defaults[f"dataset.{key}"] and value != COLUMNS.get(key):
             raise ConfigError(
-                f"dataset.{key} is {show(value)}, but dataset.name is {SYNTHESIS!r}, whose file and columns are known. "
+                f"dataset.{key} is {show(value)}, but dataset.name is {SYNTHESIS!r}, which sets its file and columns. "
                 f"Remove dataset.{key}."
             )
     if c["dataset.streaming"] or c["dataset.sharding"] == "files":
@@ -125,7 +125,7 @@ def _check_prompts(c: Flat) -> None:
     if (prompts is None) == (templates is None):
         both = "both null" if prompts is None else "both set"
         raise ConfigError(
-            f"synthesis.prompts and synthesis.templates are {both}, but one of them says what is asked. Set "
+            f"synthesis.prompts and synthesis.templates are {both}, but exactly one of them is needed. Set "
             "synthesis.prompts to a file of prompts, or synthesis.templates to a YAML file (docs/synthesis.md)."
         )
     if templates is not None and c["synthesis.num_examples"] is None:
@@ -139,7 +139,8 @@ def _check_numbers(c: Flat) -> None:
     least, most = c["synthesis.min_characters"], c["synthesis.max_characters"]
     if most is not None and most < least:
         raise ConfigError(
-            f"synthesis.max_characters is {most}, less than synthesis.min_characters, {least}: nothing would be left."
+            f"synthesis.max_characters is {most}, less than synthesis.min_characters, {least}: no response would be "
+            "kept. Raise it."
         )
     longest = c["synthesis.max_tokens"]
     for key in ("tokens_per_minute", "max_total_tokens"):
@@ -147,7 +148,7 @@ def _check_numbers(c: Flat) -> None:
         if limit is not None and limit <= longest:
             raise ConfigError(
                 f"synthesis.{key} is {limit}, but one response may have synthesis.max_tokens, {longest}: no request "
-                "would fit. Raise the one, or lower the other."
+                "would fit. Raise the first, or lower the second."
             )
     prices = c["synthesis.price_per_million_input"] + c["synthesis.price_per_million_output"]
     if c["synthesis.max_cost"] is not None and prices == 0:

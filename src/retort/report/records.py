@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from retort.config.load import names_artefacts
+from retort.config.load import changes_id
 from retort.config.schema import flatten, section_schema
 from retort.models.samples import SAMPLES_FILE, Samples, read_samples
 from retort.report.scorecards import (
@@ -256,7 +256,7 @@ def _compared_settings() -> dict[str, Any]:
         f"{section}.{key}": sub["default"]
         for section, schema in schemas.items()
         for key, sub in schema["properties"].items()
-        if names_artefacts(sub, schema) and f"{section}.{key}" not in _NOT_COMPARED
+        if changes_id(sub, schema) and f"{section}.{key}" not in _NOT_COMPARED
     }
 
 

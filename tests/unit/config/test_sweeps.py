@@ -1,4 +1,4 @@
-"""Runs whose keys carry lists: which runs they become, and how these are named."""
+"""Sweeps: the runs that they become, and their names."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def test_a_list_becomes_a_run_for_each_value() -> None:
     assert {run.training.seed for run in runs.values()} == {3}
 
 
-def test_several_lists_become_every_combination_in_the_order_of_the_config() -> None:
+def test_several_lists_become_all_combinations_in_the_configs_order() -> None:
     found = names(soft={"training": {"temperature": [1.0, 2], "seed": [0, 1]}}, hard={})
     assert found == [
         "soft-temperature_1-seed_0",
@@ -46,7 +46,7 @@ def test_several_lists_become_every_combination_in_the_order_of_the_config() -> 
         ),
     ],
 )
-def test_where_a_key_takes_a_list_a_list_of_lists_sweeps(
+def test_for_a_key_that_takes_a_list_a_list_of_lists_is_a_sweep(
     values: list[Any], temperatures: list[Any]
 ) -> None:
     one = {"cache": {"temperatures": values}, "training": {"temperature": 1.0}}
@@ -54,7 +54,7 @@ def test_where_a_key_takes_a_list_a_list_of_lists_sweeps(
     assert [(name, run.cache.temperatures) for name, run in runs.items()] == temperatures
 
 
-def test_keys_that_end_alike_are_named_whole() -> None:
+def test_keys_with_the_same_last_part_are_named_in_full() -> None:
     run = {"teacher": {"model_path": ["a/b", "c"]}, "student": {"model_path": ["d"]}}
     assert names(x=run) == [
         "x-teacher.model_path_a_b-student.model_path_d",
@@ -62,7 +62,7 @@ def test_keys_that_end_alike_are_named_whole() -> None:
     ]
 
 
-def test_a_value_that_is_added_adds_its_run_and_renames_none() -> None:
+def test_adding_a_value_adds_a_run_and_renames_none() -> None:
     def plan(*alphas: float) -> dict[str, str]:
         config = STUDENT | {"runs": {"both": {"training": {"alpha": list(alphas)}}}}
         return {name: run.id for name, run in plan_project(load_runs(config)).runs.items()}
@@ -71,8 +71,8 @@ def test_a_value_that_is_added_adds_its_run_and_renames_none() -> None:
     assert before.items() < after.items() and len(after) == 3
 
 
-def test_a_sweep_from_the_command_line_is_the_same() -> None:
-    """Snakemake parses the outermost level alone: --config runs="{both: {training: {alpha: [0.2, 0.80]}}}"."""
+def test_a_sweep_on_the_command_line_is_the_same() -> None:
+    """Snakemake parses only the outermost level: --config runs="{both: {training: {alpha: [0.2, 0.80]}}}"."""
     for runs in (
         "{both: {training: {alpha: [0.2, 0.80]}}}",
         {"both": "{training: {alpha: [0.2, 0.80]}}"},
@@ -89,19 +89,19 @@ def test_a_sweep_from_the_command_line_is_the_same() -> None:
 @pytest.mark.parametrize(
     ("runs", "words"),
     [
-        ({"a": {"training": {"alpha": []}}}, r"runs\.a\.training\.alpha is \[\], a sweep over no"),
-        ({"a": {"training": {"seed": [1, 1.0]}}}, r"has 1 and 1, .*one name \('1'\)"),
+        ({"a": {"training": {"alpha": []}}}, r"runs\.a\.training\.alpha is \[\], a sweep without"),
+        ({"a": {"training": {"seed": [1, 1.0]}}}, r"has 1 and 1, .*same name \('1'\)"),
         (
             {"a": {"teacher": {"model_path": ["x/y", "x y"]}}},
-            r"has 'x/y' and 'x y', .* one name \('x_y'\)",
+            r"has 'x/y' and 'x y', .* same name \('x_y'\)",
         ),
         ({"a": {"training": {"seed": [1]}}, "a-seed_1": {}}, r"two runs named 'a-seed_1'"),
         ({"a": {"training": {"alpha": [0.5, 2]}}}, r"runs\.a-alpha_2\.training\.alpha is 2\.0"),
-        ({"a": {"training": {"alhpa": [0.5, 2]}}}, r"runs\.a\.training\.alhpa is no key"),
+        ({"a": {"training": {"alhpa": [0.5, 2]}}}, r"Unknown config key runs\.a\.training\.alhpa"),
         ({"a": {"training": [0.5]}}, r"runs\.a\.training is \[0\.5\], but a section"),
-        ({"a b": {"training": {"seed": [1]}}}, "no name for a run"),
+        ({"a b": {"training": {"seed": [1]}}}, "not a valid name"),
     ],
 )
-def test_bad_sweeps_are_one_sentence(runs: Any, words: str) -> None:
+def test_bad_sweeps_are_refused(runs: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         load_runs(STUDENT | {"runs": runs})

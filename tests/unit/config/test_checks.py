@@ -1,0 +1,217 @@
+"""Keys that contradict each other are refused."""
+
+from typing import Any
+
+import pytest
+
+from retort.config.schema import merge
+from support.configs import LOGIT, OUTPUT, STUDENT, load, refusal
+
+STREAM = {"dataset": {"name": "org/corpus", "streaming": True}}
+
+
+@pytest.mark.parametrize(
+    "raw, found, advice",
+    [
+        (STREAM, "dataset.max_samples is null", "Set dataset.max_samples"),
+        (
+            merge(STREAM, {"dataset": {"max_samples": 9, "sharding": "contiguous"}}),
+            "dataset.sharding is contiguous",
+            "Use dataset.sharding: interleaved",
+        ),
+        (
+            {"dataset": {"sharding": "files"}},
+            "dataset.sharding is files, but dataset.name is 'demo'",
+            "Use dataset.sharding: interleaved",
+        ),
+        (
+            {"dataset": {"name": "org/corpus", "sharding": "files"}},
+            "dataset.sharding is files and dataset.name is 'org/corpus'",
+            "Set dataset.streaming: true",
+        ),
+        (
+            {"dataset": {"name": "json"}},
+            "dataset.name is 'json'",
+            "Set dataset.data_files to a path",
+        ),
+        (
+            {"dataset": {"data_files": "a.jsonl"}},
+            "dataset.data_files is 'a.jsonl'",
+            "Set dataset.name to the loader of your files: one of text, json, parquet, csv",
+        ),
+        (
+            {"dataset": {"prompt_column": "q"}},
+            "dataset.prompt_column is 'q', but dataset.response_column is null",
+            "Set dataset.response_column too",
+        ),
+        (
+            {"dataset": {"response_column": "a"}},
+            "dataset.response_column is 'a', but dataset.prompt_column is null",
+            "Set dataset.prompt_column too",
+        ),
+        (
+            {"dataset": {"prompt_column": "q", "response_column": "a", "text_column": "body"}},
+            "dataset.text_column is 'body' and dataset.prompt_column is 'q'",
+            "Remove one of the two",
+        ),
+        (
+            {"dataset": {"validation_fraction": 0}},
+            "dataset.validation_fraction is 0",
+            "Set dataset.validation_fraction above 0",
+        ),
+        (
+            {"dataset": {"validation_split": "train"}},
+            "dataset.validation_split is 'train', the same as dataset.split",
+            "Name another split",
+        ),
+        (
+            {"dataset": {"validation_split": "test", "validation_fraction": 0.2}},
+            "dataset.validation_fraction is 0.2 and dataset.validation_split is 'test'",
+            "Remove dataset.validation_fraction",
+        ),
+        (
+            merge(LOGIT, {"teacher": {"model_path": None}}),
+            "training.distillation_type is logit",
+            "Set teacher.model_path to a model",
+        ),
+        (
+            {"teacher": {"model_path": None}},
+            "training.distillation_type is hybrid",
+            "training.distillation_type: output",
+        ),
+        (
+            merge(OUTPUT, {"teacher": {"model_path": None}}),
+            "teacher.model_path and dataset.tokenizer are both null",
+            "Set dataset.tokenizer",
+        ),
+        (
+            {"dataset": {"tokenizer": "gpt2"}},
+            "dataset.tokenizer is 'gpt2', but teacher.model_path is 'demo'",
+            "Set dataset.tokenizer: null",
+        ),
+        (
+            {"teacher": {"generation": {"gpus": "0,1,2", "gpus_per_model": 4}}},
+            "teacher.generation.gpus_per_model is 4, but teacher.generation.gpus lists 3: 0,1,2",
+            "List at least 4 GPUs, or lower teacher.generation.gpus_per_model",
+        ),
+        (
+            {"teacher": {"generation": {"gpus": ["0,1", "2,3"], "gpus_per_model": 2}}},
+            "gpus_per_model is 2, but teacher.generation.gpus is",
+            "Remove teacher.generation.gpus_per_model",
+        ),
+        (
+            {"teacher": {"generation": {"gpus": "0,1,1"}}},
+            "GPU 1 is listed more than once",
+            "List every GPU once",
+        ),
+        (
+            {"teacher": {"generation": {"gpus": ["0,1", "1"]}}},
+            "GPU 1 is listed more than once",
+            "List every GPU once",
+        ),
+        (
+            {"teacher": {"generation": {"gpus": "0;1"}}},
+            "where '0;1' is not a GPU id",
+            'such as "0,1,2,3"',
+        ),
+        ({"teacher": {"generation": {"gpus": "0,"}}}, "where '' is not a GPU id", "Write ids"),
+        (
+            {"teacher": {"device": "cpu", "generation": {"gpus": "0"}}},
+            "teacher.device is cpu, but teacher.generation.gpus is '0'",
+            "Remove teacher.generation.gpus",
+        ),
+        (
+            {"cache": {"min_probability": 0.1}},
+            "cache.min_probability is 0.1, but cache.method is top_k",
+            "Remove cache.min_probability, or set cache.method: top_p",
+        ),
+        (
+            {"cache": {"head_probability": 0.1}},
+            "cache.head_probability is 0.1, but cache.method is top_k",
+            "Remove cache.head_probability, or set cache.method: sampled",
+        ),
+        (
+            {"cache": {"method": "top_p", "top_k": 8}},
+            "cache.top_k is 8, but cache.method is top_p",
+            "Remove cache.top_k, or set cache.method: top_k",
+        ),
+        (
+            {"student": {"config": None}},
+            "student.config and student.model_path are both null",
+            "Set student.config to a transformers config",
+        ),
+        (
+            {"student": {"model_path": "gpt2"}},
+            "student.model_path is 'gpt2'",
+            "Set one of the two to null",
+        ),
+        (
+            merge(OUTPUT, {"training": {"alpha": 0.5}}),
+            "training.alpha is 0.5, but training.distillation_type is output",
+            "Set training.alpha: null, or training.distillation_type: hybrid",
+        ),
+        (
+            merge(LOGIT, {"training": {"alpha": 0.5}}),
+            "training.alpha is 0.5, but training.distillation_type is logit",
+            "training.distillation_type: hybrid to learn from both",
+        ),
+        (
+            {
+                "cache": {"method": "sampled", "temperatures": [1.0, 4.0]},
+                "training": {"temperature": 1.0},
+            },
+            "cache.temperatures is [1.0, 4.0], but cache.method is 'sampled'",
+            "Leave cache.temperatures out",
+        ),
+        (
+            {
+                "cache": {"method": "sampled"},
+                "training": {"temperature": 1.0, "divergence": "reverse_kl"},
+            },
+            "training.divergence is 'reverse_kl', but cache.method is 'sampled'",
+            "Use training.divergence: forward_kl, or cache.method: top_p",
+        ),
+        (
+            {"training": {"temperature": 3}},
+            "training.temperature is 3.0",
+            "cache.temperatures: [1.0, 2.0, 3.0] (a new cache is made), or use one of [1.0, 2.0]",
+        ),
+    ],
+)
+def test_keys_that_contradict_each_other_are_refused(
+    raw: dict[str, Any], found: str, advice: str
+) -> None:
+    message = refusal(merge(STUDENT, raw))
+    assert found in message and advice in message, message
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        merge(STREAM, {"dataset": {"max_samples": 9}}),
+        {"training": {"temperature": 3.0, "use_cached_logits": False}},
+        {"training": {"temperature": 3.0}, "cache": {"top_k": "full"}},
+        merge(OUTPUT, {"training": {"temperature": 3.0, "alpha": 1.0}}),
+        merge(LOGIT, {"training": {"alpha": 0.0}}),
+        {"dataset": {"validation_split": "test", "validation_fraction": 0}},
+        {"dataset": {"name": "org/corpus", "data_files": "en/*.parquet"}},
+        {"teacher": {"generation": {"gpus": "1, 3,5", "gpus_per_model": 2}}},
+        {"teacher": {"generation": {"gpus": "GPU-8f2c,MIG-GPU-8f2c/1/0"}}},
+        {"training": {"max_steps": 5, "num_epochs": 2}},
+        {"tracking": {"use_wandb": True, "wandb_project": "p", "use_tensorboard": True}},
+    ],
+)
+def test_configs_without_a_contradiction_are_accepted(raw: dict[str, Any]) -> None:
+    load(raw)
+
+
+@pytest.mark.parametrize("kind, alpha", [("output", 1.0), ("logit", 0.0), ("hybrid", 0.5)])
+def test_alpha_follows_the_distillation_type_and_is_never_null(kind: str, alpha: float) -> None:
+    assert load({"training": {"distillation_type": kind}}).training.alpha == alpha
+
+
+def test_gpus_that_cannot_share_a_step_or_a_student_are_refused() -> None:
+    message = refusal(merge(STUDENT, {"training": {"gpus": 3, "batch_size": 4}}))
+    assert "training.gpus x training.nodes is 3" in message and "is 4 sequences a step" in message
+    message = refusal(merge(STUDENT, {"training": {"strategy": "fsdp", "device": "cpu"}}))
+    assert "training.strategy is 'fsdp' and training.device is 'cpu'" in message
