@@ -1,9 +1,10 @@
-"""Things that belong together share a name; the order of packages is held by import-linter (`make lint`)."""
+"""Rules, scripts and logs share names; docstrings and imports follow rules that no linter has."""
 
 import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ SOURCE = REPOSITORY / "src" / "retort"
 RULE_FILES = sorted((REPOSITORY / "workflow" / "rules").glob("*.smk"))
 SCRIPTS = sorted((REPOSITORY / "workflow" / "scripts").glob("*.py"))
 
-# Every job on every node parses the Snakefile again: these must not be loaded for it.
+# Every job parses the Snakefile again, which must not load these.
 HEAVY = (
     "torch",
     "transformers",
@@ -29,7 +30,7 @@ HEAVY = (
 
 
 def find_imports(path: Path) -> set[str]:
-    """The dotted names of all modules that a file imports, inside functions too."""
+    """Return the dotted names of all modules that a file imports, also inside functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -43,7 +44,7 @@ def find_imports(path: Path) -> set[str]:
 
 
 def find_rules() -> dict[str, str]:
-    """The text of every rule in workflow/rules."""
+    """Return the text of every rule in workflow/rules, by name."""
     rules = {}
     for path in RULE_FILES:
         pieces = re.split(r"^(?:rule|checkpoint) (\w+):$", path.read_text(), flags=re.MULTILINE)
@@ -66,7 +67,7 @@ def test_there_is_one_script_per_rule_and_one_rule_per_script() -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_rule_script_and_log_folder_share_one_name(rule: str) -> None:
+def test_rule_script_and_log_folder_have_one_name(rule: str) -> None:
     assert set(re.findall(r'SCRIPTS\.format\("(\w+)"\)', RULES[rule])) == {rule}
     assert set(re.findall(r"\blogs/(\w+)/", RULES[rule])) == {rule}
 
@@ -79,14 +80,15 @@ def test_no_rule_looks_at_dates_of_its_inputs(rule: str) -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_every_script_says_the_command_that_runs_it(script: Path) -> None:
+def test_every_script_has_its_command_in_its_docstring(script: Path) -> None:
     docstring = ast.get_docstring(ast.parse(script.read_text())) or ""
     assert f"python workflow/scripts/{script.name}" in docstring
 
 
 def test_the_snakefile_loads_nothing_heavy() -> None:
     texts = [path.read_text() for path in (REPOSITORY / "Snakefile", *RULE_FILES)]
-    lines = re.findall(r"^\s*((?:from|import) retort\b.*)$", "\n".join(texts), flags=re.MULTILINE)
+    statement = r"^((?:from|import) retort\b(?:[^(\n]*\([^)]*\)|.*))$"
+    lines = re.findall(statement, "\n".join(texts), flags=re.MULTILINE)
     assert len(lines) >= 3
     code = "\n".join([*lines, "import sys", f"print([m for m in {HEAVY!r} if m in sys.modules])"])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -98,3 +100,28 @@ def test_the_page_of_modules_is_made_of_their_docstrings() -> None:
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
     page = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
     assert done.stdout == page, "run: make docs"
+
+
+def find_raisers(tree: ast.AST) -> Iterator[ast.FunctionDef]:
+    """Yield the public functions and methods that raise ValueError themselves, not in a function inside them."""
+    for function in ast.walk(tree):
+        if not isinstance(function, ast.FunctionDef) or function.name.startswith("_"):
+            continue
+        nodes: list[ast.AST] = [*function.body]
+        while nodes:
+            node = nodes.pop()
+            if isinstance(node, ast.Raise) and "ValueError(" in ast.unparse(node):
+                yield function
+                break
+            if not isinstance(node, ast.FunctionDef | ast.Lambda | ast.ClassDef):
+                nodes.extend(ast.iter_child_nodes(node))
+
+
+def test_public_functions_that_raise_value_error_say_so() -> None:
+    silent = [
+        f"{path.relative_to(SOURCE)}:{function.lineno} {function.name}"
+        for path in sorted(SOURCE.rglob("*.py"))
+        for function in find_raisers(ast.parse(path.read_text()))
+        if "ValueError" not in (ast.get_docstring(function) or "")
+    ]
+    assert silent == []

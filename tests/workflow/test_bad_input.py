@@ -1,4 +1,4 @@
-"""A mistake of the user's is one clear sentence, before any expensive job."""
+"""A user's mistake is one clear message, before any expensive job."""
 
 import json
 import re
@@ -16,7 +16,7 @@ Prepare = Callable[[Path], object]
 
 
 def refuse(place: Place, config: dict[str, Any], *words: str) -> str:
-    """Run a config that must be refused before any expensive job, by a sentence that holds the words."""
+    """Run a config that must be refused before any expensive job, by a line with all these words; return that line."""
     place.write_config(config)
     done = place.try_snakemake()
     assert done.returncode != 0, done.output
@@ -30,7 +30,7 @@ def refuse(place: Place, config: dict[str, Any], *words: str) -> str:
 
 
 def over(**sections: Any) -> dict[str, Any]:
-    """Return the tiny config with sections laid over it."""
+    """Return the tiny config with some sections changed."""
     return tiny(**sections)
 
 
@@ -217,7 +217,7 @@ SEEN_BY_THE_CHECK: dict[str, tuple[Prepare, dict[str, Any], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", SEEN_BY_THE_CHECK)
-def test_a_mistake_in_the_inputs_is_found_by_the_check(fresh: Place, name: str) -> None:
+def test_a_mistake_in_the_inputs_is_found_by_check_inputs(fresh: Place, name: str) -> None:
     prepare, config, words = SEEN_BY_THE_CHECK[name]
     prepare(fresh.path)
     said = refuse(fresh, config, *words)

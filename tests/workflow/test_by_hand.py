@@ -1,4 +1,4 @@
-"""Every script can be typed by hand, with the flags that its rule prints."""
+"""Every script can be run by hand, with the flags that Snakemake prints."""
 
 import json
 import re
@@ -14,16 +14,16 @@ SCRIPTS = sorted((REPOSITORY / "workflow" / "scripts").glob("*.py"))
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_a_script_explains_itself(script: Path, tmp_path: Path) -> None:
+def test_a_script_has_help(script: Path, tmp_path: Path) -> None:
     done = Place(tmp_path).execute([sys.executable, str(script), "--help"])
     assert done.returncode == 0, done.output
-    assert f"workflow/scripts/{script.name}" in done.output, "the exact command, to be copied"
-    # What is staged goes into the cache of the Hub's own library.
+    assert f"workflow/scripts/{script.name}" in done.output, "the exact command"
+    # stage downloads into the cache of the Hub's library.
     assert "--output" in done.output or script.stem == "stage"
 
 
 def read_commands(place: Place) -> dict[str, list[str]]:
-    """Return the command of every job as a dry run prints it, by script and wildcard; without the log."""
+    """Return the command of every job as a dry run prints it, without the log, by script and wildcard."""
     said = place.snakemake("-n", "-p", "--forceall")
     commands = {}
     for line in re.findall(r"^Shell command: (.* >> .*)$", said, flags=re.MULTILINE):
@@ -39,7 +39,7 @@ def with_output(command: list[str], path: str) -> list[str]:
     return [*command[:place], path, *command[place + 1 :]]
 
 
-def test_the_commands_of_the_rules_can_be_typed(done: Place) -> None:
+def test_the_commands_of_the_rules_can_be_run_by_hand(done: Place) -> None:
     commands = read_commands(done)
 
     def type_in(name: str, output: str) -> Path:

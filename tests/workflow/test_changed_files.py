@@ -1,4 +1,4 @@
-"""Files that change, or break, between two steps: refused or made again, never used as something else."""
+"""Files that change or break between two steps are refused or made again."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ from retort.cache.reader import LogitCache
 from support.place import TINY, Place, sha256, tiny, wait_until
 
 
-def test_results_may_lie_in_folders_of_any_name(fresh: Place) -> None:
+def test_results_may_be_in_folders_of_any_name(fresh: Place) -> None:
     folders = {"results_dir": "my results/it's here", "cache_dir": "the cache"}
     fresh.write_config(tiny(output=folders, runs={"both": TINY["runs"]["both"]}))
     fresh.snakemake()
@@ -48,7 +48,7 @@ def test_damaged_and_lost_parts_are_made_again_by_the_same_command(done: Place) 
 
 
 def edit_while_checking(place: Place, path: Path, old: str, new: str) -> str:
-    """Start the command, edit a file once its paths are named and before anything is read; return what was said."""
+    """Start the command and edit a file after ids are computed, before it is read; return the output."""
     text = path.read_text()
     assert old in text
     command = place.start()
@@ -70,13 +70,13 @@ def test_a_corpus_edited_while_it_is_read_makes_nothing(fresh: Place) -> None:
     assert "documents.jsonl' changed while Retort read them" in said
     assert not list(fresh.results.glob("tokens/*/shard_*.h5"))
     corpus.write_text(text.replace("garden", "desert"))
-    fresh.snakemake("--until", "index_tokens")  # of the text as it is now, under its own name
+    fresh.snakemake("--until", "index_tokens")  # of the edited text, with its own id
     (edited,) = (fresh.results / "tokens").iterdir()
     corpus.write_text(text)
     assert edited.name not in fresh.find_output(r"^results/tokens/\w+/index\.json$")
 
 
-def test_a_student_edited_before_it_is_built_is_not_trained_under_the_old_ones_name(
+def test_a_student_edited_before_it_is_built_is_not_trained_under_the_old_id(
     done: Place,
 ) -> None:
     for folder in ("runs", "reports"):

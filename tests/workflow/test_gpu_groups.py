@@ -109,7 +109,7 @@ def test_groups_are_shown_held_alone_and_change_nothing(
     assert f"Number of workers   {number}\n" in said
     assert ("In no group         6,7\n" in said) == (name == "remainder")
 
-    assert said.index("GPUs available") < said.index("The teacher reads the text: worker")
+    assert said.index("GPUs available") < said.index("The teacher scores the text: worker")
     assert read_first_lines(machine) == {
         f"Worker {w}/{number}  CUDA_VISIBLE_DEVICES: {group}" for w, group in enumerate(case.groups)
     }

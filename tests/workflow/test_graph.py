@@ -1,4 +1,4 @@
-"""What runs share is computed once, a config means the same everywhere, and the commands users type work."""
+"""Runs share results, a config means the same on every machine, and the documented commands work."""
 
 import json
 import re
@@ -11,16 +11,15 @@ from support.place import REPOSITORY, Place, tiny
 
 SHARDS = 2
 WORKERS = 2
-LISTED_GPUS = {"gpus": "0,1,2,3", "num_workers": None}
 
 
 def distil(**sections: Any) -> dict[str, Any]:
-    """Return a run's overrides: it learns from the teacher, and differs in these sections."""
+    """Return the overrides of a run that learns from the teacher only."""
     return {"training": {"distillation_type": "logit"}} | sections
 
 
 def plan_runs(place: Place, runs: dict[str, Any], **sections: Any) -> dict[str, int]:
-    """Return the jobs of a config with these runs."""
+    """Return the number of jobs by rule of a config with these runs."""
     place.write_config(tiny(runs=runs, **sections))
     return place.plan()
 
@@ -44,11 +43,11 @@ def test_one_run_needs_every_job_once(fresh: Place) -> None:
     assert plan_runs(fresh, {"only": distil()}) == ONE_RUN
 
 
-def test_workers_wait_for_the_index_not_for_every_shard(fresh: Place) -> None:
+def test_workers_depend_on_the_index_not_on_every_shard(fresh: Place) -> None:
     generation = {"generation": {"num_workers": 3}}
     fresh.write_config(tiny(runs={"only": distil()}, dataset={"num_shards": 7}, teacher=generation))
     edges = read_dag(fresh.snakemake("--dag"))
-    assert edges["tokenize_shard"] == {"resolve_teacher"}, "one input of each of many jobs"
+    assert edges["tokenize_shard"] == {"resolve_teacher"}, "many jobs, one input each"
     assert edges["index_tokens"] == {"tokenize_shard"}
     for rule in ("score_validation", "plan", "generate_logits", "merge_h5", "train", "evaluate"):
         assert "tokenize_shard" not in edges[rule], rule
@@ -61,7 +60,7 @@ def test_two_top_k_share_tokens_and_the_held_out_pass(fresh: Place) -> None:
     assert plan_runs(fresh, runs) == ONE_RUN | twice
 
 
-def test_two_teachers_share_nothing_but_a_named_tokenizers_tokens(fresh: Place) -> None:
+def test_two_teachers_share_only_the_tokens_of_a_tokenizer_that_is_set(fresh: Place) -> None:
     shutil.copytree(fresh.path / "teacher", fresh.path / "other")
     runs = {"first": distil(), "second": distil(teacher={"model_path": "other"})}
     twice = {rule: 2 * count for rule, count in ONE_RUN.items()} | {"check_inputs": 1, "report": 1}
@@ -92,7 +91,7 @@ def test_runs_that_differ_in_training_or_student_share_everything_else(fresh: Pl
     assert plan_runs(fresh, runs) == ONE_RUN | {"train": 5, "evaluate": 5}
 
 
-def test_students_that_learn_from_text_alone_need_no_cache(fresh: Place) -> None:
+def test_students_that_learn_from_text_only_need_no_cache(fresh: Place) -> None:
     planned = plan_runs(fresh, {"text": {"training": {"distillation_type": "output"}}})
     assert not {"plan", "generate_logits", "merge_h5"} & planned.keys()
     without = {
@@ -119,7 +118,7 @@ def test_a_live_teacher_needs_no_cache(fresh: Place) -> None:
 
 @pytest.fixture
 def shipped(fresh: Place) -> Place:
-    """A folder with the repository's config/, as a fresh clone has it."""
+    """A folder with the repository's config/, like a fresh clone."""
     (fresh.path / "config").symlink_to(REPOSITORY / "config")
     return fresh
 
@@ -133,14 +132,14 @@ def test_the_shipped_config_is_planned_without_any_flag(shipped: Place) -> None:
     assert not shipped.results.exists(), "a dry run makes nothing"
 
 
-def test_lint_finds_nothing_but_that_rules_name_no_container(shipped: Place) -> None:
+def test_lint_finds_only_that_rules_have_no_container(shipped: Place) -> None:
     said = shipped.try_snakemake("--lint", config=None).output
     found = set(re.findall(r"^    \* (.*):$", said, re.MULTILINE))
-    # Retort is a package: where it is installed, every rule has what it needs.
+    # Retort is a package: its environment has what every rule needs.
     assert found == {"Specify a conda environment or container for each rule."}, said
 
 
-def test_one_key_on_the_command_line_changes_that_key_with_its_type(fresh: Place) -> None:
+def test_a_key_on_the_command_line_changes_only_that_key(fresh: Place) -> None:
     changes = ["dataset={max_samples: 10}", "training={learning_rate: 2e-3, max_steps: 5}"]
     said = fresh.snakemake("-n", "-p", "--config", *changes)
     assert "--dataset-max-samples 10" in said
@@ -160,7 +159,7 @@ def test_a_wrong_type_on_the_command_line_is_refused(fresh: Place) -> None:
     assert "Traceback" not in refused.output
 
 
-def test_a_config_of_ones_own_replaces_the_demo(shipped: Place) -> None:
+def test_a_config_file_replaces_the_demo(shipped: Place) -> None:
     plain = tiny(runs=None, training=None, cache=None)
     shipped.write_config(plain)
     made = shipped.outputs()
@@ -170,7 +169,7 @@ def test_a_config_of_ones_own_replaces_the_demo(shipped: Place) -> None:
     assert shipped.plan().keys().isdisjoint({"demo_teacher", "draw_corpus"})
 
 
-def test_of_two_config_files_the_later_wins_key_by_key(fresh: Place) -> None:
+def test_of_two_config_files_the_later_overrides_key_by_key(fresh: Place) -> None:
     second = fresh.write_config({"cache": {"top_k": 16}, "training": {"seed": 3}}, "second.yaml")
     both = [*fresh.command("--summary"), str(second)]
     said = fresh.execute(both)
@@ -184,12 +183,12 @@ def test_the_same_config_means_the_same_on_every_machine(fresh: Place) -> None:
     machines = {
         gpus: Place(fresh.path, env={"CUDA_VISIBLE_DEVICES": gpus}) for gpus in ("", "0,1,2,3", "7")
     }
-    # Fixed: by num_workers, or by the GPUs that the config lists.
+    # The number of workers is fixed by num_workers, or by the listed GPUs.
     for generation in ({"num_workers": 2}, {"num_workers": None, "gpus": ["0", "1", "2,3"]}):
         fresh.write_config(tiny(teacher={"generation": generation}))
         on_cpu, on_four = (machines[g].outputs() for g in ("", "0,1,2,3"))
         assert on_cpu == on_four
-    # Left open: one worker per GPU, and nothing else differs.
+    # Otherwise there is one worker per GPU, and nothing else differs.
     fresh.write_config(tiny(teacher={"generation": {"num_workers": None}}))
     found = {gpus: place.outputs() for gpus, place in machines.items()}
     receipts = {gpus: {p for p in made if "metadata_worker" in p} for gpus, made in found.items()}
@@ -197,7 +196,7 @@ def test_the_same_config_means_the_same_on_every_machine(fresh: Place) -> None:
     assert len({frozenset(found[gpus] - receipts[gpus]) for gpus in machines}) == 1
 
 
-def test_a_machine_without_gpus_says_so_once_where_a_teacher_runs(done: Place) -> None:
+def test_a_machine_without_gpus_says_so_once_if_a_teacher_runs(done: Place) -> None:
     shutil.rmtree(done.results / "reports")
     assert "No GPU found here" not in done.snakemake("--resources", "gpu=8", cores=8)
     for made in ("validation", "reports"):
@@ -209,7 +208,7 @@ def test_a_machine_without_gpus_says_so_once_where_a_teacher_runs(done: Place) -
 
 
 def read_dag(said: str) -> dict[str, set[str]]:
-    """Read Snakemake's graph (--dag): the rules whose outputs a rule's jobs take, by rule."""
+    """Return the rules that each rule depends on, from Snakemake's --dag."""
     names = dict(re.findall(r'^\s*(\d+)\[label = "(\w+)', said, flags=re.MULTILINE))
     edges: dict[str, set[str]] = {name: set() for name in names.values()}
     for source, target in re.findall(r"^\s*(\d+) -> (\d+)", said, flags=re.MULTILINE):

@@ -1,4 +1,4 @@
-"""The profiles: they speak of rules that exist, name every number that a scheduler asks for, and plan without one."""
+"""The profiles: they name existing rules, set every resource that SLURM needs, and can be planned without SLURM."""
 
 import os
 import re
@@ -29,8 +29,8 @@ def read_profile(text: str | None = None) -> dict[str, Any]:
     return yte.process_yaml(text or PROFILE.read_text(), require_use_yte=True)
 
 
-def test_the_slurm_profile_speaks_of_the_submitted_rules_and_of_no_other() -> None:
-    """Snakemake ignores resources that are set for a rule it does not know."""
+def test_the_slurm_profile_names_exactly_the_submitted_rules() -> None:
+    """Snakemake ignores resources of a rule that does not exist."""
     assert set(read_profile()["set-resources"]) == SUBMITTED
 
 
@@ -42,7 +42,7 @@ def test_every_submitted_rule_has_time_memory_and_cpus(rule: str) -> None:
     assert "attempt" in f"{given['runtime']} {given['mem_mb']}", "a retry gets more of something"
 
 
-def test_every_line_of_the_slurm_profile_says_why() -> None:
+def test_every_key_of_the_slurm_profile_has_a_comment() -> None:
     lines = PROFILE.read_text().splitlines()
     keys = [line for line in lines if re.match(r" *[\w-]+:", line)]
     sections = [line for line in keys if line.endswith(":")]
@@ -53,12 +53,12 @@ def test_every_line_of_the_slurm_profile_says_why() -> None:
 def test_the_default_profile_is_executor_neutral() -> None:
     default = yaml.safe_load((REPOSITORY / "profiles" / "default" / "config.yaml").read_text())
     assert not [key for key in default if re.search("executor|slurm|resources|jobs|retries", key)]
-    assert not default.keys() & read_profile().keys(), "it would win, key by key"
+    assert not default.keys() & read_profile().keys(), "the default profile overrides key by key"
 
 
 @pytest.fixture
 def no_slurm(fresh: Place, tmp_path: Path) -> Place:
-    """A fresh clone's config, on a machine that has none of SLURM's commands."""
+    """A fresh clone's config, on a machine without SLURM's commands."""
     (fresh.path / "config").symlink_to(REPOSITORY / "config")
     tools = tmp_path / "tools"
     tools.mkdir()
@@ -70,13 +70,13 @@ def no_slurm(fresh: Place, tmp_path: Path) -> Place:
     return Place(fresh.path, env={"PATH": str(tools)})
 
 
-def test_the_slurm_profile_plans_as_shipped_where_there_is_no_slurm(no_slurm: Place) -> None:
+def test_the_slurm_profile_as_shipped_can_be_planned_without_slurm(no_slurm: Place) -> None:
     pytest.importorskip("snakemake_executor_plugin_slurm")
     profile = str(PROFILE.parent)
     assert no_slurm.plan("--profile", profile, config=None) == no_slurm.plan(config=None)
 
 
-def test_a_profile_that_was_not_filled_in_submits_nothing(no_slurm: Place) -> None:
+def test_a_slurm_profile_with_placeholders_submits_nothing(no_slurm: Place) -> None:
     pytest.importorskip("snakemake_executor_plugin_slurm")
     refused = no_slurm.try_snakemake("--profile", str(PROFILE.parent))
     assert refused.returncode != 0

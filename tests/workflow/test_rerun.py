@@ -1,4 +1,4 @@
-"""Only what is missing runs: touched files, edited dials, dead workers, lost files."""
+"""Only missing results run again: after touched files, edited settings, dead workers, lost files."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def test_touching_every_source_and_input_re_runs_nothing(done: Place, checkout: 
         path.touch()
     touched = Place(done.path, repository=checkout)
     assert touched.plan() == {}
-    # The student counts by content, and so does the corpus, wherever it lies.
+    # Ids depend on the content of the student's config and of the corpus, not on their paths.
     student = done.path / "student.json"
     student.write_text(json.dumps(json.loads(student.read_text()), indent=7, sort_keys=True))
     (done.path / "documents.jsonl").rename(done.path / "elsewhere.jsonl")
@@ -63,15 +63,15 @@ def test_a_fresh_checkout_over_existing_results_re_runs_nothing(
     done: Place, checkout: Path, seed: int
 ) -> None:
     shutil.rmtree(done.path / ".snakemake")
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     now = time.time()
     for path in [*checkout.rglob("*"), *done.path.rglob("*")]:
-        when = now - chance.random() * 1e6
+        when = now - rng.random() * 1e6
         os.utime(path, (when, when), follow_symlinks=False)
     assert Place(done.path, repository=checkout).plan() == {}
 
 
-def test_files_of_tomorrow_are_worked_from_today(done: Place) -> None:
+def test_inputs_with_future_dates_can_be_used(done: Place) -> None:
     tomorrow = time.time() + 86_400
     for path in done.results.rglob("*"):
         os.utime(path, (tomorrow, tomorrow), follow_symlinks=False)
@@ -88,7 +88,7 @@ def test_a_comment_in_every_source_re_runs_nothing(done: Place, checkout: Path) 
     assert Place(done.path, repository=checkout).plan() == {}
 
 
-def test_another_alpha_re_runs_that_run_only_and_from_step_0(done: Place) -> None:
+def test_another_alpha_trains_only_that_run_from_step_0(done: Place) -> None:
     before = snapshot(done.results / "runs")
     done.write_config(tiny(runs=_with_alpha(0.25)))
     assert done.plan() == ONE_RUN_AGAIN
@@ -111,7 +111,7 @@ def test_another_alpha_re_runs_that_run_only_and_from_step_0(done: Place) -> Non
     assert done.plan() == {}
 
 
-def test_a_run_added_adds_its_own_jobs_only(done: Place) -> None:
+def test_an_added_run_adds_only_its_own_jobs(done: Place) -> None:
     runs = tiny()["runs"] | {"soft": {"training": {"distillation_type": "logit"}}}
     done.write_config(tiny(runs=runs))
     assert done.plan() == ONE_RUN_AGAIN
@@ -124,7 +124,7 @@ def test_another_evaluation_trains_nothing(done: Place) -> None:
     assert done.plan() == expected
 
 
-def test_keys_that_name_nothing_re_run_nothing(done: Place) -> None:
+def test_keys_that_change_no_ids_re_run_nothing(done: Place) -> None:
     done.write_config(
         tiny(
             dataset={"num_proc": 2},
@@ -136,7 +136,7 @@ def test_keys_that_name_nothing_re_run_nothing(done: Place) -> None:
     assert done.plan() == {}
 
 
-def test_top_k_leaves_tokens_alone_and_back_to_the_old_one_re_runs_nothing(done: Place) -> None:
+def test_another_top_k_keeps_the_tokens_and_the_old_one_re_runs_nothing(done: Place) -> None:
     old = done.cache
     before = snapshot(old)
     other = tiny(cache={"top_k": 4}, teacher={"generation": {"num_workers": 1}})
@@ -159,7 +159,7 @@ def test_another_number_of_workers_re_runs_nothing(done: Place, num_workers: int
     assert done.plan() == {}
 
 
-def test_a_dead_worker_re_runs_that_worker_and_what_follows(done: Place) -> None:
+def test_a_dead_worker_re_runs_that_worker_and_later_jobs(done: Place) -> None:
     cache = done.cache
     undisturbed = sha256(cache / "teacher_logits.h5")
     target = str((cache / "manifest.json").relative_to(done.path))
@@ -169,10 +169,10 @@ def test_a_dead_worker_re_runs_that_worker_and_what_follows(done: Place) -> None
     for pid in _find_workers(done, worker=1):
         os.kill(pid, signal.SIGKILL)
     assert process.wait() != 0
-    assert (cache / "metadata_worker0.json").exists(), "the other worker goes on"
+    assert (cache / "metadata_worker0.json").exists(), "the other worker finished"
     assert not (cache / "metadata_worker1.json").exists()
     parts = len(list((cache / "parts").glob("*.h5")))
-    assert parts == len(_parts(done)), "the other worker did the dead one's parts as well"
+    assert parts == len(_parts(done)), "the other worker did the dead one's parts too"
 
     assert done.plan(target) == {"generate_logits": 1, "merge_h5": 1}
     done.snakemake(target)
@@ -218,7 +218,7 @@ def test_other_weights_under_the_same_path_are_refused(done: Place) -> None:
     assert done.plan() == {}
 
 
-def test_results_report_html_is_the_report_asked_for_last(done: Place) -> None:
+def test_results_report_html_links_to_the_current_configs_report(done: Place) -> None:
     link = done.results / "report.html"
     of_all = link.resolve()
     assert of_all.exists()
@@ -230,11 +230,11 @@ def test_results_report_html_is_the_report_asked_for_last(done: Place) -> None:
     assert link.resolve().exists()
     done.write_config(tiny())
     done.snakemake()
-    assert link.resolve() == of_all, "also when there was nothing to be done"
+    assert link.resolve() == of_all, "even if there was nothing to do"
     assert not link.readlink().is_absolute(), "the folder can be moved"
 
 
-def test_snakemakes_own_report_can_be_made_too(done: Place) -> None:
+def test_snakemakes_own_report_can_be_made(done: Place) -> None:
     done.snakemake("--report", "workflow.html")
     page = (done.path / "workflow.html").read_text()
     assert "generate_logits" in page and "<html" in page
@@ -263,7 +263,7 @@ def _parts(place: Place) -> list[object]:
 
 
 def _find_workers(place: Place, *, worker: int) -> Iterator[int]:
-    """Yield the processes of one worker that run in this folder; not the shell that started them."""
+    """Yield the process ids of a worker in this folder, without the shell that started it."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             words = (folder / "cmdline").read_bytes().split(b"\0")

@@ -1,5 +1,5 @@
-# What the rules share: the plan of artefacts, and get_* functions from wildcards to inputs and flags.
-# Every node parses this file again for every job it runs: nothing here may import torch.
+# Shared by the rules: the artifacts of the config, and get_* functions from wildcards to inputs and flags.
+# Every job parses this file again, so nothing here may import torch.
 import functools
 import json
 import shlex
@@ -18,10 +18,10 @@ from snakemake.settings.enums import Quietness
 
 
 def place_outputs(config):
-    """Return the config with its output folders where the `prefix` of a module puts them, in another Snakefile.
+    """Return the config with the `prefix` of a module in its output folders, when another Snakefile uses this one.
 
-    Snakemake puts a module's prefix before its rules' paths, but not into flags. So the folders get it here, once, and
-    inputs and outputs, which are under them, not again; logs get it from Snakemake.
+    Snakemake adds a module's prefix to its rules' paths, but not to flags. So it is added to the folders here, and not
+    again to inputs and outputs, which are below them. Logs get it from Snakemake.
     """
     modifier = workflow.modifier.path_modifier
 
@@ -32,7 +32,7 @@ def place_outputs(config):
 
     output = config.get("output") or {}
     if not isinstance(output, dict):
-        return config  # load_runs says what is wrong with it
+        return config  # load_runs will refuse it
     output = dict(output)
     for key, default in {"results_dir": "results", "cache_dir": None}.items():
         if folder := output.get(key, default):
@@ -55,13 +55,13 @@ CACHE = OUTPUT.cache_dir or RESULTS
 CHECK = f"{RESULTS}/checks/{PROJECT.check_id}.json"
 REPORT = f"{RESULTS}/reports/{PROJECT.report_id}/report.html"
 PYTHON = shlex.quote(sys.executable)
-# Beside this file; workflow.basedir would be that of the Snakefile that takes this one as a module.
+# Relative to this file; workflow.basedir would be that of a Snakefile that uses this one as a module.
 WORKFLOW = Path(workflow.current_basedir.get_path_or_uri(secret_free=False)).parent
 SCRIPTS = f"{PYTHON} {shlex.quote(str(WORKFLOW / 'scripts'))}/{{}}.py"
 
-# A time limit or scancel sends SIGTERM to every process of a job. The script obeys it, in a moment, and says so: bash
-# (trap) waits for its end. A rule's script has its log as stdout and stderr; what a person reads goes to what is the
-# stderr here, which retort.cli finds by RETORT_CONSOLE. No bar with --quiet progress or all.
+# A time limit or scancel sends SIGTERM to all processes of a job. The script exits cleanly on it, and bash (trap) waits
+# for that. A script's stdout and stderr are its log; messages for the terminal go to the shell's stderr, which
+# retort.cli finds by RETORT_CONSOLE. There are no progress bars with --quiet progress or all.
 IS_QUIET = {Quietness.ALL, Quietness.PROGRESS} & set(
     workflow.output_settings.quiet or ()
 )
@@ -90,38 +90,39 @@ wildcard_constraints:
 
 
 def flags(*sections):
-    """The command-line flags of config sections, quoted for the shell."""
+    """Return the command-line flags of config sections, quoted for the shell."""
     return " ".join(
         shlex.quote(word) for section in sections for word in section_flags(section)
     )
 
 
-def check_unless(made):
-    """An input function: the check of all inputs, for as long as `made` is not there.
+def check_unless(output):
+    """Return an input function: the check of all inputs, unless `output` exists.
 
-    The check is of the whole config; what an earlier config has made must not wait for it, or be made again.
+    The check is of the whole config; outputs of an earlier config must not wait for it, or be made again.
     """
 
     def get_check(wildcards):
-        return [] if Path(made.format(**wildcards)).exists() else [ancient(CHECK)]
+        return [] if Path(output.format(**wildcards)).exists() else [ancient(CHECK)]
 
     return get_check
 
 
 def get_corpus(wildcards):
-    """The corpus of a demo_teacher or tokenize_shard job, as input, where it is drawn or written by a model.
+    """Return the records of the corpus of a demo_teacher or tokenize_shard job, if a rule makes that corpus.
 
-    Where each shard is drawn by a reader of its own, a shard waits for that reader alone.
+    If each shard has its own reader, the job waits for that reader only.
     """
     if "tokens" in wildcards.keys():
         records = PROJECT.tokens[wildcards.tokens].corpus.records
-        is_apart = len(records) > 1
-        return [str(records[int(wildcards.shard)])] if is_apart else map(str, records)
+        if len(records) > 1:
+            return [str(records[int(wildcards.shard)])]
+        return map(str, records)
     return map(str, PROJECT.teachers[wildcards.teacher].corpus.records)
 
 
 def get_staged(wildcards):
-    """What `stage` leaves to other rules: records of teachers that are not trained here, corpora that need a network."""
+    """Return the inputs of `stage` that other rules make: records of teachers, and corpora that need a network."""
     teachers = [t.folder for t in PROJECT.teachers.values() if t.corpus is None]
     corpora = [
         corpus
@@ -133,15 +134,17 @@ def get_staged(wildcards):
 
 
 def get_synthesis_flags(wildcards):
-    """What is asked of whom; a server is not told how a model is loaded here, and the key is in the environment."""
-    plan = PROJECT.syntheses[wildcards.synthesis]
-    words = [flags(plan.section), flags(plan.config.evaluation.of_problems())]
-    words.append(f"--stamp {plan.stamp}")
-    if plan.section.provider == "local":
-        model, revision = local_model(plan.config)
+    """Return the flags of a synthesis, with those of the model if it runs here. API keys are in the environment."""
+    synthesis = PROJECT.syntheses[wildcards.synthesis]
+    words = [flags(synthesis.section), flags(synthesis.config.evaluation.of_problems())]
+    words.append(f"--stamp {synthesis.stamp}")
+    if synthesis.section.provider == "local":
+        model, revision = local_model(synthesis.config)
         words.append(f"--local-model {shlex.quote(model)}")
         words.append(f"--local-revision {shlex.quote(revision)}" if revision else "")
-        words.append(flags(plan.config.teacher, plan.config.teacher.generation))
+        words.append(
+            flags(synthesis.config.teacher, synthesis.config.teacher.generation)
+        )
     return " ".join(words)
 
 
@@ -152,14 +155,14 @@ def get_draw_flags(wildcards):
 
 
 def get_tokenize_inputs(wildcards):
-    """The corpus where it is drawn, the teacher whose tokenizer is used, and while the shard is not there, the check.
+    """Return the records of the corpus and of the tokenizer's teacher, and the check if nothing else depends on it.
 
-    What is still to be made of these waits for the check itself: ten thousand jobs need not say it once more.
+    The jobs that make these records wait for the check, so ten thousand jobs need not have it as an input too.
     """
-    made = [*get_corpus(wildcards), *get_tokenizer(wildcards)]
+    records = [*get_corpus(wildcards), *get_tokenizer(wildcards)]
     shard = f"{CACHE}/tokens/{wildcards.tokens}/shard_{wildcards.shard}.h5"
-    waits = not all(Path(path).exists() for path in made)
-    return made if waits or Path(shard).exists() else [*made, CHECK]
+    is_checked = not all(Path(path).exists() for path in records)
+    return records if is_checked or Path(shard).exists() else [*records, CHECK]
 
 
 def get_tokenize_flags(wildcards):
@@ -187,7 +190,7 @@ def tokenize_flags(tokens_id):
 
 
 def tokenizer_flags(tokens):
-    """Where a tokenizer is loaded from."""
+    """Return the flags that say where a tokenizer is loaded from."""
     words = ["--tokenizer", tokens.tokenizer]
     if tokens.teacher and tokens.teacher.section.revision:
         words += ["--tokenizer-revision", tokens.teacher.section.revision]
@@ -195,7 +198,7 @@ def tokenizer_flags(tokens):
 
 
 def get_tokenizer(wildcards):
-    """The record of the teacher whose tokenizer is used, as input."""
+    """Return the record of the teacher whose tokenizer is used, if it is a teacher's."""
     teacher = PROJECT.tokens[wildcards.tokens].teacher
     return [f"{teacher.folder}/fingerprint.json"] if teacher else []
 
@@ -221,15 +224,15 @@ def get_demo_flags(wildcards):
 
 
 def get_index(wildcards):
-    return f"{artefact(wildcards).tokens.folder}/index.json"
+    return f"{artifact(wildcards).tokens.folder}/index.json"
 
 
 def get_fingerprint(wildcards):
-    return f"{artefact(wildcards).teacher.folder}/fingerprint.json"
+    return f"{artifact(wildcards).teacher.folder}/fingerprint.json"
 
 
-def artefact(wildcards):
-    """The cache, validation or run that a job's wildcards name."""
+def artifact(wildcards):
+    """Return the cache, validation or run that a job's wildcards name."""
     if "logits" in wildcards.keys():
         return PROJECT.logits[wildcards.logits]
     if "validation" in wildcards.keys():
@@ -238,7 +241,7 @@ def artefact(wildcards):
 
 
 def get_teacher_flags(wildcards):
-    found = artefact(wildcards)
+    found = artifact(wildcards)
     path = shlex.quote(found.teacher.model_path)
     return f"--teacher {path} {flags(found.config.teacher, found.config.teacher.generation)}"
 
@@ -253,7 +256,7 @@ def get_merge_flags(wildcards):
 
 
 def get_evaluation_flags(wildcards):
-    config = artefact(wildcards).config
+    config = artifact(wildcards).config
     threads = get_cpu_threads(wildcards)
     words = [flags(config.evaluation.without_benchmarks()), gpu_flags(config)]
     return " ".join(
@@ -262,7 +265,7 @@ def get_evaluation_flags(wildcards):
 
 
 def gpu_flags(config):
-    """The GPUs that a config lists are those that its students may use too."""
+    """Return the flag with the GPUs that the config lists, which students may use too."""
     gpus = config.teacher.generation.gpus
     if gpus is None:
         return ""
@@ -272,11 +275,11 @@ def gpu_flags(config):
 
 
 def get_sample_flags(wildcards):
-    return flags(artefact(wildcards).config.evaluation.of_teacher())
+    return flags(artifact(wildcards).config.evaluation.of_teacher())
 
 
 def get_benchmark(wildcards):
-    """The benchmark of a run's student, or of a teacher, that a job's wildcards name."""
+    """Return the benchmark of a student or a teacher that a job's wildcards name."""
     if "run" in wildcards.keys():
         model = PROJECT.runs[wildcards.run].folder
     else:
@@ -307,7 +310,7 @@ def get_receipts(wildcards):
 
 
 def get_features(wildcards):
-    """The teacher's exact distributions on held-out text, for a cache (its fidelity) or a run (its metrics)."""
+    """Return the teacher's exact distributions on held-out text, for the fidelity of a cache or the metrics of a run."""
     if "logits" in wildcards.keys():
         logits = PROJECT.logits[wildcards.logits]
         pairs = (logits.tokens.id, logits.teacher.id)
@@ -317,7 +320,7 @@ def get_features(wildcards):
             if (v.tokens.id, v.teacher.id) == pairs
         ]
         features = Path(found[0].folder) / "teacher_validation.safetensors"
-        # A cache that is there is not merged again because other positions are evaluated.
+        # An existing cache is not merged again when other positions are to be evaluated.
         is_merged = Path(f"{logits.folder}/manifest.json").exists()
         return [] if is_merged and not features.exists() else [str(features)]
     validation = PROJECT.runs[wildcards.run].validation
@@ -325,7 +328,7 @@ def get_features(wildcards):
 
 
 def get_manifest(wildcards):
-    """What a run learns from: the merged cache, or the live teacher's record; nothing but text for `output`."""
+    """Return what a run learns from: the manifest of the cache, or the record of a live teacher; [] for text only."""
     run = PROJECT.runs[wildcards.run]
     if run.logits:
         return [f"{run.logits.folder}/manifest.json"]

@@ -1,4 +1,4 @@
-# Text becomes sequences of tokens: check_inputs (-> stage) -> synthesize or draw_corpus -> tokenize_shard -> index_tokens.
+# From text to sequences of tokens: check_inputs (-> stage) -> synthesize or draw_corpus -> tokenize_shard -> index_tokens.
 
 
 rule check_inputs:
@@ -17,7 +17,7 @@ rule check_inputs:
 
 
 rule stage:
-    # snakemake stage --cores 2, where there is a network: all that other machines would want of it.
+    # snakemake stage --cores 2, on a machine with a network: downloads what the other machines will need.
     input:
         check=ancient(CHECK),
         made=ancient(get_staged),
@@ -28,13 +28,13 @@ rule stage:
         script=SCRIPTS.format("stage"),
         config=lambda wildcards: json.dumps(config, sort_keys=True),
     message:
-        "Fetching what comes from the Hub"
+        "Downloading models and datasets from the Hub"
     shell:
         "{params.script} --config {params.config:q} >> {log:q} 2>&1"
 
 
 rule synthesize:
-    # The journal of answers, which were paid for, lies one folder up; the responses beside the record.
+    # The journal of answers, which were paid for, is one folder up; the responses are beside the record.
     input:
         check=check_unless(
             f"{CACHE}/syntheses/{{answers}}/{{synthesis}}/synthesis.json"
@@ -57,7 +57,7 @@ rule synthesize:
         "{params.script} --output {output:q} {params.flags} >> {log:q} 2>&1"
 
 
-# A server writes them: this needs a network, which compute nodes often have not, and no GPU. It runs where you type.
+# With responses from a server. It needs no GPU but a network, which compute nodes often lack, so it is a local rule.
 use rule synthesize as synthesize_online with:
     wildcard_constraints:
         answers="api-[0-9a-f]{12}",
@@ -78,13 +78,13 @@ rule draw_corpus:
         script=SCRIPTS.format("draw_corpus"),
         flags=get_draw_flags,
     message:
-        "Drawing the corpus {wildcards.corpus}{wildcards.reader}"
+        "Reading the corpus {wildcards.corpus}{wildcards.reader}"
     shell:
         "{params.script} --output {output:q} {params.flags} >> {log:q} 2>&1"
 
 
 rule tokenize_shard:
-    # There may be ten thousand of these jobs: what is here once is evaluated, and formatted, so many times.
+    # There may be ten thousand of these jobs: everything here is evaluated and formatted for each.
     input:
         ancient(get_tokenize_inputs),
     output:

@@ -1,4 +1,4 @@
-# A student is compared with its teacher on held-out text, and both are examined by benchmarks.
+# Comparing students with the teacher on held-out text, and running benchmarks on both.
 
 
 rule evaluate:

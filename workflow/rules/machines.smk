@@ -1,12 +1,12 @@
-# What a job runs on: threads, GPUs, nodes, and how many workers there are.
+# Threads, GPUs and nodes of jobs, and the number of workers.
 import functools
 
 from retort.cluster.gpus import count_workers, detect_gpus
 
 
 def get_cpu_threads(wildcards):
-    """The threads that the config fixes (another number changes bits); Snakemake may run fewer at once."""
-    found = artefact(wildcards)
+    """Return the threads that the config sets, since another number changes results; Snakemake may schedule fewer."""
+    found = artifact(wildcards)
     is_run = hasattr(found, "evaluation_id")
     if not is_run:
         return found.config.teacher.generation.cpu_threads
@@ -16,7 +16,7 @@ def get_cpu_threads(wildcards):
 
 
 def get_teacher_gpus(wildcards):
-    return teacher_gpus(artefact(wildcards).config.teacher)
+    return teacher_gpus(artifact(wildcards).config.teacher)
 
 
 def teacher_gpus(teacher):
@@ -32,7 +32,7 @@ def get_synthesis_threads(wildcards):
 
 
 def get_training_gpus(wildcards):
-    """The GPUs of all nodes together."""
+    """Return the number of GPUs of all nodes together."""
     training = PROJECT.runs[wildcards.run].config.training
     return 0 if training.device == "cpu" else training.gpus * training.nodes
 
@@ -51,7 +51,7 @@ def get_benchmark_teacher_threads(wildcards):
 
 @functools.cache
 def detected_gpus():
-    """The GPUs of the machine that reads the config; a broken driver is an error of the job that needs it."""
+    """Return the GPU ids of this machine; with a broken driver none, as that is an error of the job that needs GPUs."""
     try:
         return detect_gpus()
     except ValueError as error:
@@ -60,16 +60,16 @@ def detected_gpus():
 
 
 def get_num_workers(wildcards):
-    """How many workers share a cache's parts. It names nothing, so it may differ between machines and runs."""
+    """Return how many workers share a cache's parts. It changes no ids, so it may differ between machines and runs."""
     generation = PROJECT.logits[wildcards.logits].config.teacher.generation
     return count_workers(generation, detected=detected_gpus())
 
 
 def several_nodes(resource):
-    """A resource function by which SLURM gives a training several nodes; but for their number unset where one is enough.
+    """Return a resource function for a training on several nodes of SLURM; for one node, only `nodes` is set.
 
-    The slurm plugin lets a job that is "mpi" start its own step, and wants several tasks on a node of it: two, with half
-    of a node's threads each. `gres` gives every node as many GPUs as the next; a sum alone may be dealt unevenly.
+    The slurm plugin lets an "mpi" job start its own step, but requires several tasks per node: here two, with half of
+    the node's threads each. `gres` gives every node the same number of GPUs; a total alone may be divided unevenly.
     """
 
     def get_resource(wildcards, threads):
@@ -95,7 +95,7 @@ SEVERAL_NODES = {
 
 
 def get_srun(wildcards):
-    """What starts a training once on each of several nodes; nothing for one."""
+    """Return the command that starts a training once on each of several nodes, "" for one node."""
     training = PROJECT.runs[wildcards.run].config.training
     if training.nodes == 1:
         return ""

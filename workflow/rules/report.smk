@@ -1,4 +1,4 @@
-# All runs side by side: a table for the terminal, a page for people.
+# All runs side by side: a table for the terminal, and a web page.
 
 
 rule report:

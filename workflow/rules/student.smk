@@ -1,4 +1,4 @@
-# A student learns, from the text, from the cache, or from both.
+# Training a student on the text, the cache, or both.
 
 
 rule train:

@@ -1,6 +1,6 @@
 # The teacher runs once: resolve_teacher or demo_teacher -> score_validation, plan -> generate_logits -> merge_h5.
-# Bulky results (the demo's model, parts, the merged cache) lie beside the declared outputs, which are small records:
-# Snakemake deletes declared outputs before it makes them again, and must never delete GPU hours.
+# Large results (the demo's model, parts, the merged cache) are beside the declared outputs, which are small records:
+# Snakemake deletes declared outputs before it makes them again, and must never delete hours of GPU work.
 
 
 rule resolve_teacher:
@@ -63,7 +63,7 @@ rule score_validation:
         teacher=get_teacher_flags,
         evaluation=get_sample_flags,
     message:
-        "The teacher reads the held-out text, once"
+        "The teacher scores the held-out text"
     shell:
         "{params.script} --index {input.index:q} --fingerprint {input.fingerprint:q}"
         " --output {output:q} {params.teacher} {params.evaluation} >> {log:q} 2>&1"
@@ -82,7 +82,7 @@ rule plan:
         script=SCRIPTS.format("plan"),
         cache=get_merge_flags,
     message:
-        "Planning the cache: bytes, room on the disk"
+        "Estimating the size of the cache"
     shell:
         "{params.script} --index {input.index:q} --fingerprint {input.fingerprint:q}"
         " --output {output:q} {params.cache} >> {log:q} 2>&1"
@@ -107,7 +107,7 @@ rule generate_logits:
         teacher=get_teacher_flags,
         cache=get_cache_flags,
     message:
-        "The teacher reads the text: worker {wildcards.worker} of {params.num_workers}"
+        "The teacher scores the text: worker {wildcards.worker} of {params.num_workers}"
     shell:
         "{params.script} --index {input.index:q} --fingerprint {input.fingerprint:q}"
         " --worker {wildcards.worker} --num-workers {params.num_workers} --output {output:q}"
