@@ -46,8 +46,6 @@ READ_AT_LOAD = (
     *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "BLIS_", "NUMEXPR_", "MALLOC_", "GLIBC_"),
     *("PYTHON", "LANG", "LC_", "TZ", "LD_", "XDG_", "HOME"),
 )
-# A job puts the first into its own path; PyTorch itself sets the second, where it is loaded.
-NOT_READ = ("PYTHONPATH", "TORCHINDUCTOR_CACHE_DIR")
 Key = tuple[str, tuple[tuple[str, str], ...]]
 
 
@@ -56,7 +54,7 @@ def read_at_load(environment: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in environment.items()
-        if name.startswith((*READ_AT_LOAD, *THREADS)) and name not in NOT_READ
+        if name.startswith((*READ_AT_LOAD, *THREADS)) and name != "PYTHONPATH"
     }
 
 
