@@ -19,7 +19,7 @@ from typing import NamedTuple
 import yaml
 
 from benchmarks.common import REPOSITORY, make_parser
-from retort.artifacts.plan import plan_project
+from retort.artifacts.build import build_project
 from retort.config.load import load_runs
 
 PLAIN = """\
@@ -116,7 +116,7 @@ def make_retort(folder: Path, *, shards: int, workers: int) -> None:
 def make_shards(folder: Path) -> None:
     """Create every file before the teacher's pass, empty."""
     os.chdir(folder)
-    project = plan_project(load_runs(yaml.safe_load(Path("mine.yaml").read_text())))
+    project = build_project(load_runs(yaml.safe_load(Path("mine.yaml").read_text())))
     (tokens,), (teacher,) = project.tokens.values(), project.teachers.values()
     made = [teacher.folder / "fingerprint.json", tokens.folder / "index.json"]
     shards = range(tokens.corpus.dataset.num_shards)

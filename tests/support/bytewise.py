@@ -12,10 +12,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from retort.config.schema import fill_defaults, section_schema
 from retort.config.sections import build_section
+from retort.corpus.documents import Counts
+from retort.corpus.reading import read_shard_documents
 from retort.tokens.index import TokenIndex, write_index
-from retort.tokens.shards import tokenize_shard
+from retort.tokens.sequences import SequenceTable, build_table
+from retort.tokens.shards import (
+    read_shard_metadata,
+    read_token_shard,
+    tokenize_shard,
+    write_token_shard,
+)
 
 FINGERPRINT = {"fingerprint": "0123456789ab", "size": 257}
 
@@ -53,7 +63,38 @@ def make_dataset(corpus: Path, **keys: Any) -> Any:
 def tokenize(out: Path, corpus: Path, **keys: Any) -> str:
     """Tokenize a corpus into one shard; return what was counted."""
     dataset = make_dataset(corpus, **keys)
-    return tokenize_shard(out, dataset, Bytes(), fingerprint=FINGERPRINT, shard=0, drawn=None)
+    return tokenize_shard(out, dataset, Bytes(), fingerprint=FINGERPRINT, shard=0, snapshot=None)
+
+
+def tokenize_at_once(dataset: Any) -> dict[str, SequenceTable]:
+    """Return the sequences of a shard by split, in memory and as simply as possible."""
+    rows: dict[str, list[Any]] = {"train": [], "val": []}
+    for document in read_shard_documents(dataset, shard=0, num_shards=1, counts=Counts()):
+        head = list(f"{document.prompt}\n".encode()) if document.prompt is not None else []
+        ids = [*head, *document.text.encode(), Bytes.eos_token_id]
+        length = dataset.max_length
+        for start in range(0, len(ids) - 1, length - 1):
+            piece = ids[start : start + length]
+            mask = [start + t + 1 >= len(head) for t in range(len(piece) - 1)] + [False]
+            if any(mask):
+                label = (document.category or "", document.language or "")
+                rows[document.split].append((piece, mask, document.index, label))
+    return {split: build_table(found) for split, found in rows.items()}
+
+
+def assert_as_at_once(shard: Path, corpus: Path, **keys: Any) -> None:
+    """Assert that a shard has the bytes and columns of `tokenize_at_once`."""
+    tokenizer, counts = read_shard_metadata(shard)
+    once = shard.with_name("once.h5")
+    expected = tokenize_at_once(make_dataset(corpus, **keys))
+    write_token_shard(once, expected, counts=counts, tokenizer=tokenizer)
+    assert (shard).read_bytes() == (once).read_bytes()
+    for split, table in expected.items():
+        found = vars(read_token_shard(shard, split))
+        assert found.pop("label_names") == table.label_names
+        for name, values in found.items():
+            assert values.dtype == getattr(table, name).dtype
+            assert np.array_equal(values, getattr(table, name)), name
 
 
 def main(corpus: str, folder: str) -> None:

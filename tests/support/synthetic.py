@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from retort.tokens.index import TokenIndex, write_index
 from retort.tokens.sequences import SequenceTable, build_table
 from retort.tokens.shards import write_token_shard
 
-TOKENIZER = {"fingerprint": "0123456789ab", "size": 290}
+TOKENIZER: dict[str, Any] = {"fingerprint": "0123456789ab", "size": 290}
 CODEC = Codec(method="top_k", top_k=4, temperatures=(1.0, 2.0), vocabulary=300)
 ORDER = TokenOrder.from_ids(np.arange(299, -1, -1))
 CODED = {
@@ -44,8 +45,26 @@ def make_table(
     return build_table(rows)
 
 
+SIZES = (5, 0, 7, 1)  # documents per shard
+
+
+def make_tables(seed: int) -> list[SequenceTable]:
+    """Return one table per shard; the second is empty."""
+    return [make_table(size, seed=seed + i, first_document=100 * i) for i, size in enumerate(SIZES)]
+
+
+def as_rows(tables: list[SequenceTable]) -> list[tuple[Any, ...]]:
+    """Return (ids, loss mask, key, document) of every sequence."""
+    return [
+        (t[i].ids.tolist(), t[i].loss_mask.tolist(), t[i].key, int(t.documents[i]))
+        for t in tables
+        for i in range(len(t))
+    ]
+
+
 def make_targets(num_positions: int, codec: Codec, *, seed: int) -> SparseTargets:
     """Distributions as a teacher would give them, from exactly rounded arithmetic only."""
+    assert codec.top_k is not None
     chance = np.random.default_rng(seed)
     shape = (num_positions, codec.top_k)
     ids = np.zeros(shape, np.int32)

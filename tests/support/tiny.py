@@ -18,12 +18,17 @@ from retort.models.load import load_recorded_teacher, record_teacher
 from retort.teacher.worker import run_worker
 from retort.tokens.index import TokenIndex, write_index
 from retort.tokens.shards import tokenize_shard
-from retort.tokens.tokenizer import fingerprint_of_tokenizer, load_tokenizer
+from retort.tokens.tokenizer import identify_tokenizer, load_tokenizer
 
 torch.set_num_threads(1)  # on matrices of this size a second thread only costs
 
 NUM_TOKENS = 300  # of the tiny teacher's tokenizer
 WIDTH = 320  # of its output layer
+# It has none; tests may set this one.
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
 
 
 def section(name: str, /, **values: Any) -> Any:
@@ -48,10 +53,10 @@ def tokenize(folder: Path, corpus: Path, teacher: Path, **values: Any) -> Path:
     """Tokenize the corpus into `folder` and return its index.json."""
     dataset = tiny_dataset(corpus, **values)
     tokenizer = load_tokenizer(str(teacher))
-    fingerprint = fingerprint_of_tokenizer(str(teacher), tokenizer)
+    fingerprint = identify_tokenizer(str(teacher), tokenizer)
     shards = [folder / f"shard_{i}.h5" for i in range(dataset.num_shards)]
     for i, path in enumerate(shards):
-        tokenize_shard(path, dataset, tokenizer, fingerprint=fingerprint, shard=i, drawn=None)
+        tokenize_shard(path, dataset, tokenizer, fingerprint=fingerprint, shard=i, snapshot=None)
     write_index(folder / "index.json", shards, streaming_chunk_size=dataset.streaming_chunk_size)
     return folder / "index.json"
 

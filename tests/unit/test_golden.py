@@ -1,6 +1,6 @@
 """Results made by an earlier version stay valid, or their revision says that they do not.
 
-Whoever changes what a stage makes of the same input must raise its number in `retort.artifacts.plan.REVISIONS`, which
+Whoever changes what a stage makes of the same input must raise its number in `retort.artifacts.build.REVISIONS`, which
 makes every user's results of that stage again, and write the new digests here. Otherwise something is broken.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from retort.artifacts.plan import REVISIONS, plan_project
+from retort.artifacts.build import REVISIONS, build_project
 from retort.cache.codec import Codec, SparseTargets
 from retort.cache.merged import merge_parts
 from retort.cache.parts import part_path, write_part
@@ -134,7 +134,7 @@ def sha256(*pieces: bytes) -> str:
 def explain(stage: str, found: Any) -> str:
     return (
         f"{stage} are not what they were, so results made before would be taken for something else, or made again. If "
-        "that is meant, raise the stage's number in retort.artifacts.plan.REVISIONS and write here what was found: "
+        "that is meant, raise the stage's number in retort.artifacts.build.REVISIONS and write here what was found: "
         f"{found!r}"
     )
 
@@ -217,7 +217,7 @@ def test_the_same_config_has_the_same_ids(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     Path("corpus.jsonl").write_bytes(b'{"text": "bird"}\n{"text": "house"}\n')
     Path("student.json").write_text('{"model_type": "llama", "hidden_size": 8}')
-    project = plan_project(
+    project = build_project(
         load_runs(
             {
                 "dataset": {"name": "json", "data_files": "corpus.jsonl", "max_length": 32},

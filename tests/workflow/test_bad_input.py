@@ -88,7 +88,7 @@ SEEN_IN_THE_CONFIG = {
     ),
     "no JSON of a student": (
         over(student={"config": "documents.jsonl"}),
-        ["student.config 'documents.jsonl' is not JSON", "Mend the file"],
+        ["student.config 'documents.jsonl' is not JSON", "Fix the file"],
     ),
 }
 

@@ -110,7 +110,7 @@ REFUSED = {
     ),
     "task files that are not there": (
         asking("animals", benchmark_tasks_dir="task"),
-        ["evaluation.benchmark_tasks_dir 'task' is no folder", "Did you mean 'tasks'"],
+        ["evaluation.benchmark_tasks_dir 'task' is not a folder", "Did you mean 'tasks'"],
     ),
     "a name that is none": (asking("an/imal"), ["evaluation.benchmarks"]),
 }

@@ -6,11 +6,11 @@ import shlex
 import sys
 from pathlib import Path
 
-from retort.artifacts.plan import plan_project
+from retort.artifacts.build import build_project
 from retort.config.load import load_runs
 from retort.config.flags import section_flags
 from retort.corpus.sources import is_hub
-from retort.artifacts.syntheses import local_model
+from retort.artifacts.responses import local_model
 from snakemake.exceptions import WorkflowError
 from snakemake.io import flag
 from snakemake.path_modifier import PATH_MODIFIER_FLAG
@@ -45,7 +45,7 @@ if not workflow.modifier.is_main_snakefile():
     config = place_outputs(config)
 
 try:
-    PROJECT = plan_project(load_runs(config))
+    PROJECT = build_project(load_runs(config))
 except ValueError as error:
     raise WorkflowError(f"Nothing was started. {error}") from None
 
@@ -174,7 +174,7 @@ def tokenize_flags(tokens_id):
     tokens = PROJECT.tokens[tokens_id]
     corpus = (
         f" --corpus {shlex.quote(str(tokens.corpus.folder))}"
-        if tokens.corpus.is_drawn
+        if tokens.corpus.needs_snapshot
         else (
             f" --synthesis {shlex.quote(str(tokens.corpus.synthesis.record))}"
             if tokens.corpus.synthesis
@@ -285,7 +285,7 @@ def get_benchmark(wildcards):
     else:
         model = PROJECT.teachers[wildcards.teacher].folder
     place = f"benchmarks/{wildcards.task}/{wildcards.benchmark}/benchmark.json"
-    return PROJECT.benchmarks[model / place]
+    return PROJECT.tasks[model / place]
 
 
 def get_benchmark_flags(wildcards):
@@ -361,4 +361,4 @@ def get_all_metrics(wildcards):
 
 
 def get_all_benchmarks(wildcards):
-    return [str(path) for path in PROJECT.benchmarks]
+    return [str(path) for path in PROJECT.tasks]

@@ -1,4 +1,4 @@
-"""Draw a corpus that is not a file of one's own: the demo's text, or the first documents of a stream.
+"""Write a snapshot of a corpus that is not in local files: the demo's text, or the first documents of a stream.
 
 python workflow/scripts/draw_corpus.py --dataset-name demo --output results/corpora/mine/corpus.json
 """
@@ -8,11 +8,11 @@ from pathlib import Path
 
 from retort.cli import run_script
 from retort.config.flags import add_section_flags, section_from_args
-from retort.corpus.snapshot import draw_corpus
+from retort.corpus.snapshot import write_snapshot
 
 
 def main() -> None:
-    """Write documents_*.jsonl.gz and their record into the output's folder; go on where a killed draw ended."""
+    """Write documents_*.jsonl.gz and their record into the output's folder; an interrupted run is resumed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -20,20 +20,20 @@ def main() -> None:
         "--output",
         required=True,
         type=Path,
-        help="corpus.json, or a reader's corpus_<reader>.json; the documents lie beside it",
+        help="corpus.json, or a reader's corpus_<reader>.json; the documents are written to its folder",
     )
     parser.add_argument(
-        "--reader", type=int, default=0, help="with --dataset-sharding files: the shard to draw"
+        "--reader", type=int, default=0, help="with --dataset-sharding files: the shard to read"
     )
     parser.add_argument(
         "--corpus-stamp",
-        help="refuse local files whose sizes and times have another digest than this",
+        help="fail if the digest of the local files' sizes and times is not this",
     )
     add_section_flags(parser, "dataset")
     args = parser.parse_args()
     dataset = section_from_args(args, "dataset")
     folder = args.output.parent
-    draw_corpus(dataset, folder, reader=args.reader, stamp=args.corpus_stamp)
+    write_snapshot(dataset, folder, reader=args.reader, stamp=args.corpus_stamp)
 
 
 if __name__ == "__main__":

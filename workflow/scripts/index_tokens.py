@@ -1,4 +1,4 @@
-"""List all shards of a corpus and the parts of teacher work in one index.json.
+"""Write index.json: all token shards of a corpus, their totals, and the parts of the teacher's work.
 
     python workflow/scripts/index_tokens.py --shards results/tokens/mine/shard_*.h5 \\
         --output results/tokens/mine/index.json
@@ -12,16 +12,14 @@ from retort.tokens.index import describe_index, write_index
 
 
 def main() -> None:
-    """Verify the shards, write the index, say what the corpus is made of."""
+    """Verify the shards, write the index, report the counts."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--shards", required=True, type=Path, nargs="+", help="all shards, in order"
     )
-    parser.add_argument(
-        "--streaming-chunk-size", type=int, default=1000, help="documents in a part"
-    )
+    parser.add_argument("--streaming-chunk-size", type=int, default=1000, help="documents per part")
     parser.add_argument(
         "--output", required=True, type=Path, help="index.json, in the shards' folder"
     )

@@ -1,21 +1,24 @@
-"""Turn one shard of the corpus into sequences of tokens.
+"""Tokenize one shard of the corpus into sequences.
 
     python workflow/scripts/tokenize_shard.py --shard 0 --tokenizer gpt2 --dataset-name text \\
         --dataset-data-files book.txt --output results/tokens/mine/shard_00000.h5
 """
 
 import argparse
+import logging
 import os
 from contextlib import nullcontext
 from pathlib import Path
 
-from retort.artifacts.syntheses import refuse_other_responses
-from retort.cli import logger, run_script
+from retort.artifacts.responses import refuse_other_responses
+from retort.cli import run_script
 from retort.config.flags import add_section_flags, section_from_args
+
+logger = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """Read the shard's documents, tokenize them, write the shard, say what was counted."""
+    """Read the shard's documents, tokenize them, write the shard, report the counts."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -25,17 +28,21 @@ def main() -> None:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run a tokenizer's own code"
     )
-    parser.add_argument("--corpus", type=Path, help="folder of a drawn corpus, where there is one")
     parser.add_argument(
-        "--synthesis", type=Path, help="synthesis.json: refuse responses that are not what it says"
+        "--corpus", type=Path, help="folder of the corpus's snapshot, if it has one"
+    )
+    parser.add_argument(
+        "--synthesis",
+        type=Path,
+        help="synthesis.json: fail if the responses are not those it records",
     )
     parser.add_argument(
         "--corpus-stamp",
-        help="refuse local files whose sizes and times have another digest than this",
+        help="fail if the digest of the local files' sizes and times is not this",
     )
     parser.add_argument(
         "--expected-tokenizer",
-        help="refuse tokenizer files that have another fingerprint than this",
+        help="fail if the fingerprint of the tokenizer's files is not this",
     )
     parser.add_argument("--output", required=True, type=Path, help="the token shard")
     add_section_flags(parser, "dataset")
@@ -47,20 +54,20 @@ def main() -> None:
     from retort.corpus.sharding import is_custom
     from retort.tokens.shards import tokenize_shard
     from retort.tokens.tokenizer import (
-        fingerprint_of_tokenizer,
-        hidden_torch,
+        identify_tokenizer,
         load_tokenizer,
         refuse_other_tokenizer,
+        without_torch,
     )
 
-    runs_user_code = args.trust_remote_code or is_custom(dataset)  # which may want models
-    with nullcontext() if runs_user_code else hidden_torch():
+    runs_user_code = args.trust_remote_code or is_custom(dataset)  # it may need PyTorch
+    with nullcontext() if runs_user_code else without_torch():
         tokenizer = load_tokenizer(
             args.tokenizer,
             revision=args.tokenizer_revision,
             trust_remote_code=args.trust_remote_code,
         )
-    fingerprint = fingerprint_of_tokenizer(args.tokenizer, tokenizer)
+    fingerprint = identify_tokenizer(args.tokenizer, tokenizer)
     refuse_other_tokenizer(fingerprint, expected=args.expected_tokenizer, path=args.tokenizer)
     line = tokenize_shard(
         args.output,
@@ -68,7 +75,7 @@ def main() -> None:
         tokenizer,
         fingerprint=fingerprint,
         shard=args.shard,
-        drawn=args.corpus,
+        snapshot=args.corpus,
         stamp=args.corpus_stamp,
     )
     logger.info(line)

@@ -1,4 +1,4 @@
-"""What a config makes: the identity and the place of every artifact, known before anything runs.
+"""The artifacts of a config: their ids and folders, known before anything runs.
 
-Read `plan` first.
+Read `project` first (the records), then `build` (from configs to ids).
 """

@@ -1,4 +1,4 @@
-"""What a document is, how it is cleaned and held out, and counts that account for each one read."""
+"""Documents: built from rows, cleaned, assigned to train or val, and counted."""
 
 import re
 from collections.abc import Mapping
@@ -9,17 +9,17 @@ import xxhash
 
 from retort.config.sections import Dataset
 
-# With 5 expected, none is held out once in 150 corpora.
+# With 5 expected held-out documents, 1 in 150 corpora would have none (Poisson: exp(-5)).
 _FEW_HELD_OUT = 5
-_MANY = 10**12
+_UNLIMITED = 10**12
 _LONE_SURROGATE = re.compile("[\\ud800-\\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One document; of a prompt + response, `text` is the response, and only it carries loss."""
+    """One document. If it has a prompt, `text` is the response, and only the response carries loss."""
 
-    index: int  # place in the corpus, from 0
+    index: int  # in the corpus, from 0
     text: str
     prompt: str | None
     category: str | None
@@ -29,9 +29,9 @@ class Document:
 
 @dataclass
 class Counts:
-    """What became of the documents: read = used + skipped.
+    """Numbers of documents: read = used + skipped.
 
-    `skipped` is by reason; `cleaned`, by change, and `held_out` are among those used.
+    `skipped` is by reason. `cleaned` (by change) and `held_out` are subsets of `used`.
     """
 
     read: int = 0
@@ -41,12 +41,12 @@ class Counts:
     cleaned: dict[str, int] = field(default_factory=dict)
 
     def reconcile(self) -> None:
-        """Assert that every document read is accounted for."""
+        """Assert that read = used + skipped."""
         assert self.read == self.used + sum(self.skipped.values()), self
         assert self.held_out <= self.used, self
 
     def merge(self, other: "Counts") -> None:
-        """Add what `other` counted."""
+        """Add the counts of `other`."""
         self.read += other.read
         self.used += other.used
         self.held_out += other.held_out
@@ -55,36 +55,39 @@ class Counts:
                 mine[reason] = mine.get(reason, 0) + number
 
     def to_json(self) -> dict[str, Any]:
-        """Return the counts as a JSON object, reasons in alphabetical order."""
+        """Return the counts as a JSON object, reasons sorted."""
         skipped, cleaned = dict(sorted(self.skipped.items())), dict(sorted(self.cleaned.items()))
         return asdict(self) | {"skipped": skipped, "cleaned": cleaned}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Counts":
-        """Return the counts that `to_json` wrote."""
+        """Return the counts from the JSON object of `to_json`."""
         counts = cls()
         counts.merge(cls(**value))
         return counts
 
 
 def is_held_out(content: str, *, seed: int, fraction: float) -> bool:
-    """Say whether a document (prompt and text together) is held out: by nothing but its content."""
+    """Return whether a document (prompt + text) is held out: a hash of its content, in [0, 1), is below `fraction`."""
     return xxhash.xxh3_64_intdigest(content.encode(), seed) / 2**64 < fraction
 
 
-def is_trial(dataset: Dataset) -> bool:
-    """Say whether so few documents are asked for that chance might hold out none: then the first one is.
+def is_small_trial(dataset: Dataset) -> bool:
+    """Return whether `max_samples` is so small that possibly no document is held out; the first one is, then.
 
-    A trial of ten documents (max_samples: 10) is how people begin; it must run to its end.
+    People begin with a trial of ten documents (max_samples: 10), which must run to its end.
     """
-    expected = (dataset.max_samples or _MANY) * dataset.validation_fraction
+    expected = (dataset.max_samples or _UNLIMITED) * dataset.validation_fraction
     return 0 < expected < _FEW_HELD_OUT
 
 
 def make_document(
     values: Mapping[str, Any], dataset: Dataset, *, index: int, split: str | None, counts: Counts
 ) -> Document | None:
-    """Clean and check one row; count it; None when it is skipped."""
+    """Return the document of one row, cleaned, or None if it is skipped; add it to `counts`.
+
+    `split` is "train", "val", or None: then the content decides.
+    """
     counts.read += 1
     has_prompt = dataset.prompt_column is not None
     text = values.get(str(dataset.response_column) if has_prompt else dataset.text_column)
@@ -98,7 +101,7 @@ def make_document(
     if split is None:
         fraction = dataset.validation_fraction
         is_val = is_held_out(prompt + text, seed=dataset.seed, fraction=fraction)
-        is_val = is_val or (index == 0 and is_trial(dataset))
+        is_val = is_val or (index == 0 and is_small_trial(dataset))
         split = "val" if is_val else "train"
     counts.used += 1
     counts.held_out += split == "val"
@@ -115,7 +118,7 @@ def make_document(
 
 
 def _find_flaw(prompt: Any, text: Any) -> str | None:
-    """Return why a document cannot be used, or None."""
+    """Return the reason why a document is skipped, or None."""
     if not isinstance(text, str) or not isinstance(prompt, str):
         return "not_text"
     if not text.replace("\0", "").strip():
@@ -124,7 +127,7 @@ def _find_flaw(prompt: Any, text: Any) -> str | None:
 
 
 def _clean(text: str, changes: set[str]) -> str:
-    """Return text that tokenizers and files can hold; add to `changes` what had to be changed."""
+    """Return the text without NUL and lone surrogates, which tokenizers or files refuse; add changes to `changes`."""
     if "\0" in text:
         changes.add("nul")
         text = text.replace("\0", "")

@@ -1,7 +1,7 @@
-"""Datasets on the Hub, through `datasets`: opened, streamed file by file, and read with patience.
+"""Datasets on the Hub, through `datasets`: downloaded, or streamed file by file with retries.
 
-A stream that drops or stalls is opened again where it stood, after a pause that doubles from try to try. A stall is a
-connection on which no byte comes for a minute. `datasets` is imported only where a dataset is opened.
+After a connection error or a minute without data, a stream is reopened at the same row, with exponential backoff.
+`datasets` is imported only when a dataset is opened.
 """
 
 import inspect
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,69 +20,68 @@ import tenacity
 
 from retort.cli import first_line
 from retort.config.sections import Dataset
-from retort.corpus.readers import LOADERS, Row, choose_columns, require
+from retort.corpus.readers import LOADERS, Row, choose_columns, require_columns
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# 2 + 4 + 8 + 16 + 32 + 60 s, and up to a quarter more by chance, so that readers do not come back all at once.
-RETRIES = 6
+# Waits of 2, 4, 8, 16, 32 and 60 s, plus random jitter of up to 25 %, so that readers do not retry all at once.
+MAX_RETRIES = 6
 FIRST_WAIT_S = 2.0
-LONGEST_WAIT_S = 60.0
-LONGEST_WAIT_ASKED_S = 600.0  # what a server may ask for by Retry-After
-STALL_S = 60
+MAX_WAIT_S = 60.0
+MAX_RETRY_AFTER_S = 600.0  # limit of a Retry-After header
+READ_TIMEOUT_S = 60
 
-_PASSING_STATUS = (408, 429, 500, 502, 503, 504)
-# Where the exceptions of HTTP clients come from; they share no base class.
-_CLIENTS = ("httpx", "httpx2", "httpcore", "httpcore2", "aiohttp", "requests", "urllib3")
-_END = object()
+_TRANSIENT_STATUSES = (408, 429, 500, 502, 503, 504)
+# Packages whose exceptions are connection errors; they share no base class.
+_HTTP_CLIENTS = ("httpx", "httpx2", "httpcore", "httpcore2", "aiohttp", "requests", "urllib3")
 
 
 def open_table(dataset: Dataset, split: str) -> Any:
-    """Return one split, downloaded, as an indexable table; raises a one-sentence ValueError if it cannot."""
+    """Return one split, downloaded, as an indexable table. Raises ValueError when it cannot be loaded."""
     try:
         table = _load(dataset, split)
-    except Exception as error:  # whatever a cache, a reader or the HTTP client raises
+    except Exception as error:  # of a cache, a file format or the HTTP client
         raise explain_hub_error(dataset, error) from error
     return _select_columns(table, dataset, split)
 
 
 def open_stream(dataset: Dataset, split: str) -> tuple[int, Callable[[int, int], Iterator[Row]]]:
-    """Return a stream's number of files, and a function (file, row) -> the file's rows from that one on.
+    """Return a stream's number of files and a function (file, row) -> the file's rows from number `row` on.
 
-    Raises a one-sentence ValueError, at once or while rows are read, for what patience does not mend.
+    Raises ValueError, here or while rows are read, for errors that are not transient or persist after all retries.
     """
     columns = choose_columns(dataset)
     where = f"{dataset.name}, split {split!r}"
-    table = _patiently(partial(_load, dataset, split), dataset, where="the list of files")
+    table = _with_retries(partial(_load, dataset, split), dataset, where="the list of files")
     table = _select_columns(table, dataset, split)
 
     def read(file: int, row: int) -> Iterator[Row]:
         name = f"file {file + 1} of {table.num_shards}"
 
-        def open_at(place: int) -> Iterator[Any]:
-            return iter(table.shard(table.num_shards, file).skip(place))
+        def open_at(row: int) -> Iterator[Any]:
+            return iter(table.shard(table.num_shards, file).skip(row))
 
-        for number, values in enumerate(keep_reading(open_at, row, dataset, where=name)):
+        for number, values in enumerate(read_with_retries(open_at, row, dataset, where=name)):
             if number == 0:
-                require(columns, values, where=where)
+                require_columns(columns, values, where=where)
             yield partial(dict, values)
 
     return table.num_shards, read
 
 
-def pin(dataset: Dataset) -> Dataset:
-    """Return the section with the commit that `revision` stands for now, so that all of a draw reads one version.
+def pin_revision(dataset: Dataset) -> Dataset:
+    """Return the section with `revision` resolved to a commit, so that a whole snapshot reads one version.
 
-    A folder that is laid out as a Hub dataset has no commits: its section is returned as it is.
+    A local folder has no commits: its section is returned unchanged. Raises ValueError as `open_stream` does.
     """
     if Path(dataset.name).is_dir():
         return dataset
     from huggingface_hub import HfApi
 
     api = HfApi()
-    found = _patiently(
+    found = _with_retries(
         lambda: api.dataset_info(dataset.name, revision=dataset.revision).sha,
         dataset,
         where="its name",
@@ -89,47 +89,51 @@ def pin(dataset: Dataset) -> Dataset:
     return replace(dataset, revision=found)
 
 
-def keep_reading(
+def read_with_retries(
     open_at: Callable[[int], Iterator[T]], start: int, dataset: Dataset, *, where: str
 ) -> Iterator[T]:
-    """Yield what `open_at(start)` yields; after a drop go on with `open_at` of the place that was reached."""
-    place = start
+    """Yield the values of `open_at(start)`; after a transient error, reopen with `open_at` at the value reached.
+
+    Raises ValueError for an error that is not transient or persists after all retries.
+    """
+    reached = start
     rows: Iterator[T] | None = None
 
-    def advance() -> T | object:
+    def advance() -> list[T]:
+        """Return the next value in a list, or an empty list at the end."""
         nonlocal rows
         try:
-            rows = open_at(place) if rows is None else rows
-            return next(rows, _END)
+            rows = open_at(reached) if rows is None else rows
+            return list(islice(rows, 1))
         except Exception:
             rows = None
             raise
 
-    retrying = _retrying(lambda: f"row {place:,} of {where}")
+    retrying = _retrying(lambda: f"row {reached:,} of {where}")
     while True:
         try:
-            value = retrying(advance)
-        except Exception as error:  # whatever the HTTP client or a file format's reader raises
+            found = retrying(advance)
+        except Exception as error:  # of the HTTP client or a file format
             raise explain_hub_error(dataset, error) from error
-        if value is _END:
+        if not found:
             return
-        place += 1
-        yield value  # type: ignore[misc]
+        reached += 1
+        yield found[0]
 
 
 @contextmanager
-def impatiently() -> Iterator[None]:
-    """Give up at the first drop: for a look at what may as well be read from a copy on this machine."""
-    global RETRIES
-    patience, RETRIES = RETRIES, 0
+def without_retries() -> Iterator[None]:
+    """Give up at the first error in this block: the caller can read a local copy instead."""
+    global MAX_RETRIES
+    saved, MAX_RETRIES = MAX_RETRIES, 0
     try:
         yield
     finally:
-        RETRIES = patience
+        MAX_RETRIES = saved
 
 
-def _patiently(action: Callable[[], T], dataset: Dataset, *, where: str) -> T:
-    """Return what `action` returns, trying again after a drop; raises ValueError in one sentence."""
+def _with_retries(action: Callable[[], T], dataset: Dataset, *, where: str) -> T:
+    """Return the result of `action`, retried after transient errors. Raises ValueError when it fails for good."""
     try:
         return _retrying(lambda: where)(action)
     except Exception as error:
@@ -142,14 +146,14 @@ def _retrying(where: Callable[[], str]) -> tenacity.Retrying:
         outcome = state.outcome.exception()
         assert outcome is not None
         error = _chain(outcome)[-1]
-        logger.warning(
-            f"the stream dropped at {where()} ({type(error).__name__}: {first_line(error)}): trying again in "
-            f"{state.next_action.sleep:.0f} s, {state.attempt_number} of {RETRIES}"
+        logger.info(
+            f"connection lost at {where()} ({type(error).__name__}: {first_line(error)}): retrying in "
+            f"{state.next_action.sleep:.0f} s, {state.attempt_number} of {MAX_RETRIES}"
         )
 
     return tenacity.Retrying(
-        retry=tenacity.retry_if_exception(is_drop),
-        stop=tenacity.stop_after_attempt(RETRIES + 1),
+        retry=tenacity.retry_if_exception(is_transient),
+        stop=tenacity.stop_after_attempt(MAX_RETRIES + 1),
         wait=_choose_wait,
         before_sleep=announce,
         reraise=True,
@@ -157,24 +161,24 @@ def _retrying(where: Callable[[], str]) -> tenacity.Retrying:
 
 
 def _choose_wait(state: tenacity.RetryCallState) -> float:
-    """Return the seconds to wait: twice as long each time, and at least what the server asked for."""
+    """Return the seconds to wait: exponential backoff with jitter, at least the server's Retry-After."""
     assert state.outcome is not None
-    grown = tenacity.wait_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S)(state)
+    grown = tenacity.wait_exponential(multiplier=FIRST_WAIT_S, max=MAX_WAIT_S)(state)
     wait = grown + tenacity.wait_random(0, grown / 4)(state)
     error = state.outcome.exception()
-    asked = [
+    retry_after = [
         float(response.headers["retry-after"])
         for found in (_chain(error) if error else [])
         if (response := getattr(found, "response", None)) is not None
         and str(response.headers.get("retry-after", "")).isdigit()
     ]
-    return max([wait, *(min(seconds, LONGEST_WAIT_ASKED_S) for seconds in asked)])
+    return max([wait, *(min(seconds, MAX_RETRY_AFTER_S) for seconds in retry_after)])
 
 
-def is_drop(error: BaseException) -> bool:
-    """Say whether an error is of the connection or a busy server, which may be over in a minute.
+def is_transient(error: BaseException) -> bool:
+    """Return whether an error is a connection error or a busy server, and so may pass.
 
-    A refused login, a dataset that is not there and `HF_HUB_OFFLINE` are none.
+    A refused login, a missing dataset and `HF_HUB_OFFLINE` are not.
     """
     chain = _chain(error)
     statuses = [
@@ -183,18 +187,18 @@ def is_drop(error: BaseException) -> bool:
         if (response := getattr(found, "response", None)) is not None
     ]
     if statuses:
-        return all(status in _PASSING_STATUS for status in statuses)
+        return all(status in _TRANSIENT_STATUSES for status in statuses)
     if any("OfflineMode" in type(found).__name__ + str(found) for found in chain):
         return False
     return any(
         isinstance(found, ConnectionError | TimeoutError)
-        or type(found).__module__.partition(".")[0] in _CLIENTS
+        or type(found).__module__.partition(".")[0] in _HTTP_CLIENTS
         for found in chain
     )
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """Return an exception and what it was raised from, outermost first."""
+    """Return an exception and its causes, outermost first."""
     found: list[BaseException] = []
     current: BaseException | None = error
     while current is not None and current not in found:
@@ -208,7 +212,7 @@ def _chain(error: BaseException) -> list[BaseException]:
 def _load(dataset: Dataset, split: str) -> Any:
     import datasets
 
-    _leave_waiting_to_us(dataset.streaming)
+    _disable_client_retries(dataset.streaming)
     files = dataset.data_files
     return datasets.load_dataset(
         dataset.name,
@@ -222,15 +226,15 @@ def _load(dataset: Dataset, split: str) -> Any:
 
 
 def _select_columns(table: Any, dataset: Dataset, split: str) -> Any:
-    if table.column_names is None:  # of a stream, sometimes known with the first row only
+    if table.column_names is None:  # a stream may know them only from its first row
         return table
     columns = choose_columns(dataset)
-    require(columns, table.column_names, where=f"{dataset.name}, split {split!r}")
+    require_columns(columns, table.column_names, where=f"{dataset.name}, split {split!r}")
     return table.select_columns([c for c in columns.both if c in table.column_names])
 
 
-def _leave_waiting_to_us(is_stream: bool) -> None:
-    """Keep a stream's clients from waiting on their own: 20 times 5 to 60 s in `datasets`, unsaid in our lines."""
+def _disable_client_retries(is_stream: bool) -> None:
+    """Turn off the retries of a stream's clients (in `datasets`, 20 of 5 to 60 s each), which are not logged."""
     import datasets
     from huggingface_hub import constants
     from huggingface_hub.utils._http import http_backoff, http_stream_backoff
@@ -238,9 +242,8 @@ def _leave_waiting_to_us(is_stream: bool) -> None:
     if not is_stream:
         return
     for client in ("datasets", "huggingface_hub"):
-        logging.getLogger(client).setLevel(
-            logging.ERROR
-        )  # our lines say of each drop what they would
+        # Their warnings would repeat our own log lines.
+        logging.getLogger(client).setLevel(logging.ERROR)
     for action in ("READ", "OPEN"):
         setattr(datasets.config, f"STREAMING_{action}_MAX_RETRIES", 1)
     for kind in ("READ", "READ_SERVER_UNAVAILABLE", "READ_RATE_LIMIT", "OPEN"):
@@ -248,34 +251,34 @@ def _leave_waiting_to_us(is_stream: bool) -> None:
     for request in (http_backoff, http_stream_backoff):
         inspect.unwrap(request).__kwdefaults__["max_retries"] = 0
     if "HF_HUB_DOWNLOAD_TIMEOUT" not in os.environ:
-        constants.HF_HUB_DOWNLOAD_TIMEOUT = STALL_S
+        constants.HF_HUB_DOWNLOAD_TIMEOUT = READ_TIMEOUT_S
 
 
 def explain_hub_error(dataset: Dataset, error: BaseException) -> ValueError:
-    """Return a sentence that says if it is the network, the login or the name, and what to do."""
-    said = str(error).strip().partition("\n")[0]
-    if re.search(r"\b(gated|authenticated|401|403)\b", said):
+    """Return a ValueError that says whether the network, the login or the name is wrong, and what to do."""
+    message = str(error).strip().partition("\n")[0]
+    if re.search(r"\b(gated|authenticated|401|403)\b", message):
         advice = (
             "is gated or private: accept its terms at "
-            f"https://huggingface.co/datasets/{dataset.name}, then type `hf auth login` (or set "
+            f"https://huggingface.co/datasets/{dataset.name}, then run `hf auth login` (or set "
             "HF_TOKEN)"
         )
-    elif is_drop(error) or isinstance(error, ConnectionError) or "Couldn't reach" in said:
+    elif is_transient(error) or isinstance(error, ConnectionError) or "Couldn't reach" in message:
         advice = (
             "could not be reached: check the network (and HF_HUB_OFFLINE, HTTPS_PROXY), or "
             "download the dataset where there is one (`hf download --repo-type dataset "
             f"{dataset.name}`)"
         )
         if dataset.streaming:
-            advice += "; what was drawn is kept, and the same command goes on from there"
+            advice += "; what was read is kept: rerun the same command to resume"
     elif isinstance(error, FileNotFoundError):
         advice = (
-            "was not found on the Hub nor as a folder here: check its spelling; local files are "
-            f"read by {', '.join(LOADERS)} with dataset.data_files; a private dataset needs `hf "
-            "auth login`"
+            "was not found, neither on the Hub nor as a local folder: check its spelling; for local "
+            f"files set dataset.name to one of {', '.join(LOADERS)}, and dataset.data_files; a private "
+            "dataset needs `hf auth login`"
         )
     else:
         advice = "could not be opened: check dataset.config_name, split, revision and data_files"
-    cause = _chain(error)[-1] if is_drop(error) else error
+    cause = _chain(error)[-1] if is_transient(error) else error
     found = f"{type(cause).__name__}: {first_line(cause)}"
     return ValueError(f"dataset.name {dataset.name!r} {advice}. Found: {found}")

@@ -1,11 +1,7 @@
-"""Rows of one local file: text, json (lines or an array), csv, parquet; compressed or not.
+"""Rows of one local file: text, json (lines or an array), csv, parquet; plain, gzip or zstd.
 
-A *row* is a function that reads one row's columns when it is called. Dealing rows to shards then
-costs little: the rows of other shards are never parsed, and a whole shard of rows can wait in
-memory unread.
-
-The readers stream, whatever a file's size, and write no cache. Whatever is wrong with a file
-becomes one ValueError that names it, and the line.
+A *row* is a function that parses the row when it is called: rows of other shards are skipped without parsing.
+Readers stream and write no cache. Any error in a file is a ValueError that names the file and the line.
 """
 
 import csv
@@ -23,47 +19,50 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 from retort.config.sections import Dataset
 
-Row = Callable[[], Mapping[str, Any]]
+Row = Callable[[], Mapping[str, Any]]  # () -> {column: value}
 
-# A text file is read as passages: a line is too short for a document, a book too long to hold out.
+# A text file is split into passages: a line is too short for a document, a whole book too long to hold out.
 _PASSAGE_CHARACTERS = 4000
 _PARQUET_BATCH_ROWS = 256
 
 
 class Columns(NamedTuple):
-    """The columns to read: those that every file must have, and those used where present."""
+    """The columns to read: required in every file, and read where present."""
 
     required: tuple[str, ...]
     optional: tuple[str, ...]
 
     @property
     def both(self) -> tuple[str, ...]:
-        """All columns to read."""
+        """Required columns, then optional ones."""
         return self.required + self.optional
 
 
 def choose_columns(dataset: Dataset) -> Columns:
-    """Return the columns that a dataset section asks for."""
+    """Return the columns to read for a dataset section."""
     if dataset.prompt_column is not None and dataset.response_column is not None:
         required = [dataset.prompt_column, dataset.response_column]
     else:
         required = [dataset.text_column]
     labels = {"category": dataset.category_column, "language": dataset.language_column}
-    # A label column that was named on purpose must be there; the default's is used when present.
+    # A label column that the user named is required; one with the default name is optional.
     required += [column for default, column in labels.items() if column not in (None, default)]
     optional = [column for default, column in labels.items() if column == default]
     return Columns(tuple(required), tuple(optional))
 
 
 def read_file(path: Path, loader: str, columns: Columns) -> Iterator[Row]:
-    """Yield the rows of one file; `loader` is one of LOADERS."""
-    with naming(path):
+    """Yield the rows of one file; `loader` is one of LOADERS.
+
+    Raises ValueError, here or when a row is called, for a file that cannot be read or lacks a required column.
+    """
+    with explain_read_errors(path):
         yield from _READERS[loader](path, columns)
 
 
 @contextmanager
-def open_bytes(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for reading, decompressed when its first bytes say that it is gzip or zstd."""
+def open_decompressed(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for reading, decompressed if its first bytes are those of gzip or zstd."""
     with ExitStack() as stack:
         file = stack.enter_context(path.open("rb"))
         magic = file.peek(4)[:4]
@@ -78,13 +77,13 @@ def open_bytes(path: Path) -> Iterator[BinaryIO]:
             yield file
 
 
-def as_text(text: str) -> Mapping[str, str]:
-    """Return the one column of a source that has nothing but text."""
+def text_row(text: str) -> Mapping[str, str]:
+    """Return the row of a source whose only column is `text`."""
     return {"text": text}
 
 
-def require(columns: Columns, found: Iterable[str], *, where: str) -> None:
-    """Raise ValueError when a required column is not among those found."""
+def require_columns(columns: Columns, found: Iterable[str], *, where: str) -> None:
+    """Raise ValueError when a required column is not in `found`; `where` names the source."""
     found = list(found)
     for column in columns.required:
         if column not in found:
@@ -93,14 +92,14 @@ def require(columns: Columns, found: Iterable[str], *, where: str) -> None:
             raise ValueError(
                 f"column {column!r} is not in {where}, which has "
                 f"{', '.join(map(repr, found)) or 'no columns'}.{hint} Set dataset.text_column, or "
-                "prompt_column and response_column, to columns that are there; of prompts, "
-                "synthesis.prompt_column."
+                "prompt_column and response_column (for prompts, synthesis.prompt_column), to a column that "
+                "is there."
             )
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Turn what decompressors and decoders raise into a ValueError that names the file."""
+def explain_read_errors(path: Path) -> Iterator[None]:
+    """Convert errors of decompressors and decoders into a ValueError that names the file."""
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -119,11 +118,11 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def _read_text(path: Path, columns: Columns) -> Iterator[Row]:
-    """Passages of 4,000 characters or more, cut at blank lines, or line ends if there are none."""
-    require(columns, ["text"], where=f"{path} (a text file's one column is 'text')")
+    """Yield passages of at least 4,000 characters, cut at blank lines, or after 8,000 at a line end."""
+    require_columns(columns, ["text"], where=f"{path} (a text file's one column is 'text')")
     lines: list[str] = []
     size = 0
-    with open_bytes(path) as file:
+    with open_decompressed(path) as file:
         for line in io.TextIOWrapper(file, encoding="utf-8-sig"):
             is_blank = not line.strip()
             if is_blank and not lines:
@@ -131,15 +130,15 @@ def _read_text(path: Path, columns: Columns) -> Iterator[Row]:
             lines.append(line)
             size += len(line)
             if size >= (_PASSAGE_CHARACTERS if is_blank else 2 * _PASSAGE_CHARACTERS):
-                yield partial(as_text, "".join(lines).rstrip())
+                yield partial(text_row, "".join(lines).rstrip())
                 lines, size = [], 0
     if lines:
-        yield partial(as_text, "".join(lines).rstrip())
+        yield partial(text_row, "".join(lines).rstrip())
 
 
 def _read_json(path: Path, columns: Columns) -> Iterator[Row]:
-    """One JSON object per line, or one array of objects."""
-    with open_bytes(path) as file:
+    """Yield rows of one JSON object per line, or of one array of objects."""
+    with open_decompressed(path) as file:
         is_first = True
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -150,7 +149,7 @@ def _read_json(path: Path, columns: Columns) -> Iterator[Row]:
                 rows = [partial(_parse_object, line, path, number)]
             for row in rows:
                 if is_first:
-                    require(columns, row(), where=f"{path}, line {number}")
+                    require_columns(columns, row(), where=f"{path}, line {number}")
                 is_first = False
                 yield row
 
@@ -171,7 +170,7 @@ def _load_json(content: bytes, path: Path, number: int) -> Any:
         start = content[:40].decode("utf-8", errors="replace").strip()
         raise ValueError(
             f"{path}, line {number} is not JSON ({error}); it starts with {start!r}. Expected one "
-            "object per line, or one array of objects; mend or remove the line."
+            "object per line, or one array of objects; fix or remove the line."
         ) from error
 
 
@@ -179,38 +178,38 @@ def _check_object(value: Any, path: Path, number: int) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(
             f"{path}, line {number} holds {json.dumps(value)[:40]}, not an object: expected lines "
-            'such as {"text": "..."}; mend or remove the line.'
+            'such as {"text": "..."}; fix or remove the line.'
         )
     return value
 
 
 def _read_csv(path: Path, columns: Columns) -> Iterator[Row]:
-    """Comma-separated values with a header line; a quoted value may hold line breaks."""
+    """Yield rows of comma-separated values with a header line; a quoted value may contain line breaks."""
     csv.field_size_limit(sys.maxsize)  # the default refuses values above 131,072 characters
-    with open_bytes(path) as file:
+    with open_decompressed(path) as file:
         reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
         try:
             header = next(reader, None)
             if header is None:
                 return
-            require(columns, header, where=f"the header of {path}")
+            require_columns(columns, header, where=f"the header of {path}")
             for values in reader:
                 if len(values) > len(header):
                     raise ValueError(
                         f"{path}, line {reader.line_num} has {len(values)} values, but the header "
-                        f"names {len(header)} columns: quote values that hold commas."
+                        f"names {len(header)} columns: quote values that contain commas."
                     )
                 if values:
                     yield partial(_pair, header, values)
         except csv.Error as error:
             raise ValueError(
-                f"{path}, line {reader.line_num} is not CSV ({error}): quote values that hold "
+                f"{path}, line {reader.line_num} is not CSV ({error}): quote values that contain "
                 "commas, quotes or line breaks, and double the quotes inside."
             ) from error
 
 
 def _pair(header: Sequence[str], values: Sequence[str]) -> Mapping[str, str]:
-    return dict(zip(header, values, strict=False))  # a short row lacks its last columns
+    return dict(zip(header, values, strict=False))  # a short row has no values for the last columns
 
 
 def _read_parquet(path: Path, columns: Columns) -> Iterator[Row]:
@@ -220,19 +219,19 @@ def _read_parquet(path: Path, columns: Columns) -> Iterator[Row]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             present = file.schema_arrow.names
-            require(columns, present, where=str(path))
+            require_columns(columns, present, where=str(path))
             wanted = [name for name in columns.both if name in present]
             for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS, columns=wanted):
-                for place in range(batch.num_rows):
-                    yield partial(_take, batch, place)
+                for row in range(batch.num_rows):
+                    yield partial(_take, batch, row)
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise ValueError(
             f"{path} is not a readable Parquet file: {error}. Write or download it again."
         ) from error
 
 
-def _take(batch: Any, place: int) -> Mapping[str, Any]:
-    return {name: batch.column(name)[place].as_py() for name in batch.schema.names}
+def _take(batch: Any, row: int) -> Mapping[str, Any]:
+    return {name: batch.column(name)[row].as_py() for name in batch.schema.names}
 
 
 _READERS: dict[str, Callable[[Path, Columns], Iterator[Row]]] = {

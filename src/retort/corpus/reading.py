@@ -1,13 +1,11 @@
-"""Documents from any source, in one order, dealt to shards, cleaned, split into train and held-out, and counted.
+"""The documents of any source in one order: assigned to shards, cleaned, split into train and val, and counted.
 
-A document's *index* is its place in the corpus: the order of the source's files and rows (or of its
-seeded shuffle), counted before anything is skipped. Which shard a document goes to depends on its
-index alone (with `sharding: files`, on its file); which side of the held-out split, on its text and the
-seed alone, so exact copies lie on one side.
+A document's *index* is its number in the order of the source's files and rows (or of its seeded shuffle), counted
+before anything is skipped. Its shard depends only on the index (on its file, if sharding is `files`); train or val,
+only on its text and the seed, so exact copies are on the same side.
 
-A stream is shuffled in *windows*: the files are put in an order of the seed, and each run of
-`streaming_buffer_size` documents is permuted by itself. At the end of a window nothing waits in memory,
-so a reading may stop there, and another go on from `Reading.place`, with the same documents in the same order.
+A stream is shuffled in *windows*: files are ordered by the seed, and each `streaming_buffer_size` consecutive documents
+are permuted. No document is buffered at the end of a window, so another `CorpusReader` can continue from its `cursor`.
 """
 
 import sys
@@ -25,17 +23,17 @@ from retort.config.load import identity
 from retort.config.sections import Dataset
 from retort.corpus.demo_text import describe_demo
 from retort.corpus.documents import Counts, Document, make_document
-from retort.corpus.hub import impatiently
+from retort.corpus.hub import without_retries
 from retort.corpus.readers import Row, choose_columns, read_file
 from retort.corpus.sharding import (
-    Dealt,
-    check_function,
-    choose_files,
-    choose_quota,
-    choose_sharding,
+    Assignment,
+    build_shard_function,
+    check_shard_function,
+    compute_quota,
     find_module,
     is_custom,
-    require_files,
+    require_enough_files,
+    select_files,
 )
 from retort.corpus.sources import Source, is_hub, list_files, open_source
 from retort.io.digests import digest_file_states
@@ -43,7 +41,7 @@ from retort.io.digests import digest_file_states
 T = TypeVar("T")
 
 _SCANNED_DOCUMENTS = 1000
-# Keys of `dataset` that say how documents become sequences; the others say which documents there are.
+# Keys of `dataset` that affect how documents become sequences; the others affect which documents there are.
 TOKENIZING_KEYS = (
     "tokenizer",
     "append_eos",
@@ -53,94 +51,93 @@ TOKENIZING_KEYS = (
 )
 
 
-def corpus_files(dataset: Dataset) -> list[Path]:
-    """Return the local files that a corpus is made of, in reading order; none for the demo and for the Hub.
+def list_corpus_files(dataset: Dataset) -> list[Path]:
+    """Return the local files that a corpus is made from, in reading order; none for the demo and for the Hub.
 
-    The file of a sharding function of one's own comes last. Raises ValueError, naming path, glob or module, when
-    there are none, or fewer than shards where files are dealt.
+    The file of a user's sharding function is the last. Raises ValueError when a path, glob or module does not exist,
+    or when sharding is `files` and there are fewer files than shards.
     """
     files = list_files(dataset)
     if files and not is_hub(dataset):
-        require_files(dataset, len(files))
+        require_enough_files(dataset, len(files))
     code = [find_module(dataset.sharding.partition(":")[0])] if is_custom(dataset) else []
     return files + code
 
 
 def corpus_keys(dataset: Dataset) -> dict[str, Any]:
-    """Return the keys of the section that say which documents there are, where they differ from their default."""
+    """Return {key: value} of the section's keys that affect the documents and differ from their defaults."""
     return {k: v for k, v in identity(dataset).items() if k not in TOKENIZING_KEYS}
 
 
-def is_drawn(dataset: Dataset) -> bool:
-    """Say whether the corpus is drawn into a folder before it is tokenized."""
+def needs_snapshot(dataset: Dataset) -> bool:
+    """Return whether a snapshot of the corpus is written before it is tokenized."""
     return dataset.streaming or dataset.name == "demo"
 
 
 def count_readers(dataset: Dataset) -> int:
-    """Return how many jobs draw a corpus side by side: one per shard where shards have files of their own, else 1."""
+    """Return how many jobs write a snapshot in parallel: one per shard if sharding is `files`, else 1."""
     return dataset.num_shards if dataset.sharding == "files" else 1
 
 
-def record_path(out_dir: Path, dataset: Dataset, reader: int) -> Path:
-    """Return the record that says that a reader has drawn all that is its own: corpus.json, where there is one."""
+def snapshot_record_path(out_dir: Path, dataset: Dataset, reader: int) -> Path:
+    """Return the path of a reader's record, written when its part of the snapshot is complete."""
     return out_dir / ("corpus.json" if count_readers(dataset) == 1 else f"corpus_{reader:05d}.json")
 
 
-def read_documents(
+def read_shard_documents(
     dataset: Dataset,
     *,
     shard: int,
     num_shards: int,
     counts: Counts,
-    dealt: Dealt | None = None,
+    assignment: Assignment | None = None,
 ) -> Iterator[Document]:
-    """Yield one shard's usable documents by rising index; add what was read to `counts`, what was dealt to `dealt`.
+    """Yield one shard's usable documents by rising index; add to `counts` and `assignment` what was read.
 
-    `max_samples` takes the first so many documents of the corpus (and of `validation_split`, where
-    set). A `shuffle` of a source that is no stream holds one shard's raw rows in memory. Raises
-    ValueError for what cannot be read.
+    `max_samples` limits the corpus to its first documents (and `validation_split`, if set, to as many). `shuffle`
+    without streaming holds one shard's unparsed rows in memory. Raises ValueError for anything that cannot be read.
     """
     assert 0 <= shard < num_shards, (shard, num_shards)
     dataset = replace(dataset, num_shards=num_shards)
-    dealt = Dealt() if dealt is None else dealt
+    assignment = Assignment() if assignment is None else assignment
     if dataset.sharding == "files":
-        reading = Reading(dataset, shard=shard, dealt=dealt)
+        reader = CorpusReader(dataset, shard=shard, assignment=assignment)
     else:
-        reading = Reading(dataset, is_wanted=_note_in(dealt, dataset, shard))
-    for index, side, row in reading:
-        document = make_document(row(), dataset, index=index, split=side, counts=counts)
+        reader = CorpusReader(dataset, is_wanted=_select_shard(dataset, shard, assignment))
+    for index, split, row in reader:
+        document = make_document(row(), dataset, index=index, split=split, counts=counts)
         if document is not None:
             yield document
 
 
-def _note_in(dealt: Dealt, dataset: Dataset, shard: int) -> Callable[[int], bool]:
-    """Return the function that says whether a document is the shard's, and notes every one that it is asked for."""
-    shard_of = choose_sharding(dataset, lambda: count_documents(dataset))
+def _select_shard(dataset: Dataset, shard: int, assignment: Assignment) -> Callable[[int], bool]:
+    """Return a function that says whether a document belongs to the shard, and adds it to `assignment`."""
+    shard_of = build_shard_function(dataset, lambda: count_rows(dataset))
 
     def is_wanted(index: int) -> bool:
         is_mine = shard_of(index) == shard
-        dealt.see(index.to_bytes(8, "little"), is_mine=is_mine)
+        assignment.add(index.to_bytes(8, "little"), is_mine=is_mine)
         return is_mine
 
     return is_wanted
 
 
 @dataclass
-class Place:
-    """Where a reading stands: between two documents."""
+class Cursor:
+    """Position of a reader in a corpus, between two documents. Its fields are stored on disk."""
 
-    split: int = 0  # which of the dataset's splits
-    file: int = 0  # which of the split's files, in the order in which they are read
-    row: int = 0  # of that file
-    documents: int = 0  # of this split, read so far
+    split: int = 0  # number of the dataset's split
+    file: int = 0  # number of the split's file, in reading order
+    row: int = 0  # in that file
+    documents: int = 0  # read so far in this split
     before: int = 0  # documents of earlier splits
 
 
-class Reading:
-    """The rows of a corpus in its order, from `place` on, as (index, side of the held-out split or None, row).
+class CorpusReader:
+    """Iterates over the rows of a corpus in its order, from `cursor` on, as (index, "train"/"val"/None, row).
 
-    With `shard`, of that shard's files alone. `place` moves along; a reading may be taken up again where
-    `place.documents` is a multiple of `window`. Not wanted rows are counted and not yielded.
+    With `shard`, only over the rows of that shard's files. `cursor` advances with each row; another reader can continue
+    from it where `cursor.documents` is a multiple of `window`. Rows that are not wanted are counted, but not yielded.
     """
 
     def __init__(
@@ -148,113 +145,115 @@ class Reading:
         dataset: Dataset,
         *,
         shard: int | None = None,
-        place: Place | None = None,
+        cursor: Cursor | None = None,
         is_wanted: Callable[[int], bool] = lambda _: True,
-        dealt: Dealt | None = None,
+        assignment: Assignment | None = None,
     ) -> None:
         self.dataset = dataset
         self.shard = shard
-        self.place = replace(place or Place())
+        self.cursor = replace(cursor or Cursor())
         self.is_wanted = is_wanted
-        self.dealt = dealt
+        self.assignment = assignment
         self.window = dataset.streaming_buffer_size if dataset.shuffle and dataset.streaming else 1
 
     def __iter__(self) -> Iterator[tuple[int, str | None, Row]]:
         splits = list_splits(self.dataset)
-        while self.place.split < len(splits):
-            name, side = splits[self.place.split]
-            for place, row in self._read_split(name):
-                yield self._number(place), side, row
-            before = self.place.before + self.place.documents
-            self.place = Place(split=self.place.split + 1, before=before)
+        while self.cursor.split < len(splits):
+            name, split = splits[self.cursor.split]
+            for number, row in self._read_split(name):
+                yield self._index(number), split, row
+            before = self.cursor.before + self.cursor.documents
+            self.cursor = Cursor(split=self.cursor.split + 1, before=before)
 
-    def _number(self, place: int) -> int:
-        """Return the index of a document of this split."""
-        index = self.place.before + place
+    def _index(self, number: int) -> int:
+        """Return the index in the corpus of a document, from its number in this split."""
+        index = self.cursor.before + number
         return index if self.shard is None else index * self.dataset.num_shards + self.shard
 
     def _read_split(self, name: str) -> Iterator[tuple[int, Row]]:
+        """Yield (number in this split, row) of the wanted rows."""
         source = open_source(self.dataset, name)
-        if self.place.split == 0:
-            require_files(self.dataset, source.num_files)
-        files = choose_files(self.dataset, source.num_files, self.shard)
-        self._note_files(source.num_files, files)
-        quota = choose_quota(self.dataset, self.shard)
+        if self.cursor.split == 0:
+            require_enough_files(self.dataset, source.num_files)
+        files = select_files(self.dataset, source.num_files, self.shard)
+        self._count_files(source.num_files, files)
+        quota = compute_quota(self.dataset, self.shard)
         if self.dataset.shuffle and not self.dataset.streaming:
             yield from self._pick_shuffled(source, files, quota)
             return
         if self.dataset.shuffle:
-            files = shuffle_numbers(0, len(files), self.dataset.seed, of=files)
+            files = shuffle_by_hash(files, seed=self.dataset.seed)
         rows = self._read_files(source, files)
         if self.dataset.shuffle:
             rows = self._shuffle(rows)
-        first = self.place.documents
-        for place, row in enumerate(islice(rows, quota - first), start=first):
-            self.place.documents = place + 1
-            if self.is_wanted(self._number(place)):
-                yield place, row
+        first = self.cursor.documents
+        for number, row in enumerate(islice(rows, quota - first), start=first):
+            self.cursor.documents = number + 1
+            if self.is_wanted(self._index(number)):
+                yield number, row
 
-    def _note_files(self, num_files: int, files: list[int]) -> None:
-        """Note, at a split's beginning, which of its files are read here. Another commit has other files."""
-        if self.dealt is None or self.place.documents:
+    def _count_files(self, num_files: int, files: list[int]) -> None:
+        """Add a split's files to `assignment`, by commit and number, before the first document is read."""
+        if self.assignment is None or self.cursor.documents:
             return
         mine = set(files)
         for file in range(num_files):
-            name = f"{self.dataset.revision} {self.place.split} {file}"
-            self.dealt.see(name.encode(), is_mine=file in mine)
+            name = f"{self.dataset.revision} {self.cursor.split} {file}"
+            self.assignment.add(name.encode(), is_mine=file in mine)
 
     def _read_files(self, source: Source, files: list[int]) -> Iterator[Row]:
-        for number in range(self.place.file, len(files)):
-            for row in source.read(files[number], self.place.row):
-                self.place.row += 1
+        for number in range(self.cursor.file, len(files)):
+            for row in source.read(files[number], self.cursor.row):
+                self.cursor.row += 1
                 yield row
-            self.place.file, self.place.row = number + 1, 0
+            self.cursor.file, self.cursor.row = number + 1, 0
 
     def _shuffle(self, rows: Iterator[Row]) -> Iterator[Row]:
-        """Permute each window by the hashes of its rows' numbers."""
-        first = self.place.documents
+        """Permute the rows of each window by hashes of their numbers."""
+        first = self.cursor.documents
         while window := list(islice(rows, self.window)):
-            yield from shuffle_numbers(first, len(window), self.dataset.seed, of=window)
+            yield from shuffle_by_hash(window, seed=self.dataset.seed, first=first)
             first += len(window)
 
     def _pick_shuffled(
         self, source: Source, files: list[int], quota: int
     ) -> Iterator[tuple[int, Row]]:
-        """The wanted rows in the order of a shuffle of the whole split, which holds them in memory, unparsed."""
-        done = self.place.documents
+        """Yield (number, row) of the wanted rows, shuffled over the whole split; they are held in memory, unparsed."""
+        done = self.cursor.documents
         size = sum(1 for file in files for _ in source.read(file, 0))
-        places = [0] * size
-        for place, number in enumerate(shuffle_numbers(0, size, self.dataset.seed, of=range(size))):
-            places[number] = place
+        numbers = [0] * size  # after the shuffle, by number before it
+        for number, unshuffled in enumerate(shuffle_by_hash(range(size), seed=self.dataset.seed)):
+            numbers[unshuffled] = number
         rows = chain.from_iterable(source.read(file, 0) for file in files)
         picked = [
-            (places[number], row)
-            for number, row in enumerate(rows)
-            if done <= places[number] < quota and self.is_wanted(self._number(places[number]))
+            (number, row)
+            for number, row in zip(numbers, rows, strict=False)  # see refuse_changed_files
+            if done <= number < quota and self.is_wanted(self._index(number))
         ]
-        for place, row in sorted(picked, key=itemgetter(0)):
-            self.place.documents = place + 1
-            yield place, row
-        self.place.documents = min(size, quota)
+        for number, row in sorted(picked, key=itemgetter(0)):
+            self.cursor.documents = number + 1
+            yield number, row
+        self.cursor.documents = min(size, quota)
 
 
-def shuffle_numbers(first: int, size: int, seed: int, *, of: Sequence[T]) -> list[T]:
-    """Return the items numbered first, first + 1, ... in the order of a hash of their numbers: one everywhere."""
+def shuffle_by_hash(items: Sequence[T], *, seed: int, first: int = 0) -> list[T]:
+    """Return the items, numbered first, first + 1, ..., sorted by a hash of number and seed: equal on all machines."""
     keys = [
-        xxhash.xxh3_64_intdigest(i.to_bytes(8, "little"), seed) for i in range(first, first + size)
+        xxhash.xxh3_64_intdigest(number.to_bytes(8, "little"), seed)
+        for number in range(first, first + len(items))
     ]
-    return [of[i] for i in sorted(range(size), key=keys.__getitem__)]
+    return [items[i] for i in sorted(range(len(items)), key=keys.__getitem__)]
 
 
 def list_splits(dataset: Dataset) -> list[tuple[str, str | None]]:
-    """Return (split, side that its documents are on; None where their text decides) in order."""
+    """Return (name in the source, "train"/"val", or None if the content decides) of the splits to read, in order."""
     if dataset.validation_split is None:
         return [(dataset.split, None)]
     return [(dataset.split, "train"), (dataset.validation_split, "val")]
 
 
-def count_documents(dataset: Dataset) -> int:
-    """Return the number of documents of a corpus that can be read twice, by reading its rows unparsed."""
+def count_rows(dataset: Dataset) -> int:
+    """Return the number of documents of a corpus, by reading its rows unparsed."""
     limit = dataset.max_samples or sys.maxsize
     sizes = [
         sum(1 for _ in islice(read_rows(open_source(dataset, name)), limit))
@@ -264,16 +263,16 @@ def count_documents(dataset: Dataset) -> int:
 
 
 def read_rows(source: Source) -> Iterator[Row]:
-    """Yield all rows of a split in the source's order."""
+    """Yield all rows of a source in order."""
     for file in range(source.num_files):
         yield from source.read(file, 0)
 
 
 def check_corpus(dataset: Dataset) -> dict[str, Any]:
-    """Look at a corpus before anything expensive starts; return what was found, as a JSON object.
+    """Check a corpus before anything expensive starts; return what was found, as a JSON object.
 
-    Every file is opened and its columns looked for; documents are read until 1,000 were and one of
-    them is usable. Raises ValueError in one sentence for anything missing, unreadable or empty.
+    Opens every file, checks its columns, and reads 1,000 documents, and on until one is usable. Raises ValueError for
+    anything missing, unreadable or empty, and for a user's sharding function that is not deterministic.
     """
     files = list_files(dataset)
     if not is_hub(dataset):
@@ -281,16 +280,16 @@ def check_corpus(dataset: Dataset) -> dict[str, Any]:
             next(read_file(path, dataset.name, choose_columns(dataset)), None)
     probe = replace(dataset, shuffle=False, streaming=dataset.streaming or is_hub(dataset))
     try:
-        with nullcontext() if dataset.streaming else impatiently():
+        with nullcontext() if dataset.streaming else without_retries():
             counts, columns = _scan(probe)
     except ValueError as error:
         is_offline = isinstance(error.__cause__, ConnectionError | TimeoutError)
         if dataset.streaming or not is_offline:
             raise
-        counts, columns = _scan(dataset)  # a copy may lie in the cache of a machine without network
+        counts, columns = _scan(dataset)  # offline, a copy may be in the cache of `datasets`
     refuse_empty(dataset, counts)
     if is_custom(dataset):
-        check_function(dataset)
+        check_shard_function(dataset)
     return {
         "name": dataset.name,
         "files": [str(path) for path in files],
@@ -302,19 +301,18 @@ def check_corpus(dataset: Dataset) -> dict[str, Any]:
 
 
 @contextmanager
-def unchanged(dataset: Dataset, stamp: str | None) -> Iterator[None]:
-    """Raise ValueError where the local files are not, or at the end no longer, those that `stamp` was taken of.
+def refuse_changed_files(dataset: Dataset, stamp: str | None) -> Iterator[None]:
+    """Raise ValueError when the local files differ from `stamp` (see `digest_file_states`) before or after the block.
 
-    What is made from a corpus is named by its content as it was when the command began; text that was edited
-    since would lie under the old text's name. None: whoever runs a script by hand names no content.
+    Ids are computed from the files when the command starts; text edited later would be stored under the old id.
+    None, for a script run without the workflow: nothing is compared.
     """
 
     def compare() -> None:
-        if stamp not in (None, digest_file_states(corpus_files(dataset))):
+        if stamp not in (None, digest_file_states(list_corpus_files(dataset))):
             raise ValueError(
                 f"the files of dataset.data_files {dataset.data_files or dataset.name!r} changed while Retort read "
-                "them; nothing was kept of what was read. Run the same command again: it goes on with the files as "
-                "they are now."
+                "them; nothing was saved. Rerun the same command to use the files as they are now."
             )
 
     compare()
@@ -323,17 +321,17 @@ def unchanged(dataset: Dataset, stamp: str | None) -> Iterator[None]:
 
 
 def _scan(dataset: Dataset) -> tuple[Counts, list[str]]:
-    """Read the corpus's first documents, until one is usable; return counts and columns found."""
+    """Read a corpus's first documents; return their counts, and the columns of the first."""
     counts, columns = Counts(), list[str]()
-    for name, side in list_splits(dataset):
+    for name, split in list_splits(dataset):
         seen = Counts()
         source = open_source(dataset, name)
         if name == dataset.split:
-            require_files(dataset, source.num_files)
-        for place, row in enumerate(read_rows(source)):
+            require_enough_files(dataset, source.num_files)
+        for index, row in enumerate(read_rows(source)):
             values = row()
             columns = columns or list(values)
-            make_document(values, dataset, index=place, split=side, counts=seen)
+            make_document(values, dataset, index=index, split=split, counts=seen)
             is_enough = seen.read >= _SCANNED_DOCUMENTS and (seen.used or is_hub(dataset))
             if is_enough or seen.read == dataset.max_samples:
                 break
@@ -342,7 +340,7 @@ def _scan(dataset: Dataset) -> tuple[Counts, list[str]]:
 
 
 def refuse_empty(dataset: Dataset, counts: Counts) -> None:
-    """Raise ValueError, with what was skipped and why, when no document is usable."""
+    """Raise ValueError, with the reasons, when no document is usable."""
     counts.reconcile()
     if counts.used == 0:
         reasons = [f"{number} {reason}" for reason, number in sorted(counts.skipped.items())]

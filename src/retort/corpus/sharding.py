@@ -1,8 +1,8 @@
-"""Which shard a document goes to: by its index, by its file, or by a function of one's own; and the proof of it.
+"""Assignment of documents to shards: by index, by file, or by a user's function; and its verification.
 
-Shards are read by jobs that know nothing of each other. Each therefore notes what it was dealt and what there was to
-deal, as a number and a sum of hashes; `reconcile` compares them when all shards are there. A function that answers
-differently in another process loses documents, and would do so without a word.
+Shards are read by independent jobs. Each records what it was assigned and what the whole source has, as a count and a
+sum of hashes; `check_assignments` compares these once all shards exist. Otherwise a user's function that is not
+deterministic would silently lose documents.
 """
 
 import importlib
@@ -16,21 +16,22 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import xxhash
 
 from retort.config.sections import Dataset
 
-_TRIED = 10_000
-_TRIAL_S = 300
+_NUM_TRIED = 10_000
+_TRIAL_TIMEOUT_S = 300
 
 
 @dataclass
-class Dealt:
-    """What one shard was dealt, beside what there was to deal: a number, and a sum of hashes modulo 2**64.
+class Assignment:
+    """What one shard was assigned (`number`, `hashes`) and what the whole source has (`..._of_all`).
 
-    The units are documents, by index; with `files`, the source's files.
+    Counts, and sums of xxh3-64 hashes modulo 2**64, over the source's units: documents, or its files if sharding is
+    `files`.
     """
 
     number: int = 0
@@ -38,8 +39,8 @@ class Dealt:
     number_of_all: int = 0
     hashes_of_all: int = 0
 
-    def see(self, name: bytes, *, is_mine: bool) -> None:
-        """Note one unit."""
+    def add(self, name: bytes, *, is_mine: bool) -> None:
+        """Count one unit of the source; `is_mine`: it is assigned to this shard."""
         value = xxhash.xxh3_64_intdigest(name)
         self.number_of_all += 1
         self.hashes_of_all = (self.hashes_of_all + value) % 2**64
@@ -48,74 +49,73 @@ class Dealt:
             self.hashes = (self.hashes + value) % 2**64
 
     def to_json(self) -> dict[str, int]:
-        """Return the numbers as a JSON object."""
+        """Return the fields as a JSON object."""
         return asdict(self)
 
 
-def reconcile(shards: Iterable[Mapping[str, int]], *, sharding: str) -> None:
-    """Raise ValueError where the shards were not dealt every unit exactly once. `shards` are as of `Dealt.to_json`."""
-    dealt = [Dealt(**shard) for shard in shards]
-    totals = {(d.number_of_all, d.hashes_of_all) for d in dealt}
-    number = sum(d.number for d in dealt)
+def check_assignments(shards: Iterable[Mapping[str, int]], *, sharding: str) -> None:
+    """Raise ValueError unless every unit was assigned to exactly one shard. `shards`: `Assignment.to_json` of each."""
+    assigned = [Assignment(**shard) for shard in shards]
+    totals = {(a.number_of_all, a.hashes_of_all) for a in assigned}
+    number = sum(a.number for a in assigned)
     unit = "files" if sharding == "files" else "documents"
     next_step = (
-        "The source or the function changed while the shards were written: delete the shards' folder and run the same "
-        "command again"
+        "The source or the function changed while the shards were written: delete the shards' folder and rerun the "
+        "same command"
     )
     if ":" in sharding:
-        next_step += "; the function must depend on document_index and num_shards alone"
+        next_step += "; the function must depend only on document_index and num_shards"
     if len(totals) > 1:
         numbers = ", ".join(f"{n:,} {unit}" for n in sorted({n for n, _ in totals}))
         raise ValueError(
-            f"dataset.sharding {sharding!r}: the shards do not agree on what there was to deal ({numbers}, in "
-            f"{len(totals)} versions). {next_step}; of a dataset on the Hub, set dataset.revision to a commit."
+            f"dataset.sharding {sharding!r}: the shards were read from different versions of the source ({numbers}, "
+            f"{len(totals)} versions). {next_step}; for a dataset on the Hub, set dataset.revision to a commit."
         )
     [(number_of_all, hashes_of_all)] = totals
-    if number == number_of_all and sum(d.hashes for d in dealt) % 2**64 == hashes_of_all:
+    if number == number_of_all and sum(a.hashes for a in assigned) % 2**64 == hashes_of_all:
         return
     lost = number_of_all - number
-    what = (
-        f"{lost:,} more were lost than repeated"
-        if lost > 0
-        else f"{-lost:,} more were repeated than lost"
-        if lost < 0
-        else "as many were lost as repeated"
-    )
+    if lost > 0:
+        what = f"{lost:,} more were lost than repeated"
+    elif lost < 0:
+        what = f"{-lost:,} more were repeated than lost"
+    else:
+        what = "as many were lost as repeated"
     raise ValueError(
-        f"dataset.sharding {sharding!r} did not deal every one of {number_of_all:,} {unit} exactly once: the shards "
-        f"hold {number:,}, {what}. {next_step}."
+        f"dataset.sharding {sharding!r} did not assign each of {number_of_all:,} {unit} to exactly one shard: the "
+        f"shards have {number:,}, {what}. {next_step}."
     )
 
 
 def is_custom(dataset: Dataset) -> bool:
-    """Say whether documents are dealt by the user's own function."""
+    """Return whether documents are assigned by a user's function."""
     return ":" in dataset.sharding
 
 
-def choose_sharding(dataset: Dataset, count: Callable[[], int]) -> Callable[[int], int]:
-    """Return the function from a document's index to its shard; `count` gives the number of documents.
+def build_shard_function(dataset: Dataset, count: Callable[[], int]) -> Callable[[int], int]:
+    """Return the function from a document's index to its shard; `count` returns the number of documents.
 
-    Raises ValueError for a function that cannot be imported; it raises one for an answer that is no shard.
+    Raises ValueError when a user's function cannot be imported; the returned function, when the result is not a shard.
     """
     num_shards = dataset.num_shards
     if is_custom(dataset):
-        return _checking(load_function(dataset.sharding), dataset)
+        return _validated(load_shard_function(dataset.sharding), dataset)
     if dataset.sharding == "contiguous":
-        assert not dataset.streaming, "config_checks refuses it"
+        assert not dataset.streaming, "retort.config.checks refuses it"
         size = count()
         return lambda index: ((index + 1) * num_shards - 1) // size
-    # With `files` an index says the shard too: a shard's documents are numbered shard, shard + num_shards, ...
+    # With `files` too: a shard's documents are numbered shard, shard + num_shards, ...
     return lambda index: index % num_shards
 
 
-def choose_files(dataset: Dataset, num_files: int, shard: int | None) -> list[int]:
-    """Return the numbers of the files that are read, in order: all, or with `files` those of one shard."""
+def select_files(dataset: Dataset, num_files: int, shard: int | None) -> list[int]:
+    """Return the numbers of the files to read, in order: all, or those of `shard` if sharding is `files`."""
     files = range(num_files)
     return list(files if shard is None else files[shard :: dataset.num_shards])
 
 
-def choose_quota(dataset: Dataset, shard: int | None) -> int:
-    """Return how many documents are read of a split: max_samples, or with `files` one shard's even share of it."""
+def compute_quota(dataset: Dataset, shard: int | None) -> int:
+    """Return how many documents of a split to read at most: max_samples, or one shard's equal share of it."""
     if dataset.max_samples is None:
         return sys.maxsize
     if shard is None:
@@ -124,8 +124,8 @@ def choose_quota(dataset: Dataset, shard: int | None) -> int:
     return share + (shard < rest)
 
 
-def require_files(dataset: Dataset, num_files: int) -> None:
-    """Raise ValueError where `files` has fewer files than shards to deal them to."""
+def require_enough_files(dataset: Dataset, num_files: int) -> None:
+    """Raise ValueError when sharding is `files` and the source has fewer files than shards."""
     if dataset.sharding == "files" and num_files < dataset.num_shards:
         raise ValueError(
             f"dataset.sharding is 'files' and dataset.num_shards is {dataset.num_shards}, but the source has "
@@ -135,17 +135,17 @@ def require_files(dataset: Dataset, num_files: int) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# A function of one's own
+# A user's function
 
 
 def find_module(name: str) -> Path:
-    """Return the source file of a module, found without importing it, here or on PYTHONPATH.
+    """Return the source file of a module, found without importing it, in the working folder or on PYTHONPATH.
 
-    Raises ValueError where there is none.
+    Raises ValueError when there is none.
     """
     first, *rest = name.split(".")
-    with _here_first():
-        spec = PathFinder.find_spec(first)  # whatever of that name may be loaded already
+    with _working_folder_first():
+        spec = PathFinder.find_spec(first)  # even if a module of that name is loaded
     if spec is not None and not rest and spec.origin is not None:
         return Path(spec.origin).resolve()
     for folder in (spec.submodule_search_locations or ()) if spec else ():
@@ -154,110 +154,111 @@ def find_module(name: str) -> Path:
             if path.is_file():
                 return path.resolve()
     raise ValueError(
-        f"dataset.sharding names the module {name!r}, which is not there (looked in {Path.cwd()} and on PYTHONPATH): "
-        f"put {first}{'/' if rest else ''}{'/'.join(rest)}.py into the folder in which snakemake is started."
+        f"dataset.sharding names the module {name!r}, which does not exist (looked in {Path.cwd()} and on "
+        f"PYTHONPATH): put {'/'.join([first, *rest])}.py into the folder in which snakemake is started."
     )
 
 
-def load_function(sharding: str) -> Callable[[int, int], Any]:
-    """Import `module:function`. Raises ValueError, naming both, where that fails."""
+def load_shard_function(sharding: str) -> Callable[[int, int], Any]:
+    """Return the function of `module:function`. Raises ValueError when it cannot be imported."""
     name, _, function = sharding.partition(":")
     path = find_module(name)
     try:
-        with _here_first():
+        with _working_folder_first():
             module = importlib.import_module(name)
-    except Exception as error:  # whatever the user's file does when it is imported
+    except Exception as error:  # anything in the user's file
         raise ValueError(
-            f"dataset.sharding {sharding!r}: {path} cannot be imported ({type(error).__name__}: {error}). Mend it; "
+            f"dataset.sharding {sharding!r}: {path} cannot be imported ({type(error).__name__}: {error}). Fix it; "
             f"`python -c 'import {name}'` shows the whole error."
         ) from error
     if Path(str(getattr(module, "__file__", None))).resolve() != path:
         raise ValueError(
             f"dataset.sharding {sharding!r}: another module named {name!r} is loaded already, from "
-            f"{getattr(module, '__file__', 'Python itself')}. Give {path} another name."
+            f"{getattr(module, '__file__', 'Python itself')}. Rename {path}."
         )
-    found = getattr(module, function, None)
+    found: Any = getattr(module, function, None)
     if not callable(found):
         known = sorted(n for n, v in vars(module).items() if callable(v) and not n.startswith("_"))
         raise ValueError(
             f"dataset.sharding {sharding!r}: {path} has no function {function!r}; it has "
             f"{', '.join(known) or 'none'}. Expected def {function}(document_index, num_shards) -> shard."
         )
-    return found  # type: ignore[no-any-return]
+    return cast(Callable[[int, int], Any], found)
 
 
-def check_function(dataset: Dataset) -> int:
-    """Try the user's function on the first indices, here and in another process; return how many were tried.
+def check_shard_function(dataset: Dataset) -> int:
+    """Call the user's function on the first 10,000 indices, here and in another process; return how many it was.
 
-    The other process has other hash seeds and asks in reverse order. Raises ValueError for an answer that is no
-    shard, or is another there than here.
+    The other process has another hash seed and goes in reverse order. Raises ValueError when a result is not a shard,
+    or differs between the two.
     """
-    number = min(dataset.max_samples or _TRIED, _TRIED)
-    shard_of = choose_sharding(dataset, lambda: number)
+    number = min(dataset.max_samples or _NUM_TRIED, _NUM_TRIED)
+    shard_of = build_shard_function(dataset, lambda: number)
     here = [shard_of(index) for index in range(number)]
-    there = _ask_elsewhere(dataset, number)
+    there = _call_in_other_process(dataset, number)
     for index, (first, second) in enumerate(zip(here, there, strict=True)):
         if first != second:
             raise ValueError(
-                f"dataset.sharding {dataset.sharding!r} is not the same everywhere: document_index {index}, num_shards "
+                f"dataset.sharding {dataset.sharding!r} is not deterministic: document_index {index}, num_shards "
                 f"{dataset.num_shards} gave {first} in one process and {second} in another, so documents would be lost "
-                "and repeated. It must depend on its two arguments alone: no chance, no time, no hash() of text, no "
-                "counting of calls."
+                "and repeated. It must depend only on its two arguments: not on random numbers, the time, hash() of "
+                "text or earlier calls."
             )
     return number
 
 
-def _ask_elsewhere(dataset: Dataset, number: int) -> list[int]:
+def _call_in_other_process(dataset: Dataset, number: int) -> list[int]:
+    """Return the user's function's results for indices 0 to number - 1, from a new process."""
     code = (
-        "import json, sys; from retort.corpus.sharding import load_function; "
-        "name, number, num_shards = json.loads(sys.argv[1]); function = load_function(name); "
-        "answers = [int(function(i, num_shards)) for i in reversed(range(number))]; "
-        "print(); print(json.dumps(answers[::-1]))"
+        "import json, sys; from retort.corpus.sharding import load_shard_function; "
+        "name, number, num_shards = json.loads(sys.argv[1]); function = load_shard_function(name); "
+        "shards = [int(function(i, num_shards)) for i in reversed(range(number))]; "
+        "print(); print(json.dumps(shards[::-1]))"
     )
     seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
-    asked = json.dumps([dataset.sharding, number, dataset.num_shards])
+    arguments = json.dumps([dataset.sharding, number, dataset.num_shards])
     done = subprocess.run(
-        [sys.executable, "-c", code, asked],
+        [sys.executable, "-c", code, arguments],
         capture_output=True,
         text=True,
         check=False,
-        timeout=_TRIAL_S,
+        timeout=_TRIAL_TIMEOUT_S,
         env=os.environ | {"PYTHONHASHSEED": seed},
     )
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise ValueError(
-            f"dataset.sharding {dataset.sharding!r} answered in one process, but failed in another: {last}. "
-            "It must depend on document_index and num_shards alone."
+            f"dataset.sharding {dataset.sharding!r} worked in one process, but failed in another: {last}. "
+            "It must depend only on document_index and num_shards."
         )
-    answers: list[int] = json.loads(done.stdout.splitlines()[-1])
-    return answers
+    shards: list[int] = json.loads(done.stdout.splitlines()[-1])
+    return shards
 
 
-def _checking(function: Callable[[int, int], Any], dataset: Dataset) -> Callable[[int], int]:
-    """Return the function from an index to the user's answer, if that is a shard."""
+def _validated(function: Callable[[int, int], Any], dataset: Dataset) -> Callable[[int], int]:
+    """Return the function from an index to the user's result, which raises ValueError when that is not a shard."""
     num_shards = dataset.num_shards
 
     def shard_of(index: int) -> int:
         try:
-            answer = function(index, num_shards)
-        except Exception as error:  # whatever the user's function raises
+            result = function(index, num_shards)
+        except Exception as error:  # anything in the user's function
             raise ValueError(
                 f"dataset.sharding {dataset.sharding!r} failed for document_index {index}, num_shards {num_shards} "
-                f"({type(error).__name__}: {error}). Mend the function."
+                f"({type(error).__name__}: {error}). Fix the function."
             ) from error
-        if type(answer) is int and 0 <= answer < num_shards:  # quick: asked once a document
-            return answer
+        if type(result) is int and 0 <= result < num_shards:  # the fast path, for every document
+            return result
         try:
             shard = (
-                -1 if isinstance(answer, bool) else operator.index(answer)
-            )  # numpy's integers too
+                -1 if isinstance(result, bool) else operator.index(result)
+            )  # also numpy integers
         except TypeError:
             shard = -1
         if not 0 <= shard < num_shards:
             raise ValueError(
-                f"dataset.sharding {dataset.sharding!r} returned {answer!r} for document_index {index}, num_shards "
-                f"{num_shards}: expected a whole number from 0 to {num_shards - 1}. Mend the function."
+                f"dataset.sharding {dataset.sharding!r} returned {result!r} for document_index {index}, num_shards "
+                f"{num_shards}: expected a whole number from 0 to {num_shards - 1}. Fix the function."
             )
         return shard
 
@@ -265,8 +266,8 @@ def _checking(function: Callable[[int, int], Any], dataset: Dataset) -> Callable
 
 
 @contextmanager
-def _here_first() -> Iterator[None]:
-    """Look for modules in the folder in which snakemake is started, before anywhere else."""
+def _working_folder_first() -> Iterator[None]:
+    """Search the working folder, in which snakemake is started, for modules before all others."""
     here = str(Path.cwd())
     sys.path.insert(0, here)
     importlib.invalidate_caches()

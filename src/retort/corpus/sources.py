@@ -1,7 +1,7 @@
-"""One corpus as files of rows: the demo's text, local files in order, a dataset on the Hub, a stream.
+"""Sources of a corpus, as files of rows: the demo's text, local files, a dataset on the Hub, a stream.
 
-The order of rows is that of the files as listed (globs sorted) and of the rows in each. A reading may
-begin at any row of any file: so do a draw that goes on, and a shard that has files of its own.
+Rows are ordered by file, as listed (globs sorted), then by row. Reading may start at any row of any file: a resumed
+snapshot does, and with `sharding: files` each shard.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,19 +14,19 @@ from typing import Any
 from retort.config.sections import Dataset
 from retort.corpus.demo_text import read_demo_text
 from retort.corpus.hub import open_stream, open_table
-from retort.corpus.readers import LOADERS, Row, as_text, choose_columns, read_file, require
+from retort.corpus.readers import LOADERS, Row, choose_columns, read_file, require_columns, text_row
 from retort.io.files import suggest_path
 
 
 def is_hub(dataset: Dataset) -> bool:
-    """Say whether `datasets` reads it: a Hub id, or a folder laid out as one."""
+    """Return whether `datasets` reads it: a Hub id, or a folder with the layout of a Hub dataset."""
     return dataset.name != "demo" and dataset.name not in LOADERS
 
 
 def list_files(dataset: Dataset) -> list[Path]:
-    """Return a local source's files in reading order; none for the demo and for the Hub.
+    """Return a source's local files in reading order; none for the demo and for a Hub id.
 
-    Raises ValueError when nothing is found, and for keys that such a source cannot follow.
+    Raises ValueError when nothing is found, and for keys that apply to the Hub only.
     """
     if is_hub(dataset):
         return sorted(path for path in Path(dataset.name).rglob("*") if path.is_file())
@@ -42,16 +42,18 @@ def list_files(dataset: Dataset) -> list[Path]:
         )
     return list(
         dict.fromkeys(
-            path for pattern in patterns for path in expand(pattern, key="dataset.data_files")
+            path
+            for pattern in patterns
+            for path in expand_pattern(pattern, key="dataset.data_files")
         )
     )
 
 
 @dataclass(frozen=True)
 class Source:
-    """The files of one split, in their stated order; `read(file, row)` yields a file's rows from one on.
+    """The files of one split, in order; `read(file, row)` yields the rows of a file from number `row` on.
 
-    Rows before `row` are passed over unparsed. The demo's text, and a Hub dataset that is no stream, are one file.
+    Earlier rows are skipped unparsed. The demo's text, and a Hub dataset that is not streamed, count as one file.
     """
 
     num_files: int
@@ -59,9 +61,9 @@ class Source:
 
 
 def open_source(dataset: Dataset, split: str) -> Source:
-    """Return one split of a corpus, ready to be read.
+    """Return the source of one split.
 
-    Raises ValueError, here or while rows are read, naming file and line where there is one, for what cannot be read.
+    Raises ValueError, here or while rows are read, with file and line, for anything that cannot be read.
     """
     if is_hub(dataset) and dataset.streaming:
         return Source(*open_stream(dataset, split))
@@ -70,7 +72,7 @@ def open_source(dataset: Dataset, split: str) -> Source:
         return Source(1, lambda _, row: _read_table(table, row))
     columns = choose_columns(dataset)
     if dataset.name == "demo":
-        require(columns, ["text"], where="the demo's text")
+        require_columns(columns, ["text"], where="the demo's text")
         return Source(1, lambda _, row: islice(_read_demo(dataset), row, None))
     files = list_files(dataset)
     return Source(
@@ -79,43 +81,43 @@ def open_source(dataset: Dataset, split: str) -> Source:
     )
 
 
-def _read_table(table: Any, row: int) -> Iterator[Row]:
-    for place in range(row, len(table)):
-        yield partial(table.__getitem__, place)
+def _read_table(table: Any, first: int) -> Iterator[Row]:
+    for row in range(first, len(table)):
+        yield partial(table.__getitem__, row)
 
 
 def _read_demo(dataset: Dataset) -> Iterator[Row]:
     for text in read_demo_text(seed=dataset.seed):
-        yield partial(as_text, text)
+        yield partial(text_row, text)
 
 
 def _refuse_hub_keys(dataset: Dataset) -> None:
-    """Raise ValueError for a key that only means something on the Hub, rather than ignore it."""
+    """Raise ValueError for a key that applies to the Hub only, rather than ignore it."""
     advice = {
         "config_name": "Remove it, or name the dataset on the Hub as dataset.name",
         "revision": "Remove it, or name the dataset on the Hub as dataset.name",
         "split": "Remove it (it is 'train'), and name the files to train on as dataset.data_files",
-        "validation_split": "Remove it; dataset.validation_fraction holds documents out",
+        "validation_split": "Remove it; dataset.validation_fraction sets how much is held out",
     }
     for key, next_step in advice.items():
         found = getattr(dataset, key)
         if found not in (None, "train"):
             raise ValueError(
-                f"dataset.{key} is {found!r}, but only a dataset on the Hub has one, and "
+                f"dataset.{key} is {found!r}, but applies only to a dataset on the Hub, and "
                 f"dataset.name is {dataset.name!r}. {next_step}."
             )
 
 
-def expand(pattern: str, *, key: str) -> list[Path]:
-    """Return the files that a path or a glob names, sorted. Raises ValueError, with the config's key, for none."""
+def expand_pattern(pattern: str, *, key: str) -> list[Path]:
+    """Return the files that match a path or glob, sorted. Raises ValueError, naming the config's `key`, for none."""
     if "://" in pattern:
         raise ValueError(
-            f"{key} {pattern!r} is an address, but local files are read: download it "
+            f"{key} {pattern!r} is an address, but must be a local file: download it "
             "first, or give the Hub id of the dataset as dataset.name."
         )
     path = Path(pattern).expanduser()
     if path.is_dir():
-        raise ValueError(f"{key} {pattern!r} is a folder: name its files, as in '{path}/*.jsonl'.")
+        raise ValueError(f"{key} {pattern!r} is a folder: give its files, as in '{path}/*.jsonl'.")
     if path.is_file():
         return [path]
     is_glob = any(character in pattern for character in "*?[")
@@ -130,7 +132,7 @@ def expand(pattern: str, *, key: str) -> list[Path]:
 
 
 def _match(pattern: Path) -> list[Path]:
-    """Return the files that match a glob, sorted; hidden ones do not."""
+    """Return the files that match a glob, sorted, without hidden ones."""
     root = Path(pattern.anchor)
     matches = root.glob(pattern.relative_to(root).as_posix())
     return sorted(path for path in matches if path.is_file() and not path.name.startswith("."))

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from retort.config.schema import fill_defaults, section_schema
 from retort.config.sections import Dataset, Evaluation, Teacher, build_section
 from retort.corpus.documents import Counts, Document
-from retort.corpus.reading import read_documents
+from retort.corpus.reading import read_shard_documents
 from retort.evaluation.formatting import format_metric, name_metric
 from retort.evaluation.intervals import Estimate
 from retort.evaluation.run import evaluate_student
@@ -141,7 +141,7 @@ def _read_documents(
     tokenizer = load_tokenizer(path, trust_remote_code=loading.trust_remote_code)
     documents: list[Document] = []
     positions = 0
-    for document in read_documents(dataset, shard=0, num_shards=1, counts=Counts()):
+    for document in read_shard_documents(dataset, shard=0, num_shards=1, counts=Counts()):
         documents.append(document)
         positions += tokenize_documents(
             [document], tokenizer, dataset, counts=TokenCounts()

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel, StoppingCriteria
 from retort.cli import first_line
 from retort.config.sections import Evaluation
 from retort.models.samples import Prompt, Sample, Samples
-from retort.tokens.tokenizer import encode_beginning
+from retort.tokens.tokenizer import encode_prefix
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def complete_prompts(
     model: PreTrainedModel, tokenizer: Any, prompts: Sequence[str], *, sampling: Sampling
 ) -> list[str]:
     """Return one completion of each prompt, as text. Equal arguments on one device give equal completions."""
-    ids = [encode_beginning(prompt, tokenizer) for prompt in prompts]
+    ids = [encode_prefix(prompt, tokenizer) for prompt in prompts]
     return complete_ids(model, tokenizer, ids, sampling=sampling)
 
 

@@ -29,7 +29,7 @@ from retort.io.digests import digest, digest_file_states
 from retort.io.files import read_json, write_json
 from retort.io.fingerprints import fingerprint_weights, list_weights
 from retort.models.heads import Head
-from retort.tokens.tokenizer import cannot_load, fingerprint_of_tokenizer, load_tokenizer
+from retort.tokens.tokenizer import explain_load_error, identify_tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def load_model_config(
             path, revision=revision, trust_remote_code=trust_remote_code
         )
     except Exception as error:
-        raise ValueError(cannot_load("model", path, error)) from error
+        raise ValueError(explain_load_error("model", path, error)) from error
     return config
 
 
@@ -288,7 +288,7 @@ def load_pretrained(path: str, **options: Any) -> PreTrainedModel:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        raise ValueError(cannot_load("model", path, error)) from error
+        raise ValueError(explain_load_error("model", path, error)) from error
     return model
 
 
@@ -324,7 +324,7 @@ def record_teacher(path: Path, section: Teacher) -> None:
     )
     record = fingerprint_model(source, revision=section.revision) | {
         "name": source,
-        "tokenizer": fingerprint_of_tokenizer(source, tokenizer),
+        "tokenizer": identify_tokenizer(source, tokenizer),
         "vocabulary": output_width(config),
     }
     path.parent.mkdir(parents=True, exist_ok=True)

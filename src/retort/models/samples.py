@@ -16,7 +16,7 @@ from retort.cli import first_line
 from retort.config.sections import Evaluation
 from retort.io.files import read_json, write_json
 from retort.tokens.sequences import Sequence, SequenceTable
-from retort.tokens.tokenizer import encode_beginning, encode_prompt
+from retort.tokens.tokenizer import encode_prefix, encode_prompt
 
 SAMPLES_FILE = "samples.json"
 SAMPLES_FORMAT = "retort-samples"
@@ -86,7 +86,7 @@ def choose_prompts(table: SequenceTable, tokenizer: Any, settings: Evaluation) -
     chosen = [long_enough[place * len(long_enough) // count] for place in range(count)]
     found = [_cut_prompt(table[i], tokenizer, settings.sample_max_new_tokens) for i in chosen]
     asks = len(table) > 0 and not table.loss_mask[table.offsets[:-1]].any()
-    encode = encode_prompt if asks else encode_beginning
+    encode = encode_prompt if asks else encode_prefix
     own = [(text, encode(text, tokenizer)) for text in settings.sample_prompts]
     return found + [Prompt(tuple(ids), text, None) for text, ids in own]
 

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from retort.config.sections import Student
 from retort.models.load import load_model_config, load_pretrained, require_causal
-from retort.tokens.vocabularies import count_ids
+from retort.tokens.vocabularies import min_output_width
 
 
 def student_config(section: Student, *, vocabulary: int, tokenizer: Any) -> PretrainedConfig:
@@ -34,7 +34,7 @@ def student_config(section: Student, *, vocabulary: int, tokenizer: Any) -> Pret
                 f"student.config {str(path)!r} is no valid transformers {model_type!r} config: {error}"
             ) from error
     size = int(config.get_text_config().vocab_size)
-    if size < (needed := count_ids(tokenizer)):
+    if size < (needed := min_output_width(tokenizer)):
         advice = (
             "Use a student of the same tokenizer."
             if section.model_path is not None

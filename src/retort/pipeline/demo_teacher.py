@@ -18,13 +18,13 @@ from transformers import PreTrainedTokenizerFast
 from retort.config.schema import fill_defaults, section_schema
 from retort.config.sections import Dataset, Student, Tracking, Training, build_section
 from retort.corpus.documents import Counts, Document
-from retort.corpus.reading import read_documents
-from retort.corpus.snapshot import read_drawn
+from retort.corpus.reading import read_shard_documents
+from retort.corpus.snapshot import read_snapshot
 from retort.io.files import write_json
 from retort.io.run_record import describe_run
 from retort.models.load import fingerprint_model
 from retort.tokens.tokenize import TokenCounts, tokenize_documents
-from retort.tokens.tokenizer import fingerprint_of_tokenizer
+from retort.tokens.tokenizer import identify_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def make_demo_teacher(
             model.symlink_to("final")
         record = fingerprint_model(str(model)) | {
             "name": "demo",
-            "tokenizer": fingerprint_of_tokenizer(str(model), tokenizer),
+            "tokenizer": identify_tokenizer(str(model), tokenizer),
             "vocabulary": len(tokenizer),
         }
         about = describe_run(
@@ -135,9 +135,9 @@ def _read_training_documents(dataset: Dataset, snapshot: Path | None) -> Iterato
     """Yield the corpus' documents that are not held out, shard by shard."""
     for shard in range(dataset.num_shards):
         documents = (
-            read_drawn(snapshot, shard=shard, counts=Counts())
+            read_snapshot(snapshot, shard=shard, counts=Counts())
             if snapshot
-            else read_documents(
+            else read_shard_documents(
                 dataset, shard=shard, num_shards=dataset.num_shards, counts=Counts()
             )
         )

@@ -25,7 +25,7 @@ from retort.models.load import load_model_config, output_width, refuse_short_con
 from retort.models.students import name_student, student_config
 from retort.pipeline.demo_teacher import DEMO_TEACHER, DemoTokenizer
 from retort.synthesis.run import check_synthesis_inputs
-from retort.tokens.tokenizer import fingerprint_of_tokenizer, load_tokenizer
+from retort.tokens.tokenizer import identify_tokenizer, load_tokenizer
 from retort.tokens.vocabularies import require_student_ids, require_teacher_ids
 
 
@@ -136,8 +136,8 @@ def _check_teachers_tokenizer(config: Config, tokenizer: Any, width: int) -> Non
     require_teacher_ids(tokenizer, teachers, width=width, source=source, teacher=path)
     # A cache records the fingerprint of all tokenizer files, templates included, and only that one is accepted.
     mine, theirs = (
-        fingerprint_of_tokenizer(source, tokenizer),
-        fingerprint_of_tokenizer(path, teachers),
+        identify_tokenizer(source, tokenizer),
+        identify_tokenizer(path, teachers),
     )
     if config.training.use_cached_logits and mine != theirs:
         raise ValueError(

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from retort.artifacts.plan import Project, plan_project
+from retort.artifacts.build import build_project
+from retort.artifacts.project import Project
 from retort.cluster.gpus import detect_gpus
 from retort.config.load import load_runs
 from retort.pipeline.workflow_files import find_snakefile, find_workflow
@@ -105,7 +106,7 @@ def check_config_of(args: Any) -> Project:
     except WorkflowError as error:
         raise ValueError(f"The config cannot be read: {error}") from None
     with contextlib.chdir(args.directory or Path()):
-        return plan_project(load_runs(raw))
+        return build_project(load_runs(raw))
 
 
 def choose_machine(args: Any) -> list[str]:

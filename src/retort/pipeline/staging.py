@@ -7,13 +7,13 @@ downloaded again.
 from collections.abc import Mapping
 from pathlib import Path
 
-from retort.artifacts.syntheses import list_prompt_files, local_model
+from retort.artifacts.responses import list_prompt_files, local_model
 from retort.config.sections import Config
 from retort.config.synthesis_checks import SYNTHESIS
 from retort.corpus.hub import open_table
 from retort.corpus.sources import is_hub
 from retort.synthesis.prompts import read_prompts
-from retort.tokens.tokenizer import cannot_load, load_tokenizer
+from retort.tokens.tokenizer import explain_load_error, load_tokenizer
 
 
 def stage_project(configs: Mapping[str, Config]) -> list[str]:
@@ -64,7 +64,7 @@ def stage_model(name: str, *, revision: str | None = None) -> Path:
             name, revision=revision, allow_patterns=wanted, ignore_patterns="*/*"
         )
     except Exception as error:  # whatever the HTTP client raises
-        raise ValueError(cannot_load("model", name, error)) from error
+        raise ValueError(explain_load_error("model", name, error)) from error
     return Path(folder)
 
 

@@ -30,7 +30,7 @@ from retort.synthesis.journal import Journal
 from retort.synthesis.progress import Progress
 from retort.synthesis.prompts import LabeledPrompt
 from retort.synthesis.providers import Answer
-from retort.tokens.tokenizer import encode_beginning, encode_chat, load_tokenizer
+from retort.tokens.tokenizer import encode_chat, encode_prefix, load_tokenizer
 
 _NUM_SEEDS = 2**32
 _TEMPERATURE = 0.7  # when synthesis.temperature is not set
@@ -87,7 +87,7 @@ class LocalGenerator(ABC):
         if getattr(self.tokenizer, "chat_template", None):
             messages = [{"role": "system", "content": system}] * bool(system)
             return encode_chat([*messages, {"role": "user", "content": text}], self.tokenizer)
-        return encode_beginning(f"{system}\n\n{text}" if system else text, self.tokenizer)
+        return encode_prefix(f"{system}\n\n{text}" if system else text, self.tokenizer)
 
     def _add_answer(self, index: int, completion: Completion) -> None:
         """Write an answer into the journal, unless it has one."""

@@ -14,10 +14,16 @@ from typing import Any
 
 import yaml
 
-from retort.artifacts.syntheses import choose_reader, list_prompt_files
+from retort.artifacts.responses import choose_prompt_reader, list_prompt_files
 from retort.config.schema import fill_defaults, section_schema
 from retort.config.sections import Dataset, Synthesis, build_section
-from retort.corpus.readers import Columns, naming, open_bytes, read_file, require
+from retort.corpus.readers import (
+    Columns,
+    explain_read_errors,
+    open_decompressed,
+    read_file,
+    require_columns,
+)
 from retort.corpus.reading import read_rows
 from retort.corpus.sources import open_source
 
@@ -101,7 +107,7 @@ def _has_surrogate(text: str) -> bool:
 def _read_files(section: Synthesis) -> Iterator[Mapping[str, Any]]:
     columns = Columns((section.prompt_column,), _LABELS)
     for path in list_prompt_files(section):
-        reader = choose_reader(path)
+        reader = choose_prompt_reader(path)
         assert reader is not None, path
         if reader == "lines":
             for line in _read_lines(path):
@@ -111,7 +117,7 @@ def _read_files(section: Synthesis) -> Iterator[Mapping[str, Any]]:
 
 
 def _read_lines(path: Path) -> Iterator[str]:
-    with naming(path), open_bytes(path) as file:
+    with explain_read_errors(path), open_decompressed(path) as file:
         for line in file:
             if text := line.decode("utf-8").lstrip("\ufeff").strip():  # without a byte order mark
                 yield text
@@ -124,7 +130,7 @@ def _read_hub(section: Synthesis) -> Iterator[Mapping[str, Any]]:
     dataset: Dataset = build_section("dataset", fill_defaults(values, section_schema("dataset")))
     for row in read_rows(open_source(dataset, section.prompts_split)):
         columns = row()
-        require(Columns((section.prompt_column,), ()), columns, where=name)
+        require_columns(Columns((section.prompt_column,), ()), columns, where=str(name))
         yield columns
 
 

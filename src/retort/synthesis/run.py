@@ -15,7 +15,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from retort.artifacts.syntheses import RESPONSES_FILE, list_prompt_files, local_model, name_asking
+from retort.artifacts.responses import (
+    RESPONSES_FILE,
+    digest_request,
+    list_prompt_files,
+    local_model,
+)
 from retort.config.load import identity
 from retort.config.sections import Config, Evaluation, Synthesis, Teacher
 from retort.io.digests import digest_file, digest_file_states
@@ -156,7 +161,7 @@ def synthesize(record_path: Path, job: SynthesisJob) -> str:
     busy = f"another process writes the answers in {folder.parent}: waiting for it"
     lock = file_lock(folder.parent / ".journal.lock", busy=busy, notify_after_s=_LOCK_TIMEOUT_S)
     revision = job.loading.revision if job.loading else None
-    settings = name_asking(section, local_model=job.local_model, revision=revision)
+    settings = digest_request(section, local_model=job.local_model, revision=revision)
     with lock, Journal(folder.parent / JOURNAL_FILE, prompts.prompts, settings) as journal:
         if journal.answers:
             usage = describe_usage(section, journal.usage)

@@ -1,4 +1,4 @@
-"""Documents become sequences of token ids on disk.
+"""From documents to sequences of token ids on disk.
 
-Read `sequences` first (the record that everything later is paired with), then `tokenize`, `shards` and `index`.
+Read `sequences` first (the unit that a teacher scores and a student trains on), then `tokenize`, `shards` and `index`.
 """

@@ -1,8 +1,8 @@
-"""The index of all token shards: totals that reconcile, and the parts of teacher work.
+"""The index of all token shards: verified totals, and the parts of the teacher's work.
 
-A *part* is a fixed group of training sequences, those of `streaming_chunk_size` documents of one shard: the unit of
-resumable teacher work, named by its content keys. Making the index reads every shard once, in blocks; reading by it
-costs what is asked for.
+A *part* is the training sequences of `streaming_chunk_size` documents of one shard: the unit of resumable teacher work,
+named by its content keys. Building the index reads every shard once, in blocks; reading through it reads only the
+sequences that are returned.
 """
 
 import io
@@ -18,7 +18,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from retort.corpus.sharding import reconcile
+from retort.corpus.sharding import check_assignments
 from retort.io.digests import digest
 from retort.io.files import read_json, write_atomically, write_json
 from retort.tokens.sequences import SPLITS, SequenceTable, concatenate_tables
@@ -26,7 +26,7 @@ from retort.tokens.shards import (
     TOKENS_FORMAT,
     iterate_keys,
     iterate_token_shard,
-    read_about,
+    read_shard_metadata,
     read_token_shard,
 )
 
@@ -36,18 +36,18 @@ COUNTS_FILE = "token_counts.npy"
 
 @dataclass
 class _Totals:
-    """What a split holds, and of all its sequences what only reading them tells."""
+    """Totals of a split, added up while its shards are read."""
 
     documents: int = 0
     sequences: int = 0
     tokens: int = 0
     positions: int = 0
-    longest: int = 0  # tokens of the longest sequence
+    longest: int = 0  # tokens in the longest sequence
     token_counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    shard_keys: list[str] = field(default_factory=list)  # a digest of each shard's content keys
+    shard_keys: list[str] = field(default_factory=list)  # digest of each shard's content keys
 
     def read(self, path: Path, split: str) -> Iterator[SequenceTable]:
-        """Yield a shard's sequences of a split, block by block, and add them up."""
+        """Yield a shard's sequences of a split in blocks, and add them to the totals."""
         keys, document = xxhash.xxh3_128(), -1
         for table in iterate_token_shard(path, split):
             self.documents += int(np.count_nonzero(np.diff(table.documents, prepend=document)))
@@ -64,7 +64,7 @@ class _Totals:
         self.shard_keys.append(keys.hexdigest())
 
     def to_json(self) -> dict[str, int]:
-        """Return the numbers that stand in the index."""
+        """Return the totals that the index stores."""
         names = ("documents", "sequences", "tokens", "positions", "longest")
         return {name: getattr(self, name) for name in names}
 
@@ -72,30 +72,29 @@ class _Totals:
 def build_index(
     shard_paths: list[Path], *, streaming_chunk_size: int
 ) -> tuple[dict[str, Any], NDArray[np.int64]]:
-    """Return the content of index.json, and how often each token id is to be predicted in the training sequences.
+    """Return the content of index.json, and how often each token id occurs in the training sequences, int64 [V].
 
-    In the index: totals, counts that reconcile, and the parts of teacher work.
-    A part is `streaming_chunk_size` documents of one shard, named by a digest of its content keys. Memory holds a block
-    of sequences, the list of parts, and of the part in hand the places of its documents.
-    Raises ValueError when no sequence is left for training, or shards were made with different tokenizers.
+    streaming_chunk_size: documents per part. Memory holds a block of sequences and the list of parts. Raises ValueError
+    when no sequence is left for training, when shards have different tokenizers or the same documents, and when
+    documents were lost or repeated.
     """
-    about = [read_about(path) for path in shard_paths]
-    tokenizers = {digest(tokenizer): tokenizer for tokenizer, _ in about}
+    metadata = [read_shard_metadata(path) for path in shard_paths]
+    tokenizers = {digest(tokenizer): tokenizer for tokenizer, _ in metadata}
     if len(tokenizers) > 1:
         raise ValueError(
             f"the token shards were made with {len(tokenizers)} different tokenizers "
             f"({', '.join(t['fingerprint'] for t in tokenizers.values())}): the tokenizer's files changed while "
-            f"the shards were written. Delete {shard_paths[0].parent} and run the same command again."
+            f"the shards were written. Delete {shard_paths[0].parent} and rerun the same command."
         )
     train, val = _Totals(), _Totals()
     parts: list[dict[str, Any]] = []
-    for place, path in enumerate(shard_paths):
+    for shard, path in enumerate(shard_paths):
         tables = train.read(path, "train")
-        parts += _list_parts(tables, shard=place, documents_per_part=streaming_chunk_size)
+        parts += _list_parts(tables, shard=shard, documents_per_part=streaming_chunk_size)
         for _ in val.read(path, "val"):
             pass
     _refuse_repeated(parts, shard_paths)
-    all_counts = [counts for _, counts in about]
+    all_counts = [counts for _, counts in metadata]
     _reconcile_shards(all_counts)
     summary = _sum_counts(all_counts)
     if train.positions == 0:
@@ -106,7 +105,7 @@ def build_index(
     index = {
         "format": TOKENS_FORMAT,
         "version": INDEX_VERSION,
-        "tokenizer": about[0][0],
+        "tokenizer": metadata[0][0],
         "content": digest(train.shard_keys),
         "counts": summary,
         **{split: totals.to_json() for split, totals in zip(SPLITS, (train, val), strict=True)},
@@ -120,12 +119,15 @@ def build_index(
 def write_index(
     path: Path, shard_paths: list[Path], *, streaming_chunk_size: int
 ) -> dict[str, Any]:
-    """Build and write index.json beside the shards. Raises ValueError when nothing is held out."""
+    """Write index.json and token_counts.npy next to the shards; return the index.
+
+    Raises ValueError when no document is held out, and as `build_index` does.
+    """
     index, token_counts = build_index(shard_paths, streaming_chunk_size=streaming_chunk_size)
     if index["val"]["positions"] == 0:
         raise ValueError(
-            f"none of the {index['train']['documents']} usable documents is held out, so no student could be measured: "
-            "raise dataset.validation_fraction, or give more documents."
+            f"none of the {index['train']['documents']} usable documents is held out, so no student could be "
+            "evaluated: raise dataset.validation_fraction, or give more documents."
         )
     content = io.BytesIO()
     np.save(content, token_counts.astype("<i8"), allow_pickle=False)
@@ -135,22 +137,22 @@ def write_index(
 
 
 def _refuse_repeated(parts: list[dict[str, Any]], shard_paths: list[Path]) -> None:
-    """Raise ValueError where two shards hold the same documents: one was copied over the other."""
+    """Raise ValueError when two shards contain the same documents: one was copied over the other."""
     shard_of: dict[str, int] = {}
     for part in parts:
         if (other := shard_of.setdefault(part["name"], part["shard"])) != part["shard"]:
             raise ValueError(
-                f"{shard_paths[part['shard']]} holds the documents of {shard_paths[other]}: one of the two is a copy, "
-                "so others are missing. Delete both and run the same command again."
+                f"{shard_paths[part['shard']]} contains the documents of {shard_paths[other]}: one of the two is a "
+                "copy, so other documents are missing. Delete both and rerun the same command."
             )
 
 
 def _reconcile_shards(counts: list[dict[str, Any]]) -> None:
-    """Take what each shard was dealt out of its counts; raise ValueError where it is not everything, exactly once."""
-    dealt = [shard.pop("dealt", None) for shard in counts]
+    """Remove each shard's assignment from its counts; raise ValueError unless each document is in exactly one shard."""
+    assignments = [shard.pop("dealt", None) for shard in counts]
     shardings = [shard.pop("sharding", None) for shard in counts]
-    if None not in dealt:  # one reader drew for all shards
-        reconcile(dealt, sharding=shardings[0])
+    if None not in assignments:  # None: one reader wrote all shards of a snapshot
+        check_assignments(assignments, sharding=shardings[0])
 
 
 def _digest_counts(counts: NDArray[np.int64]) -> str:
@@ -158,26 +160,25 @@ def _digest_counts(counts: NDArray[np.int64]) -> str:
 
 
 def name_part(table: SequenceTable) -> str:
-    """Return the name of the part that holds these sequences: a digest of their content keys and documents.
+    """Return the name of the part with these sequences: a digest of their content keys and document indices.
 
-    Without the documents, two equal parts of a corpus with repetitions would be one file, which says of both that
-    they come from the documents of whichever was made first.
+    Without the indices, two equal parts of a corpus with repetitions would share one file, with the indices of one.
     """
     keys = xxhash.xxh3_128(np.ascontiguousarray(table.keys).tobytes())
     return _name_part(keys, [table.documents])
 
 
 def _name_part(keys: xxhash.xxh3_128, documents: Iterable[NDArray[np.int64]]) -> str:
-    """Return the name, from a digest of all keys that is gone on with."""
-    for places in documents:
-        keys.update(np.ascontiguousarray(places, dtype="<i8").tobytes())
+    """Return the name, from the hash state of all keys, which is updated with the document indices."""
+    for indices in documents:
+        keys.update(np.ascontiguousarray(indices, dtype="<i8").tobytes())
     return keys.hexdigest()
 
 
 def _list_parts(
     tables: Iterable[SequenceTable], *, shard: int, documents_per_part: int
 ) -> Iterator[dict[str, Any]]:
-    """Yield the parts of one shard, whose training sequences come in `tables`, in order."""
+    """Yield the parts of one shard, from its training sequences in order."""
     first = 0
     pieces = _cut_at_parts(tables, documents_per_part)
     for _, of_part in groupby(pieces, key=itemgetter(0)):
@@ -203,7 +204,7 @@ def _list_parts(
 def _cut_at_parts(
     tables: Iterable[SequenceTable], documents_per_part: int
 ) -> Iterator[tuple[int, SequenceTable]]:
-    """Yield (number of the part, sequences of it): tables cut where a part ends, which may go on in the next table."""
+    """Yield (number of the part, sequences): tables cut at the ends of parts; a part may span several tables."""
     num_documents, last = 0, -1
     for table in tables:
         is_new = np.diff(table.documents, prepend=last) != 0
@@ -215,7 +216,7 @@ def _cut_at_parts(
 
 
 def _sum_counts(counts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Add up nested dictionaries of numbers."""
+    """Return the sum of nested dictionaries of numbers."""
     total: dict[str, Any] = {}
     for shard in counts:
         for key, value in shard.items():
@@ -228,7 +229,7 @@ def _sum_counts(counts: list[dict[str, Any]]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TokenIndex:
-    """index.json and the folder that it lies in."""
+    """The content of index.json, and access to the shards next to it."""
 
     path: Path
     content: dict[str, Any]
@@ -237,9 +238,7 @@ class TokenIndex:
     def read(cls, path: Path) -> "TokenIndex":
         """Read index.json. Raises ValueError when it is missing or of another version."""
         if not path.exists():
-            raise ValueError(
-                f"{path} does not exist: run the same snakemake command again to make it."
-            )
+            raise ValueError(f"{path} does not exist: rerun the same snakemake command to make it.")
         content = read_json(path)
         content = content if isinstance(content, dict) else {}
         if (content.get("format"), content.get("version")) != (TOKENS_FORMAT, INDEX_VERSION):
@@ -251,43 +250,42 @@ class TokenIndex:
 
     @property
     def parts(self) -> list[dict[str, Any]]:
-        """The parts of teacher work, in their canonical order."""
+        """The parts by shard and document, each {"name", "shard", "first", "sequences", "tokens", "positions"}."""
         parts: list[dict[str, Any]] = self.content["parts"]
         return parts
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence, held out or not: whoever reads sequences needs a context of that length."""
+        """Tokens in the longest sequence of both splits: the context length that a model needs."""
         return max(int(self.content[split]["longest"]) for split in SPLITS)
 
     def read_token_counts(self) -> NDArray[np.int64]:
-        """Return how often each token id comes in the training sequences.
+        """Return how often each token id occurs in the training sequences, int64 [V].
 
-        Raises ValueError when the file is not the one that index.json was written with.
+        Raises ValueError when the file is missing or does not match index.json.
         """
         path = self.path.with_name(COUNTS_FILE)
         try:
             counts: NDArray[np.int64] = np.load(path, allow_pickle=False)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"{path} cannot be read ({error}): delete {self.path} and run the same command again."
+                f"{path} cannot be read ({error}): delete {self.path} and rerun the same command."
             ) from None
         if _digest_counts(counts) != self.content["token_counts"]:
             raise ValueError(
-                f"{path} does not hold the counts that {self.path} was written with: delete {self.path} and run the "
-                "same command again."
+                f"{path} does not match {self.path}: delete {self.path} and rerun the same command."
             )
         return counts
 
     def read_part(self, part: dict[str, Any]) -> SequenceTable:
-        """Read the sequences of one part alone, and verify that they are those that its name says."""
+        """Return the sequences of one part; reads no others. Raises ValueError when they do not match its name."""
         table = self._read_train(part["shard"], part["first"], part["first"] + part["sequences"])
         if name_part(table) != part["name"]:
             raise self._not_listed(part["shard"], f"part {part['name']}")
         return table
 
     def read_split(self, split: str, *, max_positions: int | None = None) -> SequenceTable:
-        """Read all sequences of a split in index order; stop after the sequence that reaches max_positions."""
+        """Return a split's sequences in index order, up to and including the one that reaches max_positions."""
         return concatenate_tables(self._iterate_split(split, max_positions=max_positions))
 
     def _iterate_split(self, split: str, *, max_positions: int | None) -> Iterator[SequenceTable]:
@@ -303,7 +301,7 @@ class TokenIndex:
                     return
 
     def count_leaked(self, held_out: SequenceTable) -> int:
-        """Return how many of the held-out sequences are, to the last token, among the training sequences too."""
+        """Return how many of the held-out sequences are also training sequences, by content key."""
         wanted = {key.tobytes() for key in held_out.keys}
         found: set[bytes] = set()
         for name in self.content["shards"]:
@@ -312,26 +310,27 @@ class TokenIndex:
         return sum(key.tobytes() in found for key in held_out.keys)
 
     def read_sample(self, *, num_positions: int) -> tuple[NDArray[np.int64], SequenceTable]:
-        """Return evenly spaced training sequences with about `num_positions` counted positions; reads no others.
+        """Return (numbers int64 [S], sequences) of evenly spaced training sequences; reads no others.
 
-        Their places are counted over all training sequences in index order, which is a merged cache's order.
+        The sample has about `num_positions` positions with loss. Sequences are numbered over all training sequences in
+        index order, which is also the order of a merged cache. Raises ValueError when a shard no longer has them.
         """
         train = self.content["train"]
         total = train["sequences"]
         count = min(total, max(1, round(num_positions * total / max(1, train["positions"]))))
-        places = np.unique(np.linspace(0, total - 1, count).astype(np.int64))
+        numbers = np.unique(np.linspace(0, total - 1, count).astype(np.int64))
         sizes = [0] * len(self.content["shards"])
         for part in self.parts:
             sizes[part["shard"]] += part["sequences"]
         stops = np.cumsum(sizes, dtype=np.int64)
         tables = []
-        for place in places.tolist():
-            shard = int(np.searchsorted(stops, place, side="right"))
-            first = place - int(stops[shard]) + sizes[shard]
+        for number in numbers.tolist():
+            shard = int(np.searchsorted(stops, number, side="right"))
+            first = number - int(stops[shard]) + sizes[shard]
             tables.append(self._read_train(shard, first, first + 1))
             if len(tables[-1]) == 0:
                 raise self._not_listed(shard, f"sequence {first}")
-        return places, concatenate_tables(tables)
+        return numbers, concatenate_tables(tables)
 
     def _read_train(self, shard: int, first: int, stop: int) -> SequenceTable:
         path = self.path.parent / self.content["shards"][shard]
@@ -340,13 +339,13 @@ class TokenIndex:
     def _not_listed(self, shard: int, what: str) -> ValueError:
         path = self.path.parent / self.content["shards"][shard]
         return ValueError(
-            f"{path} no longer holds the sequences that {self.path} lists ({what}): the shard was made again from "
-            "other text. Delete index.json and run the same command again."
+            f"{path} no longer contains the sequences that {self.path} lists ({what}): the shard was rewritten from "
+            "other text. Delete index.json and rerun the same command."
         )
 
 
 def describe_index(index: dict[str, Any]) -> str:
-    """Return in a few lines what became of the corpus: every document and every token."""
+    """Return a summary of a few lines: documents and tokens, used and left out."""
     documents, tokens = index["counts"]["documents"], index["counts"]["tokens"]
     lines = []
     for split, words in (("train", "to train on"), ("val", "held out")):

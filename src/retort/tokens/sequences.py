@@ -1,12 +1,11 @@
-"""Documents become sequences of token ids: splitting, the loss mask, content keys.
+"""Sequences of token ids, and tables of them.
 
-A *sequence* is one row of token ids fed to a model. Position t predicts the token at t + 1; `loss_mask[t]`
-says whether that prediction counts (the response's tokens of a prompt + response; everything of plain text;
-never the last position). A long document becomes consecutive sequences that overlap by one token, so that
-each of its tokens is predicted exactly once.
+A *sequence* is one row of token ids fed to a model. Position t predicts the token at t + 1; `loss_mask[t]` says whether
+that prediction counts: always for plain text, only for the response after a prompt, never at the last position.
+Consecutive sequences of a long document overlap by one token, so that each of its tokens is predicted exactly once.
 
-Every sequence carries a *content key* over its ids, its segment starts and its loss mask: whoever pairs
-something with a sequence later (a teacher's distributions, say) compares keys first.
+Every sequence has a *content key*, a hash of its ids, segment starts and loss mask. Code that pairs other data with a
+sequence (a teacher's distributions) compares keys first.
 """
 
 from collections.abc import Iterable
@@ -18,14 +17,12 @@ import xxhash
 from numpy.typing import ArrayLike, NDArray
 
 SPLITS = ("train", "val")
-
-
 KEY_BYTES = 16
 
 
 @dataclass(frozen=True)
 class Sequence:
-    """One row: `ids` int32 [T], `loss_mask` bool [T], `segment_starts` int32 [G] (0 first), its key."""
+    """One row of T tokens in G segments: ids and loss mask [T], segment starts [G] (the first is 0), content key."""
 
     ids: NDArray[np.int32]
     loss_mask: NDArray[np.bool_]
@@ -34,14 +31,14 @@ class Sequence:
 
     @property
     def num_positions(self) -> int:
-        """How many predictions count."""
+        """Number of positions with loss."""
         return int(self.loss_mask.sum())
 
 
 def content_key(
     ids: NDArray[np.int32], loss_mask: NDArray[np.bool_], segment_starts: NDArray[np.int32]
 ) -> bytes:
-    """Return the 16 bytes that name a sequence: the same tokens packed or masked otherwise are another one."""
+    """Return the content key, 16 bytes of xxh3-128; other segments or another mask give another key."""
     state = xxhash.xxh3_128()
     for array, dtype in ((ids, "<i4"), (segment_starts, "<i4"), (loss_mask, "u1")):
         state.update(len(array).to_bytes(8, "little"))
@@ -51,15 +48,15 @@ def content_key(
 
 @dataclass(frozen=True)
 class SequenceTable:
-    """S sequences as flat columns: N tokens, G segments in all."""
+    """S sequences as flat columns, with N tokens and G segments in total."""
 
     ids: NDArray[np.int32]  # [N]
     loss_mask: NDArray[np.bool_]  # [N]
-    offsets: NDArray[np.int64]  # [S + 1], where each sequence's tokens start
-    segment_starts: NDArray[np.int32]  # [G], within the sequence
+    offsets: NDArray[np.int64]  # [S + 1], where each sequence's tokens begin in `ids`
+    segment_starts: NDArray[np.int32]  # [G], relative to the sequence
     segment_offsets: NDArray[np.int64]  # [S + 1]
     keys: NDArray[np.uint8]  # [S, 16]
-    documents: NDArray[np.int64]  # [S], place of the document in the corpus
+    documents: NDArray[np.int64]  # [S], index of the document in the corpus
     labels: NDArray[np.int32]  # [S], index into label_names
     label_names: tuple[tuple[str, str], ...] = (("", ""),)  # (category, language)
 
@@ -76,34 +73,34 @@ class SequenceTable:
 
     @property
     def num_positions(self) -> int:
-        """How many predictions count."""
+        """Number of positions with loss."""
         return int(self.loss_mask.sum())
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each sequence, [S]."""
+        """Tokens per sequence, [S]."""
         return np.diff(self.offsets)
 
     @property
     def position_offsets(self) -> NDArray[np.int64]:
-        """Where each sequence's counted positions start among all counted positions, [S + 1]."""
+        """Where each sequence's positions with loss begin among all of the table, [S + 1]."""
         if len(self) == 0:
             return np.zeros(1, dtype=np.int64)
         counts = np.add.reduceat(self.loss_mask, self.offsets[:-1], dtype=np.int64)
         return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts, dtype=np.int64)])
 
     def verify_keys(self, *, source: str, first: int = 0) -> None:
-        """Raise ValueError when a stored key is not its sequence's; `first`: the place of sequence 0 in `source`."""
+        """Raise ValueError when a sequence does not match its key; `first`: number of sequence 0 in `source`."""
         for index in range(len(self)):
             row = self[index]
             if content_key(row.ids, row.loss_mask, row.segment_starts) != row.key:
                 raise ValueError(
-                    f"{source}: sequence {first + index} does not hold the tokens that its content key names; the file "
-                    "was damaged or edited. Delete it and run the same command again."
+                    f"{source}: sequence {first + index} does not match its content key; the file "
+                    "was damaged or edited. Delete it and rerun the same command."
                 )
 
     def slice(self, first: int, stop: int) -> "SequenceTable":
-        """Return sequences first..stop-1 as a table of their own."""
+        """Return sequences first..stop-1 as a table."""
         tokens = slice(int(self.offsets[first]), int(self.offsets[stop]))
         segments = slice(int(self.segment_offsets[first]), int(self.segment_offsets[stop]))
         return SequenceTable(
@@ -123,11 +120,11 @@ TABLE_COLUMNS = tuple(f.name for f in fields(SequenceTable) if f.name != "label_
 
 
 def concatenate_tables(tables: Iterable[SequenceTable]) -> SequenceTable:
-    """Return one table of all sequences, in order."""
+    """Return one table of all sequences, in order; label names are merged."""
     tables = list(tables)
     names = sorted({name for t in tables for name in t.label_names} | {("", "")})
-    places = {name: place for place, name in enumerate(names)}
-    relabel = [np.array([places[n] for n in t.label_names], dtype=np.int32) for t in tables]
+    labels = {name: label for label, name in enumerate(names)}
+    relabel = [np.array([labels[n] for n in t.label_names], dtype=np.int32) for t in tables]
 
     def join_offsets(name: str) -> NDArray[np.int64]:
         counts = [np.diff(getattr(t, name)) for t in tables]
@@ -153,15 +150,15 @@ def concatenate_tables(tables: Iterable[SequenceTable]) -> SequenceTable:
     )
 
 
-# (ids, loss mask, document, (category, language)) of a sequence of one segment
+# (ids, loss mask, document, (category, language)) of a sequence with one segment
 SequenceRow = tuple[ArrayLike, ArrayLike, int, tuple[str, str]]
 
 
 def build_table(rows: Iterable[SequenceRow]) -> SequenceTable:
-    """Build a table from (ids, loss mask, document, (category, language)) rows of one segment each."""
+    """Return a table of rows with one segment each."""
     rows = list(rows)
     names = sorted({name for *_, name in rows} | {("", "")})
-    places = {name: place for place, name in enumerate(names)}
+    labels = {name: label for label, name in enumerate(names)}
     ids = [np.array(row[0], dtype=np.int32) for row in rows]
     masks = [np.array(row[1], dtype=np.bool_) for row in rows]
     start = np.zeros(1, dtype=np.int32)
@@ -179,6 +176,6 @@ def build_table(rows: Iterable[SequenceRow]) -> SequenceTable:
         segment_offsets=np.arange(len(rows) + 1, dtype=np.int64),
         keys=np.stack(keys) if keys else np.empty((0, KEY_BYTES), np.uint8),
         documents=np.array([row[2] for row in rows], dtype=np.int64),
-        labels=np.array([places[row[3]] for row in rows], dtype=np.int32),
+        labels=np.array([labels[row[3]] for row in rows], dtype=np.int32),
         label_names=tuple(names),
     )

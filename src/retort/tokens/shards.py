@@ -1,8 +1,8 @@
-"""Token shards: the sequences of one slice of the corpus, as a file that is written and read in pieces.
+"""Token shards: HDF5 files with the sequences of one shard of the corpus, written and read in pieces.
 
-Documents stream through the tokenizer batch by batch. Sequences wait in files without names, one for each column, until
-their number is known; then the shard is laid out and they are copied into it. Memory holds one batch (and the names of
-labels), whatever the shard's size; the disk holds a shard twice for a while.
+Documents stream through the tokenizer in batches. Sequences are spooled to unnamed temporary files, one per column,
+until their number is known, and then copied into the shard. Memory holds one batch (and the label names), whatever the
+shard's size; the disk holds the shard twice for a while.
 """
 
 import json
@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from retort.config.sections import Dataset
 from retort.corpus.documents import Counts
-from retort.corpus.reading import read_documents, unchanged
-from retort.corpus.sharding import Dealt
-from retort.corpus.snapshot import read_drawn
+from retort.corpus.reading import read_shard_documents, refuse_changed_files
+from retort.corpus.sharding import Assignment
+from retort.corpus.snapshot import read_snapshot
 from retort.io.files import remove_stale_temporaries
 from retort.io.hdf5 import ColumnSource, open_h5, read_text, write_h5, write_text
 from retort.tokens.sequences import SPLITS, TABLE_COLUMNS, SequenceTable, build_table
@@ -30,8 +30,8 @@ from retort.tokens.tokenize import TokenCounts, tokenize_batches
 TOKENS_FORMAT = "retort-tokens"
 TOKENS_VERSION = 1
 _OFFSETS = ("offsets", "segment_offsets")
-_PIECE_BYTES = 1 << 20  # whole values: a multiple of every column's
-# What is read and verified at once: 1.3 MB of tokens, 0.5 MB beside them, and at least one sequence.
+_PIECE_BYTES = 1 << 20  # a multiple of every column's item size
+# Limits of a block that is read and verified at once: 1.3 MB of tokens, 0.5 MB of other columns; one sequence at least.
 _BLOCK_TOKENS = 1 << 18
 _BLOCK_SEQUENCES = 1 << 13
 _BLOCK_KEYS = 1 << 18  # 4 MB
@@ -44,34 +44,41 @@ def tokenize_shard(
     *,
     fingerprint: dict[str, Any],
     shard: int,
-    drawn: Path | None,
+    snapshot: Path | None,
     stamp: str | None = None,
 ) -> str:
-    """Tokenize one shard of the corpus (of a drawn one where `drawn` names its folder); return what was counted.
+    """Tokenize one shard of the corpus, from its folder `snapshot` if given, to `out`; return a summary line.
 
-    Raises ValueError when the corpus is no longer what `stamp` (see `digest_file_states`) was taken of.
+    fingerprint: of `identify_tokenizer`, stored in the shard. Raises ValueError when the corpus cannot be read, or its
+    local files differ from `stamp` (see `digest_file_states`).
     """
     started = time.monotonic()
-    documents, counts, dealt = Counts(), TokenCounts(), Dealt()
+    documents, counts, assignment = Counts(), TokenCounts(), Assignment()
     source = (
-        read_drawn(drawn, shard=shard, counts=documents, dealt=dealt)
-        if drawn
-        else read_documents(
-            dataset, shard=shard, num_shards=dataset.num_shards, counts=documents, dealt=dealt
+        read_snapshot(snapshot, shard=shard, counts=documents, assignment=assignment)
+        if snapshot
+        else read_shard_documents(
+            dataset,
+            shard=shard,
+            num_shards=dataset.num_shards,
+            counts=documents,
+            assignment=assignment,
         )
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     remove_stale_temporaries(out.parent)
     with ExitStack() as stack:
         spools = {split: _Spool(out.parent, stack) for split in SPLITS}
-        with unchanged(dataset, None if drawn else stamp):
+        with refuse_changed_files(dataset, None if snapshot else stamp):
             for tables in tokenize_batches(source, tokenizer, dataset, counts=counts):
                 for split, table in tables.items():
                     spools[split].append(table)
         documents.reconcile()
         counted: dict[str, Any] = {"documents": documents.to_json(), "tokens": asdict(counts)}
-        if dealt.number_of_all:  # one reader that draws for all shards deals once, and cannot err
-            counted |= {"dealt": dealt.to_json(), "sharding": dataset.sharding}
+        if (
+            assignment.number_of_all
+        ):  # 0 if one reader wrote all shards of a snapshot: it cannot lose documents
+            counted |= {"dealt": assignment.to_json(), "sharding": dataset.sharding}
         _write_shard(
             out,
             {split: spool.columns() for split, spool in spools.items()},
@@ -98,7 +105,7 @@ def write_token_shard(
     counts: dict[str, Any],
     tokenizer: dict[str, Any],
 ) -> None:
-    """Write a shard of sequences that are in memory: a group for each split, counts, the tokenizer's fingerprint."""
+    """Write a shard from sequences in memory, by split; `tokenizer`: see `identify_tokenizer`."""
     columns = {
         split: {name: _column_of(getattr(table, name)) for name in TABLE_COLUMNS}
         for split, table in tables.items()
@@ -128,7 +135,7 @@ def _write_shard(
 
 
 def _stored(values: NDArray[Any]) -> NDArray[Any]:
-    """Return a column as it lies in the file: truth values as bytes."""
+    """Return a column as it is stored: booleans as bytes."""
     values = np.ascontiguousarray(values)
     return values.view(np.uint8) if values.dtype == np.bool_ else values
 
@@ -139,41 +146,41 @@ def _column_of(values: NDArray[Any]) -> ColumnSource:
 
 
 class _Spool:
-    """One split's sequences before their number is known: each column a file without a name in `folder`.
+    """One split's sequences until their number is known: one unnamed temporary file per column.
 
-    Files without names go with the process, however it ends.
+    The system removes unnamed files when the process ends, even if it is killed.
     """
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self.num_sequences = 0
         self._files: dict[str, BinaryIO] = {
-            name: stack.enter_context(_open_nameless(folder)) for name in TABLE_COLUMNS
+            name: stack.enter_context(_open_unnamed(folder)) for name in TABLE_COLUMNS
         }
         self._ends = dict.fromkeys(_OFFSETS, 0)
-        self._places: dict[tuple[str, str], int] = {}  # of labels, in the order in which they came
+        self._labels: dict[tuple[str, str], int] = {}  # number of each label name, as first seen
         for name in _OFFSETS:
             self._files[name].write(np.zeros(1, np.int64).data)
 
     def append(self, table: SequenceTable) -> None:
-        """Add the sequences of a table after those that are there."""
+        """Append the sequences of a table."""
         self.num_sequences += len(table)
-        places = [self._places.setdefault(n, len(self._places)) for n in table.label_names]
+        labels = [self._labels.setdefault(n, len(self._labels)) for n in table.label_names]
         for name, file in self._files.items():
             values = getattr(table, name)
             if name in _OFFSETS:
                 values = values[1:] + self._ends[name]
                 self._ends[name] += int(getattr(table, name)[-1])
             elif name == "labels":
-                values = np.array(places, np.int32)[values]
+                values = np.array(labels, np.int32)[values]
             file.write(_stored(values).data)
 
     @property
     def label_names(self) -> tuple[tuple[str, str], ...]:
-        """The labels in their final order."""
-        return tuple(sorted({*self._places, ("", "")}))
+        """The label names in their final order."""
+        return tuple(sorted({*self._labels, ("", "")}))
 
     def columns(self) -> dict[str, ColumnSource]:
-        """Return the columns, to be copied once: each file is closed, and its room free, when it was read."""
+        """Return the columns, which can be read once: each file is closed, and its space freed, after reading."""
         empty, columns = build_table([]), {}
         for name, file in self._files.items():
             like = _stored(getattr(empty, name))
@@ -186,13 +193,13 @@ class _Spool:
         return columns
 
     def _relabel(self, pieces: Iterator[memoryview]) -> Iterator[memoryview]:
-        final = {name: place for place, name in enumerate(self.label_names)}
-        place_of = np.array([final[name] for name in self._places], np.int32)
+        final = {name: label for label, name in enumerate(self.label_names)}
+        relabel = np.array([final[name] for name in self._labels], np.int32)
         for piece in pieces:
-            yield place_of[np.frombuffer(piece, np.int32)].view(np.uint8).data
+            yield relabel[np.frombuffer(piece, np.int32)].view(np.uint8).data
 
 
-def _open_nameless(folder: Path) -> AbstractContextManager[BinaryIO]:
+def _open_unnamed(folder: Path) -> AbstractContextManager[BinaryIO]:
     return tempfile.TemporaryFile(dir=folder)
 
 
@@ -207,8 +214,8 @@ def _read_back(file: BinaryIO) -> Iterator[memoryview]:
 # Reading
 
 
-def read_about(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return (the tokenizer's fingerprint and size, counts) of a shard. Raises ValueError on any other file."""
+def read_shard_metadata(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a shard's (tokenizer fingerprint and size, counts). Raises ValueError for any other file."""
     with _open_shard(path) as file:
         return json.loads(read_text(file, "tokenizer")), json.loads(read_text(file, "counts"))
 
@@ -216,9 +223,9 @@ def read_about(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def read_token_shard(
     path: Path, split: str, *, first: int = 0, stop: int | None = None
 ) -> SequenceTable:
-    """Read sequences first..stop-1 of a split (fewer where it ends before), and verify their content keys.
+    """Return sequences first..stop-1 of a split (fewer if it ends before), with verified content keys.
 
-    The cost is that of these sequences alone. Raises ValueError on any other file, and on damage among them.
+    Reads no other sequences. Raises ValueError for a file that is not a token shard, and for damaged sequences.
     """
     with _open_shard(path) as file:
         size = _count_sequences(file, split)
@@ -227,7 +234,7 @@ def read_token_shard(
 
 
 def iterate_token_shard(path: Path, split: str) -> Iterator[SequenceTable]:
-    """Yield all sequences of a split in order, verified, in tables of at most 262,144 tokens or one sequence.
+    """Yield all sequences of a split in order, verified, in tables of at most 262,144 tokens (or of one sequence).
 
     Raises ValueError as `read_token_shard` does.
     """
@@ -242,7 +249,7 @@ def iterate_token_shard(path: Path, split: str) -> Iterator[SequenceTable]:
 
 
 def iterate_keys(path: Path, split: str) -> Iterator[NDArray[np.uint8]]:
-    """Yield the content keys of a split's sequences, [S, 16] at a time; nothing else of the shard is read."""
+    """Yield the content keys of a split's sequences, uint8 [S, 16] at a time; reads nothing else of the shard."""
     with _open_shard(path) as file:
         keys = file[split]["keys"]
         for first in range(0, len(keys), _BLOCK_KEYS):
@@ -258,7 +265,7 @@ def _count_sequences(file: Any, split: str) -> int:
 
 
 def _read_sequences(group: Any, first: int, stop: int, *, source: Path) -> SequenceTable:
-    """Read sequences first..stop-1 of an open shard's split, and verify them."""
+    """Return sequences first..stop-1 of an open shard's split, verified."""
     columns = {name: group[name][first : stop + 1] for name in _OFFSETS}
     tokens, segments = (slice(int(o[0]), int(o[-1])) for o in columns.values())
     columns = {name: offsets - offsets[0] for name, offsets in columns.items()}
@@ -273,6 +280,6 @@ def _read_sequences(group: Any, first: int, stop: int, *, source: Path) -> Seque
     if len(table) and not 0 <= table.labels.min() <= table.labels.max() < len(names):
         raise ValueError(
             f"{source}: a sequence has label {table.labels.max()} of {len(names)}: the file is damaged. Delete it and "
-            "run the same command again."
+            "rerun the same command."
         )
     return table

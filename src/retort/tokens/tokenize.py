@@ -1,4 +1,4 @@
-"""Documents become sequences of token ids: encoded, split, masked, and every token counted."""
+"""Documents to sequences: encode, split, compute the loss mask, and count every token."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
@@ -18,18 +18,16 @@ from retort.tokens.sequences import (
 )
 from retort.tokens.tokenizer import encode_prompt
 
-# A tokenizer takes about 100 bytes a token while it is at a batch.
+# Tokenizers need about 100 bytes per token of a batch.
 _DOCUMENTS_PER_BATCH = 256
-
-
 _CHARACTERS_PER_BATCH = 1 << 20
 
 
 @dataclass
 class TokenCounts:
-    """Where the tokens went: `read` = `stored` + `truncated` + `without_loss` + `too_short`.
+    """Numbers of tokens: `read` = `stored` + `truncated` + `without_loss` + `too_short`.
 
-    A token that two consecutive sequences share is stored once for this count.
+    A token that two consecutive sequences share counts once.
     """
 
     documents: int = 0
@@ -38,11 +36,11 @@ class TokenCounts:
     read: int = 0
     stored: int = 0
     truncated: int = 0  # cut off by long_documents: truncate
-    without_loss: int = 0  # sequences that hold nothing but prompt
-    too_short: int = 0  # documents of fewer than two tokens: nothing to predict
+    without_loss: int = 0  # in sequences that contain only a prompt
+    too_short: int = 0  # in documents of one token: nothing to predict
 
     def reconcile(self) -> None:
-        """Assert that no token is unaccounted for."""
+        """Assert that the parts of `read` add up."""
         assert self.read == self.stored + self.truncated + self.without_loss + self.too_short, self
 
     def __add__(self, other: "TokenCounts") -> "TokenCounts":
@@ -54,7 +52,7 @@ class TokenCounts:
 def tokenize_documents(
     documents: Iterable[Document], tokenizer: Any, dataset: Dataset, *, counts: TokenCounts
 ) -> SequenceTable:
-    """Turn documents of one split into sequences, all in memory, and count every token."""
+    """Return the sequences of documents of one split, in memory; add to `counts`."""
     batches = tokenize_batches(documents, tokenizer, dataset, counts=counts)
     return concatenate_tables(table for tables in batches for table in tables.values())
 
@@ -62,9 +60,9 @@ def tokenize_documents(
 def tokenize_batches(
     documents: Iterable[Document], tokenizer: Any, dataset: Dataset, *, counts: TokenCounts
 ) -> Iterator[dict[str, SequenceTable]]:
-    """Turn documents into sequences of at most `dataset.max_length` tokens, and count every token.
+    """Yield {split: sequences of at most `dataset.max_length` tokens} per batch of documents; add to `counts`.
 
-    Yields the sequences of a batch of documents by split, each split's in the documents' order.
+    Sequences are in the order of the documents. Raises ValueError for a chat template that rewrites a prompt.
     """
     for batch in _cut_batches(documents):
         rows: dict[str, list[SequenceRow]] = {split: [] for split in SPLITS}
@@ -82,7 +80,7 @@ def tokenize_batches(
 
 
 def _cut_batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Yield batches; one that holds much text is full before it has its number of documents."""
+    """Yield batches, limited in documents and in characters."""
     batch: list[Document] = []
     num_characters = 0
     for document in documents:
@@ -98,7 +96,7 @@ def _cut_batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 def _split(
     ids: NDArray[np.int32], first_loss: int, dataset: Dataset, counts: TokenCounts
 ) -> Iterator[tuple[NDArray[np.int32], NDArray[np.bool_]]]:
-    """Yield (ids, loss mask) pieces of one document; `first_loss` is the first token worth predicting."""
+    """Yield (ids, loss mask) of each sequence of a document; `first_loss`: its first token to be predicted."""
     length = dataset.max_length
     if len(ids) > length and dataset.long_documents == "truncate":
         counts.documents_truncated += 1
@@ -107,20 +105,20 @@ def _split(
     counts.documents_split += len(ids) > length
     for start in range(0, len(ids) - 1, length - 1):
         piece = ids[start : start + length]
-        fresh = len(piece) - (start > 0)  # the first token was stored by the piece before
+        num_new = len(piece) - (start > 0)  # the first token is also the last of the piece before
         mask = np.arange(start + 1, start + len(piece) + 1) >= first_loss
         mask[-1] = False
         if mask.any():
-            counts.stored += fresh
+            counts.stored += num_new
             yield piece, mask
         else:
-            counts.without_loss += fresh
+            counts.without_loss += num_new
 
 
 def _encode(
     batch: list[Document], tokenizer: Any, dataset: Dataset
 ) -> Iterator[tuple[Document, list[int], int]]:
-    """Yield each document with its ids and the place of the first token that is to be predicted."""
+    """Yield each document with its ids and the number of the first token to be predicted."""
     if dataset.prompt_column is not None and getattr(tokenizer, "chat_template", None):
         for document in batch:
             yield (document, *_apply_chat_template(document, tokenizer))
@@ -131,13 +129,16 @@ def _encode(
     bodies = tokenizer([d.text for d in batch], add_special_tokens=plain)["input_ids"]
     for document, body in zip(batch, bodies, strict=True):
         head = encode_prompt(document.prompt, tokenizer) if document.prompt is not None else []
-        if end and body[-1:] == end:  # some tokenizers add the end themselves
+        if end and body[-1:] == end:  # some tokenizers add it themselves
             body = body[:-1]
         yield document, [*head, *body, *end], len(head)
 
 
 def _apply_chat_template(document: Document, tokenizer: Any) -> tuple[list[int], int]:
-    """Return (ids, first response token) of one prompt + response through the tokenizer's chat template."""
+    """Return (ids, number of the first response token) of a prompt + response, by the chat template.
+
+    Raises ValueError when the template changes the prompt once the response follows.
+    """
     assert document.prompt is not None
     prompt = [{"role": "user", "content": document.prompt}]
     both = [*prompt, {"role": "assistant", "content": document.text}]
@@ -145,15 +146,14 @@ def _apply_chat_template(document: Document, tokenizer: Any) -> tuple[list[int],
     ids = tokenizer.apply_chat_template(both, tokenize=True, return_dict=False)
     if ids[: len(head)] == head:
         return list(ids), len(head)
-    # A token may span the end of the prompt and the response's first letters: then the two are tokenized apart, as
-    # they are when a response is generated.
+    # A token would span the prompt and the response: tokenize the two separately, as when generating.
     head_text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
     text = tokenizer.apply_chat_template(both, tokenize=False)
     if not text.startswith(head_text):
         raise ValueError(
             f"the tokenizer's chat template rewrites the prompt of document {document.index} once the response "
-            "follows, so it cannot be told which tokens are the response's. Use a tokenizer whose template "
-            "keeps the prompt as it is, or one without a template."
+            "follows, so the response's tokens cannot be found. Use a tokenizer whose template does not change the "
+            "prompt, or one without a template."
         )
     rest = tokenizer(text[len(head_text) :], add_special_tokens=False)["input_ids"]
     return [*head, *rest], len(head)

@@ -1,4 +1,4 @@
-"""Tokenizers: loaded, fingerprinted, compared; prompts and messages encoded by them."""
+"""Tokenizers: load and identify them; encode prompts and messages."""
 
 import sys
 from collections.abc import Iterator
@@ -13,36 +13,36 @@ from retort.io.fingerprints import fingerprint_tokenizer
 
 
 def encode_prompt(prompt: str, tokenizer: Any) -> list[int]:
-    """Return the ids after which a response begins: through the chat template, or, where there is none, a line."""
+    """Return the ids of a prompt, up to where the response begins: by the chat template, else as one line of text."""
     if getattr(tokenizer, "chat_template", None):
         return encode_chat([{"role": "user", "content": prompt}], tokenizer)
-    return encode_beginning(f"{prompt}\n", tokenizer)
+    return encode_prefix(f"{prompt}\n", tokenizer)
 
 
 def encode_chat(messages: list[dict[str, Any]], tokenizer: Any) -> list[int]:
-    """Return the ids of messages through the chat template, up to where the response begins."""
+    """Return the ids of messages by the chat template, up to where the response begins."""
     options = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
     return list(tokenizer.apply_chat_template(messages, **options))
 
 
-def encode_beginning(text: str, tokenizer: Any) -> list[int]:
-    """Return the ids of a text that goes on: with the special tokens that a text begins with, not with its end."""
+def encode_prefix(text: str, tokenizer: Any) -> list[int]:
+    """Return the ids of a text to be continued: with the tokenizer's special tokens, but no end-of-text token."""
     ids: list[int] = tokenizer(text)["input_ids"]
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 
 @contextmanager
-def hidden_torch() -> Iterator[None]:
-    """Let transformers be imported, and a tokenizer loaded, as where there is no PyTorch, which neither needs.
+def without_torch() -> Iterator[None]:
+    """Import transformers and load a tokenizer without importing PyTorch, which takes seconds and is not needed.
 
-    None in `sys.modules` is how Python marks a module as not to be found. It is taken away at the end: a library that
-    looks for "torch" in `sys.modules`, as `datasets` does, would import it and fail. From then on anyone may import
-    PyTorch; transformers keeps to its tokenizers in this process, so this is not for one that runs a user's code.
+    None in `sys.modules` makes Python report a module as not found. It is removed after the block, because `datasets`
+    imports torch if `sys.modules` has the key. PyTorch can be imported afterwards, but transformers offers no models in
+    this process: do not use this where a user's code runs.
     """
     if {"torch", "transformers"} & sys.modules.keys():  # imported already: no time to save
         yield
         return
-    sys.modules["torch"] = None  # type: ignore[assignment]
+    sys.modules["torch"] = None  # type: ignore[assignment]  # the documented way to block an import
     try:
         yield
     finally:
@@ -52,21 +52,19 @@ def hidden_torch() -> Iterator[None]:
 def load_tokenizer(
     path: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> Any:
-    """Load a tokenizer from a folder or a Hub id. Raises ValueError with the next step when it cannot."""
-    from transformers import AutoTokenizer  # seconds, and nothing else in this room needs it
+    """Return a tokenizer from a folder or a Hub id. Raises ValueError when it cannot be loaded."""
+    from transformers import AutoTokenizer  # takes seconds
 
     try:
         return AutoTokenizer.from_pretrained(
             path, revision=revision, trust_remote_code=trust_remote_code
         )
-    except (
-        Exception
-    ) as error:  # transformers raises OSError, ValueError, KeyError, and tokenizers' own
-        raise ValueError(cannot_load("tokenizer", path, error)) from error
+    except Exception as error:  # OSError, ValueError, KeyError and errors of `tokenizers`
+        raise ValueError(explain_load_error("tokenizer", path, error)) from error
 
 
-def fingerprint_of_tokenizer(path: str, tokenizer: Any) -> dict[str, Any]:
-    """Return {"fingerprint", "size"} of a tokenizer: of its files where it is local, else of its vocabulary."""
+def identify_tokenizer(path: str, tokenizer: Any) -> dict[str, Any]:
+    """Return {"fingerprint": digest, "size": tokens}: the digest of local files, or of a Hub tokenizer's vocabulary."""
     folder = Path(path)
     if folder.is_dir():
         fingerprint = fingerprint_tokenizer(folder)
@@ -76,24 +74,23 @@ def fingerprint_of_tokenizer(path: str, tokenizer: Any) -> dict[str, Any]:
 
 
 def refuse_other_tokenizer(found: dict[str, Any], *, expected: str | None, path: str) -> None:
-    """Raise ValueError when a tokenizer's fingerprint is not the one that the tokens are named by."""
+    """Raise ValueError when a tokenizer's fingerprint (see `identify_tokenizer`) is not the expected one."""
     if expected not in (None, found["fingerprint"]):
         raise ValueError(
-            f"the tokenizer in {path!r} changed since the command began (fingerprint {found['fingerprint']}, then "
-            f"{expected}), and the tokens are named by what it was. Run the same command again: it makes others."
+            f"the tokenizer in {path!r} changed since the command began: fingerprint {found['fingerprint']}, "
+            f"expected {expected}. Rerun the same command, which tokenizes the corpus with the new one."
         )
 
 
-def cannot_load(what: str, path: str, error: Exception) -> str:
-    """Return the sentence for a model or a tokenizer that transformers cannot load."""
+def explain_load_error(what: str, path: str, error: Exception) -> str:
+    """Return a message for a model or tokenizer (`what`) that transformers cannot load."""
     if Path(path).is_dir():
-        advice = "the folder must hold what save_pretrained() writes (config.json, weights, tokenizer.json)"
+        advice = "the folder must contain what save_pretrained() writes (config.json, weights, tokenizer.json)"
     elif is_path(path):
-        advice = f"there is no such folder (looked from {Path.cwd()})"
+        advice = f"there is no such folder (looked in {Path.cwd()})"
     else:
         advice = (
-            f"there is no such folder in {Path.cwd()}, and for a Hub id this machine must reach huggingface.co (or "
-            "have it in its cache, with HF_HUB_OFFLINE=1); "
-            "for a gated one, log in with `hf auth login`"
+            f"there is no such folder in {Path.cwd()}; a Hub id needs a connection to huggingface.co (or a "
+            "cached copy, with HF_HUB_OFFLINE=1); if it is gated, log in with `hf auth login`"
         )
     return f"cannot load the {what} {path!r}: {advice}. transformers says: {first_line(error)}"

@@ -1,7 +1,7 @@
-"""Which tokens the ids of two tokenizers mean: distributions and weights are paired by ids alone.
+"""Comparison of two tokenizers: does every id mean the same token? Distributions and weights are paired by id.
 
-Equal sizes prove nothing, and different files do not either: a chat template, or another choice among the special
-tokens, leaves every id with its token.
+Sizes and files do not tell: vocabularies of equal size may differ, and files may differ only in the chat template or
+the choice of special tokens.
 """
 
 from typing import Any
@@ -9,16 +9,15 @@ from typing import Any
 from retort.tokens.tokenizer import load_tokenizer
 
 
-def count_ids(tokenizer: Any) -> int:
-    """Return how wide an output layer must be to predict every token: ids may have gaps, so not only their number."""
+def min_output_width(tokenizer: Any) -> int:
+    """Return the least width of an output layer that can predict every token; ids may have gaps."""
     return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
 
 
 def find_difference(tokenizer: Any, other: Any, *, may_lack: bool = False) -> str | None:
-    """Return, with an example, how ids of `tokenizer` mean other tokens in `other`; None where all mean the same.
+    """Return how ids of `tokenizer` mean other tokens in `other`, with an example; None if all mean the same.
 
-    What `other` has beyond them does not matter. may_lack: an id that `other` has no token for is no difference, if
-    it does not know the token by another id either.
+    Extra tokens of `other` do not matter. may_lack: a token that `other` lacks is fine if its id is unused there.
     """
     mine, theirs = tokenizer.get_vocab(), other.get_vocab()
     names = {i: token for token, i in theirs.items()}
@@ -30,44 +29,42 @@ def find_difference(tokenizer: Any, other: Any, *, may_lack: bool = False) -> st
     if not different:
         return None
     is_missing, i, token = min(different)
-    there = "no token" if is_missing else f"id {theirs[token]}"
-    instead = (
-        f" (id {i} is {names[i]!r} there)" if i in names else f" (nor has id {i} a token there)"
-    )
-    return (
-        f"{token!r}, id {i} in the first, is {there} in the second{instead if is_missing else ''}; {len(different):,} "
-        f"of {len(mine):,} tokens differ"
-    )
+    if not is_missing:
+        there = f"is id {theirs[token]} in the second"
+    elif i in names:
+        there = f"is missing in the second, where id {i} is {names[i]!r}"
+    else:
+        there = f"is missing in the second, where id {i} is unused"
+    return f"{token!r}, id {i} in the first, {there}; {len(different):,} of {len(mine):,} tokens differ"
 
 
 def require_teacher_ids(
     tokenizer: Any, teachers: Any, *, width: int, source: str, teacher: str
 ) -> None:
-    """Raise ValueError unless every id of the text's tokenizer means the same token to the teacher.
+    """Raise ValueError unless every id of the text's tokenizer means the same token in the teacher's, `teachers`.
 
-    source, teacher: where the text's tokenizer and the teacher's own, `teachers`, were loaded from; width: of the
-    teacher's output layer.
+    source, teacher: where the two were loaded from; width: of the teacher's output layer, in tokens.
     """
     if len(tokenizer) > width:
         raise ValueError(
-            f"the tokenizer {source!r} has {len(tokenizer)} tokens, but the output layer of teacher {teacher!r} only "
-            f"{width}: they do not belong together. Leave dataset.tokenizer out to use the teacher's own; runs of type "
-            "output may keep another one."
+            f"the tokenizer {source!r} has {len(tokenizer)} tokens, but the output layer of teacher {teacher!r} has "
+            f"only {width}: they do not belong together. Remove dataset.tokenizer to use the teacher's own; only "
+            "runs of type output can use another one."
         )
     difference = find_difference(tokenizer, teachers)
     if difference:
         raise ValueError(
             f"the text's tokenizer {source!r} and that of the teacher {teacher!r} give different ids: {difference}. "
-            "The teacher's distributions would be paired with wrong tokens. Leave dataset.tokenizer out to use the "
-            "teacher's own (by hand: tokenize with it); runs of type output may keep another one."
+            "The teacher's distributions would be paired with wrong tokens. Remove dataset.tokenizer to use the "
+            "teacher's own (without the workflow: tokenize with it); only runs of type output can use another one."
         )
 
 
 def require_student_ids(tokenizer: Any, *, source: str, student: str) -> str | None:
-    """Raise ValueError when a student's own tokenizer gives an id of the text's tokenizer to another token.
+    """Raise ValueError when an id of the text's tokenizer means another token in the student's own.
 
-    Ids that the student's tokenizer has no token for are learned: a base model's layer often has rows to spare for what
-    its instruct variant names. Return why the two could not be compared, None where they were.
+    Ids unused in the student's tokenizer are accepted: they are learned, and a base model's layer often has spare rows
+    for the tokens of its instruct variant. Returns why the two could not be compared, or None if they were.
     """
     try:
         own = load_tokenizer(student)
@@ -77,7 +74,7 @@ def require_student_ids(tokenizer: Any, *, source: str, student: str) -> str | N
     if difference:
         raise ValueError(
             f"the text's tokenizer {source!r} and that of the student {student!r} give different ids: {difference}. "
-            "What the student's weights know of its tokens would be taken for knowledge of others. Use a student "
-            "of the same tokenizer, or student.config, which starts from random weights."
+            "The student's weights would be used for wrong tokens. Use a student with the same tokenizer, or "
+            "student.config, which starts from random weights."
         )
     return None

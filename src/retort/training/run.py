@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from retort.artifacts.plan import REVISIONS, student_content
+from retort.artifacts.build import REVISIONS, student_content
 from retort.cache.reader import LogitCache
 from retort.cluster.ranks import rank
 from retort.config.checks import DEFAULT_ALPHA
@@ -18,7 +18,7 @@ from retort.models.load import CausalLM, load_recorded_teacher, refuse_short_con
 from retort.models.students import name_student, student_config
 from retort.tokens.index import TokenIndex
 from retort.tokens.sequences import SequenceTable
-from retort.tokens.tokenizer import fingerprint_of_tokenizer, load_tokenizer
+from retort.tokens.tokenizer import identify_tokenizer, load_tokenizer
 from retort.tokens.vocabularies import require_student_ids, require_teacher_ids
 from retort.training.loop import TrainingJob, train_student
 
@@ -169,7 +169,7 @@ def _require_same_student(student: Student, expected: str | None) -> None:
 def _require_same_tokenizer(index: TokenIndex, path: str, tokenizer: Any) -> None:
     """Raise ValueError when the tokenizer, which is saved in final/, is not the one that made the tokens."""
     made_by = index.content["tokenizer"]["fingerprint"]
-    found = fingerprint_of_tokenizer(path, tokenizer)["fingerprint"]
+    found = identify_tokenizer(path, tokenizer)["fingerprint"]
     if found != made_by:
         raise ValueError(
             f"the tokenizer in {path!r} is not the one that made the tokens: its fingerprint is {found}, but "

@@ -1,4 +1,4 @@
-"""Every example is a legal config, says how to run it, and starts from a student that exists."""
+"""Every example is a valid config, says how to run it, and uses a student that exists."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from snakemake.cli import parse_config  # type: ignore[import-untyped]
+from snakemake.cli import parse_config
 
 from retort.config.load import load_runs
 from retort.config.schema import load_schema
@@ -45,7 +45,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def comment(path: Path) -> str:
-    """Return the words at the top of an example, line ends and backslashes as spaces."""
+    """Return the comment at the top of an example, on one line and without backslashes."""
     lines = path.read_text(encoding="utf-8").splitlines()
     top = [line.removeprefix("#").strip(" \\") for line in lines if line.startswith("#")]
     return " ".join(top)
@@ -73,7 +73,7 @@ def test_an_example_sets_only_what_differs_from_the_defaults(path: Path) -> None
 
 
 @each_example
-def test_an_example_says_its_own_command_and_its_trial(path: Path) -> None:
+def test_an_example_gives_its_command_and_a_trial(path: Path) -> None:
     words = comment(path)
     assert f"--configfile config/examples/{path.name}" in words
     assert ("--profile profiles/slurm" if "slurm" in path.stem else "--cores ") in words

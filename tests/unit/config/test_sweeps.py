@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from retort.artifacts.plan import plan_project
+from retort.artifacts.build import build_project
 from retort.config.load import load_runs
 from retort.config.schema import ConfigError
 from retort.config.sweeps import expand_runs
@@ -65,7 +65,7 @@ def test_keys_with_the_same_last_part_are_named_in_full() -> None:
 def test_adding_a_value_adds_a_run_and_renames_none() -> None:
     def plan(*alphas: float) -> dict[str, str]:
         config = STUDENT | {"runs": {"both": {"training": {"alpha": list(alphas)}}}}
-        return {name: run.id for name, run in plan_project(load_runs(config)).runs.items()}
+        return {name: run.id for name, run in build_project(load_runs(config)).runs.items()}
 
     before, after = plan(0.2, 0.8), plan(0.1, 0.2, 0.8)
     assert before.items() < after.items() and len(after) == 3

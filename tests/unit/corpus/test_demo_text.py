@@ -1,4 +1,4 @@
-"""The demo's text: what ast would find, each string once, the same order everywhere."""
+"""The demo corpus: the docstrings that ast finds, each once, in the same order everywhere."""
 
 import ast
 import importlib.util
@@ -82,7 +82,7 @@ def test_repeated_strings_and_tests_are_left_out_of_the_demo(
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("retort.corpus.demo_text.PACKAGES", ("numpy", "no_such_package"))
-    with pytest.raises(ValueError, match="'no_such_package' is not installed here: install it"):
+    with pytest.raises(ValueError, match="'no_such_package' is not installed: install it"):
         next(read_demo_text(seed=0))
 
 

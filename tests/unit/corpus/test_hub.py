@@ -1,4 +1,4 @@
-"""A real client against a real server: streams are read like files; drops and stalls are survived, refusals said."""
+"""A real client and server: streams are read like files; connection errors are retried, refusals explained."""
 
 import json
 import os
@@ -6,36 +6,38 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from retort.config.flags import section_flags
-from retort.corpus.snapshot import draw_corpus, replace
+from retort.corpus.hub import explain_hub_error
+from retort.corpus.snapshot import write_snapshot
+from support.corpora import DEFAULTS, contents, write_jsonl
 from support.hub import NAME, SHA, Fault, Hub, serve
 from support.tiny import tiny_dataset, tokenize
-from unit.corpus.test_reading import DEFAULTS, write_jsonl
-from unit.corpus.test_snapshot import contents
 
 SCRIPTS = Path(__file__).resolve().parents[3] / "workflow" / "scripts"
 FILES, ROWS = 4, 400
-# The script itself, with short waits and small steps; the client is what users have.
-_DRAW = f"""
-import sys, runpy, retort.corpus.snapshot
-from retort.corpus import hub
-hub.FIRST_WAIT_S, hub.LONGEST_WAIT_S, hub.LONGEST_WAIT_ASKED_S = 0.02, 0.1, 0.3
-retort.corpus.snapshot._STEP_DOCUMENTS, retort.corpus.snapshot._STEP_DOCUMENTS_PER_SHARD = 100, 1
+# The script and client of users, but with short waits and small steps.
+_RUN_SCRIPT = f"""
+import functools, runpy
+from retort.corpus import hub, snapshot
+hub.FIRST_WAIT_S, hub.MAX_WAIT_S, hub.MAX_RETRY_AFTER_S = 0.02, 0.1, 0.3
+snapshot.write_snapshot = functools.partial(
+    snapshot.write_snapshot, step_documents=100, progress_interval_s=1e9
+)
 runpy.run_path({str(SCRIPTS / "draw_corpus.py")!r}, run_name="__main__")
 """
 
 
 @dataclass
-class Drawn:
+class Finished:
     folder: Path
     returncode: int
-    said: str
+    log: str
 
 
 def make_files(folder: Path, kind: str) -> Path:
@@ -57,32 +59,32 @@ def make_files(folder: Path, kind: str) -> Path:
 STREAM = replace(DEFAULTS, streaming=True, max_samples=FILES * ROWS, num_shards=2)
 
 
-def draw(hub: Hub, folder: Path, *, reader: int = 0, **keys: Any) -> Drawn:
+def run_script(hub: Hub, folder: Path, *, reader: int = 0, **keys: Any) -> Finished:
+    """Run draw_corpus.py on a stream of the server."""
     flags = section_flags(replace(STREAM, name=NAME, **keys))
     words = ["--output", str(folder / "corpus.json"), "--reader", str(reader), *flags]
     environment = os.environ | hub.environment | {"HF_HOME": str(folder.parent / "home")}
     done = subprocess.run(
-        [sys.executable, "-c", _DRAW, *words], capture_output=True, text=True, env=environment
+        [sys.executable, "-c", _RUN_SCRIPT, *words], capture_output=True, text=True, env=environment
     )
-    return Drawn(folder, done.returncode, done.stderr)
+    return Finished(folder, done.returncode, done.stderr)
 
 
 def texts(folder: Path) -> dict[str, bytes]:
-    """The drawn documents' bytes, without the record, which names the source."""
+    """The bytes of a snapshot's documents, without the record, which names the source."""
     return {name: data for name, data in contents(folder).items() if name.startswith("documents")}
 
 
-def draw_locally(source: Path, folder: Path, kind: str, monkeypatch: Any, **keys: Any) -> Path:
-    monkeypatch.setattr("retort.corpus.snapshot._STEP_DOCUMENTS", 100)
-    monkeypatch.setattr("retort.corpus.snapshot._STEP_DOCUMENTS_PER_SHARD", 1)
+def write_local(source: Path, folder: Path, kind: str, *, reader: int = 0, **keys: Any) -> Path:
+    """Write the snapshot of local files."""
     loader = "json" if kind == "jsonl" else "parquet"
     dataset = replace(STREAM, name=loader, data_files=str(source / "*"), **keys)
-    draw_corpus(dataset, folder)
+    write_snapshot(dataset, folder, reader=reader, step_documents=100)
     return folder
 
 
 def cut_and_stall(name: str, number: int) -> Any:
-    """Every file is cut once, one stalls, one is refused for a while; the first two requests are for the columns."""
+    """Cut two files, stall one of them, refuse the other for a while; the first two requests are for the columns."""
     if name.startswith("part-1"):
         return [("cut", 2000), "stall", None][min(number - 1, 2)]
     if name.startswith("part-2"):
@@ -100,84 +102,77 @@ def cut_and_stall(name: str, number: int) -> Any:
         ("parquet", False, lambda *_: None),
     ],
 )
-def test_a_stream_is_drawn_like_files_whatever_happens_on_the_way(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, shuffle: bool, fault: Fault
+def test_a_stream_gives_the_snapshot_of_its_files_despite_connection_errors(
+    tmp_path: Path, kind: str, shuffle: bool, fault: Fault
 ) -> None:
     source = make_files(tmp_path / "data", kind)
     keys = {"shuffle": shuffle, "streaming_buffer_size": 150}
-    local = draw_locally(source, tmp_path / "local", kind, monkeypatch, **keys)
+    local = write_local(source, tmp_path / "local", kind, **keys)
     with serve(source, fault, retry_after="1") as hub:
-        drawn = draw(hub, tmp_path / "drawn", **keys)
-    assert drawn.returncode == 0, drawn.said
-    assert texts(drawn.folder) == texts(local)
-    assert json.loads((drawn.folder / "corpus.json").read_text())["revision"] == SHA
+        done = run_script(hub, tmp_path / "snapshot", **keys)
+    assert done.returncode == 0, done.log
+    assert texts(done.folder) == texts(local)
+    assert json.loads((done.folder / "corpus.json").read_text())["revision"] == SHA
     if fault is cut_and_stall:
-        assert drawn.said.count("the stream dropped at row") >= 5, drawn.said
-        assert "Timeout" in drawn.said and "trying again in" in drawn.said
-        assert "1 of 6" in drawn.said and "Retrying" not in drawn.said
+        assert done.log.count("connection lost at row") >= 5, done.log
+        assert "Timeout" in done.log and "retrying in" in done.log
+        assert "1 of 6" in done.log and "Retrying" not in done.log
     else:
-        assert drawn.said == ""
+        assert done.log == ""
 
 
 @pytest.mark.slow
-def test_a_stream_that_never_recovers_ends_in_one_sentence_and_is_gone_on_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stream_that_never_recovers_ends_in_one_sentence_and_is_resumed(tmp_path: Path) -> None:
     source = make_files(tmp_path / "data", "jsonl")
-    local = draw_locally(source, tmp_path / "local", "jsonl", monkeypatch)
+    local = write_local(source, tmp_path / "local", "jsonl")
     with serve(source, lambda name, _: ("cut", 9) if name.startswith("part-2") else None) as hub:
-        drawn = draw(hub, tmp_path / "drawn")
-    assert drawn.returncode == 1
-    last = drawn.said.splitlines()[-1]
+        done = run_script(hub, tmp_path / "snapshot")
+    assert done.returncode == 1
+    last = done.log.splitlines()[-1]
     assert last.startswith(f"error: dataset.name '{NAME}' could not be reached: check the network")
-    assert "what was drawn is kept" in last and "6 of 6" in drawn.said and "7 of" not in drawn.said
-    assert json.loads((drawn.folder / ".draw_00000.json").read_text())["place"]["documents"] == 800
+    assert "what was read is kept" in last and "6 of 6" in done.log and "7 of" not in done.log
+    assert json.loads((done.folder / ".draw_00000.json").read_text())["place"]["documents"] == 800
     with serve(source) as hub:
-        drawn = draw(hub, tmp_path / "drawn")
-    assert drawn.said == "going on after document 800, where the last draw ended\n"
-    assert texts(drawn.folder) == texts(local)
+        done = run_script(hub, tmp_path / "snapshot")
+    assert done.log == "resuming after document 800\n"
+    assert texts(done.folder) == texts(local)
     assert hub.requests["part-1.jsonl"] <= 1 and hub.requests["part-0.jsonl"] <= 1  # its columns
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("status", [401, 403])
-def test_a_gated_dataset_is_not_tried_again_and_says_what_to_type(
-    tmp_path: Path, status: int
-) -> None:
+def test_a_gated_dataset_is_not_retried_and_says_what_to_run(tmp_path: Path, status: int) -> None:
     source = make_files(tmp_path / "data", "jsonl")
     with serve(source, lambda *_: status) as hub:
-        drawn = draw(hub, tmp_path / "drawn")
-    assert drawn.returncode == 1
-    assert "is gated or private" in drawn.said and "type `hf auth login`" in drawn.said
-    assert "trying again" not in drawn.said and len(drawn.said.splitlines()) == 1
+        done = run_script(hub, tmp_path / "snapshot")
+    assert done.returncode == 1
+    assert "is gated or private" in done.log and "run `hf auth login`" in done.log
+    assert "retrying" not in done.log and len(done.log.splitlines()) == 1
     assert hub.requests.total() == 1
 
 
 @pytest.mark.slow
-def test_a_reader_opens_its_own_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reader_opens_only_its_own_files(tmp_path: Path) -> None:
     source = make_files(tmp_path / "data", "jsonl")
     with serve(source) as hub:
-        drawn = draw(hub, tmp_path / "drawn", reader=1, sharding="files")
-    assert drawn.returncode == 0, drawn.said
-    # Of the first file the columns are read, by every reader.
+        done = run_script(hub, tmp_path / "snapshot", reader=1, sharding="files")
+    assert done.returncode == 0, done.log
+    # Every reader reads the columns of the first file.
     assert hub.requests == {"part-0.jsonl": 1, "part-1.jsonl": 1, "part-3.jsonl": 1}
-    monkeypatch.setattr("retort.corpus.snapshot._STEP_DOCUMENTS", 100)
-    monkeypatch.setattr("retort.corpus.snapshot._STEP_DOCUMENTS_PER_SHARD", 1)
-    dataset = replace(STREAM, name="json", data_files=str(source / "*"), sharding="files")
-    draw_corpus(dataset, tmp_path / "local", reader=1)
-    assert texts(drawn.folder) == texts(tmp_path / "local")
+    local = write_local(source, tmp_path / "local", "jsonl", reader=1, sharding="files")
+    assert texts(done.folder) == texts(local)
 
 
 @pytest.mark.slow
 def test_more_shards_than_files_are_refused_with_both_numbers(tmp_path: Path) -> None:
     source = make_files(tmp_path / "data", "jsonl")
     with serve(source) as hub:
-        drawn = draw(hub, tmp_path / "drawn", sharding="files", num_shards=9)
-    assert "dataset.num_shards is 9, but the source has 4 files" in drawn.said
-    assert "Set dataset.num_shards: 4 or less" in drawn.said
+        done = run_script(hub, tmp_path / "snapshot", sharding="files", num_shards=9)
+    assert "dataset.num_shards is 9, but the source has 4 files" in done.log
+    assert "Set dataset.num_shards: 4 or less" in done.log
 
 
-def test_a_dataset_that_is_not_streamed_becomes_the_tokens_of_its_files_without_pytorch(
+def test_a_dataset_that_is_not_streamed_gives_the_tokens_of_its_files_without_pytorch(
     tmp_path: Path, tiny_corpus: Path, tiny_teacher: Path
 ) -> None:
     (tmp_path / "data").mkdir()
@@ -199,3 +194,37 @@ def test_a_dataset_that_is_not_streamed_becomes_the_tokens_of_its_files_without_
     assert {"transformers", "datasets"} <= loaded and "torch" not in loaded
     tokenize(tmp_path / "local", tiny_corpus, tiny_teacher)
     assert out.read_bytes() == (tmp_path / "local" / "shard_1.h5").read_bytes()
+
+
+def test_hub_errors_say_whether_the_network_the_login_or_the_name_is_wrong() -> None:
+    from datasets.exceptions import DatasetNotFoundError
+
+    dataset = replace(DEFAULTS, name="some/aggregated")
+
+    def said(error: Exception) -> str:
+        return str(explain_hub_error(dataset, error))
+
+    assert "could not be reached: check the network" in said(ConnectionError("Couldn't reach it"))
+    assert "was not found, neither on the Hub" in said(
+        DatasetNotFoundError("'some/aggregated' not found")
+    )
+    gated = said(DatasetNotFoundError("Dataset 'x' is a gated dataset. You must be authenticated"))
+    assert "run `hf auth login`" in gated
+    assert "https://huggingface.co/datasets/some/aggregated" in gated
+    wrong = said(ValueError('Unknown split "x". Should be one of ["train"].'))
+    assert "check dataset.config_name, split" in wrong
+    assert 'Unknown split "x"' in wrong
+
+
+def test_an_unreachable_hub_is_one_sentence(tmp_path: Path) -> None:
+    code = (
+        "from dataclasses import replace; from support.corpora import DEFAULTS, refusal\n"
+        "print(refusal(replace(DEFAULTS, name='nobody/no-such-dataset')))"
+    )
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", code]
+    tests = SCRIPTS.parents[1] / "tests"
+    printed = subprocess.run(
+        command, check=True, capture_output=True, text=True, env=environment, cwd=tests
+    ).stdout
+    assert printed.startswith("dataset.name 'nobody/no-such-dataset' could not be reached: check")

@@ -1,4 +1,4 @@
-"""Dealing: by files, by a function of one's own, and the proof that every document was dealt exactly once."""
+"""Sharding by index, by file and by a user's function; lost and repeated documents are detected."""
 
 import os
 import sys
@@ -8,70 +8,80 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from retort.artifacts.plan import plan_project
+from retort.artifacts.build import build_project
 from retort.config.load import load_runs
 from retort.config.sections import Dataset
 from retort.corpus.documents import Counts
-from retort.corpus.reading import check_corpus, corpus_files, read_documents
-from retort.corpus.sharding import Dealt, check_function, find_module, reconcile
-from unit.corpus.test_reading import DEFAULTS, read_all, read_shards, write_jsonl
+from retort.corpus.reading import check_corpus, list_corpus_files, read_shard_documents
+from retort.corpus.sharding import Assignment, check_assignments, check_shard_function, find_module
+from support.corpora import DEFAULTS, read_all, read_shards, refusal, write_jsonl
 
-Deal = Callable[..., Dataset]
+MakeDataset = Callable[..., Dataset]
 
 
 @pytest.fixture
-def deal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Deal:
-    """A corpus of 40 documents in 4 files, dealt by a function whose body is given."""
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeDataset:
+    """A function to the section of 40 documents in 4 files, sharded by a function with the given body."""
     for file in range(4):
         rows = [{"text": f"file {file} row {row}"} for row in range(10)]
         write_jsonl(tmp_path / f"{file}.jsonl", rows)
     monkeypatch.chdir(tmp_path)
 
-    def make(body: str = "return document_index % num_shards", head: str = "", **keys: Any) -> Any:
-        for name in [n for n in sys.modules if n.startswith("mydeal")]:
+    def make_dataset(
+        body: str = "return document_index % num_shards", head: str = "", **keys: Any
+    ) -> Dataset:
+        for name in [n for n in sys.modules if n.startswith("my_")]:
             del sys.modules[name]
-        Path("mydeal.py").write_text(
+        Path("my_sharding.py").write_text(
             f"{head}\ndef shard_of(document_index, num_shards):\n    {body}\n"
         )
-        os.utime("mydeal.py", (1, len(body)))  # else Python may take bytecode of another test's
-        every = {"name": "json", "data_files": "*.jsonl", "sharding": "mydeal:shard_of"}
+        os.utime(
+            "my_sharding.py", (1, len(body))
+        )  # or Python may use the bytecode of another test's module
+        every = {"name": "json", "data_files": "*.jsonl", "sharding": "my_sharding:shard_of"}
         return replace(DEFAULTS, **every | {"num_shards": 3} | keys)
 
-    return make
+    return make_dataset
 
 
-def deal_all(dataset: Dataset) -> list[dict[str, int]]:
-    """What each shard notes."""
-    noted = []
+def assign_all(dataset: Dataset) -> list[dict[str, int]]:
+    """What each shard records."""
+    records = []
     for shard in range(dataset.num_shards):
-        dealt = Dealt()
-        options = {"shard": shard, "num_shards": dataset.num_shards, "counts": Counts()}
-        list(read_documents(dataset, dealt=dealt, **options))
-        noted.append(dealt.to_json())
-    return noted
+        assignment = Assignment()
+        documents = read_shard_documents(
+            dataset,
+            shard=shard,
+            num_shards=dataset.num_shards,
+            counts=Counts(),
+            assignment=assignment,
+        )
+        list(documents)
+        records.append(assignment.to_json())
+    return records
 
 
-@pytest.mark.parametrize("sharding", ["interleaved", "contiguous", "files", "mydeal:shard_of"])
+@pytest.mark.parametrize("sharding", ["interleaved", "contiguous", "files", "my_sharding:shard_of"])
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("max_samples", [None, 17])
-def test_every_way_to_deal_deals_everything_once(
-    deal: Deal, sharding: str, shuffle: bool, max_samples: int | None
+def test_every_sharding_assigns_every_document_once(
+    make: MakeDataset, sharding: str, shuffle: bool, max_samples: int | None
 ) -> None:
     keys = {"sharding": sharding, "shuffle": shuffle, "max_samples": max_samples}
-    dataset = deal("return (document_index // 4) % num_shards", **keys)
+    dataset = make("return (document_index // 4) % num_shards", **keys)
     shards, counts = read_shards(dataset, 3)
     indices = [d.index for shard in shards for d in shard]
     assert len(indices) == len(set(indices)) == counts.read == (max_samples or 40)
     assert len({d.text for shard in shards for d in shard}) == counts.read
     assert all([d.index for d in shard] == sorted(d.index for d in shard) for shard in shards)
-    reconcile(deal_all(dataset), sharding=sharding)
+    check_assignments(assign_all(dataset), sharding=sharding)
 
 
-def test_files_are_dealt_whole_and_max_samples_evenly(deal: Deal) -> None:
-    dataset = deal(sharding="files")
+def test_sharding_by_files_keeps_files_whole_and_splits_max_samples_evenly(
+    make: MakeDataset,
+) -> None:
+    dataset = make(sharding="files")
     shards, _ = read_shards(dataset, 3)
     files = [{int(d.text.split()[1]) for d in shard} for shard in shards]
     assert files == [{0, 3}, {1}, {2}]
@@ -83,35 +93,22 @@ def test_files_are_dealt_whole_and_max_samples_evenly(deal: Deal) -> None:
     with pytest.raises(
         ValueError, match=r"num_shards is 5, but the source has 4 files.*: 4 or less"
     ):
-        corpus_files(replace(dataset, num_shards=5))
+        list_corpus_files(replace(dataset, num_shards=5))
 
 
-@pytest.mark.parametrize(
-    ("answer", "shown"),
-    [
-        ("True", "True"),
-        ("None", "None"),
-        ("1.0", "1.0"),
-        ("3", "3"),
-        ("-1", "-1"),
-        ("'0'", "'0'"),
-    ],
-)
-def test_an_answer_that_is_no_shard_is_refused(deal: Deal, answer: str, shown: str) -> None:
-    dataset = deal(f"return {answer} if document_index == 7 else 0")
-    with pytest.raises(ValueError) as caught:
-        check_corpus(dataset)
-    assert f"returned {shown} for document_index 7, num_shards 3: expected a whole" in str(
-        caught.value
-    )
+@pytest.mark.parametrize("result", ["True", "None", "1.0", "3", "-1", "'0'"])
+def test_a_result_that_is_not_a_shard_is_refused(make: MakeDataset, result: str) -> None:
+    dataset = make(f"return {result} if document_index == 7 else 0")
+    said = f"returned {result} for document_index 7, num_shards 3: expected a whole"
+    assert said in refusal(dataset)
     with pytest.raises(ValueError, match="document_index 7"):
         read_all(replace(dataset, num_shards=3))
 
 
-def test_an_integer_of_numpy_is_a_shard(deal: Deal) -> None:
-    dataset = deal("return numpy.int64(document_index % num_shards)", head="import numpy")
-    assert check_function(dataset) == 10_000
-    assert check_function(replace(dataset, max_samples=5)) == 5
+def test_a_numpy_integer_is_a_shard(make: MakeDataset) -> None:
+    dataset = make("return numpy.int64(document_index % num_shards)", head="import numpy")
+    assert check_shard_function(dataset) == 10_000
+    assert check_shard_function(replace(dataset, max_samples=5)) == 5
 
 
 @pytest.mark.parametrize(
@@ -123,99 +120,75 @@ def test_an_integer_of_numpy_is_a_shard(deal: Deal) -> None:
         ("import os", "return os.getpid() * document_index % num_shards"),
     ],
 )
-def test_a_function_that_answers_otherwise_elsewhere_is_refused(
-    deal: Deal, head: str, body: str
+def test_a_function_that_is_not_deterministic_is_refused(
+    make: MakeDataset, head: str, body: str
 ) -> None:
-    dataset = deal(body, head=head, num_shards=101)
-    with pytest.raises(
-        ValueError, match=r"not the same everywhere: document_index \d+.* gave \d+ in"
-    ):
+    dataset = make(body, head=head, num_shards=101)
+    with pytest.raises(ValueError, match=r"is not deterministic: document_index \d+.* gave \d+ in"):
         check_corpus(dataset)
 
 
-def test_a_function_that_loses_and_repeats_is_found_at_the_end(deal: Deal) -> None:
-    """As by an answer that changes after the first ten thousand documents, or with the day."""
-    honest = deal_all(deal())
-    lies = deal_all(deal("return 0 if document_index < 5 else document_index % num_shards"))
-    with pytest.raises(ValueError, match=r"shards hold 43, 3 more were repeated than lost"):
-        reconcile([lies[0], *honest[1:]], sharding="mydeal:shard_of")
-    with pytest.raises(ValueError, match=r"shards hold 37, 3 more were lost than repeated"):
-        reconcile([honest[0], *lies[1:]], sharding="mydeal:shard_of")
-    shorter = deal_all(deal(max_samples=30))
-    with pytest.raises(ValueError, match=r"do not agree on what there was to deal \(30 .*, 40 "):
-        reconcile([shorter[0], *honest[1:]], sharding="interleaved")
-
-
-@given(
-    size=st.integers(1, 40), change=st.integers(0, 39), shards=st.integers(2, 5), seed=st.integers()
-)
-def test_no_exchange_of_documents_goes_unnoticed(
-    size: int, change: int, shards: int, seed: int
-) -> None:
-    dealt = [Dealt() for _ in range(shards)]
-    for index in range(size):
-        for shard, note in enumerate(dealt):
-            owner = (index + (index == change % size)) % shards if shard == 0 else index % shards
-            note.see(index.to_bytes(8, "little"), is_mine=owner == shard)
-    noted = [d.to_json() for d in dealt]
-    moved = change % size
-    if moved % shards == 0 or (moved + 1) % shards == 0:  # shard 0 gave it away, or took it too
-        with pytest.raises(ValueError, match="exactly once"):
-            reconcile(noted, sharding="mydeal:shard_of")
-    else:
-        reconcile(noted, sharding="mydeal:shard_of")
+def test_lost_and_repeated_documents_are_detected(make: MakeDataset) -> None:
+    """As from a function that changes after the ten thousand tried indices, or with the date."""
+    right = assign_all(make())
+    wrong = assign_all(make("return 0 if document_index < 5 else document_index % num_shards"))
+    with pytest.raises(ValueError, match=r"shards have 43, 3 more were repeated than lost"):
+        check_assignments([wrong[0], *right[1:]], sharding="my_sharding:shard_of")
+    with pytest.raises(ValueError, match=r"shards have 37, 3 more were lost than repeated"):
+        check_assignments([right[0], *wrong[1:]], sharding="my_sharding:shard_of")
+    shorter = assign_all(make(max_samples=30))
+    with pytest.raises(ValueError, match=r"different versions of the source \(30 .*, 40 "):
+        check_assignments([shorter[0], *right[1:]], sharding="interleaved")
 
 
 @pytest.mark.parametrize(
     ("sharding", "said"),
     [
-        ("nowhere:f", "names the module 'nowhere', which is not there (looked in "),
+        ("nowhere:f", "names the module 'nowhere', which does not exist (looked in "),
         ("package.nowhere:f", "put package/nowhere.py into the folder in which snakemake"),
         (
-            "mydeal:f",
-            "mydeal.py has no function 'f'; it has shard_of. Expected def f(document_index",
+            "my_sharding:f",
+            "my_sharding.py has no function 'f'; it has shard_of. Expected def f(document_index",
         ),
         ("broken:f", "broken.py cannot be imported (ZeroDivisionError: division by zero)"),
         ("json:f", "another module named 'json' is loaded already"),
     ],
 )
-def test_a_function_that_is_not_there_is_said_in_one_sentence(
-    deal: Deal, sharding: str, said: str
+def test_a_function_that_cannot_be_loaded_is_refused_with_the_next_step(
+    make: MakeDataset, sharding: str, said: str
 ) -> None:
     Path("broken.py").write_text("1 / 0\n")
     Path("json.py").write_text("def f(document_index, num_shards): return 0\n")
-    with pytest.raises(ValueError) as caught:
-        check_corpus(replace(deal(), sharding=sharding))
-    assert said in str(caught.value)
+    assert said in refusal(replace(make(), sharding=sharding))
 
 
-def test_a_module_in_a_package_is_found_and_imported(deal: Deal) -> None:
-    Path("mydealers").mkdir()
-    Path("mydealers/__init__.py").touch()
-    Path("mydealers/even.py").write_text("def f(document_index, num_shards): return 0\n")
-    assert find_module("mydealers.even") == Path("mydealers/even.py").resolve()
-    assert check_function(replace(deal(), sharding="mydealers.even:f", max_samples=3)) == 3
+def test_a_function_in_a_package_is_found_and_imported(make: MakeDataset) -> None:
+    Path("my_package").mkdir()
+    Path("my_package/__init__.py").touch()
+    Path("my_package/even.py").write_text("def f(document_index, num_shards): return 0\n")
+    assert find_module("my_package.even") == Path("my_package/even.py").resolve()
+    assert check_shard_function(replace(make(), sharding="my_package.even:f", max_samples=3)) == 3
 
 
-def test_an_edited_function_makes_another_corpus_and_a_moved_one_does_not(
-    deal: Deal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_edited_function_changes_the_corpus_id_and_a_moved_one_does_not(
+    make: MakeDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("student.json").write_text('{"model_type": "llama"}')
 
     def name() -> str:
-        section = {"name": "json", "data_files": str(tmp_path / "*.jsonl")}
-        section |= {"sharding": "mydeal:shard_of", "num_shards": 3}
+        section: dict[str, Any] = {"name": "json", "data_files": str(tmp_path / "*.jsonl")}
+        section |= {"sharding": "my_sharding:shard_of", "num_shards": 3}
         student = {"config": str(tmp_path / "student.json")}
         raw = {"dataset": section, "student": student, "teacher": {"model_path": "a/b"}}
-        (corpus,) = plan_project(load_runs(raw)).corpora
+        (corpus,) = build_project(load_runs(raw)).corpora
         return corpus
 
-    deal()
+    make()
     first = name()
-    text = Path("mydeal.py").read_text()
-    deal("return 0")
+    text = Path("my_sharding.py").read_text()
+    make("return 0")
     assert name() != first
     Path("elsewhere").mkdir()
-    Path("elsewhere/mydeal.py").write_text(text)
+    Path("elsewhere/my_sharding.py").write_text(text)
     monkeypatch.chdir("elsewhere")
     assert name() == first

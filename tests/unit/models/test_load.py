@@ -42,7 +42,7 @@ from retort.models.load import (
     split_model,
 )
 from retort.models.students import build_student, student_config
-from retort.tokens.tokenizer import fingerprint_of_tokenizer, load_tokenizer
+from retort.tokens.tokenizer import identify_tokenizer, load_tokenizer
 from support.tiny import NUM_TOKENS, WIDTH, record, section
 
 SMALL: dict[str, Any] = {
@@ -426,8 +426,8 @@ def test_tokenizers_of_one_size_are_told_apart_by_their_tokens(
     vocabulary = content["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (folders[1] / "tokenizer.json").write_text(json.dumps(content, indent=2, ensure_ascii=False))
-    same, other = (fingerprint_of_tokenizer(str(f), load_tokenizer(str(f))) for f in folders)
-    mine = fingerprint_of_tokenizer(str(tiny_teacher), tokenizer)
+    same, other = (identify_tokenizer(str(f), load_tokenizer(str(f))) for f in folders)
+    mine = identify_tokenizer(str(tiny_teacher), tokenizer)
     assert mine == same
     assert other["size"] == mine["size"] == NUM_TOKENS
     assert other["fingerprint"] != mine["fingerprint"]
@@ -435,10 +435,10 @@ def test_tokenizers_of_one_size_are_told_apart_by_their_tokens(
 
 def test_a_hub_tokenizers_fingerprint_is_of_its_vocabulary(tiny_teacher: Path) -> None:
     tokenizer = load_tokenizer(str(tiny_teacher))
-    before = fingerprint_of_tokenizer("some/hub-id", tokenizer)
-    assert before == fingerprint_of_tokenizer("another/name", tokenizer)
+    before = identify_tokenizer("some/hub-id", tokenizer)
+    assert before == identify_tokenizer("another/name", tokenizer)
     tokenizer.add_tokens(["<new>"])
-    after = fingerprint_of_tokenizer("some/hub-id", tokenizer)
+    after = identify_tokenizer("some/hub-id", tokenizer)
     assert after["fingerprint"] != before["fingerprint"] and after["size"] == NUM_TOKENS + 1
 
 

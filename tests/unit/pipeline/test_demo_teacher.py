@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from retort.config.sections import Student
 from retort.corpus.documents import Counts, Document
-from retort.corpus.reading import read_documents
+from retort.corpus.reading import read_shard_documents
 from retort.io.files import read_json
 from retort.io.fingerprints import fingerprint_tokenizer, fingerprint_weights
 from retort.models.students import student_config
@@ -39,7 +39,7 @@ SMALL = replace(
 
 def read_all(corpus: Path, **values: Any) -> list[Document]:
     dataset = tiny_dataset(corpus, num_shards=1, **values)
-    return list(read_documents(dataset, shard=0, num_shards=1, counts=Counts()))
+    return list(read_shard_documents(dataset, shard=0, num_shards=1, counts=Counts()))
 
 
 def make(folder: Path, corpus: Path, **values: Any) -> Path:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from retort.artifacts.plan import plan_project
+from retort.artifacts.build import build_project
 from retort.config.load import load_runs
 from retort.config.schema import ConfigError
 from retort.synthesis.run import check_synthesis_inputs
@@ -69,7 +69,7 @@ def test_contradictions_are_refused_in_one_sentence_without_secrets(
 
 
 def ids_of(raw: dict[str, Any]) -> tuple[str, str]:
-    (plan,) = plan_project(load_runs(raw)).syntheses.values()
+    (plan,) = build_project(load_runs(raw)).syntheses.values()
     return plan.answers_id, plan.id
 
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from retort.artifacts.syntheses import RESPONSES_FILE
+from retort.artifacts.responses import RESPONSES_FILE
 from retort.config.flags import section_flags
 from retort.config.schema import fill_defaults, section_schema
 from retort.config.sections import Synthesis, Teacher, build_section

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from retort.artifacts.syntheses import refuse_other_responses
+from retort.artifacts.responses import refuse_other_responses
 from retort.config.flags import section_flags
 from retort.config.schema import fill_defaults, section_schema
 from retort.config.sections import build_section

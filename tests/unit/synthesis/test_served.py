@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from retort.artifacts.syntheses import RESPONSES_FILE
+from retort.artifacts.responses import RESPONSES_FILE
 from retort.config.flags import section_flags
 from retort.config.sections import Synthesis
 from retort.synthesis.client import BudgetError

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from retort.artifacts.plan import student_content
+from retort.artifacts.build import student_content
 from retort.cache.codec import Codec
 from retort.cache.reader import LogitCache
 from retort.io.digests import digest

@@ -1,4 +1,4 @@
-"""Which benchmarks a config asks for, each named by what it is run by: one more runs alone, and re-runs no other."""
+"""The evaluation tasks of a model (config: `evaluation.benchmarks`), one id each: adding a task reruns no other."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,27 +10,27 @@ from retort.io.files import suggest_path
 
 
 @dataclass(frozen=True)
-class Benchmark:
-    """One benchmark of one model, a run's student or a teacher, whose folder is `model_folder`."""
+class EvaluationTask:
+    """One task of one model, a run's student or a teacher, whose folder is `model_folder`."""
 
     id: str
     name: str
-    settings: Evaluation  # what it is run by
+    settings: Evaluation  # the keys that apply to it
     model_folder: Path
     config: Config
 
     @property
     def path(self) -> Path:
-        """The file that `benchmark` writes and `report` reads."""
+        """The output of `benchmark`."""
         return self.model_folder / "benchmarks" / self.name / self.id / "benchmark.json"
 
 
-def plan_benchmarks(config: Config, model_folder: Path, *, revision: int) -> tuple[Benchmark, ...]:
-    """Name the benchmarks of one model. The user's own problems and task files count by content.
+def build_tasks(config: Config, model_folder: Path, *, revision: int) -> tuple[EvaluationTask, ...]:
+    """Return the tasks of one model. The user's files of problems and tasks count by content.
 
-    Raises ValueError where these are not there.
+    Raises ValueError when these do not exist.
     """
-    planned = []
+    tasks = []
     for name in config.evaluation.benchmarks:
         settings = config.evaluation.of_benchmark(name)
         keys = identity(settings)
@@ -38,9 +38,9 @@ def plan_benchmarks(config: Config, model_folder: Path, *, revision: int) -> tup
             keys["humaneval_file"] = _digest_problems(Path(settings.humaneval_file))
         if settings.benchmark_tasks_dir is not None:
             keys["benchmark_tasks_dir"] = _digest_tasks(Path(settings.benchmark_tasks_dir))
-        benchmark_id = digest(["benchmark", revision, name, keys])
-        planned.append(Benchmark(benchmark_id, name, settings, model_folder, config))
-    return tuple(planned)
+        task_id = digest(["benchmark", revision, name, keys])
+        tasks.append(EvaluationTask(task_id, name, settings, model_folder, config))
+    return tuple(tasks)
 
 
 def _digest_problems(path: Path) -> str:
@@ -55,8 +55,8 @@ def _digest_problems(path: Path) -> str:
 def _digest_tasks(path: Path) -> str:
     if not path.is_dir():
         raise ValueError(
-            f"evaluation.benchmark_tasks_dir {str(path)!r} is no folder (looked in {Path.cwd()}).{suggest_path(path)} "
-            "Give the folder that your task files (YAML) are in, without ~."
+            f"evaluation.benchmark_tasks_dir {str(path)!r} is not a folder (looked in {Path.cwd()})."
+            f"{suggest_path(path)} Give the folder of your task files (YAML), without ~."
         )
     files = digest_folder(path)
     return digest({name: found for name, found in files.items() if "__pycache__" not in name})

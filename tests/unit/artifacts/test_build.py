@@ -1,4 +1,4 @@
-"""Ids name content: what defines an artefact changes its id, and nothing else does."""
+"""What an artifact is made from changes its id, and nothing else does."""
 
 import json
 import os
@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import yaml
 
-from retort.artifacts.plan import Project, plan_project
+from retort.artifacts.build import build_project
+from retort.artifacts.project import Project
 from retort.config.load import load_runs
 from retort.config.schema import merge
 from retort.io.files import write_json
 from retort.io.fingerprints import fingerprint_tokenizer, fingerprint_weights
 
-Plan = Callable[..., Project]
+Build = Callable[..., Project]
 KINDS = {"corpora", "teachers", "tokens", "logits", "validations", "run", "evaluation"}
 TEACHER = {"teachers", "tokens", "logits", "validations", "run", "evaluation"}
 
@@ -27,7 +28,7 @@ TEACHER = {"teachers", "tokens", "logits", "validations", "run", "evaluation"}
 def raw(
     tmp_path: Path, tiny_teacher: Path, tiny_corpus: Path, tiny_student: Path
 ) -> dict[str, Any]:
-    """A config over copies of the tiny teacher, corpus and student, which a test may change."""
+    """A config of copies of the tiny teacher, corpus and student, which tests may change."""
     shutil.copytree(tiny_teacher, tmp_path / "teacher")
     shutil.copy(tiny_corpus, tmp_path / "corpus.jsonl")
     shutil.copy(tiny_student, tmp_path / "student.json")
@@ -40,13 +41,13 @@ def raw(
 
 
 @pytest.fixture
-def plan(raw: dict[str, Any]) -> Plan:
-    """A function from overrides of the config to the project that it plans."""
-    return lambda **overrides: plan_project(load_runs(merge(raw, overrides)))
+def build(raw: dict[str, Any]) -> Build:
+    """A function from overrides of the config to its project."""
+    return lambda **overrides: build_project(load_runs(merge(raw, overrides)))
 
 
 def ids(project: Project) -> dict[str, Any]:
-    """Every id of a project of one run."""
+    """All ids of a project with one run."""
     (run,) = project.runs.values()
     kinds = ("corpora", "teachers", "tokens", "logits", "validations")
     found: dict[str, Any] = {kind: sorted(getattr(project, kind)) for kind in kinds}
@@ -54,7 +55,7 @@ def ids(project: Project) -> dict[str, Any]:
 
 
 def changed(before: Project, after: Project) -> set[str]:
-    """The kinds of artefact that have another id."""
+    """The kinds of artifact whose ids differ."""
     one, other = ids(before), ids(after)
     return {kind for kind in one if one[kind] != other[kind]}
 
@@ -80,10 +81,10 @@ def changed(before: Project, after: Project) -> set[str]:
     ],
     ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
 )
-def test_a_setting_changes_the_ids_of_what_is_made_from_it_and_no_other(
-    plan: Plan, overrides: dict[str, Any], expected: set[str]
+def test_a_setting_changes_the_ids_of_what_is_made_from_it_and_no_others(
+    build: Build, overrides: dict[str, Any], expected: set[str]
 ) -> None:
-    assert changed(plan(), plan(**overrides)) == expected
+    assert changed(build(), build(**overrides)) == expected
 
 
 @pytest.mark.parametrize(
@@ -102,77 +103,83 @@ def test_a_setting_changes_the_ids_of_what_is_made_from_it_and_no_other(
     ],
     ids=json.dumps,
 )
-def test_how_and_where_work_is_done_names_nothing(plan: Plan, overrides: dict[str, Any]) -> None:
-    assert changed(plan(), plan(**overrides)) == set()
+def test_settings_of_how_and_where_work_is_done_change_no_id(
+    build: Build, overrides: dict[str, Any]
+) -> None:
+    assert changed(build(), build(**overrides)) == set()
 
 
-def test_a_key_written_at_its_default_names_nothing(plan: Plan) -> None:
-    written = plan(
+def test_a_key_at_its_default_changes_no_id(build: Build) -> None:
+    written = build(
         training={"alpha": 0.5, "temperature": 2, "learning_rate": 1e-4},
         cache={"top_k": 64, "temperatures": [1, 2]},
         dataset={"max_length": 2048},
     )
-    assert changed(plan(), written) == set()
+    assert changed(build(), written) == set()
 
 
-def test_bulky_results_lie_in_the_cache_folder_and_records_in_the_results(plan: Plan) -> None:
-    project = plan(output={"results_dir": "results", "cache_dir": "scratch"})
-    # Teachers too: two results folders that share a cache must agree on whose it is.
+def test_large_files_are_in_the_cache_folder_and_records_in_the_results_folder(
+    build: Build,
+) -> None:
+    project = build(output={"results_dir": "results", "cache_dir": "scratch"})
+    # Teachers too: results folders that share a cache must share its teacher.
     for found in (project.teachers, project.tokens, project.logits, project.validations):
         assert all(item.folder.parts[0] == "scratch" for item in found.values())
     assert all(r.metrics_path.parts[0] == "results" for r in project.runs.values())
 
 
-def test_a_corpus_counts_by_its_bytes_not_by_its_path_or_date(plan: Plan, tmp_path: Path) -> None:
-    before = plan()
+def test_a_corpus_counts_by_its_bytes_not_by_its_path_or_date(build: Build, tmp_path: Path) -> None:
+    before = build()
     corpus = tmp_path / "corpus.jsonl"
     os.utime(corpus, (1, 1))
-    assert changed(before, plan()) == set()
+    assert changed(before, build()) == set()
     moved = tmp_path / "below" / "renamed.jsonl"
     moved.parent.mkdir()
     corpus.rename(moved)
-    assert changed(before, plan(dataset={"data_files": str(moved)})) == set()
-    assert changed(before, plan(dataset={"data_files": [str(tmp_path / "*" / "*.jsonl")]})) == set()
+    assert changed(before, build(dataset={"data_files": str(moved)})) == set()
+    assert (
+        changed(before, build(dataset={"data_files": [str(tmp_path / "*" / "*.jsonl")]})) == set()
+    )
     content = moved.read_bytes()
     moved.write_bytes(content.replace(b"a", b"b", 1))
-    after = plan(dataset={"data_files": str(moved)})
+    after = build(dataset={"data_files": str(moved)})
     assert changed(before, after) == KINDS - {"teachers"}
 
 
-def test_the_order_of_a_corpus_files_counts(plan: Plan, tmp_path: Path) -> None:
+def test_the_order_of_a_corpuss_files_counts(build: Build, tmp_path: Path) -> None:
     paths = [str(tmp_path / name) for name in ("one.jsonl", "other.jsonl")]
     for path in paths:
         Path(path).write_text(json.dumps({"text": path}) + "\n")
-    projects = [plan(dataset={"data_files": files}) for files in (paths, paths[::-1], paths[:1])]
+    projects = [build(dataset={"data_files": files}) for files in (paths, paths[::-1], paths[:1])]
     assert len({ids(p)["corpora"][0] for p in projects}) == 3
 
 
-def test_other_files_of_a_hub_dataset_are_another_corpus(plan: Plan) -> None:
+def test_other_files_of_a_hub_dataset_are_another_corpus(build: Build) -> None:
     def hub(files: str) -> Project:
-        return plan(dataset={"name": "somebody/texts", "data_files": files})
+        return build(dataset={"name": "owner/texts", "data_files": files})
 
     assert "corpora" in changed(hub("a.parquet"), hub("b.parquet"))
 
 
-def test_a_student_counts_by_its_parsed_config(plan: Plan, tmp_path: Path) -> None:
-    before = plan()
+def test_a_student_counts_by_its_parsed_config(build: Build, tmp_path: Path) -> None:
+    before = build()
     path = tmp_path / "student.json"
     content = json.loads(path.read_text())
     path.write_text(json.dumps(dict(reversed(content.items())), indent=7))
-    assert changed(before, plan()) == set()
+    assert changed(before, build()) == set()
     shutil.copy(path, tmp_path / "copy.json")
-    assert changed(before, plan(student={"config": str(tmp_path / "copy.json")})) == set()
+    assert changed(before, build(student={"config": str(tmp_path / "copy.json")})) == set()
     path.write_text(json.dumps(content | {"hidden_size": 12}))
-    assert changed(before, plan()) == {"run"}
+    assert changed(before, build()) == {"run"}
 
 
-def test_a_student_checkpoint_counts_by_its_weights(plan: Plan, tmp_path: Path) -> None:
+def test_a_student_checkpoint_counts_by_its_weights(build: Build, tmp_path: Path) -> None:
     copy, other = tmp_path / "copy", tmp_path / "other"
     shutil.copytree(tmp_path / "teacher", copy)
     shutil.copytree(tmp_path / "teacher", other)
     flip_a_weight(other)
     projects = [
-        plan(student={"config": None, "model_path": str(folder)})
+        build(student={"config": None, "model_path": str(folder)})
         for folder in (tmp_path / "teacher", copy, other)
     ]
     assert changed(projects[0], projects[1]) == set()
@@ -190,14 +197,14 @@ def flip_a_weight(folder: Path) -> None:
     ("text", "says"),
     [(None, "does not exist"), ("{", "is not JSON"), ("[1]", "model_type"), ("{}", "model_type")],
 )
-def test_a_student_that_is_none_is_refused_by_path(
-    plan: Plan, tmp_path: Path, text: str | None, says: str
+def test_a_file_that_is_not_a_student_config_is_refused_by_path(
+    build: Build, tmp_path: Path, text: str | None, says: str
 ) -> None:
     path = tmp_path / "none.json"
     if text is not None:
         path.write_text(text)
     with pytest.raises(ValueError, match=says) as caught:
-        plan(student={"config": str(path)})
+        build(student={"config": str(path)})
     assert str(path) in str(caught.value)
 
 
@@ -208,51 +215,51 @@ RUNS = {
 }
 
 
-def test_runs_that_differ_in_their_loss_share_everything_before_it(plan: Plan) -> None:
-    project = plan(runs=RUNS)
+def test_runs_that_differ_in_their_loss_share_everything_before_it(build: Build) -> None:
+    project = build(runs=RUNS)
     kinds = ("corpora", "teachers", "tokens", "logits", "validations")
     assert {kind: len(getattr(project, kind)) for kind in kinds} == dict.fromkeys(kinds, 1)
     assert len({run.id for run in project.runs.values()}) == 3
     assert project.runs["hard"].logits is None
 
 
-def test_two_caches_share_tokens_and_validation(plan: Plan) -> None:
-    project = plan(runs={"few": {"cache": {"top_k": 4}}, "many": {"cache": {"top_k": 16}}})
+def test_two_caches_share_tokens_and_validation(build: Build) -> None:
+    project = build(runs={"few": {"cache": {"top_k": 4}}, "many": {"cache": {"top_k": 16}}})
     assert (len(project.logits), len(project.tokens), len(project.validations)) == (2, 1, 1)
 
 
-def test_two_corpora_share_the_teacher(plan: Plan, tmp_path: Path) -> None:
+def test_two_corpora_share_the_teacher(build: Build, tmp_path: Path) -> None:
     other = tmp_path / "other.jsonl"
     other.write_text('{"text": "other"}\n')
-    project = plan(runs={"one": {}, "two": {"dataset": {"data_files": str(other)}}})
+    project = build(runs={"one": {}, "two": {"dataset": {"data_files": str(other)}}})
     assert (len(project.teachers), len(project.corpora), len(project.tokens)) == (1, 2, 2)
 
 
 def test_two_teachers_share_the_corpus_and_with_a_named_tokenizer_the_tokens(
-    plan: Plan, tmp_path: Path
+    build: Build, tmp_path: Path
 ) -> None:
     other = tmp_path / "other"
     shutil.copytree(tmp_path / "teacher", other)
     runs = {"one": {}, "two": {"teacher": {"model_path": str(other)}}}
-    own = plan(runs=runs)
+    own = build(runs=runs)
     assert (len(own.teachers), len(own.corpora), len(own.tokens)) == (2, 1, 2)
-    named = plan(runs=runs, dataset={"tokenizer": str(other)})
+    named = build(runs=runs, dataset={"tokenizer": str(other)})
     assert (len(named.teachers), len(named.tokens), len(named.logits)) == (2, 1, 2)
 
 
-def test_a_run_without_teacher_ignores_what_only_a_teacher_needs(plan: Plan) -> None:
+def test_a_run_without_teacher_ignores_what_only_a_teacher_needs(build: Build) -> None:
     def output(**training: Any) -> Project:
-        return plan(training={"distillation_type": "output", **training})
+        return build(training={"distillation_type": "output", **training})
 
     assert changed(output(), output(temperature=1.0)) == set()
     assert changed(output(), output(use_cached_logits=False)) == set()
     assert changed(output(), output(seed=1)) == {"run"}
 
 
-def test_the_demo_teacher_is_named_by_the_text_that_it_learns(plan: Plan) -> None:
+def test_the_id_of_the_demo_teacher_covers_its_text(build: Build) -> None:
     def demo(**dataset: Any) -> Project:
         empty = {"name": "demo", "data_files": None}
-        return plan(teacher={"model_path": "demo"}, dataset=empty | dataset)
+        return build(teacher={"model_path": "demo"}, dataset=empty | dataset)
 
     (teacher,) = demo().teachers.values()
     assert teacher.id.startswith("demo-")
@@ -262,7 +269,7 @@ def test_the_demo_teacher_is_named_by_the_text_that_it_learns(plan: Plan) -> Non
 
 
 def record(project: Project) -> None:
-    """Do what resolve_teacher does: write down the weights and the tokenizer of the project's teacher."""
+    """Record the weights and the tokenizer of the project's teacher, as resolve_teacher does."""
     (teacher,) = project.teachers.values()
     teacher.folder.mkdir(parents=True)
     model = Path(teacher.model_path)
@@ -273,80 +280,82 @@ def record(project: Project) -> None:
     )
 
 
-def test_other_weights_under_the_same_path_are_refused_until_told_to_regenerate(
-    plan: Plan, tmp_path: Path
+def test_other_weights_at_the_same_path_are_refused_until_force_regenerate_changes(
+    build: Build, tmp_path: Path
 ) -> None:
-    before = plan()
+    before = build()
     record(before)
     recorded = fingerprint_weights(tmp_path / "teacher")
-    assert changed(before, plan()) == set()
+    assert changed(before, build()) == set()
     flip_a_weight(tmp_path / "teacher")
     found = fingerprint_weights(tmp_path / "teacher")
     with pytest.raises(ValueError, match="holds other weights than before") as caught:
-        plan()
+        build()
     for word in (recorded, found, str(tmp_path / "teacher"), "force_regenerate"):
         assert word in str(caught.value)
-    told = plan(teacher={"generation": {"force_regenerate": "2026-01-01"}})
-    assert changed(before, told) == TEACHER
-    record(told)
-    plan(teacher={"generation": {"force_regenerate": "2026-01-01"}})
+    renewed = build(teacher={"generation": {"force_regenerate": "2026-01-01"}})
+    assert changed(before, renewed) == TEACHER
+    record(renewed)
+    build(teacher={"generation": {"force_regenerate": "2026-01-01"}})
     flip_a_weight(tmp_path / "teacher")
-    assert changed(before, plan()) == set()
+    assert changed(before, build()) == set()
 
 
-def test_another_tokenizer_under_the_same_path_is_refused(plan: Plan, tmp_path: Path) -> None:
-    record(plan())
+def test_another_tokenizer_at_the_same_path_is_refused(build: Build, tmp_path: Path) -> None:
+    record(build())
     path = tmp_path / "teacher" / "tokenizer.json"
     path.write_text(path.read_text() + "\n")
     with pytest.raises(ValueError, match="holds other tokenizer files than before"):
-        plan()
-    again = plan(teacher={"generation": {"force_regenerate": 1}})
+        build()
+    again = build(teacher={"generation": {"force_regenerate": 1}})
     record(again)
-    assert plan(teacher={"generation": {"force_regenerate": 1}}).tokens == again.tokens
+    assert build(teacher={"generation": {"force_regenerate": 1}}).tokens == again.tokens
 
 
-def test_a_shared_cache_knows_its_teacher_whatever_the_results_folder(
-    plan: Plan, tmp_path: Path
+def test_a_shared_cache_checks_its_teacher_for_every_results_folder(
+    build: Build, tmp_path: Path
 ) -> None:
     shared = {"cache_dir": str(tmp_path / "cache")}
-    record(plan(output=shared | {"results_dir": str(tmp_path / "one")}))
+    record(build(output=shared | {"results_dir": str(tmp_path / "one")}))
     flip_a_weight(tmp_path / "teacher")
     with pytest.raises(ValueError, match="than before"):
-        plan(output=shared | {"results_dir": str(tmp_path / "other")})
+        build(output=shared | {"results_dir": str(tmp_path / "other")})
 
 
-def test_a_local_tokenizer_counts_by_its_content(plan: Plan, tmp_path: Path) -> None:
+def test_a_local_tokenizer_counts_by_its_content(build: Build, tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "teacher", tmp_path / "mine")
     chosen = {"tokenizer": str(tmp_path / "mine")}
-    before = plan(dataset=chosen)
+    before = build(dataset=chosen)
     (tmp_path / "mine").rename(tmp_path / "moved")
-    assert changed(before, plan(dataset={"tokenizer": str(tmp_path / "moved")})) == set()
+    assert changed(before, build(dataset={"tokenizer": str(tmp_path / "moved")})) == set()
     path = tmp_path / "moved" / "tokenizer.json"
     path.write_text(path.read_text() + "\n")
-    edited = plan(dataset={"tokenizer": str(tmp_path / "moved")})
+    edited = build(dataset={"tokenizer": str(tmp_path / "moved")})
     assert changed(before, edited) == TEACHER - {"teachers"}
 
 
-def test_a_corpus_stamp_follows_every_write_and_names_nothing(plan: Plan, tmp_path: Path) -> None:
-    (before,) = plan().corpora.values()
+def test_a_corpus_stamp_changes_with_every_write_and_is_in_no_id(
+    build: Build, tmp_path: Path
+) -> None:
+    (before,) = build().corpora.values()
     os.utime(tmp_path / "corpus.jsonl", (1, 1))
-    (after,) = plan().corpora.values()
+    (after,) = build().corpora.values()
     assert (before.id, before.folder) == (after.id, after.folder)
     assert before.stamp != after.stamp
 
 
-def test_weights_that_vanished_are_refused(plan: Plan, tmp_path: Path) -> None:
-    record(plan())
+def test_missing_weights_are_refused(build: Build, tmp_path: Path) -> None:
+    record(build())
     (tmp_path / "teacher" / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="no model weights"):
-        plan()
+        build()
 
 
 PRINT_IDS = """
 import json, sys
-from retort.artifacts.plan import plan_project
+from retort.artifacts.build import build_project
 from retort.config.load import load_runs
-p = plan_project(load_runs(json.loads(sys.argv[1])))
+p = build_project(load_runs(json.loads(sys.argv[1])))
 runs = [[r.name, r.id, r.evaluation_id] for r in p.runs.values()]
 print(json.dumps([runs, list(p.logits), list(p.validations), list(p.tokens), p.check_id, p.report_id]))
 """
@@ -368,15 +377,15 @@ def test_ids_are_the_same_in_every_process(raw: dict[str, Any]) -> None:
     assert len(json.loads(found.pop())[0]) == 3
 
 
-def test_a_config_written_in_another_order_names_the_same(raw: dict[str, Any]) -> None:
+def test_the_order_of_keys_changes_no_id(raw: dict[str, Any]) -> None:
     text = yaml.safe_dump(raw | {"training": {"alpha": 0.3, "seed": 2}}, sort_keys=True)
     other = yaml.safe_load(text)
     reverse = {key: dict(reversed(other[key].items())) for key in reversed(other)}
-    assert changed(plan_project(load_runs(other)), plan_project(load_runs(reverse))) == set()
+    assert changed(build_project(load_runs(other)), build_project(load_runs(reverse))) == set()
 
 
-def test_the_report_and_the_check_are_of_all_runs(plan: Plan) -> None:
-    one, other = plan(runs=RUNS), plan(runs=RUNS | {"again": {"training": {"seed": 5}}})
+def test_report_and_check_ids_cover_all_runs(build: Build) -> None:
+    one, other = build(runs=RUNS), build(runs=RUNS | {"again": {"training": {"seed": 5}}})
     assert one.report_id != other.report_id
     assert one.check_id != other.check_id
-    assert plan(runs=RUNS).report_id == one.report_id
+    assert build(runs=RUNS).report_id == one.report_id

@@ -1,0 +1,306 @@
+"""From configs to the ids and folders of all artifacts, when the Snakefile is parsed.
+
+An id is a digest of the config keys that define the artifact, of the ids it is made from, and of the `REVISIONS` number
+of its code. Keys at their defaults are left out, so that a new key changes no id. Corpora, student configs and student
+checkpoints count by content, not by path. So the path of a file determines its content: the workflow only checks
+existence, changing a setting and back costs nothing, and no setting resumes the work of another.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from retort.artifacts.project import (
+    Corpus,
+    Logits,
+    Project,
+    Run,
+    TeacherModel,
+    Tokens,
+    Validation,
+)
+from retort.artifacts.responses import build_responses
+from retort.artifacts.tasks import EvaluationTask, build_tasks
+from retort.config.load import identity
+from retort.config.sections import Config, Student
+from retort.config.synthesis_checks import SYNTHESIS
+from retort.corpus.reading import (
+    TOKENIZING_KEYS,
+    corpus_keys,
+    list_corpus_files,
+    needs_snapshot,
+)
+from retort.corpus.sources import list_files
+from retort.io.digests import digest, digest_file, digest_file_states
+from retort.io.files import is_path, read_json, refuse_file_in_the_way, suggest_path
+from retort.io.fingerprints import fingerprint_tokenizer, fingerprint_weights
+
+# Increase a number when, and only when, the code makes other bytes from the same input: results are then made again.
+# tests/unit/test_golden.py fails when bytes change and the number does not.
+REVISIONS = {
+    "answers": 1,  # of requests and of reading prompts; if increased, every answer is requested and paid for again
+    "synthesis": 2,
+    "corpus": 1,
+    "teacher": 2,
+    "demo_teacher": 2,  # the only teacher that is trained
+    "tokens": 3,
+    "logits": 5,
+    "validation": 3,
+    "run": 3,
+    "evaluation": 3,
+    "benchmark": 1,
+    "report": 3,
+}
+
+
+def build_project(configs: Mapping[str, Config]) -> Project:
+    """Return all artifacts of the runs' configs, by name of the run.
+
+    Raises ValueError when a local corpus, model, tokenizer or student config is missing, when a file is at the path of
+    the results folder, or when the weights or tokenizer of a local teacher differ from those of its recorded results.
+    """
+    for output in {config.output for config in configs.values()}:
+        refuse_file_in_the_way(Path(output.results_dir))
+        refuse_file_in_the_way(Path(output.cache_dir or output.results_dir))
+    for config in configs.values():
+        _refuse_missing_folders(config)
+    runs = {name: _build_run(name, config) for name, config in configs.items()}
+    everything = list(runs.values())
+    teachers = [r.teacher for r in everything if r.teacher] + [
+        r.tokens.teacher for r in everything if r.tokens.teacher
+    ]
+    for teacher in {t.id: t for t in teachers}.values():
+        refuse_other_teacher(teacher)
+    corpora = [r.tokens.corpus for r in everything] + [t.corpus for t in teachers if t.corpus]
+    evaluations: list[Any] = [[r.name, r.id, r.evaluation_id] for r in everything]
+    teacher_tasks = {task.path: task for r in everything for task in _build_teacher_tasks(r)}
+    ids = [[str(path)] for path in teacher_tasks]
+    ids += [[r.name, r.id, task.id] for r in everything for task in r.tasks]
+    return Project(
+        runs=runs,
+        check_id=digest(["check", evaluations, *ids]),
+        report_id=digest(["report", REVISIONS["report"], evaluations, *ids]),
+        syntheses={c.synthesis.id: c.synthesis for c in corpora if c.synthesis},
+        corpora={c.id: c for c in corpora},
+        teachers={t.id: t for t in teachers},
+        tokens={r.tokens.id: r.tokens for r in everything},
+        logits={r.logits.id: r.logits for r in everything if r.logits},
+        validations={r.validation.id: r.validation for r in everything if r.validation},
+        teacher_tasks=teacher_tasks,
+    )
+
+
+def _refuse_missing_folders(config: Config) -> None:
+    """Raise ValueError for a model or tokenizer that is given as a path and does not exist."""
+    named = {
+        "teacher.model_path": config.teacher.model_path,
+        "dataset.tokenizer": config.dataset.tokenizer,
+        "student.model_path": config.student.model_path,
+    }
+    for key, value in named.items():
+        if value is not None and is_path(value) and not Path(value).is_dir():
+            raise ValueError(
+                f"{key} {value!r} does not exist (looked in {Path.cwd()}).{suggest_path(Path(value))} Give a "
+                "folder that save_pretrained() wrote, without ~, or the id of a model on the Hub."
+            )
+
+
+def refuse_other_teacher(teacher: TeacherModel) -> None:
+    """Raise ValueError when a local teacher's weights or tokenizer differ from those recorded in its folder."""
+    path = teacher.folder / "fingerprint.json"
+    local = Path(str(teacher.section.model_path))
+    if teacher.corpus or not path.exists() or not local.is_dir():
+        return
+    record = read_json(path)
+    compared = {
+        "weights": (record["weights"], fingerprint_weights(local)),
+        "tokenizer files": (record["tokenizer"]["fingerprint"], fingerprint_tokenizer(local)),
+    }
+    for what, (recorded, found) in compared.items():
+        if recorded != found:
+            raise ValueError(
+                f"teacher.model_path {str(local)!r} holds other {what} than before: fingerprint {found}, but "
+                f"results were made with {recorded} (recorded in {path}). Restore the old files, or set "
+                "teacher.generation.force_regenerate to a new value (for example a date) to make a new cache from the "
+                "current files and keep the old one."
+            )
+
+
+def _build_run(name: str, config: Config) -> Run:
+    results = Path(config.output.results_dir)
+    training = config.training
+    teacher = _build_teacher(config) if config.teacher.model_path else None
+    tokens = _build_tokens(config, teacher)
+    needs_teacher = teacher is not None and training.distillation_type != "output"
+    logits = (
+        _build_logits(config, tokens, teacher)
+        if teacher and needs_teacher and training.use_cached_logits
+        else None
+    )
+    validation = _build_validation(config, tokens, teacher) if teacher else None
+    keys = identity(training) | {"alpha": training.alpha}
+    if training.distillation_type == "output":
+        keys = {
+            k: v
+            for k, v in keys.items()
+            if k not in ("temperature", "divergence", "use_cached_logits")
+        }
+    supervision = logits.id if logits else teacher.id if teacher and needs_teacher else None
+    student = student_content(config.student)
+    run_id = digest(["run", REVISIONS["run"], tokens.id, supervision, keys, student])
+    evaluation_id = digest(
+        [
+            "evaluation",
+            REVISIONS["evaluation"],
+            validation.id if validation else None,
+            identity(config.evaluation.without_benchmarks()),
+        ]
+    )
+    folder = results / "runs" / name / run_id
+    return Run(
+        name=name,
+        id=run_id,
+        evaluation_id=evaluation_id,
+        folder=folder,
+        config=config,
+        student=digest(student),
+        tokens=tokens,
+        teacher=teacher,
+        logits=logits,
+        validation=validation,
+        tasks=build_tasks(config, folder, revision=REVISIONS["benchmark"]),
+    )
+
+
+def _build_teacher_tasks(run: Run) -> tuple[EvaluationTask, ...]:
+    """Return the tasks of a run's teacher if evaluation.benchmark_teacher is set; runs of one teacher share them."""
+    if run.teacher is None or not run.config.evaluation.benchmark_teacher:
+        return ()
+    return build_tasks(run.config, run.teacher.folder, revision=REVISIONS["benchmark"])
+
+
+def _build_corpus(config: Config) -> Corpus:
+    if config.dataset.name == SYNTHESIS:
+        return _build_synthesized_corpus(config)
+    dataset = config.dataset
+    keys = corpus_keys(dataset)
+    files = list_corpus_files(dataset)
+    if list_files(dataset):
+        keys.pop("data_files", None)  # local files count by content; those of a Hub dataset by name
+    if dataset.streaming and dataset.shuffle:
+        keys["shuffle"] = "windows"  # an earlier version shuffled in another order
+    memo = Path(config.output.results_dir) / ".digests.json"
+    stamp = digest_file_states(
+        files
+    )  # before the digests, to detect edits while these are computed
+    content = [digest_file(path, memo=memo) for path in files]
+    corpus_id = digest(["corpus", REVISIONS["corpus"], keys, content])
+    folder = _cache_root(config) / "corpora" / corpus_id
+    return Corpus(corpus_id, folder, dataset, needs_snapshot(dataset), stamp)
+
+
+def _build_synthesized_corpus(config: Config) -> Corpus:
+    """Return the corpus of a synthesis; its content is not known yet, so the id is that of its request."""
+    responses = build_responses(config, _cache_root(config), revisions=REVISIONS)
+    keys = corpus_keys(config.dataset)
+    corpus_id = digest(["corpus", REVISIONS["corpus"], keys, responses.id])
+    dataset = responses.as_dataset(config.dataset)
+    return Corpus(corpus_id, responses.folder, dataset, False, responses.stamp, responses)
+
+
+def _build_teacher(config: Config) -> TeacherModel:
+    section = config.teacher
+    keys = {k: v for k, v in identity(section).items() if k != "generation"}
+    keys["model_path"] = section.model_path
+    keys["force_regenerate"] = section.generation.force_regenerate
+    corpus = None
+    prefix = ""
+    if section.model_path == "demo":
+        corpus = _build_corpus(config)
+        prefix = "demo-"
+        trained = REVISIONS["demo_teacher"]
+        keys |= {
+            "corpus": corpus.id,
+            "max_length": config.dataset.max_length,
+            "trained": trained,
+        }
+    teacher_id = prefix + digest(["teacher", REVISIONS["teacher"], keys])
+    # In the cache folder: all results folders with the same cache_dir share this record.
+    folder = _cache_root(config) / "teachers" / teacher_id
+    return TeacherModel(teacher_id, folder, section, corpus)
+
+
+def _build_tokens(config: Config, teacher: TeacherModel | None) -> Tokens:
+    dataset = config.dataset
+    owner: TeacherModel | None
+    source: list[Any]
+    fingerprint = None
+    if dataset.tokenizer is not None or teacher is None:
+        local = Path(str(dataset.tokenizer))
+        fingerprint = fingerprint_tokenizer(local) if local.is_dir() else None
+        owner, source = None, [fingerprint or dataset.tokenizer]
+    elif teacher.corpus is not None:
+        owner, source = teacher, [teacher.id]
+    else:
+        section = teacher.section
+        owner, source = (
+            teacher,
+            [section.model_path, section.revision, section.generation.force_regenerate],
+        )
+    corpus = _build_corpus(config)
+    keys = {k: v for k, v in identity(dataset).items() if k in TOKENIZING_KEYS}
+    keys.pop("tokenizer", None)  # it is in `source`
+    tokens_id = digest(["tokens", REVISIONS["tokens"], corpus.id, source, keys])
+    folder = _cache_root(config) / "tokens" / tokens_id
+    return Tokens(tokens_id, folder, corpus, owner, fingerprint)
+
+
+def _build_logits(config: Config, tokens: Tokens, teacher: TeacherModel) -> Logits:
+    generation = {
+        k: v for k, v in identity(config.teacher.generation).items() if k != "force_regenerate"
+    }
+    logits_id = digest(
+        ["logits", REVISIONS["logits"], tokens.id, teacher.id, identity(config.cache), generation]
+    )
+    return Logits(logits_id, _cache_root(config) / "logits" / logits_id, tokens, teacher, config)
+
+
+def _build_validation(config: Config, tokens: Tokens, teacher: TeacherModel) -> Validation:
+    settings = identity(config.evaluation.of_teacher())
+    validation_id = digest(["validation", REVISIONS["validation"], tokens.id, teacher.id, settings])
+    return Validation(
+        validation_id, _cache_root(config) / "validation" / validation_id, tokens, teacher, config
+    )
+
+
+def student_content(student: Student) -> Any:
+    """Return what a student is initialized from: the parsed JSON config, or the fingerprint of a checkpoint's weights.
+
+    Raises ValueError when it cannot be read or is not a transformers config.
+    """
+    if student.model_path is not None:
+        folder = Path(student.model_path)
+        return fingerprint_weights(folder) if folder.is_dir() else student.model_path
+    path = Path(str(student.config))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"student.config {str(path)!r} does not exist (looked in {Path.cwd()}).{suggest_path(path)} Give the path "
+            "of a transformers config as JSON; config/students/ holds some to start from."
+        ) from None
+    except ValueError as error:
+        raise ValueError(
+            f"student.config {str(path)!r} is not JSON: {error}. Fix the file."
+        ) from None
+    if not isinstance(content, dict) or "model_type" not in content:
+        raise ValueError(
+            f"student.config {str(path)!r} has no 'model_type': expected a transformers config such as "
+            '{"model_type": "llama", "hidden_size": 512, ...}; config/students/ holds some to start from.'
+        )
+    return content
+
+
+def _cache_root(config: Config) -> Path:
+    return Path(config.output.cache_dir or config.output.results_dir)

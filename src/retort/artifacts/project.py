@@ -1,0 +1,130 @@
+"""The artifacts of a config: one record per kind, with its id, its folder and what it is made from."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from retort.artifacts.responses import Responses
+from retort.artifacts.tasks import EvaluationTask
+from retort.config.sections import Config, Dataset, Teacher
+from retort.corpus.reading import count_readers, snapshot_record_path
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The documents of one `dataset` section; for a synthesis, `dataset` is the section that reads its responses."""
+
+    id: str
+    folder: Path
+    dataset: Dataset
+    needs_snapshot: bool  # a rule writes the documents to `folder` before they are tokenized
+    stamp: str  # of the local files when the id was computed (see `digest_file_states`); jobs that read them compare it
+    synthesis: Responses | None = None
+
+    @property
+    def records(self) -> list[Path]:
+        """The files that exist once the corpus is complete: of a synthesis, or of each reader of a snapshot."""
+        if self.synthesis:
+            return [self.synthesis.record]
+        if not self.needs_snapshot:
+            return []
+        return [
+            snapshot_record_path(self.folder, self.dataset, reader)
+            for reader in range(count_readers(self.dataset))
+        ]
+
+
+@dataclass(frozen=True)
+class TeacherModel:
+    """One teacher; `folder` contains the record of its fingerprint and, for the demo, the model itself."""
+
+    id: str
+    folder: Path
+    section: Teacher
+    corpus: Corpus | None  # that the demo's teacher is trained on, else None
+
+    @property
+    def model_path(self) -> str:
+        """Folder or Hub id of the model, for transformers."""
+        return str(self.folder / "model") if self.corpus else str(self.section.model_path)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The token shards of one corpus and one tokenizer."""
+
+    id: str
+    folder: Path
+    corpus: Corpus
+    teacher: TeacherModel | None  # whose tokenizer is used; None: dataset.tokenizer
+    fingerprint: str | None  # of a local dataset.tokenizer when the id was computed
+
+    @property
+    def tokenizer(self) -> str:
+        """Folder or Hub id of the tokenizer."""
+        return self.teacher.model_path if self.teacher else str(self.corpus.dataset.tokenizer)
+
+
+@dataclass(frozen=True)
+class Logits:
+    """The cache of one teacher's distributions for one set of sequences."""
+
+    id: str
+    folder: Path
+    tokens: Tokens
+    teacher: TeacherModel
+    config: Config
+
+
+@dataclass(frozen=True)
+class Validation:
+    """One teacher's distributions for the held-out sequences, at full precision."""
+
+    id: str
+    folder: Path
+    tokens: Tokens
+    teacher: TeacherModel
+    config: Config
+
+
+@dataclass(frozen=True)
+class Run:
+    """One trained student, its evaluation and its evaluation tasks."""
+
+    name: str
+    id: str
+    evaluation_id: str
+    folder: Path
+    config: Config
+    student: str  # digest of `student_content` when the id was computed
+    tokens: Tokens
+    teacher: TeacherModel | None
+    logits: Logits | None
+    validation: Validation | None
+    tasks: tuple[EvaluationTask, ...]
+
+    @property
+    def metrics_path(self) -> Path:
+        """The output of `evaluate`."""
+        return self.folder / "evaluation" / self.evaluation_id / "metrics.json"
+
+
+@dataclass(frozen=True)
+class Project:
+    """All artifacts of a config, by id; runs may share them."""
+
+    runs: dict[str, Run]
+    check_id: str
+    report_id: str
+    syntheses: dict[str, Responses] = field(default_factory=dict)
+    corpora: dict[str, Corpus] = field(default_factory=dict)
+    teachers: dict[str, TeacherModel] = field(default_factory=dict)
+    tokens: dict[str, Tokens] = field(default_factory=dict)
+    logits: dict[str, Logits] = field(default_factory=dict)
+    validations: dict[str, Validation] = field(default_factory=dict)
+    teacher_tasks: dict[Path, EvaluationTask] = field(default_factory=dict)  # by their path
+
+    @property
+    def tasks(self) -> dict[Path, EvaluationTask]:
+        """All evaluation tasks by their path, those of teachers first."""
+        of_runs = {task.path: task for run in self.runs.values() for task in run.tasks}
+        return self.teacher_tasks | of_runs
