@@ -33,7 +33,7 @@ from retort.corpus.reading import (
 )
 from retort.corpus.sources import list_files
 from retort.io.digests import digest, digest_file, digest_file_states
-from retort.io.files import is_path, read_json, refuse_file_in_the_way, suggest_path
+from retort.io.files import is_path, read_json, require_no_file_at, suggest_path
 from retort.io.fingerprints import fingerprint_tokenizer, fingerprint_weights
 
 # Increase a number when, and only when, the code makes other bytes from the same input: results are then made again.
@@ -61,8 +61,8 @@ def build_project(configs: Mapping[str, Config]) -> Project:
     the results folder, or when the weights or tokenizer of a local teacher differ from those of its recorded results.
     """
     for output in {config.output for config in configs.values()}:
-        refuse_file_in_the_way(Path(output.results_dir))
-        refuse_file_in_the_way(Path(output.cache_dir or output.results_dir))
+        require_no_file_at(Path(output.results_dir))
+        require_no_file_at(Path(output.cache_dir or output.results_dir))
     for config in configs.values():
         _refuse_missing_folders(config)
     runs = {name: _build_run(name, config) for name, config in configs.items()}
