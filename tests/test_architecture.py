@@ -45,7 +45,7 @@ def find_imports(path: Path) -> set[str]:
 
 def find_rules() -> dict[str, str]:
     """Return the text of every rule in workflow/rules, by name."""
-    rules = {}
+    rules: dict[str, str] = {}
     for path in RULE_FILES:
         pieces = re.split(r"^(?:rule|checkpoint) (\w+):$", path.read_text(), flags=re.MULTILINE)
         rules |= dict(zip(pieces[1::2], pieces[2::2], strict=True))

@@ -28,8 +28,8 @@ from benchmarks.common import REPOSITORY, make_parser
 DATA = REPOSITORY.parent / "shared" / "data"
 sys.path.insert(0, str(REPOSITORY / "tests"))
 
-from support.cluster import Cluster  # type: ignore[import-not-found]  # noqa: E402
-from support.project import Project  # type: ignore[import-not-found]  # noqa: E402
+from support.cluster import Cluster  # noqa: E402
+from support.project import Project  # noqa: E402
 
 _POLL_S = 0.1
 _DAY_S = 86_400.0

@@ -36,8 +36,8 @@ def test_a_pass_that_needs_five_time_slots_takes_five_attempts(
     project = teacher_left
     project.write_config(merge(CONFIG, {"teacher": {"generation": {"num_workers": 1}}}))
     profile = (project.path / PROFILE).read_text()
-    slot = r"(?s)(\n  generate_logits:.*?runtime: )240 "
-    changed, number = re.subn(slot, rf"\g<1>{SLOT_S // 60} ", profile, count=1)
+    limit = r"(?s)(\n  generate_logits:.*?runtime: )240 "
+    changed, number = re.subn(limit, rf"\g<1>{SLOT_S // 60} ", profile, count=1)
     assert number == 1
     (project.path / PROFILE).write_text(changed)
     (index,) = project.results.glob("tokens/*/index.json")

@@ -6,7 +6,7 @@ Of modules in Python it imports `os` alone: this takes some ten milliseconds of 
 """
 
 # ruff: noqa: PTH115, PTH208 (pathlib takes longer to import than all the rest)
-import _signal
+import _signal  # type: ignore[import-not-found]  # of CPython, without stubs
 import _socket
 import marshal
 import os

@@ -142,7 +142,7 @@ def reap(jobs: dict[int, socket.socket]) -> None:
                 client.send(str(status).encode())
 
 
-def end(jobs: dict[int, socket.socket]) -> None:
+def end(jobs: dict[int, socket.socket]) -> NoReturn:
     """Kill what still runs, say what all jobs took, and exit."""
     for job in jobs:
         os.killpg(job, signal.SIGKILL)
@@ -201,7 +201,7 @@ def take_descriptors(wanted: dict[int, int]) -> None:
         if number not in wanted:
             setattr(sys, name, None)
     if sys.stdout is not None:
-        sys.stdout.reconfigure(line_buffering=sys.stdout.isatty())
+        sys.stdout.reconfigure(line_buffering=sys.stdout.isatty())  # type: ignore[union-attr]  # TextIOWrapper's
 
 
 def prepare(words: list[str]) -> Callable[[], object]:
@@ -218,7 +218,8 @@ def prepare(words: list[str]) -> Callable[[], object]:
     if words[0] == "-m":
         sys.argv = ["-m", *words[2:]]
         sys.path.insert(0, str(Path.cwd()))
-        return partial(runpy._run_module_as_main, words[1])  # what the interpreter itself calls
+        # What the interpreter itself calls.
+        return partial(runpy._run_module_as_main, words[1])  # type: ignore[attr-defined]
     if words[0] == "-c":
         sys.argv = ["-c", *words[2:]]
         sys.path.insert(0, "")
@@ -263,7 +264,7 @@ def finish(job: Callable[[], object]) -> NoReturn:
         sys.excepthook(type(error), error.with_traceback(trace), trace)
         status, is_interrupted = 1, isinstance(error, KeyboardInterrupt)
     with suppress(BaseException):
-        threading._shutdown()
+        threading._shutdown()  # type: ignore[attr-defined]  # what the interpreter itself calls
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         try:

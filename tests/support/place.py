@@ -53,8 +53,9 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     both = dict(base)
     for key, value in over.items():
         below = both.get(key)
-        is_nested = isinstance(value, Mapping) and isinstance(below, Mapping)
-        both[key] = merge(below, value) if is_nested else value
+        if isinstance(value, Mapping) and isinstance(below, Mapping):
+            value = merge(below, value)
+        both[key] = value
     return both
 
 
@@ -224,7 +225,7 @@ def snapshot(folder: Path) -> dict[str, tuple[str, int]]:
 
 
 def wait_until(
-    condition: Callable[[], object], *, process: "subprocess.Popen[bytes] | None" = None
+    condition: Callable[[], object], *, process: "subprocess.Popen[Any] | None" = None
 ) -> None:
     """Wait until a condition holds; fail when a process ends before."""
     until = time.monotonic() + _PATIENCE_S

@@ -132,6 +132,7 @@ def test_the_steps_of_the_dockerfile_make_a_project_in_which_the_command_runs(
 @pytest.mark.skipif(find_engine() is None, reason="no container engine answers")
 def test_the_image_is_built_and_the_demo_runs_in_it() -> None:
     engine = find_engine()
+    assert engine is not None
     tag = f"retort-test-{os.getpid()}"
     subprocess.run(
         [engine, "build", "--tag", tag, str(REPOSITORY)], check=True, timeout=_PATIENCE_S

@@ -126,7 +126,7 @@ def shipped(fresh: Place) -> Place:
 def test_the_shipped_config_is_planned_without_any_flag(shipped: Place) -> None:
     planned = shipped.plan(config=None)
     assert planned["demo_teacher"] == 1
-    assert planned["train"] == 3
+    assert planned["train"] == 9, "three kinds of training, three seeds"
     with_gpus = shipped.plan("--resources", "gpu=8", config=None, cores=8)
     assert with_gpus == planned
     assert not shipped.results.exists(), "a dry run makes nothing"

@@ -26,7 +26,8 @@ SLURM_COMMANDS = ("sbatch", "squeue", "sacct", "sacctmgr", "scontrol", "sinfo", 
 def read_profile(text: str | None = None) -> dict[str, Any]:
     """Read the SLURM profile as Snakemake does."""
     yte = pytest.importorskip("yte")
-    return yte.process_yaml(text or PROFILE.read_text(), require_use_yte=True)
+    profile: dict[str, Any] = yte.process_yaml(text or PROFILE.read_text(), require_use_yte=True)
+    return profile
 
 
 def test_the_slurm_profile_names_exactly_the_submitted_rules() -> None:

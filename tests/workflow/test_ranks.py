@@ -141,7 +141,7 @@ def test_a_killed_launcher_leaves_no_rank_and_loses_no_step(student: Student) ->
                 command, cwd=student.place.path, env=student.place.environment(), stderr=log
             )
         mark = folder / f"checkpoint-{step}" / "complete.json"
-        wait_until(mark.exists, process=launcher)  # type: ignore[arg-type]
+        wait_until(mark.exists, process=launcher)
         assert len(find_processes("--output killed/training.json")) >= 3
         launcher.send_signal(signal.SIGKILL)
         launcher.wait()
@@ -163,7 +163,7 @@ def test_sigterm_ends_all_ranks_in_one_sentence(student: Student) -> None:
         text=True,
     )
     mark = student.place.path / "ended" / "checkpoint-6" / "complete.json"
-    wait_until(mark.exists, process=launcher)  # type: ignore[arg-type]
+    wait_until(mark.exists, process=launcher)
     launcher.send_signal(signal.SIGTERM)
     _, said = launcher.communicate()
     assert launcher.returncode == 128 + signal.SIGTERM

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -240,14 +241,14 @@ def test_snakemakes_own_report_can_be_made(done: Place) -> None:
     assert "generate_logits" in page and "<html" in page
 
 
-def _with_alpha(alpha: float) -> dict[str, object]:
-    runs = tiny()["runs"]
+def _with_alpha(alpha: float) -> dict[str, Any]:
+    runs: dict[str, Any] = tiny()["runs"]
     both = runs["both"]["training"] | {"alpha": alpha}
     return runs | {"both": {"training": both}}
 
 
-def _read(path: Path) -> dict[str, object]:
-    content: dict[str, object] = json.loads(path.read_text())
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text())
     return content
 
 

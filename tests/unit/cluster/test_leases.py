@@ -346,7 +346,8 @@ def test_a_job_for_all_gpus_is_served_beside_a_stream_of_small_ones(tmp_path: Pa
             )
             for _ in range(10)
         ]
-        stack.callback(lambda: [job.kill() for job in flow])
+        for job in flow:
+            stack.callback(job.kill)
         for job in flow:
             assert job.stdout is not None and job.stdout.readline() == "once\n"
         large = start_holder(tmp_path, [list(EIGHT)], seconds=0.1)

@@ -130,7 +130,7 @@ def test_all_jobs_of_a_run_are_cancelled_by_its_id(
 
 
 def test_a_profile_as_shipped_is_refused() -> None:
-    jobs = [
+    jobs: list[dict[str, Any]] = [
         {"slurm_account": "CHANGE_ME", "slurm_partition": "gpu", "mem_mb": 8000},
         {"slurm_account": "CHANGE_ME", "slurm_partition": "CHANGE_ME"},
     ]

@@ -7,7 +7,7 @@ import typing
 from dataclasses import fields
 from pathlib import Path
 
-import jsonschema  # type: ignore[import-untyped]
+import jsonschema
 import pytest
 
 from retort.config.reference import readme

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
-from snakemake.cli import parse_config  # type: ignore[import-untyped]
+from snakemake.cli import parse_config
 
 from retort.config.load import load_runs
 from retort.config.schema import ConfigError, leaves, merge
