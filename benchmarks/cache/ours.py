@@ -23,8 +23,8 @@ from retort.cache.reader import CacheHeader, LogitCache
 from retort.cache.sparse_codec import (
     Selection,
     decode_streams,
-    draw_uniform,
     encode_streams,
+    hash_to_uniform,
     to_streams,
 )
 from retort.cache.sparse_streams import Streams, count_contexts
@@ -118,7 +118,7 @@ def _select_sequence(data: Distributions, i: int, codec: Codec, key: bytes) -> S
             ),
             codec,
             num_tokens=codec.vocabulary,
-            uniform_P=draw_uniform(key, np.arange(t, min(t + _SELECTED, length))),
+            uniform_P=hash_to_uniform(key, np.arange(t, min(t + _SELECTED, length))),
         )
         for t in range(0, length, _SELECTED)
     ]

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from retort.cache.codec import Codec, SparseTargets, TokenOrder
+from retort.cache.codec import LOGPROB_FLOOR, Codec, SparseTargets, TokenOrder
 from retort.cache.parts import part_path, write_part
 from retort.cache.reader import CacheHeader
 from retort.cache.sparse_codec import Selection, to_streams
-from retort.cache.sparse_streams import TAIL_UNIT, Streams, count_drawn
+from retort.cache.sparse_streams import TAIL_UNIT, Streams, count_sampled
 from retort.tokens.index import TokenIndex, write_index
 from retort.tokens.sequences import SequenceTable, build_table
 from retort.tokens.shards import write_token_shard
@@ -32,14 +32,14 @@ def make_table(
     num_documents: int, *, seed: int, first_document: int = 0, max_length: int = 9
 ) -> SequenceTable:
     """Documents of one to three sequences with a prompt of up to two tokens, under three labels."""
-    chance = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     rows = []
     for document in range(first_document, first_document + num_documents):
         label = [("", ""), ("code", "c"), ("prose", "")][document % 3]
-        for _ in range(chance.integers(1, 4)):
-            length = int(chance.integers(2, max_length + 1))
-            prompt = int(chance.integers(0, min(3, length)))
-            ids = chance.integers(0, TOKENIZER["size"], length).tolist()
+        for _ in range(rng.integers(1, 4)):
+            length = int(rng.integers(2, max_length + 1))
+            prompt = int(rng.integers(0, min(3, length)))
+            ids = rng.integers(0, TOKENIZER["size"], length).tolist()
             mask = [prompt <= t + 1 and t < length - 1 for t in range(length)]
             rows.append((ids, mask, document, label))
     return build_table(rows)
@@ -65,15 +65,28 @@ def as_rows(tables: list[SequenceTable]) -> list[tuple[Any, ...]]:
 def make_targets(num_positions: int, codec: Codec, *, seed: int) -> SparseTargets:
     """Distributions as a teacher would give them, from exactly rounded arithmetic only."""
     assert codec.top_k is not None
-    chance = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     shape = (num_positions, codec.top_k)
     ids = np.zeros(shape, np.int32)
     for row in ids:
-        row[:] = chance.permutation(codec.vocabulary)[: codec.top_k]
-    steps = chance.integers(1, 4096, shape) / 1024
+        row[:] = rng.permutation(codec.vocabulary)[: codec.top_k]
+    steps = rng.integers(1, 4096, shape) / 1024
     logprobs = -np.cumsum(steps, axis=1).astype(np.float32)
-    tails = -chance.integers(1, 1 << 16, (num_positions, len(codec.temperatures))) / 4096
+    tails = -rng.integers(1, 1 << 16, (num_positions, len(codec.temperatures))) / 4096
     return SparseTargets.from_rows(ids, logprobs, tails.astype(np.float32))
+
+
+def assert_close(found: SparseTargets, expected: SparseTargets) -> None:
+    """Compare ids and tails exactly, logprobs within half a unit in the last place of float16."""
+    assert found.ids.tolist() == expected.ids.tolist()
+    assert (
+        found.tail_logprobs.tolist() == np.maximum(expected.tail_logprobs, LOGPROB_FLOOR).tolist()
+    )
+    values = np.maximum(expected.logprobs, LOGPROB_FLOOR).astype(np.float64)
+    allowed = np.maximum(np.abs(values) * 2.0**-11, 2.0**-25)
+    assert np.all(np.abs(found.logprobs - values) <= allowed)
+    dtypes = [a.dtype for a in (found.ids, found.logprobs, found.tail_logprobs)]
+    assert dtypes == [np.int32, np.float32, np.float32]
 
 
 def targets_of(table: SequenceTable, codec: Codec = CODEC) -> SparseTargets:
@@ -87,19 +100,19 @@ def targets_of(table: SequenceTable, codec: Codec = CODEC) -> SparseTargets:
 
 def make_selection(num_positions: int, codec: Codec, *, seed: int) -> Selection:
     """What a coded method would keep of some distributions, from exactly rounded arithmetic only."""
-    chance = np.random.default_rng(seed)
-    sizes = chance.integers(1, 12, num_positions)
-    tails = chance.integers(0, TAIL_UNIT // 2, (num_positions, len(codec.temperatures)))
-    drawn_sizes = [count_drawn(tail, codec.draw_step) for tail in tails[:, 0].tolist()]
-    ids, probs, drawn_ids = [], [], []
-    for size, drawn, tail in zip(sizes.tolist(), drawn_sizes, tails[:, 0], strict=True):
-        kept = chance.permutation(codec.vocabulary)[: size + drawn]
-        weights = chance.integers(1, 1000, size)
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(1, 12, num_positions)
+    tails = rng.integers(0, TAIL_UNIT // 2, (num_positions, len(codec.temperatures)))
+    sampled_sizes = [count_sampled(tail, codec.sample_step) for tail in tails[:, 0].tolist()]
+    ids, probs, sampled_ids = [], [], []
+    for size, sampled, tail in zip(sizes.tolist(), sampled_sizes, tails[:, 0], strict=True):
+        kept = rng.permutation(codec.vocabulary)[: size + sampled]
+        weights = rng.integers(1, 1000, size)
         ids.append(kept[:size])
         probs.append(weights * (TAIL_UNIT - tail) / (weights.sum() * TAIL_UNIT))
-        drawn_ids.append(kept[size:])
-    joined = [np.concatenate(pieces) for pieces in (ids, probs, drawn_ids)]
-    return Selection(sizes, joined[0], joined[1], np.array(drawn_sizes), joined[2], tails)
+        sampled_ids.append(kept[size:])
+    joined = [np.concatenate(pieces) for pieces in (ids, probs, sampled_ids)]
+    return Selection(sizes, joined[0], joined[1], np.array(sampled_sizes), joined[2], tails)
 
 
 def streams_of(table: SequenceTable, codec: Codec) -> list[Streams]:
@@ -120,14 +133,14 @@ def kill_writers(folder: Path, write: Callable[[Path], None], *, times: int) -> 
     It is killed just after a file was begun, or some time after the first was finished: waited for, since a busy
     machine is slow. The folder is emptied when the caller has looked at it.
     """
-    chance, forking = random.Random(0), multiprocessing.get_context("fork")
+    rng, forking = random.Random(0), multiprocessing.get_context("fork")
     for number in range(times):
         writer = forking.Process(target=_write_on, args=(folder, write))
         writer.start()
         awaited = (".*.tmp", "*.h5")[number % 2]
         while writer.is_alive() and not any(folder.glob(awaited)):
             pass
-        time.sleep(chance.uniform(0, 0.03) if number % 2 else 0)
+        time.sleep(rng.uniform(0, 0.03) if number % 2 else 0)
         writer.kill()
         writer.join()
         assert writer.exitcode == -signal.SIGKILL

@@ -7,7 +7,7 @@
 import argparse
 from pathlib import Path
 
-from retort.cache.cost import describe_cost, plan_cache
+from retort.cache.cost import describe_cost, estimate_cost
 from retort.cli import logger, run_script
 from retort.config.flags import add_section_flags, section_from_args
 from retort.io.files import read_json, write_json
@@ -26,7 +26,7 @@ def main() -> None:
     add_section_flags(parser, "cache")
     add_section_flags(parser, "merge")
     args = parser.parse_args()
-    cost = plan_cache(
+    cost = estimate_cost(
         read_json(args.index),
         section_from_args(args, "cache"),
         section_from_args(args, "merge"),

@@ -1,18 +1,18 @@
-"""The teacher's distributions as bytes, and back: pure functions on arrays, no files.
+"""The teacher's distributions to bytes and back: pure functions on arrays, no files.
 
-Three methods, one dial each:
+Three methods, one parameter each:
 
     top_k    the K most probable tokens, to half precision; `full` keeps the whole vocabulary
     top_p    every token whose probability is at least `min_probability`: few where the teacher is sure, many where not
-    sampled  every token from `head_probability` on, and an unbiased sample of the others (systematic sampling with
+    sampled  every token of at least `head_probability`, and an unbiased sample of the others (systematic sampling with
              inclusion probabilities in proportion to size: Madow, Ann. Math. Statist. 20, 1949)
 
 The mass of all other tokens (the *tail*) is stored for each temperature in `cache.temperatures`. It is never dropped:
 training treats it as one bucket of its own.
 
 Record of `top_k`, P positions: ids (uint16 where V <= 65,536, else uint32) [P, K] in descending order of probability,
-logprobs float16 [P, K], tail logprobs float32 [P, temperatures]; one after the other, little endian, through zstd.
-Records of the other two: room `sparse_codec`.
+logprobs float16 [P, K], tail logprobs float32 [P, temperatures]; one after the other, little endian, compressed by
+zstd. Records of the other two: `sparse_codec`.
 """
 
 from collections.abc import Sequence
@@ -27,26 +27,28 @@ from numpy.typing import NDArray
 from retort.cache.sparse_streams import MAX_STEPS, MAX_VOCABULARY, TAIL_UNIT, Grid, build_grid
 from retort.config.sections import Cache
 
-# float16 has 11 significant bits: a logprob of -8 is stored to 0.004, and its probability to 0.4 %. Below
-# this floor a probability is zero in float32 anyway (a masked token's logprob is -inf).
+# float16 has 11 significant bits: a logprob of -8 is stored to 0.004, and its probability to 0.4 %. Below this floor
+# a probability is zero in float32 anyway (a masked token's logprob is -inf).
 LOGPROB_FLOOR = -10_000.0
 _ZSTD_LEVEL = 3
 
 
 @dataclass(frozen=True)
 class Codec:
-    """What a reader must know to decode a record; it travels in every file's header."""
+    """What a reader must know to decode a record; part of every file's header."""
 
     method: str
-    top_k: int | None  # tokens kept, of method top_k
+    top_k: (
+        int | None
+    )  # number of tokens kept (top_k only, as the next three are of the other methods)
     temperatures: tuple[float, ...]
     vocabulary: int  # width of the teacher's output layer
-    min_probability: float | None = None  # from which a token is exact, of the other methods
+    min_probability: float | None = None  # from which a token is exact
     steps: int | None = None  # a probability is stored as the square of a multiple of 1 / steps
-    order: str | None = None  # digest of the token ids by falling frequency
+    order: str | None = None  # digest of the token ids by descending frequency
 
     def __post_init__(self) -> None:
-        """Refuse what no record can be coded with: the compiled code does not look where it reads and writes."""
+        """Raise ValueError for sizes that cannot be coded: the compiled code does not check bounds."""
         if self.is_coded and not 1 <= self.vocabulary <= MAX_VOCABULARY:
             raise ValueError(
                 f"cache.method {self.method} codes up to {MAX_VOCABULARY:,} ids, but the teacher's output layer has "
@@ -54,11 +56,11 @@ class Codec:
             )
         if self.is_coded and not 1 <= (self.steps or 0) <= MAX_STEPS:
             raise ValueError(
-                f"a codec of {self.steps} steps is none of Retort's, which have 1 to {MAX_STEPS}: the file is damaged."
+                f"the codec has {self.steps} steps, expected 1 to {MAX_STEPS}: the file is damaged."
             )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the header's entry."""
+        """Return the entry `codec` of a header."""
         return {
             "method": self.method,
             "top_k": self.top_k,
@@ -71,7 +73,7 @@ class Codec:
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> "Codec":
-        """Read a header's entry."""
+        """Return the codec of a header's entry. Raises ValueError for sizes that cannot be coded."""
         return cls(**(entry | {"temperatures": tuple(entry["temperatures"])}))
 
     @property
@@ -80,15 +82,15 @@ class Codec:
         return self.method != "top_k"
 
     @property
-    def draw_step(self) -> int:
-        """The mass that one drawn token stands for, in units of 1/65,535; 0: none are drawn."""
+    def sample_step(self) -> int:
+        """Mass of one sampled token, in units of 1/65,535; 0 where the method samples none."""
         assert self.min_probability is not None
         return round(self.min_probability * TAIL_UNIT) if self.method == "sampled" else 0
 
     def build_grid(self, *, width: int) -> Grid:
-        """Return what writer and reader share of an entropy-coded record whose positions keep up to `width` tokens."""
+        """Return the constants of an entropy-coded record whose positions keep at most `width` tokens."""
         assert self.steps is not None
-        return build_grid(len(self.temperatures), self.steps, self.draw_step, width.bit_length())
+        return build_grid(len(self.temperatures), self.steps, self.sample_step, width.bit_length())
 
     @property
     def id_dtype(self) -> np.dtype[Any]:
@@ -98,12 +100,12 @@ class Codec:
 
 @dataclass(frozen=True)
 class SparseTargets:
-    """P positions' distributions, cut to N tokens in all, in nats; a position has as many as it needs.
+    """Sparse distributions of P positions that keep N tokens in all; each position keeps as many as it needs.
 
-    offsets int64 [P + 1]: where each position's tokens begin in ids int32 [N] and logprobs float32 [N], which are at
-    temperature 1. tail_logprobs float32 [P, temperatures]: log of the mass outside the kept tokens of
+    offsets int64 [P + 1]: where each position's tokens begin in ids int32 [N] and logprobs float32 [N] (nats,
+    temperature 1). tail_logprobs float32 [P, temperatures]: log of the mass outside the kept tokens of
     softmax(logits / T). Where the tail is sampled, nothing is outside, and the first `num_exact` int64 [P] tokens of a
-    position are exact, the others drawn (None: all are exact).
+    position are exact, the others sampled (None: all are exact).
     """
 
     offsets: NDArray[np.int64]
@@ -119,7 +121,7 @@ class SparseTargets:
         logprobs_PK: NDArray[np.float32],
         tail_logprobs: NDArray[np.float32],
     ) -> "SparseTargets":
-        """Return positions that keep K tokens each."""
+        """Return positions that keep K tokens each; tail_logprobs [P, temperatures]."""
         offsets = np.arange(len(ids_PK) + 1, dtype=np.int64) * ids_PK.shape[1]
         return cls(offsets, ids_PK.reshape(-1), logprobs_PK.reshape(-1), tail_logprobs)
 
@@ -140,7 +142,7 @@ class SparseTargets:
 
     @classmethod
     def concatenate(cls, pieces: Sequence["SparseTargets"]) -> "SparseTargets":
-        """Return several pieces as one, in order; all of them drawn, or none."""
+        """Return several pieces as one, in order; either all or none of them have sampled tokens."""
         sizes = np.concatenate([piece.sizes for piece in pieces])
         exact = [piece.num_exact for piece in pieces if piece.num_exact is not None]
         assert len(exact) in (0, len(pieces))
@@ -153,9 +155,9 @@ class SparseTargets:
         )
 
     def below(self, vocabulary: int) -> "SparseTargets":
-        """Return them without ids from `vocabulary` on, which must have no probability: no token has such an id."""
+        """Return the targets without ids >= `vocabulary`, which belong to no token and must have probability zero."""
         is_kept = self.ids < vocabulary
-        assert (self.logprobs[~is_kept] <= LOGPROB_FLOOR).all(), "probability beyond the tokens"
+        assert (self.logprobs[~is_kept] <= LOGPROB_FLOOR).all(), "an id without a token has mass"
         kept_before = np.concatenate([np.zeros(1, np.int64), np.cumsum(is_kept)])
         firsts, offsets, num_exact = self.offsets[:-1], kept_before[self.offsets], self.num_exact
         return SparseTargets(
@@ -168,27 +170,27 @@ class SparseTargets:
 
     @property
     def sizes(self) -> NDArray[np.int64]:
-        """How many tokens each position keeps, [P]."""
+        """Number of tokens that each position keeps, int64 [P]."""
         return np.diff(self.offsets)
 
     def to_rows(self) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """Return ids and logprobs [P, K], K the most that a position keeps; others repeat their last id at -inf."""
+        """Return ids and logprobs [P, K], K the largest row; shorter rows repeat their last id at -inf."""
         width = int(self.sizes.max(initial=1))
-        places = self.offsets[:-1, None] + np.arange(width)
+        indices = self.offsets[:-1, None] + np.arange(width)
         last = np.maximum(self.offsets[1:, None] - 1, 0)
         ids = (
-            self.ids[np.minimum(places, last)]
+            self.ids[np.minimum(indices, last)]
             if len(self.ids)
-            else np.zeros(places.shape, np.int32)
+            else np.zeros(indices.shape, np.int32)
         )
-        is_kept = places < self.offsets[1:, None]
-        logprobs = np.full(places.shape, -np.inf, np.float32)
+        is_kept = indices < self.offsets[1:, None]
+        logprobs = np.full(indices.shape, -np.inf, np.float32)
         logprobs[is_kept] = self.logprobs
         return ids, logprobs
 
 
 def encode(targets: SparseTargets, codec: Codec) -> bytes:
-    """Encode P positions. The values are rounded to float16; the order and the tail are kept as they are."""
+    """Encode P positions that keep K tokens each. Logprobs are rounded to float16; order and tails are kept exactly."""
     assert codec.top_k is not None
     assert (targets.sizes == codec.top_k).all(), (codec.top_k, targets.sizes)
     assert targets.ids.max(initial=0) < codec.vocabulary, (targets.ids.max(), codec.vocabulary)
@@ -204,7 +206,7 @@ def encode(targets: SparseTargets, codec: Codec) -> bytes:
 
 
 def decode(payload: bytes, codec: Codec, *, num_positions: int) -> SparseTargets:
-    """Decode what `encode` returned. Raises ValueError when the bytes are not P positions' records."""
+    """Decode a record of `encode`. Raises ValueError when the bytes are not a record of that many positions."""
     assert codec.top_k is not None
     ids_bytes = num_positions * codec.top_k * codec.id_dtype.itemsize
     values_bytes = num_positions * codec.top_k * 2
@@ -212,10 +214,10 @@ def decode(payload: bytes, codec: Codec, *, num_positions: int) -> SparseTargets
     expected = ids_bytes + values_bytes + tails_bytes
     try:
         found = zstandard.frame_content_size(payload)
-        # Asked first: a damaged size must not be allocated.
+        # The size is checked first: a damaged one must not be allocated.
         raw = zstandard.ZstdDecompressor().decompress(payload) if found == expected else b""
     except zstandard.ZstdError as error:
-        raise ValueError(f"a record does not decode ({error}): the cache is damaged.") from None
+        raise ValueError(f"a record cannot be decoded ({error}): the cache is damaged.") from None
     if found != expected:
         raise ValueError(
             f"a record of {num_positions} positions has {found} bytes, expected {expected}: the cache is damaged."
@@ -233,21 +235,21 @@ def decode(payload: bytes, codec: Codec, *, num_positions: int) -> SparseTargets
 
 @dataclass(frozen=True)
 class TokenOrder:
-    """Token ids by falling frequency in the training text, int32 [V], and each id's rank in it, int64 [V]."""
+    """Token ids by descending frequency in the training text, int32 [V], and the rank of each id, int64 [V]."""
 
     ids: NDArray[np.int32]
     ranks: NDArray[np.int64]
 
     @classmethod
     def from_ids(cls, ids: NDArray[Any]) -> "TokenOrder":
-        """Return the order of ids [V], most frequent first."""
+        """Return the order that ids [V], most frequent first, stand in."""
         ranks = np.empty(len(ids), np.int64)
         ranks[ids] = np.arange(len(ids))
         return cls(ids.astype(np.int32), ranks)
 
     @classmethod
     def from_counts(cls, counts: NDArray[np.int64], *, vocabulary: int) -> "TokenOrder":
-        """Return the order by counts [<= V]; equally frequent ids, and those beyond, by id."""
+        """Return the order by counts int64 [at most V]; ids that are equally frequent, or have no count, go by id."""
         padded = np.zeros(vocabulary, np.int64)
         padded[: len(counts)] = counts[:vocabulary]
         return cls.from_ids(np.argsort(-padded, kind="stable"))
@@ -257,23 +259,23 @@ class TokenOrder:
         return xxhash.xxh3_128_hexdigest(self.ids.astype("<u4").tobytes())
 
 
-# The dial where it is left out (the schema's descriptions say so).
-DEFAULT_PROBABILITY = {"top_p": 0.001, "sampled": 0.05}
-# What a teacher of 2.1 nats of entropy keeps at a probability of 0.01, and how that grows (make benchmark-cache).
+# Defaults of cache.min_probability and cache.head_probability, as in the schema's descriptions.
+_DEFAULT_PROBABILITY = {"top_p": 0.001, "sampled": 0.05}
+# Tokens that a teacher of 2.1 nats of entropy keeps at a probability of 0.01, and their growth (make benchmark-cache).
 _KEPT_AT_ONE_PERCENT, _KEPT_EXPONENT = 9.0, -0.58
 _BYTES_PER_KEPT, _BYTES_PER_POSITION = 1.4, 4.0
-_SAFETY = 3  # a teacher less sure of its words keeps more
+_SAFETY_FACTOR = 3  # a teacher that is less certain keeps more
 
 
 def bytes_per_position(codec: Codec) -> float:
-    """Return what one position takes: a bound for top_k, else three times what a usual teacher takes."""
+    """Return the bytes of one position: an upper bound for top_k, else three times those of a usual teacher."""
     num_tails = len(codec.temperatures)
     if codec.top_k is not None:
         return codec.top_k * (codec.id_dtype.itemsize + 2) + 4 * num_tails
     assert codec.min_probability is not None
     kept = _KEPT_AT_ONE_PERCENT * (codec.min_probability / 0.01) ** _KEPT_EXPONENT
-    drawn = 0.3 / codec.min_probability if codec.draw_step else 0.0
-    kept = min(_SAFETY * kept, 1 / codec.min_probability) + drawn
+    sampled = 0.3 / codec.min_probability if codec.sample_step else 0.0
+    kept = min(_SAFETY_FACTOR * kept, 1 / codec.min_probability) + sampled
     return _BYTES_PER_KEPT * min(kept, codec.vocabulary) + _BYTES_PER_POSITION + 2 * num_tails
 
 
@@ -283,10 +285,10 @@ def resolve_top_k(top_k: int | str, *, vocabulary: int) -> int:
 
 
 def choose_steps(method: str, min_probability: float) -> int:
-    """Return how finely roots of probabilities are stored.
+    """Return the number of steps on which square roots of probabilities are stored.
 
     top_p: rounding costs about K / (6 steps^2) nats, K the mean number of kept tokens; these steps keep it at 0.8e-3
-    for a teacher of 2.1 nats of entropy. sampled: rounding adds 3-5 % to the variance of the draws.
+    for a teacher of 2.1 nats of entropy. sampled: rounding adds 3-5 % to the variance of the sample.
     """
     steps = (
         43 * (min_probability / 0.01) ** -0.285 if method == "top_p" else 8 * min_probability**-0.5
@@ -297,10 +299,11 @@ def choose_steps(method: str, min_probability: float) -> int:
 def build_codec(
     cache: Cache, *, vocabulary: int, token_counts: NDArray[np.int64] | None = None
 ) -> Codec:
-    """Return the codec of a `cache` section for a teacher of that output width.
+    """Return the codec of a `cache` section for a teacher whose output layer has `vocabulary` ids.
 
-    `token_counts`: how often each id comes in the training text; only where files are written or read. Raises
-    ValueError when temperature 1, at which every cache is measured, is not among those stored.
+    token_counts int64 [at most V]: how often each id occurs in the training text; needed to write or read files.
+    Raises ValueError when temperature 1, at which every cache is measured, is not among those stored, or when the
+    vocabulary is too large for the method.
     """
     if 1.0 not in cache.temperatures:
         raise ValueError(
@@ -310,14 +313,14 @@ def build_codec(
     if cache.method == "top_k":
         top_k = resolve_top_k(cache.top_k, vocabulary=vocabulary)
         return Codec(cache.method, top_k, tuple(cache.temperatures), vocabulary)
-    dial = cache.min_probability if cache.method == "top_p" else cache.head_probability
-    least = DEFAULT_PROBABILITY[cache.method] if dial is None else dial
+    given = cache.min_probability if cache.method == "top_p" else cache.head_probability
+    least = _DEFAULT_PROBABILITY[cache.method] if given is None else given
     order = (
         TokenOrder.from_counts(token_counts, vocabulary=vocabulary).digest()
         if token_counts is not None
         else None
     )
-    # Temperature 1 comes first: sizes and levels are told from its tail. Draws serve no other.
+    # Temperature 1 comes first: sizes and levels are predicted from its tail. A sample is unbiased at no other.
     others = tuple(t for t in cache.temperatures if t != 1.0 and cache.method != "sampled")
     temperatures = (1.0, *others)
     steps = choose_steps(cache.method, least)

@@ -1,4 +1,4 @@
-"""What a cache will cost, known before the first GPU starts: positions, bytes, and whether the disk holds them."""
+"""The size of a cache, estimated before the first GPU job starts, and whether the disk can hold it."""
 
 import math
 import shutil
@@ -9,7 +9,7 @@ from typing import Any
 from retort.cache.codec import build_codec, bytes_per_position
 from retort.config.sections import Cache, Merge
 
-# Stored bytes beside the records' values: ids and mask; key, offsets, checksum and zstd's frame; HDF5's own.
+# Bytes beside the records' values: ids and mask; key, offsets, checksum and zstd's frame; HDF5's own.
 _BYTES_PER_TOKEN = 5
 _BYTES_PER_SEQUENCE = 64 + 40
 _BYTES_PER_PART = 32 << 10
@@ -17,9 +17,10 @@ _BYTES_PER_PART = 32 << 10
 
 @dataclass(frozen=True)
 class CacheCost:
-    """The cost of one cache, from the token index and the config alone.
+    """The estimated size of one cache.
 
-    `record_bytes` is an upper bound where `is_bound`; else it is three times what a usual teacher's records take.
+    record_bytes: an upper bound if `is_bound`, else three times the bytes of a usual teacher's records. total_bytes:
+    while its parts are merged, parts included.
     """
 
     positions: int
@@ -34,14 +35,13 @@ class CacheCost:
         return vars(self)
 
 
-def plan_cache(
+def estimate_cost(
     index: dict[str, Any], cache: Cache, merge: Merge, *, vocabulary: int, folder: Path
 ) -> CacheCost:
-    """Return what the cache will take. While parts are merged they and the merged file lie side by side.
+    """Return the size of the cache of an index.json for a teacher whose output layer has `vocabulary` ids.
 
-    A virtual cache has its records in the parts alone.
-
-    Raises ValueError when the disk holding `folder` has not enough room.
+    While parts are merged, they and the merged file exist side by side; a virtual cache stores its records once.
+    Raises ValueError when the disk of `folder`, which need not exist, has too little space.
     """
     train = index["train"]
     codec = build_codec(cache, vocabulary=vocabulary)
@@ -73,7 +73,7 @@ def plan_cache(
 
 
 def format_bytes(number: int) -> str:
-    """Return a number of bytes for people, in decimal units: 812 bytes, 3.4 MB, 1.2 TB."""
+    """Return a number of bytes in decimal units: 812 bytes, 3.4 MB, 1.2 TB."""
     value = float(number)
     for unit in ("bytes", "kB", "MB", "GB"):
         if value < 999.95:
@@ -85,9 +85,9 @@ def format_bytes(number: int) -> str:
 def describe_cost(cost: CacheCost) -> str:
     """Return the cost in one line."""
     per_position = cost.record_bytes / max(1, cost.positions)
-    most = "at most" if cost.is_bound else "hardly more than"
+    bound = "at most" if cost.is_bound else "probably less than"
     return (
-        f"cache: {cost.positions:,} positions in {cost.parts} parts, {most} {per_position:.0f} bytes each "
-        f"({format_bytes(cost.record_bytes)}); room needed while merging {format_bytes(cost.total_bytes)}, "
+        f"cache: {cost.positions:,} positions in {cost.parts} parts, {bound} {per_position:.0f} bytes each "
+        f"({format_bytes(cost.record_bytes)}); disk space needed while merging {format_bytes(cost.total_bytes)}, "
         f"free {format_bytes(cost.disk_free_bytes)}"
     )

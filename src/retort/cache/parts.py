@@ -1,6 +1,6 @@
-"""The parts of a logit cache: their names, written by workers, found missing, removed.
+"""The parts of a logit cache: named, written by workers, listed where missing, removed after merging.
 
-Every file is written in one canonical order, so equal content gives equal bytes whatever happened on the way.
+Every file is written in one canonical order, so equal content gives equal bytes.
 """
 
 import json
@@ -36,11 +36,11 @@ from retort.io.hdf5 import write_h5, write_text
 from retort.tokens.index import TokenIndex
 from retort.tokens.sequences import TABLE_COLUMNS, SequenceTable
 
-DAMAGED = ".damaged"
+DAMAGED_SUFFIX = ".damaged"
 
 
-def find_order(index: TokenIndex, codec: Codec) -> TokenOrder | None:
-    """Return the order of tokens that a codec writes their ids in; None where it writes them as they are."""
+def load_token_order(index: TokenIndex, codec: Codec) -> TokenOrder | None:
+    """Return the order of tokens that an entropy-coding codec ranks them by; None for `top_k`, which stores ids."""
     if not codec.is_coded:
         return None
     order = TokenOrder.from_counts(index.read_token_counts(), vocabulary=codec.vocabulary)
@@ -51,22 +51,22 @@ def find_order(index: TokenIndex, codec: Codec) -> TokenOrder | None:
 def build_header(
     index: TokenIndex, record: dict[str, Any], cache: Cache, *, source: Path
 ) -> CacheHeader:
-    """Return the header of a cache; refuses tokens that another tokenizer made than the teacher's.
+    """Return the header of a cache; `record`: the teacher's fingerprint.json, read from `source`.
 
-    Raises ValueError when the tokenizer has ids beyond the teacher's output layer, or is another one.
+    Raises ValueError when the tokens' tokenizer is not the teacher's, or has ids beyond the teacher's output layer.
     """
     tokenizer = index.content["tokenizer"]
     if tokenizer["size"] > record["vocabulary"]:
         raise ValueError(
             f"the tokenizer has {tokenizer['size']} tokens, but the teacher's output layer has only "
-            f"{record['vocabulary']} ({source}): they do not belong together. Leave dataset.tokenizer out to use "
-            "the teacher's own."
+            f"{record['vocabulary']} ({source}): they do not fit together. Leave dataset.tokenizer out to use the "
+            "teacher's own."
         )
     if tokenizer["fingerprint"] != record["tokenizer"]["fingerprint"]:
         raise ValueError(
             f"the tokens were made by tokenizer {tokenizer['fingerprint']} ({index.path}), the teacher's is "
             f"{record['tokenizer']['fingerprint']} ({source}): its distributions would belong to other tokens. "
-            "Leave dataset.tokenizer out, or delete the tokens' folder if the teacher's tokenizer was changed."
+            "Leave dataset.tokenizer out, or delete the tokens' folder if the teacher's tokenizer has changed."
         )
     counts = index.read_token_counts()
     codec = build_codec(cache, vocabulary=record["vocabulary"], token_counts=counts)
@@ -74,7 +74,7 @@ def build_header(
 
 
 def part_path(folder: Path, part_name: str, header: CacheHeader) -> Path:
-    """Return where the part of that name lies: the file name says what is in it and what made it."""
+    """Return the path of a part, whose file name is a digest of its content's name and of what it was made from."""
     return folder / f"{digest([part_name, header.to_json(), CACHE_VERSION])}.h5"
 
 
@@ -87,11 +87,11 @@ def write_part(
     *,
     halved: bool = False,
 ) -> None:
-    """Write one part atomically, and read it back.
+    """Write one part atomically, and verify what was written.
 
-    halved: memory ran out, so it was scored in smaller batches than others would, and rounds otherwise.
-    `targets` holds the table's counted positions in order, [P] rows (method top_k), or every sequence's streams, which
-    `order` was used for.
+    targets: of all P counted positions of the table in order (top_k), or the streams of each sequence (the other
+    methods), which were made with `order`. halved: memory ran out, so it was scored in smaller batches, which round
+    differently. Raises ValueError when what was written is damaged.
     """
     packed = b""
     if isinstance(targets, SparseTargets):
@@ -123,7 +123,7 @@ def write_part(
             file.create_dataset(name, data=columns[name])
         write_header(file, header, table.label_names, columns, halved_parts=int(halved))
 
-    # Whoever merges it relies on its checksums.
+    # Verified here, since merging relies on its checksums.
     write_h5(path, fill, verify=lambda written: LogitCache(written).verify())
 
 
@@ -135,6 +135,7 @@ def write_header(
     *,
     halved_parts: int,
 ) -> None:
+    """Write a file's header and attributes; `columns`: at least those of CHECKED_COLUMNS."""
     file.attrs["format"] = np.bytes_(CACHE_FORMAT)
     file.attrs["version"] = CACHE_VERSION
     checksums = {name: checksum_column(columns[name]).hex() for name in CHECKED_COLUMNS}
@@ -154,7 +155,7 @@ def _name_files(part_names: tuple[str, ...], header: CacheHeader) -> list[str]:
 
 
 def part_files(index: TokenIndex, folder: Path, header: CacheHeader) -> list[Path]:
-    """Return where every part of the index lies, in the index's order."""
+    """Return the path of every part of the index, in the index's order."""
     names = _name_files(tuple(part["name"] for part in index.parts), header)
     return [folder / name for name in names]
 
@@ -162,41 +163,41 @@ def part_files(index: TokenIndex, folder: Path, header: CacheHeader) -> list[Pat
 def find_missing_parts(
     index: TokenIndex, folder: Path, header: CacheHeader
 ) -> list[tuple[int, dict[str, Any]]]:
-    """Return (place, part) of the parts that have no file yet. A file that is there is whole: it was renamed.
+    """Return (index, part) of every part that has no file yet. A file that exists is complete: it was renamed.
 
-    Workers ask after every part. Of 10,000 parts: 10 ms; 250 ms with a question to the disk for each.
+    Workers call this after every part. It takes 10 ms for 10,000 parts; 250 ms with a system call for each.
     """
-    there = set[str]()
-    with suppress(FileNotFoundError):  # merged and removed meanwhile
-        there = {path.name for path in os.scandir(folder)}
+    existing = set[str]()
+    with suppress(FileNotFoundError):  # not made yet, or already merged and removed
+        existing = {path.name for path in os.scandir(folder)}
     names = _name_files(tuple(part["name"] for part in index.parts), header)
     return [
-        (place, part)
-        for place, (part, name) in enumerate(zip(index.parts, names, strict=True))
-        if name not in there
+        (i, part)
+        for i, (part, name) in enumerate(zip(index.parts, names, strict=True))
+        if name not in existing
     ]
 
 
 def is_merged(path: Path, header: CacheHeader) -> bool:
-    """Say whether the merged cache is there; refuses one that something else made."""
+    """Say whether the merged cache exists. Raises ValueError when it is damaged or has another header."""
     if not path.exists():
         return False
     LogitCache(path).header.require(header, source=path)
     return True
 
 
-def discard_merged(path: Path, merged: Path, header: CacheHeader) -> None:
-    """Remove a part that was written after all were merged and removed; a virtual cache keeps its own."""
+def discard_if_merged(path: Path, merged: Path, header: CacheHeader) -> None:
+    """Remove a part that was written after all parts were merged and removed; a virtual cache needs its parts."""
     if is_merged(merged, header) and not LogitCache(merged).is_virtual:
         path.unlink(missing_ok=True)
-        with suppress(OSError):  # others write here too
+        with suppress(OSError):  # not empty: other workers write here too
             path.parent.rmdir()
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove the parts of a merged cache, and the claims of the workers that made them."""
+    """Remove the parts of a merged cache, their claims and temporary files; the folder too, if it is then empty."""
     for path in sorted(folder.iterdir()) if folder.exists() else []:
-        if path.suffix in (".h5", DAMAGED, ".claim", ".tmp"):
+        if path.suffix in (".h5", DAMAGED_SUFFIX, ".claim", ".tmp"):
             path.unlink(missing_ok=True)
     if folder.exists() and not any(folder.iterdir()):
         folder.rmdir()

@@ -1,9 +1,9 @@
-"""The logit cache: what its files hold, and the one reader of all of them.
+"""The files of the logit cache: their columns and header, and the reader.
 
 A part and a merged cache are the same kind of HDF5 file (docs/cache-format.md): the sequences with their content
-keys, one encoded record per sequence, checksums, and a header that says which teacher, tokenizer, tokens and codec
-made it. A virtually merged cache is such a file too, whose records lie in its parts. A reader maps the columns into
-memory: nothing is loaded before it is asked for, and DataLoader workers may fork.
+keys, one encoded record per sequence, checksums, and a header that names the teacher, tokenizer, tokens and codec. A
+virtual cache is such a file too, whose records are stored in its parts. The reader maps the columns into memory:
+nothing is loaded before it is used, and DataLoader workers may fork.
 """
 
 import hashlib
@@ -30,8 +30,8 @@ from retort.tokens.sequences import TABLE_COLUMNS, SequenceTable, content_key
 CACHE_FORMAT = "retort-logits"
 CACHE_VERSION = 4
 CACHE_FILE = "teacher_logits.h5"
-# Columns that are checked sequence by sequence when it is read, by its content key and its record's checksum, and part
-# by part when files are merged. All others are checked whole when a file is opened.
+# Columns, and the offsets of their sequences, that are checked when a sequence is read (by its content key and its
+# record's checksum) and part by part when files are merged. All others are checked as a whole when a file is opened.
 LARGE_COLUMNS = {
     "ids": "offsets",
     "loss_mask": "offsets",
@@ -70,13 +70,15 @@ COLUMN_TYPES = {
     "tables": "u1",
     "token_order": "<u4",
 }
-_MAPS_KEPT = 256  # parts whose records are mapped at once: each is an open file, of which a process may have 1,024
-_LOOKUPS_KEPT = 64  # parts whose tables are unpacked at once, 0.9 MB each; unpacking takes 0.14 ms
+_MAX_MAPPED_PARTS = (
+    256  # of a virtual cache: each is an open file, of which a process may have 1,024
+)
+_MAX_LOOKUPS = 64  # parts whose tables stay unpacked, 0.9 MB each; unpacking takes 0.14 ms
 
 
 @dataclass(frozen=True)
 class CacheHeader:
-    """What made a cache; two files may be merged only when their headers are equal."""
+    """What a cache was made from; files may be merged only when their headers are equal."""
 
     teacher: str  # fingerprint of the weights
     tokenizer: str  # fingerprint of the tokenizer's files
@@ -84,7 +86,7 @@ class CacheHeader:
     codec: Codec
 
     def to_json(self) -> dict[str, Any]:
-        """Return the header as it is stored."""
+        """Return the header as it is stored; part files are named by a digest of it."""
         return {
             "teacher": self.teacher,
             "tokenizer": self.tokenizer,
@@ -94,7 +96,7 @@ class CacheHeader:
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> "CacheHeader":
-        """Read a stored header."""
+        """Return the header of a stored entry. Raises ValueError for a codec with impossible sizes."""
         return cls(
             entry["teacher"], entry["tokenizer"], entry["tokens"], Codec.from_json(entry["codec"])
         )
@@ -106,34 +108,32 @@ class CacheHeader:
             if mine[name] != theirs[name]:
                 raise ValueError(
                     f"{source} was made with another {name}: it holds {mine[name]!r}, expected {theirs[name]!r}. "
-                    "It does not belong to this cache: move it away and run the same command again."
+                    "It does not belong to this cache: move it away and rerun the same command."
                 )
 
 
 def checksum_record(key: bytes, record: bytes) -> int:
-    """Return the xxh3-64 of a record and the content key of its sequence: a record moved to another one is refused."""
+    """Return the xxh3-64 of a sequence's content key and its record: a record of another sequence does not match."""
     state = xxhash.xxh3_64(key)
     state.update(record)
     return state.intdigest()
 
 
 def checksum_column(column: NDArray[Any]) -> bytes:
-    """Return the xxh3-128 of a column's bytes."""
+    """Return the xxh3-128 of a column's bytes, 16 bytes."""
     return xxhash.xxh3_128_digest(np.ascontiguousarray(column).view(np.uint8).data)
 
 
 def _map_columns(
     path: Path, file: h5py.File
 ) -> tuple[dict[str, NDArray[Any]], dict[str, tuple[int, int]]]:
-    """Map every column's bytes, through one mapping of the file; 3-5x faster than h5py's reads.
+    """Map every column but a virtual cache's records into memory; 3-5x faster than h5py's reads.
 
-    Returns the columns, and where each lies: first byte, number of bytes.
-
-    A virtual cache's records are not among them. Raises ValueError for a column of another type or layout than Retort
-    writes.
+    Returns the columns, and of each the byte range in the file (first byte, number of bytes). Raises ValueError for a
+    column of another type or layout than Retort writes.
     """
-    raw = np.asarray(np.memmap(path, np.uint8, mode="r"))  # a memmap's slices take 3 us each
-    columns, places = {}, {}
+    raw = np.asarray(np.memmap(path, np.uint8, mode="r"))  # slicing a memmap takes 3 us
+    columns, byte_ranges = {}, {}
     for name, kind in COLUMN_TYPES.items():
         dataset = h5py.h5d.open(file.id, name.encode())  # 3x as fast as file[name]
         dtype, shape = dataset.dtype, dataset.shape
@@ -145,7 +145,7 @@ def _map_columns(
         if name == "records" and dataset.get_create_plist().get_external_count():
             continue
         if 0 in shape:
-            columns[name], places[name] = np.empty(shape, dtype), (0, 0)
+            columns[name], byte_ranges[name] = np.empty(shape, dtype), (0, 0)
             continue
         offset = dataset.get_offset()
         if offset is None:
@@ -155,18 +155,18 @@ def _map_columns(
         stop = offset + math.prod(shape) * dtype.itemsize
         if stop > len(raw):
             raise ValueError(
-                f"{path}: column {name} ends at byte {stop}, the file at {len(raw)}: it was cut short. Delete it and "
-                "run the same command again."
+                f"{path}: column {name} ends at byte {stop}, but the file at {len(raw)}: it was cut short. Delete it "
+                "and rerun the same command."
             )
         columns[name] = raw[offset:stop].view(dtype).reshape(shape)
-        places[name] = (offset, stop - offset)
-    return columns, places
+        byte_ranges[name] = (offset, stop - offset)
+    return columns, byte_ranges
 
 
 def _open_records(
     source: Path, columns: dict[str, NDArray[Any]], externals: list[Any], part: int
 ) -> tuple[int, NDArray[np.uint8]]:
-    """Return one part's records, and which byte of all records they begin with."""
+    """Return the offset of a part's records among all records, and these records, uint8 [bytes]."""
     bounds = columns["part_offsets"][part : part + 2]
     first, stop = columns["record_offsets"][bounds].tolist()
     if not externals:
@@ -177,14 +177,14 @@ def _open_records(
         records = np.asarray(np.memmap(path, np.uint8, mode="r", offset=offset, shape=size))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{path} cannot be read ({error}), but {source} is a virtual cache (merge.mode) and its records lie "
-            f"there: put it back, or delete {source.parent} and run the same command again."
+            f"{path} cannot be read ({error}), but {source} is a virtual cache (merge.mode), whose records are stored "
+            f"there: restore it, or delete {source.parent} and rerun the same command."
         ) from None
     return first, records
 
 
 def _unpack_lookup(columns: dict[str, NDArray[Any]], num_contexts: int, part: int) -> Lookup:
-    """Return a part's tables as a decoder reads them."""
+    """Return the decoder's tables of one part."""
     start, stop = columns["table_offsets"][part : part + 2].tolist()
     packed = columns["tables"][start:stop].tobytes()
     return build_lookup(unpack_tables(packed, num_contexts=num_contexts))
@@ -194,7 +194,10 @@ class LogitCache:
     """A part or a merged cache, opened for reading; random access by sequence, safe to fork and to pickle.
 
     Opening checks the header and the small columns; reading a sequence checks its content key and its record's
-    checksum. Every refusal is a ValueError of one sentence.
+    checksum. Both raise ValueError, naming the file, when it is damaged, foreign or newer.
+
+    header, table (all sequences), columns (by name, [see COLUMN_TYPES]), byte_ranges (of each column in the file: first
+    byte, number of bytes), halved_parts (number of parts scored in halved batches, because memory ran out).
     """
 
     def __init__(self, path: Path) -> None:
@@ -206,36 +209,35 @@ class LogitCache:
                     f"{path}: the header does not match its checksum: the file is damaged."
                 )
             entry = json.loads(text)
-            self.columns, self.places = _map_columns(path, file)
+            self.columns, self.byte_ranges = _map_columns(path, file)
             self._externals = file["records"].external or []
             for name, expected in entry["checksums"].items():
                 found = checksum_column(self.columns[name]).hex()
                 if found != expected:
                     raise ValueError(
                         f"{path}: column {name} has checksum {found}, expected {expected}: the file is damaged. "
-                        "Delete it and run the same command again."
+                        "Delete it and rerun the same command."
                     )
         self.header = CacheHeader.from_json(entry)
-        # How many of its parts were scored in halved batches, because memory ran out.
         self.halved_parts = int(entry.get("halved_parts", 0))
         order = checksum_column(self.columns["token_order"]).hex()
         if self.header.codec.is_coded and order != self.header.codec.order:
             raise ValueError(
                 f"{path}: the order of tokens is not the one that its header names: the file is damaged. Delete it and "
-                "run the same command again."
+                "rerun the same command."
             )
-        # Of each instance its own, and of its columns alone: nothing keeps a file open that nobody reads any more.
+        # Caches of this instance that do not refer to it: its files are closed as soon as it is no longer used.
         num_contexts = count_contexts(len(self.header.codec.temperatures))
-        self._find_lookup = lru_cache(_LOOKUPS_KEPT)(
+        self._find_lookup = lru_cache(_MAX_LOOKUPS)(
             partial(_unpack_lookup, self.columns, num_contexts)
         )
-        self._map_records = lru_cache(_MAPS_KEPT)(
+        self._map_records = lru_cache(_MAX_MAPPED_PARTS)(
             partial(_open_records, path, self.columns, self._externals)
         )
         names = tuple((c, lang) for c, lang in entry["label_names"])
-        of_table = {name: self.columns[name] for name in TABLE_COLUMNS}
-        of_table["loss_mask"] = of_table["loss_mask"].view(np.bool_)
-        self.table = SequenceTable(**of_table, label_names=names)
+        columns = {name: self.columns[name] for name in TABLE_COLUMNS}
+        columns["loss_mask"] = columns["loss_mask"].view(np.bool_)
+        self.table = SequenceTable(**columns, label_names=names)
 
     @cached_property
     def _order(self) -> TokenOrder:
@@ -249,7 +251,7 @@ class LogitCache:
 
     @property
     def is_virtual(self) -> bool:
-        """Whether the records lie in other files."""
+        """Whether the records are stored in other files."""
         return bool(self._externals)
 
     @property
@@ -259,16 +261,16 @@ class LogitCache:
 
     @property
     def table_bytes(self) -> int:
-        """Bytes of what all records need to be decoded: the codec's tables and the order of tokens."""
+        """Bytes of what decoding needs beside the records: the codec's tables and the order of tokens."""
         return len(self.columns["tables"]) + self.columns["token_order"].nbytes
 
     @property
     def record_checksums(self) -> NDArray[np.uint64]:
-        """One xxh3-64 per record, over its sequence's content key and its bytes, [S]."""
+        """The checksum of each sequence's record (see `checksum_record`), [S]."""
         return self.columns["record_checksums"]
 
     def read_record(self, index: int) -> bytes:
-        """Return one sequence's record as stored, checked against its checksum."""
+        """Return one sequence's record as stored. Raises ValueError when it does not match its checksum."""
         start, stop = self.columns["record_offsets"][index : index + 2].tolist()
         first, records = self._map_records(self._find_part(index))
         record: bytes = records[start - first : stop - first].tobytes()
@@ -276,18 +278,20 @@ class LogitCache:
         if found != int(self.columns["record_checksums"][index]):
             raise ValueError(
                 f"{self.path}: the record of sequence {index} does not match its checksum: the file is damaged, or "
-                "the record is another sequence's. Delete it and run the same command again."
+                "the record is another sequence's. Delete it and rerun the same command."
             )
         return record
 
     def read_targets(self, index: int) -> SparseTargets:
-        """Return the teacher's distributions at the counted positions of one sequence, in order."""
+        """Return the teacher's distributions at the P counted positions of one sequence, in order.
+
+        Raises ValueError when the sequence does not match its content key, or the record is damaged.
+        """
         row = self.table[index]
         if content_key(row.ids, row.loss_mask, row.segment_starts) != row.key:
             raise ValueError(
                 f"{self.path}: sequence {index} does not hold the tokens that its content key names, so its "
-                "distributions may belong to others: the file is damaged. Delete it and run the same command "
-                "again."
+                "distributions may belong to others: the file is damaged. Delete it and rerun the same command."
             )
         record = self.read_record(index)
         if not self.header.codec.is_coded:
@@ -305,30 +309,30 @@ class LogitCache:
         return [int(first) for first in self.columns["part_offsets"]]
 
     def _find_part(self, index: int) -> int:
-        """Return the place of the part that a sequence came from."""
+        """Return the index of the part that a sequence came from."""
         return bisect_right(self._part_offsets, index) - 1
 
     def verify(self) -> None:
-        """Read everything once, decode it and check it."""
+        """Read and decode every sequence. Raises ValueError when anything is damaged."""
         for index in range(len(self)):
             self.read_targets(index)
 
     def verify_parts(self) -> None:
-        """Check the large columns by their checksums, part by part, without decoding."""
+        """Check the large columns of all parts without decoding. Raises ValueError for the first one damaged."""
         for part in range(len(self.columns["part_checksums"])):
             self.verify_part(part)
 
     def verify_part(self, part: int) -> None:
-        """Check one part's rows of the large columns."""
+        """Check one part's rows of the large columns. Raises ValueError when they do not match their checksum."""
         expected, found = self.columns["part_checksums"][part].tobytes(), self._checksum_part(part)
         if found != expected:
             raise ValueError(
                 f"{self.path}: part {part} has checksum {found.hex()}, expected {expected.hex()}: the file is damaged. "
-                "Delete it and run the same command again."
+                "Delete it and rerun the same command."
             )
 
     def _checksum_part(self, part: int) -> bytes:
-        """Return the xxh3-128 of one part's rows of each of the large columns, one after the other."""
+        """Return the concatenated xxh3-128 of one part's rows of each of the large columns."""
         first, stop = self.columns["part_offsets"][part : part + 2].tolist()
         pieces = []
         for name, offsets in LARGE_COLUMNS.items():
@@ -342,7 +346,7 @@ class LogitCache:
 
 
 def cache_digest(cache: LogitCache) -> str:
-    """Return 64 hex digits (sha256) that name a cache's whole content, over its checksums and keys."""
+    """Return the sha256, 64 hex digits, of a cache's header, record checksums and content keys."""
     state = hashlib.sha256(json.dumps(cache.header.to_json(), sort_keys=True).encode())
     state.update(np.ascontiguousarray(cache.record_checksums).tobytes())
     state.update(np.ascontiguousarray(cache.table.keys).tobytes())

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from retort.cache.codec import Codec, SparseTargets
 from retort.cache.merged import merge_parts
-from retort.cache.parts import DAMAGED, build_header, find_missing_parts, is_merged, remove_parts
+from retort.cache.parts import (
+    DAMAGED_SUFFIX,
+    build_header,
+    find_missing_parts,
+    is_merged,
+    remove_parts,
+)
 from retort.cache.reader import CACHE_FILE, CacheHeader, LogitCache, cache_digest
 from retort.config.sections import Cache, Merge
 from retort.io.files import read_json, write_json
@@ -76,7 +82,7 @@ def _is_whole(out: Path, header: CacheHeader, *, parts: Path) -> bool:
     except ValueError:
         if not any(parts.glob("*.h5")):
             raise
-        out.replace(out.with_suffix(DAMAGED))
+        out.replace(out.with_suffix(DAMAGED_SUFFIX))
         return False
     return True
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from retort.cache.codec import Codec, SparseTargets, TokenOrder
-from retort.cache.sparse_codec import Selection, draw_uniform, to_streams
+from retort.cache.sparse_codec import Selection, hash_to_uniform, to_streams
 from retort.cache.sparse_streams import Streams
 from retort.cli import is_out_of_memory
 from retort.models.load import CausalLM
@@ -217,7 +217,7 @@ def score_part(
 def _draw_uniform(table: SequenceTable, indices: NDArray[np.int64]) -> NDArray[np.float64]:
     """Return a number for each counted position, by its sequence's content key and its place in it alone."""
     rows = [table[int(i)] for i in indices]
-    return np.concatenate([draw_uniform(row.key, np.arange(row.num_positions)) for row in rows])
+    return np.concatenate([hash_to_uniform(row.key, np.arange(row.num_positions)) for row in rows])
 
 
 def _explain(error: NotFiniteError, table: SequenceTable, indices: NDArray[np.int64]) -> ValueError:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from retort.cache.codec import Codec, SparseTargets
 from retort.cache.sparse_codec import Selection
-from retort.cache.sparse_streams import TAIL_UNIT, count_drawn
+from retort.cache.sparse_streams import TAIL_UNIT, count_sampled
 
 BLOCK = 16
 # Rows at once hold 2 MB on a CPU. Microseconds a row of all that select_probable does: 93 with 16 rows at V = 32,768,
@@ -190,7 +190,7 @@ def select_probable(
     Raises NotFiniteError as `_compute_probs` does.
     """
     assert codec.min_probability is not None
-    step = codec.draw_step
+    step = codec.sample_step
     least = step / TAIL_UNIT if step else codec.min_probability
     logits_PW = _mask(logits_PV, num_tokens=num_tokens)
     pieces = []
@@ -202,17 +202,17 @@ def select_probable(
         sizes = sizes_R.cpu().numpy().astype(np.int64)
         masses_R = probs_RW.sum(dim=-1).double().cpu().numpy() * TAIL_UNIT
         drawn = np.zeros(len(sizes), np.int64)
-        drawn_ids = np.empty(0, np.int64)
+        sampled_ids = np.empty(0, np.int64)
         if step:
             units = np.clip(np.floor(masses_R), 0, TAIL_UNIT).astype(np.int64)
-            drawn = np.array([count_drawn(unit, step) for unit in units.tolist()], np.int64)
-            drawn_ids = _draw(probs_RW, drawn, uniform_P[start : start + len(drawn)])
+            drawn = np.array([count_sampled(unit, step) for unit in units.tolist()], np.int64)
+            sampled_ids = _draw(probs_RW, drawn, uniform_P[start : start + len(drawn)])
         tails_RT = _find_tails(probs_RW, logits_RW, kept, codec.temperatures)
         tails = tails_RT.double().cpu().numpy() * TAIL_UNIT
         tails = np.clip(np.floor(tails) if step else np.rint(tails), 0, TAIL_UNIT).astype(np.int64)
         ids = ids_N.cpu().numpy().astype(np.int64)
         probs = kept.probs.double().cpu().numpy()
-        pieces.append(Selection(sizes, ids, probs, drawn, drawn_ids, tails))
+        pieces.append(Selection(sizes, ids, probs, drawn, sampled_ids, tails))
     return Selection.concatenate(pieces)
 
 
@@ -235,15 +235,15 @@ def _find_probable(probs_RW: Tensor, least: float, *, needs_one: bool) -> tuple[
 
 
 def _draw(
-    rest_RW: Tensor, drawn_sizes: NDArray[np.int64], uniform_R: NDArray[np.float64]
+    rest_RW: Tensor, sampled_sizes: NDArray[np.int64], uniform_R: NDArray[np.float64]
 ) -> NDArray[np.int64]:
     """Return the ids drawn of the masses [R, W], row after row, in the order of blocks and of tokens in a block."""
-    if drawn_sizes.sum() == 0:
+    if sampled_sizes.sum() == 0:
         return np.empty(0, np.int64)
     device = rest_RW.device
     # float64 has no place on Apple's GPUs; nobody scores there.
     sums_RB = _accumulate(_blocks(rest_RW).sum(dim=1))
-    sizes_R = torch.from_numpy(drawn_sizes).to(device)
+    sizes_R = torch.from_numpy(sampled_sizes).to(device)
     comb_N = torch.arange(int(sizes_R.max()), device=device)
     shares_RN = (comb_N[None] + torch.from_numpy(uniform_R).to(device)[:, None]) / sizes_R[
         :, None

@@ -20,10 +20,10 @@ import torch
 from retort.cache.codec import TokenOrder
 from retort.cache.parts import (
     build_header,
-    discard_merged,
+    discard_if_merged,
     find_missing_parts,
-    find_order,
     is_merged,
+    load_token_order,
     part_files,
     part_path,
     write_part,
@@ -90,7 +90,7 @@ def run_worker(
     scorer: Scorer | None = None
     progress = progress or Progress(index.parts, part_files(index, folder, header))
     num_tokens = int(index.content["tokenizer"]["size"])
-    order = find_order(index, header.codec)
+    order = load_token_order(index, header.codec)
     with (
         Claims(folder) as claims,
         _Writer(folder, header, order, on_written=progress.end_part) as writer,
@@ -203,7 +203,7 @@ class _Writer:
             )
             self.done.append(work.part["name"])
             self.on_written(work.part, path)
-            discard_merged(path, self.folder.parent / CACHE_FILE, self.header)
+            discard_if_merged(path, self.folder.parent / CACHE_FILE, self.header)
         self.longest = max(self.longest, time.monotonic() - work.begun)
 
 

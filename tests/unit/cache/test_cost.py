@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from retort.cache.codec import Codec, bytes_per_position
-from retort.cache.cost import describe_cost, plan_cache
+from retort.cache.cost import describe_cost, estimate_cost
 from retort.io.files import read_json
 from support.tiny import WIDTH, make_cache, section, tokenize
 
@@ -25,7 +25,9 @@ def test_the_plan_bounds_what_parts_and_merged_cache_take(
 ) -> None:
     index_path = tokenize(tmp_path / "tokens", tiny_corpus, tiny_teacher)
     index, folder = read_json(index_path), tmp_path / "logits"
-    cost = plan_cache(index, section("cache", top_k=top_k), COPY, vocabulary=WIDTH, folder=folder)
+    cost = estimate_cost(
+        index, section("cache", top_k=top_k), COPY, vocabulary=WIDTH, folder=folder
+    )
     cache = make_cache(folder, index_path, tiny_teacher, top_k=top_k)
     paid = sum(path.stat().st_size for path in folder.rglob("*.h5"))
     assert len(list((folder / "parts").glob("*.h5"))) == cost.parts
@@ -39,7 +41,7 @@ def test_bytes_per_position_follow_from_the_codec(
     top_k: int | str, kept: int, tmp_path: Path
 ) -> None:
     cache = section("cache", top_k=top_k, temperatures=[1.0, 2.0, 4.0])
-    cost = plan_cache(make_index(1000), cache, COPY, vocabulary=WIDTH, folder=tmp_path)
+    cost = estimate_cost(make_index(1000), cache, COPY, vocabulary=WIDTH, folder=tmp_path)
     assert cost.record_bytes == 1000 * (kept * (2 + 2) + 3 * 4)
     wide = bytes_per_position(Codec("top_k", 64, (1.0,), 128_000))
     assert wide == 64 * (4 + 2) + 4  # ids beyond 65,535 take four bytes
@@ -48,7 +50,7 @@ def test_bytes_per_position_follow_from_the_codec(
 def test_a_disk_that_is_too_small_is_refused_with_both_sizes(tmp_path: Path) -> None:
     folder = tmp_path / "not" / "made" / "yet"
     with pytest.raises(ValueError) as refusal:
-        plan_cache(make_index(10**15), section("cache"), COPY, vocabulary=WIDTH, folder=folder)
+        estimate_cost(make_index(10**15), section("cache"), COPY, vocabulary=WIDTH, folder=folder)
     sentence = str(refusal.value)
     assert "1,000,000,000,000,000 positions" in sentence and f"{tmp_path} has" in sentence
     assert (
@@ -62,7 +64,7 @@ def test_a_relative_folder_is_looked_up_from_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    cost = plan_cache(
+    cost = estimate_cost(
         make_index(10), section("cache"), COPY, vocabulary=WIDTH, folder=Path("results/x")
     )
     assert cost.disk_free_bytes > 0
@@ -70,7 +72,7 @@ def test_a_relative_folder_is_looked_up_from_here(
 
 def test_a_virtual_cache_needs_its_records_once(tmp_path: Path) -> None:
     copied, virtual = (
-        plan_cache(make_index(10**6), section("cache"), merge, vocabulary=WIDTH, folder=tmp_path)
+        estimate_cost(make_index(10**6), section("cache"), merge, vocabulary=WIDTH, folder=tmp_path)
         for merge in (COPY, VIRTUAL)
     )
     assert copied.total_bytes - virtual.total_bytes == virtual.record_bytes
@@ -78,12 +80,14 @@ def test_a_virtual_cache_needs_its_records_once(tmp_path: Path) -> None:
 
 def test_what_is_no_bound_is_not_called_one(tmp_path: Path) -> None:
     cache = section("cache", method="top_p")
-    line = describe_cost(plan_cache(make_index(9), cache, COPY, vocabulary=WIDTH, folder=tmp_path))
-    assert "hardly more than" in line and "at most" not in line
+    line = describe_cost(
+        estimate_cost(make_index(9), cache, COPY, vocabulary=WIDTH, folder=tmp_path)
+    )
+    assert "probably less than" in line and "at most" not in line
 
 
 def test_cost_is_said_in_one_line_and_kept_as_json(tmp_path: Path) -> None:
-    cost = plan_cache(
+    cost = estimate_cost(
         make_index(1_000_000), section("cache"), COPY, vocabulary=WIDTH, folder=tmp_path
     )
     line = describe_cost(cost)
@@ -93,5 +97,5 @@ def test_cost_is_said_in_one_line_and_kept_as_json(tmp_path: Path) -> None:
     assert "\n" not in line
     assert cost.to_json()["record_bytes"] == 264_000_000
     assert describe_cost(
-        plan_cache(make_index(0), section("cache"), COPY, vocabulary=5, folder=tmp_path)
+        estimate_cost(make_index(0), section("cache"), COPY, vocabulary=5, folder=tmp_path)
     )

@@ -110,7 +110,7 @@ def test_selection_adds_in_one_order_on_cuda(
         else:
             uniform_P = np.random.default_rng(0).random(20)
             found = select_probable(logits_PV, codec, num_tokens=290, uniform_P=uniform_P)
-            assert (found.drawn_ids.size > 0) == (method == "sampled")
+            assert (found.sampled_ids.size > 0) == (method == "sampled")
     assert watch.seen > 20
 
 

@@ -24,7 +24,7 @@ from retort.cache.codec import build_codec
 from retort.cache.merged import merge_parts
 from retort.cache.parts import (
     build_header,
-    discard_merged,
+    discard_if_merged,
     find_missing_parts,
     part_files,
     part_path,
@@ -563,10 +563,10 @@ def test_a_part_written_after_all_were_merged_and_removed_does_not_stay(
     parts, merged = tmp_path / "parts", tmp_path / "teacher_logits.h5"
     job.work(parts, load=lambda: teacher)
     part = next(parts.glob("*.h5"))
-    discard_merged(part, merged, job.header)
+    discard_if_merged(part, merged, job.header)
     assert part.exists(), "it is not merged yet"
     merge_parts(job.index, parts, job.header, merged)
-    discard_merged(part, merged, job.header)
+    discard_if_merged(part, merged, job.header)
     assert not part.exists()
 
 

@@ -1,0 +1,46 @@
+"""The content of a cache file as plain values, and where its bytes are."""
+
+from pathlib import Path
+from typing import Any
+
+import h5py
+
+from retort.cache.codec import decode, encode
+from retort.cache.reader import CacheHeader, LogitCache
+from retort.tokens.sequences import SequenceTable
+from support.synthetic import targets_of
+
+
+def read_everything(path: Path) -> list[Any]:
+    """Return everything that a file holds. Raises ValueError when it is refused."""
+    cache = LogitCache(path)
+    found: list[Any] = [cache.header.to_json()]
+    for i in range(len(cache)):
+        row, targets = cache.table[i], cache.read_targets(i)
+        label = cache.table.label_names[cache.table.labels[i]]
+        found.append([row.ids.tolist(), row.loss_mask.tolist(), row.segment_starts.tolist()])
+        found.append([row.key, int(cache.table.documents[i]), label])
+        found += [targets.ids.tolist(), targets.logprobs.tolist()]
+        found.append(targets.tail_logprobs.tolist())
+    return found
+
+
+def expected_of(table: SequenceTable, header: CacheHeader) -> list[Any]:
+    """Return what `read_everything` must return for a part of these sequences."""
+    found: list[Any] = [header.to_json()]
+    for i in range(len(table)):
+        row, piece = table[i], table.slice(i, i + 1)
+        payload = encode(targets_of(piece, header.codec), header.codec)
+        targets = decode(payload, header.codec, num_positions=row.num_positions)
+        found.append([row.ids.tolist(), row.loss_mask.tolist(), row.segment_starts.tolist()])
+        found.append([row.key, int(table.documents[i]), table.label_names[table.labels[i]]])
+        found += [targets.ids.tolist(), targets.logprobs.tolist()]
+        found.append(targets.tail_logprobs.tolist())
+    return found
+
+
+def column_bytes(path: Path, name: str) -> range:
+    """Return the byte range of a column in the file."""
+    with h5py.File(path) as file:
+        start = file[name].id.get_offset()
+        return range(start, start + file[name].nbytes)
