@@ -1,4 +1,4 @@
-"""The last step of a model, from hidden states to logits; by PyTorch alone, so that merging loads no transformers."""
+"""A model's head, from hidden states to logits; uses PyTorch only, so that merging need not load transformers."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,10 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Head:
-    """Hidden states -> logits: `weight` [V, D], with the models' own extras; weight None: already logits."""
+    """Hidden states -> logits: softcap(scale * (x weight^T + bias)), weight [V, D], bias [V].
+
+    softcap(z) = softcap tanh(z / softcap), as in Gemma 2. weight None: the features are the logits already.
+    """
 
     weight: Tensor | None
     bias: Tensor | None = None
@@ -16,9 +19,9 @@ class Head:
     softcap: float | None = None
 
     def logits(self, features_PD: Tensor, *, out: Tensor | None = None) -> Tensor:
-        """Return float32 logits [P, V], the caller's own to change; in `out` where given, memory that was used before.
+        """Return float32 logits [P, V] of features [P, D], without a gradient; the caller may change them.
 
-        No gradient is kept.
+        out: float32 [P, V], where they are stored if given. Any number of leading axes is allowed without it.
         """
         logits_PV: Tensor = features_PD
         if self.weight is not None:

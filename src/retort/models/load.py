@@ -1,7 +1,9 @@
-"""Load a teacher, build a student: the only room that knows transformers' model classes.
+"""Load models and record teachers.
 
-A causal LM is used in two halves: its *body*, token ids -> hidden states, and its *head*, hidden states -> logits,
-so that the head (most of the work at a large vocabulary) runs only where a prediction counts.
+A causal LM is split into its *backbone*, token ids -> hidden states, and its *head*, hidden states -> logits, so that
+the head (most of the work at a large vocabulary) runs only where a prediction counts.
+
+Legend: B sequences in a batch, T positions, D width, V vocabulary.
 """
 
 import logging
@@ -36,21 +38,22 @@ logger = logging.getLogger(__name__)
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
-# How far head(body(x)) may be from the model's own logits, relative to the largest logit, in float32.
-_PROBE_TOLERANCE = 1e-4
-# How far a later token may move an earlier logit: 0 in the causal models tried, 7e-5 in the mildest random BERT.
-_LEAK_TOLERANCE = 1e-5
+# Largest error of head(backbone(x)), relative to the largest logit, in float32.
+_SPLIT_TOLERANCE = 1e-4
+# Largest effect of a later token on an earlier logit: 0 in the causal models tried, 7e-5 in the mildest random BERT.
+_CAUSAL_TOLERANCE = 1e-5
+_LOW_PRECISION_TOLERANCE = 2e-2  # of both, in bfloat16 and float16
 
 
 def choose_device(device: str) -> torch.device:
-    """Return the torch device for `auto`, `cpu` or `cuda`; says so where GPUs were given that torch does not see.
+    """Return the torch device for `auto`, `cpu` or `cuda`; warns if GPUs were assigned that torch does not see.
 
-    Raises ValueError for `cuda` where torch sees none.
+    Raises ValueError for `cuda` if torch sees no GPU.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            f"device 'cuda' was asked for, but this PyTorch ({torch.__version__}) sees no GPU. Use device: auto "
-            "or cpu, or install the CUDA build of the same PyTorch version."
+            f"device 'cuda' was requested, but this PyTorch ({torch.__version__}) sees no GPU. Use device: auto or "
+            "cpu, or install the CUDA build of the same PyTorch version."
         )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -63,7 +66,7 @@ def choose_device(device: str) -> torch.device:
 @cache
 def _say_unseen(gpus: str) -> None:
     logger.warning(
-        f"GPUs {gpus} were given, but this PyTorch ({torch.__version__}) sees none: it runs on the CPU. "
+        f"GPUs {gpus} were assigned, but this PyTorch ({torch.__version__}) sees none: it runs on the CPU. "
         "Install the CUDA build of the same version; with device: cuda this is an error."
     )
 
@@ -80,7 +83,7 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def load_model_config(
     path: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PretrainedConfig:
-    """Load a model's config from a folder or a Hub id. Raises ValueError with the next step when it cannot."""
+    """Load a model's config from a folder or a Hub id. Raises ValueError when it cannot be loaded."""
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
             path, revision=revision, trust_remote_code=trust_remote_code
@@ -91,7 +94,10 @@ def load_model_config(
 
 
 def fingerprint_model(path: str, *, revision: str | None = None) -> dict[str, Any]:
-    """Return {"weights", "revision"}: of a local folder its content, of a Hub id its resolved commit."""
+    """Return {"weights", "revision"}: digest of a folder's files and None, or of a Hub id's commit and the commit.
+
+    Raises ValueError when a Hub id cannot be resolved.
+    """
     folder = Path(path)
     if folder.is_dir():
         return {"weights": fingerprint_weights(folder), "revision": None}
@@ -101,24 +107,31 @@ def fingerprint_model(path: str, *, revision: str | None = None) -> dict[str, An
 
 @dataclass(frozen=True)
 class CausalLM:
-    """A model in two halves. `is_split` is False where the halves do not reproduce the model: then the body
-    returns the model's own logits and the head passes them on."""
+    """A causal LM split into backbone and head.
+
+    is_split is False if the two would not reproduce the model: then the features are the model's own logits.
+    """
 
     model: PreTrainedModel
     head: Head
     vocabulary: int  # V, width of the output layer
     is_split: bool
     source: Path | None = None  # the folder that a recorded teacher was loaded from
-    stamp: str | None = None  # of its files, before they were compared with the record
-    packs: bool = False  # whether several sequences are read in one row
+    file_states: str | None = (
+        None  # `digest_file_states` of its weights, before they were compared with the record
+    )
+    packs_sequences: bool = False  # whether the teacher reads several sequences in one row
 
     def require_unchanged(self) -> None:
-        """Raise ValueError when the files were written since: on a CPU, weights are mapped, and change with them."""
-        if self.source is not None and digest_file_states(list_weights(self.source)) != self.stamp:
+        """Raise ValueError if the weights' files have changed: on a CPU they are mapped into memory, and change too."""
+        if (
+            self.source is not None
+            and digest_file_states(list_weights(self.source)) != self.file_states
+        ):
             raise ValueError(
-                f"the files of {self.source} were changed while the teacher was at work; nothing of the part in hand "
-                "was kept. Put the old files back and run the same command again, or set "
-                "teacher.generation.force_regenerate to a new value (a date, say)."
+                f"the files of {self.source} have changed while the teacher was running; the current part was not "
+                "saved. Restore the old files and rerun the same command, or set teacher.generation.force_regenerate "
+                "to a new value (for example a date)."
             )
 
     def features(
@@ -128,9 +141,9 @@ class CausalLM:
         *,
         position_ids_BT: Tensor | None = None,
     ) -> Tensor:
-        """Return hidden states [B, T, D], or logits [B, T, V] of a model that cannot be split.
+        """Return hidden states [B, T, D], or logits [B, T, V] of a model that cannot be split; all inputs are [B, T].
 
-        Several sequences in one row are told apart by position ids that begin again, without an attention mask.
+        Several sequences in one row are separated by position ids that start over, without an attention mask.
         """
         inputs = {"input_ids": input_ids_BT, "use_cache": False}
         if attention_mask_BT is not None:
@@ -145,18 +158,18 @@ class CausalLM:
 
     @property
     def device(self) -> torch.device:
-        """Where the input ids go."""
-        device: torch.device = self.model.get_input_embeddings().weight.device  # type: ignore[assignment]
+        """The device that input ids must be on."""
+        device: torch.device = self.model.get_input_embeddings().weight.device
         return device
 
     @property
     def num_parameters(self) -> int:
-        """Parameters, tied ones once."""
+        """Number of parameters, tied ones counted once."""
         return int(self.model.num_parameters())
 
 
 def split_model(model: PreTrainedModel) -> CausalLM:
-    """Split a causal LM into body and head, and prove on eight tokens that the halves make the whole."""
+    """Split a causal LM into backbone and head, unless a test on eight tokens shows that these do not reproduce it."""
     config = model.config.get_text_config()
     layer = model.get_output_embeddings()
     vocabulary = int(layer.weight.shape[0]) if layer is not None else int(config.vocab_size)
@@ -168,7 +181,7 @@ def split_model(model: PreTrainedModel) -> CausalLM:
         bias = None if bias is None else bias.detach()
         head = Head(layer.weight.detach(), bias, scale, softcap)
         split = CausalLM(model, head, vocabulary, is_split=True)
-        if _is_whole(split):
+        if _reproduces_model(split):
             return split
     logger.debug(
         f"{type(model).__name__}: its head is of an unknown form; the whole model is run at every position."
@@ -177,8 +190,8 @@ def split_model(model: PreTrainedModel) -> CausalLM:
 
 
 @torch.inference_mode()
-def _is_whole(split: CausalLM) -> bool:
-    """Say whether body and head give the model's own logits."""
+def _reproduces_model(split: CausalLM) -> bool:
+    """Say whether backbone and head give the model's own logits."""
     model = split.model
     ids = torch.arange(1, 9, device=split.device)[None] % split.vocabulary
     was_training = model.training
@@ -193,12 +206,16 @@ def _is_whole(split: CausalLM) -> bool:
         return False
     finally:
         model.train(was_training)
-    return bool(error <= (_PROBE_TOLERANCE if model.dtype == torch.float32 else 2e-2))
+    return bool(error <= _choose_tolerance(model, _SPLIT_TOLERANCE))
+
+
+def _choose_tolerance(model: PreTrainedModel, in_float32: float) -> float:
+    return in_float32 if model.dtype == torch.float32 else _LOW_PRECISION_TOLERANCE
 
 
 @torch.no_grad()
 def require_causal(model: PreTrainedModel, *, name: str) -> None:
-    """Raise ValueError when a model sees the tokens that it is to predict, as BERT does."""
+    """Raise ValueError when a model sees the tokens that it should predict, as BERT does; `name`: in the message."""
     size = int(model.config.get_text_config().vocab_size)
     ids = torch.arange(1, 9, device=model.get_input_embeddings().weight.device).repeat(2, 1) % size
     ids[1, -1] = (ids[1, -1] + 1) % size  # the two rows differ in their last token only
@@ -206,37 +223,37 @@ def require_causal(model: PreTrainedModel, *, name: str) -> None:
     logits = model.eval()(input_ids=ids, use_cache=False).logits.float()
     model.train(was_training)
     error = (logits[0, :-1] - logits[1, :-1]).abs().max() / logits.abs().max().clamp(min=1e-6)
-    if bool(error > (_LEAK_TOLERANCE if model.dtype == torch.float32 else 2e-2)):
+    if bool(error > _choose_tolerance(model, _CAUSAL_TOLERANCE)):
         raise ValueError(
-            f"{name} ({type(model).__name__}) is no causal language model: its prediction at a position changes "
+            f"{name} ({type(model).__name__}) is not a causal language model: its prediction at a position changes "
             "with the tokens after it. Use a model that predicts the next token (Llama, GPT-2, Qwen, ...)."
         )
 
 
 @torch.inference_mode()
 def measure_packing_leak(split: CausalLM) -> float:
-    """Return how far the tokens of one sequence move the other's features when both are in one row.
+    """Return how much the features of two sequences change when both are read in one row.
 
     Relative to the greatest feature; infinite for a model that takes no position ids. Below 1e-4 in float32 for Llama,
-    GPT-2, Qwen2, Gemma2 and GPT-NeoX; BLOOM, OPT, Falcon with ALiBi and Mamba mix the two.
+    GPT-2, Qwen2, Gemma2 and GPT-NeoX; in BLOOM, OPT, Falcon with ALiBi and Mamba one sequence attends to the other.
     """
     ids_BT = torch.arange(1, 33, device=split.device).view(2, 16) % split.vocabulary
-    places_BT = torch.arange(16, device=split.device).expand(2, 16)
-    apart = split.features(ids_BT, torch.ones_like(ids_BT)).float().flatten(0, 1)
+    positions_BT = torch.arange(16, device=split.device).expand(2, 16)
+    padded = split.features(ids_BT, torch.ones_like(ids_BT)).float().flatten(0, 1)
     try:
         packed = split.features(
-            ids_BT.reshape(1, -1), None, position_ids_BT=places_BT.reshape(1, -1)
+            ids_BT.reshape(1, -1), None, position_ids_BT=positions_BT.reshape(1, -1)
         )
     except (TypeError, ValueError, RuntimeError, IndexError):
         return math.inf
-    error = (packed.float().flatten(0, 1) - apart).abs().max() / apart.abs().max().clamp(min=1e-6)
+    error = (packed.float().flatten(0, 1) - padded).abs().max() / padded.abs().max().clamp(min=1e-6)
     return float(error)
 
 
 def load_teacher(path: str, section: Teacher) -> CausalLM:
-    """Load a teacher, frozen, on its device: spread over all visible GPUs where there are several.
+    """Load a teacher, frozen, on its device, spread over all visible GPUs if there are several.
 
-    Raises ValueError where it does not fit them.
+    Raises ValueError when it cannot be loaded, does not fit the GPUs, or is not causal.
     """
     device = choose_device(section.device)
     options: dict[str, Any] = {
@@ -247,42 +264,42 @@ def load_teacher(path: str, section: Teacher) -> CausalLM:
     if section.attn_implementation is not None:
         options["attn_implementation"] = section.attn_implementation
     if device.type == "cuda":
-        # A rank of a training has its own GPU; a worker has all that it sees.
+        # A rank of a training run uses its own GPU, a worker all that it sees.
         options["device_map"] = {"": local_rank()} if is_rank() else "auto"
     model = load_pretrained(path, **options).eval().requires_grad_(False)
     _refuse_offloaded(getattr(model, "hf_device_map", {}), path=path)
     require_causal(model, name=f"teacher {path!r}")
     teacher = split_model(model)
-    return replace(teacher, packs=section.generation.packing and _can_pack(teacher))
+    return replace(teacher, packs_sequences=section.generation.packing and _can_pack(teacher))
 
 
 def _refuse_offloaded(device_map: dict[str, Any], *, path: str) -> None:
-    """Raise ValueError where accelerate found no room for a part of the teacher on the group's GPUs."""
-    outside = [name for name, place in device_map.items() if str(place) in ("cpu", "disk")]
+    """Raise ValueError when accelerate could not place all of the teacher on the group's GPUs."""
+    outside = [name for name, device in device_map.items() if str(device) in ("cpu", "disk")]
     if outside:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
         raise ValueError(
             f"the teacher {path!r} does not fit its GPU group (CUDA_VISIBLE_DEVICES: {visible}): {len(outside)} of its "
-            f"{len(device_map)} pieces, {outside[0]!r} first, would be left outside. Raise "
+            f"{len(device_map)} pieces, {outside[0]!r} first, would be offloaded. Raise "
             "teacher.generation.gpus_per_model, or use a smaller teacher.dtype."
         )
 
 
 def _can_pack(teacher: CausalLM) -> bool:
-    """Say, aloud where it is not so, whether several sequences can be read in one row."""
+    """Say whether the teacher can read several sequences in one row, and log it if it cannot."""
     leak = measure_packing_leak(teacher)
-    tolerance = _PROBE_TOLERANCE if teacher.model.dtype == torch.float32 else 2e-2
+    tolerance = _choose_tolerance(teacher.model, _SPLIT_TOLERANCE)
     if leak <= tolerance:
         return True
     logger.debug(
-        f"{type(teacher.model).__name__}: packed sequences see each other (features move by {leak:.0e} of the largest, "
-        f"expected below {tolerance:.0e}): they are padded instead."
+        f"{type(teacher.model).__name__}: packed sequences see each other (features change by {leak:.0e} of the "
+        f"largest, expected below {tolerance:.0e}): they are padded instead."
     )
     return False
 
 
 def load_pretrained(path: str, **options: Any) -> PreTrainedModel:
-    """Load a causal LM from a folder or a Hub id. Raises ValueError with the next step when it cannot."""
+    """Load a causal LM from a folder or a Hub id. Raises ValueError when it cannot be loaded."""
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, **options)
     except torch.OutOfMemoryError:
@@ -295,18 +312,18 @@ def load_pretrained(path: str, **options: Any) -> PreTrainedModel:
 def refuse_short_context(
     config: PretrainedConfig, length: int, name: str, *, what: str = "the longest sequence"
 ) -> None:
-    """Raise ValueError when a model was made for fewer positions than the `length` tokens of a sequence."""
+    """Raise ValueError, naming model and text by `name` and `what`, when a model has fewer than `length` positions."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and 0 < limit < length:
         raise ValueError(
-            f"{what} is {length} tokens, but {name} was made for at most {limit} positions "
-            f"(max_position_embeddings). Set dataset.max_length: {limit} or less (by hand: tokenize_shard.py "
-            f"--dataset-max-length {limit}), or use a model with a longer context."
+            f"{what} is {length} tokens, but {name} has at most {limit} positions (max_position_embeddings). Set "
+            f"dataset.max_length: {limit} or less (tokenize_shard.py --dataset-max-length {limit}), or use a model "
+            "with a longer context."
         )
 
 
 def describe_device(device: torch.device) -> str:
-    """Return the device in words, for run.json."""
+    """Return the device for run.json: "NVIDIA H100 x 2", "cpu, 2 threads of 16 cores"."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)} x {torch.cuda.device_count()}"
     threads = torch.get_num_threads()
@@ -314,7 +331,10 @@ def describe_device(device: torch.device) -> str:
 
 
 def record_teacher(path: Path, section: Teacher) -> None:
-    """Write fingerprint.json of a teacher: what its weights and tokenizer are, and the width of its output."""
+    """Write fingerprint.json of a teacher: digests of its weights and tokenizer, and the width of its output layer.
+
+    Raises ValueError when its tokenizer or config cannot be loaded.
+    """
     source = str(section.model_path)
     tokenizer = load_tokenizer(
         source, revision=section.revision, trust_remote_code=section.trust_remote_code
@@ -332,21 +352,21 @@ def record_teacher(path: Path, section: Teacher) -> None:
 
 
 def output_width(config: PretrainedConfig) -> int:
-    """Return V, the width of a causal LM's output layer; often more than its tokenizer has tokens."""
+    """Return V, the width of a causal LM's output layer; often more than the number of its tokens."""
     return int(config.get_text_config().vocab_size)
 
 
 def require_weights(record: dict[str, Any], path: str, *, source: Path) -> None:
-    """Raise ValueError when a model is not the one whose fingerprint was recorded: by its weights, or its Hub id."""
+    """Raise ValueError when a model's weights, or its Hub id, are not those of the record (its fingerprint.json)."""
     if not Path(path).is_dir() and path != record["name"]:
         raise ValueError(
-            f"{path!r} is not the teacher that {source} records ({record['name']!r}). Give the fingerprint.json that "
+            f"{path!r} is not the teacher that {source} records ({record['name']!r}). Use the fingerprint.json that "
             "resolve_teacher.py wrote for it."
         )
     if Path(path).is_dir() and (found := fingerprint_weights(Path(path))) != record["weights"]:
         raise ValueError(
-            f"{path} holds other weights (fingerprint {found}) than {source} records ({record['weights']}). Put "
-            "the old weights back, or set teacher.generation.force_regenerate to a new value (a date, say)."
+            f"{path} holds other weights (fingerprint {found}) than {source} records ({record['weights']}). Restore "
+            "the old weights, or set teacher.generation.force_regenerate to a new value (for example a date)."
         )
 
 
@@ -355,11 +375,12 @@ def load_recorded_teacher(
 ) -> CausalLM:
     """Load a teacher after checking that it is the recorded one, at the recorded revision.
 
-    Raises ValueError, before the weights are loaded, when sequences of `longest` tokens are more than it can read.
+    Raises ValueError before the weights are loaded when it is another one, or cannot read sequences of `longest`
+    tokens, and as `load_teacher` does.
     """
     record = read_json(record_path)
     source = Path(path) if Path(path).is_dir() else None
-    stamp = digest_file_states(list_weights(source)) if source else None
+    file_states = digest_file_states(list_weights(source)) if source else None
     require_weights(record, path, source=record_path)
     if source is None:
         section = replace(section, revision=record["revision"])
@@ -367,6 +388,6 @@ def load_recorded_teacher(
         path, revision=section.revision, trust_remote_code=section.trust_remote_code
     )
     refuse_short_context(config, longest, f"teacher {path!r}")
-    teacher = replace(load_teacher(path, section), source=source, stamp=stamp)
+    teacher = replace(load_teacher(path, section), source=source, file_states=file_states)
     assert teacher.vocabulary == record["vocabulary"], (teacher.vocabulary, record["vocabulary"])
     return teacher

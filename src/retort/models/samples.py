@@ -1,8 +1,8 @@
-"""The same prompts, continued by the teacher and by each student: what a reader looks at beside the numbers.
+"""Samples: the same prompts, continued by the teacher and by each student, to be read beside the numbers.
 
-Prompts are beginnings of held-out texts (or held-out questions), and prompts of the user's own. Each is continued
-twice: by the most probable token each time (greedy), and drawn with a seed. `score_validation` writes the teacher's
-side, `evaluate` puts each student's beside it, in a samples.json of its own.
+Prompts are beginnings of held-out texts (or held-out questions), and the user's own. Each is continued twice: greedily,
+and sampled with a seed ("drawn"). `score_validation` writes samples.json with the teacher's continuations, `evaluate`
+one with the teacher's and a student's.
 """
 
 from dataclasses import asdict, dataclass
@@ -21,7 +21,7 @@ from retort.tokens.tokenizer import encode_prefix, encode_prompt
 SAMPLES_FILE = "samples.json"
 SAMPLES_FORMAT = "retort-samples"
 SAMPLES_VERSION = 1
-_PROMPT_TOKENS = 32  # of a text that has no question, at most
+_MAX_PROMPT_TOKENS = 32  # of a text without a question
 _TEXT = {"type": "string"}
 _TEXT_OR_NULL = {"type": ["string", "null"]}
 
@@ -53,8 +53,8 @@ _SCHEMA = _object(
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """What is continued: ids that a model reads, the same as text, and what the held-out text says there, if any."""
+class SamplePrompt:
+    """A prompt as ids and as text, and how the held-out text continues, if it is from one."""
 
     ids: tuple[int, ...]
     text: str
@@ -63,7 +63,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Sample:
-    """Two continuations of one prompt."""
+    """Two continuations of one prompt: greedy, and sampled with a seed."""
 
     greedy: str
     drawn: str
@@ -73,38 +73,40 @@ class Sample:
 class Samples:
     """Prompts and one model's continuations of them; `missing` says why there are none."""
 
-    prompts: tuple[Prompt, ...]
+    prompts: tuple[SamplePrompt, ...]
     continued: tuple[Sample, ...] = ()
     missing: str | None = None
 
 
-def choose_prompts(table: SequenceTable, tokenizer: Any, settings: Evaluation) -> list[Prompt]:
-    """Return prompts from evenly spaced held-out documents, then the user's own. Equal arguments, equal prompts."""
-    begins = np.flatnonzero(np.diff(table.documents, prepend=-1) != 0)
-    long_enough = [int(i) for i in begins if table.lengths[i] >= 4]
+def choose_prompts(
+    table: SequenceTable, tokenizer: Any, settings: Evaluation
+) -> list[SamplePrompt]:
+    """Return prompts from evenly spaced held-out documents, then the user's own. Equal arguments give equal prompts."""
+    first_sequences = np.flatnonzero(np.diff(table.documents, prepend=-1) != 0)
+    long_enough = [int(i) for i in first_sequences if table.lengths[i] >= 4]
     count = min(settings.num_samples, len(long_enough))
-    chosen = [long_enough[place * len(long_enough) // count] for place in range(count)]
+    chosen = [long_enough[n * len(long_enough) // count] for n in range(count)]
     found = [_cut_prompt(table[i], tokenizer, settings.sample_max_new_tokens) for i in chosen]
-    asks = len(table) > 0 and not table.loss_mask[table.offsets[:-1]].any()
-    encode = encode_prompt if asks else encode_prefix
+    has_questions = len(table) > 0 and not table.loss_mask[table.offsets[:-1]].any()
+    encode = encode_prompt if has_questions else encode_prefix
     own = [(text, encode(text, tokenizer)) for text in settings.sample_prompts]
-    return found + [Prompt(tuple(ids), text, None) for text, ids in own]
+    return found + [SamplePrompt(tuple(ids), text, None) for text, ids in own]
 
 
-def _cut_prompt(row: Sequence, tokenizer: Any, num_new: int) -> Prompt:
+def _cut_prompt(row: Sequence, tokenizer: Any, num_new: int) -> SamplePrompt:
     """Cut a sequence where its response begins, or after its first tokens."""
     stop = int(row.segment_starts[1]) if len(row.segment_starts) > 1 else len(row.ids)
     cut = int(np.argmax(row.loss_mask)) + 1
-    if cut == 1:  # no question: the text counts from its first token on
-        cut = _find_word_end(row, tokenizer, min(_PROMPT_TOKENS, stop // 2))
+    if cut == 1:  # no question: the loss counts from the first token on
+        cut = _find_word_end(row, tokenizer, min(_MAX_PROMPT_TOKENS, stop // 2))
     ids = row.ids[:cut].tolist()
     text = _decode(tokenizer, ids)
     whole = _decode(tokenizer, row.ids[: min(stop, cut + num_new)].tolist())
-    return Prompt(tuple(ids), text, whole[len(text) :] if whole.startswith(text) else None)
+    return SamplePrompt(tuple(ids), text, whole[len(text) :] if whole.startswith(text) else None)
 
 
 def _find_word_end(row: Sequence, tokenizer: Any, longest: int) -> int:
-    """Return the largest cut, up to `longest`, after which a word begins: half a word is no fair prompt."""
+    """Return the largest cut, up to `longest`, that is not within a word; `longest` if there is none."""
     for cut in range(longest, longest // 2, -1):
         before, after = (_decode(tokenizer, row.ids[:end].tolist()) for end in (cut, cut + 1))
         if after.startswith(before) and after[len(before) :][:1].isspace():
@@ -118,24 +120,25 @@ def _decode(tokenizer: Any, ids: list[int]) -> str:
 
 
 def write_samples(path: Path, found: dict[str, Samples], *, of: str) -> None:
-    """Write samples.json: the prompts, and under each model's name ("teacher", "student") its continuations.
+    """Write samples.json: the prompts, and the continuations by model ("teacher", "student").
 
-    `of`: the run's id, or the fingerprint of the teacher's weights where it is the teacher's own file.
+    of: the run's id, or in the teacher's own file the fingerprint of its weights.
     """
     prompts = next(iter(found.values())).prompts
     assert all(samples.prompts == prompts for samples in found.values())
     models = {
-        whose: {"missing": samples.missing, "continued": [asdict(s) for s in samples.continued]}
-        for whose, samples in found.items()
+        model: {"missing": samples.missing, "continued": [asdict(s) for s in samples.continued]}
+        for model, samples in found.items()
     }
     header = {"format": SAMPLES_FORMAT, "version": SAMPLES_VERSION, "of": of}
     write_json(path, header | {"prompts": [asdict(p) for p in prompts], "models": models})
 
 
 def read_samples(path: Path, *, of: str | None, whose: str) -> dict[str, Samples]:
-    """Read samples.json: continuations by model, those of `whose` among them.
+    """Read samples.json: continuations by model.
 
-    Raises ValueError where it is damaged, newer, or of something else than `of` (None: of whatever it may be).
+    Raises ValueError when it is damaged or newer, holds none of the model `whose`, or is of something else than `of`
+    (None: anything).
     """
     try:
         content = read_json(path)
@@ -143,29 +146,28 @@ def read_samples(path: Path, *, of: str | None, whose: str) -> dict[str, Samples
         if of not in (None, content["of"]):
             raise ValueError(f"it is of {content['of']}, not of {of}")
         prompts = tuple(
-            Prompt(tuple(p["ids"]), p["text"], p["reference"]) for p in content["prompts"]
+            SamplePrompt(tuple(p["ids"]), p["text"], p["reference"]) for p in content["prompts"]
         )
         found = {
-            whose: Samples(prompts, tuple(Sample(**s) for s in m["continued"]), m["missing"])
-            for whose, m in content["models"].items()
+            model: Samples(prompts, tuple(Sample(**s) for s in m["continued"]), m["missing"])
+            for model, m in content["models"].items()
         }
         if whose not in found:
-            raise ValueError(f"there is nothing of the {whose}")
+            raise ValueError(f"it has no entry of the {whose}")
         for name, model in found.items():
             if len(model.continued) != (len(prompts) if model.missing is None else 0):
                 raise ValueError(f"{name}: {len(model.continued)} of {len(prompts)} continuations")
     except (OSError, ValueError, jsonschema.ValidationError) as error:
         raise ValueError(
-            f"{path} holds no samples that can be read ({first_line(error)}): delete the folder {path.parent} and run "
-            "the same command again."
+            f"{path} cannot be read ({first_line(error)}): delete the folder {path.parent} and rerun the same command."
         ) from None
     return found
 
 
-def require_prompts(teacher: Samples, prompts: list[Prompt], *, source: Path) -> None:
-    """Raise ValueError unless the teacher was given the same prompts."""
+def require_prompts(teacher: Samples, prompts: list[SamplePrompt], *, source: Path) -> None:
+    """Raise ValueError unless the teacher's samples, read from `source`, are of the same prompts."""
     if [p.ids for p in teacher.prompts] != [p.ids for p in prompts]:
         raise ValueError(
             f"{source} holds the teacher's continuations of other prompts ({len(teacher.prompts)}) than the student is "
-            f"given ({len(prompts)}). Delete {source.parent} and run the same command again."
+            f"given ({len(prompts)}). Delete {source.parent} and rerun the same command."
         )

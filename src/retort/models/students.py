@@ -1,4 +1,4 @@
-"""A student before it has learned anything: from a config, with weights drawn by the seed, or from a checkpoint."""
+"""A student before training: from a config, with weights initialized by the seed, or from a checkpoint."""
 
 import json
 from pathlib import Path
@@ -13,10 +13,10 @@ from retort.tokens.vocabularies import min_output_width
 
 
 def student_config(section: Student, *, vocabulary: int, tokenizer: Any) -> PretrainedConfig:
-    """Return the student's transformers config; `vocab_size` (`vocabulary`) and special ids are filled in where absent.
+    """Return the student's transformers config, in which `vocabulary` and special ids fill in what is absent.
 
-    Raises ValueError when the student's output layer has fewer ids than the tokenizer. The teacher's may be wider than
-    the student's: what it has beyond the tokenizer's ids is padding, of probability zero.
+    Raises ValueError when transformers refuses the config, or when it has fewer ids than the tokenizer. It may have
+    fewer than the teacher: the teacher's ids beyond the tokenizer's are padding, of probability zero.
     """
     if section.model_path is not None:
         config = load_model_config(section.model_path)
@@ -31,7 +31,7 @@ def student_config(section: Student, *, vocabulary: int, tokenizer: Any) -> Pret
             config = AutoConfig.for_model(model_type, **content)
         except Exception as error:
             raise ValueError(
-                f"student.config {str(path)!r} is no valid transformers {model_type!r} config: {error}"
+                f"student.config {str(path)!r} is not a valid transformers {model_type!r} config: {error}"
             ) from error
     size = int(config.get_text_config().vocab_size)
     if size < (needed := min_output_width(tokenizer)):
@@ -55,7 +55,10 @@ def name_student(section: Student) -> str:
 def build_student(
     section: Student, *, vocabulary: int, tokenizer: Any, seed: int
 ) -> PreTrainedModel:
-    """Build the student in float32: from a config with weights drawn by `seed`, or from a checkpoint."""
+    """Return the student in float32: from a config with weights initialized by `seed`, or from a checkpoint.
+
+    Raises ValueError as `student_config` does, and when the model cannot be built or is not causal.
+    """
     config = student_config(section, vocabulary=vocabulary, tokenizer=tokenizer)
     torch.manual_seed(seed)
     name = name_student(section)
@@ -70,7 +73,7 @@ def build_student(
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise ValueError(
-            f"{name} cannot be built: {type(error).__name__}: {error}. Its sizes do not go together, or a key is "
+            f"{name} cannot be built: {type(error).__name__}: {error}. Its sizes do not fit together, or a key is "
             "missing or misspelt: compare it with config/students/."
         ) from error
     return model

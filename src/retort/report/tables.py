@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from retort.evaluation.formatting import format_estimate, format_metric, name_metric
 from retort.evaluation.intervals import Estimate
-from retort.models.samples import Prompt, Samples
+from retort.models.samples import SamplePrompt, Samples
 from retort.report.comparisons import compare_with_baseline, find_best
 from retort.report.records import CacheFacts, Record, find_teachers, name_teacher
 from retort.report.scoreboard import Scoreboard
@@ -318,7 +318,7 @@ def build_samples(
 ) -> list[SampleBlock]:
     """Return a block for each prompt, in the order given: the held-out text first, then teachers, then runs."""
     has_several = len({record.teacher for record in records if record.teacher}) > 1
-    prompts: dict[tuple[int, ...], Prompt] = {}
+    prompts: dict[tuple[int, ...], SamplePrompt] = {}
     lines: dict[tuple[int, ...], list[tuple[int, Continuation]]] = {}
     for record, samples in zip(records, found, strict=True):
         teacher = f"teacher {record.teacher}" if has_several else "teacher"
@@ -349,7 +349,7 @@ def _mark_run(count: int) -> str:
     return sign * count if count <= 3 else f"{sign}\N{MULTIPLICATION SIGN}{count}"
 
 
-def _pair(samples: Samples | None, name: str) -> list[tuple[Prompt, Continuation]]:
+def _pair(samples: Samples | None, name: str) -> list[tuple[SamplePrompt, Continuation]]:
     if samples is None:
         return []
     if samples.missing is not None:

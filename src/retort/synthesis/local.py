@@ -21,8 +21,8 @@ from retort.models.generate import (
     Sampling,
     clip_prompt,
     complete_batch,
-    list_ends,
-    longest_context,
+    find_context_length,
+    list_eos_ids,
 )
 from retort.models.load import describe_device, load_teacher
 from retort.synthesis.client import describe_usage
@@ -131,12 +131,12 @@ class TransformersGenerator(LocalGenerator):
 
     def _complete(self, start: int, batch: range) -> list[Completion]:
         model, tokenizer, sampling = self._model, self.tokenizer, self._sampling
-        context = longest_context(model.config)
+        context = find_context_length(model.config)
         ids = [clip_prompt(self._encode(i), context, sampling.max_new_tokens) for i in batch]
-        ends = list_ends(model.generation_config, tokenizer)
+        ends = list_eos_ids(model.generation_config, tokenizer)
         torch.manual_seed(self._seed(start))
         try:
-            return complete_batch(model, tokenizer, ids, sampling=sampling, ends=ends)
+            return complete_batch(model, tokenizer, ids, sampling=sampling, eos_ids=ends)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise

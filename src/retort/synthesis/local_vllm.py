@@ -19,10 +19,10 @@ from retort.cli import first_line
 from retort.config.sections import Synthesis, Teacher
 from retort.models.generate import (
     clip_prompt,
-    completion_room,
     describe_completion,
-    list_ends,
-    longest_context,
+    find_context_length,
+    limit_new_tokens,
+    list_eos_ids,
 )
 from retort.models.load import choose_device, choose_dtype, describe_device, load_model_config
 from retort.synthesis.local import LocalGenerator
@@ -90,8 +90,8 @@ class VllmGenerator(LocalGenerator):
                         self.tokenizer,
                         self._ids[index],
                         list(output.outputs[0].token_ids),
-                        room=self._max_new_tokens,
-                        ends=self._ends,
+                        limit=self._max_new_tokens,
+                        eos_ids=self._ends,
                     )
                     self._add_answer(index, completion)
                     progress.advance()
@@ -106,13 +106,13 @@ class VllmGenerator(LocalGenerator):
     def _context(self) -> int | None:
         loading = self.loading
         trust = loading.trust_remote_code
-        return longest_context(
+        return find_context_length(
             load_model_config(self.model_path, revision=loading.revision, trust_remote_code=trust)
         )
 
     @property
     def _max_new_tokens(self) -> int:
-        return completion_room(self._context, self.section.max_tokens)
+        return limit_new_tokens(self._context, self.section.max_tokens)
 
     @cached_property
     def _ends(self) -> list[int]:
@@ -120,7 +120,7 @@ class VllmGenerator(LocalGenerator):
             own = GenerationConfig.from_pretrained(self.model_path, revision=self.loading.revision)
         except OSError:  # some models have none
             own = None
-        return list_ends(own, self.tokenizer)
+        return list_eos_ids(own, self.tokenizer)
 
     @cached_property
     def _model(self) -> Any:

@@ -119,7 +119,7 @@ class Scorer:
 
     def _run(self, table: SequenceTable, indices: NDArray[np.int64]) -> Tensor:
         rows = [table[int(i)] for i in indices]
-        if self.teacher.packs:
+        if self.teacher.packs_sequences:
             ids_1N, places_1N, loss_1N = pack_batch(rows, device=self.teacher.device)
             features_1ND = self.teacher.features(ids_1N, None, position_ids_BT=places_1N)
             return features_1ND[loss_1N.to(features_1ND.device)]

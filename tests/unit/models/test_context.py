@@ -1,4 +1,4 @@
-"""What is typed by hand is refused too where a model is too short for the tokens, before anything is scored."""
+"""Without check_inputs too, a model with fewer positions than the longest sequence is refused before any scoring."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ def index_path(
 
 
 def make_teacher(folder: Path, tiny_teacher: Path, *, context: int) -> Path:
-    """A GPT-2, whose table of positions ends with its context, and the tiny tokenizer."""
+    """A GPT-2, whose position embeddings end with its context, and the tiny tokenizer."""
     GPT2LMHeadModel(GPT2Config(n_positions=context, **SIZES)).save_pretrained(folder)
     for path in tiny_teacher.glob("tokenizer*"):
         shutil.copy(path, folder)
@@ -97,12 +97,12 @@ def test_a_teacher_too_short_for_the_longest_sequence_is_refused_before_anything
     use: Any, index_path: Path, tiny_teacher: Path, tmp_path: Path
 ) -> None:
     teacher = make_teacher(tmp_path / "short", tiny_teacher, context=LONGEST - 1)
-    says = rf"longest sequence is 48 tokens, but teacher '{teacher}' was made for at most 47 .*: 47"
+    says = rf"longest sequence is 48 tokens, but teacher '{teacher}' has at most 47 .*: 47"
     with pytest.raises(ValueError, match=says) as caught:
         use(tmp_path, index_path, teacher)
     assert "\n" not in str(caught.value)
     assert not [*tmp_path.rglob("*.h5"), *tmp_path.rglob("teacher_validation*")]
-    use(tmp_path, index_path, make_teacher(tmp_path / "fits", tiny_teacher, context=LONGEST))
+    use(tmp_path, index_path, make_teacher(tmp_path / "long", tiny_teacher, context=LONGEST))
 
 
 def test_a_student_too_short_for_the_longest_sequence_is_refused(

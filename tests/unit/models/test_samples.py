@@ -1,4 +1,4 @@
-"""Samples: which prompts are chosen, that a model's words after them are its own, and what is refused."""
+"""Samples: which prompts are chosen, that continuations are the model's own, and which files are refused."""
 
 import json
 from dataclasses import replace
@@ -45,12 +45,12 @@ def test_prompts_are_beginnings_of_different_held_out_documents(
         for i in range(len(table))
         if i == 0 or table.documents[i] != table.documents[i - 1]
     ]
-    begun = [
+    starts = [
         next(n for n, row in enumerate(firsts) if tuple(row.ids[: len(p.ids)]) == p.ids)
         for p in prompts
     ]
-    assert len(prompts) == 3 and begun == sorted(set(begun))
-    for prompt, place in zip(prompts, begun, strict=True):
+    assert len(prompts) == 3 and starts == sorted(set(starts))
+    for prompt, place in zip(prompts, starts, strict=True):
         whole = tokenizer.decode(firsts[place].ids.tolist())
         assert prompt.reference and prompt.reference[0].isspace()  # it ends with a word
         assert whole.startswith(prompt.text + prompt.reference)
@@ -59,9 +59,8 @@ def test_prompts_are_beginnings_of_different_held_out_documents(
 
 def test_a_question_ends_where_its_response_begins(tokenizer: Any) -> None:
     ids = list(range(3, 15))
-    loss_mask = [t >= 4 for t in range(len(ids) - 1)] + [
-        False
-    ]  # tokens from place 5 on are the response's
+    # Tokens from index 5 on are the response's.
+    loss_mask = [t >= 4 for t in range(len(ids) - 1)] + [False]
     table = build_table([(ids, loss_mask, 0, ("", ""))])
     (prompt,) = choose_prompts(table, tokenizer, settings(sample_max_new_tokens=3))
     assert prompt.ids == tuple(ids[:5])
@@ -90,7 +89,7 @@ def continue_greedily(model: Any, ids: tuple[int, ...], *, count: int) -> list[i
     return found[len(ids) :]
 
 
-def test_a_model_writes_what_it_finds_most_probable_and_draws_by_the_seed(
+def test_greedy_continuations_are_the_most_probable_and_sampled_ones_follow_the_seed(
     index: TokenIndex, tokenizer: Any, tiny_teacher: Path
 ) -> None:
     model = load_pretrained(str(tiny_teacher), dtype=torch.float32).eval()
@@ -137,29 +136,30 @@ def test_a_file_gives_back_what_was_written_and_refuses_what_was_changed(
     text = path.read_text()
     for old, new in (("retort-samples", "other"), ('"greedy"', '"gready"'), ("{", "")):
         path.write_text(text.replace(old, new, 1))
-        with pytest.raises(ValueError, match=r"samples.json holds no samples.*delete the folder"):
+        with pytest.raises(ValueError, match=r"samples.json cannot be read.*delete the folder"):
             read_samples(path, of="abc", whose="student")
     whole = json.loads(text)
     first = {**whole["prompts"][0], "text": 5}
     both = {"missing": "why", "continued": whole["models"]["student"]["continued"]}
     student_only = {"models": {"student": whole["models"]["student"]}}
     path.write_text(json.dumps(whole | student_only))
-    with pytest.raises(ValueError, match="nothing of the teacher"):
+    with pytest.raises(ValueError, match="no entry of the teacher"):
         read_samples(path, of="abc", whose="teacher")
     path.write_text(text)
     with pytest.raises(ValueError, match="it is of abc, not of xyz"):
         read_samples(path, of="xyz", whose="student")
-    for change in (
+    changes: list[dict[str, Any]] = [
         {"models": []},
         {"models": {}},
         {"prompts": [first, *whole["prompts"][1:]]},
         {"models": {"student": both}},
-    ):
+    ]
+    for change in changes:
         path.write_text(json.dumps(whole | change))
-        with pytest.raises(ValueError, match=r"samples.json holds no samples.*delete the folder"):
+        with pytest.raises(ValueError, match=r"samples.json cannot be read.*delete the folder"):
             read_samples(path, of="abc", whose="student")
     path.unlink()
-    with pytest.raises(ValueError, match=r"samples.json holds no samples.*delete the folder"):
+    with pytest.raises(ValueError, match=r"samples.json cannot be read.*delete the folder"):
         read_samples(path, of="abc", whose="student")
     require_prompts(student, list(prompts), source=path)
     with pytest.raises(ValueError, match=r"other prompts \(2\).*given \(1\).*Delete"):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Dialog, Page, sync_playwright
 
-from retort.models.samples import Prompt, Sample, Samples, write_samples
+from retort.models.samples import Sample, SamplePrompt, Samples, write_samples
 from retort.report.page import make_report
 from support.reports import write_demo, write_run
 
@@ -49,8 +49,8 @@ def browser() -> Iterator[Browser]:
 def write_student_samples(path: Path) -> None:
     """Write samples.json as `evaluate` does, with text that is long, markup or empty."""
     prompts = (
-        Prompt((1, 2, 3), "Once upon a time <b>there</b> was a & b", " in the text"),
-        Prompt((4, 5), "a_very_long_word_without_any_break_" * 12, None),
+        SamplePrompt((1, 2, 3), "Once upon a time <b>there</b> was a & b", " in the text"),
+        SamplePrompt((4, 5), "a_very_long_word_without_any_break_" * 12, None),
     )
     teacher = (Sample(" a dog", " a cat"), Sample("x" * 900, ""))
     metrics = json.loads(path.read_text())

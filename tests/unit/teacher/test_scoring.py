@@ -310,7 +310,7 @@ def test_packed_or_padded_and_in_any_batches_the_records_are_the_same(
     path = str(save_model(tmp_path, kind, **PACKABLE[kind]))
     packed = load_teacher(path, section("teacher", device="cpu", generation=PACKING))
     padded = load_teacher(path, section("teacher", device="cpu"))
-    assert packed.packs and not padded.packs
+    assert packed.packs_sequences and not padded.packs_sequences
     table, codec = random_table([30, 2, 17, 5, 44, 9, 3, 43]), make_codec(WIDTH, WIDTH)
     alone = score_part(Scorer(padded, 1), table, codec, num_tokens=WIDTH).targets.to_rows()
     for teacher, batch_size in ((packed, 2), (packed, 8), (padded, 3)):
@@ -333,7 +333,7 @@ def test_a_teacher_that_mixes_packed_sequences_is_found_and_padded(
 ) -> None:
     path = str(save_model(tmp_path, kind, **LEAKING[kind]))
     teacher = load_teacher(path, section("teacher", device="cpu", generation=PACKING))
-    assert not teacher.packs
+    assert not teacher.packs_sequences
     assert "packed sequences see each other" in caplog.text
 
 
