@@ -95,10 +95,10 @@ def assert_same(selection: Selection, found: SparseTargets, codec: Codec) -> Non
     """The very tokens; top_p: the very probabilities of the grid; sampled: within a step of it, rounded at random."""
     assert codec.steps is not None
     firsts = np.concatenate([[0], np.cumsum(selection.sizes)])
-    drawn = np.concatenate([[0], np.cumsum(selection.sampled_sizes)])
+    sampled_stops = np.concatenate([[0], np.cumsum(selection.sampled_sizes)])
     for p, row in enumerate(as_rows(found)):
         exact = selection.ids[firsts[p] : firsts[p + 1]].tolist()
-        sampled = selection.sampled_ids[drawn[p] : drawn[p + 1]].tolist()
+        sampled = selection.sampled_ids[sampled_stops[p] : sampled_stops[p + 1]].tolist()
         assert sorted(row) == sorted(exact + sampled)
         tail = selection.tails[p, 0] / TAIL_UNIT
         assert sum(row[i] for i in sampled) == pytest.approx(tail if sampled else 0, rel=1e-5)

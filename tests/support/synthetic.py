@@ -66,6 +66,7 @@ def make_targets(num_positions: int, codec: Codec, *, seed: int) -> SparseTarget
     """Distributions as a teacher would give them, from exactly rounded arithmetic only."""
     assert codec.top_k is not None
     rng = np.random.default_rng(seed)
+    assert codec.top_k is not None
     shape = (num_positions, codec.top_k)
     ids = np.zeros(shape, np.int32)
     for row in ids:

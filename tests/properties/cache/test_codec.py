@@ -25,6 +25,7 @@ def codecs(draw: st.DrawFn) -> Codec:
 def encodable(draw: st.DrawFn, min_rows: int = 0) -> tuple[Codec, SparseTargets]:
     codec, rows = draw(codecs()), draw(st.integers(min_rows, 5))
     logprobs = st.floats(-2e4, 0, width=32) | st.just(-np.inf)
+    assert codec.top_k is not None
     shape = (rows, codec.top_k)
     return codec, SparseTargets.from_rows(
         draw(arrays.arrays(np.int32, shape, elements=st.integers(0, codec.vocabulary - 1))),

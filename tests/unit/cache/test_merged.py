@@ -1,4 +1,4 @@
-"""Merging: the same cache whoever made the parts, and damaged parts are named."""
+"""Merging: equal parts give the same file in any order, and missing and damaged parts are named."""
 
 import errno
 import gc
@@ -36,9 +36,9 @@ def do_stripe(
     index: TokenIndex, folder: Path, header: CacheHeader, worker: int, num_workers: int
 ) -> None:
     """What a worker does, in an order of its own."""
-    mine = index.parts[worker::num_workers]
-    random.Random(worker).shuffle(mine)
-    for part in mine:
+    stripe = index.parts[worker::num_workers]
+    random.Random(worker).shuffle(stripe)
+    for part in stripe:
         table = index.read_part(part)
         path = part_path(folder, part["name"], header)
         write_part(path, table, targets_of(table, header.codec), header)
@@ -49,7 +49,7 @@ def sha256(path: Path) -> str:
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3, 4])
-def test_the_merged_file_is_the_same_whoever_made_its_parts_and_when(
+def test_the_merged_file_is_the_same_for_any_workers_and_order(
     index: TokenIndex, header: CacheHeader, merged: Path, tmp_path: Path, num_workers: int
 ) -> None:
     workers = [

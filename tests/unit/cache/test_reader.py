@@ -83,7 +83,7 @@ def read_in_child(cache: LogitCache, start: int, step: int, send: Any) -> None:
 def test_a_cache_opened_before_a_fork_is_read_by_all_children(merged: Path) -> None:
     cache = LogitCache(merged)
     alone = [cache.read_targets(i).ids.tolist() for i in range(len(cache))]
-    found = {}
+    found: dict[int, list[int]] = {}
     pipes = [forking.Pipe() for _ in range(3)]
     children = [
         forking.Process(target=read_in_child, args=(cache, w, 3, pipes[w][1])) for w in range(3)

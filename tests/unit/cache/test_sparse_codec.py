@@ -119,14 +119,16 @@ def test_a_position_does_not_depend_on_how_its_sequence_was_cut() -> None:
         ), name
 
 
-@pytest.mark.parametrize("num_draws", [300, pytest.param(3000, marks=pytest.mark.slow)])
-def test_draws_are_unbiased_and_vary_less_than_draws_with_replacement(num_draws: int) -> None:
+@pytest.mark.parametrize("num_samples", [300, pytest.param(3000, marks=pytest.mark.slow)])
+def test_samples_are_unbiased_and_vary_less_than_sampling_with_replacement(
+    num_samples: int,
+) -> None:
     codec, order = make_codec("sampled")
     logits = make_logits(6, seed=1)
     probs = logits.double().softmax(dim=-1).numpy()
     total, squares, kept = np.zeros_like(probs), np.zeros_like(probs), 0.0
-    for draw in range(num_draws):
-        key = draw.to_bytes(8, "little") * 2
+    for number in range(num_samples):
+        key = number.to_bytes(8, "little") * 2
         selection = select(logits, codec, key=key)
         kept += selection.sizes.sum() + selection.sampled_sizes.sum()
         found = code(selection, codec, order, np.zeros(6, np.int64), key)[2]
@@ -134,22 +136,22 @@ def test_draws_are_unbiased_and_vary_less_than_draws_with_replacement(num_draws:
             for token, value in row.items():
                 total[p, token] += value
                 squares[p, token] += value**2
-    mean = total / num_draws
-    variance = squares / num_draws - mean**2
-    # Of a token that was hardly ever drawn, the draws do not tell the variance; p times its weight does.
+    mean = total / num_samples
+    variance = squares / num_samples - mean**2
+    # The variance of a token that was hardly ever sampled is not known from the samples; p times its weight bounds it.
     standard_error = np.sqrt(
-        np.maximum(variance, probs * METHODS["sampled"]["head_probability"]) / num_draws
+        np.maximum(variance, probs * METHODS["sampled"]["head_probability"]) / num_samples
     )
     # Below 1/65,535 the tail's mass is rounded down; a row's scaling to sum to one is of second order in its step.
     assert codec.steps is not None
     bias = np.abs(mean - probs) - 2 / TAIL_UNIT - probs / codec.steps**2
     assert np.all(bias <= 5 * standard_error + 1e-9), (bias - 5 * standard_error).max()
-    draws = kept / (num_draws * len(probs))
-    with_replacement = (1 - (probs**2).sum(axis=1)) / draws
+    tokens_kept = kept / (num_samples * len(probs))
+    with_replacement = (1 - (probs**2).sum(axis=1)) / tokens_kept
     assert variance.sum(axis=1).mean() < 0.7 * with_replacement.mean()
 
 
-def test_a_token_that_rounding_draws_twice_gives_way_to_the_most_probable_one_left() -> None:
+def test_a_token_sampled_twice_by_rounding_is_replaced_by_the_most_probable_one_left() -> None:
     rest_PV = torch.tensor([[0.0, 0.4, 0.1, 0.3, 0.2], [0.25, 0.25, 0.25, 0.25, 0.0]])
     ids, rows = np.array([1, 1, 4, 3, 3]), np.array([0, 0, 0, 1, 1])
     assert _separate(ids, rows, rest_PV).tolist() == [1, 3, 4, 3, 0]
@@ -239,7 +241,7 @@ def test_the_documented_reader_reads_a_cache_as_ours_does(
             kept = {k: np.exp(v) for k, v in kept.items() if v > -10_000}
             assert sorted(kept) == sorted(k for k, v in mine.items() if v > 0)
             assert all(kept[k] == pytest.approx(mine[k], rel=1e-5) for k in kept)
-            if method != "sampled":  # whose tail is what was drawn
+            if method != "sampled":  # whose tail is the mass of the sampled tokens
                 assert np.allclose(tails, tail, rtol=1e-5)
 
 
