@@ -1,4 +1,4 @@
-"""One worker of the teacher's pass: does parts of the index until all of them have a file.
+"""Run one worker of the teacher's pass: it does parts of the index until every part has a file.
 
     python workflow/scripts/generate_logits.py --index results/tokens/mine/index.json --teacher models/teacher \\
         --fingerprint results/teachers/mine/fingerprint.json --worker 0 --num-workers 1 \\
@@ -14,7 +14,7 @@ from retort.config.flags import add_section_flags, section_from_args
 
 
 def main() -> None:
-    """Hold one GPU group, do parts, write the receipt."""
+    """Lease one GPU group, do parts, write the receipt."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -25,10 +25,10 @@ def main() -> None:
     parser.add_argument("--teacher", required=True, help="folder or Hub id of the teacher")
     parser.add_argument("--worker", type=int, default=0, help="which worker this is, from 0")
     parser.add_argument(
-        "--num-workers", type=int, default=1, help="how many share the parts; names nothing"
+        "--num-workers", type=int, default=1, help="workers that share the parts; changes no result"
     )
     parser.add_argument(
-        "--output", required=True, type=Path, help="the receipt; parts/ lies beside it"
+        "--output", required=True, type=Path, help="the receipt; parts/ is beside it"
     )
     for section in ("teacher", "teacher.generation", "cache"):
         add_section_flags(parser, section)

@@ -1,4 +1,4 @@
-"""Merge the parts of a cache into one file, in the index's order; measure its fidelity; remove the parts.
+"""Merge the parts of a cache in the index's order, measure its fidelity, and remove the parts.
 
     python workflow/scripts/merge_h5.py --index results/tokens/mine/index.json \\
         --fingerprint results/teachers/mine/fingerprint.json --output results/logits/mine/manifest.json
@@ -27,7 +27,7 @@ def main() -> None:
         help="teacher_validation.safetensors, to measure the fidelity",
     )
     parser.add_argument(
-        "--output", required=True, type=Path, help="manifest.json; the cache lies beside it"
+        "--output", required=True, type=Path, help="manifest.json; the cache is written beside it"
     )
     add_section_flags(parser, "cache")
     add_section_flags(parser, "merge")

@@ -1,4 +1,4 @@
-"""Say what a cache will cost before the teacher starts, and refuse one that the disk cannot hold.
+"""Estimate the size of a cache before the teacher starts; fails if the disk cannot hold it.
 
     python workflow/scripts/plan.py --index results/tokens/mine/index.json \\
         --fingerprint results/teachers/mine/fingerprint.json --output results/logits/mine/plan.json

@@ -1,4 +1,4 @@
-"""Record a teacher's fingerprint: of a folder the weights' digest, of a Hub id the commit that it means today.
+"""Record a teacher's fingerprint: the digest of a folder's weights, or the current commit of a Hub id.
 
     python workflow/scripts/resolve_teacher.py --teacher-model-path models/teacher \\
         --output results/teachers/mine/fingerprint.json

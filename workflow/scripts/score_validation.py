@@ -1,10 +1,10 @@
-"""The teacher reads the held-out sequences once, and a sample of the training sequences again.
+"""Score the held-out sequences, and a sample of the training sequences, with the teacher.
 
     python workflow/scripts/score_validation.py --index results/tokens/mine/index.json --teacher models/teacher \\
         --fingerprint results/teachers/mine/fingerprint.json \\
         --output results/validation/mine/teacher_validation.safetensors
 
-What the teacher writes when it continues some prompts goes into samples.json beside it.
+The teacher's continuations of some prompts are written to samples.json beside the output.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from retort.config.flags import add_section_flags, section_from_args
 
 
 def main() -> None:
-    """Write the teacher's exact distributions: hidden states and head."""
+    """Write the teacher's exact distributions as hidden states and head."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""Sequences to distributions: the teacher reads the corpus once, part by part, and the parts become one cache.
+"""Sequences to distributions: the teacher reads the corpus once, part by part, and the parts are merged into one cache.
 
 Read `scoring` first, then `worker` and `merge`.
 """

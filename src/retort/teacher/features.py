@@ -1,9 +1,9 @@
-"""What a teacher says of held-out text, exactly, in one file: its last hidden states and its head.
+"""A teacher's exact distributions on held-out text, in one file: its last hidden states and its head.
 
-A full distribution over V tokens is head(hidden state): keeping D numbers a position and the head once keeps the
-whole distribution, at full precision, for D / V of its size. Ten students are compared with one teacher without
-loading it again. The same file holds the hidden states at a sample of *training* positions, re-scored in other
-batches than the cache's were: against them `merge_h5` measures the fidelity of the cache.
+A full distribution over V tokens is head(hidden state), so D numbers per position and the head once are the whole
+distribution, at full precision, in D / V of its size. Any number of students are compared with a teacher that is never
+loaded again. The same file holds the hidden states at a sample of *training* positions, scored again in other batches
+than those of the cache: against them `merge_h5` measures the cache's fidelity.
 """
 
 import json
@@ -31,10 +31,11 @@ OTHER_TOKENIZER = "student and teacher have different tokenizers, so their distr
 
 @dataclass(frozen=True)
 class TeacherFeatures:
-    """What one teacher says of two tables of sequences.
+    """One teacher's features of two tables of sequences: held-out ones ("val") and a sample for training ("train").
 
-    features: {"val": [P, D], "train": [P, D]} at the tables' counted positions, in order; `train_sequences`: the
-    places of the "train" table's sequences among all training sequences; ids >= num_tokens have probability 0.
+    features: by split, [P, D] at the table's counted positions, in order (logits [P, V] of a model without a known
+    head). train_sequences int64 [S]: indices of the "train" table's sequences among all training sequences. Ids from
+    num_tokens on have probability 0. keys: by split, `digest_keys` of the table.
     """
 
     features: dict[str, Tensor]
@@ -54,7 +55,7 @@ class TeacherFeatures:
         return logits_PV.log_softmax(dim=-1)
 
     def to(self, device: torch.device) -> "TeacherFeatures":
-        """Return the same with the head on a device, where the logprobs are then made."""
+        """Return the same with the head on a device, where `logprobs` then computes."""
         head = self.head
         moved = [
             tensor if tensor is None else tensor.to(device) for tensor in (head.weight, head.bias)
@@ -62,26 +63,26 @@ class TeacherFeatures:
         return replace(self, head=replace(head, weight=moved[0], bias=moved[1]))
 
     def require_teacher(self, weights: str, *, source: Path, made_from: Path) -> None:
-        """Raise ValueError unless the teacher with these weights' fingerprint scored them."""
+        """Raise ValueError unless the weights of the teacher that scored them have this fingerprint."""
         if self.teacher != weights:
             raise ValueError(
                 f"{source} was scored by teacher {self.teacher}, but {made_from} records {weights}: the teacher's "
-                f"files were changed in between. Delete {source} and run the same command again; to learn from the new "
-                "teacher instead, set teacher.generation.force_regenerate to a new value (a date, say)."
+                f"files have changed in between. Delete {source} and rerun the same command; to learn from the new "
+                "teacher instead, set teacher.generation.force_regenerate to a new value (for example a date)."
             )
 
     def require(self, split: str, table: SequenceTable, *, source: Path) -> None:
-        """Raise ValueError unless `table` holds the very sequences that were scored."""
+        """Raise ValueError unless `table` holds exactly the sequences of that split that were scored."""
         found = digest_keys(table)
         if found != self.keys[split]:
             raise ValueError(
                 f"{source} was scored on other {split} sequences (content {self.keys[split]}) than these "
-                f"({found}). Delete it and run the same command again."
+                f"({found}). Delete it and rerun the same command."
             )
 
 
 def digest_keys(table: SequenceTable) -> str:
-    """Return a digest of a table's content keys, in order."""
+    """Return the xxh3-128, 32 hex digits, of a table's content keys in order."""
     return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(table.keys).tobytes())
 
 
@@ -112,7 +113,7 @@ def write_features(path: Path, found: TeacherFeatures) -> None:
 
 def _checksum_tensors(tensors: dict[str, Tensor]) -> dict[str, str]:
     """Return the xxh3-128 of each tensor's bytes."""
-    empty = torch.zeros(0, dtype=torch.uint8)  # a view of nothing is refused
+    empty = torch.zeros(0, dtype=torch.uint8)  # torch refuses a view of an empty tensor
     return {
         name: xxhash.xxh3_128_hexdigest(
             (tensor.contiguous().view(torch.uint8) if tensor.numel() else empty).numpy().data
@@ -122,14 +123,14 @@ def _checksum_tensors(tensors: dict[str, Tensor]) -> dict[str, str]:
 
 
 def read_features(path: Path) -> TeacherFeatures:
-    """Read the file. Raises ValueError when it is damaged, foreign or newer."""
+    """Read the file, tensors on the CPU. Raises ValueError when it is missing, damaged, foreign or newer."""
     try:
         with safe_open(path, framework="pt") as file:
             about: dict[str, Any] = json.loads((file.metadata() or {}).get("retort", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except Exception as error:
         raise ValueError(
-            f"{path} cannot be read ({error}): delete it and run the same command again."
+            f"{path} cannot be read ({error}): delete it and rerun the same command."
         ) from error
     if (about.get("format"), about.get("version")) != (FEATURES_FORMAT, FEATURES_VERSION):
         raise ValueError(
@@ -140,7 +141,7 @@ def read_features(path: Path) -> TeacherFeatures:
         if found != about["checksums"].get(name):
             raise ValueError(
                 f"{path}: tensor {name} has checksum {found}, expected {about['checksums'].get(name)}: the file is "
-                "damaged. Delete it and run the same command again."
+                "damaged. Delete it and rerun the same command."
             )
     return TeacherFeatures(
         features={split: tensors[f"features.{split}"] for split in ("val", "train")},

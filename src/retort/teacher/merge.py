@@ -1,4 +1,7 @@
-"""Parts become one cache: merged in the index's order, measured against the live teacher, described in a manifest."""
+"""Merge parts into one cache, measure it against the live teacher, and describe it in a manifest.
+
+Legend: P counted positions, K kept tokens, V vocabulary.
+"""
 
 import time
 from dataclasses import asdict
@@ -25,10 +28,10 @@ from retort.teacher.features import TeacherFeatures, read_features
 from retort.tokens.index import TokenIndex
 from retort.tokens.sequences import concatenate_tables
 
-# Storing and scoring in other batches costs below 1e-2 nats even in bfloat16; distributions that belong to another
-# position or another teacher are several nats away.
+# Nats. Storing and scoring in other batches costs below 1e-2 even in bfloat16; distributions of another position or
+# another teacher are several nats away.
 _MISALIGNED_KL = 0.5
-# A tail that rounds to nothing is below 1e-5; measured against zero, it would cost infinitely many nats.
+# Log of the least tail: one that rounds to zero is below 1e-5, but would cost infinitely many nats.
 _LEAST_TAIL = -30.0
 
 
@@ -41,21 +44,23 @@ def merge_h5(
     cache: Cache,
     merge: Merge,
 ) -> str:
-    """Merge parts/ beside the manifest into teacher_logits.h5, measure it, write manifest.json; return its line.
+    """Merge parts/ beside the manifest into teacher_logits.h5, measure it, write manifest.json; return a summary line.
 
-    The parts are removed last, unless the merged cache is a virtual one. Killed at any point, the same call finishes
-    the work: a merged file is only ever there whole, and parts are only removed once it is.
+    The parts are removed last, unless the merged cache is virtual. After an interruption at any point the same call
+    completes the work: the merged file is written atomically, and parts are removed only once it exists. Raises
+    ValueError when parts are missing or damaged, when inputs belong to another teacher or other tokens, or when the
+    cache is far from the live teacher.
     """
     started = time.monotonic()
     index = TokenIndex.read(index_path)
     header = build_header(index, read_json(fingerprint_path), cache, source=fingerprint_path)
     folder = manifest_path.parent
     out = folder / CACHE_FILE
-    if not _is_whole(out, header, parts=folder / "parts"):
+    if not _is_done(out, header, parts=folder / "parts"):
         _merge(index, folder, header, out, mode=merge.mode)
     merged = LogitCache(out)
     receipts = [read_json(path) for path in sorted(folder.glob("metadata_worker*.json"))]
-    manifest = describe_cache(merged, index) | read_fidelity(merged, features_path)
+    manifest = build_manifest(merged, index) | read_fidelity(merged, features_path)
     _refuse_misaligned(out, manifest)
     about = describe_run(
         section=asdict(cache), seed=None, device="cpu", seconds=time.monotonic() - started
@@ -73,8 +78,8 @@ def merge_h5(
     )
 
 
-def _is_whole(out: Path, header: CacheHeader, *, parts: Path) -> bool:
-    """Say whether the merged cache is there. A damaged one is put aside for as long as its parts are there too."""
+def _is_done(out: Path, header: CacheHeader, *, parts: Path) -> bool:
+    """Say whether the merged cache exists. A damaged one is renamed if its parts still exist, else ValueError."""
     try:
         if not is_merged(out, header):
             return False
@@ -88,16 +93,16 @@ def _is_whole(out: Path, header: CacheHeader, *, parts: Path) -> bool:
 
 
 def _merge(index: TokenIndex, folder: Path, header: CacheHeader, out: Path, *, mode: str) -> None:
-    """Merge the parts, unless another merge is faster: an orphan of a killed Snakemake may be at it too.
+    """Merge the parts, unless another process does so first: an orphan of a killed Snakemake may also be merging.
 
-    Where parts are to be made again, the workers' receipts go: they would say that nothing is to be done.
+    If parts are missing, the workers' receipts are removed too, so that Snakemake runs the workers again.
     """
     parts = folder / "parts"
     try:
         merge_parts(index, parts, header, out, mode=mode)
     except (ValueError, FileNotFoundError):
         if is_merged(out, header):
-            return  # which is why parts were gone
+            return  # by the other process, which removed the parts
         if find_missing_parts(index, parts, header):
             for receipt in folder.glob("metadata_worker*.json"):
                 receipt.unlink(missing_ok=True)
@@ -105,17 +110,17 @@ def _merge(index: TokenIndex, folder: Path, header: CacheHeader, out: Path, *, m
 
 
 def _refuse_misaligned(path: Path, manifest: dict[str, Any]) -> None:
-    """Raise ValueError when the cache is so far from the teacher that its records must be at wrong positions."""
+    """Raise ValueError when the cache is so far from the teacher that its records must belong elsewhere."""
     if manifest["fidelity_positions"] and not manifest["fidelity_kl"] <= _MISALIGNED_KL:
         raise ValueError(
             f"{path} does not hold this teacher's distributions at these positions: KL(live teacher || cache) is "
             f"{manifest['fidelity_kl']:.2f} nats on {manifest['fidelity_positions']:,} positions, expected below "
-            f"{_MISALIGNED_KL}. Delete {path.parent} and run the same command again."
+            f"{_MISALIGNED_KL}. Delete {path.parent} and rerun the same command."
         )
 
 
-def describe_cache(cache: LogitCache, index: TokenIndex) -> dict[str, Any]:
-    """Return the manifest's facts: they depend on the content alone, not on who made it or when."""
+def build_manifest(cache: LogitCache, index: TokenIndex) -> dict[str, Any]:
+    """Return the manifest but for the fidelity; it depends on the cache's content alone."""
     positions = cache.table.num_positions
     assert positions == index.content["train"]["positions"], (positions, index.content["train"])
     return {
@@ -136,7 +141,10 @@ def describe_cache(cache: LogitCache, index: TokenIndex) -> dict[str, Any]:
 
 
 def read_fidelity(cache: LogitCache, features_path: Path | None) -> dict[str, Any]:
-    """Return the measured fidelity, checked to be on the very sequences that were re-scored."""
+    """Return the manifest's fidelity (see `measure_fidelity`), of 0 positions where features_path is None.
+
+    Raises ValueError when the features are of another teacher or other sequences.
+    """
     if features_path is None:
         return {
             "fidelity_positions": 0,
@@ -146,24 +154,25 @@ def read_fidelity(cache: LogitCache, features_path: Path | None) -> dict[str, An
         }
     teacher = read_features(features_path)
     teacher.require_teacher(cache.header.teacher, source=features_path, made_from=cache.path)
-    places = [i for i in teacher.train_sequences.tolist() if i < len(cache)]
-    rows = [cache.table.slice(i, i + 1) for i in places]
+    indices = [i for i in teacher.train_sequences.tolist() if i < len(cache)]
+    rows = [cache.table.slice(i, i + 1) for i in indices]
     teacher.require("train", concatenate_tables(rows), source=features_path)
     return measure_fidelity(cache, teacher)
 
 
 @torch.inference_mode()
 def measure_fidelity(cache: LogitCache, teacher: TeacherFeatures) -> dict[str, Any]:
-    """Compare the cache with the live teacher at the re-scored training positions.
+    """Return means over the training positions that the teacher scored again, at temperature 1.
 
-    fidelity_kl: KL(live || cache) in nats over the kept tokens and one bucket for the tail, so that it shows
-    what storing (and scoring in other batches) changed; what cutting the tail loses is `tail_mass`.
+    fidelity_kl: KL(live teacher || cache) in nats over the kept tokens and one bucket for the tail: what storing (and
+    scoring in other batches) changed. fidelity_agreement: share with the same most probable token. tail_mass: mass
+    outside the exact tokens.
     """
-    place, kl, agree, tail = 0, 0.0, 0, 0.0
+    num_positions, kl, agree, tail = 0, 0.0, 0, 0.0
     for index in teacher.train_sequences.tolist():
         targets = cache.read_targets(index)
-        live_PV = teacher.logprobs("train", slice(place, place + len(targets)))
-        place += len(targets)
+        live_PV = teacher.logprobs("train", slice(num_positions, num_positions + len(targets)))
+        num_positions += len(targets)
         ids_PK, logprobs_PK = map(torch.from_numpy, targets.to_rows())
         ids_PK = ids_PK.long()
         best_P1 = logprobs_PK.argmax(dim=-1, keepdim=True)
@@ -177,11 +186,11 @@ def measure_fidelity(cache: LogitCache, teacher: TeacherFeatures) -> dict[str, A
         kl += float(terms.masked_fill(live == -torch.inf, 0.0).double().sum())
         agree += int((live_PV.argmax(dim=-1, keepdim=True) == ids_PK.gather(1, best_P1)).sum())
         tail += float(cached[:, -1].exp().double().sum())
-    assert place == len(teacher.features["train"]), (place, len(teacher.features["train"]))
-    n = max(1, place)
+    assert num_positions == len(teacher.features["train"]), num_positions
+    n = max(1, num_positions)
     return {
-        "fidelity_positions": place,
-        # Rows rounded to float16 need not sum to one, which can put a KL of zero a rounding below it.
+        "fidelity_positions": num_positions,
+        # Rows rounded to float16 need not sum to one, which can make a KL of zero slightly negative.
         "fidelity_kl": max(0.0, kl / n),
         "fidelity_agreement": agree / n,
         "tail_mass": tail / n,
@@ -189,7 +198,7 @@ def measure_fidelity(cache: LogitCache, teacher: TeacherFeatures) -> dict[str, A
 
 
 def _hide(live_PV: Tensor, ids_PK: Tensor, is_kept_PK: Tensor) -> Tensor:
-    """Return the logprobs with those of the kept ids at -inf."""
+    """Return the logprobs [P, V] with those of the kept ids at -inf."""
     hidden_PV = live_PV.clone()
     rows, columns = is_kept_PK.nonzero(as_tuple=True)
     hidden_PV[rows, ids_PK[rows, columns]] = -torch.inf
@@ -197,15 +206,17 @@ def _hide(live_PV: Tensor, ids_PK: Tensor, is_kept_PK: Tensor) -> Tensor:
 
 
 def _split(targets: SparseTargets, logprobs_PK: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
-    """Return logprobs of the exact tokens [P, K] (-inf elsewhere) and of all others at temperature 1 [P, 1].
+    """Return logprobs of the exact tokens [P, K] (-inf elsewhere) and of all other mass at temperature 1 [P, 1].
 
-    Drawn tokens estimate the tail: they are in its bucket.
+    Sampled tokens estimate the tail, so their mass is part of it.
     """
     tail_P1 = torch.from_numpy(targets.tail_logprobs)[:, [codec.temperatures.index(1.0)]]
     tail_P1 = tail_P1.clamp(min=_LEAST_TAIL)
     if targets.num_exact is None:
         return logprobs_PK, tail_P1
-    is_drawn_PK = torch.arange(logprobs_PK.shape[1]) >= torch.from_numpy(targets.num_exact)[:, None]
-    drawn_PK = logprobs_PK.masked_fill(~is_drawn_PK, -torch.inf)
-    tail_P1 = torch.logaddexp(tail_P1, drawn_PK.logsumexp(dim=-1, keepdim=True))
-    return logprobs_PK.masked_fill(is_drawn_PK, -torch.inf), tail_P1
+    is_sampled_PK = (
+        torch.arange(logprobs_PK.shape[1]) >= torch.from_numpy(targets.num_exact)[:, None]
+    )
+    sampled_PK = logprobs_PK.masked_fill(~is_sampled_PK, -torch.inf)
+    tail_P1 = torch.logaddexp(tail_P1, sampled_PK.logsumexp(dim=-1, keepdim=True))
+    return logprobs_PK.masked_fill(is_sampled_PK, -torch.inf), tail_P1

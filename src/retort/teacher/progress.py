@@ -1,8 +1,8 @@
 """Progress of the teacher's pass: a bar on the terminal, plain lines in the log.
 
-The bar is of all workers together: it looks at which parts have a file. What a worker scores between two looks is its
-own. One process shows a bar on a terminal, whoever locks it first; for the others, and where there is no terminal,
-there are lines. A bar goes to the terminal itself and never to a log.
+The bar covers all workers: it counts the parts that have a file, and the tokens of this worker's current part. One
+process, the first to lock the terminal, shows a bar; the others log lines, as do all without a terminal. The bar is
+written to the terminal itself, never to a log.
 """
 
 import logging
@@ -19,34 +19,39 @@ from retort.cli import open_terminal
 
 logger = logging.getLogger(__name__)
 
-_LINE_S = 10.0
-# What a narrow terminal cuts off stands last.
+# A narrow terminal cuts off the end.
 _BAR = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}, {rate_fmt}{postfix}"
-_LOOK_S = 2.0  # between looks at the folder of parts: 10,000 files take 10 ms
 
 
 class Progress:
-    """How far all workers are, and how fast this one is."""
+    """Progress of all workers, and speed of this one."""
 
     def __init__(
         self,
         parts: Sequence[dict[str, Any]],
         files: Sequence[Path],
+        *,
+        log_interval_s: float = 10.0,
+        poll_interval_s: float = 2.0,
     ) -> None:
-        """`parts` of the index, each with the file that it becomes."""
-        self.tokens = 0  # of this worker
+        """parts, files: of the index, with the path of each.
+
+        A line is logged every log_interval_s; the folder is listed every poll_interval_s (10 ms for 10,000 files).
+        """
+        self.tokens = 0  # scored by this worker
+        self._log_interval_s, self._poll_interval_s = log_interval_s, poll_interval_s
         self._parts = {path.name: part for path, part in zip(files, parts, strict=True)}
-        self._places = {part["name"]: place for place, part in enumerate(parts, start=1)}
+        self._numbers = {part["name"]: number for number, part in enumerate(parts, start=1)}
         self._folder = files[0].parent if files else Path()
         self._seen: set[str] = set()
-        # Of the parts that have a file, whoever made it, and of all parts.
+        # Totals of the parts that have a file, by any worker, and of all parts.
         self._done = dict.fromkeys(("parts", "sequences", "tokens", "positions", "bytes"), 0)
         self._all = {name: sum(part[name] for part in parts) for name in ("sequences", "tokens")}
         self._num_done = 0
-        self._part_tokens = 0  # of the part that this worker is at
-        self._started = self._said = time.monotonic()
+        self._part_tokens = 0  # scored of this worker's current part
+        self._started = self._logged = time.monotonic()
         self._part_started: dict[str, float] = {}
-        self._look()
+        self._poll()
         self._terminal = open_terminal()
         self._bar = self._open_bar(self._terminal) if self._terminal else None
 
@@ -57,7 +62,7 @@ class Progress:
             initial=self._done["tokens"],
             unit=" tokens",
             unit_scale=True,
-            smoothing=0,  # others' parts come whole, in bursts
+            smoothing=0,  # other workers' parts arrive whole, in bursts
             bar_format=_BAR,
             file=terminal,
             dynamic_ncols=True,
@@ -69,9 +74,9 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Show where it ended, and let go of the terminal."""
+        """Show the final state, and release the terminal."""
         self._part_tokens = 0
-        self._look()
+        self._poll()
         if self._bar is not None:
             self._show()
             self._bar.close()
@@ -79,52 +84,52 @@ class Progress:
             self._terminal.close()
 
     def start_part(self, part: dict[str, Any]) -> None:
-        """This worker begins a part."""
+        """Note that this worker starts a part."""
         self._part_tokens = 0
         self._part_started[part["name"]] = time.monotonic()
 
     def add(self, tokens: int) -> None:
-        """This worker has scored so many tokens more."""
+        """Add tokens that this worker has scored."""
         self.tokens += tokens
         self._part_tokens += tokens
         self.refresh()
 
     def end_part(self, part: dict[str, Any], path: Path) -> None:
-        """A part of this worker's has its file; told by the thread that writes, while the next one is begun."""
+        """Note that this worker's part is written; called by the writing thread, maybe after the next `start_part`."""
         seconds = time.monotonic() - self._part_started.pop(part["name"])
         self._num_done += 1
-        size = path.stat().st_size if path.exists() else 0  # merged and removed by others meanwhile
+        size = path.stat().st_size if path.exists() else 0  # already merged and removed by others
         logger.debug(
-            f"part {self._places[part['name']]} of {len(self._parts)} done: {part['sequences']:,} samples, "
+            f"part {self._numbers[part['name']]} of {len(self._parts)} done: {part['sequences']:,} samples, "
             f"{part['tokens']:,} tokens, {size:,} bytes, {seconds:.1f} s"
         )
 
     def refresh(self) -> None:
-        """Look at the parts and show it, if it was not done a moment ago; while waiting for others, too."""
+        """Count the parts and show the progress, if it is time to; called while waiting for other workers too."""
         now = time.monotonic()
-        if now - self._looked >= _LOOK_S:
-            self._look()
+        if now - self._polled >= self._poll_interval_s:
+            self._poll()
         if self._bar is not None:
             self._show()
-        if now - self._said >= _LINE_S:
-            self._said = now
+        if now - self._logged >= self._log_interval_s:
+            self._logged = now
             rate = self.tokens / (now - self._started)
             logger.log(
                 logging.INFO if self._bar is None else logging.DEBUG,
                 f"{self._describe()}  here: {self._num_done} parts, {self.tokens:,} tokens, {rate:,.0f} tokens/s",
             )
 
-    def _look(self) -> None:
-        self._looked = time.monotonic()
+    def _poll(self) -> None:
+        self._polled = time.monotonic()
         try:
             entries = list(os.scandir(self._folder))
-        except FileNotFoundError:  # merged and removed, or not made yet
+        except FileNotFoundError:  # not made yet, or merged and removed
             return
         for entry in entries:
             part = self._parts.get(entry.name)
             if part is None or entry.name in self._seen:
                 continue
-            with suppress(FileNotFoundError):  # merged and removed meanwhile
+            with suppress(FileNotFoundError):  # merged and removed since
                 self._done["bytes"] += entry.stat().st_size
                 self._done["parts"] += 1
                 self._seen.add(entry.name)

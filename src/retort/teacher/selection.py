@@ -1,13 +1,14 @@
-"""Which tokens of the teacher's distributions are kept: tensors on the teacher's device, arrays from there on.
+"""Select the tokens of the teacher's distributions to keep: from logits on its device to arrays.
 
-Legend: P counted positions, R of them at once, V vocabulary, W the same rounded up to whole blocks, K kept tokens.
+Legend: P counted positions, R rows at once, V vocabulary, W the vocabulary rounded up to whole blocks, K kept tokens of
+a row, N kept tokens of all rows, B blocks.
 
-Memory decides the speed, not arithmetic. Microseconds a row on one core at V = 32,768: a softmax into fresh memory
-115, into memory that was used before 40; nonzero of a whole row 34, a comparison 22, but the maxima of its blocks 7. So
-a few rows are worked on at once, which stay in the processor's cache and take memory that was just freed; and tokens
-are looked for only in blocks whose maximum says that there is one. A block is every (W / 16)th token.
+Memory decides the speed, not arithmetic. Microseconds a row on one core at V = 32,768: a softmax into new memory 115,
+into used memory 40; nonzero of a whole row 34, a comparison 22, but the maxima of its blocks 7. So a few rows are
+processed at a time, which stay in the processor's cache and reuse memory; and tokens are searched only in blocks whose
+maximum is large enough. A block is every (W / 16)th token.
 
-Sums reach the cache, so a device adds in one order, run after run: nothing here is on PyTorch's list of operations that
+Sums reach the cache, so their order must be the same in every run: nothing here is on PyTorch's list of operations that
 are not deterministic on CUDA (`torch.use_deterministic_algorithms`), as `index_add_` and `cumsum` of floats are.
 """
 
@@ -25,10 +26,12 @@ from retort.cache.sparse_codec import Selection
 from retort.cache.sparse_streams import TAIL_UNIT, count_sampled
 
 BLOCK = 16
-# Rows at once hold 2 MB on a CPU. Microseconds a row of all that select_probable does: 93 with 16 rows at V = 32,768,
-# 138 with 64. A GPU takes all: what counts there is how often something is started.
+# 2 MB of rows at once on a CPU. Microseconds a row of select_probable at V = 32,768: 93 with 16 rows, 138 with 64. A
+# GPU takes all rows: there the number of kernel launches counts.
 _CPU_ELEMENTS = 1 << 19
-_UNITS = float(1 << 62)  # of a probability of one; a row's masses, rounded up, stay below 2^63
+_UNITS = float(
+    1 << 62
+)  # of a probability of one; the sum of a row's masses, each rounded up, stays below 2^63
 
 
 def pad_width(vocabulary: int) -> int:
@@ -37,7 +40,7 @@ def pad_width(vocabulary: int) -> int:
 
 
 def _mask(logits_PV: Tensor, *, num_tokens: int) -> Tensor:
-    """Return logits [P, W]: ids from `num_tokens` (the tokenizer's size) on get probability zero."""
+    """Return logits [P, W] with ids from `num_tokens` (the tokenizer's size) on at -inf; changes `logits_PV`."""
     width = logits_PV.shape[1]
     if num_tokens < width:
         logits_PV[:, num_tokens:] = -torch.inf
@@ -46,7 +49,7 @@ def _mask(logits_PV: Tensor, *, num_tokens: int) -> Tensor:
 
 
 class NotFiniteError(ValueError):
-    """A logit that is NaN or infinite; `row` is its place among the rows that were given."""
+    """A logit that is NaN or infinite, at index `row` of the given rows."""
 
     def __init__(self, row: int, token: int, value: float) -> None:
         super().__init__(f"the teacher's logit of token {token} is {value} at row {row}.")
@@ -54,10 +57,10 @@ class NotFiniteError(ValueError):
 
 
 def _compute_probs(logits_PW: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield (place of the first row, logits [R, W], probabilities [R, W]) of so many rows as are worked on at once.
+    """Yield (index of the first row, logits [R, W], probabilities [R, W]) of R rows at a time.
 
-    The probabilities' memory is that of the rows before. A logit of -inf is a probability of zero. Raises
-    NotFiniteError when one is NaN or +inf, or a whole row -inf.
+    The memory of the probabilities is reused. A logit of -inf is a probability of zero. Raises NotFiniteError when a
+    logit is NaN or +inf, or a whole row is -inf.
     """
     num_rows, width = logits_PW.shape
     at_once = max(1, _CPU_ELEMENTS // width) if logits_PW.device.type == "cpu" else num_rows
@@ -65,10 +68,10 @@ def _compute_probs(logits_PW: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     for start in range(0, num_rows, at_once):
         logits_RW = logits_PW[start : start + at_once]
         probs_RW = torch.softmax(logits_RW, dim=-1, out=scratch_RW[: len(logits_RW)])
-        is_number_R = torch.isfinite(probs_RW[:, 0])  # if one is not, none of its row is
-        if not bool(is_number_R.all()):
-            row = start + int((~is_number_R).nonzero()[0])
-            token = int(logits_PW[row].argmax())  # NaN is the greatest
+        is_finite_R = torch.isfinite(probs_RW[:, 0])  # one NaN makes its whole row NaN
+        if not bool(is_finite_R.all()):
+            row = start + int((~is_finite_R).nonzero()[0])
+            token = int(logits_PW[row].argmax())  # NaN counts as the greatest
             raise NotFiniteError(row, token, float(logits_PW[row, token]))
         yield start, logits_RW, probs_RW
 
@@ -79,68 +82,71 @@ def _blocks(rows_RW: Tensor) -> Tensor:
 
 
 def _find_tails(
-    rest_RW: Tensor, logits_RW: Tensor, kept: "_Kept", temperatures: tuple[float, ...]
+    rest_RW: Tensor, logits_RW: Tensor, kept: "_KeptTokens", temperatures: tuple[float, ...]
 ) -> Tensor:
-    """Return the mass outside the kept tokens at each temperature, [R, temperatures]; uses `rest_RW` up.
+    """Return the mass outside the kept tokens at each temperature, [R, temperatures]; overwrites `rest_RW`.
 
-    rest_RW: probabilities at temperature 1, those of the kept tokens zero.
+    rest_RW: probabilities at temperature 1, those of the kept tokens set to zero.
     """
     tails = {1.0: rest_RW.sum(dim=-1)}
-    if 2.0 in temperatures:  # a root is a third of another softmax
+    if 2.0 in temperatures:  # a square root takes a third of the time of another softmax
         outside_R = rest_RW.sqrt_().sum(dim=-1)
         inside_R = _sum_rows(kept.probs.sqrt(), kept.sizes)
         tails[2.0] = outside_R / (outside_R + inside_R)
     for temperature in set(temperatures) - {1.0, 2.0}:
         torch.softmax(logits_RW / temperature, dim=-1, out=rest_RW)
-        rest_RW.view(-1)[kept.places] = 0.0
+        rest_RW.view(-1)[kept.indices] = 0.0
         tails[temperature] = rest_RW.sum(dim=-1)
     return torch.stack([tails[t] for t in temperatures], dim=-1)
 
 
 def _sum_rows(values_N: Tensor, sizes_R: Tensor) -> Tensor:
-    """Return the sum of each row's values [R], which stand row after row.
+    """Return the sum of each row's values [R]; values are ordered by row.
 
-    A CPU adds them one after the other; on CUDA one block of threads adds a row (CUB's DeviceSegmentedReduce).
+    A CPU adds them in order; on CUDA one block of threads adds a row (CUB's DeviceSegmentedReduce).
     """
     if len(values_N) == 0:
         return values_N.new_zeros(len(sizes_R))
-    # unsafe: the lengths are right, and to check them the CPU would wait for the GPU
+    # unsafe: the lengths are right, and checking them would make the CPU wait for the GPU
     return torch.segment_reduce(values_N, "sum", lengths=sizes_R, unsafe=True)
 
 
-class _Kept(NamedTuple):
-    """N kept tokens, row after row: tokens of each row [R]; place in a view(-1), probability at temperature 1 [N]."""
+class _KeptTokens(NamedTuple):
+    """N kept tokens by row: their number in each row [R]; index in view(-1), probability at temperature 1 [N]."""
 
     sizes: Tensor
-    places: Tensor
+    indices: Tensor
     probs: Tensor
 
     @classmethod
-    def take(cls, probs_RW: Tensor, rows_N: Tensor, ids_N: Tensor, sizes_R: Tensor) -> "_Kept":
-        """Take tokens out of the probabilities, which are zero there afterwards; `rows_N` ascends."""
-        places_N = rows_N * probs_RW.shape[1] + ids_N
-        probs_N = probs_RW.view(-1)[places_N]
-        probs_RW.view(-1)[places_N] = 0.0
-        return cls(sizes_R, places_N, probs_N)
+    def take(
+        cls, probs_RW: Tensor, rows_N: Tensor, ids_N: Tensor, sizes_R: Tensor
+    ) -> "_KeptTokens":
+        """Return the tokens at (row, id), and set their probabilities to zero in `probs_RW`; `rows_N` is sorted."""
+        indices_N = rows_N * probs_RW.shape[1] + ids_N
+        probs_N = probs_RW.view(-1)[indices_N]
+        probs_RW.view(-1)[indices_N] = 0.0
+        return cls(sizes_R, indices_N, probs_N)
 
 
 @torch.inference_mode()
 def select_top_k(logits_PV: Tensor, codec: Codec, *, num_tokens: int) -> SparseTargets:
     """Keep the K most probable tokens of each row, and the mass of the rest at each temperature.
 
-    Raises NotFiniteError as `_compute_probs` does.
+    logits_PV: float32 [P, V] or, in whole blocks, [P, W]; overwritten. num_tokens: the tokenizer's size. Raises
+    NotFiniteError (a ValueError) when a logit is NaN or +inf, or a whole row is -inf.
     """
     assert codec.top_k is not None
     logits_PW = _mask(logits_PV, num_tokens=num_tokens)
     ids, logprobs, tails = [], [], []
     for _, logits_RW, probs_RW in _compute_probs(logits_PW):
         best_RK, ids_RK = _find_top_k(logits_RW, codec.top_k, codec.vocabulary)
-        # log sum exp, from the probability of the best
+        # logsumexp, from the probability of the best
         total_R1 = best_RK[:, :1] - probs_RW.gather(1, ids_RK[:, :1]).log()
         rows_R = torch.arange(len(ids_RK), device=ids_RK.device)
         sizes_R = torch.full_like(rows_R, codec.top_k)
         rows_N = rows_R.repeat_interleave(codec.top_k)
-        kept = _Kept.take(probs_RW, rows_N, ids_RK.flatten(), sizes_R)
+        kept = _KeptTokens.take(probs_RW, rows_N, ids_RK.flatten(), sizes_R)
         ids.append(ids_RK.int().cpu())
         logprobs.append((best_RK - total_R1).cpu())
         tails_RT = _find_tails(probs_RW, logits_RW, kept, codec.temperatures)
@@ -153,9 +159,9 @@ def select_top_k(logits_PV: Tensor, codec: Codec, *, num_tokens: int) -> SparseT
 
 
 def _find_top_k(logits_RW: Tensor, top_k: int, vocabulary: int) -> tuple[Tensor, Tensor]:
-    """Return (logits, ids) [R, K] of the K greatest of each row, in falling order; ids are below `vocabulary`.
+    """Return (logits, ids) [R, K] of the K greatest of each row, in descending order; ids are below `vocabulary`.
 
-    They lie in the K blocks with the greatest maxima, so only these are sorted: 1.7-2.5 times as fast as torch.topk of
+    They are in the K blocks with the greatest maxima, so only these are sorted: 1.7-2.5 times as fast as torch.topk of
     a whole row.
     """
     num_blocks = logits_RW.shape[1] // BLOCK
@@ -163,10 +169,10 @@ def _find_top_k(logits_RW: Tensor, top_k: int, vocabulary: int) -> tuple[Tensor,
         return _sort_top_k(logits_RW, top_k, vocabulary)
     blocks_RK = _blocks(logits_RW).amax(dim=1).topk(top_k, dim=-1).indices
     among_RN = _blocks(logits_RW).gather(2, blocks_RK[:, None].expand(-1, BLOCK, -1)).flatten(1)
-    best_RK, places_RK = among_RN.topk(top_k, dim=-1)
-    step_RK = places_RK // top_k
-    ids_RK = step_RK * num_blocks + blocks_RK.gather(1, places_RK - step_RK * top_k)
-    # A row of fewer than K probabilities above zero: what fills it up must not be ids that only fill up a block.
+    best_RK, indices_RK = among_RN.topk(top_k, dim=-1)
+    step_RK = indices_RK // top_k
+    ids_RK = step_RK * num_blocks + blocks_RK.gather(1, indices_RK - step_RK * top_k)
+    # In a row of fewer than K probabilities above zero, the others must not be the padding ids of a block.
     if bool((ids_RK >= vocabulary).any()):
         return _sort_top_k(logits_RW, top_k, vocabulary)
     return best_RK, ids_RK
@@ -181,13 +187,13 @@ def _sort_top_k(logits_RW: Tensor, top_k: int, vocabulary: int) -> tuple[Tensor,
 def select_probable(
     logits_PV: Tensor, codec: Codec, *, num_tokens: int, uniform_P: NDArray[np.float64]
 ) -> Selection:
-    """Keep every token whose probability is at least `codec.min_probability`, the best one in any case; draw others.
+    """Keep every token of at least `codec.min_probability`; top_p: at least one; sampled: and a sample of the others.
 
-    uniform_P: a number in [0, 1) for each row's draws. Drawing (method `sampled`): a comb of n equally spaced points,
-    moved by that number, is laid over the cumulative mass of the other tokens, and a token is drawn where a point
-    falls on it: with probability n p / m, m the mass, and never twice, since no p reaches m / n. Each drawn token
-    stands for m / n, so the expectation is p (Madow 1949).
-    Raises NotFiniteError as `_compute_probs` does.
+    logits_PV, num_tokens, errors: as of `select_top_k`. uniform_P float64 [P]: a number in [0, 1) for each row.
+
+    Systematic sampling (Madow 1949): n equally spaced points, shifted by that number, are laid over the cumulative mass
+    m of the other tokens, and a token is sampled where a point falls into its mass p. That has probability n p / m, and
+    never happens twice, since every p is below m / n. A sampled token stands for m / n, so its expectation is p.
     """
     assert codec.min_probability is not None
     step = codec.sample_step
@@ -195,29 +201,29 @@ def select_probable(
     logits_PW = _mask(logits_PV, num_tokens=num_tokens)
     pieces = []
     for start, logits_RW, probs_RW in _compute_probs(logits_PW):
-        # Of `top_p`, the best one stands for all where none is probable enough.
+        # top_p keeps the best token where none is probable enough.
         rows_N, ids_N = _find_probable(probs_RW, least, needs_one=not step)
         sizes_R = torch.bincount(rows_N, minlength=len(logits_RW))
-        kept = _Kept.take(probs_RW, rows_N, ids_N, sizes_R)
+        kept = _KeptTokens.take(probs_RW, rows_N, ids_N, sizes_R)
         sizes = sizes_R.cpu().numpy().astype(np.int64)
         masses_R = probs_RW.sum(dim=-1).double().cpu().numpy() * TAIL_UNIT
-        drawn = np.zeros(len(sizes), np.int64)
+        counts = np.zeros(len(sizes), np.int64)
         sampled_ids = np.empty(0, np.int64)
         if step:
             units = np.clip(np.floor(masses_R), 0, TAIL_UNIT).astype(np.int64)
-            drawn = np.array([count_sampled(unit, step) for unit in units.tolist()], np.int64)
-            sampled_ids = _draw(probs_RW, drawn, uniform_P[start : start + len(drawn)])
+            counts = np.array([count_sampled(unit, step) for unit in units.tolist()], np.int64)
+            sampled_ids = _sample(probs_RW, counts, uniform_P[start : start + len(counts)])
         tails_RT = _find_tails(probs_RW, logits_RW, kept, codec.temperatures)
         tails = tails_RT.double().cpu().numpy() * TAIL_UNIT
         tails = np.clip(np.floor(tails) if step else np.rint(tails), 0, TAIL_UNIT).astype(np.int64)
         ids = ids_N.cpu().numpy().astype(np.int64)
         probs = kept.probs.double().cpu().numpy()
-        pieces.append(Selection(sizes, ids, probs, drawn, sampled_ids, tails))
+        pieces.append(Selection(sizes, ids, probs, counts, sampled_ids, tails))
     return Selection.concatenate(pieces)
 
 
 def _find_probable(probs_RW: Tensor, least: float, *, needs_one: bool) -> tuple[Tensor, Tensor]:
-    """Return (row, id) of every probability of at least `least`, by row; of a row without one, its best where asked."""
+    """Return rows and ids [N] of every probability >= `least`, by row; `needs_one`: the best of a row without one."""
     blocks_RB = _blocks(probs_RW).amax(dim=1)
     block_rows_C, blocks_C = (blocks_RB >= least).nonzero(as_tuple=True)
     among_CN = _blocks(probs_RW)[block_rows_C, :, blocks_C]
@@ -229,19 +235,19 @@ def _find_probable(probs_RW: Tensor, least: float, *, needs_one: bool) -> tuple[
         if len(empty_E):
             rows_N = torch.cat([rows_N, empty_E])
             ids_N = torch.cat([ids_N, probs_RW[empty_E].argmax(dim=-1)])
-            rows_N, places_N = rows_N.sort(stable=True)
-            ids_N = ids_N[places_N]
+            rows_N, order_N = rows_N.sort(stable=True)
+            ids_N = ids_N[order_N]
     return rows_N, ids_N
 
 
-def _draw(
+def _sample(
     rest_RW: Tensor, sampled_sizes: NDArray[np.int64], uniform_R: NDArray[np.float64]
 ) -> NDArray[np.int64]:
-    """Return the ids drawn of the masses [R, W], row after row, in the order of blocks and of tokens in a block."""
+    """Return sampled ids [N], row after row, ordered by block and within a block; their number in each row is given."""
     if sampled_sizes.sum() == 0:
         return np.empty(0, np.int64)
     device = rest_RW.device
-    # float64 has no place on Apple's GPUs; nobody scores there.
+    # Apple's GPUs have no float64; they are not supported.
     sums_RB = _accumulate(_blocks(rest_RW).sum(dim=1))
     sizes_R = torch.from_numpy(sampled_sizes).to(device)
     comb_N = torch.arange(int(sizes_R.max()), device=device)
@@ -255,7 +261,7 @@ def _draw(
     blocks_D = blocks_RN[rows_D, combs_D]
     before_D = F.pad(sums_RB, (1, 0))[rows_D, blocks_D]
     inside_DB = _accumulate(_blocks(rest_RW)[rows_D, :, blocks_D])
-    # A block's own sum is rounded to float32: the point is held inside the sum of its tokens.
+    # A block's own sum is rounded to float32: the point is clamped to the sum of its tokens.
     points_D = (points_RN[rows_D, combs_D] - before_D).minimum(inside_DB[:, -1] - 1)
     steps_D = torch.searchsorted(inside_DB, points_D[:, None], right=True)[:, 0]
     ids = (steps_D * sums_RB.shape[1] + blocks_D).cpu().numpy().astype(np.int64)
@@ -265,7 +271,7 @@ def _draw(
 def _accumulate(masses: Tensor) -> Tensor:
     """Return the cumulative sums along the last axis, int64, in units of 2^-62.
 
-    Sums of whole numbers are the same in any order. Masses are rounded up, so that none but zero becomes zero.
+    Sums of integers are the same in any order. Masses are rounded up, so that only zero becomes zero.
     """
     return (masses * _UNITS).ceil_().long().cumsum(dim=-1)
 
@@ -273,12 +279,12 @@ def _accumulate(masses: Tensor) -> Tensor:
 def _separate(
     ids: NDArray[np.int64], rows: NDArray[np.int64], rest_RW: Tensor
 ) -> NDArray[np.int64]:
-    """Replace an id that rounding drew twice by the row's most probable one that was not drawn.
+    """Replace an id that was sampled twice, because of rounding, by its row's most probable one that was not sampled.
 
-    Seen for probabilities within 1e-6 of the step only.
+    Only seen for probabilities within 1e-6 of the step. ids, rows [N]: see `_sample`.
     """
-    for place in np.flatnonzero((ids[1:] == ids[:-1]) & (rows[1:] == rows[:-1])) + 1:
-        free_W = rest_RW[rows[place]].clone()
-        free_W[torch.from_numpy(ids[rows == rows[place]]).to(free_W.device)] = 0.0
-        ids[place] = int(free_W.argmax())
+    for i in np.flatnonzero((ids[1:] == ids[:-1]) & (rows[1:] == rows[:-1])) + 1:
+        free_W = rest_RW[rows[i]].clone()
+        free_W[torch.from_numpy(ids[rows == rows[i]]).to(free_W.device)] = 0.0
+        ids[i] = int(free_W.argmax())
     return ids

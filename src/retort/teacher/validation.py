@@ -1,4 +1,4 @@
-"""The teacher reads held-out text and a sample of the training text, once for all students."""
+"""The teacher reads the held-out text and a sample of the training text, once for all students."""
 
 import logging
 from collections.abc import Callable
@@ -34,10 +34,12 @@ def score_validation(
     section: Teacher,
     evaluation: Evaluation,
 ) -> None:
-    """Score the held-out sequences, and an evenly spaced sample of the training sequences, with one teacher.
+    """Write the teacher's features of the held-out sequences and of an evenly spaced sample of the training sequences.
 
-    The teacher continues some prompts too, for samples.json beside it. Sequences of another tokenizer (students of
-    text alone may have one) may hold ids that the teacher does not know: then both files say nothing.
+    samples.json beside them holds the teacher's continuations of some prompts. A student of text alone may have another
+    tokenizer: without the teacher's tokenizer no prompt is continued, and with ids that the teacher does not know the
+    features are empty too. Raises ValueError when no document is held out, or the teacher is not the recorded one or
+    cannot read sequences that long.
     """
     torch.set_num_threads(section.generation.cpu_threads)
     samples_path = out.with_name(SAMPLES_FILE)
@@ -45,17 +47,17 @@ def score_validation(
     validation = index.read_split("val", max_positions=evaluation.max_positions)
     if validation.num_positions == 0:
         raise ValueError(
-            "no document is held out, so no student could be measured: raise dataset.validation_fraction, or give "
-            f"more documents ({index.content['train']['documents']} are there to train on)."
+            "no document is held out, so no student can be evaluated: raise dataset.validation_fraction, or add "
+            f"documents (there are {index.content['train']['documents']} to train on)."
         )
     record = read_json(fingerprint_path)
     samples = Samples((), missing=OTHER_TOKENIZER)
     if int(index.content["tokenizer"]["size"]) > record["vocabulary"]:
         logger.info(f"the teacher does not know the tokens of this text: {OTHER_TOKENIZER}.")
         write_samples(samples_path, {"teacher": samples}, of=record["weights"])
-        write_features(out, _say_nothing(record, validation))
+        write_features(out, _build_empty(record, validation))
         return
-    places, training = index.read_sample(num_positions=evaluation.fidelity_positions)
+    train_sequences, training = index.read_sample(num_positions=evaluation.fidelity_positions)
     logger.info(
         f"{validation.num_positions:,} held-out positions, {training.num_positions:,} to measure the cache with"
     )
@@ -75,7 +77,7 @@ def score_validation(
         num_tokens=int(index.content["tokenizer"]["size"]),
         validation=validation,
         training=training,
-        train_sequences=places,
+        train_sequences=train_sequences,
         batch_size=section.generation.batch_size,
     )
     teacher.require_unchanged()
@@ -84,7 +86,7 @@ def score_validation(
 
 
 def has_tokenizer(record: dict[str, Any], index: TokenIndex) -> bool:
-    """Say whether a recorded teacher has the tokenizer that made the tokens."""
+    """Say whether the tokens were made by the tokenizer of a recorded teacher (its fingerprint.json)."""
     return bool(record["tokenizer"]["fingerprint"] == index.content["tokenizer"]["fingerprint"])
 
 
@@ -99,7 +101,11 @@ def score_tables(
     train_sequences: NDArray[np.int64],
     batch_size: int,
 ) -> TeacherFeatures:
-    """Score the held-out sequences and the sample of training sequences."""
+    """Return the teacher's features of the held-out sequences and of the sample of training sequences.
+
+    fingerprint, name, num_tokens: as in `TeacherFeatures`. train_sequences int64 [S]: indices of the S sequences of
+    `training` among all training sequences. Raises ValueError where memory runs out with a single sequence.
+    """
     tables = {"val": validation, "train": training}
     total = sum(len(t.ids) for t in tables.values())
     seen = 0
@@ -136,8 +142,8 @@ def collect_features(
     return torch.cat(pieces) if pieces else torch.empty((0, 0))
 
 
-def _say_nothing(record: dict[str, Any], validation: SequenceTable) -> TeacherFeatures:
-    """Return the features of a teacher that has read nothing."""
+def _build_empty(record: dict[str, Any], validation: SequenceTable) -> TeacherFeatures:
+    """Return the features of a teacher that has read no sequence."""
     splits = ("val", "train")
     return TeacherFeatures(
         features=dict.fromkeys(splits, torch.empty((0, 0))),

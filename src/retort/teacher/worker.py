@@ -1,8 +1,8 @@
 """A worker of the teacher's pass: does parts of the index until every part has a file.
 
-Parts belong to nobody. Worker w of N starts with parts w, w + N, w + 2N, ... and then takes any part that is still
-missing and not claimed by a living worker, so that a slow or dead worker's parts are done by the others. Batches are
-fixed by a part's content and the config, so its bytes do not depend on who did it, or when.
+Worker w of N starts with parts w, w + N, w + 2N, ... and then takes any part that is still missing and not claimed by a
+live worker, so parts of a slow or dead worker are done by the others. Batches follow from a part's content and the
+config, so the bytes of a part do not depend on which worker did it, or when.
 """
 
 import logging
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,30 +36,30 @@ from retort.config.sections import Cache, Teacher
 from retort.io.files import read_json, write_json
 from retort.io.run_record import describe_run
 from retort.models.load import CausalLM, describe_device, load_recorded_teacher
-from retort.teacher.claims import Claims, next_part
+from retort.teacher.claims import Claims
 from retort.teacher.progress import Progress
-from retort.teacher.scoring import Scored, Scorer, score_part
+from retort.teacher.scoring import PartTargets, Scorer, score_part
 from retort.tokens.index import TokenIndex
 from retort.tokens.sequences import SequenceTable
 
 logger = logging.getLogger(__name__)
 
-_WAIT_S = 0.25  # a look at the folder, a few milliseconds
+_POLL_INTERVAL_S = 0.25  # listing the folder takes a few milliseconds
 
 
 @dataclass(frozen=True)
 class WorkerReport:
-    """What one worker did, for its receipt metadata_worker<w>.json."""
+    """Result of one worker, for its receipt metadata_worker<w>.json."""
 
     worker: int
     num_workers: int
-    parts: list[str]
+    parts: list[str]  # names
     tokens: int
     seconds: float
-    left: int = 0  # parts that were still without a file when there was no time for another one
+    left: int = 0  # parts without a file when there was no time for another one
 
     def to_json(self) -> dict[str, Any]:
-        """Return the receipt's content."""
+        """Return the content of the receipt."""
         return {
             "worker": self.worker,
             "num_workers": self.num_workers,
@@ -79,79 +80,85 @@ def run_worker(
     load: Callable[[], CausalLM],
     progress: Progress | None = None,
     deadline: Deadline | None = None,
+    claims: Claims | None = None,
 ) -> WorkerReport:
-    """Do parts until every part of the index has a file, or the deadline leaves no time for another one.
+    """Do parts into `folder` until every part of the index has a file, or the deadline leaves no time for another one.
 
-    `load` is called only when there is work to do.
+    `load` is called only when there is work to do. Raises ValueError for a logit that is NaN or infinite, where memory
+    runs out with a single sequence, and where the teacher's files change; the part at work is not saved.
     """
     started = time.monotonic()
     deadline = deadline or Deadline(ask=lambda: None)
     is_late = False
     scorer: Scorer | None = None
     progress = progress or Progress(index.parts, part_files(index, folder, header))
-    num_tokens = int(index.content["tokenizer"]["size"])
     order = load_token_order(index, header.codec)
-    with (
-        Claims(folder) as claims,
-        _Writer(folder, header, order, on_written=progress.end_part) as writer,
-    ):
-        # A worker that was stopped for long may wake after the others finished, merged and removed all parts.
-        while not is_merged(folder.parent / CACHE_FILE, header) and (
-            missing := find_missing_parts(index, folder, header)
-        ):
+    score = partial(
+        score_part,
+        codec=header.codec,
+        num_tokens=int(index.content["tokenizer"]["size"]),
+        order=order,
+        on_batch=progress.add,
+    )
+    writer = _Writer(folder, header, order, on_written=progress.end_part)
+    with claims or Claims(folder) as claims, writer:
+        while missing := _find_work(index, folder, header):
             folder.mkdir(parents=True, exist_ok=True)
-            place_part = next_part(missing, folder, worker=worker, num_workers=num_workers)
-            # One part is tried whatever the time: else a slot that is hardly long enough would always be in vain.
-            is_first = place_part is not None and writer.longest == 0.0
-            if is_late := not is_first and deadline.forbids(writer.longest if place_part else 0.0):
+            part = claims.next_part(missing, worker=worker, num_workers=num_workers)
+            # One part is tried in any case: else a time limit that is hardly long enough would never allow any.
+            is_first = part is not None and writer.longest == 0.0
+            if is_late := not is_first and deadline.forbids(writer.longest if part else 0.0):
                 break
-            if place_part is None:
-                # This worker is writing, or living ones are at every part that is left: one of them may die.
+            if part is None:
+                # Every missing part is claimed, by this worker while it writes or by others, of which one may die.
                 writer.wait()
                 progress.refresh()
-                time.sleep(_WAIT_S)
+                time.sleep(_POLL_INTERVAL_S)
                 continue
-            _, part = place_part
-            with ExitStack() as hold:
-                is_mine = hold.enter_context(claims.claim(part["name"]))
-                if not is_mine or part_path(folder, part["name"], header).exists():
+            with ExitStack() as claim:
+                is_claimed = claim.enter_context(claims.claim(part["name"]))
+                if not is_claimed or part_path(folder, part["name"], header).exists():
                     continue
                 scorer = scorer or Scorer(load(), batch_size)
                 table = index.read_part(part)
                 progress.start_part(part)
-                begun = time.monotonic()
-                scored = score_part(
-                    scorer,
-                    table,
-                    header.codec,
-                    num_tokens=num_tokens,
-                    order=order,
-                    behind=writer.thread,
-                    on_batch=progress.add,
-                )
+                part_started = time.monotonic()
+                scored = score(scorer, table, executor=writer.thread)
                 scorer.teacher.require_unchanged()
-                writer.write(_ScoredPart(part, table, scored, hold.pop_all(), begun))
+                writer.write(_PartToWrite(part, table, scored, claim.pop_all(), part_started))
     left = len(find_missing_parts(index, folder, header)) if is_late else 0
     seconds = time.monotonic() - started
     return WorkerReport(worker, num_workers, writer.done, progress.tokens, seconds, left)
 
 
+def _find_work(
+    index: TokenIndex, folder: Path, header: CacheHeader
+) -> list[tuple[int, dict[str, Any]]]:
+    """Return (index, part) of every missing part, none where all are merged.
+
+    A worker that was suspended for long may resume after the others finished, merged and removed all parts.
+    """
+    if is_merged(folder.parent / CACHE_FILE, header):
+        return []
+    return find_missing_parts(index, folder, header)
+
+
 @dataclass(frozen=True)
-class _ScoredPart:
-    """A part that is to be written; `claimed` is closed at its end, and with it the claim is given up."""
+class _PartToWrite:
+    """A scored part; closing `claim`, once its file exists, releases its claim."""
 
     part: dict[str, Any]
     table: SequenceTable
-    scored: Scored
-    claimed: ExitStack
-    begun: float  # time.monotonic() before its first batch
+    scored: PartTargets
+    claim: ExitStack
+    started: float  # time.monotonic() before its first batch
 
 
 class _Writer:
     """Writes one part, in a thread of its own, while the teacher reads the next one.
 
-    The part stays claimed until its file is there. One part is written at a time, so a worker that is killed loses the
-    part that it reads, or the one that it writes and what it read meanwhile.
+    The part stays claimed until its file exists. One part is written at a time, so a worker that is killed loses at
+    most the part that it writes and the one that it reads.
     """
 
     def __init__(
@@ -173,38 +180,35 @@ class _Writer:
 
     def __exit__(self, *raised: Any) -> None:
         try:
-            self.wait()  # also when the next part failed, or the worker is told to end: this one is scored
+            self.wait()  # also when the next part failed, or the worker is terminated: this part is scored
         finally:
             self.thread.shutdown(cancel_futures=True)
 
     def wait(self) -> None:
-        """Wait for the part that is being written, if one is; raises what went wrong with it."""
+        """Wait for the part that is being written, if any, and raise its error."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
-    def write(self, work: _ScoredPart) -> None:
-        """Begin to write a part, after the one before.
-
-        Raises what went wrong with the one before; this one is written all the same.
-        """
-        self.longest = max(self.longest, time.monotonic() - work.begun)
+    def write(self, work: _PartToWrite) -> None:
+        """Queue a part for writing, then wait for the part before and raise its error; this part is written anyway."""
+        self.longest = max(self.longest, time.monotonic() - work.started)
         before = self._writing
         self._writing = self.thread.submit(self._write, work)
         if before is not None:
             before.result()
 
-    def _write(self, work: _ScoredPart) -> None:
-        with work.claimed:
+    def _write(self, work: _PartToWrite) -> None:
+        with work.claim:
             path = part_path(self.folder, work.part["name"], self.header)
-            halved = work.scored.halved > 0
+            halved = work.scored.num_halved > 0
             write_part(
                 path, work.table, work.scored.targets, self.header, self.order, halved=halved
             )
             self.done.append(work.part["name"])
             self.on_written(work.part, path)
             discard_if_merged(path, self.folder.parent / CACHE_FILE, self.header)
-        self.longest = max(self.longest, time.monotonic() - work.begun)
+        self.longest = max(self.longest, time.monotonic() - work.started)
 
 
 def _load(path: str, section: Teacher, record_path: Path, *, longest: int) -> CausalLM:
@@ -216,7 +220,7 @@ def _load(path: str, section: Teacher, record_path: Path, *, longest: int) -> Ca
             raise
         raise ValueError(
             f"teacher {path!r} does not fit into memory ({first_line(error)}): spread it over more GPUs "
-            f"(teacher.generation.gpus_per_model, now {section.generation.gpus_per_model}), take a smaller "
+            f"(teacher.generation.gpus_per_model, now {section.generation.gpus_per_model}), use a smaller "
             f"teacher.dtype (now {section.dtype}), or fewer workers on this machine (teacher.generation.num_workers)."
         ) from None
 
@@ -232,13 +236,14 @@ def generate_logits(
     worker: int,
     num_workers: int,
 ) -> None:
-    """Be one worker: do parts into parts/ beside the receipt until none is missing, then write the receipt.
+    """Run one worker: do parts into parts/ beside the receipt until none is missing, then write the receipt.
 
-    Raises SystemExit(RESUMABLE), without a receipt, where the scheduler's time limit comes before.
+    Raises ValueError as `run_worker` does, and when the teacher is not the recorded one, does not fit into memory, or
+    cannot read sequences that long. Raises SystemExit(RESUMABLE), without a receipt, when the scheduler's time limit
+    comes first.
     """
-    torch.set_num_threads(
-        section.generation.cpu_threads
-    )  # fixed by the config: another number changes bits
+    # Fixed by the config: another number of threads changes bits.
+    torch.set_num_threads(section.generation.cpu_threads)
     logger.info(
         f"Worker {worker}/{num_workers}  CUDA_VISIBLE_DEVICES: {os.environ.get('CUDA_VISIBLE_DEVICES', '-')}"
     )
@@ -246,7 +251,7 @@ def generate_logits(
     header = build_header(index, read_json(fingerprint_path), cache, source=fingerprint_path)
     folder = receipt.parent
     if is_merged(folder / CACHE_FILE, header):
-        logger.info("the merged cache is there already: nothing to do")
+        logger.info("the merged cache already exists: nothing to do")
         report = WorkerReport(worker, num_workers, [], 0, 0.0)
     else:
         files = part_files(index, folder / "parts", header)
@@ -268,13 +273,9 @@ def generate_logits(
             f"done here. {RESUME}"
         )
         raise SystemExit(RESUMABLE)
-    device = "cuda" if torch.cuda.is_available() and section.device != "cpu" else "cpu"
-    about = describe_run(
-        section=asdict(cache),
-        seed=None,
-        device=describe_device(torch.device(device)),
-        seconds=report.seconds,
-    )
+    has_gpu = torch.cuda.is_available() and section.device != "cpu"
+    device = describe_device(torch.device("cuda" if has_gpu else "cpu"))
+    about = describe_run(section=asdict(cache), seed=None, device=device, seconds=report.seconds)
     write_json(receipt, report.to_json() | {"run": about})
     logger.info(
         f"worker {worker}: {len(report.parts)} parts, {report.tokens:,} tokens in {report.seconds:.1f} s"

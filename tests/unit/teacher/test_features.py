@@ -1,4 +1,4 @@
-"""The teacher on held-out text, as stored: the live model's own distribution, and nothing torn or foreign."""
+"""Stored features give the live teacher's distributions, and damaged or foreign files are refused."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -198,7 +198,7 @@ def test_no_held_out_document_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match="held out"):
         tokenize(tmp_path, tiny_corpus, tiny_teacher, validation_fraction=0.0)
-    index_path = tmp_path / "index.json"  # as if it were there all the same
+    index_path = tmp_path / "index.json"  # as if it existed
     shards = sorted(tmp_path.glob("shard_*.h5"))
     write_json(index_path, build_index(shards, streaming_chunk_size=20)[0])
     with pytest.raises(ValueError, match=r"no document is held out.*validation_fraction"):

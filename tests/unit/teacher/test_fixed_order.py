@@ -1,7 +1,7 @@
-"""On a GPU the cache has the same bytes from run to run: no sum that reaches it is taken in the order of atomics.
+"""On a GPU the cache has the same bytes in every run: no sum that reaches it depends on the order of atomics.
 
-Which operations are not deterministic on CUDA is said by `torch.use_deterministic_algorithms`. They are looked for in
-what is dispatched on a CPU: the same operations, as far as the code does not ask which device it is on.
+The documentation of `torch.use_deterministic_algorithms` lists the operations that are not deterministic on CUDA. They
+are searched among those dispatched on a CPU, which are the same except where the code asks for the device.
 """
 
 from collections.abc import Callable
@@ -19,11 +19,13 @@ from retort.models.load import load_teacher
 from retort.teacher import selection
 from retort.teacher.scoring import Scorer, score_part
 from retort.teacher.selection import select_probable, select_top_k
+from support.scoring import random_table
 from support.synthetic import CODEC, CODED
 from support.tiny import NUM_TOKENS, WIDTH, section
-from unit.teacher.test_scoring import random_table
 
-CHECKED: dict[str, Callable[..., bool]] = {}  # by the operator's name: may it take these arguments?
+CHECKED: dict[
+    str, Callable[..., bool]
+] = {}  # by operator: is it deterministic with these arguments?
 _NEVER = (
     *("index_add", "index_copy", "scatter_add", "scatter_reduce", "put", "histc", "kthvalue"),
     *("nanmedian", "nll_loss_forward", "nll_loss2d_forward", "_embedding_bag"),
@@ -40,20 +42,20 @@ CHECKED["scatter"] = lambda _, dim, index, src=None, **__: not isinstance(src, T
 def _puts_in_order(
     _: Tensor, indices: Any, values: Tensor, accumulate: bool = False, *__: Any
 ) -> bool:
-    """One value may be put anywhere, in any order; of several, none twice at one place."""
-    places = torch.stack(torch.broadcast_tensors(*(i for i in indices if i is not None)), dim=-1)
-    places = places.flatten(0, -2)
-    return not accumulate and (values.numel() == 1 or len(places.unique(dim=0)) == len(places))
+    """Say whether no two of several values are put at the same index."""
+    given = [i.numpy() for i in indices if i is not None]
+    index = np.stack(np.broadcast_arrays(*given), axis=-1).reshape(-1, len(given))
+    return not accumulate and (values.numel() == 1 or len(np.unique(index, axis=0)) == len(index))
 
 
 CHECKED |= dict.fromkeys(("index_put", "_index_put_impl"), _puts_in_order)
 
 
-class Watch(TorchDispatchMode):
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types here
     """Refuses operations whose result on CUDA may differ from run to run, and counts the others."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types here
         self.seen = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -67,7 +69,7 @@ class Watch(TorchDispatchMode):
 
 
 VALUES, PLACES = torch.ones(4), torch.tensor([0, 1, 1, 2])
-UNORDERED = {
+UNORDERED: dict[str, Callable[[], Any]] = {
     "index_add": lambda: torch.zeros(3).index_add_(0, PLACES, VALUES),
     "scatter_add": lambda: torch.zeros(3).scatter_add_(0, PLACES, VALUES),
     "scatter": lambda: torch.zeros(3).scatter_(0, PLACES, VALUES),
@@ -94,7 +96,7 @@ def test_what_pytorch_lists_is_found(name: str) -> None:
 CODECS = {"top_k": CODEC, **CODED}
 
 
-# A CPU takes a few rows at a time, a GPU all of them.
+# A CPU processes a few rows at a time, a GPU all of them.
 @pytest.mark.parametrize("elements", [300 * 4, 1 << 40])
 @pytest.mark.parametrize("method", CODECS)
 def test_selection_adds_in_one_order_on_cuda(

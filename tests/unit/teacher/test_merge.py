@@ -1,4 +1,4 @@
-"""Merging ends with one measured cache and a manifest, wherever it was interrupted, and refuses what is misplaced."""
+"""Merging makes one measured cache and a manifest after any interruption, and refuses misaligned distributions."""
 
 import importlib
 import json
@@ -44,8 +44,8 @@ def logits_of(table: SequenceTable) -> Tensor:
     """A teacher's logits [P, V] at the counted positions: each sequence's follow from its content key."""
     pieces = []
     for i in range(len(table)):
-        chance = np.random.default_rng(int.from_bytes(table[i].key[:7], "little"))
-        pieces.append(3 * chance.standard_normal((table[i].num_positions, WIDTH)))
+        rng = np.random.default_rng(int.from_bytes(table[i].key[:7], "little"))
+        pieces.append(3 * rng.standard_normal((table[i].num_positions, WIDTH)))
     return torch.from_numpy(np.concatenate(pieces)).float()
 
 
@@ -113,7 +113,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def prepare(sources: Path, tmp_path: Path) -> Callable[..., Place]:
-    """A function that writes all parts into a new folder, in an order drawn by `seed`."""
+    """A function that writes all parts into a new folder, in an order shuffled by `seed`."""
 
     def prepare(seed: int = 0, targets_of: Any = targets_of) -> Place:
         index = TokenIndex.read(sources / "index.json")
@@ -225,7 +225,7 @@ def test_parts_that_cannot_be_merged_are_there_to_be_made_again(
     damaged.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
     with pytest.raises(ValueError, match="2 of 6 parts cannot be merged"):
         place.merge()
-    # With a receipt, or a file under the part's name, no worker would look again.
+    # With a receipt, or a file under the part's name, no worker would run again.
     assert not receipt.exists()
     assert sorted(place.parts.glob("*.h5")) == good
     damaged.with_suffix(".damaged").rename(damaged)
@@ -235,21 +235,21 @@ def test_parts_that_cannot_be_merged_are_there_to_be_made_again(
 
 
 @pytest.mark.parametrize(
-    "moment", ["retort.cache.merged._read_parts", "retort.cache.merged._require_room"]
+    "moment", ["retort.cache.merged._read_parts", "retort.cache.merged._require_free_space"]
 )
 def test_of_two_merges_at_once_the_slower_one_finds_the_work_done(
     prepare: Callable[..., Place], monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    """The other one ends, and removes the parts, just before this one reads them, or copies them."""
+    """The other one finishes, and removes the parts, just before this one reads or copies them."""
     place = prepare()
     module, name = moment.rsplit(".", 1)
-    goes_on = getattr(importlib.import_module(module), name)
+    continue_ = getattr(importlib.import_module(module), name)
 
     def be_overtaken(*arguments: Any) -> Any:
         monkeypatch.undo()
         place.merge()
         assert not place.parts.exists()
-        return goes_on(*arguments)
+        return continue_(*arguments)
 
     monkeypatch.setattr(moment, be_overtaken)
     place.merge()
@@ -314,7 +314,7 @@ def test_a_disk_without_room_for_the_merged_cache_is_said_before_it_is_begun(
     with pytest.raises(ValueError, match=r"has only 0\.0 MB free.*nothing is lost"):
         place.merge()
     assert not place.file.exists() and len(list(place.parts.glob("*.h5"))) == 6
-    assert (place.folder / "metadata_worker0.json").exists(), "no worker has to look again"
+    assert (place.folder / "metadata_worker0.json").exists(), "no worker has to run again"
 
 
 def test_a_merge_killed_at_any_moment_is_finished_by_the_same_call(
@@ -325,7 +325,7 @@ def test_a_merge_killed_at_any_moment_is_finished_by_the_same_call(
     whole.merge()
     seconds = time.monotonic() - started
     # A fork starts at once; it may not be able to use torch, but it only lives to be killed.
-    processes, chance = multiprocessing.get_context("fork"), random.Random(0)
+    processes, rng = multiprocessing.get_context("fork"), random.Random(0)
     killed = 0
     for seed in range(1, 6):
         place = prepare(seed)
@@ -334,7 +334,7 @@ def test_a_merge_killed_at_any_moment_is_finished_by_the_same_call(
         limit = time.monotonic() + 30
         while not list(place.folder.glob(".*.tmp")) and not place.file.exists():
             assert time.monotonic() < limit
-        time.sleep(chance.uniform(0, seconds))
+        time.sleep(rng.uniform(0, seconds))
         process.kill()
         process.join()
         killed += process.exitcode == -9
@@ -346,9 +346,9 @@ def test_a_merge_killed_at_any_moment_is_finished_by_the_same_call(
 
 
 def rolled(table: SequenceTable, codec: Codec) -> SparseTargets:
-    """Every distribution one position too late: what a mistake by one in the worker would write."""
+    """Return every distribution one position too late, as an off-by-one error of the worker would write it."""
     found = targets_of(table, codec)
-    columns = (*found.to_rows(), found.tail_logprobs)
+    columns: list[Any] = [*found.to_rows(), found.tail_logprobs]
     return SparseTargets.from_rows(*(np.roll(column, 1, axis=0) for column in columns))
 
 
@@ -382,7 +382,7 @@ def test_fidelity_is_measured_against_the_same_teacher_on_the_same_sequences(
     assert place.parts.exists()
 
 
-def test_a_merge_by_hand_may_leave_the_fidelity_unmeasured(prepare: Callable[..., Place]) -> None:
+def test_without_features_the_fidelity_is_not_measured(prepare: Callable[..., Place]) -> None:
     place = prepare()
     assert "its fidelity was not measured" in place.merge(features_path=None)
     manifest = read_json(place.manifest)

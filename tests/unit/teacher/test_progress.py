@@ -16,18 +16,15 @@ import pytest
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from retort.teacher import progress
 from retort.cli import configure_logging
-from retort.teacher.progress import Progress
+from retort.teacher.progress import Progress, logger
 configure_logging()
-progress._LOOK_S = 0.0
-progress._LINE_S = 0.0
 folder = Path(sys.argv[1])
 parts = [{"name": str(i), "sequences": 5, "tokens": 100, "positions": 80} for i in range(4)]
 files = [folder / f"{i}.h5" for i in range(4)]
 files[0].write_bytes(bytes(160))  # another worker's
-with Progress(parts, files) as shown:
-    progress.logger.info("above the bar")
+with Progress(parts, files, log_interval_s=0.0, poll_interval_s=0.0) as shown:
+    logger.info("above the bar")
     for part, file in zip(parts[1:], files[1:]):
         shown.start_part(part)
         shown.add(50)
@@ -46,7 +43,7 @@ def run_with_terminal(
     pause_s: float = 0.0,
     environment: dict[str, str] | None = None,
 ) -> str:
-    """Run the program by a shell, as a rule does, with a pause after each part; return what its terminal showed."""
+    """Run the program in a shell, as a rule does, with a pause after each part; return the terminal's output."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 140, 0, 0))
     script = folder / "program.py"
@@ -66,7 +63,7 @@ def run_with_terminal(
     while True:
         try:
             piece = os.read(master, 4096)
-        except OSError:  # EIO: nobody has the terminal open any more
+        except OSError:  # EIO: no process has the terminal open any more
             break
         if not piece:
             break
@@ -82,14 +79,16 @@ def test_the_bar_advances_to_the_end_and_the_log_has_lines_only(tmp_path: Path) 
     # The bar is drawn twice a second at most.
     shown = run_with_terminal(tmp_path, log=log, pause_s=0.6)
     percents = [int(found) for found in re.findall(r"(\d+)%\|", shown)]
-    assert percents[0] == 25, "what others did counts"
+    assert percents[0] == 25, "parts of other workers count"
     assert percents == sorted(percents) and percents[-1] == 100 and len(set(percents)) > 2
     assert "parts 4/4, samples 20/20, 0.0 MB, 2.0 B/position" in shown
     assert "part 2 of 4 done" not in shown
-    assert "\rabove the bar\r\n" in shown, "it does not cut the bar"
-    said = log.read_text()
-    assert "\r" not in said and "%|" not in said and "above the bar" in said
-    assert said.count("part ") >= 3 and "part 2 of 4 done: 5 samples, 100 tokens, 160 bytes" in said
+    assert "\rabove the bar\r\n" in shown, "lines must not cut the bar"
+    lines = log.read_text()
+    assert "\r" not in lines and "%|" not in lines and "above the bar" in lines
+    assert (
+        lines.count("part ") >= 3 and "part 2 of 4 done: 5 samples, 100 tokens, 160 bytes" in lines
+    )
 
 
 @pytest.mark.parametrize(

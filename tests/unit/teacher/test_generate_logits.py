@@ -1,0 +1,130 @@
+"""The function of the rule generate_logits: receipts, and errors before any work."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from retort.cache.codec import build_codec
+from retort.cache.merged import merge_parts
+from retort.cache.parts import (
+    build_header,
+)
+from retort.cache.reader import CacheHeader
+from retort.cluster.deadlines import RESUMABLE
+from retort.io.files import read_json, write_json
+from retort.models.load import CausalLM
+from retort.teacher.worker import generate_logits
+from support.teacher_job import After, Job, read_parts
+from support.tiny import NUM_TOKENS, WIDTH, section
+
+
+def run_rule(
+    job: Job,
+    receipt: Path,
+    *,
+    worker: int = 0,
+    num_workers: int = 1,
+) -> None:
+    generate_logits(
+        receipt,
+        index_path=job.index_path,
+        teacher_path=job.teacher_path,
+        fingerprint_path=job.fingerprint,
+        section=section("teacher", device="cpu", generation={"batch_size": 4}),
+        cache=job.cache,
+        worker=worker,
+        num_workers=num_workers,
+    )
+
+
+def test_receipt_says_who_did_what_with_which_gpus(
+    job: Job,
+    undisturbed: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    run_rule(job, tmp_path / "metadata_worker1.json", worker=1, num_workers=2)
+    assert caplog.messages[0] == "Worker 1/2  CUDA_VISIBLE_DEVICES: 4,5"
+    receipt = read_json(tmp_path / "metadata_worker1.json")
+    assert (receipt["worker"], receipt["num_workers"]) == (1, 2)
+    assert receipt["tokens"] == job.index.content["train"]["tokens"]
+    assert len(receipt["parts_done"]) == len(job.index.parts)
+    assert receipt["run"]["config"]["top_k"] == 8
+    assert read_parts(tmp_path / "parts") == undisturbed
+    run_rule(job, tmp_path / "metadata_worker0.json")
+    assert caplog.messages[-1].startswith("worker 0: 0 parts")
+
+
+def test_a_merged_cache_means_nothing_to_do(
+    job: Job, undisturbed: dict[str, bytes], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "parts").mkdir()
+    for name, content in undisturbed.items():
+        (tmp_path / "parts" / name).write_bytes(content)
+    merge_parts(job.index, tmp_path / "parts", job.header, tmp_path / "teacher_logits.h5")
+    run_rule(job, tmp_path / "metadata_worker0.json")
+    assert "nothing to do" in caplog.text
+
+
+def test_header_names_teacher_tokenizer_tokens_and_codec(job: Job) -> None:
+    content = read_json(job.fingerprint)
+    expected = CacheHeader(
+        content["weights"],
+        content["tokenizer"]["fingerprint"],
+        job.index.content["content"],
+        build_codec(job.cache, vocabulary=WIDTH),
+    )
+    assert job.header == expected
+
+
+def test_a_tokenizer_with_ids_beyond_the_output_layer_is_refused_with_both_numbers(
+    job: Job, tmp_path: Path
+) -> None:
+    narrow = read_json(job.fingerprint) | {"vocabulary": NUM_TOKENS - 1}
+    with pytest.raises(ValueError, match=r"has 300 tokens.*has only 299.*dataset\.tokenizer"):
+        build_header(job.index, narrow, job.cache, source=tmp_path)
+    exact = narrow | {"vocabulary": NUM_TOKENS}
+    assert build_header(job.index, exact, job.cache, source=tmp_path).codec.vocabulary == NUM_TOKENS
+
+
+def test_tokens_of_another_tokenizer_are_refused(job: Job, tmp_path: Path) -> None:
+    other = read_json(job.fingerprint)
+    other["tokenizer"]["fingerprint"] = "0123456789ab"
+    write_json(tmp_path / "fingerprint.json", other)
+    with pytest.raises(
+        ValueError, match=r"teacher's is 0123456789ab.*would belong to other tokens"
+    ):
+        build_header(job.index, other, job.cache, source=tmp_path / "fingerprint.json")
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")]
+)
+def test_a_teacher_that_does_not_fit_is_one_sentence(
+    error: RuntimeError, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any, **__: Any) -> CausalLM:
+        raise error
+
+    monkeypatch.setattr("retort.teacher.worker.load_recorded_teacher", load)
+    with pytest.raises(ValueError, match=r"does not fit .*gpus_per_model, now 1.*dtype"):
+        run_rule(job, tmp_path / "metadata_worker0.json")
+
+
+def test_out_of_time_the_rule_leaves_no_receipt_and_says_so(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("retort.teacher.worker.Deadline", lambda: After(0))
+    with pytest.raises(SystemExit) as ended:
+        run_rule(job, tmp_path / "metadata_worker0.json")
+    assert ended.value.code == RESUMABLE
+    told = caplog.messages[-1]
+    assert re.search(
+        r"stopped before the job's time limit: \d+ of \d+ parts are still missing", told
+    )
+    assert not (tmp_path / "metadata_worker0.json").exists()
