@@ -12,16 +12,15 @@ import xxhash
 
 
 def _name_cache_folder() -> Path:
-    """Return the folder, named by the sources in this package that import this module.
+    """Return the folder, named by this module and all in its package that import it.
 
-    numba makes it, or uses a folder of the user's where this one cannot be written.
+    numba creates it, or uses a folder in the user's home where this one is not writable.
     """
-    here = Path(__file__).parent
-    sources = [path.read_bytes() for path in sorted(here.glob("*.py"))]
-    used = b"".join(
-        source for source in sources if b"import numba" in source or b"cache.jit" in source
-    )
-    return here / "__pycache__" / f"compiled-{xxhash.xxh3_64_hexdigest(used)}"
+    here = Path(__file__)
+    others = sorted(path for path in here.parent.glob("*.py") if path != here)
+    importing = [source for path in others if b"retort.cache.jit" in (source := path.read_bytes())]
+    digest = xxhash.xxh3_64_hexdigest(b"".join([here.read_bytes(), *importing]))
+    return here.parent / "__pycache__" / f"compiled-{digest}"
 
 
 numba.config.CACHE_DIR = str(_name_cache_folder())
