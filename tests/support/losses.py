@@ -215,7 +215,7 @@ def assert_same_losses(
     exact = leaves(weights, torch.float64)
     padded = (exact[0], exact[1], exact[2] if len(exact) > 2 else None)
     total, hard, soft = reference_losses(padded, labels, teacher, how)
-    (total / normalizer).backward()  # type: ignore[no-untyped-call]  # of torch
+    (total / normalizer).backward()
     mine = leaves(weights, torch.float32)
     found = compute_fused_loss(
         mine[0],
@@ -277,7 +277,7 @@ def check_widths(
         exact[0] @ exact[1].T, teacher_PV[:, :tokens], mark(best_PK, student), temperature
     )
     expected = temperature**2 * kl
-    expected.backward()  # type: ignore[no-untyped-call]  # of torch
+    expected.backward()
     mine = leaves((hidden, weight), torch.float32)
     labels = torch.zeros(rows, dtype=torch.long)
     how = LossSettings(0.0, temperature, chunk_size=3)

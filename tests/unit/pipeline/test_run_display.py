@@ -95,7 +95,7 @@ def test_a_failed_job_is_named_at_once_and_the_table_is_not_shown(
     display = RunDisplay(summary=table)
     display.take(plan(train=1))
     display.take(start(1, "train", run="a"))
-    failed = {"rule_name": "train", "jobid": 1, "wildcards": {"run": "a"}}
+    failed: dict[str, Any] = {"rule_name": "train", "jobid": 1, "wildcards": {"run": "a"}}
     refused = record(event="job_error", level=logging.ERROR, rule_msg="sbatch refused", **failed)
     display.take(refused)
     display.close()
@@ -111,7 +111,7 @@ def test_jobs_that_an_interrupt_ended_have_not_failed(capfd: pytest.CaptureFixtu
     display.take(record("Terminating processes on user request, this might take some time."))
     status = "RuleException:\nCalledProcessError in file x, line 1:\nCommand 'x' died"
     display.take(record(status, event="error", level=logging.ERROR))
-    failed = {"rule_name": "train", "jobid": 1, "wildcards": {"run": "a"}}
+    failed: dict[str, Any] = {"rule_name": "train", "jobid": 1, "wildcards": {"run": "a"}}
     display.take(record(event="job_error", level=logging.ERROR, **failed))
     display.take(record("Complete log(s): x"))
     display.close()

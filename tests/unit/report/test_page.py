@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from retort.models.samples import Prompt, Sample, Samples, write_samples
+from retort.models.samples import Sample, SamplePrompt, Samples, write_samples
 from retort.report.page import make_report, render_summary, write_report
 from retort.report.records import group_runs, load_logs, load_metrics
 from retort.report.tables import build_metric_table
@@ -200,7 +200,7 @@ def test_a_clear_gain_is_bold_in_the_page(tmp_path: Path) -> None:
 def test_samples_of_another_run_are_refused_and_missing_ones_named(tmp_path: Path) -> None:
     paths = write_demo(tmp_path)
     records = load_metrics(paths)
-    samples = Samples((Prompt((1,), "once", None),), (Sample("a", "b"),))
+    samples = Samples((SamplePrompt((1,), "once", None),), (Sample("a", "b"),))
     for path, record in zip(paths[:2], records[:2], strict=True):
         write_samples(path.with_name("samples.json"), {"student": samples}, of=record.id)
     page = render_page(tmp_path, paths)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from retort.models.samples import Prompt, Sample, Samples
+from retort.models.samples import Sample, SamplePrompt, Samples
 from retort.report.records import find_teachers, load_metrics
 from retort.report.tables import (
     REFERENCE,
@@ -63,7 +63,7 @@ def test_each_class_has_a_row_with_every_runs_loss(tmp_path: Path) -> None:
 
 def test_samples_are_grouped_by_prompt_text_then_teacher_then_runs(tmp_path: Path) -> None:
     records = load_metrics(write_demo(tmp_path))
-    prompts = (Prompt((1,), "once", " upon"), Prompt((2,), "twice", None))
+    prompts = (SamplePrompt((1,), "once", " upon"), SamplePrompt((2,), "twice", None))
     teacher = Samples(prompts, (Sample("t1", "T1"), Sample("t2", "T2")))
     found: list[dict[str, Samples]] = [
         {"teacher": teacher, "student": Samples(prompts, (Sample("a1", ""), Sample("a2", "")))},

@@ -51,11 +51,11 @@ def _puts_in_order(
 CHECKED |= dict.fromkeys(("index_put", "_index_put_impl"), _puts_in_order)
 
 
-class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types here
+class Watch(TorchDispatchMode):
     """Refuses operations whose result on CUDA may differ from run to run, and counts the others."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types here
+        super().__init__()
         self.seen = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

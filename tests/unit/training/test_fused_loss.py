@@ -141,11 +141,11 @@ def test_extreme_students_have_finite_losses_and_gradients() -> None:
             assert all(bool(torch.isfinite(g).all()) for g in gradients), divergence
 
 
-class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
+class Largest(TorchDispatchMode):
     """Records the greatest number of elements that any operation returned."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # of torch
+        super().__init__()
         self.elements = 0
 
     def __torch_dispatch__(

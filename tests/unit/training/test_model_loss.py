@@ -117,7 +117,7 @@ def learn_from_all_logits(model: PreTrainedModel, temperature: float) -> dict[st
     _, logprobs = make_teacher(len(logits))
     p, q = (x.div(temperature).log_softmax(-1) for x in (logprobs, logits))
     kl = (p.exp() * (p - q)).sum()
-    (0.25 * hard / 7 + 0.75 * temperature**2 * kl / 7).backward()  # type: ignore[no-untyped-call]  # of torch
+    (0.25 * hard / 7 + 0.75 * temperature**2 * kl / 7).backward()
     return gradients(model)
 
 
