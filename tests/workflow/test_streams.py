@@ -44,7 +44,7 @@ def test_a_stream_is_drawn_by_a_reader_for_each_shard_and_taken_up_after_a_kill(
 def test_a_function_of_ones_own_deals_and_one_that_lies_is_refused(fresh: Place) -> None:
     fresh.write_config(tiny(dataset={"sharding": "mydeal:shard_of", "num_shards": 3}))
     said = fresh.try_snakemake("-n").output
-    assert "names the module 'mydeal', which is not there" in said
+    assert "names the module 'mydeal', which does not exist" in said
     code = "def shard_of(document_index, num_shards):\n    return document_index % 7 % num_shards\n"
     (fresh.path / "mydeal.py").write_text(code)
     target = str(index_of(fresh).relative_to(fresh.path))
@@ -58,7 +58,7 @@ def test_a_function_of_ones_own_deals_and_one_that_lies_is_refused(fresh: Place)
     assert other != target
     failed = fresh.try_snakemake(other)
     assert failed.returncode != 0
-    assert "'mydeal:shard_of' is not the same everywhere: document_index" in failed.output
+    assert "'mydeal:shard_of' is not deterministic: document_index" in failed.output
     assert not (fresh.path / other).exists()
 
 

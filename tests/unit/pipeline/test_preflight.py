@@ -153,7 +153,7 @@ def test_a_missing_teacher_is_refused(setting: Setting) -> None:
 
 def test_a_folder_that_is_no_model_is_refused(setting: Setting, tiny_corpus: Path) -> None:
     setting.refuse(
-        "must hold what save_pretrained", teacher={"model_path": str(tiny_corpus.parent)}
+        "must contain what save_pretrained", teacher={"model_path": str(tiny_corpus.parent)}
     )
 
 
@@ -199,7 +199,7 @@ def test_a_tokenizer_with_ids_beyond_the_output_layer_is_refused(
 ) -> None:
     narrow = copy_teacher(setting.folder / "narrow", tiny_teacher, vocab_size=NUM_TOKENS - 1)
     setting.refuse(
-        rf"has {NUM_TOKENS} tokens, but the output layer of teacher '{narrow}' only {NUM_TOKENS - 1}",
+        rf"has {NUM_TOKENS} tokens, but the output layer of teacher '{narrow}' has only {NUM_TOKENS - 1}",
         teacher={"model_path": str(narrow)},
     )
     exact = copy_teacher(setting.folder / "exact", tiny_teacher, vocab_size=NUM_TOKENS)
