@@ -1,7 +1,7 @@
 # Retort's two commands on a fresh machine (Linux, Python >= 3.11, make):
 #
-#   make demo    the whole pipeline on built-in text: one teacher, three students, a table, a report
-#   make test    every test that needs no cluster (make test-slurm: those on a real SLURM, started for them)
+#   make demo    the whole pipeline on built-in text: one teacher, students trained in three ways, a table, a report
+#   make test    units and whole workflows, about ten minutes (make test-all: everything, on a real SLURM too)
 #
 # Both make their own environment in .venv first (minutes, once).
 
@@ -13,26 +13,33 @@ BIN := $(VENV)/bin
 VLLM := .venv-vllm
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-unit test-workflow test-slow test-vllm test-slurm test-slurm-runs test-slurm-faults campaign benchmark-cache benchmark-merge benchmark-teacher benchmark-training benchmark-feeding benchmark-groups benchmark-graph benchmark-submissions benchmark-quality lint environment docs clean
+.PHONY: demo test test-all test-unit test-workflow test-slow test-vllm test-slurm test-slurm-runs test-slurm-faults campaign benchmark-cache benchmark-merge benchmark-teacher benchmark-training benchmark-feeding benchmark-groups benchmark-graph benchmark-submissions benchmark-quality lint environment docs clean
 
 demo: $(READY)
 	$(BIN)/snakemake --cores $(CORES) --quiet rules
 	@cat results/summary.txt
 
-test: test-unit test-workflow test-slow
+test: test-unit test-workflow
+
+# Everything: `make test`, what takes longer, and the tests on a SLURM cluster.
+test-all: test test-slow test-slurm
 
 test-unit: $(READY)
 	$(BIN)/pytest tests/unit tests/test_architecture.py -n 2 --dist worksteal --durations 25 --durations-min 1
 
+# Whole workflows with interruptions, resume, bad input and many ways to train. Jobs are forked from servers that have
+# the libraries loaded (tests/support/forks.py); RETORT_REAL_STARTS=1 starts each in a Python of its own.
 test-workflow: $(READY)
-	$(BIN)/pytest tests/workflow -n 2 --durations 25 --durations-min 20
+	$(BIN)/pytest tests/workflow -n 2 --durations 25 --durations-min 5
 
-# What takes longer: groups of pretended GPUs, interruptions of workers (fifty of them in `make campaign`), trainings that
-# go on, a Hub and servers with faults, and the real teacher and stories of ../shared/data (skipped with a reason where
-# they are absent).
+# Property tests, simulated GPU groups, kills of workers (fifty of them in `make campaign`), resumed trainings, a Hub and
+# servers with faults, the wheel, the container's steps, and the real models and stories of ../shared/data (skipped with a
+# reason if they are absent).
 test-slow: $(READY)
+	$(BIN)/pytest -m "not campaign" -n 2 --dist worksteal --durations 10 --durations-min 5 tests/properties
 	$(BIN)/pytest -m slow -n 2 --durations 25 --durations-min 20 tests/workflow/test_kills.py tests/workflow/test_real_input.py \
-		tests/workflow/test_gpu_groups.py tests/workflow/test_synthesis_example.py tests/workflow/test_wheel.py tests/unit
+		tests/workflow/test_gpu_groups.py tests/workflow/test_synthesis_example.py tests/workflow/test_wheel.py \
+		tests/workflow/test_container.py tests/unit
 
 # A local model by vLLM, whose CPU build is installed into an environment of its own: minutes and 4 GB, once.
 test-vllm: $(VLLM)/.ready
