@@ -103,18 +103,26 @@ def test_the_page_of_modules_is_made_of_their_docstrings() -> None:
 
 
 def find_raisers(tree: ast.AST) -> Iterator[ast.FunctionDef]:
-    """Yield the public functions and methods that raise ValueError themselves, not in a function inside them."""
-    for function in ast.walk(tree):
-        if not isinstance(function, ast.FunctionDef) or function.name.startswith("_"):
+    """Yield public functions and methods that raise ValueError themselves, uncaught and not in a nested function."""
+    nodes = list(ast.iter_child_nodes(tree))
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.ClassDef):
+            nodes.extend(node.body)
+        if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
             continue
-        nodes: list[ast.AST] = [*function.body]
-        while nodes:
-            node = nodes.pop()
-            if isinstance(node, ast.Raise) and "ValueError(" in ast.unparse(node):
-                yield function
+        inner: list[ast.AST] = [*node.body]
+        while inner:
+            found = inner.pop()
+            if isinstance(found, ast.Raise) and "ValueError(" in ast.unparse(found):
+                yield node
                 break
-            if not isinstance(node, ast.FunctionDef | ast.Lambda | ast.ClassDef):
-                nodes.extend(ast.iter_child_nodes(node))
+            caught = isinstance(found, ast.Try) and any(
+                "ValueError" in ast.unparse(handler.type or ast.Constant(None))
+                for handler in found.handlers
+            )
+            if not caught and not isinstance(found, ast.FunctionDef | ast.Lambda | ast.ClassDef):
+                inner.extend(ast.iter_child_nodes(found))
 
 
 def test_public_functions_that_raise_value_error_say_so() -> None:

@@ -86,7 +86,7 @@ class Reader:
         return int(self._require_type(keys, (int,), "a whole number"))
 
     def number(self, *keys: str | int) -> float:
-        """Return a finite number."""
+        """Return a finite number. Raises ValueError if it is none."""
         value = float(self._require_type(keys, (int, float), "a number"))
         if not math.isfinite(value):
             raise ValueError(

@@ -156,7 +156,7 @@ def test_a_file_cut_short_is_refused(parts: Path, tmp_path: Path, fraction: floa
     ("name", "value", "says"),
     [
         ("version", 5, "has format version 5, this Retort reads 4"),
-        ("format", "retort-tokens", "is no retort-logits file"),
+        ("format", "retort-tokens", "is not a retort-logits file"),
         ("header", None, "header does not match its checksum"),
     ],
 )

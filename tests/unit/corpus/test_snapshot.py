@@ -204,7 +204,7 @@ def test_a_snapshot_killed_ten_times_ends_with_the_same_bytes(tmp_path: Path) ->
 
 
 def test_a_snapshot_waits_for_another_process_and_keeps_its_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     stream = make_stream(tmp_path / "data", files=1, rows=30)
     folder = tmp_path / "snapshot"
@@ -221,7 +221,7 @@ def test_a_snapshot_waits_for_another_process_and_keeps_its_files(
         assert second.is_alive()
     second.join()
     assert found == [expected]
-    assert f"another process is writing {folder}: waiting for it" in capsys.readouterr().err
+    assert f"another process is writing {folder}: waiting for it" in caplog.text
 
 
 def test_another_corpus_in_the_same_folder_starts_from_the_beginning(tmp_path: Path) -> None:

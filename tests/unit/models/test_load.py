@@ -289,7 +289,9 @@ def test_a_folder_that_is_no_model_is_one_sentence(
     load: Callable[[str], Any], tmp_path: Path
 ) -> None:
     (tmp_path / "notes.txt").write_text("nothing of use")
-    with pytest.raises(ValueError, match=r"cannot load.*must contain what save_pretrained") as refusal:
+    with pytest.raises(
+        ValueError, match=r"cannot load.*must contain what save_pretrained"
+    ) as refusal:
         load(str(tmp_path))
     assert len(str(refusal.value).splitlines()) == 1
 
