@@ -53,6 +53,11 @@ def find_rules() -> dict[str, str]:
 
 
 RULES = find_rules()
+PAGES = [
+    *(p for p in sorted((REPOSITORY / "docs").glob("*.md")) if p.name != "LOG.md"),  # a history
+    REPOSITORY / "README.md",
+    REPOSITORY / "CONTRIBUTING.md",
+]
 
 
 def test_hdf5_is_written_and_read_in_four_modules() -> None:
@@ -100,6 +105,15 @@ def test_the_page_of_modules_is_made_of_their_docstrings() -> None:
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
     page = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
     assert done.stdout == page, "run: make docs"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_paths_that_a_page_names_exist(page: Path) -> None:
+    """Also globs. NAME in a path stands for any name."""
+    path = r"(?<![\w./-])(?:src|tests|workflow|benchmarks|config)/[\w./*-]*"
+    named = {name.rstrip(".") for name in re.findall(path, page.read_text(encoding="utf-8"))}
+    missing = [n for n in named if not any(REPOSITORY.glob(n.replace("NAME", "*").rstrip("/")))]
+    assert sorted(missing) == []
 
 
 def find_raisers(tree: ast.AST) -> Iterator[ast.FunctionDef]:
