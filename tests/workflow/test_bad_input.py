@@ -167,7 +167,7 @@ SEEN_BY_THE_CHECK: dict[str, tuple[Prepare, dict[str, Any], list[str]]] = {
     "a line that is no JSON": (
         _break_a_line,
         over(),
-        ["documents.jsonl, line 3 is not JSON", "mend or remove the line"],
+        ["documents.jsonl, line 3 is not JSON", "fix or remove the line"],
     ),
     "a folder without weights": (
         _remove_weights,

@@ -248,8 +248,8 @@ def test_what_a_server_could_not_do_alike_is_done_by_the_interpreter(
 def test_when_the_servers_owner_ends_so_does_all_of_it(way: str, tmp_path: Path) -> None:
     (tmp_path / "waits.py").write_text(WAITS)
     code = (
-        f"import os, subprocess, sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from forks import Forks; from pathlib import Path\n"
+        f"import os, subprocess, sys; sys.path.insert(0, {str(REPOSITORY / 'tests')!r})\n"
+        "from support.forks import Forks; from pathlib import Path\n"
         f"forks = Forks(Path('forks').absolute(), os.environ, sources=Path({str(REPOSITORY / 'src')!r}))\n"
         "job = subprocess.Popen([forks.python, 'waits.py'], stdout=subprocess.PIPE, text=True)\n"
         "print(job.pid, job.stdout.readline(), flush=True)\n"

@@ -1,14 +1,10 @@
 """The whole pipeline on a teacher and a dataset of a Hub: from the config to the report, streamed or not."""
 
 import shutil
-import sys
 from pathlib import Path
 
-from support.place import REPOSITORY, Place, sha256, tiny
-
-sys.path.insert(0, str(REPOSITORY / "tests" / "unit"))
-
 from support.hub import MODEL, NAME, serve
+from support.place import Place, sha256, tiny
 
 RUN = {"hybrid": {"training": {"distillation_type": "hybrid", "alpha": 0.5}}}
 

@@ -53,6 +53,7 @@ def write_outer(
     return [*command, "--rerun-triggers", "mtime"]
 
 
+@pytest.mark.slow
 def test_a_module_with_a_prefix_and_other_rule_names_runs_to_its_report(fresh: Place) -> None:
     command = write_outer(fresh, tiny(), placing='prefix: "distil"', names="as retort_*")
     done = fresh.execute(command)
