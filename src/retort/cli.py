@@ -8,6 +8,7 @@ A ValueError is a user's mistake: its message is shown without a traceback, as a
 written, other errors of the system, and an interrupt. Any other exception is a bug and keeps its traceback.
 """
 
+import argparse
 import errno
 import fcntl
 import io
@@ -62,6 +63,13 @@ _OUT_OF_MEMORY = (
     "cannot allocate memory",
     "bad_alloc",
 )
+
+
+def script_parser(docstring: str | None) -> argparse.ArgumentParser:
+    """Return the parser of a script; `--help` begins with the script's docstring as it is written."""
+    return argparse.ArgumentParser(
+        description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 def run_script(main: Callable[[], None]) -> None:

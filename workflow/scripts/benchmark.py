@@ -10,16 +10,14 @@
 import argparse
 from pathlib import Path
 
-from retort.cli import logger, run_script
+from retort.cli import logger, run_script, script_parser
 from retort.cluster.leases import lease_teacher, lease_training
 from retort.config.flags import add_section_flags, section_from_args
 
 
 def main() -> None:
     """Write benchmark.json."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("--benchmark", required=True, help="name of the task")
     parser.add_argument(
         "--record",

@@ -3,21 +3,18 @@
 python workflow/scripts/check_inputs.py --config config/config.yaml --output results/checks/mine.json
 """
 
-import argparse
 from pathlib import Path
 
 import yaml
 
-from retort.cli import logger, run_script
+from retort.cli import logger, run_script, script_parser
 from retort.config.load import load_runs
 from retort.io.files import write_json
 
 
 def main() -> None:
     """Check the config and write what was found."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("--config", required=True, help="a YAML file, or the config itself as JSON")
     parser.add_argument("--output", required=True, type=Path, help="JSON file for what was found")
     args = parser.parse_args()

@@ -4,19 +4,16 @@
         --output results/teachers/mine/fingerprint.json
 """
 
-import argparse
 from pathlib import Path
 
-from retort.cli import run_script
+from retort.cli import run_script, script_parser
 from retort.cluster.leases import lease_training
 from retort.config.flags import add_section_flags, section_from_args
 
 
 def main() -> None:
     """Write model/ and fingerprint.json; an interrupted training resumes from its last checkpoint."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument(
         "--corpus", type=Path, help="folder that draw_corpus wrote, if there is one"
     )

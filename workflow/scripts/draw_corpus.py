@@ -3,19 +3,16 @@
 python workflow/scripts/draw_corpus.py --dataset-name demo --output results/corpora/mine/corpus.json
 """
 
-import argparse
 from pathlib import Path
 
-from retort.cli import run_script
+from retort.cli import run_script, script_parser
 from retort.config.flags import add_section_flags, section_from_args
 from retort.corpus.snapshot import write_snapshot
 
 
 def main() -> None:
     """Write documents_*.jsonl.gz and their record into the output's folder; an interrupted run is resumed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument(
         "--output",
         required=True,

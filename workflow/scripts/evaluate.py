@@ -13,16 +13,14 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from retort.cli import logger, run_script
+from retort.cli import logger, run_script, script_parser
 from retort.cluster.leases import lease_training
 from retort.config.flags import add_section_flags, section_from_args
 
 
 def main() -> None:
     """Write the metrics.json of a run, or print the table of a standalone comparison."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     run = parser.add_argument_group("the student of a run")
     run.add_argument("--index", type=Path, help="index.json of the tokens")
     run.add_argument("--training", type=Path, help="training.json, with final/ beside it")

@@ -5,19 +5,16 @@
         --output results/logits/mine/metadata_worker0.json
 """
 
-import argparse
 from pathlib import Path
 
-from retort.cli import quiet_terminal, run_script
+from retort.cli import quiet_terminal, run_script, script_parser
 from retort.cluster.leases import lease_teacher
 from retort.config.flags import add_section_flags, section_from_args
 
 
 def main() -> None:
     """Lease one GPU group, do parts, write the receipt."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("--index", required=True, type=Path, help="index.json of the tokens")
     parser.add_argument(
         "--fingerprint", required=True, type=Path, help="fingerprint.json of the teacher"

@@ -4,18 +4,15 @@
         --output results/tokens/mine/index.json
 """
 
-import argparse
 from pathlib import Path
 
-from retort.cli import logger, run_script
+from retort.cli import logger, run_script, script_parser
 from retort.tokens.index import describe_index, write_index
 
 
 def main() -> None:
     """Verify the shards, write the index, report the counts."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument(
         "--shards", required=True, type=Path, nargs="+", help="all shards, in order"
     )

@@ -4,18 +4,15 @@
         --fingerprint results/teachers/mine/fingerprint.json --output results/logits/mine/manifest.json
 """
 
-import argparse
 from pathlib import Path
 
-from retort.cli import logger, run_script
+from retort.cli import logger, run_script, script_parser
 from retort.config.flags import add_section_flags, section_from_args
 
 
 def main() -> None:
     """Write teacher_logits.h5 and manifest.json."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("--index", required=True, type=Path, help="index.json of the tokens")
     parser.add_argument(
         "--fingerprint", required=True, type=Path, help="fingerprint.json of the teacher"

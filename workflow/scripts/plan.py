@@ -4,20 +4,17 @@
         --fingerprint results/teachers/mine/fingerprint.json --output results/logits/mine/plan.json
 """
 
-import argparse
 from pathlib import Path
 
 from retort.cache.cost import describe_cost, estimate_cost
-from retort.cli import logger, run_script
+from retort.cli import logger, run_script, script_parser
 from retort.config.flags import add_section_flags, section_from_args
 from retort.io.files import read_json, write_json
 
 
 def main() -> None:
     """Write plan.json."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("--index", required=True, type=Path, help="index.json of the tokens")
     parser.add_argument(
         "--fingerprint", required=True, type=Path, help="fingerprint.json of the teacher"

@@ -3,18 +3,15 @@
 python workflow/scripts/report.py --metrics results/runs/*/*/evaluation/*/metrics.json --output report.html
 """
 
-import argparse
 from pathlib import Path
 
-from retort.cli import logger, run_script
+from retort.cli import logger, run_script, script_parser
 from retort.report.page import make_report
 
 
 def main() -> None:
     """Write report.html, summary.csv and summary.txt, and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument(
         "--metrics", required=True, type=Path, nargs="+", help="metrics.json of every run"
     )

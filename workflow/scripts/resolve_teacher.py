@@ -4,18 +4,15 @@
         --output results/teachers/mine/fingerprint.json
 """
 
-import argparse
 from pathlib import Path
 
-from retort.cli import run_script
+from retort.cli import run_script, script_parser
 from retort.config.flags import add_section_flags, section_from_args
 
 
 def main() -> None:
     """Write fingerprint.json."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("--output", required=True, type=Path, help="fingerprint.json")
     add_section_flags(parser, "teacher")
     add_section_flags(parser, "teacher.generation")

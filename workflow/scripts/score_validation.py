@@ -7,19 +7,16 @@
 The teacher's continuations of some prompts are written to samples.json beside the output.
 """
 
-import argparse
 from pathlib import Path
 
-from retort.cli import run_script
+from retort.cli import run_script, script_parser
 from retort.cluster.leases import lease_teacher
 from retort.config.flags import add_section_flags, section_from_args
 
 
 def main() -> None:
     """Write the teacher's exact distributions as hidden states and head."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("--index", required=True, type=Path, help="index.json of the tokens")
     parser.add_argument(
         "--fingerprint", required=True, type=Path, help="fingerprint.json of the teacher"

@@ -3,20 +3,17 @@
 python workflow/scripts/stage.py --config mine.yaml
 """
 
-import argparse
 from pathlib import Path
 
 import yaml
 
-from retort.cli import logger, run_script
+from retort.cli import logger, run_script, script_parser
 from retort.config.load import load_runs
 
 
 def main() -> None:
     """Download everything that the config names."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("--config", required=True, help="a YAML file, or the config itself as JSON")
     args = parser.parse_args()
     text = args.config if args.config.lstrip().startswith("{") else Path(args.config).read_text()

@@ -4,21 +4,18 @@
         --synthesis-model my-model --synthesis-prompts prompts.jsonl --output results/mine/all/synthesis.json
 """
 
-import argparse
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from retort.cli import logger, run_script
+from retort.cli import logger, run_script, script_parser
 from retort.cluster.leases import lease_teacher
 from retort.config.flags import add_section_flags, section_from_args
 
 
 def main() -> None:
     """Request the missing answers (a local model leases a GPU group), and write the responses and their record."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument(
         "--output",
         required=True,

@@ -4,14 +4,13 @@
         --dataset-data-files book.txt --output results/tokens/mine/shard_00000.h5
 """
 
-import argparse
 import logging
 import os
 from contextlib import nullcontext
 from pathlib import Path
 
 from retort.artifacts.responses import refuse_other_responses
-from retort.cli import run_script
+from retort.cli import run_script, script_parser
 from retort.config.flags import add_section_flags, section_from_args
 
 logger = logging.getLogger(__name__)
@@ -19,9 +18,7 @@ logger = logging.getLogger(__name__)
 
 def main() -> None:
     """Read the shard's documents, tokenize them, write the shard, report the counts."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("--shard", required=True, type=int, help="which shard, from 0")
     parser.add_argument("--tokenizer", required=True, help="folder or Hub id")
     parser.add_argument("--tokenizer-revision", help="revision of a Hub tokenizer")

@@ -8,7 +8,7 @@
 import argparse
 from pathlib import Path
 
-from retort.cli import is_rank, logger, run_script
+from retort.cli import is_rank, logger, run_script, script_parser
 from retort.cluster.leases import hold_parent_gpus, lease_training
 from retort.cluster.ranks import die_with_parent, launch_ranks, rank, rendezvous_flags
 from retort.config.flags import add_section_flags, section_from_args
@@ -16,9 +16,7 @@ from retort.config.flags import add_section_flags, section_from_args
 
 def read_command_line() -> argparse.Namespace:
     """Return the parsed flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("--name", default="student", help="the run's name, for its log lines")
     parser.add_argument("--index", required=True, type=Path, help="index.json of the tokens")
     parser.add_argument(
