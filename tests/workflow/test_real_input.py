@@ -60,6 +60,26 @@ def describe(data: Path) -> dict[str, Any]:
     }
 
 
+def test_a_real_teacher_is_distilled_from_its_stories_to_a_report(
+    shared_data: Path, tmp_path: Path
+) -> None:
+    """Few stories and steps: too few to compare students, enough for a cache that its live teacher confirms."""
+    place = Place(tmp_path)
+    (tmp_path / "student.json").write_text(json.dumps(STUDENT))
+    config = describe(shared_data)
+    config["dataset"] |= {"max_samples": 60, "streaming_chunk_size": 20}
+    config["training"] |= {"max_steps": 8, "warmup_steps": 2, "save_steps": 8, "logging_steps": 4}
+    config["runs"] = {"both": config["runs"]["both_0"]}
+    place.write_config(config)
+    place.snakemake()
+    (path,) = place.results.glob("runs/both/*/evaluation/*/metrics.json")
+    found = json.loads(path.read_text())
+    assert found["cache"]["fidelity_kl"] < 1e-4
+    assert found["teacher_validation"]["loss"] < 2.0 < found["validation"]["loss"], "nats per token"
+    assert "both" in (place.results / "summary.txt").read_text()
+    assert place.plan() == {}
+
+
 @pytest.mark.slow
 def test_distilled_students_beat_those_that_learned_from_text_alone(
     shared_data: Path, tmp_path: Path
