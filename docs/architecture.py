@@ -16,8 +16,8 @@ HEAD = """# Architecture
 
 The library is `src/retort/`, one package for each subject. A package imports only those above it in the list below
 (import-linter, `make lint`). Rules of `workflow/rules/` call scripts of `workflow/scripts/`, which have the rule's
-name (variants of a rule share its script) and call one function of the library. [design.md](design.md) says why things are as they are,
-[CONTRIBUTING](../CONTRIBUTING.md) which files a change touches.
+name (variants of a rule share its script) and call one function of the library. [design.md](design.md) says why
+things are as they are, [CONTRIBUTING](../CONTRIBUTING.md) which files a change touches.
 
 ## Flow of data
 
