@@ -185,9 +185,9 @@ class Place:
             )
 
     def copy_to(self, path: Path) -> "Place":
-        """Return a copy of everything, times of files included."""
+        """Return a place on this machine with a copy of everything, times of files included."""
         shutil.copytree(self.path, path, symlinks=True, copy_function=shutil.copy2)
-        return replace(self, path=path)
+        return Place(path, self.repository, self.env, self.without, self.python)
 
 
 Once = Callable[[str, Callable[[Path], object]], Place]
