@@ -53,7 +53,11 @@ def test_the_wheel_holds_the_library_and_the_workflow_and_nothing_else(wheel: Pa
     library = {name.removeprefix("src/") for name in files_of("src") if ".egg-info/" not in name}
     workflow = files_of("Snakefile", "workflow", "config", "profiles")
     assert names == library | {f"retort/_workflow/{name}" for name in workflow}
-    assert {"retort/py.typed", "retort/config.schema.yaml", "retort/report.html.j2"} <= names
+    assert {
+        "retort/py.typed",
+        "retort/config/config.schema.yaml",
+        "retort/report/page.html.j2",
+    } <= names
 
 
 def test_an_installed_retort_runs_a_workflow_to_its_report(fresh: Place, installed: Path) -> None:

@@ -127,9 +127,11 @@ import resource, sys
 import numpy as np, torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 from retort.cache.codec import Codec
+from retort.cli import configure_logging
 from retort.models.load import split_model
 from retort.teacher.scoring import Scorer, score_part
 from retort.tokens.sequences import build_table
+configure_logging()
 torch.set_num_threads(1)
 config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=256, num_hidden_layers=1, num_attention_heads=2)
 teacher = split_model(AutoModelForCausalLM.from_config(config).eval())
@@ -150,7 +152,7 @@ def test_a_machine_that_really_has_no_more_memory_halves_batches_too() -> None:
     done = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) >= 1
-    assert "out of memory with 64 sequences (32,768 tokens)" in done.stdout
+    assert "out of memory with 64 sequences (32,768 tokens)" in done.stderr
 
 
 def save_model(folder: Path, kind: str, **values: Any) -> Path:
