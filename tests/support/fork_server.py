@@ -213,7 +213,8 @@ def prepare(words: list[str]) -> Callable[[], object]:
     main.clear()
     main |= {"__name__": "__main__", "__builtins__": builtins, "__annotations__": {}}
     main |= {"__doc__": None, "__package__": None, "__loader__": None, "__spec__": None}
-    sys.path[:0] = given
+    # As `site` does: a path that a .pth file names too (an editable install) is there once.
+    sys.path[:] = [*given, *(path for path in sys.path if path not in given)]
     customize(given)
     if words[0] == "-m":
         sys.argv = ["-m", *words[2:]]

@@ -68,6 +68,7 @@ def test_a_module_with_a_prefix_and_other_rule_names_runs_to_its_report(fresh: P
     assert "Nothing to be done" in fresh.execute([*command, "-n"]).output
 
 
+@pytest.mark.slow
 def test_a_module_without_a_prefix_uses_results_and_logs_of_this_folder(fresh: Place) -> None:
     done = fresh.execute(write_outer(fresh, SHORT))
     assert done.returncode == 0, done.output
