@@ -1,5 +1,7 @@
 """A wheel, installed into a clean environment, runs the workflow in an empty folder."""
 
+import email
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -17,9 +19,13 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel of this checkout, built as pip builds it; its backend comes from the package index."""
-    folder = tmp_path_factory.mktemp("dist")
+    return build_wheel(REPOSITORY, tmp_path_factory.mktemp("dist"))
+
+
+def build_wheel(checkout: Path, folder: Path) -> Path:
+    """Return the wheel of a checkout, in `folder`."""
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(folder)]
-    subprocess.run([*command, str(REPOSITORY)], check=True)
+    subprocess.run([*command, str(checkout)], check=True)
     (built,) = folder.glob("retort-*.whl")
     return built
 
@@ -58,6 +64,42 @@ def test_the_wheel_holds_the_library_and_the_workflow_and_nothing_else(wheel: Pa
         "retort/config/config.schema.yaml",
         "retort/report/page.html.j2",
     } <= names
+
+
+@pytest.mark.parametrize(
+    "remote",
+    [
+        "https://user:secret@code.example.org/team/retort.git",
+        "git@code.example.org:team/retort.git",
+    ],
+)
+def test_a_wheel_has_the_urls_of_the_repository_that_it_is_built_from(
+    remote: str, tmp_path: Path
+) -> None:
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", str(REPOSITORY), str(clone)], check=True)
+    shutil.copy(REPOSITORY / "hatch_build.py", clone)  # as it is, committed or not
+    shutil.copy(REPOSITORY / "pyproject.toml", clone)
+    subprocess.run(["git", "-C", str(clone), "remote", "set-url", "origin", remote], check=True)
+    urls = read_urls(build_wheel(clone, tmp_path))
+    assert "Homepage, https://code.example.org/team/retort" in urls
+    assert "Issues, https://code.example.org/team/retort/issues" in urls
+    for file in (url.partition("/blob/HEAD/")[2] for url in urls if "/blob/" in url):
+        assert (REPOSITORY / file).is_file()
+
+
+def test_a_wheel_of_a_clone_without_a_web_address_has_no_urls(tmp_path: Path) -> None:
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", str(REPOSITORY), str(clone)], check=True)
+    assert read_urls(build_wheel(clone, tmp_path)) == []
+
+
+def read_urls(wheel: Path) -> list[str]:
+    """Return the project URLs of a wheel as its metadata has them: "label, address"."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        metadata = email.message_from_bytes(archive.read(name))
+    return metadata.get_all("Project-URL") or []
 
 
 def test_an_installed_retort_runs_a_workflow_to_its_report(fresh: Place, installed: Path) -> None:
