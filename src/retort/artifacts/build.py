@@ -34,7 +34,7 @@ from retort.corpus.reading import (
 from retort.corpus.sources import list_files
 from retort.io.digests import digest, digest_file, digest_file_states
 from retort.io.files import is_path, read_json, require_no_file_at, suggest_path
-from retort.io.fingerprints import fingerprint_tokenizer, fingerprint_weights
+from retort.io.fingerprints import describe_model_file, fingerprint_tokenizer, fingerprint_weights
 
 # Increase a number when, and only when, the code makes other bytes from the same input: results are then made again.
 # tests/unit/test_golden.py fails when bytes change and the number does not.
@@ -99,6 +99,8 @@ def _refuse_missing_folders(config: Config) -> None:
         "student.model_path": config.student.model_path,
     }
     for key, value in named.items():
+        if value is not None and Path(value).is_file():
+            raise ValueError(f"{key} {value!r} is {describe_model_file(Path(value))}")
         if value is not None and is_path(value) and not Path(value).is_dir():
             raise ValueError(
                 f"{key} {value!r} does not exist (looked in {Path.cwd()}).{suggest_path(Path(value))} Give a "
@@ -284,7 +286,7 @@ def student_content(student: Student) -> Any:
         return fingerprint_weights(folder) if folder.is_dir() else student.model_path
     path = Path(str(student.config))
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ValueError(
             f"student.config {str(path)!r} does not exist (looked in {Path.cwd()}).{suggest_path(path)} Give the path "

@@ -16,17 +16,18 @@ from retort.config.synthesis_checks import COLUMNS
 from retort.corpus.sources import expand_pattern
 from retort.io.digests import digest, digest_file, digest_file_states
 from retort.io.files import is_path, read_json, suggest_path
-from retort.io.fingerprints import fingerprint_tokenizer, fingerprint_weights
+from retort.io.fingerprints import describe_model_file, fingerprint_tokenizer, fingerprint_weights
+from retort.io.text_files import COMPRESSED_SUFFIXES
 
 PROMPT_SUFFIXES = {
     ".jsonl": "json",
     ".json": "json",
     ".csv": "csv",
+    ".tsv": "csv",
     ".parquet": "parquet",
     ".txt": "lines",
 }
 RESPONSES_FILE = "responses.jsonl"
-_COMPRESSED = (".gz", ".zst")
 _SHARED_KEYS = (
     "provider",
     "prompts",
@@ -159,7 +160,7 @@ def is_hub_id(name: str) -> bool:
 
 def choose_prompt_reader(path: Path) -> str | None:
     """Return the reader of a prompt file by its ending, one of PROMPT_SUFFIXES' values; None if unknown."""
-    endings = [ending for ending in path.suffixes if ending not in _COMPRESSED]
+    endings = [ending for ending in path.suffixes if ending not in COMPRESSED_SUFFIXES]
     return PROMPT_SUFFIXES.get(endings[-1]) if endings else None
 
 
@@ -169,7 +170,7 @@ def _expand(pattern: str) -> list[Path]:
         if choose_prompt_reader(path) is None:
             raise ValueError(
                 f"synthesis.prompts {str(path)!r} has no known ending: expected {', '.join(PROMPT_SUFFIXES)}, "
-                "compressed (.gz, .zst) or not. Rename or convert it."
+                f"compressed ({', '.join(COMPRESSED_SUFFIXES)}) or not. Rename or convert it."
             )
     return found
 
@@ -187,6 +188,8 @@ def _identify_model(name: str, revision: str | None) -> Any:
     folder = Path(name)
     if folder.is_dir():
         return [fingerprint_weights(folder), fingerprint_tokenizer(folder)]
+    if folder.is_file():
+        raise ValueError(f"synthesis.model {name!r} is {describe_model_file(folder)}")
     if is_path(name):
         raise ValueError(
             f"synthesis.model {name!r} does not exist (looked in {Path.cwd()}).{suggest_path(folder)} Give a folder "

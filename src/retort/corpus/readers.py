@@ -1,4 +1,4 @@
-"""Rows of one local file: text, json (lines or an array), csv, parquet; plain, gzip or zstd.
+"""Rows of one local file: text, json (lines or an array), csv, parquet; text plain or compressed.
 
 A *row* is a function that parses the row when it is called: rows of other shards are skipped without parsing.
 Readers stream and write no cache. Any error in a file is a ValueError that names the file and the line.
@@ -6,24 +6,24 @@ Readers stream and write no cache. Any error in a file is a ValueError that name
 
 import csv
 import difflib
-import gzip
 import io
 import json
 import sys
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from retort.config.sections import Dataset
+from retort.io.text_files import explain_read_errors, open_utf8
 
 Row = Callable[[], Mapping[str, Any]]  # () -> {column: value}
 
 # A text file is split into passages: a line is too short for a document, a whole book too long to hold out.
 _PASSAGE_CHARACTERS = 4000
 _PARQUET_BATCH_ROWS = 256
+_DELIMITERS = ",;\t|"
 
 
 class Columns(NamedTuple):
@@ -60,23 +60,6 @@ def read_file(path: Path, loader: str, columns: Columns) -> Iterator[Row]:
         yield from _READERS[loader](path, columns)
 
 
-@contextmanager
-def open_decompressed(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for reading, decompressed if its first bytes are those of gzip or zstd."""
-    with ExitStack() as stack:
-        file = stack.enter_context(path.open("rb"))
-        magic = file.peek(4)[:4]
-        if magic[:2] == b"\x1f\x8b":
-            yield cast(BinaryIO, stack.enter_context(gzip.GzipFile(fileobj=file)))
-        elif magic == b"\x28\xb5\x2f\xfd":
-            import zstandard
-
-            reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
-            yield cast(BinaryIO, stack.enter_context(io.BufferedReader(cast(io.RawIOBase, reader))))
-        else:
-            yield file
-
-
 def text_row(text: str) -> Mapping[str, str]:
     """Return the row of a source whose only column is `text`."""
     return {"text": text}
@@ -97,33 +80,13 @@ def require_columns(columns: Columns, found: Iterable[str], *, where: str) -> No
             )
 
 
-@contextmanager
-def explain_read_errors(path: Path) -> Iterator[None]:
-    """Convert errors of decompressors and decoders into a ValueError that names the file."""
-    try:
-        yield
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(
-            f"{path} is damaged or cut short ({error}): write or download it again."
-        ) from error
-    except PermissionError as error:
-        raise ValueError(
-            f"{path} cannot be read ({error.strerror}): check its permissions."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 text (byte 0x{error.object[error.start]:02x}: {error.reason}): "
-            "convert it, for example with `iconv -f latin1 -t utf-8`."
-        ) from error
-
-
 def _read_text(path: Path, columns: Columns) -> Iterator[Row]:
     """Yield passages of at least 4,000 characters, cut at blank lines, or after 8,000 at a line end."""
     require_columns(columns, ["text"], where=f"{path} (a text file's one column is 'text')")
     lines: list[str] = []
     size = 0
-    with open_decompressed(path) as file:
-        for line in io.TextIOWrapper(file, encoding="utf-8-sig"):
+    with open_utf8(path) as file:
+        for line in io.TextIOWrapper(file, encoding="utf-8"):
             is_blank = not line.strip()
             if is_blank and not lines:
                 continue
@@ -138,7 +101,7 @@ def _read_text(path: Path, columns: Columns) -> Iterator[Row]:
 
 def _read_json(path: Path, columns: Columns) -> Iterator[Row]:
     """Yield rows of one JSON object per line, or of one array of objects."""
-    with open_decompressed(path) as file:
+    with open_utf8(path) as file:
         is_first = True
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -184,28 +147,65 @@ def _check_object(value: Any, path: Path, number: int) -> Mapping[str, Any]:
 
 
 def _read_csv(path: Path, columns: Columns) -> Iterator[Row]:
-    """Yield rows of comma-separated values with a header line; a quoted value may contain line breaks."""
+    """Yield rows of separated values with a header line; a quoted value may contain line breaks.
+
+    The delimiter is the one with which the header has the required columns, so a wrong one is never used.
+    """
     csv.field_size_limit(sys.maxsize)  # the default refuses values above 131,072 characters
-    with open_decompressed(path) as file:
-        reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
+    with open_utf8(path) as file:
+        lines = io.TextIOWrapper(file, encoding="utf-8", newline="")
+        first, num_before = _skip_blank_lines(lines)
+        delimiter = _choose_delimiter(first, columns)
+        reader = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
         try:
-            header = next(reader, None)
-            if header is None:
+            header = next(reader, [])
+            if not header:
                 return
             require_columns(columns, header, where=f"the header of {path}")
+            _refuse_doubled_columns(columns, header, path)
             for values in reader:
                 if len(values) > len(header):
                     raise ValueError(
-                        f"{path}, line {reader.line_num} has {len(values)} values, but the header "
-                        f"names {len(header)} columns: quote values that contain commas."
+                        f"{path}, line {num_before + reader.line_num} has {len(values)} values, but the header "
+                        f"names {len(header)} columns: quote values that contain {delimiter!r}."
                     )
                 if values:
                     yield partial(_pair, header, values)
         except csv.Error as error:
             raise ValueError(
-                f"{path}, line {reader.line_num} is not CSV ({error}): quote values that contain "
-                "commas, quotes or line breaks, and double the quotes inside."
+                f"{path}, line {num_before + reader.line_num} is not CSV ({error}): quote values that contain "
+                f"{delimiter!r}, quotes or line breaks, and double the quotes inside."
             ) from error
+
+
+def _skip_blank_lines(lines: Iterator[str]) -> tuple[str, int]:
+    """Return the first line with a name in it ("" without one), and the number of lines before it.
+
+    Spreadsheets write empty rows as delimiters alone, and may state the delimiter in a first line such as `sep=;`.
+    """
+    number = 0
+    for number, line in enumerate(lines):
+        if line.strip(f'{_DELIMITERS}" \r\n') and not line.startswith("sep="):
+            return line, number
+    return "", number
+
+
+def _choose_delimiter(header: str, columns: Columns) -> str:
+    """Return the delimiter with which a header line has the required columns, or else the most columns."""
+    found = {d: next(csv.reader([header], delimiter=d), []) for d in _DELIMITERS}
+    for delimiter, names in found.items():
+        if all(column in names for column in columns.required):
+            return delimiter
+    return max(found, key=lambda delimiter: len(found[delimiter]))
+
+
+def _refuse_doubled_columns(columns: Columns, header: list[str], path: Path) -> None:
+    for column in columns.both:
+        if header.count(column) > 1:
+            raise ValueError(
+                f"the header of {path} names the column {column!r} {header.count(column)} times: rename all but the "
+                "one to read."
+            )
 
 
 def _pair(header: Sequence[str], values: Sequence[str]) -> Mapping[str, str]:

@@ -22,7 +22,6 @@ from retort.config.sections import Dataset
 from retort.corpus.demo_text import describe_demo
 from retort.corpus.documents import Counts, Document, make_document
 from retort.corpus.hub import pin_revision
-from retort.corpus.readers import explain_read_errors, open_decompressed
 from retort.corpus.reading import (
     CorpusReader,
     Cursor,
@@ -38,6 +37,7 @@ from retort.corpus.sharding import Assignment, build_shard_function
 from retort.corpus.sources import is_hub
 from retort.io.digests import digest, digest_file_states
 from retort.io.files import file_lock, read_json, write_json
+from retort.io.text_files import explain_read_errors, open_utf8
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ def read_snapshot(
             setattr(assignment, key, value)
     path = _documents_path(folder, shard)
     num_read = 0
-    with explain_read_errors(path), open_decompressed(path) as file:
+    with explain_read_errors(path), open_utf8(path) as file:
         for line in file:
             yield Document(**json.loads(line))
             num_read += 1

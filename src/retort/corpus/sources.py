@@ -4,6 +4,7 @@ Rows are ordered by file, as listed (globs sorted), then by row. Reading may sta
 snapshot does, and with `sharding: files` each shard.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,12 @@ from retort.corpus.hub import open_stream, open_table
 from retort.corpus.readers import LOADERS, Row, choose_columns, read_file, require_columns, text_row
 from retort.io.files import suggest_path
 
+# Below a results or cache folder, which may lie among the files of a corpus.
+_OUTPUT = re.compile(
+    r"(^|/)((corpora|tokens|logits|validation|teachers|syntheses|reports|checks)/(api-|demo-)?|runs/[^/]+/)"
+    r"[0-9a-f]{12}[/.]"
+)
+
 
 def is_hub(dataset: Dataset) -> bool:
     """Return whether `datasets` reads it: a Hub id, or a folder with the layout of a Hub dataset."""
@@ -29,7 +36,7 @@ def list_files(dataset: Dataset) -> list[Path]:
     Raises ValueError when nothing is found, and for keys that apply to the Hub only.
     """
     if is_hub(dataset):
-        return sorted(path for path in Path(dataset.name).rglob("*") if path.is_file())
+        return sorted(path for path in Path(dataset.name).rglob("*") if _is_file(path))
     _refuse_hub_keys(dataset)
     if dataset.name == "demo":
         return []
@@ -132,7 +139,33 @@ def expand_pattern(pattern: str, *, key: str) -> list[Path]:
 
 
 def _match(pattern: Path) -> list[Path]:
-    """Return the files that match a glob, sorted, without hidden ones."""
-    root = Path(pattern.anchor)
-    matches = root.glob(pattern.relative_to(root).as_posix())
-    return sorted(path for path in matches if path.is_file() and not path.name.startswith("."))
+    """Return the files that match a glob, sorted, without hidden ones and without what Retort made.
+
+    Only below the folder that the pattern names are files left out: `results/syntheses/<id>/*.jsonl` is chosen.
+    """
+    parts = pattern.parts
+    named = next(i for i, part in enumerate(parts) if any(letter in part for letter in "*?["))
+    root = Path(*parts[:named])
+    found = sorted(path.relative_to(root) for path in root.glob(str(Path(*parts[named:]))))
+    return [
+        root / path
+        for path in found
+        if not any(part.startswith(".") for part in path.parts)
+        and not _is_output(root, path)
+        and _is_file(root / path)
+    ]
+
+
+def _is_output(root: Path, path: Path) -> bool:
+    """Return whether Retort made the file, at a path relative to `root`; it also links to its newest report."""
+    link = str((root / path).readlink()) if (root / path).is_symlink() else ""
+    return bool(_OUTPUT.search(str(path))) or link.startswith("reports/")
+
+
+def _is_file(path: Path) -> bool:
+    """Return whether a path is a file; raises ValueError for a link to nothing, which a glob would pass over."""
+    if path.is_symlink() and not path.exists():
+        raise ValueError(
+            f"{path} is a link to {str(path.readlink())!r}, which does not exist: restore that, or remove the link."
+        )
+    return path.is_file()

@@ -24,6 +24,7 @@ from retort.evaluation.run import evaluate_student
 from retort.evaluation.scores import METRICS, METRICS_FORMAT, METRICS_VERSION, OF_BOTH, Scores
 from retort.evaluation.text_bytes import count_next_bytes
 from retort.io.files import write_json
+from retort.io.text_files import COMPRESSED_SUFFIXES
 from retort.models.load import (
     CausalLM,
     choose_device,
@@ -43,8 +44,13 @@ from retort.tokens.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
-_LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-_COMPRESSED = (".gz", ".zst")
+_LOADERS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+}
 _COLUMN_WIDTH = 28
 
 
@@ -53,7 +59,9 @@ def choose_loader(paths: Sequence[str]) -> str:
 
     Raises ValueError when the files need different loaders.
     """
-    extensions = [[s for s in Path(path).suffixes if s not in _COMPRESSED][-1:] for path in paths]
+    extensions = [
+        [s for s in Path(path).suffixes if s not in COMPRESSED_SUFFIXES][-1:] for path in paths
+    ]
     loaders = {_LOADERS.get("".join(extension), "text") for extension in extensions}
     if len(loaders) > 1:
         raise ValueError(

@@ -4,7 +4,6 @@ Chen et al., Evaluating Large Language Models Trained on Code, 2021 (arXiv 2107.
 from prompts to completions; its code runs only in the `sandbox`.
 """
 
-import gzip
 import json
 import logging
 import math
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from retort.evaluation.sandbox import Limits, Outcome, run_program
+from retort.io.text_files import explain_read_errors, open_utf8
 
 logger = logging.getLogger(__name__)
 
@@ -51,16 +51,16 @@ class Attempt:
 
 
 def read_problems(path: Path) -> list[Problem]:
-    """Read the problems of a .jsonl or .jsonl.gz.
+    """Read the problems of a .jsonl, compressed or not.
 
     Raises ValueError, with file and line, when it is not a copy of HumanEval.
     """
     try:
-        content = path.read_bytes()
-        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8")
+        with explain_read_errors(path), open_utf8(path) as file:
+            text = file.read().decode("utf-8")
         lines = [line for line in text.splitlines() if line.strip()]
         found = [_read_problem(line, path, number) for number, line in enumerate(lines, start=1)]
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise ValueError(
             f"evaluation.humaneval_file {str(path)!r} cannot be read: {error}. Give a copy of HumanEval.jsonl.gz."
         ) from None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from retort.io.digests import digest, digest_file, hash_file
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -33,6 +33,21 @@ def _weights_memo() -> Path | None:
     return Path(cache) / "retort" / "digests.json"
 
 
+def describe_model_file(path: Path) -> str:
+    """Return the end of a message about a model that was given as a file: what it is, and what to give instead."""
+    folder = "Give the folder that save_pretrained() wrote, or a Hub id"
+    if path.suffix == ".gguf":
+        return (
+            "a GGUF file, the quantized weights of llama.cpp, and is not read. Give the model that it was made from: a "
+            "folder that save_pretrained() wrote, or a Hub id."
+        )
+    if path.suffix in (*WEIGHT_SUFFIXES, ".json", ".model"):
+        return f"one file of a model. {folder}: here perhaps {str(path.parent)!r}."
+    if path.suffix in (".zip", ".gz", ".tar", ".tgz", ".zst", ".xz"):
+        return "an archive. Unpack it, and give the folder with config.json and the weights."
+    return f"a file, not a model. {folder}."
+
+
 def list_weights(folder: Path) -> list[Path]:
     """Return config.json, if there, and the files with weights in a model folder."""
     weights = sorted(p for p in folder.iterdir() if p.suffix in WEIGHT_SUFFIXES)
@@ -47,8 +62,8 @@ def fingerprint_weights(folder: Path) -> str:
     files = list_weights(folder) if folder.is_dir() else []
     if not any(path.suffix in WEIGHT_SUFFIXES for path in files):
         raise ValueError(
-            f"no model weights in {str(folder)!r}: expected a folder with config.json and *.safetensors "
-            "(or *.bin), as save_pretrained() writes it. Give such a folder or a Hub id."
+            f"no model weights in {str(folder)!r}: expected a folder with config.json and *.safetensors (or *.bin), "
+            "as save_pretrained() writes it (GGUF is not read). Give such a folder or a Hub id."
         )
     return digest([[p.name, digest_file(p, memo=_weights_memo())] for p in files])
 

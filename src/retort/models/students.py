@@ -22,7 +22,7 @@ def student_config(section: Student, *, vocabulary: int, tokenizer: Any) -> Pret
         config = load_model_config(section.model_path)
     else:
         path = Path(str(section.config))
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
         model_type = content.pop("model_type")
         content.setdefault("vocab_size", vocabulary)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from retort.config.sections import Config, Teacher, Tracking
 from retort.config.synthesis_checks import SYNTHESIS
 from retort.corpus.reading import check_corpus
+from retort.corpus.sources import is_hub
 from retort.evaluation.tasks import check_tasks
 from retort.io.files import require_writable
 from retort.io.fingerprints import fingerprint_weights
@@ -81,10 +82,22 @@ def _has_login(host: str) -> bool:
 def _check_corpus(config: Config) -> list[str]:
     if config.dataset.name == SYNTHESIS:
         return check_synthesis_inputs(config)
+    _refuse_results_in_dataset(config)
     found = check_corpus(config.dataset)
     files = found.get("files") or []
     size = f", {len(files)} files, {found['bytes'] / 1e6:,.1f} MB" if files else ""
     return [f"corpus: {config.dataset.name}{size}"]
+
+
+def _refuse_results_in_dataset(config: Config) -> None:
+    """Raise ValueError when results go into a folder that `datasets` reads whole: they would become text."""
+    folder = Path(config.dataset.name).resolve()
+    for place in (config.output.results_dir, config.output.cache_dir):
+        if is_hub(config.dataset) and place and Path(place).resolve().is_relative_to(folder):
+            raise ValueError(
+                f"results go to {place!r}, inside the folder {config.dataset.name!r} that dataset.name has read as "
+                "text. Set output.results_dir (and output.cache_dir) to a folder outside of it."
+            )
 
 
 def _check_teacher(config: Config) -> tuple[Any, int, str]:

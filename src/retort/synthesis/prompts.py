@@ -17,15 +17,10 @@ import yaml
 from retort.artifacts.responses import choose_prompt_reader, list_prompt_files
 from retort.config.schema import fill_defaults, section_schema
 from retort.config.sections import Dataset, Synthesis, build_section
-from retort.corpus.readers import (
-    Columns,
-    explain_read_errors,
-    open_decompressed,
-    read_file,
-    require_columns,
-)
+from retort.corpus.readers import Columns, read_file, require_columns
 from retort.corpus.reading import read_rows
 from retort.corpus.sources import open_source
+from retort.io.text_files import explain_read_errors, open_utf8
 
 _LABELS = ("category", "language")
 _KEYS = ("templates", "topics", "categories", "languages")
@@ -117,9 +112,9 @@ def _read_files(section: Synthesis) -> Iterator[Mapping[str, Any]]:
 
 
 def _read_lines(path: Path) -> Iterator[str]:
-    with explain_read_errors(path), open_decompressed(path) as file:
+    with explain_read_errors(path), open_utf8(path) as file:
         for line in file:
-            if text := line.decode("utf-8").lstrip("\ufeff").strip():  # without a byte order mark
+            if text := line.decode("utf-8").strip():
                 yield text
 
 

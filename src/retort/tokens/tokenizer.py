@@ -9,7 +9,7 @@ from typing import Any
 from retort.cli import first_line
 from retort.io.digests import digest
 from retort.io.files import is_path
-from retort.io.fingerprints import fingerprint_tokenizer
+from retort.io.fingerprints import describe_model_file, fingerprint_tokenizer
 
 
 def encode_prompt(prompt: str, tokenizer: Any) -> list[int]:
@@ -86,6 +86,8 @@ def explain_load_error(what: str, path: str, error: Exception) -> str:
     """Return a message for a model or tokenizer (`what`) that transformers cannot load."""
     if Path(path).is_dir():
         advice = "the folder must contain what save_pretrained() writes (config.json, weights, tokenizer.json)"
+    elif Path(path).is_file():
+        advice = f"it is {describe_model_file(Path(path))}"
     elif is_path(path):
         advice = f"there is no such folder (looked in {Path.cwd()})"
     else:

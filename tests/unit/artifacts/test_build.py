@@ -351,6 +351,29 @@ def test_missing_weights_are_refused(build: Build, tmp_path: Path) -> None:
         build()
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("model.q4.gguf", "is a GGUF file, the quantized weights of llama.cpp"),
+        ("model.safetensors", r"is one file of a model\. Give the folder"),
+        ("model.tar.gz", r"is an archive\. Unpack it"),
+        ("notes.txt", "is a file, not a model"),
+    ],
+)
+@pytest.mark.parametrize("section", ["teacher", "student"])
+def test_a_model_path_that_is_a_file_is_told_what_it_is(
+    build: Build, tmp_path: Path, section: str, name: str, said: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"GGUF")
+    keys: dict[str, Any] = {"model_path": str(path)} | (
+        {"config": None} if section == "student" else {}
+    )
+    with pytest.raises(ValueError, match=rf"{section}.model_path '.*{name}' {said}") as caught:
+        build(**{section: keys})
+    assert "Did you mean" not in str(caught.value)
+
+
 PRINT_IDS = """
 import json, sys
 from retort.artifacts.build import build_project

@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import io
 import json
 import re
 from dataclasses import replace
@@ -34,7 +35,16 @@ def write_source(folder: Path, name: str) -> Path:
 
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), folder / "part.parquet")
     elif name == "array":
-        (folder / "part.json").write_text(json.dumps(ROWS, indent=1))
+        (folder / "part.json").write_text(json.dumps(ROWS, indent=1), encoding="utf-8-sig")
+    elif name in ("semicolon", "tab", "utf-16"):
+        text = io.StringIO("\r\n;;\r\n" if name == "semicolon" else "", newline="")
+        text.seek(0, io.SEEK_END)
+        delimiter = {"semicolon": ";", "tab": "\t"}.get(name, ",")
+        rows = csv.DictWriter(text, list(ROWS[0]), delimiter=delimiter)
+        rows.writeheader()
+        rows.writerows(ROWS)
+        encoding = "utf-16" if name == "utf-16" else "utf-8-sig"
+        (folder / "part.csv").write_bytes(text.getvalue().encode(encoding))
     elif name == "zst":
         import zstandard
 
@@ -48,7 +58,10 @@ def write_source(folder: Path, name: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["json", "array", "gz", "zst", "csv", "parquet", "hub"])
+CSV = ("csv", "semicolon", "tab", "utf-16")
+
+
+@pytest.mark.parametrize("name", ["json", "array", "gz", "zst", *CSV, "parquet", "hub"])
 def test_all_formats_give_the_same_documents(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -61,7 +74,7 @@ def test_all_formats_give_the_same_documents(
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
         keys: dict[str, Any] = {"name": str(folder), "num_proc": 1}
     else:
-        loader = name if name in LOADERS else "json"
+        loader = "csv" if name in CSV else name if name in LOADERS else "json"
         keys = {"name": loader, "data_files": [str(folder / "part.*")]}
     dataset = replace(DEFAULTS, validation_fraction=0.3, **keys)
     documents = read_all(dataset)
@@ -149,6 +162,14 @@ def test_a_row_that_is_not_json_is_found_by_the_shard_that_it_belongs_to(tmp_pat
         ("csv", b'text,n\n"open,1\n', "line 2 is not CSV (unexpected end of data)"),
         ("csv", b"text,n\na,b,c\n", "line 2 has 3 values, but the header names 2 columns"),
         ("csv", b"words,n\na,b\n", "column 'text' is not in the header of"),
+        ("csv", b"id;words\n1;b\n", "which has 'id', 'words'"),
+        (
+            "csv",
+            b"\n\ntext;n\na;b;c\n",
+            "line 4 has 3 values, but the header names 2 columns: quote",
+        ),
+        ("csv", b"text;n\na,b;c\nd;e;f\n", "quote values that contain ';'"),
+        ("csv", b"text,n,text\na,b,c\n", "names the column 'text' 2 times"),
         ("json", gzip.compress(b'{"text": "a"}\n' * 9, mtime=0)[:-9], "is damaged or cut short"),
         ("parquet", b"no parquet", "is not a readable Parquet file"),
         ("json", b'\x80abc"\n', "line 1 is not JSON"),
@@ -169,3 +190,18 @@ def test_a_real_play_becomes_passages_without_losing_a_word(shared_data: Path) -
     words = " ".join(d.text for d in documents).split()
     assert words == path.read_text(encoding="utf-8").split()
     assert 250 < len(documents) < 280
+
+
+def test_a_delimiter_is_one_with_which_the_named_columns_exist(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    files = {
+        "text\na; b\tc\n": "a; b\tc",  # one column: nothing separates
+        "n,a;text\n1,2;a, b\n": "a, b",  # a comma in the name of another column
+        "sep=;\nn;text\n1;a, b\n": "a, b",
+        'n|"text"\n1|"a;\nb"\n': "a;\nb",
+        '"other\ncolumn",text\n1,a\n': "a",
+    }
+    for content, text in files.items():
+        path.write_text(content)
+        documents = read_all(replace(DEFAULTS, name="csv", data_files=str(path)))
+        assert [d.text for d in documents] == [text], content

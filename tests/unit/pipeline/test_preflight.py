@@ -14,6 +14,7 @@ from retort.io.files import read_json, write_json
 from retort.pipeline.demo_teacher import DEMO_TEACHER
 from retort.pipeline.preflight import check_project
 from retort.tokens.tokenizer import load_tokenizer
+from support.corpora import write_jsonl
 from support.tiny import NUM_TOKENS, WIDTH, name_token, swap_tokens
 
 SMALL: dict[str, Any] = {
@@ -57,6 +58,20 @@ class Setting:
 @pytest.fixture
 def setting(tmp_path: Path, tiny_corpus: Path, tiny_teacher: Path, tiny_student: Path) -> Setting:
     return Setting(tmp_path, tiny_corpus, tiny_teacher, tiny_student)
+
+
+def test_results_inside_a_folder_that_is_read_whole_are_refused(setting: Setting) -> None:
+    (setting.folder / "hub").mkdir()
+    write_jsonl(setting.folder / "hub" / "train.jsonl", [{"text": "a text"}] * 9)
+    dataset = {"name": str(setting.folder / "hub"), "data_files": None}
+    inside = {"results_dir": str(setting.folder / "hub" / "results")}
+    setting.refuse(
+        r"results go to '.*hub/results', inside the folder", dataset=dataset, output=inside
+    )
+    outside = {"cache_dir": str(setting.folder / "hub" / "cache")}
+    setting.refuse(
+        r"results go to '.*hub/cache', inside the folder", dataset=dataset, output=outside
+    )
 
 
 def test_a_tracker_that_is_missing_or_would_ask_for_a_login_is_refused(
