@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.common import make_parser
-from retort.cache.codec import Codec, TokenOrder
+from retort.cache.codec import TokenOrder
+from retort.cache.entropy_codec import EntropyCodec, Selection
 from retort.cache.merged import merge_parts
 from retort.cache.parts import part_path, write_part
 from retort.cache.reader import CacheHeader
-from retort.cache.sparse_codec import Selection, to_streams
 from retort.cache.sparse_streams import TAIL_UNIT
 from retort.tokens.index import TokenIndex, write_index
 from retort.tokens.sequences import SequenceTable, build_table
@@ -30,7 +30,7 @@ from retort.tokens.shards import write_token_shard
 
 VOCABULARY, LENGTH, SEQUENCES_PER_PART = 32_768, 512, 1000
 ORDER = TokenOrder.from_ids(np.arange(VOCABULARY))
-CODEC = Codec("top_p", None, (1.0,), VOCABULARY, 0.003, 60, ORDER.digest())
+CODEC = EntropyCodec((1.0,), VOCABULARY, "top_p", 0.003, 60, ORDER.digest())
 BYTES_PER_POSITION = 29  # with the part's tokens and tables
 _REPEATS = 11
 
@@ -73,7 +73,7 @@ def write_cache(folder: Path, *, num_parts: int) -> tuple[TokenIndex, CacheHeade
         streams = []
         for i, selection in enumerate(selections):
             row = table[i]
-            streams.append(to_streams(selection, CODEC, ORDER, next_ids=row.ids[1:], key=row.key))
+            streams.append(CODEC.prepare(selection, ORDER, next_ids=row.ids[1:], key=row.key))
         write_part(
             part_path(folder / "parts", entry["name"], header), table, streams, header, ORDER
         )

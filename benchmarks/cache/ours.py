@@ -16,18 +16,12 @@ from numpy.typing import NDArray
 
 from benchmarks.cache.stored import Stored
 from benchmarks.distributions.build import Distributions
-from retort.cache.codec import Codec, SparseTargets, TokenOrder, build_codec
-from retort.cache.entropy import build_lookup, unpack_tables
+from retort.cache.codec import SparseTargets, TokenOrder
+from retort.cache.entropy_codec import EntropyCodec, Selection, hash_to_uniform
+from retort.cache.methods import build_codec
 from retort.cache.parts import write_part
 from retort.cache.reader import CacheHeader, LogitCache
-from retort.cache.sparse_codec import (
-    Selection,
-    decode_streams,
-    encode_streams,
-    hash_to_uniform,
-    to_streams,
-)
-from retort.cache.sparse_streams import Streams, count_contexts
+from retort.cache.sparse_streams import Streams
 from retort.config.schema import fill_defaults, section_schema
 from retort.config.sections import build_section
 from retort.teacher.selection import select_probable
@@ -58,27 +52,29 @@ def make_codec(
     threshold: float,
     data: Distributions,
     temperatures: tuple[float, ...] = (1.0,),
-) -> Codec:
+) -> EntropyCodec:
     """Return the codec of a config's `cache` section; the threshold is that of `method`, a probability."""
     key = "min_probability" if method == "top_p" else "head_probability"
     values = {"method": method, key: threshold, "temperatures": list(temperatures)}
     cache = build_config_section("cache", **values)
     vocabulary = data.logprobs.shape[1]
-    return build_codec(cache, vocabulary=vocabulary, token_counts=data.unigram_counts)
+    codec = build_codec(cache, vocabulary=vocabulary, token_counts=data.unigram_counts)
+    assert isinstance(codec, EntropyCodec)
+    return codec
 
 
 @dataclass(frozen=True)
 class Selected:
     """What a codec keeps of some sequences, ready to be encoded."""
 
-    codec: Codec
+    codec: EntropyCodec
     order: TokenOrder
     next_ids: NDArray[np.int64]  # [sequences, T]
     keys: list[bytes]
     selections: list[Selection]
 
     @classmethod
-    def select(cls, data: Distributions, codec: Codec, keys: list[bytes]) -> "Selected":
+    def select(cls, data: Distributions, codec: EntropyCodec, keys: list[bytes]) -> "Selected":
         """Select from the first sequences, as many as there are keys."""
         order = TokenOrder.from_counts(data.unigram_counts, vocabulary=codec.vocabulary)
         next_ids = data.next_tokens.astype(np.int64).reshape(data.tokens.shape)[: len(keys)]
@@ -88,27 +84,26 @@ class Selected:
     def to_streams(self) -> list[Streams]:
         """Return every sequence's streams of symbols."""
         return [
-            to_streams(selection, self.codec, self.order, next_ids=ids, key=key)
+            self.codec.prepare(selection, self.order, next_ids=ids, key=key)
             for selection, ids, key in zip(self.selections, self.next_ids, self.keys, strict=True)
         ]
 
     def encode(self) -> tuple[list[bytes], bytes]:
         """Return a record for each sequence, and the tables of all."""
-        return encode_streams(self.to_streams(), self.codec)
+        return self.codec.encode(self.to_streams())
 
-    def decoder(self, records: list[bytes], tables: bytes) -> Callable[[], Iterator[SparseTargets]]:
+    def decoder(self, records: list[bytes], packed: bytes) -> Callable[[], Iterator[SparseTargets]]:
         """Return a function that decodes the records one by one; the tables are unpacked once."""
-        num_contexts = count_contexts(len(self.codec.temperatures))
-        lookup = build_lookup(unpack_tables(tables, num_contexts=num_contexts))
+        tables = self.codec.open_tables(packed, self.order)
 
         def decode() -> Iterator[SparseTargets]:
             for record, ids in zip(records, self.next_ids, strict=True):
-                yield decode_streams(record, self.codec, self.order, lookup, next_ids=ids)
+                yield self.codec.decode(record, tables, next_ids=ids)
 
         return decode
 
 
-def _select_sequence(data: Distributions, i: int, codec: Codec, key: bytes) -> Selection:
+def _select_sequence(data: Distributions, i: int, codec: EntropyCodec, key: bytes) -> Selection:
     length = data.tokens.shape[1]
     first = i * length
     pieces = [
@@ -134,7 +129,9 @@ def make_sequence_table(data: Distributions) -> SequenceTable:
     return build_table([([*ids, last], mask, i, ("", "")) for i, (ids, last) in enumerate(rows)])
 
 
-def write_cache(path: Path, data: Distributions, codec: Codec) -> tuple[Selected, LogitCache]:
+def write_cache(
+    path: Path, data: Distributions, codec: EntropyCodec
+) -> tuple[Selected, LogitCache]:
     """Select from all sequences and write them as one part, which is a cache."""
     table = make_sequence_table(data)
     selected = Selected.select(data, codec, [table[i].key for i in range(len(table))])
@@ -143,7 +140,7 @@ def write_cache(path: Path, data: Distributions, codec: Codec) -> tuple[Selected
     return selected, LogitCache(path)
 
 
-def measure_ours(data: Distributions, codec: Codec) -> Ours:
+def measure_ours(data: Distributions, codec: EntropyCodec) -> Ours:
     """Encode, decode and read all positions."""
     with tempfile.TemporaryDirectory() as folder:
         selected, cache = write_cache(Path(folder) / "part.h5", data, codec)
@@ -178,7 +175,9 @@ def _time_reading(cache: LogitCache) -> float:
     return _fastest(lambda: [len(cache.read_targets(i)) for i in order])[1]
 
 
-def _to_stored(decoded: list[SparseTargets], codec: Codec, bytes_per_position: float) -> Stored:
+def _to_stored(
+    decoded: list[SparseTargets], codec: EntropyCodec, bytes_per_position: float
+) -> Stored:
     """Return decoded sequences as the metrics take them: -1 where a position keeps fewer."""
     joined = SparseTargets.concatenate(decoded)
     ids, logprobs = joined.to_rows()

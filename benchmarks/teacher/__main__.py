@@ -28,7 +28,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.common import make_parser
-from retort.cache.codec import Codec, TokenOrder, build_codec
+from retort.cache.codec import Codec, TokenOrder
+from retort.cache.methods import build_codec
 from retort.cache.parts import write_part
 from retort.cache.reader import CacheHeader
 from retort.config.sections import Cache
@@ -90,7 +91,7 @@ class TeacherPass:
     teacher: CausalLM
     table: SequenceTable
     codec: Codec
-    order: TokenOrder | None
+    order: TokenOrder
     batch_size: int
 
     @classmethod
@@ -103,9 +104,7 @@ class TeacherPass:
         codec = build_codec(
             Cache(**(keys | METHODS[method])), vocabulary=teacher.vocabulary, token_counts=counts
         )
-        is_coded = codec.is_coded
-        order = TokenOrder.from_counts(counts, vocabulary=teacher.vocabulary) if is_coded else None
-        return cls(teacher, table, codec, order, batch_size)
+        return cls(teacher, table, codec, codec.order_tokens(counts), batch_size)
 
     def _batches(self, groups: Iterator[Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for indices in groups:
@@ -141,7 +140,7 @@ class TeacherPass:
         scored = score_part(scorer, self.table, self.codec, num_tokens=width, order=self.order)
         header = CacheHeader("teacher", "tokenizer", "tokens", self.codec)
         with tempfile.TemporaryDirectory() as folder:
-            write_part(Path(folder) / "part.h5", self.table, scored.targets, header, self.order)
+            write_part(Path(folder) / "part.h5", self.table, scored.sequences, header, self.order)
 
 
 def measure(way: Way, device: str) -> float:

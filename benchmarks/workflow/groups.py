@@ -25,9 +25,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.common import make_parser
-from retort.cache.codec import Codec
 from retort.cache.parts import part_files
 from retort.cache.reader import CacheHeader
+from retort.cache.top_k_codec import TopKCodec
 from retort.cluster.leases import lease
 from retort.models.heads import Head
 from retort.models.load import CausalLM
@@ -39,7 +39,7 @@ from retort.tokens.shards import write_token_shard
 
 VOCABULARY = 64
 SEQUENCES = 8  # in a part
-HEADER = CacheHeader("0" * 12, "0" * 12, "0" * 12, Codec("top_k", 8, (1.0,), VOCABULARY))
+HEADER = CacheHeader("0" * 12, "0" * 12, "0" * 12, TopKCodec((1.0,), VOCABULARY, 8))
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from typing import Any
 
 import h5py
 
-from retort.cache.codec import decode, encode
 from retort.cache.reader import CacheHeader, LogitCache
+from retort.cache.top_k_codec import TopKCodec
 from retort.tokens.sequences import SequenceTable
 from support.synthetic import targets_of
 
@@ -27,11 +27,11 @@ def read_everything(path: Path) -> list[Any]:
 
 def expected_of(table: SequenceTable, header: CacheHeader) -> list[Any]:
     """Return what `read_everything` must return for a part of these sequences."""
+    assert isinstance(header.codec, TopKCodec)
     found: list[Any] = [header.to_json()]
-    for i in range(len(table)):
-        row, piece = table[i], table.slice(i, i + 1)
-        payload = encode(targets_of(piece, header.codec), header.codec)
-        targets = decode(payload, header.codec, num_positions=row.num_positions)
+    for i, expected in enumerate(targets_of(table, header.codec)):
+        row, payload = table[i], header.codec.encode_record(expected)
+        targets = header.codec.decode_record(payload, num_positions=row.num_positions)
         found.append([row.ids.tolist(), row.loss_mask.tolist(), row.segment_starts.tolist()])
         found.append([row.key, int(table.documents[i]), table.label_names[table.labels[i]]])
         found += [targets.ids.tolist(), targets.logprobs.tolist()]

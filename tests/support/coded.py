@@ -8,7 +8,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from retort.cache.codec import Codec, SparseTargets, TokenOrder, build_codec
+from retort.cache.codec import SparseTargets, TokenOrder
 from retort.cache.entropy import (
     LOW,
     SCALE,
@@ -22,15 +22,10 @@ from retort.cache.entropy import (
     split,
     unpack_tables,
 )
+from retort.cache.entropy_codec import EntropyCodec, Selection, hash_to_uniform
+from retort.cache.methods import build_codec
 from retort.cache.reader import CacheHeader
-from retort.cache.sparse_codec import (
-    Selection,
-    decode_streams,
-    encode_streams,
-    hash_to_uniform,
-    to_streams,
-)
-from retort.cache.sparse_streams import TAIL_UNIT, Streams, count_contexts
+from retort.cache.sparse_streams import TAIL_UNIT, Streams
 from retort.teacher.selection import select_probable
 from retort.tokens.index import TokenIndex
 from retort.tokens.sequences import SequenceTable
@@ -45,10 +40,13 @@ METHODS = {
 }
 
 
-def make_codec(method: str, *, vocabulary: int = WIDTH, seed: int = 0) -> tuple[Codec, TokenOrder]:
+def make_codec(
+    method: str, *, vocabulary: int = WIDTH, seed: int = 0
+) -> tuple[EntropyCodec, TokenOrder]:
     counts = np.random.default_rng(seed).integers(0, 50, vocabulary)
     cache = section("cache", **METHODS[method], temperatures=[1.0, 2.0])
     codec = build_codec(cache, vocabulary=vocabulary, token_counts=counts)
+    assert isinstance(codec, EntropyCodec)
     return codec, TokenOrder.from_counts(counts, vocabulary=vocabulary)
 
 
@@ -59,26 +57,29 @@ def make_logits(num_positions: int, *, seed: int, width: int = WIDTH) -> torch.T
     return torch.from_numpy(sharpness * rng.standard_normal((num_positions, width))).float()
 
 
-def select(logits_PV: torch.Tensor, codec: Codec, *, key: bytes = KEY) -> Selection:
+def select(logits_PV: torch.Tensor, codec: EntropyCodec, *, key: bytes = KEY) -> Selection:
     width = logits_PV.shape[1]
     uniform_P = hash_to_uniform(key, np.arange(len(logits_PV)))
     return select_probable(logits_PV.clone(), codec, num_tokens=width, uniform_P=uniform_P)
 
 
 def code(
-    selection: Selection, codec: Codec, order: TokenOrder, next_ids: NDArray[Any], key: bytes = KEY
+    selection: Selection,
+    codec: EntropyCodec,
+    order: TokenOrder,
+    next_ids: NDArray[Any],
+    key: bytes = KEY,
 ) -> tuple[bytes, bytes, SparseTargets]:
     """Encode one sequence with tables of its own and decode it."""
-    streams = to_streams(selection, codec, order, next_ids=next_ids, key=key)
-    (record,), packed = encode_streams([streams], codec)
+    streams = codec.prepare(selection, order, next_ids=next_ids, key=key)
+    (record,), packed = codec.encode([streams])
     return record, packed, decode(record, packed, codec, order, next_ids)
 
 
 def decode(
-    record: bytes, packed: bytes, codec: Codec, order: TokenOrder, next_ids: NDArray[Any]
+    record: bytes, packed: bytes, codec: EntropyCodec, order: TokenOrder, next_ids: NDArray[Any]
 ) -> SparseTargets:
-    tables = unpack_tables(packed, num_contexts=count_contexts(len(codec.temperatures)))
-    return decode_streams(record, codec, order, build_lookup(tables), next_ids=next_ids)
+    return codec.decode(record, codec.open_tables(packed, order), next_ids=next_ids)
 
 
 def as_rows(targets: SparseTargets) -> list[dict[int, float]]:
@@ -91,9 +92,8 @@ def as_rows(targets: SparseTargets) -> list[dict[int, float]]:
     return rows
 
 
-def assert_same(selection: Selection, found: SparseTargets, codec: Codec) -> None:
+def assert_same(selection: Selection, found: SparseTargets, codec: EntropyCodec) -> None:
     """The very tokens; top_p: the very probabilities of the grid; sampled: within a step of it, rounded at random."""
-    assert codec.steps is not None
     firsts = np.concatenate([[0], np.cumsum(selection.sizes)])
     sampled_stops = np.concatenate([[0], np.cumsum(selection.sampled_sizes)])
     for p, row in enumerate(as_rows(found)):
@@ -142,7 +142,7 @@ def coded_header(index: TokenIndex, method: str) -> CacheHeader:
     return make_header(index, codec)
 
 
-def streams_of(table: SequenceTable, codec: Codec, order: TokenOrder) -> list[Streams]:
+def streams_of(table: SequenceTable, codec: EntropyCodec, order: TokenOrder) -> list[Streams]:
     """Every sequence's own distributions, from its content key alone."""
     found = []
     for i in range(len(table)):
@@ -152,8 +152,7 @@ def streams_of(table: SequenceTable, codec: Codec, order: TokenOrder) -> list[St
         selection = select_probable(
             logits, codec, num_tokens=TOKENIZER["size"], uniform_P=uniform_P
         )
-        next_ids = row.ids[1:][row.loss_mask[:-1]]
-        found.append(to_streams(selection, codec, order, next_ids=next_ids, key=row.key))
+        found.append(codec.prepare(selection, order, next_ids=row.next_ids, key=row.key))
     return found
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from retort.cache.codec import LOGPROB_FLOOR, Codec, SparseTargets
+from retort.cache.codec import LOGPROB_FLOOR, SparseTargets
+from retort.cache.top_k_codec import TopKCodec
 from retort.teacher.selection import select_top_k
 from retort.tokens.sequences import build_table
 from retort.training.batches import Collator, Item
@@ -260,7 +261,7 @@ def check_widths(
     """Compare the fused loss from an exact cache with the float64 reference, for output layers of these widths."""
     rows = 4
     teacher_PV = random_logits(rows, teacher, scale=3.0, seed=seed)
-    codec = Codec("top_k", top_k, (temperature,), teacher)
+    codec = TopKCodec((temperature,), teacher, top_k)
     targets = select_top_k(teacher_PV.float(), codec, num_tokens=tokens)
     stored = np.maximum(targets.logprobs, LOGPROB_FLOOR)
     tails = np.maximum(targets.tail_logprobs, LOGPROB_FLOOR)

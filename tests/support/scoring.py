@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from retort.cache.codec import Codec, SparseTargets
+from retort.cache.entropy_codec import EntropyCodec
 from retort.cache.sparse_streams import TAIL_UNIT
+from retort.cache.top_k_codec import TopKCodec
 from retort.models.load import CausalLM
 from retort.teacher.scoring import Scorer, batch_by_length, score_part
 from retort.teacher.selection import select_probable, select_top_k
@@ -17,8 +19,8 @@ from support.tiny import NUM_TOKENS
 TEMPERATURES = (0.5, 1.0, 2.0)
 
 
-def make_codec(top_k: int, vocabulary: int) -> Codec:
-    return Codec("top_k", top_k, TEMPERATURES, vocabulary)
+def make_codec(top_k: int, vocabulary: int) -> TopKCodec:
+    return TopKCodec(TEMPERATURES, vocabulary, top_k)
 
 
 def log_softmax(z_PV: Any) -> Any:
@@ -44,9 +46,8 @@ def score_top_k(
     scorer: Scorer, table: SequenceTable, codec: Codec, *, num_tokens: int = NUM_TOKENS
 ) -> SparseTargets:
     """Score all sequences of a table as one part."""
-    targets = score_part(scorer, table, codec, num_tokens=num_tokens).targets
-    assert isinstance(targets, SparseTargets)
-    return targets
+    sequences = score_part(scorer, table, codec, num_tokens=num_tokens).sequences
+    return SparseTargets.concatenate(sequences)
 
 
 class Small(CausalLM):
@@ -120,7 +121,7 @@ def check_probable(*, width: int, least: float, seed: int) -> None:
     rng = np.random.default_rng(seed)
     sharpness = rng.uniform(0, 5, (6, 1))
     logits_PV = torch.from_numpy(sharpness * rng.standard_normal((6, width))).float()
-    codec = Codec("top_p", None, (1.0, 2.0, 5.0), width, least, 60, "order")
+    codec = EntropyCodec((1.0, 2.0, 5.0), width, "top_p", least, 60, "order")
     found = select_probable(logits_PV.clone(), codec, num_tokens=width, uniform_P=np.empty(0))
     starts = np.concatenate([[0], np.cumsum(found.sizes)])
     for row, logits_V in enumerate(logits_PV.double()):

@@ -5,25 +5,27 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from retort.cache.codec import LOGPROB_FLOOR, Codec, SparseTargets, TokenOrder
+from retort.cache.entropy_codec import EntropyCodec, Selection
 from retort.cache.parts import part_path, write_part
 from retort.cache.reader import CacheHeader
-from retort.cache.sparse_codec import Selection, to_streams
 from retort.cache.sparse_streams import TAIL_UNIT, Streams, count_sampled
+from retort.cache.top_k_codec import TopKCodec
 from retort.tokens.index import TokenIndex, write_index
 from retort.tokens.sequences import SequenceTable, build_table
 from retort.tokens.shards import write_token_shard
 
 TOKENIZER: dict[str, Any] = {"fingerprint": "0123456789ab", "size": 290}
-CODEC = Codec(method="top_k", top_k=4, temperatures=(1.0, 2.0), vocabulary=300)
+CODEC = TopKCodec(temperatures=(1.0, 2.0), vocabulary=300, top_k=4)
 ORDER = TokenOrder.from_ids(np.arange(299, -1, -1))
 CODED = {
-    method: Codec(method, None, (1.0, 2.0), 300, least, 80, ORDER.digest())
+    method: EntropyCodec((1.0, 2.0), 300, method, least, 80, ORDER.digest())
     for method, least in (("top_p", 0.01), ("sampled", 0.05))
 }
 
@@ -62,11 +64,9 @@ def as_rows(tables: list[SequenceTable]) -> list[tuple[Any, ...]]:
     ]
 
 
-def make_targets(num_positions: int, codec: Codec, *, seed: int) -> SparseTargets:
+def make_targets(num_positions: int, codec: TopKCodec, *, seed: int) -> SparseTargets:
     """Distributions as a teacher would give them, from exactly rounded arithmetic only."""
-    assert codec.top_k is not None
     rng = np.random.default_rng(seed)
-    assert codec.top_k is not None
     shape = (num_positions, codec.top_k)
     ids = np.zeros(shape, np.int32)
     for row in ids:
@@ -90,16 +90,22 @@ def assert_close(found: SparseTargets, expected: SparseTargets) -> None:
     assert dtypes == [np.int32, np.float32, np.float32]
 
 
-def targets_of(table: SequenceTable, codec: Codec = CODEC) -> SparseTargets:
-    """Every sequence's own distributions: they follow from its content key alone."""
-    pieces = [
+def targets_of(table: SequenceTable, codec: Codec = CODEC) -> list[SparseTargets]:
+    """Every sequence's own distributions, of top_k: they follow from its content key alone."""
+    assert isinstance(codec, TopKCodec)
+    return [
         make_targets(table[i].num_positions, codec, seed=int.from_bytes(table[i].key[:7], "little"))
         for i in range(len(table))
     ]
-    return SparseTargets.concatenate(pieces)
 
 
-def make_selection(num_positions: int, codec: Codec, *, seed: int) -> Selection:
+def split_targets(targets: SparseTargets, table: SequenceTable) -> list[SparseTargets]:
+    """Return the targets of each sequence, from those of all positions in order."""
+    bounds = table.position_offsets.tolist()
+    return [targets[first:stop] for first, stop in pairwise(bounds)]
+
+
+def make_selection(num_positions: int, codec: EntropyCodec, *, seed: int) -> Selection:
     """What a coded method would keep of some distributions, from exactly rounded arithmetic only."""
     rng = np.random.default_rng(seed)
     sizes = rng.integers(1, 12, num_positions)
@@ -116,15 +122,14 @@ def make_selection(num_positions: int, codec: Codec, *, seed: int) -> Selection:
     return Selection(sizes, joined[0], joined[1], np.array(sampled_sizes), joined[2], tails)
 
 
-def streams_of(table: SequenceTable, codec: Codec) -> list[Streams]:
+def streams_of(table: SequenceTable, codec: EntropyCodec) -> list[Streams]:
     """Every sequence's own streams: they follow from its content key alone."""
     found = []
     for i in range(len(table)):
         row = table[i]
         seed = int.from_bytes(row.key[:7], "little")
         selection = make_selection(row.num_positions, codec, seed=seed)
-        next_ids = row.ids[1:][row.loss_mask[:-1]]
-        found.append(to_streams(selection, codec, ORDER, next_ids=next_ids, key=row.key))
+        found.append(codec.prepare(selection, ORDER, next_ids=row.next_ids, key=row.key))
     return found
 
 

@@ -18,9 +18,11 @@ import pytest
 
 from retort.artifacts.build import REVISIONS, build_project
 from retort.cache.codec import Codec, SparseTargets
+from retort.cache.entropy_codec import EntropyCodec
 from retort.cache.merged import merge_parts
 from retort.cache.parts import part_path, write_part
 from retort.cache.reader import CacheHeader, LogitCache
+from retort.cache.top_k_codec import TopKCodec
 from retort.config.load import load_runs
 from retort.config.schema import fill_defaults, section_schema
 from retort.config.sections import build_section
@@ -36,7 +38,7 @@ from retort.tokens.sequences import SequenceTable
 from retort.tokens.shards import write_token_shard
 from retort.tokens.tokenize import TokenCounts, tokenize_documents
 from support.bytewise import Bytes
-from support.synthetic import CODED, ORDER, streams_of
+from support.synthetic import CODED, ORDER, split_targets, streams_of
 
 # What the digests below were made with.
 GOLDEN_REVISIONS = {
@@ -77,7 +79,7 @@ GOLDEN_IDS = {
 }
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-CODEC = Codec(method="top_k", top_k=6, temperatures=(1.0, 2.0), vocabulary=300)
+CODEC = TopKCodec(temperatures=(1.0, 2.0), vocabulary=300, top_k=6)
 
 
 def tokenize(prompts: bool, long_documents: str) -> SequenceTable:
@@ -116,14 +118,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_token_shard(shard, tables, counts={"documents": {"read": 18}}, tokenizer=tokenizer)
     write_index(folder / "index.json", [shard], streaming_chunk_size=4)
     index = TokenIndex.read(folder / "index.json")
-    for name, codec in {"teacher_logits": CODEC, **CODED}.items():
+    codecs: dict[str, Codec] = {"teacher_logits": CODEC, **CODED}
+    for name, codec in codecs.items():
         header = CacheHeader("feedc0ffee00", "0123456789ab", index.content["content"], codec)
         for part in index.parts:
             table, path = index.read_part(part), part_path(folder, part["name"], header)
-            if codec.is_coded:
+            if isinstance(codec, EntropyCodec):
                 write_part(path, table, streams_of(table, codec), header, ORDER)
             else:
-                write_part(path, table, make_targets(table), header)
+                write_part(path, table, split_targets(make_targets(table), table), header)
         merge_parts(index, folder, header, folder / f"{name}.h5")
     return folder
 

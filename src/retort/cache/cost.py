@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from retort.cache.codec import build_codec, bytes_per_position
+from retort.cache.methods import build_codec
 from retort.config.sections import Cache, Merge
 
 # Bytes beside the records' values: ids and mask; key, offsets, checksum and zstd's frame; HDF5's own.
@@ -45,12 +45,11 @@ def estimate_cost(
     """
     train = index["train"]
     codec = build_codec(cache, vocabulary=vocabulary)
-    record_bytes = math.ceil(train["positions"] * bytes_per_position(codec))
-    bytes_per_part = _BYTES_PER_PART + (4 * vocabulary if codec.is_coded else 0)
+    record_bytes = math.ceil(train["positions"] * codec.bytes_per_position)
     other_bytes = (
         _BYTES_PER_TOKEN * train["tokens"]
         + _BYTES_PER_SEQUENCE * train["sequences"]
-        + bytes_per_part * len(index["parts"])
+        + (_BYTES_PER_PART + codec.bytes_per_part) * len(index["parts"])
     )
     total = 2 * other_bytes + record_bytes * (1 if merge.mode == "virtual" else 2)
     existing = next(path for path in (folder, *folder.parents) if path.exists())
@@ -66,7 +65,7 @@ def estimate_cost(
         positions=train["positions"],
         parts=len(index["parts"]),
         record_bytes=record_bytes,
-        is_bound=not codec.is_coded,
+        is_bound=codec.is_bound,
         total_bytes=total,
         disk_free_bytes=free,
     )

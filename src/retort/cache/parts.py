@@ -16,7 +16,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from retort.cache.codec import Codec, SparseTargets, TokenOrder, build_codec, encode
+from retort.cache.codec import NO_ORDER, TokenOrder
+from retort.cache.methods import build_codec
 from retort.cache.reader import (
     CACHE_FORMAT,
     CACHE_VERSION,
@@ -28,8 +29,6 @@ from retort.cache.reader import (
     checksum_column,
     checksum_record,
 )
-from retort.cache.sparse_codec import encode_streams
-from retort.cache.sparse_streams import Streams
 from retort.config.sections import Cache
 from retort.io.digests import digest
 from retort.io.hdf5 import write_h5, write_text
@@ -37,15 +36,6 @@ from retort.tokens.index import TokenIndex
 from retort.tokens.sequences import TABLE_COLUMNS, SequenceTable
 
 DAMAGED_SUFFIX = ".damaged"
-
-
-def load_token_order(index: TokenIndex, codec: Codec) -> TokenOrder | None:
-    """Return the order of tokens that an entropy-coding codec ranks them by; None for `top_k`, which stores ids."""
-    if not codec.is_coded:
-        return None
-    order = TokenOrder.from_counts(index.read_token_counts(), vocabulary=codec.vocabulary)
-    assert order.digest() == codec.order, (order.digest(), codec.order)
-    return order
 
 
 def build_header(
@@ -81,29 +71,19 @@ def part_path(folder: Path, part_name: str, header: CacheHeader) -> Path:
 def write_part(
     path: Path,
     table: SequenceTable,
-    targets: SparseTargets | Sequence[Streams],
+    sequences: Sequence[Any],
     header: CacheHeader,
-    order: TokenOrder | None = None,
+    order: TokenOrder = NO_ORDER,
     *,
     halved: bool = False,
 ) -> None:
     """Write one part atomically, and verify what was written.
 
-    targets: of all P counted positions of the table in order (top_k), or the streams of each sequence (the other
-    methods), which were made with `order`. halved: memory ran out, so it was scored in smaller batches, which round
-    differently. Raises ValueError when what was written is damaged.
+    sequences: what `header.codec.prepare` made, with `order`, of each sequence of the table. halved: memory ran out, so
+    it was scored in smaller batches, which round differently. Raises ValueError when what was written is damaged.
     """
-    packed = b""
-    if isinstance(targets, SparseTargets):
-        assert len(targets) == table.num_positions, (len(targets), table.num_positions)
-        bounds = table.position_offsets
-        records = [
-            encode(targets[int(bounds[i]) : int(bounds[i + 1])], header.codec)
-            for i in range(len(table))
-        ]
-    else:
-        assert len(targets) == len(table), (len(targets), len(table))
-        records, packed = encode_streams(targets, header.codec)
+    assert len(sequences) == len(table), (len(sequences), len(table))
+    records, packed = header.codec.encode(sequences)
     columns = {name: getattr(table, name) for name in TABLE_COLUMNS}
     columns["loss_mask"] = columns["loss_mask"].astype(np.uint8)
     columns["record_offsets"] = np.cumsum([0, *map(len, records)], dtype=np.int64)
@@ -116,7 +96,7 @@ def write_part(
     columns["part_checksums"] = np.frombuffer(checksums, np.uint8)[None]
     columns["table_offsets"] = np.array([0, len(packed)], np.int64)
     columns["tables"] = np.frombuffer(packed, np.uint8)
-    columns["token_order"] = (order.ids if order else np.empty(0)).astype(np.uint32)
+    columns["token_order"] = order.ids.astype(np.uint32)
 
     def fill(file: h5py.File) -> None:
         for name in COLUMN_TYPES:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -20,10 +21,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from retort.cache.codec import Codec, SparseTargets, TokenOrder, decode
-from retort.cache.entropy import Lookup, build_lookup, unpack_tables
-from retort.cache.sparse_codec import decode_streams
-from retort.cache.sparse_streams import count_contexts
+from retort.cache.codec import Codec, SparseTargets, TokenOrder
+from retort.cache.methods import read_codec
 from retort.io.hdf5 import open_h5, read_text
 from retort.tokens.sequences import TABLE_COLUMNS, SequenceTable, content_key
 
@@ -73,7 +72,7 @@ COLUMN_TYPES = {
 _MAX_MAPPED_PARTS = (
     256  # of a virtual cache: each is an open file, of which a process may have 1,024
 )
-_MAX_LOOKUPS = 64  # parts whose tables stay unpacked, 0.9 MB each; unpacking takes 0.14 ms
+_MAX_OPEN_TABLES = 64  # parts whose tables stay unpacked, 0.9 MB each; unpacking takes 0.14 ms
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ class CacheHeader:
     def from_json(cls, entry: dict[str, Any]) -> "CacheHeader":
         """Return the header of a stored entry. Raises ValueError for a codec with impossible sizes."""
         return cls(
-            entry["teacher"], entry["tokenizer"], entry["tokens"], Codec.from_json(entry["codec"])
+            entry["teacher"], entry["tokenizer"], entry["tokens"], read_codec(entry["codec"])
         )
 
     def require(self, expected: "CacheHeader", *, source: Path) -> None:
@@ -183,11 +182,12 @@ def _open_records(
     return first, records
 
 
-def _unpack_lookup(columns: dict[str, NDArray[Any]], num_contexts: int, part: int) -> Lookup:
-    """Return the decoder's tables of one part."""
+def _open_tables(
+    columns: dict[str, NDArray[Any]], codec: Codec, read_order: Callable[[], TokenOrder], part: int
+) -> Any:
+    """Return the codec's tables of one part."""
     start, stop = columns["table_offsets"][part : part + 2].tolist()
-    packed = columns["tables"][start:stop].tobytes()
-    return build_lookup(unpack_tables(packed, num_contexts=num_contexts))
+    return codec.open_tables(columns["tables"][start:stop].tobytes(), read_order())
 
 
 class LogitCache:
@@ -221,15 +221,15 @@ class LogitCache:
         self.header = CacheHeader.from_json(entry)
         self.halved_parts = int(entry.get("halved_parts", 0))
         order = checksum_column(self.columns["token_order"]).hex()
-        if self.header.codec.is_coded and order != self.header.codec.order:
+        if self.header.codec.order not in (None, order):
             raise ValueError(
                 f"{path}: the order of tokens is not the one that its header names: the file is damaged. Delete it and "
                 "rerun the same command."
             )
         # Caches of this instance that do not refer to it: its files are closed as soon as it is no longer used.
-        num_contexts = count_contexts(len(self.header.codec.temperatures))
-        self._find_lookup = lru_cache(_MAX_LOOKUPS)(
-            partial(_unpack_lookup, self.columns, num_contexts)
+        read_order = lru_cache(1)(partial(TokenOrder.from_ids, self.columns["token_order"]))
+        self._find_tables = lru_cache(_MAX_OPEN_TABLES)(
+            partial(_open_tables, self.columns, self.header.codec, read_order)
         )
         self._map_records = lru_cache(_MAX_MAPPED_PARTS)(
             partial(_open_records, path, self.columns, self._externals)
@@ -238,10 +238,6 @@ class LogitCache:
         columns = {name: self.columns[name] for name in TABLE_COLUMNS}
         columns["loss_mask"] = columns["loss_mask"].view(np.bool_)
         self.table = SequenceTable(**columns, label_names=names)
-
-    @cached_property
-    def _order(self) -> TokenOrder:
-        return TokenOrder.from_ids(self.columns["token_order"])
 
     def __reduce__(self) -> tuple[type["LogitCache"], tuple[Path]]:
         return LogitCache, (self.path,)
@@ -293,16 +289,8 @@ class LogitCache:
                 f"{self.path}: sequence {index} does not hold the tokens that its content key names, so its "
                 "distributions may belong to others: the file is damaged. Delete it and rerun the same command."
             )
-        record = self.read_record(index)
-        if not self.header.codec.is_coded:
-            return decode(record, self.header.codec, num_positions=row.num_positions)
-        return decode_streams(
-            record,
-            self.header.codec,
-            self._order,
-            self._find_lookup(self._find_part(index)),
-            next_ids=row.ids[1:][row.loss_mask[:-1]],
-        )
+        record, tables = self.read_record(index), self._find_tables(self._find_part(index))
+        return self.header.codec.decode(record, tables, next_ids=row.next_ids)
 
     @cached_property
     def _part_offsets(self) -> list[int]:

@@ -121,7 +121,7 @@ def _refuse_misaligned(path: Path, manifest: dict[str, Any]) -> None:
 
 def build_manifest(cache: LogitCache, index: TokenIndex) -> dict[str, Any]:
     """Return the manifest but for the fidelity; it depends on the cache's content alone."""
-    positions = cache.table.num_positions
+    positions, header = cache.table.num_positions, cache.header.to_json()
     assert positions == index.content["train"]["positions"], (positions, index.content["train"])
     return {
         "file": cache.path.name,
@@ -132,11 +132,9 @@ def build_manifest(cache: LogitCache, index: TokenIndex) -> dict[str, Any]:
         "tokens": len(cache.table.ids),
         "positions": positions,
         "bytes_per_position": (cache.record_bytes + cache.table_bytes) / max(1, positions),
-        "method": cache.header.codec.method,
-        "top_k": cache.header.codec.top_k,
-        "min_probability": cache.header.codec.min_probability,
+        **{name: header["codec"][name] for name in ("method", "top_k", "min_probability")},
         "halved_parts": cache.halved_parts,
-        "header": cache.header.to_json(),
+        "header": header,
     }
 
 

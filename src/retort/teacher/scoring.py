@@ -20,12 +20,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from retort.cache.codec import Codec, SparseTargets, TokenOrder
-from retort.cache.sparse_codec import Selection, hash_to_uniform, to_streams
-from retort.cache.sparse_streams import Streams
+from retort.cache.codec import NO_ORDER, Codec, Selected, TokenOrder
+from retort.cache.entropy_codec import hash_to_uniform
 from retort.cli import is_out_of_memory
 from retort.models.load import CausalLM
-from retort.teacher.selection import NotFiniteError, pad_width, select_probable, select_top_k
+from retort.teacher.selection import NotFiniteError, pad_width, select
 from retort.tokens.sequences import Sequence, SequenceTable
 
 logger = logging.getLogger(__name__)
@@ -159,7 +158,7 @@ def score_features(
 class PartTargets:
     """The teacher's distributions on the sequences of one part, in the table's order.
 
-    With an executor, streams are coded in the background while the teacher reads on; `targets` waits for them.
+    With an executor, sequences are prepared in the background while the teacher reads on; `sequences` waits for them.
     """
 
     def __init__(self, num_sequences: int, executor: Executor | None) -> None:
@@ -175,10 +174,9 @@ class PartTargets:
             self._found[index] = self._executor.submit(work, *args, **kwargs)
 
     @property
-    def targets(self) -> SparseTargets | list[Streams]:
-        """Targets of all P counted positions (top_k), or the streams of each sequence (the other methods)."""
-        found = [f.result() if isinstance(f, Future) else f for f in self._found]
-        return SparseTargets.concatenate(found) if isinstance(found[0], SparseTargets) else found
+    def sequences(self) -> list[Any]:
+        """What the codec made of each sequence, ready to be encoded."""
+        return [f.result() if isinstance(f, Future) else f for f in self._found]
 
 
 @torch.inference_mode()
@@ -188,13 +186,13 @@ def score_part(
     codec: Codec,
     *,
     num_tokens: int,
-    order: TokenOrder | None = None,
+    order: TokenOrder = NO_ORDER,
     executor: Executor | None = None,
     on_batch: Callable[[int], None] = lambda _: None,
 ) -> PartTargets:
     """Return the teacher's distributions at every counted position of the table.
 
-    num_tokens: size of the tokenizer; ids from there on get probability zero. An entropy-coding codec needs `order`.
+    num_tokens: size of the tokenizer; ids from there on get probability zero. order: `codec.order_tokens`.
     executor, on_batch: see `PartTargets`, `score_features`. Raises ValueError naming the position of a logit that is
     NaN or infinite, and as `Scorer.read` does.
     """
@@ -203,20 +201,14 @@ def score_part(
     num_halved = scorer.num_halved
     selector = _Selector(scorer.teacher, codec, num_tokens=num_tokens)
     for indices, features_PD in scorer.read(table):
-        uniform_P = _compute_uniform(table, indices) if codec.is_coded else np.empty(0)
         try:
-            selected = selector.select(features_PD, uniform_P)
+            selected = selector.select(features_PD, _compute_uniform(table, indices))
         except NotFiniteError as error:
             raise _explain(error, table, indices) from None
         ends = np.cumsum(counts[indices])
         for index, first, stop in zip(indices.tolist(), ends - counts[indices], ends, strict=True):
-            piece = selected[int(first) : int(stop)]
-            if isinstance(piece, SparseTargets):
-                scored.put(index, lambda found: found, piece)
-                continue
-            row = table[index]
-            next_ids = row.ids[1:][row.loss_mask[:-1]]
-            scored.put(index, to_streams, piece, codec, order, next_ids=next_ids, key=row.key)
+            row, piece = table[index], selected[int(first) : int(stop)]
+            scored.put(index, codec.prepare, piece, order, next_ids=row.next_ids, key=row.key)
         on_batch(int(table.lengths[indices].sum()))
     scored.num_halved = scorer.num_halved - num_halved
     return scored
@@ -251,9 +243,7 @@ class _Selector:
         self.width = teacher.vocabulary
         self.logits_RW = torch.empty(0)
 
-    def select(
-        self, features_PD: Tensor, uniform_P: NDArray[np.float64]
-    ) -> SparseTargets | Selection:
+    def select(self, features_PD: Tensor, uniform_P: NDArray[np.float64]) -> Selected:
         """Return what the codec keeps of all P rows, in order; uniform_P: see `select_probable`."""
         at_once = _HEAD_ROWS[features_PD.device.type]
         if len(self.logits_RW) < min(at_once, len(features_PD)):
@@ -261,19 +251,12 @@ class _Selector:
             weight = self.head.weight  # may be on another GPU of the group than the features
             device = features_PD.device if weight is None else weight.device
             self.logits_RW = torch.empty(shape, dtype=torch.float32, device=device)
-        pieces: list[Any] = []
+        pieces = []
         for start in range(0, len(features_PD), at_once):
             stop = min(start + at_once, len(features_PD))
             logits_RW = self.logits_RW[: stop - start]
             self.head.logits(features_PD[start:stop], out=logits_RW[:, : self.width])
-            if self.codec.is_coded:
-                uniform = uniform_P[start:stop]
-                pieces.append(
-                    select_probable(
-                        logits_RW, self.codec, num_tokens=self.num_tokens, uniform_P=uniform
-                    )
-                )
-            else:
-                pieces.append(select_top_k(logits_RW, self.codec, num_tokens=self.num_tokens))
-        found: SparseTargets | Selection = type(pieces[0]).concatenate(pieces)
-        return found
+            uniform = uniform_P[start:stop]
+            found = select(logits_RW, self.codec, num_tokens=self.num_tokens, uniform_P=uniform)
+            pieces.append(found)
+        return type(pieces[0]).concatenate(pieces)

@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from retort.cache.codec import Codec, SparseTargets
-from retort.cache.sparse_codec import Selection
+from retort.cache.codec import Codec, Selected, SparseTargets
+from retort.cache.entropy_codec import EntropyCodec, Selection
 from retort.cache.sparse_streams import TAIL_UNIT, count_sampled
+from retort.cache.top_k_codec import TopKCodec
 
 BLOCK = 16
 # 2 MB of rows at once on a CPU. Microseconds a row of select_probable at V = 32,768: 93 with 16 rows, 138 with 64. A
@@ -129,14 +130,26 @@ class _KeptTokens(NamedTuple):
         return cls(sizes_R, indices_N, probs_N)
 
 
+def select(
+    logits_PV: Tensor, codec: Codec, *, num_tokens: int, uniform_P: NDArray[np.float64]
+) -> Selected:
+    """Return what the codec keeps of each row: see `select_top_k` and `select_probable`.
+
+    Here and not in the codec, which needs no PyTorch. Raises NotFiniteError.
+    """
+    if isinstance(codec, TopKCodec):
+        return select_top_k(logits_PV, codec, num_tokens=num_tokens)
+    assert isinstance(codec, EntropyCodec), codec
+    return select_probable(logits_PV, codec, num_tokens=num_tokens, uniform_P=uniform_P)
+
+
 @torch.inference_mode()
-def select_top_k(logits_PV: Tensor, codec: Codec, *, num_tokens: int) -> SparseTargets:
+def select_top_k(logits_PV: Tensor, codec: TopKCodec, *, num_tokens: int) -> SparseTargets:
     """Keep the K most probable tokens of each row, and the mass of the rest at each temperature.
 
     logits_PV: float32 [P, V] or, in whole blocks, [P, W]; overwritten. num_tokens: the tokenizer's size. Raises
     NotFiniteError (a ValueError) when a logit is NaN or +inf, or a whole row is -inf.
     """
-    assert codec.top_k is not None
     logits_PW = _mask(logits_PV, num_tokens=num_tokens)
     ids, logprobs, tails = [], [], []
     for _, logits_RW, probs_RW in _compute_probs(logits_PW):
@@ -185,7 +198,7 @@ def _sort_top_k(logits_RW: Tensor, top_k: int, vocabulary: int) -> tuple[Tensor,
 
 @torch.inference_mode()
 def select_probable(
-    logits_PV: Tensor, codec: Codec, *, num_tokens: int, uniform_P: NDArray[np.float64]
+    logits_PV: Tensor, codec: EntropyCodec, *, num_tokens: int, uniform_P: NDArray[np.float64]
 ) -> Selection:
     """Keep every token of at least `codec.min_probability`; top_p: at least one; sampled: and a sample of the others.
 
@@ -195,7 +208,6 @@ def select_probable(
     m of the other tokens, and a token is sampled where a point falls into its mass p. That has probability n p / m, and
     never happens twice, since every p is below m / n. A sampled token stands for m / n, so its expectation is p.
     """
-    assert codec.min_probability is not None
     step = codec.sample_step
     least = step / TAIL_UNIT if step else codec.min_probability
     logits_PW = _mask(logits_PV, num_tokens=num_tokens)

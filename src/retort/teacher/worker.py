@@ -24,7 +24,6 @@ from retort.cache.parts import (
     discard_if_merged,
     find_missing_parts,
     is_merged,
-    load_token_order,
     part_files,
     part_path,
     write_part,
@@ -92,7 +91,7 @@ def run_worker(
     is_late = False
     scorer: Scorer | None = None
     progress = progress or Progress(index.parts, part_files(index, folder, header))
-    order = load_token_order(index, header.codec)
+    order = header.codec.order_tokens(index.read_token_counts())
     score = partial(
         score_part,
         codec=header.codec,
@@ -165,7 +164,7 @@ class _Writer:
         self,
         folder: Path,
         header: CacheHeader,
-        order: TokenOrder | None,
+        order: TokenOrder,
         *,
         on_written: Callable[[dict[str, Any], Path], None],
     ) -> None:
@@ -202,9 +201,8 @@ class _Writer:
         with work.claim:
             path = part_path(self.folder, work.part["name"], self.header)
             halved = work.scored.num_halved > 0
-            write_part(
-                path, work.table, work.scored.targets, self.header, self.order, halved=halved
-            )
+            sequences = work.scored.sequences
+            write_part(path, work.table, sequences, self.header, self.order, halved=halved)
             self.done.append(work.part["name"])
             self.on_written(work.part, path)
             discard_if_merged(path, self.folder.parent / CACHE_FILE, self.header)

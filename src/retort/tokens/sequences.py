@@ -34,6 +34,11 @@ class Sequence:
         """Number of positions with loss."""
         return int(self.loss_mask.sum())
 
+    @property
+    def next_ids(self) -> NDArray[np.int32]:
+        """The token that follows each position with loss."""
+        return self.ids[1:][self.loss_mask[:-1]]
+
 
 def content_key(
     ids: NDArray[np.int32], loss_mask: NDArray[np.bool_], segment_starts: NDArray[np.int32]

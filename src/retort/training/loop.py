@@ -313,7 +313,7 @@ def find_tail_column(codec: Codec, training: Training, *, path: Path) -> int:
         )
     if temperature in codec.temperatures:
         return codec.temperatures.index(temperature)
-    if codec.top_k == codec.vocabulary:
+    if codec.is_complete:
         return 0
     raise ValueError(
         f"training.temperature is {temperature}, but {path} holds the tail's mass at {codec.temperatures} only. "

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from retort.cache.codec import Codec, bytes_per_position
 from retort.cache.cost import describe_cost, estimate_cost
+from retort.cache.top_k_codec import TopKCodec
 from retort.io.files import read_json
 from support.tiny import WIDTH, make_cache, section, tokenize
 
@@ -43,7 +43,7 @@ def test_bytes_per_position_follow_from_the_codec(
     cache = section("cache", top_k=top_k, temperatures=[1.0, 2.0, 4.0])
     cost = estimate_cost(make_index(1000), cache, COPY, vocabulary=WIDTH, folder=tmp_path)
     assert cost.record_bytes == 1000 * (kept * (2 + 2) + 3 * 4)
-    wide = bytes_per_position(Codec("top_k", 64, (1.0,), 128_000))
+    wide = TopKCodec((1.0,), 128_000, 64).bytes_per_position
     assert wide == 64 * (4 + 2) + 4  # ids beyond 65,535 take four bytes
 
 

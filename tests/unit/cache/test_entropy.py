@@ -25,7 +25,7 @@ def test_any_integers_take_what_their_statistics_allow(pairs: list[tuple[int, in
 def test_machine_code_is_kept_apart_for_every_state_of_its_sources(tmp_path: Path) -> None:
     source = Path(__file__).resolve().parents[3] / "src" / "retort"
     shutil.copytree(source, tmp_path / "retort", ignore=shutil.ignore_patterns("__pycache__"))
-    code = "import numba, retort.cache.sparse_codec; print(numba.config.CACHE_DIR)"
+    code = "import numba, retort.cache.entropy_codec; print(numba.config.CACHE_DIR)"
     found = []
     for module in (None, "entropy", None, "stream_reader"):
         if module is not None:

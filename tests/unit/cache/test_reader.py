@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import xxhash
 
-from retort.cache.codec import Codec
+from retort.cache.codec import NO_ORDER
 from retort.cache.parts import write_part
 from retort.cache.reader import CacheHeader, LogitCache
+from retort.cache.top_k_codec import TopKCodec
 from retort.tokens.index import TokenIndex
 from retort.tokens.sequences import build_table
 from support.caches import column_bytes, expected_of, read_everything
@@ -48,7 +49,7 @@ def part(parts: Path, tmp_path: Path) -> Path:
 def test_a_part_comes_back_as_it_was_written(
     tmp_path: Path, num_documents: int, seed: int, top_k: int
 ) -> None:
-    codec = Codec("top_k", top_k, (1.0, 3.0), 70_000)
+    codec = TopKCodec((1.0, 3.0), 70_000, top_k)
     header = CacheHeader("teacher", "tokenizer", "tokens", codec)
     table = make_table(num_documents, seed=seed)
     write_part(tmp_path / "part.h5", table, targets_of(table, codec), header)
@@ -237,12 +238,12 @@ def test_a_writer_killed_at_any_moment_leaves_whole_parts_or_none(
     method: str, tmp_path: Path
 ) -> None:
     table = make_table(60, seed=0)
-    codec = CODED.get(method, CODEC)
-    header = CacheHeader("teacher", "tokenizer", "tokens", codec)
-    targets = streams_of(table, codec) if codec.is_coded else targets_of(table, codec)
+    codec = CODED.get(method)
+    header = CacheHeader("teacher", "tokenizer", "tokens", codec or CODEC)
+    sequences = streams_of(table, codec) if codec else targets_of(table)
 
     def write(path: Path) -> None:
-        write_part(path, table, targets, header, ORDER if codec.is_coded else None)
+        write_part(path, table, sequences, header, ORDER if codec else NO_ORDER)
 
     write(tmp_path / "whole.h5")
     expected = (tmp_path / "whole.h5").read_bytes()

@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from retort.cache.codec import Codec
+from retort.cache.entropy_codec import Selection
+from retort.cache.top_k_codec import TopKCodec
 from retort.models.load import load_teacher
 from retort.teacher import selection
 from retort.teacher.scoring import Scorer, score_part
-from retort.teacher.selection import select_probable, select_top_k
 from support.scoring import random_table
 from support.synthetic import CODEC, CODED
 from support.tiny import NUM_TOKENS, WIDTH, section
@@ -93,7 +94,7 @@ def test_what_pytorch_lists_is_found(name: str) -> None:
         UNORDERED[name]()
 
 
-CODECS = {"top_k": CODEC, **CODED}
+CODECS: dict[str, Codec] = {"top_k": CODEC, **CODED}
 
 
 # A CPU processes a few rows at a time, a GPU all of them.
@@ -107,18 +108,16 @@ def test_selection_adds_in_one_order_on_cuda(
     assert codec.temperatures == (1.0, 2.0)
     logits_PV = torch.randn(20, codec.vocabulary, generator=torch.Generator().manual_seed(0))
     with Watch() as watch:
-        if not codec.is_coded:
-            select_top_k(logits_PV, codec, num_tokens=290)
-        else:
-            uniform_P = np.random.default_rng(0).random(20)
-            found = select_probable(logits_PV, codec, num_tokens=290, uniform_P=uniform_P)
+        uniform_P = np.random.default_rng(0).random(20)
+        found = selection.select(logits_PV, codec, num_tokens=290, uniform_P=uniform_P)
+        if isinstance(found, Selection):
             assert (found.sampled_ids.size > 0) == (method == "sampled")
     assert watch.seen > 20
 
 
 def test_the_teachers_pass_adds_in_one_order_on_cuda(tiny_teacher: Path) -> None:
     teacher = load_teacher(str(tiny_teacher), section("teacher", device="cpu"))
-    codec = Codec("top_k", 6, (1.0, 2.0), WIDTH)
+    codec = TopKCodec((1.0, 2.0), WIDTH, 6)
     with Watch() as watch:
         score_part(Scorer(teacher, 2), random_table([30, 2, 17]), codec, num_tokens=NUM_TOKENS)
     assert watch.seen > 50

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from retort.cache.codec import build_codec
 from retort.cache.merged import merge_parts
+from retort.cache.methods import build_codec
 from retort.cache.parts import (
     build_header,
 )

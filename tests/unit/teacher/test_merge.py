@@ -16,10 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from retort.cache.codec import Codec, SparseTargets
+from retort.cache.codec import SparseTargets
 from retort.cache.merged import merge_parts
 from retort.cache.parts import build_header, part_path, write_part
 from retort.cache.reader import CACHE_FILE, CacheHeader, LogitCache
+from retort.cache.top_k_codec import TopKCodec
 from retort.io.files import read_json, write_json
 from retort.models.heads import Head
 from retort.teacher.features import TeacherFeatures, digest_keys, write_features
@@ -27,7 +28,7 @@ from retort.teacher.merge import merge_h5
 from retort.teacher.selection import select_top_k
 from retort.tokens.index import TokenIndex
 from retort.tokens.sequences import SequenceTable
-from support.synthetic import TOKENIZER, make_table, write_tokens
+from support.synthetic import TOKENIZER, make_table, split_targets, write_tokens
 from support.tiny import section
 
 WIDTH = 300
@@ -49,7 +50,7 @@ def logits_of(table: SequenceTable) -> Tensor:
     return torch.from_numpy(np.concatenate(pieces)).float()
 
 
-def targets_of(table: SequenceTable, codec: Codec) -> SparseTargets:
+def targets_of(table: SequenceTable, codec: TopKCodec) -> SparseTargets:
     return select_top_k(logits_of(table), codec, num_tokens=TOKENIZER["size"])
 
 
@@ -125,7 +126,8 @@ def prepare(sources: Path, tmp_path: Path) -> Callable[..., Place]:
         for part in order:
             table = index.read_part(part)
             path = part_path(place.parts, part["name"], header)
-            write_part(path, table, targets_of(table, header.codec), header)
+            targets = targets_of(table, header.codec)
+            write_part(path, table, split_targets(targets, table), header)
         write_json(place.folder / "metadata_worker0.json", {"worker": 0, "seed": seed})
         return place
 
@@ -158,6 +160,7 @@ def test_the_fidelity_of_a_true_cache_is_its_rounding(prepare: Callable[..., Pla
     # float16 rounds a logprob by up to 1 / 4096 of it; 0.6e-5 and 1.0e-5 were seen, by a last bit of one of them.
     assert abs(manifest["fidelity_kl"]) < 2e-5
     assert manifest["fidelity_agreement"] == 1.0
+    assert isinstance(place.header.codec, TopKCodec)
     tail = np.exp(targets_of(table, place.header.codec).tail_logprobs[:, 0])
     assert manifest["tail_mass"] == pytest.approx(tail.mean(), rel=1e-5)
     assert len(places) > 1
@@ -345,7 +348,7 @@ def test_a_merge_killed_at_any_moment_is_finished_by_the_same_call(
     assert killed > 0
 
 
-def rolled(table: SequenceTable, codec: Codec) -> SparseTargets:
+def rolled(table: SequenceTable, codec: TopKCodec) -> SparseTargets:
     """Return every distribution one position too late, as an off-by-one error of the worker would write it."""
     found = targets_of(table, codec)
     columns: list[Any] = [*found.to_rows(), found.tail_logprobs]

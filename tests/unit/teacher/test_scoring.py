@@ -109,8 +109,7 @@ def test_out_of_memory_halves_batches_once_and_says_so(
     assert part.num_halved == 6
     said = caplog.messages[0]
     assert "out of memory with 8 sequences (320 tokens) at once" in said and "batch_size" in said
-    found = part.targets
-    assert isinstance(found, SparseTargets)
+    found = SparseTargets.concatenate(part.sequences)
     np.testing.assert_array_equal(found.ids, expected.ids)
     np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-5)
 
@@ -126,7 +125,8 @@ OUT_OF_MEMORY = """
 import resource, sys
 import numpy as np, torch
 from transformers import AutoModelForCausalLM, LlamaConfig
-from retort.cache.codec import Codec
+from retort.cache.codec import SparseTargets
+from retort.cache.top_k_codec import TopKCodec
 from retort.cli import configure_logging
 from retort.models.load import split_model
 from retort.teacher.scoring import Scorer, score_part
@@ -137,12 +137,13 @@ config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=256, num_h
 teacher = split_model(AutoModelForCausalLM.from_config(config).eval())
 mask = [False] * 500 + [True] * 11 + [False]
 table = build_table([([i % 64] * 512, mask, i, ("", "")) for i in range(64)])
-codec = Codec("top_k", 4, (1.0,), 64)
+codec = TopKCodec((1.0,), 64, 4)
 whole = score_part(Scorer(teacher, 2), table, codec, num_tokens=64)
 size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (size + (60 << 20), resource.RLIM_INFINITY))
 found = score_part(Scorer(teacher, 64), table, codec, num_tokens=64)
-assert whole.num_halved == 0 and np.allclose(found.targets.logprobs, whole.targets.logprobs, atol=1e-4)
+logprobs = [SparseTargets.concatenate(part.sequences).logprobs for part in (whole, found)]
+assert whole.num_halved == 0 and np.allclose(*logprobs, atol=1e-4)
 print(found.num_halved)
 """
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from retort.cache.codec import Codec
+from retort.cache.entropy_codec import EntropyCodec
+from retort.cache.top_k_codec import TopKCodec
 from retort.teacher.selection import pad_width, select_probable, select_top_k
 from support.scoring import check_probable, check_top_k, check_top_k_of_wide_rows, make_codec
 from support.tiny import WIDTH
@@ -40,7 +41,7 @@ def test_a_logit_that_is_no_number_is_refused_with_its_place(value: float) -> No
 def test_a_logit_of_minus_infinity_is_a_probability_of_zero() -> None:
     logits_PV = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(1))
     logits_PV[1, 2:] = -torch.inf
-    codec = Codec("top_k", 4, (1.0,), WIDTH)
+    codec = TopKCodec((1.0,), WIDTH, 4)
     found = select_top_k(logits_PV.clone(), codec, num_tokens=WIDTH)
     expected = logits_PV[1, :2].log_softmax(dim=-1).sort(descending=True).values
     np.testing.assert_allclose(found.to_rows()[1][1, :2], expected, rtol=1e-6)
@@ -67,7 +68,7 @@ def test_the_probable_tokens_of_wide_rows_are_all_found(least: float) -> None:
 
 
 def test_of_a_row_without_a_probable_token_one_is_kept() -> None:
-    codec = Codec("top_p", None, (1.0,), 1000, 0.01, 60, "order")
+    codec = EntropyCodec((1.0,), 1000, "top_p", 0.01, 60, "order")
     found = select_probable(torch.zeros(3, 1000), codec, num_tokens=990, uniform_P=np.empty(0))
     assert found.sizes.tolist() == [1, 1, 1] and found.ids.max() < 990
 

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from retort.artifacts.build import student_content
-from retort.cache.codec import Codec
+from retort.cache.entropy_codec import EntropyCodec
 from retort.cache.reader import LogitCache
 from retort.io.digests import digest
 from retort.io.files import read_json, write_json
@@ -390,7 +390,7 @@ def test_log_survives_numbers_that_json_cannot_hold(tmp_path: Path) -> None:
 
 
 def test_a_sampled_cache_needs_temperature_1_and_forward_kl() -> None:
-    codec = Codec("sampled", None, (1.0, 2.0), 300, 0.05, 36, "0" * 32)
+    codec = EntropyCodec((1.0, 2.0), 300, "sampled", 0.05, 36, "0" * 32)
     plain = section("training", temperature=1.0)
     assert find_tail_column(codec, plain, path=Path("cache.h5")) == 0
     for changes in ({"temperature": 2.0}, {"temperature": 1.0, "divergence": "reverse_kl"}):

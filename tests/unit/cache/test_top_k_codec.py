@@ -8,40 +8,34 @@ import pytest
 import zstandard
 from numpy.typing import NDArray
 
-from retort.cache.codec import (
-    Codec,
-    SparseTargets,
-    build_codec,
-    bytes_per_position,
-    choose_steps,
-    decode,
-    encode,
-    resolve_top_k,
-)
+from retort.cache.codec import Codec, SparseTargets
+from retort.cache.entropy_codec import EntropyCodec, choose_steps
+from retort.cache.methods import build_codec, read_codec
+from retort.cache.top_k_codec import TopKCodec
 from retort.config.schema import fill_defaults, section_schema
 from retort.config.sections import Cache, build_section
 from support.synthetic import CODEC, CODED, assert_close, make_targets
 
-WIDE = Codec("top_k", 12, (0.5, 1.0, 3.0), (1 << 16) + 1)
+WIDE = TopKCodec((0.5, 1.0, 3.0), (1 << 16) + 1, 12)
 
 
 @pytest.mark.parametrize("codec", [CODEC, WIDE], ids=["narrow", "wide"])
-def test_any_record_comes_back_within_the_error_of_float16(codec: Codec) -> None:
+def test_any_record_comes_back_within_the_error_of_float16(codec: TopKCodec) -> None:
     for num_positions in (0, 1, 5):
         targets = make_targets(num_positions, codec, seed=num_positions)
-        payload = encode(targets, codec)
-        assert_close(decode(payload, codec, num_positions=num_positions), targets)
+        payload = codec.encode_record(targets)
+        assert_close(codec.decode_record(payload, num_positions=num_positions), targets)
         assert len(zstandard.ZstdDecompressor().decompress(payload)) == (
-            num_positions * bytes_per_position(codec)
+            num_positions * codec.bytes_per_position
         )
 
 
 def test_what_was_decoded_is_encoded_to_the_same_bytes() -> None:
-    payload = encode(make_targets(40, CODEC, seed=0), CODEC)
-    assert encode(decode(payload, CODEC, num_positions=40), CODEC) == payload
+    payload = CODEC.encode_record(make_targets(40, CODEC, seed=0))
+    assert CODEC.encode_record(CODEC.decode_record(payload, num_positions=40)) == payload
 
 
-def softmax_targets(logits: NDArray[Any], codec: Codec) -> SparseTargets:
+def softmax_targets(logits: NDArray[Any], codec: TopKCodec) -> SparseTargets:
     """The K most probable tokens of rows of logits [P, V], and the tail at temperature 1."""
     shifted = logits - logits.max(axis=1, keepdims=True)
     logprobs = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
@@ -63,9 +57,9 @@ MASKED = np.concatenate([np.zeros((4, 20)), np.full((4, 30), -np.inf)], axis=1)
 @pytest.mark.parametrize("top_k", [1, 7, 50])
 @pytest.mark.parametrize("logits", [ONE_HOT, UNIFORM, TIES, MASKED], ids=range(4))
 def test_extreme_distributions_survive(logits: NDArray[Any], top_k: int) -> None:
-    codec = Codec("top_k", top_k, (1.0,), 50)
+    codec = TopKCodec((1.0,), 50, top_k)
     targets = softmax_targets(logits, codec)
-    found = decode(encode(targets, codec), codec, num_positions=len(logits))
+    found = codec.decode_record(codec.encode_record(targets), num_positions=len(logits))
     assert_close(found, targets)
     assert np.isfinite(found.logprobs).all()
     assert np.isfinite(found.tail_logprobs).all()
@@ -77,38 +71,38 @@ def test_extreme_distributions_survive(logits: NDArray[Any], top_k: int) -> None
 
 def test_the_highest_ids_of_narrow_and_wide_vocabularies_survive() -> None:
     for vocabulary, size in ((1 << 16, 2), ((1 << 16) + 1, 4), (262_144, 4)):
-        codec = Codec("top_k", 2, (1.0,), vocabulary)
+        codec = TopKCodec((1.0,), vocabulary, 2)
         ids = np.array([[vocabulary - 1, 0]], dtype=np.int32)
         targets = SparseTargets.from_rows(
             ids, np.zeros((1, 2), np.float32), np.zeros((1, 1), np.float32)
         )
-        found = decode(encode(targets, codec), codec, num_positions=1)
+        found = codec.decode_record(codec.encode_record(targets), num_positions=1)
         assert found.to_rows()[0].tolist() == ids.tolist()
         assert codec.id_dtype.itemsize == size
 
 
 def test_bytes_that_are_no_record_are_refused() -> None:
-    payload = encode(make_targets(3, CODEC, seed=0), CODEC)
+    payload = CODEC.encode_record(make_targets(3, CODEC, seed=0))
     for damaged in (b"", b"\x28\xb5\x2f\xfd", payload[:-1], payload[1:], payload[:9]):
         with pytest.raises(ValueError, match="the cache is damaged"):
-            decode(damaged, CODEC, num_positions=3)
+            CODEC.decode_record(damaged, num_positions=3)
     with pytest.raises(ValueError, match="a record of 4 positions has"):
-        decode(payload, CODEC, num_positions=4)
+        CODEC.decode_record(payload, num_positions=4)
 
 
 def test_a_record_that_claims_to_be_huge_is_refused_before_it_is_unpacked() -> None:
     header = zstandard.ZstdCompressor().compress(bytes(100))[:4]
     claim = header + b"\xe0" + (1 << 50).to_bytes(8, "little") + b"\x01\x00\x00"
     with pytest.raises(ValueError, match="the cache is damaged"):
-        decode(claim, CODEC, num_positions=3)
+        CODEC.decode_record(claim, num_positions=3)
 
 
 def test_rows_of_another_shape_than_the_codec_says_are_our_own_mistake() -> None:
     targets = make_targets(3, CODEC, seed=0)
     with pytest.raises(AssertionError):
-        encode(targets, replace(CODEC, top_k=3))
+        replace(CODEC, top_k=3).encode_record(targets)
     with pytest.raises(AssertionError):
-        encode(targets, replace(CODEC, temperatures=(1.0,)))
+        replace(CODEC, temperatures=(1.0,)).encode_record(targets)
 
 
 def test_slices_of_targets_are_targets() -> None:
@@ -122,7 +116,7 @@ def test_slices_of_targets_are_targets() -> None:
 
 @pytest.mark.parametrize("codec", [CODEC, WIDE, *CODED.values()])
 def test_a_codec_travels_as_json(codec: Codec) -> None:
-    assert Codec.from_json(codec.to_json()) == codec
+    assert read_codec(codec.to_json()) == codec
 
 
 def cache_section(**values: Any) -> Cache:
@@ -137,8 +131,10 @@ def cache_section(**values: Any) -> Cache:
 def test_top_k_never_exceeds_the_vocabulary(
     top_k: int | str, vocabulary: int, expected: int
 ) -> None:
-    assert resolve_top_k(top_k, vocabulary=vocabulary) == expected
-    assert build_codec(cache_section(top_k=top_k), vocabulary=vocabulary).top_k == expected
+    codec = build_codec(cache_section(top_k=top_k), vocabulary=vocabulary)
+    assert isinstance(codec, TopKCodec)
+    assert codec.top_k == expected
+    assert codec.is_complete == (expected == vocabulary)
 
 
 def test_a_cache_that_could_not_be_measured_is_refused_before_it_is_made() -> None:
@@ -147,10 +143,10 @@ def test_a_cache_that_could_not_be_measured_is_refused_before_it_is_made() -> No
 
 
 def test_what_no_record_can_be_coded_with_is_refused() -> None:
-    good = Codec("top_p", None, (1.0,), 300, 0.01, 43, "0" * 32)
+    good = EntropyCodec((1.0,), 300, "top_p", 0.01, 43, "0" * 32)
     for changes in ({"steps": 1024}, {"steps": 0}, {"vocabulary": (1 << 20) + 1}):
         with pytest.raises(
             ValueError, match=str(*changes.values()).replace("1048577", "1,048,577")
         ):
-            Codec.from_json(good.to_json() | changes)
+            read_codec(good.to_json() | changes)
     assert choose_steps("top_p", 1e-12) == choose_steps("sampled", 1e-12) == 1023

@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from retort.cache.codec import TokenOrder, build_codec
+from retort.cache.codec import TokenOrder
+from retort.cache.entropy_codec import EntropyCodec, hash_to_uniform
 from retort.cache.merged import merge_parts
-from retort.cache.parts import load_token_order, part_path, write_part
+from retort.cache.methods import build_codec
+from retort.cache.parts import part_path, write_part
 from retort.cache.reader import LogitCache
-from retort.cache.sparse_codec import (
-    hash_to_uniform,
-)
 from retort.cache.sparse_streams import TAIL_UNIT
 from retort.teacher.selection import _separate, select_probable
 from retort.tokens.index import TokenIndex
@@ -143,7 +142,6 @@ def test_samples_are_unbiased_and_vary_less_than_sampling_with_replacement(
         np.maximum(variance, probs * METHODS["sampled"]["head_probability"]) / num_samples
     )
     # Below 1/65,535 the tail's mass is rounded down; a row's scaling to sum to one is of second order in its step.
-    assert codec.steps is not None
     bias = np.abs(mean - probs) - 2 / TAIL_UNIT - probs / codec.steps**2
     assert np.all(bias <= 5 * standard_error + 1e-9), (bias - 5 * standard_error).max()
     tokens_kept = kept / (num_samples * len(probs))
@@ -205,8 +203,8 @@ def make_merged(folder: Path, index: TokenIndex, method: str) -> Path:
         write_parts(index, folder / "parts", header)
     else:
         header = coded_header(index, method)
-        order = load_token_order(index, header.codec)
-        assert order is not None
+        assert isinstance(header.codec, EntropyCodec)
+        order = header.codec.order_tokens(index.read_token_counts())
         (folder / "parts").mkdir(parents=True)
         for part in index.parts:
             table = index.read_part(part)
@@ -267,14 +265,15 @@ def test_a_merged_cache_says_what_its_parts_say(
 @pytest.mark.parametrize(("method", "least"), [("top_p", 0.001), ("sampled", 0.05)])
 def test_a_method_alone_is_a_whole_config(method: str, least: float) -> None:
     codec = build_codec(section("cache", method=method), vocabulary=WIDTH)
+    assert isinstance(codec, EntropyCodec)
     assert codec.min_probability == least
     assert codec.temperatures == ((1.0, 2.0) if method == "top_p" else (1.0,))
 
 
 def test_another_order_of_tokens_is_refused(index: TokenIndex, tmp_path: Path) -> None:
     header = coded_header(index, "top_p")
-    order = load_token_order(index, header.codec)
-    assert order is not None
+    assert isinstance(header.codec, EntropyCodec)
+    order = header.codec.order_tokens(index.read_token_counts())
     table = index.read_part(index.parts[0])
     other = TokenOrder.from_ids(order.ids[::-1])
     streams = streams_of(table, header.codec, order)
