@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # Waits of 2, 4, 8, 16, 32 and 60 s, plus random jitter of up to 25 %, so that readers do not retry all at once.
-MAX_RETRIES = 6
+_max_retries = ContextVar("max_retries", default=6)
 FIRST_WAIT_S = 2.0
 MAX_WAIT_S = 60.0
 MAX_RETRY_AFTER_S = 600.0  # limit of a Retry-After header
@@ -123,13 +124,12 @@ def read_with_retries(
 
 @contextmanager
 def without_retries() -> Iterator[None]:
-    """Give up at the first error in this block: the caller can read a local copy instead."""
-    global MAX_RETRIES
-    saved, MAX_RETRIES = MAX_RETRIES, 0
+    """Give up at the first error in this block of this thread: the caller can read a local copy instead."""
+    token = _max_retries.set(0)
     try:
         yield
     finally:
-        MAX_RETRIES = saved
+        _max_retries.reset(token)
 
 
 def _with_retries(action: Callable[[], T], dataset: Dataset, *, where: str) -> T:
@@ -141,6 +141,8 @@ def _with_retries(action: Callable[[], T], dataset: Dataset, *, where: str) -> T
 
 
 def _retrying(where: Callable[[], str]) -> tenacity.Retrying:
+    max_retries = _max_retries.get()
+
     def announce(state: tenacity.RetryCallState) -> None:
         assert state.outcome is not None and state.next_action is not None
         outcome = state.outcome.exception()
@@ -148,12 +150,12 @@ def _retrying(where: Callable[[], str]) -> tenacity.Retrying:
         error = _chain(outcome)[-1]
         logger.info(
             f"connection lost at {where()} ({type(error).__name__}: {first_line(error)}): retrying in "
-            f"{state.next_action.sleep:.0f} s, {state.attempt_number} of {MAX_RETRIES}"
+            f"{state.next_action.sleep:.0f} s, {state.attempt_number} of {max_retries}"
         )
 
     return tenacity.Retrying(
         retry=tenacity.retry_if_exception(is_transient),
-        stop=tenacity.stop_after_attempt(MAX_RETRIES + 1),
+        stop=tenacity.stop_after_attempt(max_retries + 1),
         wait=_choose_wait,
         before_sleep=announce,
         reraise=True,

@@ -6,6 +6,9 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,8 @@ from typing import Any
 import pytest
 
 from retort.config.flags import section_flags
-from retort.corpus.hub import explain_hub_error
+from retort.corpus import hub
+from retort.corpus.hub import explain_hub_error, read_with_retries, without_retries
 from retort.corpus.snapshot import write_snapshot
 from support.corpora import DEFAULTS, contents, write_jsonl
 from support.hub import NAME, SHA, Fault, Hub, serve
@@ -228,3 +232,39 @@ def test_an_unreachable_hub_is_one_sentence(tmp_path: Path) -> None:
         command, check=True, capture_output=True, text=True, env=environment, cwd=tests
     ).stdout
     assert printed.startswith("dataset.name 'nobody/no-such-dataset' could not be reached: check")
+
+
+def test_one_thread_gives_up_while_another_retries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "FIRST_WAIT_S", 0.01)
+    dataset = tiny_dataset(tmp_path / "corpus.jsonl")
+    is_inside, both_failing = threading.Event(), threading.Barrier(2)
+
+    def read_once_broken() -> list[int]:
+        attempts = []
+
+        def open_at(row: int) -> Iterator[int]:
+            attempts.append(row)
+            if len(attempts) == 1:
+                both_failing.wait(30)
+                raise ConnectionError("reset by peer")
+            yield from range(row, 3)
+
+        return list(read_with_retries(open_at, 0, dataset, where="a file"))
+
+    def read_without_retries() -> list[int]:
+        with without_retries():
+            is_inside.set()
+            return read_once_broken()
+
+    def read_patiently() -> list[int]:
+        assert is_inside.wait(30)
+        return read_once_broken()
+
+    with ThreadPoolExecutor(2) as threads:
+        patient, hasty = threads.submit(read_patiently), threads.submit(read_without_retries)
+        assert patient.result(60) == [0, 1, 2]
+        with pytest.raises(ValueError, match="could not be reached"):
+            hasty.result(60)
+    assert hub._max_retries.get() == 6
