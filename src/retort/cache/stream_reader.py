@@ -121,21 +121,22 @@ def read_streams(
         owners=np.empty(header.tokens, np.int32),
     )
     lanes = np.zeros(NUM_LANES, _LANE)
+    lanes["last_word"] = header.first_words, len(words)
     # As plain tuples, which numba takes in a third of the time.
     arguments = map(tuple, (header, lookup, next_tokens, grid, rows, scratch))
-    return bool(_read_lanes(lanes, padded, len(words), *arguments))
+    return bool(_read_lanes(lanes, padded, *arguments))
 
 
 _DAMAGED = -1  # as a lane's next word
 
 
 @jit
-def _read_lanes(lanes, words, end, header, lookup, next_tokens, grid, rows, scratch):  # type: ignore[no-untyped-def]
+def _read_lanes(lanes, words, header, lookup, next_tokens, grid, rows, scratch):  # type: ignore[no-untyped-def]
     header, lookup, next_tokens = RecordHeader(*header), Lookup(*lookup), NextTokens(*next_tokens)
     grid, rows, scratch = Grid(*grid), DecodedRows(*rows), _Scratch(*scratch)
     first, second, half = lanes[0], lanes[1], len(rows.sizes) // NUM_LANES
-    _start(first, words, 0, header.first_words)
-    _start(second, words, header.first_words, end)
+    _start(first, words, 0)
+    _start(second, words, header.first_words)
     first.position, first.end, first.last_slot = -1, half, header.first_tokens
     second.position, second.end, second.last_slot = half - 1, len(rows.sizes), header.tokens
     second.next_slot = header.first_tokens
@@ -146,7 +147,7 @@ def _read_lanes(lanes, words, end, header, lookup, next_tokens, grid, rows, scra
         pass
     while _advance(second, *read):
         pass
-    if not _is_complete(first, header.first_words) or not _is_complete(second, end):
+    if not _is_complete(first) or not _is_complete(second):
         return False
     rows.offsets[len(rows.sizes)] = header.tokens
     _scale_rows(grid, rows, scratch)
@@ -154,15 +155,15 @@ def _read_lanes(lanes, words, end, header, lookup, next_tokens, grid, rows, scra
 
 
 @inlined
-def _start(lane, words, first_word, last_word):  # type: ignore[no-untyped-def]
+def _start(lane, words, first_word):  # type: ignore[no-untyped-def]
     high = np.int64(words[first_word + 1]) & 0x3FFFFFFF
     lane.state = np.int64(words[first_word]) | (high << 32)
-    lane.word, lane.last_word = first_word + 2, last_word
+    lane.word = first_word + 2
 
 
 @inlined
-def _is_complete(lane, last_word):  # type: ignore[no-untyped-def]
-    return lane.state == LOW and lane.word == last_word and lane.next_slot == lane.last_slot
+def _is_complete(lane):  # type: ignore[no-untyped-def]
+    return lane.state == LOW and lane.word == lane.last_word and lane.next_slot == lane.last_slot
 
 
 @inlined

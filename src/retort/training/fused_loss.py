@@ -9,7 +9,7 @@ Legend: P positions that count, C positions of a chunk, D hidden size, V vocabul
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,10 +52,8 @@ def compute_fused_loss(
             features_PD,
             weight_VD if weight_grad_buffer is None else weight_VD.detach(),
             bias_V,
-            labels_P,
-            _temper(teacher, settings),
+            _Targets(labels_P, _temper(teacher, settings), normalizer),
             settings,
-            normalizer,
             weight_grad_buffer,
         )
     )
@@ -87,6 +85,14 @@ def _temper(teacher: TeacherRows | None, settings: LossSettings) -> TeacherRows 
     return temper_rows(teacher, settings.temperature)
 
 
+class _Targets(NamedTuple):
+    """What losses are computed against: token ids int64 [P], the teacher's rows, and what their sums are divided by."""
+
+    labels: Tensor
+    teacher: TeacherRows | None
+    normalizer: Tensor | float
+
+
 class _FusedLoss(torch.autograd.Function):
     """Computes gradients in the forward pass, where a chunk's logits are at hand; the backward pass returns them."""
 
@@ -96,13 +102,11 @@ class _FusedLoss(torch.autograd.Function):
         features_PD: Tensor,
         weight_VD: Tensor,
         bias_V: Tensor | None,
-        labels_P: Tensor,
-        tempered: TeacherRows | None,
+        targets: _Targets,
         settings: LossSettings,
-        normalizer: Tensor | float,
         weight_grad_buffer: list[Tensor] | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        device = features_PD.device.type
+        device, (labels_P, tempered, normalizer) = features_PD.device.type, targets
         dtype = (
             torch.get_autocast_dtype(device)
             if torch.is_autocast_enabled(device)
@@ -146,7 +150,7 @@ class _FusedLoss(torch.autograd.Function):
         if ctx.weight_grad_buffer is not None:
             ctx.weight_grad_buffer.append(weight_VD)
             weight_VD = None
-        return (features_PD, weight_VD, bias_V, *[None] * 5)
+        return (features_PD, weight_VD, bias_V, *[None] * 3)
 
 
 class _LossOfLogits(torch.autograd.Function):
