@@ -22,8 +22,7 @@ from retort.cache.methods import build_codec
 from retort.cache.parts import write_part
 from retort.cache.reader import CacheHeader, LogitCache
 from retort.cache.sparse_streams import Streams
-from retort.config.schema import fill_defaults, section_schema
-from retort.config.sections import build_section
+from retort.config.sections import Cache
 from retort.teacher.selection import select_probable
 from retort.tokens.sequences import SequenceTable, build_table
 
@@ -42,11 +41,6 @@ class Ours:
     read_per_second: float
 
 
-def build_config_section(name: str, **values: Any) -> Any:
-    """Return a section of the config at its defaults, but for `values`."""
-    return build_section(name, fill_defaults(values, section_schema(name)))
-
-
 def make_codec(
     method: str,
     threshold: float,
@@ -56,7 +50,7 @@ def make_codec(
     """Return the codec of a config's `cache` section; the threshold is that of `method`, a probability."""
     key = "min_probability" if method == "top_p" else "head_probability"
     values = {"method": method, key: threshold, "temperatures": list(temperatures)}
-    cache = build_config_section("cache", **values)
+    cache = Cache.model_validate(values)
     vocabulary = data.logprobs.shape[1]
     codec = build_codec(cache, vocabulary=vocabulary, token_counts=data.unigram_counts)
     assert isinstance(codec, EntropyCodec)

@@ -12,11 +12,12 @@ import json
 import tempfile
 from pathlib import Path
 
-from benchmarks.cache.ours import build_config_section, make_codec, write_cache
+from benchmarks.cache.ours import make_codec, write_cache
 from benchmarks.common import make_parser
 from benchmarks.distributions.build import default_folder, load_or_make
 from benchmarks.training.student import BATCH, build_model
 from retort.cache.reader import LogitCache
+from retort.config.sections import Student, Tracking, Training
 from retort.training.loop import TrainingJob, train_student
 
 _FEW_STEPS = 4
@@ -43,9 +44,8 @@ def run(folder: Path, cache: LogitCache, *, steps: int, workers: int) -> tuple[f
         name=f"{workers} workers, {steps} steps",
         identity="benchmark",
         source=cache,
-        student=build_config_section("student", config=str(student)),
-        training=build_config_section(
-            "training",
+        student=Student(config=str(student)),
+        training=Training(
             alpha=0.5,
             temperature=1.0,
             max_steps=steps,
@@ -54,7 +54,7 @@ def run(folder: Path, cache: LogitCache, *, steps: int, workers: int) -> tuple[f
             cpu_threads=2,
             device="cpu",
         ),
-        tracking=build_config_section("tracking"),
+        tracking=Tracking(),
         tokenizer=NoTokenizer(),
         vocabulary=cache.header.codec.vocabulary,
     )

@@ -9,15 +9,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from retort.cache.reader import LogitCache
-from retort.config.checks import DEFAULT_ALPHA
 from retort.config.load import identity
+from retort.config.training import DEFAULT_ALPHA
 from retort.io.digests import digest
 from retort.models.load import CausalLM, load_teacher
 from retort.tokens.index import TokenIndex
 from retort.tokens.sequences import SequenceTable
 from retort.tokens.tokenizer import load_tokenizer
 from retort.training.loop import LOG_COLUMNS, TrainingJob, train_student
-from support.tiny import WIDTH, make_cache, record, section, tokenize
+from support.sections import section
+from support.tiny import WIDTH, make_cache, record, tokenize
 
 
 class Bench:

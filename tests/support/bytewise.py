@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from retort.config.schema import fill_defaults, section_schema
-from retort.config.sections import build_section
+from retort.config.sections import Dataset
 from retort.corpus.documents import Counts
 from retort.corpus.reading import read_shard_documents
 from retort.tokens.index import TokenIndex, write_index
@@ -57,7 +56,7 @@ def make_dataset(corpus: Path, **keys: Any) -> Any:
     """Return a dataset section: one shard, sequences of up to 256 tokens, a tenth held out."""
     values = {"name": "json", "data_files": str(corpus), "num_shards": 1, "max_length": 256}
     values |= {"validation_fraction": 0.1} | keys
-    return build_section("dataset", fill_defaults(values, section_schema("dataset")))
+    return Dataset.model_validate(values)
 
 
 def tokenize(out: Path, corpus: Path, **keys: Any) -> str:

@@ -29,8 +29,8 @@ from retort.cache.sparse_streams import TAIL_UNIT, Streams
 from retort.teacher.selection import select_probable
 from retort.tokens.index import TokenIndex
 from retort.tokens.sequences import SequenceTable
+from support.sections import section
 from support.synthetic import TOKENIZER, make_header
-from support.tiny import section
 
 WIDTH = 300
 KEY = bytes(range(16))

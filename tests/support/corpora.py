@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from retort.config.flags import add_section_flags, section_from_args
 from retort.config.sections import Dataset
 from retort.corpus.documents import Counts, Document
 from retort.corpus.reading import check_corpus, read_shard_documents
+from support.sections import replace
 
 
 def make_dataset(**keys: Any) -> Dataset:

@@ -38,11 +38,11 @@ LIBRARIES = {
     # What keeps PyTorch out of its process; transformers as it is where PyTorch is not to be found.
     "light": "numpy h5py numba pyarrow datasets tokenizers transformers.models.auto.tokenization_auto filelock xxhash "
     "transformers.tokenization_utils_tokenizers transformers.models.llama.configuration_llama "
-    "jinja2 yaml jsonschema zstandard tenacity tqdm matplotlib.figure matplotlib.backends.backend_agg",
+    "jinja2 yaml pydantic zstandard tenacity tqdm matplotlib.figure matplotlib.backends.backend_agg",
     "full": "numpy torch h5py numba pyarrow datasets tokenizers accelerate safetensors.torch filelock xxhash "
     "transformers.trainer transformers.models.auto.modeling_auto transformers.models.auto.tokenization_auto "
     "transformers.models.llama.modeling_llama torch.profiler torch.utils.serialization.config tabulate "
-    "jinja2 yaml jsonschema zstandard tenacity tqdm",
+    "jinja2 yaml pydantic zstandard tenacity tqdm",
 }
 
 

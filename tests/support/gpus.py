@@ -1,11 +1,11 @@
 """Simulated GPUs: ids, a config for them, and a script in place of nvidia-smi."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from retort.config.load import load_runs
 from retort.config.sections import Generation
+from support.sections import replace
 
 EIGHT = tuple("01234567")
 

@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from retort.config.schema import fill_defaults, section_schema
-from retort.config.sections import Evaluation, Synthesis, build_section
+from retort.config.sections import Evaluation, Synthesis
 from retort.synthesis.contamination import ProblemNgrams
 from retort.synthesis.providers import Answer
 
@@ -19,17 +18,13 @@ NO_PROBLEMS = ProblemNgrams([], length=13)
 def synthesis_section(**values: Any) -> Synthesis:
     """Return the section `synthesis`: a server's model `m`, and the schema's defaults, except for `values`."""
     given = {"provider": "openai", "model": "m", "prompts": "prompts.jsonl"} | values
-    section: Synthesis = build_section(
-        "synthesis", fill_defaults(given, section_schema("synthesis"))
-    )
+    section: Synthesis = Synthesis.model_validate(given)
     return section
 
 
 def evaluation_section(**values: Any) -> Evaluation:
     """Return the section `evaluation`: the schema's defaults except for `values`."""
-    section: Evaluation = build_section(
-        "evaluation", fill_defaults(values, section_schema("evaluation"))
-    )
+    section: Evaluation = Evaluation.model_validate(values)
     return section
 
 

@@ -15,7 +15,8 @@ from retort.models.load import CausalLM, load_recorded_teacher
 from retort.teacher.claims import Claims
 from retort.teacher.worker import WorkerReport, run_worker
 from retort.tokens.index import TokenIndex
-from support.tiny import record, section, tokenize
+from support.sections import section
+from support.tiny import record, tokenize
 
 
 class Job:

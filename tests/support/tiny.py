@@ -11,14 +11,13 @@ import torch
 from retort.cache.merged import merge_parts
 from retort.cache.parts import build_header
 from retort.cache.reader import LogitCache
-from retort.config.schema import fill_defaults, section_schema
-from retort.config.sections import build_section
 from retort.io.files import read_json, write_json
 from retort.models.load import load_recorded_teacher, record_teacher
 from retort.teacher.worker import run_worker
 from retort.tokens.index import TokenIndex, write_index
 from retort.tokens.shards import tokenize_shard
 from retort.tokens.tokenizer import identify_tokenizer, load_tokenizer
+from support.sections import section
 
 torch.set_num_threads(1)  # on matrices of this size a second thread only costs
 
@@ -29,11 +28,6 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant: {% endif %}"
 )
-
-
-def section(name: str, /, **values: Any) -> Any:
-    """Return a section's record: the schema's defaults but for `values`."""
-    return build_section(name, fill_defaults(values, section_schema(name)))
 
 
 def tiny_dataset(corpus: Path, **values: Any) -> Any:

@@ -1,15 +1,14 @@
 """Documents to sequences in a test, and tables of sequences as lists."""
 
-from dataclasses import replace
 from typing import Any
 
-from retort.config.schema import fill_defaults, section_schema
-from retort.config.sections import Dataset, build_section
+from retort.config.sections import Dataset
 from retort.corpus.documents import Document
 from retort.tokens.sequences import SequenceTable
 from retort.tokens.tokenize import TokenCounts, tokenize_documents
+from support.sections import replace
 
-DATASET: Dataset = build_section("dataset", fill_defaults({}, section_schema("dataset")))
+DATASET: Dataset = Dataset.model_validate({})
 CHAT = replace(DATASET, prompt_column="prompt", response_column="response")
 
 

@@ -24,8 +24,7 @@ from retort.cache.parts import part_path, write_part
 from retort.cache.reader import CacheHeader, LogitCache
 from retort.cache.top_k_codec import TopKCodec
 from retort.config.load import load_runs
-from retort.config.schema import fill_defaults, section_schema
-from retort.config.sections import build_section
+from retort.config.sections import Dataset, Synthesis
 from retort.corpus.documents import Document
 from retort.synthesis.contamination import ProblemNgrams
 from retort.synthesis.filters import AnswerFilter
@@ -86,7 +85,7 @@ def tokenize(prompts: bool, long_documents: str) -> SequenceTable:
     values = {"max_length": 16, "long_documents": long_documents}
     if prompts:
         values |= {"prompt_column": "prompt", "response_column": "response"}
-    dataset = build_section("dataset", fill_defaults(values, section_schema("dataset")))
+    dataset = Dataset.model_validate(values)
     documents = [
         Document(
             i, "h\u00e9llo " * i + "bird", "which" if prompts else None, "ab"[i % 2], None, "train"
@@ -159,7 +158,7 @@ def test_the_same_templates_and_answers_give_the_same_corpus(tmp_path: Path) -> 
     }
     path.write_text(json.dumps(given))  # JSON is YAML
     values = {"templates": str(path), "num_examples": 20, "near_duplicates": 0.5}
-    section = build_section("synthesis", fill_defaults(values, section_schema("synthesis")))
+    section = Synthesis.model_validate(values)
     prompts = read_prompts(section).prompts
     with Journal(tmp_path / "journal.jsonl", prompts) as journal:
         for place in range(len(prompts)):

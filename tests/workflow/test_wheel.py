@@ -61,7 +61,7 @@ def test_the_wheel_holds_the_library_and_the_workflow_and_nothing_else(wheel: Pa
     assert names == library | {f"retort/_workflow/{name}" for name in workflow}
     assert {
         "retort/py.typed",
-        "retort/config/config.schema.yaml",
+        "retort/config/config.schema.json",
         "retort/report/page.html.j2",
     } <= names
 

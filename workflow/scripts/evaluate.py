@@ -10,7 +10,6 @@ Or measure any model on any text, without a pipeline; this prints a table, and w
 """
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 from retort.cli import logger, run_script, script_parser
@@ -102,11 +101,8 @@ def evaluate_models(args: argparse.Namespace) -> None:
     with lease_training(args.gpus, device=args.device, among=args.among_gpus):
         from retort.evaluation import compare
 
-        dataset = replace(
-            section_from_args(args, "dataset"),
-            name=compare.choose_loader(args.data),
-            data_files=tuple(args.data),
-        )
+        files = {"name": compare.choose_loader(args.data), "data_files": tuple(args.data)}
+        dataset = section_from_args(args, "dataset").model_copy(update=files)
         found = compare.evaluate_models(
             args.model,
             args.teacher,

@@ -5,7 +5,6 @@
 """
 
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 from retort.cli import logger, run_script, script_parser
@@ -31,7 +30,8 @@ def main() -> None:
     for section in ("synthesis", "evaluation", "teacher", "teacher.generation"):
         add_section_flags(parser, section)
     args = parser.parse_args()
-    loading = replace(section_from_args(args, "teacher"), revision=args.local_revision)
+    loading = section_from_args(args, "teacher")
+    loading = loading.model_copy(update={"revision": args.local_revision})
     lease = (
         lease_teacher(loading.generation, worker=0, device=loading.device)
         if args.local_model

@@ -22,9 +22,9 @@ from retort.artifacts.project import (
 )
 from retort.artifacts.responses import build_responses
 from retort.artifacts.tasks import EvaluationTask, build_tasks
+from retort.config.dataset import SYNTHESIS
 from retort.config.load import identity
 from retort.config.sections import Config, Student
-from retort.config.synthesis_checks import SYNTHESIS
 from retort.corpus.reading import (
     TOKENIZING_KEYS,
     corpus_keys,

@@ -5,14 +5,14 @@ paid for once. That of the *synthesis* adds the filters and the number of exampl
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from retort.artifacts.tasks import build_tasks
 from retort.config.load import identity
 from retort.config.sections import Config, Dataset, Synthesis
-from retort.config.synthesis_checks import COLUMNS
+from retort.config.synthesis import COLUMNS
 from retort.corpus.sources import expand_pattern
 from retort.io.digests import digest, digest_file, digest_file_states
 from retort.io.files import is_path, read_json, suggest_path
@@ -75,13 +75,8 @@ class Responses:
         """Return the dataset section that reads the responses."""
         responses = str(self.folder / RESPONSES_FILE)
         prompt, response = COLUMNS["prompt_column"], COLUMNS["response_column"]
-        return replace(
-            dataset,
-            name="json",
-            data_files=responses,
-            prompt_column=prompt,
-            response_column=response,
-        )
+        columns = {"prompt_column": prompt, "response_column": response}
+        return dataset.model_copy(update={"name": "json", "data_files": responses} | columns)
 
 
 def refuse_other_responses(record_path: Path) -> None:
@@ -202,5 +197,5 @@ def _identify_problems(config: Config) -> list[str]:
     """Return the ids of the evaluation tasks whose problems must not be in the responses; files count by content."""
     if not config.synthesis.decontaminate:
         return []
-    reduced = replace(config, evaluation=config.evaluation.of_problems())
+    reduced = config.model_copy(update={"evaluation": config.evaluation.of_problems()})
     return [task.id for task in build_tasks(reduced, Path(), revision=0)]

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from retort.cli import RESUME, is_rank
-from retort.config.checks import require_even_share
+from retort.config.training import require_even_share
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,5 @@
 """Every setting: type, range, default, checks across keys, runs and sweeps.
 
-Read `sections` first (what a config contains), then `load` (from YAML to one checked record per run).
+Read `training` or another section first (its keys, and its checks), then `load` (from YAML to one checked record per
+run).
 """

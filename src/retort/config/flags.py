@@ -6,23 +6,10 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from retort.config.schema import (
-    ConfigError,
-    Schema,
-    expected,
-    fill_defaults,
-    is_section,
-    section_schema,
-    show,
-)
-from retort.config.sections import (
-    Teacher,
-    build_section,
-    freeze,
-    is_default,
-    section_name,
-)
-from retort.config.values import read_value
+from retort.config.load import is_default, read_key
+from retort.config.schema import ConfigError, Schema, expected, show
+from retort.config.section import Section, key_schemas, key_types
+from retort.config.sections import section_at, section_paths
 
 # Sections whose flags have the section's name as prefix, so that one script can take several sections.
 _PREFIXED = ("dataset", "teacher", "cache", "student", "evaluation", "synthesis")
@@ -37,13 +24,13 @@ def add_section_flags(parser: argparse.ArgumentParser, section: str) -> None:
 
     "teacher" and "teacher.generation" are separate sections here.
     """
-    group = parser.add_argument_group(section, section_schema(section)["description"])
+    group = parser.add_argument_group(section, _class_of(section).__doc__)
     for key, sub in _flag_keys(section):
         dest = f"{section}.{key}"
         names = [_flag(section, key), *([_ALIAS[dest]] if dest in _ALIAS else [])]
         text = f"{sub['description']} Default: {show(sub['default'])}."
-        default = freeze(sub["default"])
-        if sub["type"] == "boolean":
+        default = _class_of(section).model_fields[key].default
+        if sub.get("type") == "boolean":
             action = argparse.BooleanOptionalAction
             group.add_argument(
                 *names, dest=dest, action=action, default=default, help=_escape(text)
@@ -58,13 +45,14 @@ def add_section_flags(parser: argparse.ArgumentParser, section: str) -> None:
 
 def section_from_args(args: argparse.Namespace, section: str) -> Any:
     """Return a section's record from parsed flags; keys without a flag have their default."""
-    values = fill_defaults({}, section_schema(section))
+    kind = _class_of(section)
     given = vars(args)
-    values |= {key: given[f"{section}.{key}"] for key, _ in _flag_keys(section)}
-    record = build_section(section, values)
+    record = kind().model_copy(
+        update={key: given[f"{section}.{key}"] for key, _ in _flag_keys(section)}
+    )
     if section == "teacher" and any(dest.startswith("teacher.generation.") for dest in given):
         generation = section_from_args(args, "teacher.generation")
-        return Teacher(**{**vars(record), "generation": generation})
+        return record.model_copy(update={"generation": generation})
     return record
 
 
@@ -73,13 +61,13 @@ def section_flags(section: Any) -> list[str]:
 
     The flags of a Teacher do not include its `generation`, which is a separate section.
     """
-    name = section_name(section)
+    name = next(".".join(p) for p in section_paths() if section_at(p) is type(section))
     argv: list[str] = []
     for key, sub in _flag_keys(name):
         value, flag = getattr(section, key), _flag(name, key)
-        if is_default(value, sub):
+        if is_default(section, key):
             continue
-        if sub["type"] == "boolean":
+        if sub.get("type") == "boolean":
             argv.append(flag if value else "--no-" + flag.removeprefix("--"))
             continue
         text = value if isinstance(value, str) else json.dumps(value)
@@ -87,10 +75,17 @@ def section_flags(section: Any) -> list[str]:
     return argv
 
 
+def _class_of(section: str) -> type[Section]:
+    kind = section_at(tuple(section.split(".")))
+    assert kind is not None, section
+    return kind
+
+
 def _flag_keys(section: str) -> Iterator[tuple[str, Schema]]:
-    for key, schema in section_schema(section)["properties"].items():
-        if not is_section(schema) and f"{section}.{key}" not in _NO_FLAG:
-            yield key, schema
+    kind = _class_of(section)
+    for key in key_types(kind):
+        if f"{section}.{key}" not in _NO_FLAG:
+            yield key, key_schemas(kind)[key]
 
 
 def _flag(section: str, key: str) -> str:
@@ -100,7 +95,7 @@ def _flag(section: str, key: str) -> str:
 
 def _read_flag(section: str, key: str, text: str) -> Any:
     try:
-        return freeze(read_value((*section.split("."), key), text))
+        return read_key((*section.split("."), key), text)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

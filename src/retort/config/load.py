@@ -1,74 +1,196 @@
 """A whole config as one checked record per run, and the keys that ids of artifacts are made of."""
 
-from collections.abc import Mapping
-from functools import cache
+import difflib
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
-from retort.config.checks import DEFAULT_ALPHA, check_config
-from retort.config.schema import (
-    ConfigError,
-    Schema,
-    fill_defaults,
-    flatten,
-    is_section,
-    leaves,
-    load_schema,
-    merge,
-    section_schema,
-)
-from retort.config.sections import Config, build_section, is_default, section_name
-from retort.config.sweeps import expand_runs
-from retort.config.values import read_config
+from pydantic import ValidationError
+
+from retort.config.schema import ConfigError, KeyPath, Problem, dotted, expected, merge, show
+from retort.config.section import Section, changes_id, key_schemas, subsection
+from retort.config.sections import CHECKS, Config, section_at
+from retort.config.suggestions import not_a_section, unknown_key
+from retort.config.sweeps import Run, expand_runs, parse_sections
+from retort.config.training import DEFAULT_ALPHA
+
+_Path = tuple[str | int, ...]  # of a key, or of an item of its list
 
 
 def load_runs(raw: Mapping[str, Any]) -> dict[str, Config]:
     """Return one complete config per run, in order, with sweeps expanded; without `runs`, one named "student".
 
-    `raw` is Snakemake's `config`. Raises ConfigError (a ValueError) for the first mistake, with the name of its run.
+    `raw` is Snakemake's `config`. Raises ConfigError (a ValueError) that lists all mistakes.
     """
-    if "runs" in raw:
-        raw = {**raw, "runs": expand_runs(raw["runs"])}
-    values = read_config(raw)
-    runs = values.pop("runs", {})
-    schema = {"properties": {k: v for k, v in load_schema()["properties"].items() if k != "runs"}}
-    configs: dict[str, Config] = {}
-    for name, overrides in (runs or {"student": {}}).items():
-        complete = fill_defaults(merge(values, overrides), schema)
-        try:
-            check_config(dict(flatten(complete)), _defaults())
-        except ConfigError as error:
-            raise ConfigError(f"In run '{name}': {error}" if runs else str(error)) from None
-        training = complete["training"]
-        if training["alpha"] is None:
-            training["alpha"] = DEFAULT_ALPHA[training["distillation_type"]]
-        configs[name] = Config(
-            **{section: build_section(section, complete[section]) for section in complete}
-        )
+    configs, problems = find_problems(raw)
+    if problems:
+        raise ConfigError(*problems)
     return configs
 
 
-def identity(section: Any) -> dict[str, Any]:
+def find_problems(raw: Mapping[str, Any]) -> tuple[dict[str, Config], list[Problem]]:
+    """Return the config of each run, and all mistakes: in single keys, and across those that could be read.
+
+    Where there are mistakes, the configs may lack keys.
+    """
+    base = {str(name): parse_sections(value, str(name)) for name, value in raw.items()}
+    runs, problems = expand_runs(base.pop("runs", None))
+    everywhere = Run("", "", {})
+    problems += [_describe(everywhere, *wrong) for wrong in _read(base)[1]]
+    if not runs and not problems:
+        runs = [Run("student", "", {})]
+    configs: dict[str, Config] = {}
+    across: dict[Problem, list[str]] = {}  # problems across keys, with the names of their runs
+    for run in runs:
+        configs[run.name], wrong_keys = _read(merge(base, run.overrides))
+        for problem in (_describe(run, *wrong) for wrong in wrong_keys):
+            if problem not in problems:
+                problems.append(problem)
+        for key, message in _check(configs[run.name], is_partial=bool(wrong_keys)):
+            place = run.place(tuple(key.split(".")))
+            across.setdefault(Problem(place, message), []).append(run.name if run.entry else "")
+    for problem, names in across.items():
+        problems.append(problem._replace(message=_name_runs(names) + problem.message))
+    return configs if problems else {n: _with_alpha(c) for n, c in configs.items()}, problems
+
+
+def _read(values: Mapping[str, Any]) -> tuple[Config, list[tuple[_Path, str, Any]]]:
+    """Return the config without the keys that cannot be read, and (path, pydantic's type of error, value) of these."""
+    try:
+        return Config.model_validate(values), []
+    except ValidationError as error:
+        errors = error.errors(include_url=False, include_context=False)
+    wrong: dict[_Path, tuple[_Path, str, Any]] = {}
+    for found in errors:  # several for one key, if it takes several types
+        path = _key_of(found["loc"])
+        key = path[:-1] if isinstance(path[-1], int) else path
+        if key not in wrong or key != path:
+            wrong[key] = (path, found["type"], found["input"])
+    config = Config.model_validate(_without(values, wrong))
+    for key in wrong:
+        owner: Any = config
+        for name in key[:-1]:
+            owner = getattr(owner, str(name))
+        vars(owner).pop(key[-1], None)  # a check that asks for it ends with AttributeError
+    return config, list(wrong.values())
+
+
+def _key_of(location: _Path) -> _Path:
+    """Return the path of a key, or of an item of its list, without pydantic's names of types."""
+    section: type[Section] | None = Config
+    path: _Path = ()
+    for step in location:
+        if section is not None:
+            path = (*path, step)
+            known = str(step) in section.model_fields
+            section = subsection(section, str(step)) if known else None
+        elif isinstance(step, int):
+            return (*path, step)
+    return path
+
+
+def _without(values: Mapping[str, Any], keys: Mapping[_Path, Any], path: _Path = ()) -> Any:
+    return {
+        name: _without(value, keys, (*path, name)) if isinstance(value, Mapping) else value
+        for name, value in values.items()
+        if (*path, name) not in keys
+    }
+
+
+def _check(config: Config, *, is_partial: bool) -> Iterator[tuple[str, str]]:
+    for check in CHECKS:
+        if not is_partial:
+            yield from check(config)
+            continue
+        with suppress(AttributeError):  # it needs a key that could not be read
+            yield from check(config)
+
+
+def _describe(run: Run, path: _Path, kind: str, value: Any) -> Problem:
+    """Return the problem of one key."""
+    key = tuple(name for name in path if isinstance(name, str))
+    written = run.place(key)
+    shown = ("runs", run.name, *path) if written != key else path
+    names = tuple(map(str, shown))
+    if kind == "extra_forbidden":
+        message = unknown_key(names, value)
+    elif section_at(key):
+        message = not_a_section(names, value)
+    else:
+        message = _describe_value(shown, path, value)
+    return Problem(written, message)
+
+
+def _describe_value(shown: _Path, path: _Path, value: Any) -> str:
+    key = tuple(name for name in path if isinstance(name, str))
+    owner = section_at(key[:-1])
+    assert owner is not None, path
+    schema = key_schemas(owner)[key[-1]]
+    if value == "--":
+        return f"{dotted(shown)} is '--', which command lines cannot pass on. Write another value, for a path './--'."
+    takes = schema
+    if len(path) > len(key):
+        takes = next(o["items"] for o in schema.get("anyOf", [schema]) if "items" in o)
+    choices = [c for o in takes.get("anyOf", [takes]) for c in o.get("enum", [])]
+    close = difflib.get_close_matches(str(value), choices, n=1)
+    fix = f"Did you mean {close[0]}? Or" if close else "Correct the value, or"
+    return (
+        f"{dotted(shown)} is {show(value)}, but {expected(takes)} is expected. {schema['description']} "
+        f"{fix} leave the key out for its default ({show(schema['default'])})."
+    )
+
+
+def _name_runs(names: list[str]) -> str:
+    """Return "In run 'a': " for a problem of these runs, "" for one of a config without runs."""
+    if names == [""]:
+        return ""
+    shown = ", ".join(f"'{name}'" for name in names[:3])
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"In run {shown}: " if len(names) == 1 else f"In runs {shown}{more}: "
+
+
+def _with_alpha(config: Config) -> Config:
+    if config.training.alpha is not None:
+        return config
+    alpha = DEFAULT_ALPHA[config.training.distillation_type]
+    training = config.training.model_copy(update={"alpha": alpha})
+    return config.model_copy(update={"training": training})
+
+
+def read_key(path: KeyPath, value: Any) -> Any:
+    """Return one key's value in the key's type. Raises ConfigError when it is not valid."""
+    section = section_at(path[:-1])
+    assert section is not None, path
+    values: Any = {path[-1]: value}
+    for name in reversed(path[:-1]):
+        values = {name: values}
+    config, wrong = _read(values)
+    if wrong:
+        raise ConfigError(_describe(Run("", "", {}), *wrong[0]))
+    owner: Any = config
+    for name in path:
+        owner = getattr(owner, name)
+    return owner
+
+
+def identity(section: Section) -> dict[str, Any]:
     """Return the keys of a section that change ids and differ from their default, as JSON values.
 
     Defaults are left out so that a key that is added later does not change old ids.
     """
-    schema = section_schema(section_name(section))
+    kind = type(section)
     found: dict[str, Any] = {}
-    for key, sub in schema["properties"].items():
+    for key in kind.model_fields:
         value = getattr(section, key)
-        if is_section(sub):
+        if isinstance(value, Section):
             if below := identity(value):
                 found[key] = below
-        elif changes_id(sub, schema) and not is_default(value, sub):
+        elif changes_id(kind, key) and not is_default(section, key):
             found[key] = list(value) if isinstance(value, tuple) else value
     return found
 
 
-def changes_id(schema: Schema, section: Schema) -> bool:
-    """Return whether another value of a key, given its schema and its section's, changes the ids of results."""
-    return bool(schema.get("identity", True) and section.get("identity", True))
-
-
-@cache
-def _defaults() -> dict[str, Any]:
-    return {".".join(path): schema["default"] for path, schema in leaves()}
+def is_default(section: Section, key: str) -> bool:
+    """Return whether a key has its default; 0 is not false."""
+    value, default = getattr(section, key), type(section).model_fields[key].default
+    return type(value) is type(default) and bool(value == default)

@@ -1,54 +1,36 @@
-"""The config's schema: its sections, keys, types and defaults, and how they are written in messages."""
+"""Mistakes in a config, and how keys and values are written in messages."""
 
 import json
-from collections.abc import Iterator, Mapping
-from functools import cache
-from importlib.resources import files
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-import yaml
-
-SCHEMA_FILE = "config.schema.yaml"  # in the package
-
-Schema = dict[str, Any]
+Schema = Mapping[str, Any]  # the JSON schema of one key
 KeyPath = tuple[str, ...]
+Found = Iterator[tuple[str, str]]  # of the checks across keys: dotted key, message
 
 # Prefixes of API keys, which must not be in a config, nor be shown.
 KEY_PREFIXES = ("sk-", "hf_", "gsk_", "Bearer ")
 
 
+class Problem(NamedTuple):
+    """One mistake: where it is, and a message with the key, the value, what was expected, and what to do.
+
+    `path` is that in the config as written: ("training", "alpha") or ("runs", "soft", "training", "alpha").
+    """
+
+    path: KeyPath
+    message: str
+
+
 class ConfigError(ValueError):
-    """A mistake in the config. The message has the key, the value found, what was expected, and what to do."""
+    """Mistakes in the config: the message lists them all, `problems` has them with their keys."""
 
-
-@cache
-def load_schema() -> Schema:
-    """Return the parsed schema, which is shared: do not change it."""
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    text = (files("retort.config") / SCHEMA_FILE).read_text(encoding="utf-8")
-    schema: Schema = yaml.load(text, Loader=loader)
-    return schema
-
-
-def section_schema(section: str) -> Schema:
-    """Return the schema of a section such as "training" or "teacher.generation"."""
-    return schema_at(tuple(section.split(".")))
-
-
-def is_section(schema: Schema) -> bool:
-    """Return whether a schema describes a section, not one key."""
-    return "properties" in schema
-
-
-def fill_defaults(values: Mapping[str, Any], schema: Schema) -> dict[str, Any]:
-    """Return a section's values with defaults for missing keys, in the schema's order."""
-    filled: dict[str, Any] = {}
-    for name, sub in schema["properties"].items():
-        if is_section(sub):
-            filled[name] = fill_defaults(values.get(name, {}), sub)
-        else:
-            filled[name] = values[name] if name in values else sub["default"]
-    return filled
+    def __init__(self, *problems: Problem) -> None:
+        self.problems = problems
+        messages = [problem.message for problem in problems]
+        lines = [f"\n  {number}. {message}" for number, message in enumerate(messages, 1)]
+        several = f"The config has {len(messages)} mistakes:{''.join(lines)}"
+        super().__init__(messages[0] if len(messages) == 1 else several)
 
 
 def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,47 +53,9 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield prefix + key, value
 
 
-def leaves(schema: Schema | None = None, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Schema]]:
-    """Yield the path and schema of every key but `runs`, in the schema's order."""
-    for name, sub in (schema or load_schema())["properties"].items():
-        if is_section(sub):
-            yield from leaves(sub, (*path, name))
-        elif name != "runs":
-            yield (*path, name), sub
-
-
-def schema_at(path: KeyPath) -> Schema:
-    """Return the schema of a section, a key, or an item of a key's list."""
-    schema = load_schema()
-    for step in path:
-        if is_section(schema):
-            schema = schema["properties"][step]
-        elif isinstance(schema.get("additionalProperties"), dict):
-            schema = schema["additionalProperties"]
-        elif "items" in schema:
-            schema = schema["items"]
-        schema = resolve(schema)
-    return schema
-
-
-def resolve(schema: Schema) -> Schema:
-    """Return the schema that a `$ref` refers to, or the schema itself."""
-    if "$ref" not in schema:
-        return schema
-    return schema_at((schema["$ref"].removeprefix("#/properties/"),))
-
-
-def types_of(schema: Schema) -> set[str]:
-    """Return the JSON types of a key."""
-    types = schema["type"]
-    return {types} if isinstance(types, str) else set(types)
-
-
-def dotted(path: KeyPath) -> str:
+def dotted(path: Sequence[str | int]) -> str:
     """Return a key's path as users write it: cache.temperatures[1]."""
-    return "".join(
-        f"[{p}]" if p.isdigit() and i > 1 else f".{p}" for i, p in enumerate(path)
-    ).lstrip(".")
+    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")
 
 
 def show(value: Any) -> str:
@@ -123,23 +67,23 @@ def show(value: Any) -> str:
 
 
 def expected(schema: Schema) -> str:
-    """Return a phrase for the values that a key takes."""
-    if "enum" in schema:
-        return "one of " + ", ".join(schema["enum"])
-    types = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
-    return " or ".join(_expected_type(t, schema) for t in types)
+    """Return a phrase for the values that a key takes, given its JSON schema."""
+    options = schema.get("anyOf", [schema])
+    return " or ".join(_expected(option, schema.get("accepts")) for option in options)
 
 
-def _expected_type(kind: str, schema: Schema) -> str:
-    if kind in ("integer", "number"):
-        return ("an integer" if kind == "integer" else "a number") + _range(schema)
+def _expected(option: Schema, accepts: str | None = None) -> str:
+    kind = option["type"]
     if kind == "string":
-        return str(schema.get("accepts", "text"))
+        choices = "one of " + ", ".join(option["enum"]) if "enum" in option else "text"
+        return str(accepts or option.get("const", choices))
+    if kind in ("integer", "number"):
+        return ("an integer" if kind == "integer" else "a number") + _range(option)
     if kind == "array":
-        items = schema["items"]
+        items = option["items"]
         plural = {"number": "numbers", "integer": "integers", "string": "texts"}[items["type"]]
-        amount = " (at least one)" if "minItems" in schema else ""
-        once = ", none twice" if schema.get("uniqueItems") else ""
+        amount = " (at least one)" if "minItems" in option else ""
+        once = ", none twice" if option.get("uniqueItems") else ""
         return f"a list of {plural}{_range(items)}{amount}{once}"
     return {"boolean": "true or false", "null": "null"}[kind]
 

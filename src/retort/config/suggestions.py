@@ -1,19 +1,12 @@
-"""Errors for unknown keys and for values in place of sections, with the key that was probably meant."""
+"""Messages for unknown keys and for values in place of sections, with the key that was probably meant."""
 
 import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from retort.config.schema import (
-    KEY_PREFIXES,
-    ConfigError,
-    KeyPath,
-    Schema,
-    dotted,
-    leaves,
-    schema_at,
-    show,
-)
+from retort.config.schema import KEY_PREFIXES, KeyPath, dotted, show
+from retort.config.sections import Config, leaves, section_at
+from retort.config.values import parse_text
 
 # Names from other tools and older versions, in any section, and the keys that replace them.
 MOVED = {
@@ -55,30 +48,26 @@ _SHORTHAND = {
 }
 
 
-def not_a_section(path: KeyPath, value: Any) -> ConfigError:
-    """Return the error for a value that is given instead of a section."""
-    name = dotted(path) or "the config"
+def not_a_section(path: KeyPath, value: Any) -> str:
+    """Return the message for a value that is given instead of a section."""
     prefix, inner = _split_run(path)
     meant = _SHORTHAND.get(".".join(inner))
-    known = ", ".join(schema_at(inner).get("properties", {})) if inner != ("runs",) else ""
-    hint = (
-        f"Did you mean {prefix}{meant}: {value}?"
-        if meant
-        else f"It has the keys {known}."
-        if known
-        else ""
-    )
+    section = section_at(inner)
+    hint = f"It has the keys {', '.join(section.model_fields)}." if section else ""
+    if meant:
+        hint = f"Did you mean {prefix}{meant}: {value}?"
     if path == ("runs",):
         hint = "Write one entry per student, such as runs: {soft: {training: {alpha: 0.2}}}."
-    return ConfigError(
-        f"{name} is {show(value)}, but a section of 'key: value' lines is expected. {hint}"
+    return (
+        f"{dotted(path)} is {show(value)}, but a section of 'key: value' lines is expected. {hint}"
     )
 
 
-def unknown_key(path: KeyPath, value: Any) -> ConfigError:
-    """Return the error for an unknown key or section."""
+def unknown_key(path: KeyPath, value: Any) -> str:
+    """Return the message for an unknown key or section."""
+    value = parse_text(value) if isinstance(value, str) else value
     prefix, inner = _split_run(path)
-    sections = schema_at(path[:2] if prefix else ())["properties"]
+    sections = [name for name in Config.model_fields if not prefix or name != "output"]
     close = difflib.get_close_matches(inner[0], sections, n=1, cutoff=0.75)
     is_section = value is None or isinstance(value, Mapping)
     if inner[-1] == "api_key" or (isinstance(value, str) and value.startswith(KEY_PREFIXES)):
@@ -101,12 +90,10 @@ def unknown_key(path: KeyPath, value: Any) -> ConfigError:
         places = _places(inner, prefix, sections)
         is_plain = isinstance(value, str | int | float) and " or " not in places
         hint = f"Write it as {places}{f': {show(value)}' if is_plain else ''}." if places else ""
-    return ConfigError(
-        f"Unknown config key {dotted(path)}. {hint or 'config/README.md lists all keys.'}"
-    )
+    return f"Unknown config key {dotted(path)}. {hint or 'config/README.md lists all keys.'}"
 
 
-def _places(inner: KeyPath, prefix: str, sections: Schema) -> str:
+def _places(inner: KeyPath, prefix: str, sections: list[str]) -> str:
     """Return the keys to write instead of an unknown one: "a.b or c.d", with `prefix` if the run can have them."""
     places = _new_places(inner)
     return " or ".join((prefix if p.split(".")[0] in sections else "") + p for p in places)

@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -87,7 +86,7 @@ def pin_revision(dataset: Dataset) -> Dataset:
         dataset,
         where="its name",
     )
-    return replace(dataset, revision=found)
+    return dataset.model_copy(update={"revision": found})
 
 
 def read_with_retries(

@@ -98,7 +98,7 @@ def read_shard_documents(
     without streaming holds one shard's unparsed rows in memory. Raises ValueError for anything that cannot be read.
     """
     assert 0 <= shard < num_shards, (shard, num_shards)
-    dataset = replace(dataset, num_shards=num_shards)
+    dataset = dataset.model_copy(update={"num_shards": num_shards})
     assignment = Assignment() if assignment is None else assignment
     if dataset.sharding == "files":
         reader = CorpusReader(dataset, shard=shard, assignment=assignment)
@@ -278,7 +278,8 @@ def check_corpus(dataset: Dataset) -> dict[str, Any]:
     if not is_hub(dataset):
         for path in files:
             next(read_file(path, dataset.name, choose_columns(dataset)), None)
-    probe = replace(dataset, shuffle=False, streaming=dataset.streaming or is_hub(dataset))
+    streaming = dataset.streaming or is_hub(dataset)
+    probe = dataset.model_copy(update={"shuffle": False, "streaming": streaming})
     try:
         with nullcontext() if dataset.streaming else without_retries():
             counts, columns = _scan(probe)

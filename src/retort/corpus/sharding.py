@@ -101,7 +101,7 @@ def build_shard_function(dataset: Dataset, count: Callable[[], int]) -> Callable
     if is_custom(dataset):
         return _validated(load_shard_function(dataset.sharding), dataset)
     if dataset.sharding == "contiguous":
-        assert not dataset.streaming, "retort.config.checks refuses it"
+        assert not dataset.streaming, "retort.config.dataset refuses it"
         size = count()
         return lambda index: ((index + 1) * num_shards - 1) // size
     # With `files` too: a shard's documents are numbered shard, shard + num_shards, ...

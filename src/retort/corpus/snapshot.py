@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -250,7 +250,7 @@ class _Snapshot:
             return False
         for shard, path in paths.items():
             os.truncate(path, sizes[shard])
-        self.dataset = replace(self.dataset, revision=record["revision"])
+        self.dataset = self.dataset.model_copy(update={"revision": record["revision"]})
         self.sizes = sizes
         self.cursor = Cursor(**record["place"])
         self.assignment = Assignment(**record["dealt"])

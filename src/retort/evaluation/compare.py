@@ -6,7 +6,7 @@ on its own tokens, and only bits per byte, which does not depend on the tokens, 
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from retort.config.schema import fill_defaults, section_schema
-from retort.config.sections import Dataset, Evaluation, Teacher, build_section
+from retort.config.sections import Dataset, Evaluation, Teacher
 from retort.corpus.documents import Counts, Document
 from retort.corpus.reading import read_shard_documents
 from retort.evaluation.formatting import format_metric, name_metric
@@ -73,8 +72,7 @@ def choose_loader(paths: Sequence[str]) -> str:
 def choose_loading(*, device: str, dtype: str, trust_remote_code: bool) -> Teacher:
     """Return the `teacher` section by which both models are loaded; all other keys keep their defaults."""
     values = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    section: Teacher = build_section("teacher", fill_defaults(values, section_schema("teacher")))
-    return section
+    return Teacher.model_validate(values)
 
 
 @dataclass(frozen=True)
@@ -133,12 +131,13 @@ def _fit_context(dataset: Dataset, paths: Sequence[str], loading: Teacher) -> Da
     length = min([dataset.max_length, *(limit for limit in limits if limit and limit > 1)])
     if length < dataset.max_length:
         logger.info(f"sequences of at most {length:,} tokens: the shortest context of the models")
-    return replace(
-        dataset,
-        max_length=length,
-        num_shards=1,
-        sharding="interleaved",
-        validation_fraction=1.0,  # nothing here is trained on
+    return dataset.model_copy(
+        update={
+            "max_length": length,
+            "num_shards": 1,
+            "sharding": "interleaved",
+            "validation_fraction": 1.0,  # nothing here is trained on
+        }
     )
 
 

@@ -383,7 +383,7 @@ def load_recorded_teacher(
     file_states = digest_file_states(list_weights(source)) if source else None
     require_weights(record, path, source=record_path)
     if source is None:
-        section = replace(section, revision=record["revision"])
+        section = section.model_copy(update={"revision": record["revision"]})
     config = load_model_config(
         path, revision=section.revision, trust_remote_code=section.trust_remote_code
     )

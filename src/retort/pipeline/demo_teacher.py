@@ -15,8 +15,7 @@ import filelock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from retort.config.schema import fill_defaults, section_schema
-from retort.config.sections import Dataset, Student, Tracking, Training, build_section
+from retort.config.sections import Dataset, Student, Tracking, Training
 from retort.corpus.documents import Counts, Document
 from retort.corpus.reading import read_shard_documents
 from retort.corpus.snapshot import read_snapshot
@@ -107,7 +106,7 @@ def make_demo_teacher(
             source=table,
             student=Student(config=str(config_path), model_path=None),
             training=_training(size),
-            tracking=_build("tracking", Tracking),
+            tracking=Tracking(),
             tokenizer=tokenizer,
             vocabulary=len(tokenizer),
             facts={"text": f"{dataset.name}, {table.num_positions:,} positions"},
@@ -178,17 +177,8 @@ def _model_config(size: DemoTeacher, dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def _build(section: str, kind: type[Any], **values: Any) -> Any:
-    """Return a section's record: `values`, and the schema's defaults."""
-    record = build_section(section, fill_defaults(values, section_schema(section)))
-    assert isinstance(record, kind)
-    return record
-
-
 def _training(size: DemoTeacher) -> Training:
-    training: Training = _build(
-        "training",
-        Training,
+    return Training(
         distillation_type="output",
         alpha=1.0,
         learning_rate=size.learning_rate,
@@ -199,4 +189,3 @@ def _training(size: DemoTeacher) -> Training:
         save_total_limit=2,
         cpu_threads=size.cpu_threads,
     )
-    return training

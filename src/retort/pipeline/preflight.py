@@ -15,8 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from retort.config.dataset import SYNTHESIS
 from retort.config.sections import Config, Teacher, Tracking
-from retort.config.synthesis_checks import SYNTHESIS
 from retort.corpus.reading import check_corpus
 from retort.corpus.sources import is_hub
 from retort.evaluation.tasks import check_tasks

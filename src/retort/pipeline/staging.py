@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from retort.artifacts.responses import list_prompt_files, local_model
+from retort.config.dataset import SYNTHESIS
 from retort.config.sections import Config
-from retort.config.synthesis_checks import SYNTHESIS
 from retort.corpus.hub import open_table
 from retort.corpus.sources import is_hub
 from retort.synthesis.prompts import read_prompts

@@ -16,8 +16,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from retort.config.load import changes_id
-from retort.config.schema import flatten, section_schema
+from retort.config.schema import flatten
+from retort.config.section import Section, changes_id
+from retort.config.sections import Student, Training
 from retort.models.samples import SAMPLES_FILE, Samples, read_samples
 from retort.report.scorecards import (
     ClassRow,
@@ -251,12 +252,12 @@ def group_runs(records: Sequence[Record]) -> list[list[Record]]:
 @cache
 def _compared_settings() -> dict[str, Any]:
     """Return the settings that must be the same for a run and its baseline: dotted key -> default."""
-    schemas = {name: section_schema(name) for name in ("student", "training")}
+    sections: dict[str, type[Section]] = {"student": Student, "training": Training}
     return {
-        f"{section}.{key}": sub["default"]
-        for section, schema in schemas.items()
-        for key, sub in schema["properties"].items()
-        if changes_id(sub, schema) and f"{section}.{key}" not in _NOT_COMPARED
+        f"{name}.{key}": field.default
+        for name, section in sections.items()
+        for key, field in section.model_fields.items()
+        if changes_id(section, key) and f"{name}.{key}" not in _NOT_COMPARED
     }
 
 

@@ -15,8 +15,7 @@ from typing import Any
 import yaml
 
 from retort.artifacts.responses import choose_prompt_reader, list_prompt_files
-from retort.config.schema import fill_defaults, section_schema
-from retort.config.sections import Dataset, Synthesis, build_section
+from retort.config.sections import Dataset, Synthesis
 from retort.corpus.readers import Columns, read_file, require_columns
 from retort.corpus.reading import read_rows
 from retort.corpus.sources import open_source
@@ -122,7 +121,7 @@ def _read_hub(section: Synthesis) -> Iterator[Mapping[str, Any]]:
     assert section.prompts is not None
     name = section.prompts if isinstance(section.prompts, str) else section.prompts[0]
     values = {"name": name, "split": section.prompts_split, "text_column": section.prompt_column}
-    dataset: Dataset = build_section("dataset", fill_defaults(values, section_schema("dataset")))
+    dataset = Dataset.model_validate(values)
     for row in read_rows(open_source(dataset, section.prompts_split)):
         columns = row()
         require_columns(Columns((section.prompt_column,), ()), columns, where=str(name))

@@ -4,7 +4,6 @@ Legend: P counted positions, K kept tokens, V vocabulary.
 """
 
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,7 @@ def merge_h5(
     manifest = build_manifest(merged, index) | read_fidelity(merged, features_path)
     _refuse_misaligned(out, manifest)
     about = describe_run(
-        section=asdict(cache), seed=None, device="cpu", seconds=time.monotonic() - started
+        section=cache.model_dump(), seed=None, device="cpu", seconds=time.monotonic() - started
     )
     write_json(folder / "run.json", about | {"workers": receipts})
     write_json(manifest_path, manifest)

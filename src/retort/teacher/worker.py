@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -273,7 +273,9 @@ def generate_logits(
         raise SystemExit(RESUMABLE)
     has_gpu = torch.cuda.is_available() and section.device != "cpu"
     device = describe_device(torch.device("cuda" if has_gpu else "cpu"))
-    about = describe_run(section=asdict(cache), seed=None, device=device, seconds=report.seconds)
+    about = describe_run(
+        section=cache.model_dump(), seed=None, device=device, seconds=report.seconds
+    )
     write_json(receipt, report.to_json() | {"run": about})
     logger.info(
         f"worker {worker}: {len(report.parts)} parts, {report.tokens:,} tokens in {report.seconds:.1f} s"

@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -351,7 +351,7 @@ def _write_card(job: TrainingJob, summary: dict[str, Any], curve: list[dict[str,
         distillation_type=job.training.distillation_type,
         facts=job.facts,
         summary=summary,
-        config={"student": asdict(job.student), "training": asdict(job.training)},
+        config={"student": job.student.model_dump(), "training": job.training.model_dump()},
         curve=curve,
     )
 

@@ -1,16 +1,15 @@
 """One run: checks that tokens, tokenizer, teacher and student belong together, trains, and writes training.json."""
 
 import logging
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from retort.artifacts.build import REVISIONS, student_content
 from retort.cache.reader import LogitCache
 from retort.cluster.ranks import rank
-from retort.config.checks import DEFAULT_ALPHA
 from retort.config.load import identity
 from retort.config.sections import Student, Teacher, Tracking, Training
+from retort.config.training import DEFAULT_ALPHA
 from retort.io.digests import digest, digest_folder
 from retort.io.files import read_json, write_json
 from retort.io.run_record import describe_run
@@ -108,7 +107,7 @@ def _fill_alpha(training: Training, *, has_teacher: bool) -> Training:
             f"distillation type {kind!r} (alpha {alpha}) learns from a teacher: give --cache teacher_logits.h5 or "
             "--teacher, or use --distillation-type output."
         )
-    return replace(training, alpha=alpha)
+    return training.model_copy(update={"alpha": alpha})
 
 
 def _identity(training: Training) -> dict[str, Any]:
@@ -149,7 +148,7 @@ def _write_records(
         **summary,
         "final": digest_folder(out.parent / "final"),
     }
-    section = {"student": asdict(job.student), "training": asdict(training)}
+    section = {"student": job.student.model_dump(), "training": training.model_dump()}
     run = describe_run(
         section=section, seed=training.seed, device=summary["device"], seconds=summary["seconds"]
     )

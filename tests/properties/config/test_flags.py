@@ -8,24 +8,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retort.config.flags import add_section_flags, section_flags, section_from_args
-from retort.config.schema import (
-    ConfigError,
-    Schema,
-    fill_defaults,
-    is_section,
-    section_schema,
-)
-from retort.config.sections import SECTIONS, build_section, freeze
-from retort.config.values import read_value
+from retort.config.load import read_key
+from retort.config.schema import ConfigError, Schema
+from retort.config.section import key_schemas, key_types
+from retort.config.sections import section_at, section_paths
+
+SECTIONS = [".".join(path) for path in section_paths()]
 
 
 def values_of(schema: Schema) -> st.SearchStrategy[Any]:
     """Return a strategy for values as a user writes them, most of them valid."""
-    if "enum" in schema:
-        return st.sampled_from(schema["enum"])
-    if "accepts" in schema:
-        words = ["full", "interleaved", "contiguous", "my.module:assign"]
-        return st.sampled_from(words) | st.integers(1, 99)
+    if "anyOf" in schema:
+        return st.one_of([values_of(option) for option in schema["anyOf"]])
+    if "enum" in schema or "const" in schema:
+        return st.sampled_from(schema.get("enum") or [schema["const"]])
+    if "pattern" in schema:
+        return st.sampled_from(["interleaved", "contiguous", "my.module:assign", "A_KEY"])
     texts = st.text(min_size=1, max_size=9) | st.sampled_from(["-x", "--flag", "a b", "%s", "[a]"])
     drawn = {
         "null": st.none(),
@@ -35,25 +33,23 @@ def values_of(schema: Schema) -> st.SearchStrategy[Any]:
         "string": texts,
         "array": st.deferred(lambda: st.lists(values_of(schema["items"]), max_size=3)),
     }
-    kinds = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
-    return st.one_of([drawn[kind] for kind in kinds])
+    return drawn[schema["type"]]
 
 
 @st.composite
 def records(draw: st.DrawFn, section: str) -> Any:
     """Draw a section's record: some keys at their default, others at any valid value."""
-    schema = section_schema(section)
-    values = fill_defaults({}, schema)
-    for key, sub in schema["properties"].items():
-        if is_section(sub) or (section, key) == ("teacher.generation", "num_workers"):
-            continue
-        if draw(st.booleans()):
+    path = tuple(section.split("."))
+    kind = section_at(path)
+    assert kind is not None
+    values = {}
+    for key in key_types(kind):
+        if draw(st.booleans()) and key != "num_workers":
             try:
-                path = (*section.split("."), key)
-                values[key] = freeze(read_value(path, draw(values_of(sub))))
+                values[key] = read_key((*path, key), draw(values_of(key_schemas(kind)[key])))
             except ConfigError:
                 continue
-    return build_section(section, values)
+    return kind(**values)
 
 
 @pytest.mark.parametrize("section", SECTIONS)

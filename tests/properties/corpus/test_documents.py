@@ -1,7 +1,6 @@
 """Any row is used or skipped for a reason; a larger held-out fraction contains a smaller one."""
 
 import json
-from dataclasses import replace
 from typing import Any
 
 from hypothesis import given, settings
@@ -9,6 +8,7 @@ from hypothesis import strategies as st
 
 from retort.corpus.documents import Counts, is_held_out, make_document
 from support.corpora import DEFAULTS
+from support.sections import replace
 
 VALUES = st.one_of(
     st.none(),

@@ -1,7 +1,5 @@
 """Every document is in exactly one shard; reading resumes at the end of any window of a shuffle."""
 
-from dataclasses import replace
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,6 +7,7 @@ from hypothesis import strategies as st
 from retort.config.sections import Dataset
 from retort.corpus.reading import CorpusReader
 from support.corpora import make_stream, read_all, read_shards, write_numbered
+from support.sections import replace
 
 
 @pytest.fixture(scope="module")

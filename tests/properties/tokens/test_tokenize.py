@@ -1,6 +1,6 @@
 """Every token of every document is accounted for, and predicted exactly once."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retort.tokens.tokenizer import load_tokenizer
+from support.sections import replace
 from support.tokenizing import CHAT, DATASET, document, predicted, rows, tokenize
 
 lengths = st.integers(2, 30)

@@ -11,8 +11,9 @@ import yaml
 from snakemake.cli import parse_config
 
 from retort.config.load import load_runs
-from retort.config.schema import load_schema
 from retort.config.schema import merge as merge_configs
+from retort.config.section import Section
+from retort.config.sections import Config
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 EXAMPLES = sorted((REPOSITORY / "config" / "examples").glob("*.yaml"))
@@ -62,14 +63,15 @@ def test_an_example_loads(path: Path) -> None:
 
 @each_example
 def test_an_example_sets_only_what_differs_from_the_defaults(path: Path) -> None:
-    def same(values: Any, schema: Any, key: str) -> list[str]:
-        if "properties" in schema:
-            below = [same(v, schema["properties"][k], f"{key}.{k}") for k, v in values.items()]
+    def same(values: Any, default: Any, key: str) -> list[str]:
+        if isinstance(default, Section):
+            below = [same(v, getattr(default, k), f"{key}.{k}") for k, v in values.items()]
             return [k for keys in below for k in keys]
-        return [key] if values == schema["default"] and key != ".training.distillation_type" else []
+        default = list(default) if isinstance(default, tuple) else default
+        return [key] if values == default and key != ".training.distillation_type" else []
 
     raw = {section: values for section, values in read(path).items() if section != "runs"}
-    assert same(raw, load_schema(), "") == []
+    assert same(raw, Config(), "") == []
 
 
 @each_example

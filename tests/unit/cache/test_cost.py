@@ -8,7 +8,8 @@ import pytest
 from retort.cache.cost import describe_cost, estimate_cost
 from retort.cache.top_k_codec import TopKCodec
 from retort.io.files import read_json
-from support.tiny import WIDTH, make_cache, section, tokenize
+from support.sections import section
+from support.tiny import WIDTH, make_cache, tokenize
 
 COPY, VIRTUAL = section("merge", mode="copy"), section("merge", mode="virtual")
 

@@ -32,8 +32,8 @@ from support.coded import (
     select,
     streams_of,
 )
+from support.sections import section
 from support.synthetic import CODEC, make_header, make_table, write_parts, write_tokens
-from support.tiny import section
 
 
 @pytest.mark.parametrize("method", METHODS)

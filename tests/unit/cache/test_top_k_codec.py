@@ -12,8 +12,7 @@ from retort.cache.codec import Codec, SparseTargets
 from retort.cache.entropy_codec import EntropyCodec, choose_steps
 from retort.cache.methods import build_codec, read_codec
 from retort.cache.top_k_codec import TopKCodec
-from retort.config.schema import fill_defaults, section_schema
-from retort.config.sections import Cache, build_section
+from retort.config.sections import Cache
 from support.synthetic import CODEC, CODED, assert_close, make_targets
 
 WIDE = TopKCodec((0.5, 1.0, 3.0), (1 << 16) + 1, 12)
@@ -120,7 +119,7 @@ def test_a_codec_travels_as_json(codec: Codec) -> None:
 
 
 def cache_section(**values: Any) -> Cache:
-    section: Cache = build_section("cache", fill_defaults(values, section_schema("cache")))
+    section: Cache = Cache.model_validate(values)
     return section
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from retort.cluster.leases import lock_folder
 from retort.cluster.ranks import first_node, rendezvous_flags
-from retort.config.checks import require_even_share
 from retort.config.schema import ConfigError
+from retort.config.training import require_even_share
 
 STEP = {
     "SLURM_JOB_ID": "70001",

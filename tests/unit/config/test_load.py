@@ -1,7 +1,5 @@
 """Runs with their overrides, and the keys that ids are made of."""
 
-from dataclasses import fields
-
 import pytest
 import yaml
 
@@ -96,7 +94,7 @@ def test_machine_settings_are_not_in_the_identity() -> None:
             "tracking": {"use_tensorboard": True},
         }
     )
-    named = [identity(getattr(config, section.name)) for section in fields(Config)]
+    named = [identity(getattr(config, section)) for section in Config.model_fields]
     assert [n for n in named if n] == [
         {"config": "config/students/llama_demo.json"},
         {"alpha": 0.5},

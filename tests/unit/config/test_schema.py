@@ -1,77 +1,77 @@
-"""The schema, the records of sections and config/README.md agree."""
+"""The models of the sections, the JSON schema and config/README.md agree."""
 
+import json
 import subprocess
 import sys
-import types
-import typing
-from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
+import yaml
 
-from retort.config.reference import readme
-from retort.config.schema import Schema, leaves, load_schema, section_schema
-from retort.config.sections import SECTIONS, Config
-from retort.config.values import read_value
+from retort.config.load import read_key
+from retort.config.reference import SCHEMA_FILE, json_schema, readme
+from retort.config.schema import Schema
+from retort.config.sections import leaves, section_at
+from retort.config.values import types_of
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 KEYS = [pytest.param(path, schema, id=".".join(path)) for path, schema in leaves()]
-
-
-def test_the_schema_is_a_valid_json_schema() -> None:
-    jsonschema.Draft202012Validator.check_schema(load_schema())
+CONFIGS = [REPOSITORY / "config" / "config.yaml", *(REPOSITORY / "config/examples").glob("*.yaml")]
 
 
 @pytest.mark.parametrize("path, schema", KEYS)
-def test_every_key_has_a_type_a_description_and_a_valid_default(
+def test_every_key_has_a_description_and_a_valid_default_of_its_type(
     path: tuple[str, ...], schema: Schema
 ) -> None:
-    assert schema["description"].endswith(".") and "type" in schema
-    read = read_value(path, schema["default"])
-    assert (type(read), read) == (type(schema["default"]), schema["default"])
+    assert schema["description"].endswith(".")
+    section = section_at(path[:-1])
+    assert section is not None
+    default = section.model_fields[path[-1]].default
+    read = read_key(path, default)
+    assert (type(read), read) == (type(default), default)
+    kinds = types_of(section.model_fields[path[-1]].annotation).kinds
+    assert type(default) in kinds or not kinds - {type(None)}  # a Literal has no type there
 
 
-@pytest.mark.parametrize("section", SECTIONS)
-def test_a_record_has_exactly_the_schemas_keys_in_its_order(section: str) -> None:
-    assert [f.name for f in fields(SECTIONS[section])] == list(
-        section_schema(section)["properties"]
-    )
-    assert section_schema(section)["additionalProperties"] is False
-
-
-def test_a_config_has_exactly_the_schemas_sections_in_its_order() -> None:
-    assert [f.name for f in fields(Config)] == [
-        s for s in load_schema()["properties"] if s != "runs"
-    ]
-
-
-@pytest.mark.parametrize("path, schema", KEYS)
-def test_a_field_has_the_types_of_its_schema(path: tuple[str, ...], schema: Schema) -> None:
-    hint = typing.get_type_hints(SECTIONS[".".join(path[:-1])])[path[-1]]
-    union = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    names = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
-    found = {names.get(kind, "array") for kind in union}
-    assert found == ({schema["type"]} if isinstance(schema["type"], str) else set(schema["type"]))
-
-
-def test_runs_may_override_every_section_but_output() -> None:
-    runs = load_schema()["properties"]["runs"]["additionalProperties"]["properties"]
-    assert set(runs) == set(load_schema()["properties"]) - {"runs", "output"}
-
-
-def test_the_committed_readme_is_the_generated_one() -> None:
-    command = "python -m retort.config.reference > config/README.md"
-    committed = (REPOSITORY / "config" / "README.md").read_text(encoding="utf-8")
-    assert committed == readme(), f"run: {command}"
+def test_the_committed_readme_and_schemas_are_the_generated_ones() -> None:
+    assert (REPOSITORY / "config" / "README.md").read_text("utf-8") == readme(), "run: make docs"
+    for path in (SCHEMA_FILE, REPOSITORY / "workflow" / "schemas" / SCHEMA_FILE.name):
+        assert json.loads(path.read_text("utf-8")) == json_schema(), "run: make docs"
 
 
 def test_the_readme_names_every_key() -> None:
     assert [key for key, _ in leaves() if f"| `{key[-1]}` |" not in readme()] == []
 
 
+def test_the_json_schema_accepts_the_shipped_configs_and_names_a_mistake() -> None:
+    validator = jsonschema.Draft202012Validator(json_schema())
+    validator.check_schema(json_schema())
+    for path in CONFIGS:
+        assert not list(validator.iter_errors(yaml.safe_load(path.read_text("utf-8")))), path
+    mistakes: list[dict[str, Any]] = [
+        {"training": {"alhpa": 0.5}},
+        {"training": {"alpha": 2}},
+        {"cache": {"temperatures": []}},
+        {"runs": {"a": {"output": {"results_dir": "x"}}}},
+        {"runs": {"a b": {}}},
+        {"runs": {"a": {"training": {"alpha": [0.5, 2]}}}},
+    ]
+    assert [m for m in mistakes if validator.is_valid(m)] == []
+    assert validator.is_valid({"runs": {"a": {"training": {"alpha": [0.5, 1]}}, "b": None}})
+
+
+def test_the_first_line_of_every_config_leads_an_editor_to_the_schema() -> None:
+    for path in CONFIGS:
+        first = path.read_text("utf-8").splitlines()[0]
+        assert first.startswith("# yaml-language-server: $schema=")
+        schema = path.parent / first.split("=", 1)[1]
+        assert json.loads(schema.read_text("utf-8")) == json_schema(), path
+
+
 def test_reading_a_config_loads_no_heavy_library() -> None:
-    heavy = "{'torch', 'transformers', 'datasets', 'numpy', 'h5py'}"
+    heavy = "{'torch', 'transformers', 'datasets', 'numpy', 'h5py', 'jsonschema'}"
     code = f"import sys, retort.config.load; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -13,7 +13,7 @@ STUDENT = {"student": {"config": "config/students/llama_demo.json"}}
 
 
 def names(**runs: Any) -> list[str]:
-    return list(expand_runs(runs))
+    return [run.name for run in expand_runs(runs)[0]]
 
 
 def test_a_list_becomes_a_run_for_each_value() -> None:

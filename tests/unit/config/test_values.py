@@ -7,10 +7,10 @@ import pytest
 import yaml
 from snakemake.cli import parse_config
 
-from retort.config.load import load_runs
-from retort.config.schema import ConfigError, leaves, merge
+from retort.config.load import find_problems, load_runs, read_key
+from retort.config.schema import ConfigError, merge
+from retort.config.sections import leaves
 from retort.config.suggestions import MOVED
-from retort.config.values import read_value
 from support.configs import STUDENT, find, load, nested, refusal
 
 
@@ -94,10 +94,10 @@ def test_reading_twice_changes_nothing() -> None:
     for path, schema in leaves():
         for value in ("10", "null", "True", "1e3", "full", "[1, 2]", schema["default"]):
             try:
-                once = read_value(path, value)
+                once = read_key(path, value)
             except ConfigError:
                 continue
-            assert read_value(path, once) == once
+            assert read_key(path, once) == once
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,6 @@ def test_the_keys_that_replace_others_exist() -> None:
         ("training.max_steps", 0, ["is 0", "an integer >= 1 or null"]),
         ("training.batch_size", 2.5, ["is 2.5", "an integer >= 1", "default (8)"]),
         ("training.batch_size", True, ["is true", "an integer >= 1"]),
-        ("training.batch_size", None, ["is null", "an integer >= 1"]),
         ("training.batch_size", {"a": 1}, ['is {"a": 1}', "an integer >= 1"]),
         ("training.seed", 2**32, ["is 4294967296", "an integer from 0 to 4294967295"]),
         ("training.distillation_type", "hybird", ["one of output, logit, hybrid", "mean hybrid?"]),
@@ -175,7 +174,6 @@ def test_the_keys_that_replace_others_exist() -> None:
         ("dataset.validation_fraction", 1, ["is 1.0", "a number >= 0 and < 1"]),
         ("dataset.streaming", "maybe", ["is 'maybe'", "true or false"]),
         ("dataset.streaming", 1, ["is 1", "true or false"]),
-        ("dataset.name", None, ["is null", "text"]),
         ("dataset.name", "", ["is ''", "text"]),
         ("dataset.sharding", "random", ["is 'random'", "interleaved, contiguous, files or module"]),
         ("dataset.data_files", [], ["is []", "a list of texts (at least one)"]),
@@ -187,7 +185,7 @@ def test_the_keys_that_replace_others_exist() -> None:
         ("cache.temperatures", 2.0, ["is 2.0", "a list of numbers > 0", "default ([1.0, 2.0])"]),
         ("teacher.dtype", "bf16", ["is 'bf16'", "one of auto, float32, bfloat16, float16"]),
         ("teacher.generation.num_workers", 0, ["is 0", "an integer >= 1 or null"]),
-        ("teacher.generation.force_regenerate", None, ["is null", "true or false"]),
+        ("dataset.data_files", ["a", ""], ["dataset.data_files[1] is ''", "text is expected"]),
     ],
 )
 def test_a_wrong_value_is_refused_with_what_is_expected(
@@ -222,3 +220,58 @@ def test_two_dashes_are_refused_since_argparse_would_drop_them(key: str) -> None
 def test_a_value_in_place_of_a_section_is_refused(raw: dict[str, Any], words: list[str]) -> None:
     message = refusal(merge(STUDENT, raw))
     assert [w for w in words if w not in message] == [], message
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("training.batch_size", 3), ("cache.top_k", "full"), ("dataset.append_eos", False)],
+)
+@pytest.mark.parametrize("null", [None, "null", "~"])
+def test_null_sets_an_inherited_key_back_that_does_not_take_null(
+    key: str, value: Any, null: Any
+) -> None:
+    base = merge(STUDENT, nested(key, value))
+    runs = load_runs(base | {"runs": {"as_inherited": {}, "back": nested(key, null)}})
+    assert find(runs["as_inherited"], key) == value
+    assert find(runs["back"], key) == find(load(), key) == find(load(nested(key, null)), key)
+
+
+def test_all_mistakes_are_found_at_once_each_at_its_key() -> None:
+    raw = {
+        "student": {"config": "a.json", "model_path": "b"},
+        "training": {"alpha": 2, "alhpa": 1, "temperature": 3, "seed": "x"},
+        "cache": {"temperatures": [1, "y"]},
+        "tracking": 5,
+        "runs": {
+            "good": {"training": {"alpha": 0.5, "seed": 1}},
+            "bad": {"dataset": {"max_length": 1, "streaming": True}},
+            "two words": {},
+            "sweep": {"training": {"batch_size": [1, "z"]}},
+        },
+    }
+    configs, problems = find_problems(raw)
+    assert list(configs) == ["good", "bad", "sweep-batch_size_1", "sweep-batch_size_z"]
+    assert sorted(".".join(path) for path, _ in problems) == [
+        "cache.temperatures",
+        "runs.bad.dataset.max_length",
+        "runs.bad.dataset.streaming",
+        "runs.sweep.training.batch_size",
+        "runs.two words",
+        "student.model_path",
+        "tracking",
+        "training.alhpa",
+        "training.alpha",
+        "training.seed",
+    ]
+    with pytest.raises(ConfigError) as caught:
+        load_runs(raw)
+    assert caught.value.problems == tuple(problems)
+    assert str(caught.value).startswith("The config has 10 mistakes:\n  1. ")
+    assert [m for _, m in problems if m not in str(caught.value)] == []
+
+
+def test_a_mistake_that_all_runs_inherit_is_listed_once() -> None:
+    runs = {"runs": {"sweep": {"training": {"seed": [0, 1, 2, 3, 4]}}}}
+    message = refusal(merge(STUDENT, {"training": {"temperature": 3}} | runs))
+    names = "'sweep-seed_0', 'sweep-seed_1', 'sweep-seed_2' and 2 more"
+    assert message.startswith(f"In runs {names}: training.temperature is 3.0")

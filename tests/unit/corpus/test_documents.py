@@ -1,6 +1,5 @@
 """Documents: assigned to train or val by content, cleaned, counted."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +7,7 @@ import pytest
 from retort.config.sections import Dataset
 from retort.corpus.documents import Counts, Document, is_held_out, make_document
 from support.corpora import DEFAULTS, read_all, read_shards, write_jsonl, write_numbered
+from support.sections import replace
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from retort.corpus.hub import explain_hub_error, read_with_retries, without_retr
 from retort.corpus.snapshot import write_snapshot
 from support.corpora import DEFAULTS, contents, write_jsonl
 from support.hub import NAME, SHA, Fault, Hub, serve
+from support.sections import replace
 from support.tiny import tiny_dataset, tokenize
 
 SCRIPTS = Path(__file__).resolve().parents[3] / "workflow" / "scripts"
@@ -222,7 +223,7 @@ def test_hub_errors_say_whether_the_network_the_login_or_the_name_is_wrong() -> 
 
 def test_an_unreachable_hub_is_one_sentence(tmp_path: Path) -> None:
     code = (
-        "from dataclasses import replace; from support.corpora import DEFAULTS, refusal\n"
+        "from support.sections import replace; from support.corpora import DEFAULTS, refusal\n"
         "print(refusal(replace(DEFAULTS, name='nobody/no-such-dataset')))"
     )
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}

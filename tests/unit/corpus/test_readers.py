@@ -5,16 +5,16 @@ import gzip
 import io
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from retort.config.checks import LOADERS as CONFIG_LOADERS
+from retort.config.dataset import LOADERS as CONFIG_LOADERS
 from retort.corpus.readers import LOADERS
 from retort.corpus.reading import check_corpus, list_corpus_files
 from support.corpora import DEFAULTS, read_all, read_shards, refusal, write_jsonl
+from support.sections import replace
 
 ROWS = [
     {"id": i, "text": f'row {i}, "quoted",\nsecond line \u00e9', "category": "abc"[i % 3]}

@@ -1,6 +1,5 @@
 """The documents of a corpus in one order, in shards; what is wrong with a corpus, and what to do."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import pytest
 from retort.config.sections import Dataset
 from retort.corpus.reading import check_corpus, list_corpus_files
 from support.corpora import DEFAULTS, read_all, read_shards, refusal, write_jsonl, write_numbered
+from support.sections import replace
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from retort.corpus.documents import Counts
 from retort.corpus.reading import check_corpus, list_corpus_files, read_shard_documents
 from retort.corpus.sharding import Assignment, check_assignments, check_shard_function, find_module
 from support.corpora import DEFAULTS, read_all, read_shards, refusal, write_jsonl
+from support.sections import replace
 
 MakeDataset = Callable[..., Dataset]
 

@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from support.corpora import (
     read_shards,
     write_numbered,
 )
+from support.sections import replace
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 SCRIPT = REPOSITORY / "workflow" / "scripts" / "draw_corpus.py"
@@ -252,8 +252,8 @@ def test_each_reader_reads_its_own_files_and_all_readers_everything_once(tmp_pat
 
 _PEAK = """
 import re, sys
-from dataclasses import replace
 from pathlib import Path
+from support.sections import replace
 from retort.corpus.snapshot import write_snapshot
 from support.corpora import DEFAULTS
 folder, size, shuffle = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "True"

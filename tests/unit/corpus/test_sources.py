@@ -1,6 +1,5 @@
 """The files that a glob means: links must lead somewhere, hidden files and Retort's own results are no corpus."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import pytest
 
 from retort.corpus.sources import list_files
 from support.corpora import DEFAULTS
+from support.sections import replace
 
 
 def write(path: Path) -> Path:

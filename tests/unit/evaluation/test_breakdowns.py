@@ -11,7 +11,7 @@ from retort.evaluation.breakdowns import Classes, find_classes
 from retort.tokens.sequences import SequenceTable, build_table
 from retort.tokens.tokenize import TokenCounts, tokenize_documents
 from retort.tokens.tokenizer import load_tokenizer
-from support.tiny import section
+from support.sections import section
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from retort.evaluation.compare import (
 )
 from retort.evaluation.scores import METRICS, OF_BOTH
 from retort.tokens.tokenizer import load_tokenizer
-from support.tiny import section
+from support.sections import section
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 LOADING = choose_loading(device="cpu", dtype="auto", trust_remote_code=False)

@@ -15,7 +15,7 @@ from retort.config.sections import Evaluation
 from retort.evaluation.tasks import check_tasks
 from retort.tokens.tokenizer import load_tokenizer
 from support.hub import NAME, serve
-from support.tiny import section
+from support.sections import section
 
 ROWS = [
     ("the cat is", [" red", " green"], 0),
@@ -117,7 +117,7 @@ def test_an_unknown_benchmark_is_refused_with_the_nearest_names() -> None:
 
 FROM_HUB = """
 import json, sys
-from support.tiny import section
+from support.sections import section
 from retort.evaluation.tasks import check_tasks
 print(json.dumps(check_tasks(section("evaluation", benchmarks=["animals"], benchmark_tasks_dir=sys.argv[1]))))
 """

@@ -23,7 +23,7 @@ from retort.evaluation.tasks import run_humaneval, score_humaneval, write_attemp
 from retort.models.generate import Sampling, complete_prompts
 from retort.tokens.tokenizer import load_tokenizer
 from support.sandbox import needs_sandbox
-from support.tiny import section
+from support.sections import section
 
 SOLUTIONS = {"add": "    return a + b\n", "double": "    return 2 * a\n"}
 

@@ -28,7 +28,8 @@ from retort.teacher.validation import score_validation
 from retort.tokens.index import TokenIndex
 from retort.tokens.sequences import SequenceTable, concatenate_tables
 from retort.tokens.tokenizer import load_tokenizer
-from support.tiny import NUM_TOKENS, WIDTH, record, section, swap_tokens
+from support.sections import section
+from support.tiny import NUM_TOKENS, WIDTH, record, swap_tokens
 
 Matrix = NDArray[np.float64]
 

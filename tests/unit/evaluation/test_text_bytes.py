@@ -13,7 +13,7 @@ from retort.evaluation.text_bytes import count_next_bytes, count_token_bytes
 from retort.tokens.tokenize import TokenCounts, tokenize_documents
 from retort.tokens.tokenizer import load_tokenizer
 from support.pieces import make_piece_tokenizer, tokenize_after_special
-from support.tiny import section
+from support.sections import section
 
 TEXTS = (
     "The quick brown fox\n\n  jumps over 13 lazy dogs.",

@@ -12,7 +12,8 @@ from retort.teacher.validation import score_validation
 from retort.teacher.worker import generate_logits
 from retort.tokens.index import TokenIndex
 from retort.training.run import train_run
-from support.tiny import WIDTH, record, section, tokenize
+from support.sections import section
+from support.tiny import WIDTH, record, tokenize
 
 LONGEST = 48
 SIZES = {"vocab_size": WIDTH, "n_embd": 8, "n_layer": 1, "n_head": 2}

@@ -42,7 +42,8 @@ from retort.models.load import (
     split_model,
 )
 from retort.tokens.tokenizer import identify_tokenizer, load_tokenizer
-from support.tiny import NUM_TOKENS, WIDTH, record, section
+from support.sections import section
+from support.tiny import NUM_TOKENS, WIDTH, record
 
 SMALL: dict[str, Any] = {
     "vocab_size": 37,

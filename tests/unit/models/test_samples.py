@@ -1,7 +1,6 @@
 """Samples: which prompts are chosen, that continuations are the model's own, and which files are refused."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,8 @@ from retort.teacher.validation import score_validation
 from retort.tokens.index import TokenIndex
 from retort.tokens.sequences import build_table
 from retort.tokens.tokenizer import load_tokenizer
-from support.tiny import record, section
+from support.sections import replace, section
+from support.tiny import record
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ from retort.io.files import read_json, write_json
 from retort.models.load import output_width
 from retort.models.students import build_student, student_config
 from retort.tokens.tokenizer import load_tokenizer
-from support.tiny import WIDTH, section
+from support.sections import section
+from support.tiny import WIDTH
 
 
 def build(student: Any, teacher: Path, *, seed: int = 0) -> PreTrainedModel:

@@ -93,7 +93,7 @@ def test_the_tokenizer_is_as_predicted_before_its_training(made: Path, tmp_path:
     path = tmp_path / "student.json"
     path.write_text(json.dumps({"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2}))
     configs = [
-        student_config(Student(str(path), None), vocabulary=len(t), tokenizer=t).to_dict()
+        student_config(Student(config=str(path)), vocabulary=len(t), tokenizer=t).to_dict()
         for t in (before, tokenizer)
     ]
     assert configs[0] == configs[1]

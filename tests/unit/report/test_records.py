@@ -102,9 +102,7 @@ def test_loss_settings_and_machine_settings_may_differ_from_the_baselines(tmp_pa
     records = load_metrics(paths)
     assert find_baseline(records[1], records) == records[0]
     # Together these are all settings.
-    assert (
-        may_differ.keys() | OTHER_TRAINING.keys() | {"seed"} == Training.__dataclass_fields__.keys()
-    )
+    assert may_differ.keys() | OTHER_TRAINING.keys() | {"seed"} == Training.model_fields.keys()
 
 
 def test_each_seed_is_compared_with_its_own_baseline(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from retort.artifacts.responses import RESPONSES_FILE
 from retort.config.flags import section_flags
-from retort.config.schema import fill_defaults, section_schema
-from retort.config.sections import Synthesis, Teacher, build_section
+from retort.config.sections import Synthesis, Teacher
 from retort.synthesis.local_vllm import require_vllm, uses_vllm
 from retort.synthesis.run import JOURNAL_FILE
+from support.sections import replace
 from support.synthesis import PROMPTS, SCRIPT, synthesis_section, write_file
 
 needs_vllm = pytest.mark.skipif(
@@ -33,7 +32,7 @@ needs_vllm = pytest.mark.skipif(
 
 
 def teacher_section(**values: Any) -> Teacher:
-    section: Teacher = build_section("teacher", fill_defaults(values, section_schema("teacher")))
+    section: Teacher = Teacher.model_validate(values)
     return section
 
 

@@ -1,7 +1,6 @@
 """Prompts from files and templates: order, labels, duplicates, proportions, refusals."""
 
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import pytest
 import yaml
 
 from retort.synthesis.prompts import LabeledPrompt, read_prompts
+from support.sections import replace
 from support.synthesis import synthesis_section, write_file, write_rows
 
 CATEGORIES = {"do": 0.7, "say": 0.3}

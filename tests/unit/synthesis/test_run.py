@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,13 @@ import pytest
 
 from retort.artifacts.responses import refuse_other_responses
 from retort.config.flags import section_flags
-from retort.config.schema import fill_defaults, section_schema
-from retort.config.sections import build_section
+from retort.config.sections import Teacher
 from retort.synthesis.filters import AnswerFilter
 from retort.synthesis.journal import Journal
 from retort.synthesis.prompts import LabeledPrompt
 from retort.synthesis.run import SynthesisJob, collect_examples, synthesize
 from support.hub import NAME, serve
+from support.sections import replace
 from support.synthesis import (
     NO_PROBLEMS,
     SCRIPT,
@@ -57,7 +56,7 @@ def local(tmp_path: Path, tiny_teacher: Path) -> SynthesisJob:
         provider="local", model=str(tiny_teacher), prompts=prompts, batch_size=4, max_tokens=12,
         keep_truncated=True, check_language=False, near_duplicates=None,
     )  # fmt: skip
-    teacher = build_section("teacher", fill_defaults({"device": "cpu"}, section_schema("teacher")))
+    teacher = Teacher.model_validate({"device": "cpu"})
     return SynthesisJob(section, evaluation_section(), str(tiny_teacher), teacher)
 
 

@@ -9,7 +9,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from retort.config.flags import section_flags
 from retort.config.sections import Synthesis
 from retort.synthesis.client import BudgetError
 from retort.synthesis.run import JOURNAL_FILE, SynthesisJob, synthesize
+from support.sections import replace
 from support.served import Proxy, copy_with_template, run_server
 from support.synthesis import (
     PROMPTS,

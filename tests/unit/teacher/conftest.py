@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from retort.models.load import CausalLM, load_teacher
+from support.sections import section
 from support.teacher_job import Job, read_parts
-from support.tiny import section
 
 
 @pytest.fixture(scope="session")

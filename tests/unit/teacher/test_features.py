@@ -22,7 +22,8 @@ from retort.teacher.features import (
 from retort.teacher.validation import score_tables, score_validation
 from retort.tokens.index import TokenIndex, build_index
 from retort.tokens.sequences import SequenceTable
-from support.tiny import NUM_TOKENS, WIDTH, record, section, tiny_dataset, tokenize
+from support.sections import section
+from support.tiny import NUM_TOKENS, WIDTH, record, tiny_dataset, tokenize
 
 
 @pytest.fixture(scope="module")

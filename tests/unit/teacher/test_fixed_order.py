@@ -21,8 +21,9 @@ from retort.models.load import load_teacher
 from retort.teacher import selection
 from retort.teacher.scoring import Scorer, score_part
 from support.scoring import random_table
+from support.sections import section
 from support.synthetic import CODEC, CODED
-from support.tiny import NUM_TOKENS, WIDTH, section
+from support.tiny import NUM_TOKENS, WIDTH
 
 CHECKED: dict[
     str, Callable[..., bool]

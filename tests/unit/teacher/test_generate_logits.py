@@ -17,8 +17,9 @@ from retort.cluster.deadlines import RESUMABLE
 from retort.io.files import read_json, write_json
 from retort.models.load import CausalLM
 from retort.teacher.worker import generate_logits
+from support.sections import section
 from support.teacher_job import After, Job, read_parts
-from support.tiny import NUM_TOKENS, WIDTH, section
+from support.tiny import NUM_TOKENS, WIDTH
 
 
 def run_rule(

@@ -28,8 +28,8 @@ from retort.teacher.merge import merge_h5
 from retort.teacher.selection import select_top_k
 from retort.tokens.index import TokenIndex
 from retort.tokens.sequences import SequenceTable
+from support.sections import section
 from support.synthetic import TOKENIZER, make_table, split_targets, write_tokens
-from support.tiny import section
 
 WIDTH = 300
 CACHE = section("cache", top_k=5)

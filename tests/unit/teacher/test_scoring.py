@@ -17,7 +17,8 @@ from retort.models.load import CausalLM, _refuse_offloaded, load_teacher
 from retort.teacher import scoring
 from retort.teacher.scoring import Scorer, pad_batch, score_features, score_part
 from support.scoring import Small, check_batches, log_softmax, make_codec, random_table, score_top_k
-from support.tiny import NUM_TOKENS, WIDTH, section
+from support.sections import section
+from support.tiny import NUM_TOKENS, WIDTH
 
 # ---------------------------------------------------------------------------------------------------------
 # Batches

@@ -11,8 +11,7 @@ import h5py
 import numpy as np
 import pytest
 
-from retort.config.schema import fill_defaults, section_schema
-from retort.config.sections import build_section
+from retort.config.sections import Dataset
 from retort.corpus.documents import Counts
 from retort.corpus.snapshot import write_snapshot
 from retort.io.files import read_json
@@ -239,7 +238,7 @@ def tokenizer(tiny_teacher: Path) -> Iterator[Any]:
 
 def make_dataset(path: Path, **keys: Any) -> Any:
     values = {"name": "json", "data_files": str(path), "validation_fraction": 0.2} | keys
-    return build_section("dataset", fill_defaults(values, section_schema("dataset")))
+    return Dataset.model_validate(values)
 
 
 # In a small trial, only the first document is held out.

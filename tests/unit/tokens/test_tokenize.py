@@ -1,12 +1,12 @@
 """Documents become sequences: long ones are split, prompts carry no loss, every token is counted."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from retort.tokens.tokenizer import load_tokenizer
+from support.sections import replace
 from support.tiny import CHAT_TEMPLATE
 from support.tokenizing import CHAT, DATASET, document, predicted, rows, tokenize
 

@@ -22,7 +22,8 @@ from retort.training.loop import LOG_COLUMNS, find_tail_column, write_log
 from retort.training.run import train_run
 from support.batches import take_order
 from support.bench import Bench, read_log, read_weights
-from support.tiny import NUM_TOKENS, WIDTH, make_cache, section, swap_tokens, tokenize
+from support.sections import section
+from support.tiny import NUM_TOKENS, WIDTH, make_cache, swap_tokens, tokenize
 
 
 def compute_by_hand(

@@ -1,0 +1,217 @@
+"""The section `dataset`: the corpus, and how its documents become sequences."""
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from retort.config.schema import Found, show
+from retort.config.section import Count, Section, Seed, Text, Texts, setting
+
+if TYPE_CHECKING:
+    from retort.config.sections import Config
+
+
+LOADERS = ("text", "json", "parquet", "csv")
+SYNTHESIS = "synthesis"  # the name of a corpus that a model writes
+
+
+class Dataset(Section):
+    """The corpus, and how its documents are split into sequences of tokens."""
+
+    name: Text = setting(
+        "demo",
+        "A Hub id such as wikitext, a loader (text, json, parquet or csv) used with data_files, demo (text found on "
+        "this machine, no download), or synthesis (responses that a model writes to your prompts).",
+    )
+    config_name: Text | None = setting(
+        None, "The configuration of a Hub dataset, such as wikitext-103-raw-v1."
+    )
+    split: Text = setting("train", "The split to train on.")
+    data_files: Text | Texts | None = setting(
+        None,
+        "Path or glob, or a list of them, of local files for the loaders text, json, parquet and csv. Ids depend on "
+        "their content, not on their paths.",
+        is_path=True,
+    )
+    text_column: Text = setting("text", "The column with a document's text.")
+    prompt_column: Text | None = setting(
+        None,
+        "Column of the prompts, set together with response_column instead of text_column. Only the response has a "
+        "loss; the tokenizer's chat template is used if it has one.",
+    )
+    response_column: Text | None = setting(None, "Column of the responses; see prompt_column.")
+    category_column: Text | None = setting(
+        "category", "Column for breakdowns by category, if present; null ignores it."
+    )
+    language_column: Text | None = setting(
+        "language", "Column for breakdowns by language, if present; null ignores it."
+    )
+    tokenizer: Text | None = setting(
+        None,
+        "Hub id or folder of the tokenizer. null means the teacher's; required without a teacher.",
+        is_path=True,
+    )
+    revision: Text | None = setting(
+        None, "Commit, tag or branch of the Hub dataset; null means its newest."
+    )
+    append_eos: bool = setting(True, "End every document with the tokenizer's end-of-text token.")
+    streaming: bool = setting(
+        False,
+        "Read the dataset as a stream in bounded memory, without downloading all of it. Requires max_samples.",
+    )
+    max_samples: Count | None = setting(
+        None, "Use only this many documents, the first ones; null means all."
+    )
+    max_length: Annotated[int, Field(ge=2)] = setting(
+        2048, "Tokens in one sequence, for teacher and student alike."
+    )
+    long_documents: Literal["split", "truncate"] = setting(
+        "split",
+        "A document longer than max_length becomes consecutive sequences (split), or its end is dropped and counted "
+        "(truncate).",
+    )
+    shuffle: bool = setting(False, "Shuffle documents (by seed); false keeps the source's order.")
+    streaming_buffer_size: Count = setting(
+        10000,
+        "Documents in a window of a stream, which is held in memory and shuffled by itself; used only with shuffle.",
+    )
+    streaming_chunk_size: Count = setting(
+        1000,
+        "Documents in one part, the unit of resumable teacher work: an interrupted worker loses at most one.",
+    )
+    num_proc: Count = setting(4, "Processes that read and tokenize the corpus.", changes_id=False)
+    num_shards: Count = setting(8, "Slices of the corpus that are tokenized independently.")
+    sharding: Annotated[
+        str,
+        Field(
+            pattern=r"^(interleaved|contiguous|files|[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*)$"
+        ),
+    ] = setting(
+        "interleaved",
+        "How documents are assigned to shards. interleaved puts document i into shard i mod num_shards; contiguous "
+        "divides a corpus of known size into runs; files assigns whole source files, which are read in parallel; "
+        "module:function is your own function(document_index, num_shards) -> shard, imported from the folder in which "
+        "snakemake is started.",
+        accepts="interleaved, contiguous, files or module:function",
+    )
+    seed: Seed = setting(0, "Seed of the shuffle and of the choice of held-out documents.")
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = setting(
+        0.01,
+        "Fraction of the documents that is held out: never trained on, never in the training cache. 0 requires "
+        "validation_split.",
+    )
+    validation_split: Text | None = setting(
+        None, "A split of the dataset to evaluate on, instead of holding out validation_fraction."
+    )
+
+
+def check_streaming(c: "Config") -> Found:
+    if c.dataset.streaming and c.dataset.max_samples is None:
+        yield (
+            "dataset.streaming",
+            "dataset.streaming is true and dataset.max_samples is null, so the stream and the "
+            "teacher's work would never end. Set dataset.max_samples to the number of "
+            "documents to use, for instance 100000.",
+        )
+    if c.dataset.streaming and c.dataset.sharding == "contiguous":
+        yield (
+            "dataset.sharding",
+            "dataset.sharding is contiguous and dataset.streaming is true, but a stream has no "
+            "known size to divide. Use dataset.sharding: interleaved, or "
+            "dataset.streaming: false.",
+        )
+
+
+def check_sharding_by_files(c: "Config") -> Found:
+    """Refuse sharding by files for a dataset that is not a list of files."""
+    name = c.dataset.name
+    if c.dataset.sharding != "files" or name in (*LOADERS, SYNTHESIS):
+        return
+    if name == "demo":
+        yield (
+            "dataset.sharding",
+            "dataset.sharding is files, but dataset.name is 'demo', which is not a list of files. Use "
+            "dataset.sharding: interleaved.",
+        )
+    elif not c.dataset.streaming:
+        yield (
+            "dataset.sharding",
+            f"dataset.sharding is files and dataset.name is {show(name)}, a Hub dataset that is downloaded "
+            "(dataset.streaming is false) and has no files any more. Set dataset.streaming: true, or use "
+            "dataset.sharding: interleaved.",
+        )
+
+
+def check_files(c: "Config") -> Found:
+    name, files = c.dataset.name, c.dataset.data_files
+    if name in LOADERS and files is None:
+        yield (
+            "dataset.name",
+            f"dataset.name is {show(name)}, a loader of local files, but dataset.data_files is "
+            "null. Set dataset.data_files to a path or glob, for instance data/train.jsonl.",
+        )
+    if name == "demo" and files is not None:
+        yield (
+            "dataset.data_files",
+            f"dataset.data_files is {show(files)}, but dataset.name is 'demo', which reads no "
+            "local files. Set dataset.name to the loader of your files: one of "
+            f"{', '.join(LOADERS)}.",
+        )
+
+
+def check_columns(c: "Config") -> Found:
+    prompt, response = c.dataset.prompt_column, c.dataset.response_column
+    if (prompt is None) != (response is None):
+        given, missing = ("prompt", "response") if response is None else ("response", "prompt")
+        yield (
+            f"dataset.{given}_column",
+            f"dataset.{given}_column is {show(prompt or response)}, but dataset.{missing}_column "
+            f"is null; the two go together. Set dataset.{missing}_column too, or use "
+            "dataset.text_column alone for plain text.",
+        )
+    elif prompt is not None and c.dataset.text_column != Dataset().text_column:
+        yield (
+            "dataset.text_column",
+            f"dataset.text_column is {show(c.dataset.text_column)} and dataset.prompt_column is "
+            f"{show(prompt)}: a document is either text, or prompt and response. Remove one of the "
+            "two.",
+        )
+
+
+def check_validation(c: "Config") -> Found:
+    fraction, split = c.dataset.validation_fraction, c.dataset.validation_split
+    if split is None:
+        if fraction == 0:
+            yield (
+                "dataset.validation_fraction",
+                "dataset.validation_fraction is 0 and dataset.validation_split is null, so "
+                "no documents would be held out to evaluate students on. Set "
+                "dataset.validation_fraction above 0, for instance 0.01, or name a "
+                "dataset.validation_split.",
+            )
+        return
+    if split == c.dataset.split:
+        yield (
+            "dataset.validation_split",
+            f"dataset.validation_split is {show(split)}, the same as dataset.split: students would "
+            "be evaluated on their training data. Name another split, or set "
+            "dataset.validation_split: null to hold out dataset.validation_fraction of the "
+            "documents.",
+        )
+    if fraction not in (0, Dataset().validation_fraction):
+        yield (
+            "dataset.validation_fraction",
+            f"dataset.validation_fraction is {show(fraction)} and dataset.validation_split is "
+            f"{show(split)}, but only one of them can set what is held out. Remove "
+            "dataset.validation_fraction to use the split, or dataset.validation_split to use the "
+            "fraction.",
+        )
+
+
+CHECKS = (
+    check_streaming,
+    check_sharding_by_files,
+    check_files,
+    check_columns,
+    check_validation,
+)

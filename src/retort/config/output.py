@@ -1,0 +1,36 @@
+"""The sections `output` and `tracking`: where results are, and what shows them during training."""
+
+from typing import ClassVar
+
+from retort.config.section import Section, Text, setting
+
+
+class Output(Section):
+    """Folders of the results, which may be moved."""
+
+    changes_ids: ClassVar[bool] = False
+
+    results_dir: Text = setting(
+        "results",
+        "Folder of all results, relative to the folder in which snakemake runs.",
+        is_path=True,
+    )
+    cache_dir: Text | None = setting(
+        None,
+        "Folder of large intermediate results (tokens, logit caches), for instance on a scratch disk; null means "
+        "results_dir.",
+        is_path=True,
+    )
+
+
+class Tracking(Section):
+    """Trackers that show metrics during training."""
+
+    changes_ids: ClassVar[bool] = False
+
+    use_wandb: bool = setting(False, "Send metrics to Weights & Biases.")
+    wandb_project: Text | None = setting(None, "The project in Weights & Biases.")
+    wandb_run_name: Text | None = setting(
+        None, "The run's name in Weights & Biases; null means the name in runs."
+    )
+    use_tensorboard: bool = setting(False, "Write metrics for TensorBoard into the run's folder.")

@@ -1,0 +1,44 @@
+"""The section `student`: the model to train."""
+
+from typing import TYPE_CHECKING
+
+from retort.config.schema import Found, show
+from retort.config.section import Section, Text, setting
+
+if TYPE_CHECKING:
+    from retort.config.sections import Config
+
+
+class Student(Section):
+    """The model to train. Set exactly one of config and model_path."""
+
+    config: Text | None = setting(
+        None,
+        "Path of a transformers config as JSON; the student starts from random weights. If it has no vocab_size, the "
+        "teacher's is used.",
+        is_path=True,
+    )
+    model_path: Text | None = setting(
+        None, "Hub id or folder of a model whose weights the student starts from.", is_path=True
+    )
+
+
+def check_student(c: "Config") -> Found:
+    config, weights = c.student.config, c.student.model_path
+    if config is None and weights is None:
+        yield (
+            "student.config",
+            "student.config and student.model_path are both null, so there is no student. Set "
+            "student.config to a transformers config as JSON (config/students/ holds some), or "
+            "student.model_path to a model to start from.",
+        )
+    if config is not None and weights is not None:
+        yield (
+            "student.model_path",
+            f"student.config is {show(config)} and student.model_path is {show(weights)}, but a "
+            "student starts either with random weights or with those of a model. Set one of the two "
+            "to null.",
+        )
+
+
+CHECKS = (check_student,)

@@ -1,0 +1,167 @@
+"""The section `teacher`: the model to learn from, and how it is run."""
+
+import re
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from retort.config.schema import Found, show
+from retort.config.section import Count, Section, Text, Texts, setting
+
+if TYPE_CHECKING:
+    from retort.config.sections import Config
+
+
+_GPU_ID = re.compile(r"\d+|(GPU|MIG)-[A-Za-z0-9/-]+")
+
+
+class Generation(Section):
+    """How workers compute the teacher's logits."""
+
+    num_workers: Count | None = setting(
+        None,
+        "Jobs that share the teacher's work. null means one per GPU group (1 without GPUs). Any number makes the same "
+        "cache, and it may be changed between runs.",
+        changes_id=False,
+    )
+    batch_size: Count = setting(
+        4,
+        "Sequences in one forward pass of the teacher, if they are as long as the longest of their part; batches of "
+        "shorter ones have more, up to the same number of tokens. Lower it if memory runs out.",
+    )
+    packing: bool = setting(
+        False,
+        "Concatenate the sequences of a batch in one row instead of padding them. Faster with an attn_implementation "
+        "that does not attend across sequences (flash_attention_2). A teacher that mixes packed sequences is detected "
+        "when it is loaded, and pads.",
+    )
+    gpus_per_model: Count = setting(
+        1, "GPUs that together hold one copy of the teacher.", changes_id=False
+    )
+    gpus: Text | Texts | None = setting(
+        None,
+        'GPU ids to use, such as "0,1,2,3", divided into groups of gpus_per_model; or a list of groups, such as ["0", '
+        '"1", "2,3"]; null means all GPUs of the machine.',
+        changes_id=False,
+    )
+    force_regenerate: bool | int | float | Text = setting(
+        False,
+        "Any value other than false (a date, a number) becomes part of the cache's id, so a new value makes a new "
+        "cache and keeps the old one.",
+    )
+    cpu_threads: Count = setting(
+        1,
+        "CPU threads of a teacher on the CPU. Another number rounds differently, so it changes ids.",
+    )
+
+
+class Teacher(Section):
+    """The model to learn from."""
+
+    model_path: Text | None = setting(
+        "demo",
+        "Hub id or folder of a causal language model; demo trains a small one on the corpus; null means none (for "
+        "distillation_type output only).",
+        is_path=True,
+    )
+    revision: Text | None = setting(
+        None, "Commit, tag or branch of the teacher on the Hub; null means its newest."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", "Data type of the teacher's weights; auto is bfloat16 if the device supports it."
+    )
+    attn_implementation: Text | None = setting(
+        None,
+        "The attention implementation of transformers, such as sdpa or flash_attention_2; null lets it choose.",
+    )
+    trust_remote_code: bool = setting(
+        False, "Run Python code that comes with the model. Only for models whose authors you trust."
+    )
+    device: Literal["auto", "cpu", "cuda"] = setting(
+        "auto", "Where the teacher runs; auto uses GPUs if there are any.", changes_id=False
+    )
+    generation: Generation = Field(default_factory=Generation)
+
+
+def check_teacher(c: "Config") -> Found:
+    teacher, kind = c.teacher.model_path, c.training.distillation_type
+    if teacher is None and kind != "output":
+        yield (
+            "teacher.model_path",
+            f"training.distillation_type is {kind}, which needs a teacher, but "
+            "teacher.model_path is null. Set teacher.model_path to a model, or use "
+            "training.distillation_type: output.",
+        )
+
+
+def check_tokenizer(c: "Config") -> Found:
+    teacher, tokenizer = c.teacher.model_path, c.dataset.tokenizer
+    if teacher is None and tokenizer is None and c.training.distillation_type == "output":
+        yield (
+            "teacher.model_path",
+            "teacher.model_path and dataset.tokenizer are both null, so there is no "
+            "tokenizer. Set dataset.tokenizer to a Hub id or a folder with a tokenizer, for "
+            "instance gpt2.",
+        )
+    if teacher == "demo" and tokenizer is not None:
+        yield (
+            "dataset.tokenizer",
+            f"dataset.tokenizer is {show(tokenizer)}, but teacher.model_path is 'demo', which "
+            "is trained with its own tokenizer. Set dataset.tokenizer: null, or name "
+            "another teacher.",
+        )
+
+
+def check_gpus(c: "Config") -> Found:
+    gpus, key = c.teacher.generation.gpus, "teacher.generation.gpus"
+    ids = _gpu_ids(gpus)
+    if bad := [i for i in ids if not _GPU_ID.fullmatch(i)]:
+        yield (
+            key,
+            f"{key} is {show(gpus)}, where {show(bad[0])} is not a GPU id. Write ids as nvidia-smi "
+            'shows them, separated by commas, such as "0,1,2,3", or groups of them, such as ["0", "1", "2,3"].',
+        )
+    elif twice := sorted({i for i in ids if ids.count(i) > 1}):
+        yield (
+            key,
+            f"{key} is {show(gpus)}, where GPU {', '.join(twice)} is listed more than once, but a GPU "
+            "holds at most one copy of the teacher. List every GPU once.",
+        )
+
+
+def check_gpus_per_model(c: "Config") -> Found:
+    gpus, per_model = c.teacher.generation.gpus, c.teacher.generation.gpus_per_model
+    ids = _gpu_ids(gpus)
+    if gpus is not None and not isinstance(gpus, str) and per_model != 1:
+        yield (
+            "teacher.generation.gpus_per_model",
+            f"teacher.generation.gpus_per_model is {per_model}, but teacher.generation.gpus is {show(gpus)}, a list "
+            "of groups, whose sizes are already given. Remove "
+            "teacher.generation.gpus_per_model, or "
+            f'write the GPUs as one text to divide: "{",".join(ids)}".',
+        )
+    elif gpus is not None and per_model > len(ids):
+        yield (
+            "teacher.generation.gpus_per_model",
+            f"teacher.generation.gpus_per_model is {per_model}, but teacher.generation.gpus lists {len(ids)}: "
+            f"{','.join(ids)}. List at least {per_model} GPUs, or lower "
+            "teacher.generation.gpus_per_model.",
+        )
+
+
+def check_device(c: "Config") -> Found:
+    gpus, key = c.teacher.generation.gpus, "teacher.generation.gpus"
+    if gpus is not None and c.teacher.device == "cpu":
+        yield (
+            "teacher.device",
+            f"teacher.device is cpu, but {key} is {show(gpus)}. Remove {key} to run the teacher on "
+            "the CPU, or set teacher.device: auto.",
+        )
+
+
+def _gpu_ids(gpus: str | tuple[str, ...] | None) -> list[str]:
+    groups = [gpus] if isinstance(gpus, str) else gpus or ()
+    return [part.strip() for group in groups for part in group.split(",")]
+
+
+CHECKS = (check_teacher, check_tokenizer, check_gpus, check_gpus_per_model, check_device)

@@ -1,0 +1,220 @@
+"""The section `training`: how a student is trained."""
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from retort.config.schema import ConfigError, Found, Problem
+from retort.config.section import (
+    Count,
+    Fraction,
+    NonNegative,
+    Positive,
+    Section,
+    Seed,
+    Text,
+    setting,
+)
+
+if TYPE_CHECKING:
+    from retort.config.sections import Config
+
+
+DEFAULT_ALPHA = {"output": 1.0, "logit": 0.0, "hybrid": 0.5}
+
+
+class Training(Section):
+    """How a student is trained."""
+
+    distillation_type: Literal["output", "logit", "hybrid"] = setting(
+        "hybrid",
+        "output learns from the corpus only (cross-entropy), logit from the teacher only, hybrid from both.",
+    )
+    alpha: Fraction | None = setting(
+        None,
+        "Weight of the hard loss: total_loss = alpha * hard_loss + (1 - alpha) * soft_loss. null means 1.0 for "
+        "output, 0.0 for logit, 0.5 for hybrid. Papers often weigh the soft loss instead.",
+    )
+    temperature: Positive = setting(
+        2.0,
+        "Softens both distributions: soft_loss = T^2 * KL(teacher_T || student_T), in nats. With cached logits it "
+        "must be one of cache.temperatures.",
+    )
+    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = setting(
+        "forward_kl",
+        "The divergence in soft_loss, which is multiplied by T^2: forward_kl, KL(teacher || student), is "
+        "mode-covering; reverse_kl, KL(student || teacher), is mode-seeking; jensen_shannon is between them.",
+    )
+    use_cached_logits: bool = setting(
+        True, "Learn from the logit cache; false runs the teacher beside the student instead."
+    )
+    learning_rate: Positive = setting(0.0001, "Peak learning rate of AdamW.")
+    lr_scheduler_type: Literal[
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+        "inverse_sqrt",
+    ] = setting("cosine", "Learning rate schedule, by its name in transformers.")
+    warmup_steps: NonNegative = setting(
+        0, "Optimizer steps in which the learning rate rises from 0."
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = setting(0.0, "Weight decay of AdamW.")
+    max_grad_norm: Annotated[float, Field(ge=0)] = setting(
+        1.0, "Gradients are clipped to this norm; 0 means never."
+    )
+    max_steps: Count | None = setting(
+        None, "Optimizer steps, instead of num_epochs; null means num_epochs."
+    )
+    num_epochs: Positive = setting(
+        1.0, "Passes over the corpus if max_steps is null; may be a fraction."
+    )
+    batch_size: Count = setting(
+        8,
+        "Sequences in one forward pass over all GPUs together. batch_size * gradient_accumulation_steps is the global "
+        "batch.",
+    )
+    gradient_accumulation_steps: Count = setting(1, "Forward passes per optimizer step.")
+    seed: Seed = setting(
+        0, "Seed of the student's initial weights and of the order of the sequences."
+    )
+    loss_chunk_size: Count | None = setting(
+        None,
+        "Positions in one pass through the student's output layer; fewer take less memory, more may be faster. null "
+        "chooses by vocabulary and device.",
+        changes_id=False,
+    )
+    dataloader_num_workers: NonNegative = setting(
+        1,
+        "Processes that read and decode the cache ahead of the steps; 0 does it between steps.",
+        changes_id=False,
+    )
+    use_gradient_checkpointing: bool = setting(
+        False, "Recompute activations in the backward pass, for less memory and more time."
+    )
+    use_mixed_precision: bool = setting(
+        True, "Train in mixed_precision_dtype if the device supports it."
+    )
+    mixed_precision_dtype: Literal["bf16", "fp16"] = setting(
+        "bf16", "Data type of mixed precision."
+    )
+    logging_steps: Count = setting(
+        10, "Optimizer steps between two lines of the log.", changes_id=False
+    )
+    save_steps: Count = setting(1000, "Optimizer steps between two checkpoints.", changes_id=False)
+    save_total_limit: Annotated[int, Field(ge=2)] = setting(
+        3,
+        "Checkpoints kept, at least 2: a kill can leave the newest one incomplete, and then the one before is used.",
+        changes_id=False,
+    )
+    resume_from_checkpoint: Text | None = setting(
+        None,
+        "Folder of a checkpoint with the weights, optimizer and schedule to start from. An interrupted run resumes "
+        "without it.",
+        is_path=True,
+    )
+    gpus: Count = setting(1, "GPUs per node that train one student together.", changes_id=False)
+    nodes: Count = setting(
+        1,
+        "Nodes of a SLURM cluster that train one student together, with `gpus` GPUs each.",
+        changes_id=False,
+    )
+    strategy: Literal["ddp", "fsdp"] = setting(
+        "ddp",
+        "How several GPUs share the training; with copies of the student (ddp) or shards of it (fsdp).",
+        changes_id=False,
+    )
+    device: Literal["auto", "cpu", "cuda"] = setting(
+        "auto", "Where the student is trained; auto uses a GPU if there is one.", changes_id=False
+    )
+    cpu_threads: Count = setting(
+        1,
+        "CPU threads of a training on the CPU. Another number rounds differently, so it changes ids.",
+    )
+
+
+def check_alpha(c: "Config") -> Found:
+    kind, alpha = c.training.distillation_type, c.training.alpha
+    if alpha is None or kind == "hybrid" or alpha == DEFAULT_ALPHA[kind]:
+        return
+    learns = "the corpus" if kind == "output" else "the teacher"
+    yield (
+        "training.alpha",
+        f"training.alpha is {alpha}, but training.distillation_type is {kind}, which learns from "
+        f"{learns} only: its alpha is {DEFAULT_ALPHA[kind]}. Set training.alpha: null, or "
+        "training.distillation_type: hybrid to learn from both (alpha is the weight of the hard "
+        "loss).",
+    )
+
+
+def check_several_gpus(c: "Config") -> Found:
+    size, accumulation = c.training.batch_size, c.training.gradient_accumulation_steps
+    yield from _find_uneven_share(size, accumulation, c.training.gpus * c.training.nodes)
+
+
+def check_strategy(c: "Config") -> Found:
+    if c.training.strategy == "fsdp" and c.training.device == "cpu":
+        yield (
+            "training.strategy",
+            "training.strategy is 'fsdp' and training.device is 'cpu', but fsdp shards a student over GPUs. Use "
+            "training.strategy: ddp, or another device.",
+        )
+
+
+def check_sampled(c: "Config") -> Found:
+    """Refuse what a cache of samples is biased for."""
+    if not _uses_cache(c) or c.cache.method != "sampled":
+        return
+    if c.training.temperature != 1.0:
+        yield (
+            "training.temperature",
+            f"training.temperature is {c.training.temperature} (the default is {Training().temperature}), but "
+            "cache.method is 'sampled': its samples are unbiased at temperature 1 only. Use training.temperature: 1.0, "
+            "or cache.method: top_p.",
+        )
+    if c.training.divergence != "forward_kl":
+        yield (
+            "training.divergence",
+            f"training.divergence is {c.training.divergence!r}, but cache.method is 'sampled': its samples are "
+            "unbiased for forward_kl only, which is linear in the teacher's probabilities. Use training.divergence: "
+            "forward_kl, or cache.method: top_p.",
+        )
+
+
+def check_temperature(c: "Config") -> Found:
+    if not _uses_cache(c) or c.cache.method == "sampled" or c.cache.top_k == "full":
+        return
+    temperature, stored = c.training.temperature, list(c.cache.temperatures)
+    if 1.0 in stored and temperature not in stored:
+        yield (
+            "training.temperature",
+            f"training.temperature is {temperature}, but the cache stores the mass outside its "
+            f"kept tokens at cache.temperatures {stored} only. Add it, cache.temperatures: "
+            f"{sorted([*stored, temperature])} (a new cache is made), or use one of {stored}.",
+        )
+
+
+def require_even_share(batch_size: int, accumulation: int, gpus: int) -> None:
+    """Raise ConfigError when a step's sequences, batch_size * accumulation, are not a multiple of `gpus`."""
+    for key, message in _find_uneven_share(batch_size, accumulation, gpus):
+        raise ConfigError(Problem(tuple(key.split(".")), message))
+
+
+def _find_uneven_share(batch_size: int, accumulation: int, gpus: int) -> Found:
+    if (batch_size * accumulation) % gpus:
+        yield (
+            "training.batch_size",
+            f"training.gpus x training.nodes is {gpus}, but training.batch_size {batch_size} x "
+            f"training.gradient_accumulation_steps {accumulation} is {batch_size * accumulation} sequences a step, "
+            f"which {gpus} GPUs cannot share evenly. Make it a multiple of {gpus}, or use a number of GPUs that "
+            "divides it: each trains the same student.",
+        )
+
+
+def _uses_cache(c: "Config") -> bool:
+    return c.training.use_cached_logits and c.training.distillation_type != "output"
+
+
+CHECKS = (check_alpha, check_several_gpus, check_strategy, check_sampled, check_temperature)
