@@ -59,7 +59,7 @@ def run(folder: Path, cache: LogitCache, *, steps: int, workers: int) -> tuple[f
         vocabulary=cache.header.codec.vocabulary,
     )
     found = train_student(folder / f"{workers}-{steps}", job)
-    return found["seconds"], found["seconds_waiting_for_data"]
+    return found.seconds, found.seconds_waiting_for_data
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """The whole workflow on a real cluster, by the profile as it is shipped."""
 
-import json
 import re
 
+from retort.teacher.merge import CacheRun
 from support.cluster import GPUS, NODES, Cluster
 from support.place import Place, sha256, tiny
 from support.project import CONFIG, Project, digest
@@ -91,5 +91,5 @@ def test_workers_on_several_nodes_hold_their_gpus_alone(
     project.wake()
     project.finish(process)
     assert digest(project) == digest(undisturbed)
-    workers = json.loads((project.cache / "run.json").read_text())["workers"]
-    assert all(len(worker["parts_done"]) >= 3 for worker in workers), "each node wrote some"
+    workers = CacheRun.read(project.cache / "run.json").workers
+    assert all(len(worker.parts_done) >= 3 for worker in workers), "each node wrote some"

@@ -17,6 +17,7 @@ from retort.tokens.index import TokenIndex
 from retort.tokens.sequences import SequenceTable
 from retort.tokens.tokenizer import load_tokenizer
 from retort.training.loop import LOG_COLUMNS, TrainingJob, train_student
+from retort.training.record import TrainingSummary
 from support.sections import section
 from support.tiny import WIDTH, make_cache, record, tokenize
 
@@ -40,7 +41,7 @@ class Bench:
         *,
         live: bool = False,
         **training: Any,
-    ) -> dict[str, Any]:
+    ) -> TrainingSummary:
         student = training.pop("student", self.student_path)
         interval_s = training.pop("progress_interval_s", 10.0)
         keys: dict[str, Any] = {

@@ -1,6 +1,5 @@
 """Made-up results of runs in the workflow's layout, and what tests read from a report of them."""
 
-import json
 import math
 import re
 import textwrap
@@ -10,109 +9,63 @@ from typing import Any
 
 import numpy as np
 
-from retort.evaluation.intervals import DocumentSums
-from retort.evaluation.scores import METRICS, OF_BOTH, write_document_sums
+from retort.evaluation.intervals import DocumentSums, Estimate
+from retort.evaluation.records import Metrics
+from retort.evaluation.scores import write_document_sums
 from retort.report.findings import find_warnings
 from retort.report.page import WIDTH, make_report, render_summary
 from retort.report.records import load_logs, load_metrics
 from retort.report.tables import COLUMNS
+from support.records import (
+    LOSS,
+    make_manifest,
+    make_metrics,
+    make_run_record,
+    make_scores,
+    make_training_record,
+)
 
 LOG_HEAD = "step,total_loss,hard_loss,soft_loss,perplexity,learning_rate,tokens_per_second"
 MARGIN = -1  # index in a row's cells
+_OF_METRICS = ("teacher", "teacher_parameters", "cache")
 
 
-def _make_bin(confidence: float, accuracy: float) -> dict[str, Any]:
-    ends = {"low": accuracy - 0.02, "high": accuracy + 0.03}
-    return {"positions": 300, "confidence": confidence, "accuracy": accuracy} | ends
+def _take(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Remove the values whose names begin with a prefix, and return them without it."""
+    return {k.removeprefix(prefix): values.pop(k) for k in list(values) if k.startswith(prefix)}
 
 
-def _make_class(name: str, loss: float) -> dict[str, Any]:
-    metrics = {"loss": loss, "teacher_loss": loss - 0.5, "kl_to_teacher": 0.4}
-    counts = {"class": name, "positions": 32_768, "documents": 300}
-    return counts | metrics | {"intervals": {n: [v - 0.1, v + 0.1] for n, v in metrics.items()}}
+def make_run(name: str, kind: str = "hybrid", *, number: int = 0, **changes: Any) -> Metrics:
+    """Return the metrics of a run; `changes` replace values of it, of its training, and of its sections.
 
-
-def _make_scores(kind: str) -> dict[str, Any]:
-    """Return the sections of metrics.json that `scores` makes."""
-    return {
-        "validation": {
-            "loss": {"output": 3.294, "logit": 3.226, "hybrid": 3.213}[kind],
-            "perplexity": 24.9,
-            "positions": 65_536,
-            "documents": 412,
-            "content": "c0ffee",
-            "sequences": 500,
-            "leaked_sequences": 0,
-            "kl_to_teacher": 0.5,
-            "agreement": 0.431,
-            "bits_per_byte": 1.21,
-            "reverse_kl": 0.61,
-            "overlap": 0.6,
-            "acceptance": 0.72,
-            "accuracy": 0.4,
-            "calibration_error": 0.02,
-        },
-        "teacher_validation": {"loss": 2.752, "perplexity": 15.674, "bits_per_byte": 1.0},
-        "intervals": {
-            "validation": dict.fromkeys(METRICS) | {"agreement": [0.42, 0.44]},
-            "teacher_validation": dict.fromkeys(METRICS),
-        },
-        "not_defined": {},
-        "reliability": {
-            "student": [_make_bin(0.2, 0.25), _make_bin(0.7, 0.6)],
-            "teacher": [_make_bin(0.5, 0.5)],
-        },
-        "breakdown": {
-            "language": [_make_class("de", 2.5), _make_class("en", 3.4)],
-            "place": [_make_class("1 to 15", 4.0), _make_class("from 1,024", 3.0)],
-        },
-    }
-
-
-_CACHE = {
-    "bytes_per_position": 131.25,
-    "positions": 1_843_200,
-    "method": "top_k",
-    "top_k": 64,
-    "tail_mass": 0.0182,
-    "fidelity_kl": 3.1e-5,
-    "fidelity_agreement": 0.9991,
-}
+    Those of a section are given as validation__loss=..., teacher_validation__loss=... and cache__tail_mass=...;
+    `trained` is {"commit": ...} with the sections of the config that were trained with.
+    """
+    of_teacher = {f"teacher_{k}": v for k, v in _take(changes, "teacher_validation__").items()}
+    measured = _take(changes, "validation__") | of_teacher
+    cached = {key.removeprefix("fidelity_"): v for key, v in _take(changes, "cache__").items()}
+    of_file = {key: measured.pop(key) for key in list(measured) if key in Metrics.model_fields}
+    of_file |= {key: changes.pop(key) for key in list(changes) if key in _OF_METRICS}
+    if (trained := changes.pop("trained", None)) is not None:
+        commit = {"commit": trained.pop("commit")} if "commit" in trained else {}
+        of_file["trained"] = make_run_record(trained, **commit) if trained or commit else None
+    given = {"trained_tokens": "trained_positions", "training_seconds": "seconds"}
+    training = {given.get(key, key): value for key, value in changes.items()}
+    record = make_training_record(name, kind, **({"id": f"{number:012x}"} | training))
+    has_teacher = of_file.get("teacher", "") is not None
+    scores = make_scores(**({"loss": LOSS[kind]} | measured), has_teacher=has_teacher)
+    if record.distillation_type != "output" or kind != "output":
+        of_file.setdefault("cache", make_manifest(**cached))
+    return make_metrics(record, **({"scores": scores, "cache": None} | of_file))
 
 
 def write_run(folder: Path, name: str, kind: str = "hybrid", **changes: Any) -> Path:
-    """Write metrics.json and a log of 40 rows in the workflow's layout; return the path of metrics.json.
-
-    `changes` replace keys; those of a section are given as section__key=...
-    """
+    """Write metrics.json (see `make_run`) and a log of 40 rows as the workflow does; return the path of the first."""
     number = len(list(folder.glob("runs/*")))
-    metrics: dict[str, Any] = {
-        "format": "retort-metrics",
-        "version": 2,
-        "run": name,
-        "id": f"{number:012x}",
-        "distillation_type": kind,
-        "alpha": {"output": 1.0, "logit": 0.0, "hybrid": 0.5}[kind],
-        "temperature": 2.0,
-        "seed": 0,
-        "student_parameters": 54_272,
-        "teacher_parameters": 1_312_256,
-        "teacher": "demo",
-        "steps": 400,
-        "trained_tokens": 1_638_400,
-        "training_seconds": 71.25,
-        "device": "cpu",
-        **_make_scores(kind),
-        "trained": {"commit": "0123456789abcdef", "training": {"alpha": 0.5}},
-        "cache": None if kind == "output" else dict(_CACHE),
-    }
-    for key, value in changes.items():
-        section, _, inner = key.rpartition("__")
-        (metrics[section] if section else metrics)[inner] = value
-    run = folder / "runs" / f"run{number}" / str(metrics["id"])
+    metrics = make_run(name, kind, number=number, **changes)
+    run = folder / "runs" / f"run{number}" / metrics.training.id
     path = run / "evaluation" / "0123456789ab" / "metrics.json"
-    path.parent.mkdir(parents=True)
-    path.write_text(json.dumps(metrics), encoding="utf-8")
+    metrics.write(path)
     losses = [3 + 4 * math.exp(-step / 60) for step in range(10, 401, 10)]
     rows = [f"{10 * i},{x},{x},,{math.exp(x)},1e-4,28000" for i, x in enumerate(losses, start=1)]
     (run / "training_log.csv").write_text("\n".join([LOG_HEAD, *rows]) + "\n", encoding="utf-8")
@@ -135,11 +88,7 @@ def write_trained(
 
 def without_teacher() -> dict[str, Any]:
     """Return the changes that make a run one without a teacher."""
-    section: dict[str, Any] = {f"validation__{name}": None for name in OF_BOTH}
-    section["not_defined"] = dict.fromkeys(OF_BOTH, "there is no teacher to compare with")
-    section["breakdown"] = {}
-    section["reliability__teacher"] = None
-    return {"teacher": None, "teacher_parameters": None, "teacher_validation": None} | section
+    return {"teacher": None, "teacher_parameters": None}
 
 
 def write_losses(path: Path, gain: float, *, noise: float = 0.01) -> None:
@@ -155,9 +104,12 @@ def write_losses(path: Path, gain: float, *, noise: float = 0.01) -> None:
     losses = positions * (own - gain + rng.normal(0, noise, 50))
     sums.add("loss", losses)
     write_document_sums(path.with_name("documents.csv"), sums)
-    metrics = json.loads(path.read_text())
-    metrics["validation"]["loss"] = losses.sum() / positions.sum()
-    path.write_text(json.dumps(metrics))
+    metrics = Metrics.read(path)
+    scores = metrics.scores
+    loss = Estimate(float(losses.sum() / positions.sum()), None, None)
+    card = scores.student.model_copy(update={"metrics": scores.student.metrics | {"loss": loss}})
+    scores = scores.model_copy(update={"student": card})
+    metrics.model_copy(update={"scores": scores}).write(path)
 
 
 def write_measured(folder: Path, gains: dict[str, float], **options: Any) -> list[Path]:

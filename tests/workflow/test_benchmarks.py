@@ -3,12 +3,12 @@
 import gzip
 import json
 import shutil
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import yaml
 
+from retort.evaluation.records import BenchmarkRecord
 from support.place import Place, tiny
 
 
@@ -54,9 +54,8 @@ HUMANEVAL = {
 }
 
 
-def read_benchmarks(place: Place) -> Iterator[tuple[str, dict[str, Any]]]:
-    for path in sorted(place.results.glob("*/**/benchmark.json")):
-        yield str(path.relative_to(place.results)), json.loads(path.read_text())
+def read_benchmarks(place: Place) -> list[BenchmarkRecord]:
+    return [BenchmarkRecord.read(path) for path in place.results.glob("*/**/benchmark.json")]
 
 
 def test_benchmarks_are_added_to_a_finished_run_and_re_run_nothing_else(done: Place) -> None:
@@ -70,8 +69,7 @@ def test_benchmarks_are_added_to_a_finished_run_and_re_run_nothing_else(done: Pl
     done.write_config(asking("animals", "humaneval", **HUMANEVAL))
     assert done.plan() == again | {"benchmark": 4, "benchmark_teacher": 2}
     done.snakemake()
-    found = dict(read_benchmarks(done))
-    assert sorted((b["benchmark"], b["run"] or b["teacher"]) for b in found.values()) == [
+    assert sorted((b.task, str(b.run or b.teacher)) for b in read_benchmarks(done)) == [
         *(("animals", name) for name in ("both", "hard", "teacher")),
         *(("humaneval", name) for name in ("both", "hard", "teacher")),
     ]

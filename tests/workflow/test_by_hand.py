@@ -1,6 +1,5 @@
 """Every script can be run by hand, with the flags that Snakemake prints."""
 
-import json
 import re
 import shlex
 import sys
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from retort.evaluation.records import Metrics
 from support.place import REPOSITORY, Place, sha256
 
 SCRIPTS = sorted((REPOSITORY / "workflow" / "scripts").glob("*.py"))
@@ -57,12 +57,7 @@ def test_the_commands_of_the_rules_can_be_run_by_hand(done: Place) -> None:
     training = type_in("train hard", "mine/training.json")
     weights = training.parent / "final" / "model.safetensors"
     assert sha256(weights) == sha256(original("train hard").parent / "final" / "model.safetensors")
-    metrics = _read(type_in("evaluate", "mine/metrics.json"))
-    assert metrics["validation"] == _read(original("evaluate"))["validation"]
+    metrics = Metrics.read(type_in("evaluate", "mine/metrics.json"))
+    assert metrics.scores == Metrics.read(original("evaluate")).scores
     report = type_in("report", "mine/report.html")
     assert "hard" in report.with_name("summary.txt").read_text()
-
-
-def _read(path: Path) -> dict[str, object]:
-    content: dict[str, object] = json.loads(path.read_text())
-    return content

@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 from retort.cache.reader import LogitCache
+from retort.teacher.merge import CacheRun
 from support.place import TINY, Place, sha256, tiny, wait_until
 
 
@@ -43,8 +44,8 @@ def test_damaged_and_lost_parts_are_made_again_by_the_same_command(done: Place) 
 
     done.snakemake(target)
     assert sha256(cache / "teacher_logits.h5") == undisturbed
-    workers = json.loads((cache / "run.json").read_text())["workers"]
-    assert sum(len(worker["parts_done"]) for worker in workers) == 2
+    workers = CacheRun.read(cache / "run.json").workers
+    assert sum(len(worker.parts_done) for worker in workers) == 2
 
 
 def edit_while_checking(place: Place, path: Path, old: str, new: str) -> str:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from retort.evaluation.records import Metrics
+from retort.teacher.merge import CacheRun
 from support.place import Place, sha256, tiny, wait_until
 
 Process = subprocess.Popen[bytes]
@@ -96,8 +98,9 @@ def results_of(place: Place) -> dict[str, object]:
     for weights in sorted(place.results.glob("runs/*/*/final/model.safetensors")):
         found[str(weights.relative_to(place.results))] = sha256(weights)
     for path in sorted(place.results.glob("runs/*/*/evaluation/*/metrics.json")):
-        metrics = json.loads(path.read_text())
-        measured = {key: metrics[key] for key in ("steps", "trained_tokens", "validation", "cache")}
+        metrics = Metrics.read(path)
+        training = metrics.training.summary
+        measured = (training.steps, training.trained_positions, metrics.scores, metrics.cache)
         found[str(path.relative_to(place.results))] = measured
     return found
 
@@ -145,8 +148,8 @@ def test_a_dead_workers_claim_delays_nobody(done: Place) -> None:
     gone.wait()
     plant_claim(done, gone.pid)
     done.snakemake(target)
-    workers = json.loads((done.cache / "run.json").read_text())["workers"]
-    assert max(worker["seconds"] for worker in workers) < 30, "a claim grows old after 60 s"
+    workers = CacheRun.read(done.cache / "run.json").workers
+    assert max(worker.made.seconds for worker in workers) < 30, "a claim grows old after 60 s"
     assert sha256(done.cache / "teacher_logits.h5") == undisturbed
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from retort.evaluation.records import Metrics
+from retort.report.records import load_metrics
 from support.place import Place
 
 SEEDS = (0, 1, 2)
@@ -73,9 +75,12 @@ def test_a_real_teacher_is_distilled_from_its_stories_to_a_report(
     place.write_config(config)
     place.snakemake()
     (path,) = place.results.glob("runs/both/*/evaluation/*/metrics.json")
-    found = json.loads(path.read_text())
-    assert found["cache"]["fidelity_kl"] < 1e-4
-    assert found["teacher_validation"]["loss"] < 2.0 < found["validation"]["loss"], "nats per token"
+    found = Metrics.read(path)
+    assert found.cache is not None and found.cache.fidelity is not None
+    assert found.cache.fidelity.kl < 1e-4
+    assert found.scores.teacher is not None
+    losses = [card.metrics["loss"].value for card in (found.scores.teacher, found.scores.student)]
+    assert losses[0] < 2.0 < losses[1], "nats per token"
     assert "both" in (place.results / "summary.txt").read_text()
     assert place.plan() == {}
 
@@ -89,22 +94,21 @@ def test_distilled_students_beat_those_that_learned_from_text_alone(
     place.write_config(describe(shared_data))
     place.snakemake()
 
-    metrics = {}
-    for path in place.results.glob("runs/*/*/evaluation/*/metrics.json"):
-        found = json.loads(path.read_text())
-        metrics[found["run"]] = found
-    losses = {run: found["validation"]["loss"] for run, found in metrics.items()}
+    paths = place.results.glob("runs/*/*/evaluation/*/metrics.json")
+    runs = {record.name: record for record in load_metrics(list(paths))}
+    losses = {name: run.loss for name, run in runs.items()}
     print(losses)
     for seed in SEEDS:
-        text, both = metrics[f"text_{seed}"], metrics[f"both_{seed}"]
+        text, both = runs[f"text_{seed}"], runs[f"both_{seed}"]
         for key in ("student_parameters", "steps", "trained_tokens", "seed"):
-            assert text[key] == both[key], key
-        assert both["validation"]["loss"] < text["validation"]["loss"], losses
-        assert both["validation"]["kl_to_teacher"] < text["validation"]["kl_to_teacher"]
-        assert both["validation"]["agreement"] > text["validation"]["agreement"]
-        assert both["cache"]["fidelity_kl"] < 1e-4
-    assert metrics["both_0"]["student_parameters"] == 54_240
-    teacher = metrics["both_0"]["teacher_validation"]["loss"]
+            assert getattr(text, key) == getattr(both, key), key
+        assert both.loss < text.loss, losses
+        assert (both.kl_to_teacher or 0) < (text.kl_to_teacher or 0)
+        assert (both.agreement or 0) > (text.agreement or 0)
+        assert both.cache is not None and both.cache.fidelity_kl < 1e-4
+    assert runs["both_0"].student_parameters == 54_240
+    teacher = runs["both_0"].teacher_loss
+    assert teacher is not None
     assert teacher < min(losses.values()), "a teacher that knows more than its students"
     (student,) = place.results.glob("runs/both_0/*/final")
     assert_generates(student)

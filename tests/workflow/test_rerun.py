@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 
+from retort.teacher.manifest import Manifest
+from retort.teacher.merge import CacheRun
+from retort.training.record import TrainingRecord
 from support.place import Place, sha256, snapshot, tiny, wait_until
 
 ONE_RUN_AGAIN = {"check_inputs": 1, "train": 1, "evaluate": 1, "report": 1}
@@ -29,9 +32,9 @@ def test_a_virtual_merge_trains_the_same_student(finished: Place, done: Place) -
     done.write_config(tiny(merge={"mode": "virtual"}))
     done.snakemake()
     (mine,), (theirs,) = (list(p.results.glob("logits/*/manifest.json")) for p in (done, finished))
-    virtual, copied = json.loads(mine.read_text()), json.loads(theirs.read_text())
-    assert (virtual["mode"], copied["mode"]) == ("virtual", "copy")
-    assert virtual["sha256"] == copied["sha256"]
+    virtual, copied = Manifest.read(mine), Manifest.read(theirs)
+    assert (virtual.mode, copied.mode) == ("virtual", "copy")
+    assert virtual.sha256 == copied.sha256
     assert list(mine.parent.glob("parts/*.h5")) and not list(theirs.parent.glob("parts/*.h5"))
     weights = [
         {
@@ -99,10 +102,11 @@ def test_another_alpha_trains_only_that_run_from_step_0(done: Place) -> None:
     assert {path: after[path] for path in before} == before
     (made,) = {Path(path).parts[1] for path in after.keys() - before.keys()}
     folder = done.results / "runs" / "both" / made
-    training = json.loads((folder / "training.json").read_text())
+    training = TrainingRecord.read(folder / "training.json")
     (old,) = (path for path in folder.parent.iterdir() if path != folder)
-    assert training["alpha"] == 0.25
-    assert training["trained_positions"] == _read(old / "training.json")["trained_positions"]
+    assert training.alpha == 0.25
+    before_it = TrainingRecord.read(old / "training.json").summary
+    assert training.summary.trained_positions == before_it.trained_positions
     log = (done.path / "logs" / "train" / f"both_{made}.log").read_text()
     assert "resuming from" not in log
     assert sha256(folder / "final/model.safetensors") != sha256(old / "final/model.safetensors")
@@ -146,7 +150,7 @@ def test_another_top_k_keeps_the_tokens_and_the_old_one_re_runs_nothing(done: Pl
 
     manifest = done.find_output(r"^results/logits/\w+/manifest\.json$")
     done.snakemake(manifest)
-    assert _read(done.path / manifest)["top_k"] == 4
+    assert Manifest.read(done.path / manifest).top_k == 4
     assert snapshot(old) == before
     done.write_config(tiny())
     assert done.plan() == {}
@@ -177,8 +181,8 @@ def test_a_dead_worker_re_runs_that_worker_and_later_jobs(done: Place) -> None:
 
     assert done.plan(target) == {"generate_logits": 1, "merge_h5": 1}
     done.snakemake(target)
-    workers = _read(cache / "run.json")["workers"]
-    assert [len(worker["parts_done"]) for worker in workers] == [parts, 0]
+    workers = CacheRun.read(cache / "run.json").workers
+    assert [len(worker.parts_done) for worker in workers] == [parts, 0]
     assert sha256(cache / "teacher_logits.h5") == undisturbed
     assert done.plan() == {}
 
@@ -191,8 +195,8 @@ def test_a_lost_manifest_costs_no_pass_of_the_teacher(done: Place) -> None:
     done.snakemake(str(manifest.relative_to(done.path)))
     assert (merged.stat().st_mtime_ns, sha256(merged)) == before
     assert manifest.read_text() == said
-    workers = _read(cache / "run.json")["workers"]
-    assert [(worker["tokens"], worker["parts_done"]) for worker in workers] == [(0, []), (0, [])]
+    workers = CacheRun.read(cache / "run.json").workers
+    assert [(worker.tokens, worker.parts_done) for worker in workers] == [(0, ()), (0, ())]
     assert done.plan() == {}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from retort.evaluation.records import Metrics
 from support.place import REPOSITORY, Place, merge, tiny
 
 EXAMPLE = REPOSITORY / "config" / "examples" / "code_student_from_prompts.yaml"
@@ -44,8 +45,7 @@ def test_the_example_runs_from_prompts_to_a_report_offline(place: Place, shared_
     rows = [json.loads(line) for line in (record.parent / "responses.jsonl").open()]
     assert len(rows) == 24 and {row["language"] for row in rows} == {"python", "javascript", "bash"}
     (metrics,) = place.results.rglob("metrics.json")
-    found = json.loads(metrics.read_text())
-    assert found["validation"]["loss"] > 0
+    assert Metrics.read(metrics).scores.student.metrics["loss"].value > 0
     assert "synthesize" not in place.plan()
     # Another number of examples makes another corpus, but asks no prompt: the journal stays as it is.
     (journal,) = place.results.rglob("journal.jsonl")

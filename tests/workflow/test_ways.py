@@ -2,23 +2,20 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from retort.evaluation.records import Metrics, Scores
+from retort.training.record import TrainingRecord
 from support.place import Once, Place, tiny
 
 
-def find_run(place: Place, name: str) -> tuple[Path, dict[str, Any], dict[str, Any]]:
-    """Return a run's folder, its training.json and its metrics."""
+def find_run(place: Place, name: str) -> tuple[Path, TrainingRecord, Scores]:
+    """Return a run's folder, its training.json and its scores."""
     (folder,) = (place.results / "runs" / name).iterdir()
     (metrics,) = folder.glob("evaluation/*/metrics.json")
-    return (
-        folder,
-        json.loads((folder / "training.json").read_text()),
-        json.loads(metrics.read_text()),
-    )
+    return folder, TrainingRecord.read(folder / "training.json"), Metrics.read(metrics).scores
 
 
 def test_students_of_prompts_and_responses_need_no_teacher(fresh: Place) -> None:
@@ -40,11 +37,11 @@ def test_students_of_prompts_and_responses_need_no_teacher(fresh: Place) -> None
     fresh.snakemake()
     folder, training, metrics = find_run(fresh, "student")
     index = json.loads(next(fresh.results.glob("tokens/*/index.json")).read_text())
-    assert not (fresh.results / "logits").exists() and training["teacher"] is None
+    assert not (fresh.results / "logits").exists() and training.teacher is None
     # One epoch, filled up to whole batches; of the prompts' tokens none is learned.
-    assert training["trained_positions"] >= index["train"]["positions"]
+    assert training.summary.trained_positions >= index["train"]["positions"]
     assert index["train"]["positions"] < index["train"]["tokens"] - index["train"]["sequences"]
-    assert 0 < metrics["validation"]["loss"] < 6
+    assert 0 < metrics.student.metrics["loss"].value < 6
     assert AutoModelForCausalLM.from_pretrained(folder / "final").num_parameters() > 0
     assert "learned from text, by Retort" in (folder / "final" / "README.md").read_text()
 
@@ -112,19 +109,23 @@ def train_more(place: Place) -> None:
 
 def test_accumulation_and_recomputed_activations_train_the_same_student(trained: Place) -> None:
     whole, cut = find_run(trained, "both")[2], find_run(trained, "cut")[2]
-    assert cut["validation"]["loss"] == pytest.approx(whole["validation"]["loss"], abs=1e-4)
+    assert cut.student.metrics["loss"].value == pytest.approx(
+        whole.student.metrics["loss"].value, abs=1e-4
+    )
 
 
 def test_two_ranks_of_a_rule_train_the_same_student(trained: Place) -> None:
     folder, _training, two = find_run(trained, "ranks")
     assert (folder / "checkpoint-12" / "rng_state_1.pth").exists(), "there were two"
     one = find_run(trained, "alone")[2]
-    assert two["validation"]["loss"] == pytest.approx(one["validation"]["loss"], abs=1e-5)
+    assert two.student.metrics["loss"].value == pytest.approx(
+        one.student.metrics["loss"].value, abs=1e-5
+    )
 
 
 def test_a_live_teacher_leaves_no_cache_behind(trained: Place) -> None:
     _, training, metrics = find_run(trained, "live")
-    assert training["alpha"] == 0.0 and metrics["validation"]["kl_to_teacher"] < 1.0
+    assert training.alpha == 0.0 and metrics.student.metrics["kl_to_teacher"].value < 1.0
     assert len(list((trained.results / "logits").iterdir())) == 1
 
 
@@ -136,24 +137,24 @@ def test_a_student_that_starts_from_the_teacher_stays_near_it(trained: Place) ->
     index = min(
         indices, key=lambda index: index["tokenizer"]["size"]
     )  # the foreign one's is larger
-    assert training["steps"] == -(-index["train"]["sequences"] // 8)  # half an epoch in fours
+    assert training.summary.steps == -(-index["train"]["sequences"] // 8)  # half an epoch in fours
     rates = [float(line.split(",")[5]) for line in log[1:]]
     assert rates[0] < max(rates) > rates[-1], "a warm-up and a decay"
-    others = find_run(trained, "both")[2]["validation"]["kl_to_teacher"]
-    assert metrics["validation"]["kl_to_teacher"] < others / 2
+    others = find_run(trained, "both")[2].student.metrics["kl_to_teacher"].value
+    assert metrics.student.metrics["kl_to_teacher"].value < others / 2
 
 
 def test_students_narrower_and_wider_than_their_teacher_are_trained_measured_and_reported(
     trained: Place,
 ) -> None:
-    expected = find_run(trained, "both")[2]["validation"]["kl_to_teacher"]
+    expected = find_run(trained, "both")[2].student.metrics["kl_to_teacher"].value
     for name, width in (("narrow", 308), ("narrow_live", 308), ("wide", 352)):
         folder, training, metrics = find_run(trained, name)
         student = AutoModelForCausalLM.from_pretrained(folder / "final")
         assert student.config.vocab_size == width == student.get_output_embeddings().weight.shape[0]
-        assert training["steps"] == 12 and not metrics["not_defined"]
-        assert metrics["validation"]["kl_to_teacher"] == pytest.approx(expected, rel=0.5)
-        assert metrics["teacher_validation"]["loss"] > 0
+        assert training.summary.steps == 12 and not metrics.not_defined
+        assert metrics.student.metrics["kl_to_teacher"].value == pytest.approx(expected, rel=0.5)
+        assert metrics.teacher is not None and metrics.teacher.metrics["loss"].value > 0
     page = (trained.results / "report.html").read_text()
     assert all(name in page for name in ("narrow", "narrow_live", "wide"))
 
@@ -162,8 +163,8 @@ def test_a_student_with_a_tokenizer_of_its_own_is_measured_without_its_teacher(
     trained: Place,
 ) -> None:
     folder, _, metrics = find_run(trained, "foreign")
-    assert metrics["validation"]["bits_per_byte"] > 0 and metrics["teacher_validation"] is None
-    reasons = metrics["not_defined"]
+    assert metrics.student.metrics["bits_per_byte"].value > 0 and metrics.teacher is None
+    reasons = metrics.not_defined
     assert set(reasons) == {"kl_to_teacher", "reverse_kl", "agreement", "overlap", "acceptance"}
     assert all("different tokenizers" in why for why in reasons.values())
     page = (trained.results / "report.html").read_text()

@@ -113,9 +113,9 @@ def evaluate_models(args: argparse.Namespace) -> None:
             ),
             cpu_threads=args.cpu_threads,
         )
-    print(compare.render_metrics(found))
+    print(compare.render_comparison(found))
     if args.output:
-        compare.write_metrics(args.output, found)
+        found.write(args.output)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ on its own tokens, and only bits per byte, which does not depend on the tokens, 
 """
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,11 @@ from retort.config.sections import Dataset, Evaluation, Teacher
 from retort.corpus.documents import Counts, Document
 from retort.corpus.reading import read_shard_documents
 from retort.evaluation.formatting import format_metric, name_metric
-from retort.evaluation.intervals import Estimate
+from retort.evaluation.records import Comparison, Scorecard, Scores
 from retort.evaluation.run import evaluate_student
-from retort.evaluation.scores import METRICS, METRICS_FORMAT, METRICS_VERSION, OF_BOTH, Scores
+from retort.evaluation.scores import METRICS, OF_BOTH, UNITS
 from retort.evaluation.text_bytes import count_next_bytes
-from retort.io.files import write_json
+from retort.io.run_record import describe_run
 from retort.io.text_files import COMPRESSED_SUFFIXES
 from retort.models.load import (
     CausalLM,
@@ -32,6 +33,7 @@ from retort.models.load import (
     load_model_config,
     load_pretrained,
     load_teacher,
+    name_dtype,
     require_causal,
     split_model,
 )
@@ -97,14 +99,15 @@ def evaluate_models(
     evaluation: Evaluation,
     loading: Teacher,
     cpu_threads: int,
-) -> dict[str, Any]:
-    """Return the content of metrics.json of a model, beside a teacher's if given, on whole documents.
+) -> Comparison:
+    """Return the scores of a model, beside a teacher's if given, on whole documents.
 
     Documents are read until they have `evaluation.max_positions` positions in the model's tokens. `loading` gives
     device, dtype and trust_remote_code of both models.
     Raises ValueError when a file or model cannot be read, and when the text has no position to predict.
     """
     torch.set_num_threads(cpu_threads)
+    started = time.monotonic()
     dataset = _fit_context(
         dataset, [model_path, *([teacher_path] if teacher_path else [])], loading
     )
@@ -112,16 +115,34 @@ def evaluate_models(
     logger.info(
         f"{model.table.num_positions:,} positions of {len(documents):,} documents, {_name_files(dataset)}"
     )
-    if teacher_path is None:
-        return _describe(_evaluate(model, None, evaluation, loading), model, None, loading)
-    teacher = _tokenize(teacher_path, documents, dataset, loading)
+    teacher = _tokenize(teacher_path, documents, dataset, loading) if teacher_path else None
+    device = choose_device(loading.device)
+    return Comparison(
+        model=model_path,
+        teacher=teacher_path,
+        units=UNITS,
+        scores=_compare(model, teacher, evaluation, loading),
+        made=describe_run(
+            section={"dataset": dataset, "evaluation": evaluation},
+            dtype=name_dtype(choose_dtype(loading.dtype, device)),
+            device=describe_device(device),
+            seconds=time.monotonic() - started,
+        ),
+    )
+
+
+def _compare(model: Side, teacher: Side | None, evaluation: Evaluation, loading: Teacher) -> Scores:
+    """Return the scores of a model and its teacher: compared, if they have the same tokens."""
+    if teacher is None:
+        return _evaluate(model, None, evaluation, loading)
     if _have_same_tokens(model, teacher):
         features = _score_teacher(teacher, evaluation, loading)
-        return _describe(_evaluate(model, features, evaluation, loading), model, teacher, loading)
+        return _evaluate(model, features, evaluation, loading)
     logger.info("the two models have different tokenizers: each is measured on its own tokens.")
     alone = _evaluate(teacher, None, evaluation, loading)
     scores = _evaluate(model, None, evaluation, loading)
-    return _describe(_join(scores, alone), model, teacher, loading)
+    reasons = scores.not_defined | dict.fromkeys(OF_BOTH, OTHER_TOKENIZER)
+    return scores.model_copy(update={"teacher": alone.student, "not_defined": reasons})
 
 
 def _fit_context(dataset: Dataset, paths: Sequence[str], loading: Teacher) -> Dataset:
@@ -204,13 +225,14 @@ def _evaluate(
     side: Side, teacher: TeacherFeatures | None, evaluation: Evaluation, loading: Teacher
 ) -> Scores:
     model = _load(side, loading)
-    return evaluate_student(
+    scores, _ = evaluate_student(
         model,
         side.table,
         teacher=teacher.to(model.device) if teacher else None,
         batch_size=evaluation.batch_size,
         next_bytes=side.next_bytes,
     )
+    return scores
 
 
 def _load(side: Side, loading: Teacher) -> CausalLM:
@@ -236,69 +258,33 @@ def _require_outputs(side: Side, vocabulary: int) -> None:
         )
 
 
-def _join(scores: Scores, teacher: Scores) -> Scores:
-    """Return the scores of two models with different tokenizers: the teacher's added to the model's."""
-    found, other = scores.sections, teacher.sections
-    found["not_defined"] |= dict.fromkeys(OF_BOTH, OTHER_TOKENIZER)
-    found["teacher_validation"] = other["validation"]
-    found["intervals"]["teacher_validation"] = other["intervals"]["validation"]
-    found["reliability"]["teacher"] = other["reliability"]["student"]
-    return scores
-
-
-def _describe(
-    scores: Scores, model: Side, teacher: Side | None, loading: Teacher
-) -> dict[str, Any]:
-    about = {
-        "format": METRICS_FORMAT,
-        "version": METRICS_VERSION,
-        "model": model.path,
-        "teacher": teacher.path if teacher else None,
-        "device": describe_device(choose_device(loading.device)),
-    }
-    return about | scores.sections
-
-
-def write_metrics(path: Path, found: dict[str, Any]) -> None:
-    """Write metrics.json, and create its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, found)
-
-
-def render_metrics(found: dict[str, Any]) -> str:
+def render_comparison(found: Comparison) -> str:
     """Return a table of a model and its teacher for the terminal: a line for each metric, values with intervals."""
-    sides = [("validation", "model"), ("teacher_validation", "teacher")]
-    shown = [
-        (found[section], found["intervals"][section], name)
-        for section, name in sides
-        if found[section]
-    ]
-    names = [
-        name for name in METRICS if any(values.get(name) is not None for values, _, _ in shown)
-    ]
+    shown = {"model": (found.model, found.scores.student)}
+    if found.teacher is not None and found.scores.teacher is not None:
+        shown["teacher"] = (found.teacher, found.scores.teacher)
+    names = [name for name in METRICS if any(name in card.metrics for _, card in shown.values())]
     titles = {name: name_metric(name) for name in names}
     width = max(map(len, titles.values()))
-    lines = [f"{whose:<8} {found[whose]}" for whose in ("model", "teacher") if found[whose]]
-    lines += ["", " " * width + "".join(f"{name:>{_COLUMN_WIDTH}}" for _, _, name in shown)]
+    lines = [f"{whose:<8} {path}" for whose, (path, _) in shown.items()]
+    lines += ["", " " * width + "".join(f"{whose:>{_COLUMN_WIDTH}}" for whose in shown)]
     for name in names:
-        cells = [_cell(name, values, ends) for values, ends, _ in shown]
+        cells = [_cell(name, card) for _, card in shown.values()]
         lines.append(
             f"{titles[name]:<{width}}" + "".join(f"{cell:>{_COLUMN_WIDTH}}" for cell in cells)
         )
     lines += ["", "In brackets: 95 % intervals, from resampling the documents."]
     reasons: dict[str, list[str]] = {}
-    for name, reason in found["not_defined"].items():
+    for name, reason in found.scores.not_defined.items():
         reasons.setdefault(reason, []).append(METRICS[name].title)
-    lines += [
-        f"Not defined: {', '.join(t)}; {why}." for why, t in reasons.items() if found["teacher"]
-    ]
+    lines += [f"Not defined: {', '.join(t)}; {why}." for why, t in reasons.items() if found.teacher]
     if OTHER_TOKENIZER in reasons:
         lines.append("Losses are per token of each model's own tokenizer: compare bits per byte.")
     return "\n".join(lines)
 
 
-def _cell(name: str, values: dict[str, Any], ends: dict[str, list[float] | None]) -> str:
-    if values.get(name) is None:
+def _cell(name: str, card: Scorecard) -> str:
+    if name not in card.metrics:
         return "-"
-    text, interval = format_metric(name, Estimate(values[name], *(ends.get(name) or (None, None))))
+    text, interval = format_metric(name, card.metrics[name])
     return f"{text} ({interval})" if interval else text

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from retort.cli import first_line
 from retort.config.sections import HUMANEVAL, Evaluation
+from retort.evaluation.records import Score, TaskResult
 
 REQUIREMENT = "lm-eval>=0.4.13"
 
@@ -56,8 +57,8 @@ def load_tasks(name: str, *, tasks_dir: str | None) -> Any:
 
 def run_harness_task(
     name: str, model: PreTrainedModel, tokenizer: Any, *, settings: Evaluation
-) -> dict[str, Any]:
-    """Return sections of benchmark.json: `scores` (a row for each task and metric), `examples`, `versions`.
+) -> TaskResult:
+    """Return the scores of a task, or of the subtasks of a group, one for each metric.
 
     Raises ValueError as `load_tasks` does.
     """
@@ -83,12 +84,13 @@ def run_harness_task(
         )
     assert found is not None, name
     counts = found["n-samples"].values()
-    return {
-        "scores": _read_scores(found),
-        "examples": sum(count["effective"] for count in counts),
-        "examples_in_all": sum(count["original"] for count in counts),
-        "versions": {"lm_eval": metadata.version("lm_eval")} | dict(found["versions"]),
-    }
+    versions = {task: str(version) for task, version in found["versions"].items()}
+    return TaskResult(
+        scores=tuple(_read_scores(found)),
+        examples=sum(count["effective"] for count in counts),
+        examples_in_all=sum(count["original"] for count in counts),
+        versions={"lm_eval": metadata.version("lm_eval")} | versions,
+    )
 
 
 @contextmanager
@@ -106,9 +108,8 @@ def _quiet() -> Iterator[None]:
         os.close(devnull)
 
 
-def _read_scores(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return a row for each metric of each task; the harness's keys are "acc,none", "acc_stderr,none", ..."""
-    rows = []
+def _read_scores(found: dict[str, Any]) -> Iterator[Score]:
+    """Yield each metric of each task; the harness's keys are "acc,none", "acc_stderr,none", ..."""
     for task, values in found["results"].items():
         for key, value in values.items():
             metric, _, filter_name = key.partition(",")
@@ -116,16 +117,13 @@ def _read_scores(found: dict[str, Any]) -> list[dict[str, Any]]:
                 continue
             error = values.get(f"{metric}_stderr,{filter_name}")
             is_higher_better = found["higher_is_better"].get(task, {}).get(metric)
-            rows.append(
-                {
-                    "task": task,
-                    "metric": metric if filter_name == "none" else f"{metric} ({filter_name})",
-                    "value": float(value),
-                    "standard_error": float(error) if isinstance(error, int | float) else None,
-                    "is_less_better": is_higher_better is False,
-                }
+            yield Score(
+                task=task,
+                metric=metric if filter_name == "none" else f"{metric} ({filter_name})",
+                value=float(value),
+                standard_error=float(error) if isinstance(error, int | float) else None,
+                is_less_better=is_higher_better is False,
             )
-    return rows
 
 
 def _find_manager(name: str, tasks_dir: str | None) -> Any:

@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from retort.config.sections import HUMANEVAL
+from retort.evaluation.records import Score
 from retort.evaluation.sandbox import Limits, Outcome, run_program
 from retort.io.text_files import explain_read_errors, open_utf8
 
@@ -125,20 +126,28 @@ def attempt_problems(
         return [Attempt(p.task_id, c, o) for (p, c), o in zip(pairs, outcomes, strict=True)]
 
 
-def score_attempts(attempts: Sequence[Attempt], ks: Sequence[int]) -> dict[str, dict[str, Any]]:
-    """Return {"pass@k": {"value", "standard_error"}} for each k: the mean over problems, and its standard error.
+def score_attempts(attempts: Sequence[Attempt], ks: Sequence[int]) -> tuple[Score, ...]:
+    """Return pass@k for each k: the mean over problems, and its standard error.
 
     The standard error is s / sqrt(n), s the sample standard deviation over n problems; None for one problem.
     """
     passed: dict[str, list[bool]] = {}
     for attempt in attempts:
         passed.setdefault(attempt.task_id, []).append(attempt.outcome.has_passed)
-    scores = {}
+    scores = []
     for k in sorted(ks):
         estimates = [estimate_pass_at_k(len(found), sum(found), k) for found in passed.values()]
         mean = math.fsum(estimates) / len(estimates)
         squares = math.fsum((x - mean) ** 2 for x in estimates)
         num = len(estimates)
         error = math.sqrt(squares / (num - 1) / num) if num > 1 else None
-        scores[f"pass@{k}"] = {"value": mean, "standard_error": error}
-    return scores
+        scores.append(
+            Score(
+                task=HUMANEVAL,
+                metric=f"pass@{k}",
+                value=mean,
+                standard_error=error,
+                is_less_better=False,
+            )
+        )
+    return tuple(scores)

@@ -10,9 +10,13 @@ Legend: D documents, P positions, M sums, R resamples.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ConfigDict
+
+from retort.io.records import STRICT
 
 RESAMPLES = 1000
 LEVEL = 0.95
@@ -25,6 +29,7 @@ Numbers = NDArray[np.float64]
 class Estimate:
     """A number and the ends of its 95 % interval; None when there are too few documents to resample."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
     value: float
     low: float | None
     high: float | None

@@ -4,6 +4,7 @@ The metrics are defined in `metrics` (at every position) and `scores` (means, in
 distributions come from the features that `score_validation` stored: no teacher is loaded here.
 """
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,21 +16,28 @@ from transformers import PreTrainedModel
 
 from retort.config.sections import Evaluation
 from retort.evaluation.breakdowns import find_classes
+from retort.evaluation.intervals import DocumentSums
 from retort.evaluation.metrics import measure_positions
+from retort.evaluation.records import Metrics, Scores
 from retort.evaluation.scores import (
     DOCUMENTS_FILE,
-    METRICS_FORMAT,
-    METRICS_VERSION,
     OF_BOTH,
-    Scores,
+    UNITS,
     summarise,
     write_document_sums,
 )
 from retort.evaluation.text_bytes import count_next_bytes
 from retort.io.digests import compare_digests, digest_folder
-from retort.io.files import read_json, write_json
+from retort.io.files import read_json
+from retort.io.run_record import RunRecord, describe_run
 from retort.models.generate import sample_model
-from retort.models.load import CausalLM, choose_device, load_pretrained, split_model
+from retort.models.load import (
+    CausalLM,
+    choose_device,
+    describe_device,
+    load_pretrained,
+    split_model,
+)
 from retort.models.samples import (
     SAMPLES_FILE,
     Samples,
@@ -39,33 +47,13 @@ from retort.models.samples import (
     write_samples,
 )
 from retort.teacher.features import OTHER_TOKENIZER, TeacherFeatures, digest_keys, read_features
+from retort.teacher.manifest import Manifest
 from retort.teacher.validation import has_tokenizer
 from retort.tokens.index import TokenIndex
 from retort.tokens.sequences import SequenceTable
 from retort.tokens.tokenizer import load_tokenizer
 from retort.tokens.vocabularies import find_difference
-
-METRICS_FROM_TRAINING = (
-    "run",
-    "id",
-    "distillation_type",
-    "alpha",
-    "temperature",
-    "seed",
-    "student_parameters",
-    "steps",
-    "device",
-)
-METRICS_FROM_MANIFEST = (
-    "bytes_per_position",
-    "positions",
-    "method",
-    "top_k",
-    "min_probability",
-    "tail_mass",
-    "fidelity_kl",
-    "fidelity_agreement",
-)
+from retort.training.record import TrainingRecord
 
 
 def evaluate_student(
@@ -76,8 +64,8 @@ def evaluate_student(
     batch_size: int,
     next_bytes: NDArray[np.int64] | None = None,
     token_counts: NDArray[np.int64] | None = None,
-) -> Scores:
-    """Return the scores of a student on held-out sequences.
+) -> tuple[Scores, DocumentSums]:
+    """Return the scores of a student on held-out sequences, and the sums of each document.
 
     `next_bytes` [P]: bytes of text of the token that each counted position predicts; without it, no bits per byte.
     `token_counts` [V]: how often each token occurs in the training text; without it, no classes by frequency.
@@ -123,14 +111,18 @@ def _shares_ids(fingerprint_path: Path | None, index: TokenIndex, tokenizer: Any
     return len(tokenizer) <= record["vocabulary"] and find_difference(tokenizer, teachers) is None
 
 
-def require_trained_student(folder: Path, record: dict[str, Any], source: Path) -> None:
-    """Raise ValueError when the files of a student are not those that its training.json, `source`, records."""
-    faults = compare_digests(record["final"], digest_folder(folder))
-    if faults:
+def read_trained_student(source: Path) -> tuple[Path, TrainingRecord]:
+    """Return final/ beside a training.json, `source`, and the record.
+
+    Raises ValueError when the files in final/ are not those that are recorded.
+    """
+    record, folder = TrainingRecord.read(source), source.parent / "final"
+    if faults := compare_digests(record.final, digest_folder(folder)):
         raise ValueError(
             f"{folder} is not what {source} records: {', '.join(faults)}. Delete {source} and rerun the same command: "
             "training resumes from its last checkpoint and writes the student again."
         )
+    return folder, record
 
 
 def _open_teacher(
@@ -186,15 +178,14 @@ def evaluate_run(
     """
     torch.set_num_threads(cpu_threads)
     index = TokenIndex.read(index_path)
-    record = read_json(training_path)
-    folder = training_path.parent / "final"
-    require_trained_student(folder, record, training_path)
+    started = time.monotonic()
+    folder, record = read_trained_student(training_path)
     table = index.read_split("val", max_positions=evaluation.max_positions)
     tokenizer, no_tokenizer = _load_own_tokenizer(str(folder))
     is_foreign = not _shares_ids(fingerprint_path, index, tokenizer)
     teacher = None
     if features_path is not None and not is_foreign:
-        teacher = _open_teacher(features_path, table, record["teacher"], made_from=training_path)
+        teacher = _open_teacher(features_path, table, record.teacher, made_from=training_path)
     chosen = choose_device(device)
     model = load_pretrained(str(folder), dtype=torch.float32).to(chosen).eval()
     samples = {"student": Samples((), missing=no_tokenizer)}
@@ -205,9 +196,9 @@ def evaluate_run(
             table,
             evaluation,
             features_path=features_path,
-            weights=record["teacher"],
+            weights=record.teacher,
         )
-    scores = evaluate_student(
+    scores, sums = evaluate_student(
         split_model(model),
         table,
         teacher=teacher.to(chosen) if teacher else None,
@@ -217,66 +208,40 @@ def evaluate_run(
     )
     reasons = {"bits_per_byte": no_tokenizer} if no_tokenizer else {}
     reasons |= dict.fromkeys(OF_BOTH, OTHER_TOKENIZER) if is_foreign else {}
-    about = _describe_run(record, teacher, manifest_path, training_path.with_name("run.json"))
-    metrics = about | _add_facts(scores.sections, table, index, reasons)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_samples(out.with_name(SAMPLES_FILE), samples, of=record["id"])
-    write_document_sums(out.with_name(DOCUMENTS_FILE), scores.sums)
-    write_json(out, metrics)
-    return f"evaluate {record['run']}  {_describe(metrics)}"
+    manifest = Manifest.read(manifest_path) if manifest_path else None
+    trained_path = training_path.with_name("run.json")
+    metrics = Metrics(
+        training=record,
+        teacher=teacher.name if teacher else None,
+        teacher_parameters=teacher.num_parameters if teacher else None,
+        content=digest_keys(table),
+        sequences=len(table),
+        leaked_sequences=index.count_leaked(table),
+        units=UNITS,
+        scores=scores.model_copy(update={"not_defined": scores.not_defined | reasons}),
+        cache=manifest if manifest and manifest.fidelity else None,
+        trained=RunRecord.read(trained_path) if trained_path.exists() else None,
+        made=describe_run(
+            section={"evaluation": evaluation},
+            seed=evaluation.sample_seed,
+            dtype="float32",
+            device=describe_device(chosen),
+            seconds=time.monotonic() - started,
+        ),
+    )
+    write_samples(out.with_name(SAMPLES_FILE), samples, of=record.id)
+    write_document_sums(out.with_name(DOCUMENTS_FILE), sums)
+    metrics.write(out)
+    return f"evaluate {record.run}  {_describe(scores)}"
 
 
-def _add_facts(
-    found: dict[str, Any], table: SequenceTable, index: TokenIndex, reasons: dict[str, str]
-) -> dict[str, Any]:
-    """Add to the scores what was measured on, and reasons for metrics that are not defined."""
-    found["validation"]["content"] = digest_keys(table)
-    found["validation"]["leaked_sequences"] = index.count_leaked(table)
-    found["validation"]["sequences"] = len(table)
-    found["not_defined"] |= reasons
-    return found
-
-
-def _describe_run(
-    record: dict[str, Any],
-    teacher: TeacherFeatures | None,
-    manifest_path: Path | None,
-    run_path: Path,
-) -> dict[str, Any]:
-    """Return the keys of metrics.json other than the scores: training, teacher, cache."""
-    manifest = read_json(manifest_path) if manifest_path else None
-    is_measured = manifest is not None and manifest["fidelity_kl"] is not None
-    return {
-        "format": METRICS_FORMAT,
-        "version": METRICS_VERSION,
-        **{name: record[name] for name in METRICS_FROM_TRAINING},
-        "trained_tokens": record["trained_positions"],
-        "training_seconds": record["seconds"],
-        "teacher_parameters": teacher.num_parameters if teacher else None,
-        "teacher": teacher.name if teacher else None,
-        "cache": {name: manifest[name] for name in METRICS_FROM_MANIFEST}
-        if manifest and is_measured
-        else None,
-        "trained": _read_provenance(run_path),
-    }
-
-
-def _read_provenance(path: Path) -> dict[str, Any] | None:
-    """Return the parts of a run.json that the report shows; None when there is no such file."""
-    if not path.exists():
-        return None
-    run: dict[str, Any] = read_json(path)
-    kept = ("commit", "uncommitted_changes", "python", "versions", "finished")
-    found: dict[str, Any] = {name: run[name] for name in kept} | run["config"]
-    return found
-
-
-def _describe(found: dict[str, Any]) -> str:
-    scores, ends = found["validation"], found["intervals"]["validation"]["loss"]
-    interval = f" ({ends[0]:.4f} to {ends[1]:.4f})" if ends else ""
+def _describe(scores: Scores) -> str:
+    metrics = scores.student.metrics
+    loss = metrics["loss"]
+    interval = f" ({loss.ends[0]:.4f} to {loss.ends[1]:.4f})" if loss.ends else ""
     against = (
-        f", KL to the teacher {scores['kl_to_teacher']:.4f}, agreement {scores['agreement']:.1%}"
-        if found["teacher_validation"]
+        f", KL to the teacher {metrics['kl_to_teacher'].value:.4f}, agreement {metrics['agreement'].value:.1%}"
+        if scores.teacher
         else ""
     )
-    return f"held-out loss {scores['loss']:.4f} nats/token{interval}{against}"
+    return f"held-out loss {loss.value:.4f} nats/token{interval}{against}"

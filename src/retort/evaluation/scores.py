@@ -1,9 +1,6 @@
-"""Metrics at positions -> the sections of metrics.json: means with intervals, also by class, and calibration.
+"""Metrics at positions -> the scores in metrics.json: means with intervals, also by class, and calibration.
 
-A metric's value is under its name in "validation" (the student, and student compared with teacher) or
-"teacher_validation" (the teacher); its 95 % interval under the same name in "intervals"; its unit in "units"; and the
-reason for a null in "not_defined". Means are over all counted held-out positions: a document of twice the length counts
-twice.
+Means are over all counted held-out positions: a document of twice the length counts twice.
 
 Legend: P counted positions, D documents, R resamples of the documents, B bins of confidence.
 """
@@ -12,7 +9,6 @@ import csv
 import io
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +17,9 @@ from numpy.typing import NDArray
 
 from retort.evaluation.breakdowns import Classes
 from retort.evaluation.intervals import DocumentSums, Estimate, basic_interval, percentile_interval
+from retort.evaluation.records import Bin, ClassRow, Scorecard, Scores
 from retort.io.files import write_atomically
 
-METRICS_FORMAT = "retort-metrics"
-METRICS_VERSION = 2
 NUM_BINS = 15  # as in Guo et al.
 DOCUMENTS_FILE = "documents.csv"
 _DOCUMENT_COLUMNS = ("positions", "bytes", "loss", "kl_to_teacher", "teacher_loss")
@@ -54,16 +49,9 @@ METRICS = {
 }
 OF_BOTH = ("kl_to_teacher", "reverse_kl", "agreement", "overlap", "acceptance")
 OF_MODEL = tuple(name for name in METRICS if name not in OF_BOTH)
+UNITS = {name: metric.unit for name, metric in METRICS.items()}
 NO_TEACHER = "there is no teacher to compare with"
 NO_BYTES = "the predicted tokens are not text"
-
-
-@dataclass(frozen=True)
-class Scores:
-    """The sections of metrics.json, and the sums of each document that they were computed from."""
-
-    sections: dict[str, Any]
-    sums: DocumentSums
 
 
 def summarise(
@@ -72,8 +60,8 @@ def summarise(
     *,
     bytes_P: NDArray[np.int64] | None,
     classes: Mapping[str, Classes],
-) -> Scores:
-    """Return the scores from the columns [P] of `metrics.measure_positions`.
+) -> tuple[Scores, DocumentSums]:
+    """Return the scores from the columns [P] of `metrics.measure_positions`, and the sums that they are made from.
 
     `documents_P`: the document of each position. `bytes_P`: bytes of text of each predicted token.
     loss, accuracy, entropy and the metrics that compare teacher and student: means over positions.
@@ -89,39 +77,30 @@ def summarise(
     sums = _sum_up(columns, documents_P, classes)
     has_teacher = "kl_to_teacher" in columns
     student = _estimate_metrics(sums, "")
-    teacher = _estimate_metrics(sums, "teacher_") if has_teacher else {}
     student |= {name: sums.ratio(name, "positions") for name in OF_BOTH if has_teacher}
     missing = {} if has_teacher else dict.fromkeys(OF_BOTH, NO_TEACHER)
     missing |= {} if "bytes" in columns else {"bits_per_byte": NO_BYTES}
-    counts: dict[str, Any] = {
-        "positions": len(documents_P),
-        "documents": len(sums.documents),
-        "bytes": int(sums.total("bytes")) if "bytes" in columns else None,
-    }
-    sections = {
-        "validation": counts | _values(student, [*OF_MODEL, *OF_BOTH]),
-        "teacher_validation": _values(teacher, OF_MODEL) if has_teacher else None,
-        "intervals": {
-            "validation": _intervals(student),
-            "teacher_validation": _intervals(teacher) if has_teacher else None,
-        },
-        "units": {name: metric.unit for name, metric in METRICS.items()},
-        "not_defined": missing,
-        "reliability": {
-            "student": _reliability(sums, ""),
-            "teacher": _reliability(sums, "teacher_") if has_teacher else None,
-        },
-        "breakdown": {kind: _break_down(sums, kind, found) for kind, found in classes.items()},
-    }
-    return Scores(sections, sums)
-
-
-def _values(found: Mapping[str, Estimate], names: Any) -> dict[str, float | None]:
-    return {name: found[name].value if name in found else None for name in names}
-
-
-def _intervals(found: Mapping[str, Estimate]) -> dict[str, list[float] | None]:
-    return {name: list(e.ends) if e.ends else None for name, e in found.items()}
+    card = Scorecard(
+        positions=len(documents_P),
+        documents=len(sums.documents),
+        bytes=int(sums.total("bytes")) if "bytes" in columns else None,
+        metrics=student,
+        reliability=_reliability(sums, ""),
+    )
+    teacher = None
+    if has_teacher:
+        of_teacher = {
+            "metrics": _estimate_metrics(sums, "teacher_"),
+            "reliability": _reliability(sums, "teacher_"),
+        }
+        teacher = card.model_copy(update=of_teacher)
+    scores = Scores(
+        student=card,
+        teacher=teacher,
+        not_defined=missing,
+        breakdown={kind: _break_down(sums, kind, found) for kind, found in classes.items()},
+    )
+    return scores, sums
 
 
 def _sum_up(
@@ -187,30 +166,26 @@ def _calibration_error(sums: DocumentSums, whose: str) -> Estimate:
     return basic_interval(value, gaps_R / sums.resampled("positions"), least=0.0)
 
 
-def _reliability(sums: DocumentSums, whose: str) -> list[dict[str, Any]]:
-    """Return the non-empty bins: from, to, positions, mean confidence, accuracy and its interval."""
+def _reliability(sums: DocumentSums, whose: str) -> tuple[Bin, ...]:
+    """Return the bins that are not empty."""
     found = []
     for b in range(NUM_BINS):
         name = f"{whose}bin/{b}/"
         if not (size := sums.total(f"{name}positions")):
             continue
-        accuracy = sums.ratio(f"{name}accuracy", f"{name}positions")
         found.append(
-            {
-                "from": b / NUM_BINS,
-                "to": (b + 1) / NUM_BINS,
-                "positions": int(size),
-                "confidence": sums.total(f"{name}confidence") / size,
-                "accuracy": accuracy.value,
-                "low": accuracy.low,
-                "high": accuracy.high,
-            }
+            Bin(
+                start=b / NUM_BINS,
+                stop=(b + 1) / NUM_BINS,
+                positions=int(size),
+                confidence=sums.total(f"{name}confidence") / size,
+                accuracy=sums.ratio(f"{name}accuracy", f"{name}positions"),
+            )
         )
-    return found
+    return tuple(found)
 
 
-def _break_down(sums: DocumentSums, kind: str, classes: Classes) -> list[dict[str, Any]]:
-    """Return a row for each class: its name, size, metrics and their intervals."""
+def _break_down(sums: DocumentSums, kind: str, classes: Classes) -> tuple[ClassRow, ...]:
     rows = []
     for index, class_name in enumerate(classes.names):
         prefix = f"{kind}/{index}/"
@@ -218,13 +193,15 @@ def _break_down(sums: DocumentSums, kind: str, classes: Classes) -> list[dict[st
         found = {n: sums.ratio(prefix + n, f"{prefix}positions") for n in names}
         if sums.has(f"{prefix}bytes") and sums.total(f"{prefix}bytes") > 0:
             found["bits_per_byte"] = _bits_per_byte(sums, f"{prefix}loss", f"{prefix}bytes")
-        counts = {
-            "class": class_name,
-            "positions": int(sums.total(f"{prefix}positions")),
-            "documents": sums.count_documents(f"{prefix}positions"),
-        }
-        rows.append(counts | _values(found, found) | {"intervals": _intervals(found)})
-    return rows
+        rows.append(
+            ClassRow(
+                name=class_name,
+                positions=int(sums.total(f"{prefix}positions")),
+                documents=sums.count_documents(f"{prefix}positions"),
+                metrics=found,
+            )
+        )
+    return tuple(rows)
 
 
 # Comparing runs -----------------------------------------------------------------------------------

@@ -23,9 +23,10 @@ from retort.evaluation.humaneval import (
     read_problems,
     score_attempts,
 )
-from retort.evaluation.run import require_trained_student
+from retort.evaluation.records import BenchmarkRecord, TaskResult
+from retort.evaluation.run import read_trained_student
 from retort.evaluation.sandbox import require_sandbox
-from retort.io.files import read_json, write_atomically, write_json
+from retort.io.files import write_atomically
 from retort.io.run_record import describe_run
 from retort.models.generate import Sampling, complete_prompts
 from retort.models.load import (
@@ -33,11 +34,10 @@ from retort.models.load import (
     describe_device,
     load_pretrained,
     load_recorded_teacher,
+    name_dtype,
 )
 from retort.tokens.tokenizer import load_tokenizer
 
-BENCHMARK_FORMAT = "retort-benchmark"
-BENCHMARK_VERSION = 1
 ATTEMPTS_FILE = "attempts.jsonl"
 
 
@@ -75,12 +75,10 @@ def run_task_on_student(
     Raises ValueError when final/ is not the student that training.json describes.
     """
     torch.set_num_threads(cpu_threads)
-    record = read_json(training_path)
-    folder = training_path.parent / "final"
-    require_trained_student(folder, record, training_path)
+    folder, record = read_trained_student(training_path)
     model = load_pretrained(str(folder), dtype=torch.float32).to(choose_device(device)).eval()
-    about = {"run": record["run"], "id": record["id"], "teacher": None}
-    return _run_task(out, name, model, load_tokenizer(str(folder)), about=about, settings=settings)
+    found = _run_task(out, name, model, load_tokenizer(str(folder)), settings=settings)
+    return _write(out, found, run=record.run, id=record.id)
 
 
 def run_task_on_teacher(
@@ -101,8 +99,8 @@ def run_task_on_teacher(
     tokenizer = load_tokenizer(
         teacher_path, revision=section.revision, trust_remote_code=section.trust_remote_code
     )
-    about = {"run": None, "id": None, "teacher": section.model_path}
-    return _run_task(out, name, teacher.model, tokenizer, about=about, settings=settings)
+    found = _run_task(out, name, teacher.model, tokenizer, settings=settings)
+    return _write(out, found, teacher=section.model_path)
 
 
 def _run_task(
@@ -111,9 +109,8 @@ def _run_task(
     model: PreTrainedModel,
     tokenizer: Any,
     *,
-    about: dict[str, Any],
     settings: Evaluation,
-) -> str:
+) -> BenchmarkRecord:
     started = time.monotonic()
     out.parent.mkdir(parents=True, exist_ok=True)
     if name == HUMANEVAL:
@@ -124,19 +121,24 @@ def _run_task(
     made = describe_run(
         section={"evaluation": identity(settings)},
         seed=settings.benchmark_seed,
+        dtype=name_dtype(model.dtype),
         device=describe_device(model.device),
         seconds=time.monotonic() - started,
     )
-    made["versions"] |= found.pop("versions")
-    header = {"format": BENCHMARK_FORMAT, "version": BENCHMARK_VERSION, "benchmark": name}
-    write_json(out, header | about | found | {"made": made})
-    return f"benchmark {name} of {about['run'] or about['teacher']}  {_describe(found)}"
+    return BenchmarkRecord(task=name, run=None, id=None, teacher=None, result=found, made=made)
+
+
+def _write(out: Path, found: BenchmarkRecord, **whose: str | None) -> str:
+    """Write benchmark.json of a student (run, id) or a teacher, and return a one-line summary."""
+    found.model_copy(update=whose).write(out)
+    whom = whose.get("run") or whose.get("teacher")
+    return f"benchmark {found.task} of {whom}  {_describe(found.result)}"
 
 
 def run_humaneval(
     model: PreTrainedModel, tokenizer: Any, *, settings: Evaluation
-) -> tuple[dict[str, Any], list[Attempt]]:
-    """Return (sections of benchmark.json, every attempt) of a model on HumanEval.
+) -> tuple[TaskResult, list[Attempt]]:
+    """Return (result, every attempt) of a model on HumanEval.
 
     Raises ValueError when running code is not allowed, no problems are given or the sandbox does not work.
     """
@@ -166,7 +168,7 @@ def _require_consent(settings: Evaluation) -> None:
 
 def score_humaneval(
     complete: Callable[[Any], list[str]], *, settings: Evaluation
-) -> tuple[dict[str, Any], list[Attempt]]:
+) -> tuple[TaskResult, list[Attempt]]:
     """Return the same for any function from prompts to completions."""
     all_problems = read_problems(Path(str(settings.humaneval_file)))
     problems = all_problems[: settings.benchmark_limit]
@@ -176,17 +178,12 @@ def score_humaneval(
         num_completions=settings.humaneval_completions,
         timeout_s=settings.code_timeout_s,
     )
-    scores = score_attempts(attempts, settings.humaneval_pass_at)
-    rows = [
-        {"task": HUMANEVAL, "metric": metric, "is_less_better": False, **score}
-        for metric, score in scores.items()
-    ]
-    found = {
-        "scores": rows,
-        "examples": len(problems),
-        "examples_in_all": len(all_problems),
-        "versions": {},
-    }
+    found = TaskResult(
+        scores=score_attempts(attempts, settings.humaneval_pass_at),
+        examples=len(problems),
+        examples_in_all=len(all_problems),
+        versions={},
+    )
     return found, attempts
 
 
@@ -198,8 +195,8 @@ def write_attempts(path: Path, attempts: list[Attempt]) -> None:
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-def _describe(found: dict[str, Any]) -> str:
-    shown = ", ".join(f"{r['task']} {r['metric']} {r['value']:.4f}" for r in found["scores"][:3])
-    more = len(found["scores"]) - 3
-    examples = f"{found['examples']:,} of {found['examples_in_all']:,} examples"
+def _describe(found: TaskResult) -> str:
+    shown = ", ".join(f"{s.task} {s.metric} {s.value:.4f}" for s in found.scores[:3])
+    more = len(found.scores) - 3
+    examples = f"{found.examples:,} of {found.examples_in_all:,} examples"
     return f"{shown}{f' and {more} more' if more > 0 else ''} ({examples})"

@@ -4,31 +4,86 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+from pydantic_core import to_jsonable_python
+
+from retort.io.records import JsonObject, Record
+
+_PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "h5py", "snakemake")
+
+
+class RunRecord(Record):
+    """How an output was made.
+
+    run, source: name of the run in the config, and of the config file, where they are known. config: the sections that
+    the output was made from. dtype: of the model's weights, None where there is no model.
+    """
+
+    format: ClassVar[str] = "retort-run"
+    version: ClassVar[int] = 2
+
+    command: tuple[str, ...]
+    source: str | None
+    run: str | None
+    commit: str | None
+    uncommitted_changes: bool | None
+    config: JsonObject
+    seed: int | None
+    dtype: str | None
+    device: str
+    seconds: float
+    finished: str
+    python: str
+    versions: dict[str, str]
 
 
 def describe_run(
-    *, section: Mapping[str, Any], seed: int | None, device: str, seconds: float
-) -> dict[str, Any]:
-    """Return the content of an output's run.json. `section` is the config it was made from, `seconds` the run time."""
+    *,
+    section: Mapping[str, Any],
+    seconds: float,
+    seed: int | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    versions: Mapping[str, str] | None = None,
+    run: str | None = None,
+    source: str | None = None,
+) -> RunRecord:
+    """Return the record of this process. `section`: sections of the config, by name; `device`: None for the CPU.
+
+    `versions`: of packages beside those that are always recorded.
+    """
     commit, is_dirty = _git_state()
-    return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "commit": commit,
-        "uncommitted_changes": is_dirty,
-        "config": dict(section),
-        "seed": seed,
-        "device": device,
-        "seconds": round(seconds, 3),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "python": platform.python_version(),
-        "versions": _versions(
-            ("torch", "transformers", "tokenizers", "datasets", "numpy", "h5py", "snakemake")
-        ),
-    }
+    return RunRecord(
+        command=(Path(sys.argv[0]).name, *sys.argv[1:]),
+        source=source,
+        run=run,
+        commit=commit,
+        uncommitted_changes=is_dirty,
+        config=to_jsonable_python(section),
+        seed=seed,
+        dtype=dtype,
+        device=device or name_cpu(),
+        seconds=round(seconds, 3),
+        finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        python=platform.python_version(),
+        versions=_versions() | dict(versions or {}),
+    )
+
+
+@cache
+def name_cpu() -> str:
+    """Return the model of this machine's CPU, as Linux names it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def _git_state() -> tuple[str | None, bool | None]:
@@ -47,9 +102,9 @@ def _git_state() -> tuple[str | None, bool | None]:
         return None, None
 
 
-def _versions(packages: Iterable[str]) -> dict[str, str]:
+def _versions() -> dict[str, str]:
     found = {}
-    for package in packages:
+    for package in _PACKAGES:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

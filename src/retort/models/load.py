@@ -30,6 +30,7 @@ from retort.config.sections import Teacher
 from retort.io.digests import digest, digest_file_states
 from retort.io.files import read_json, write_json
 from retort.io.fingerprints import fingerprint_weights, list_weights
+from retort.io.run_record import name_cpu
 from retort.models.heads import Head
 from retort.tokens.tokenizer import explain_load_error, identify_tokenizer, load_tokenizer
 
@@ -322,12 +323,17 @@ def refuse_short_context(
         )
 
 
+def name_dtype(dtype: torch.dtype) -> str:
+    """Return the name of a dtype, as in the config: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def describe_device(device: torch.device) -> str:
-    """Return the device for run.json: "NVIDIA H100 x 2", "cpu, 2 threads of 16 cores"."""
+    """Return the device for run.json: "NVIDIA H100 x 2", "cpu (AMD EPYC 9654), 2 threads of 16 cores"."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)} x {torch.cuda.device_count()}"
     threads = torch.get_num_threads()
-    return f"cpu, {threads} thread{'s' if threads > 1 else ''} of {os.cpu_count()} cores"
+    return f"cpu ({name_cpu()}), {threads} thread{'s' if threads > 1 else ''} of {os.cpu_count()} cores"
 
 
 def record_teacher(path: Path, section: Teacher) -> None:

@@ -6,7 +6,7 @@ machine. It never sees held-out documents.
 
 import logging
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -121,12 +121,13 @@ def make_demo_teacher(
             "vocabulary": len(tokenizer),
         }
         about = describe_run(
-            section=asdict(size),
+            section={"demo_teacher": size, "dataset": dataset},
             seed=0,
-            device=summary["device"],
-            seconds=summary["seconds"],
+            dtype=summary.dtype,
+            device=summary.device,
+            seconds=summary.seconds,
         )
-        write_json(folder / "run.json", about)
+        about.write(folder / "run.json")
         write_json(record_path, record)
 
 

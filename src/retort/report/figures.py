@@ -10,8 +10,8 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import offset_copy
 
 from retort.evaluation.intervals import Estimate
+from retort.evaluation.records import Scorecard
 from retort.report.records import Record, find_teachers, name_teacher
-from retort.report.scorecards import Scorecard
 from retort.report.svg import INKS, PANEL_INCHES, Draw, find_style, finish_axes, render_svg
 
 # Behind text, so that no line runs through a word.

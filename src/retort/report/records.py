@@ -19,15 +19,10 @@ from typing import Any
 from retort.config.schema import flatten
 from retort.config.section import Section, changes_id
 from retort.config.sections import Student, Training
+from retort.evaluation.records import ClassRow, Metrics, Scorecard
+from retort.io.run_record import RunRecord
 from retort.models.samples import SAMPLES_FILE, Samples, read_samples
-from retort.report.scorecards import (
-    ClassRow,
-    Reader,
-    Scorecard,
-    open_metrics,
-    read_breakdown,
-    read_scorecard,
-)
+from retort.teacher.manifest import Manifest
 
 # Keys of run.json that the report shows under another name, and the time.
 _SHOWN_ELSEWHERE = {
@@ -141,65 +136,65 @@ def load_metrics(paths: Sequence[Path]) -> list[Record]:
 
 
 def _read_record(path: Path) -> Record:
-    read = open_metrics(path)
-    card = read_scorecard(read, whose="student")
-    teacher_card = read_scorecard(read, whose="teacher")
-    read.number("validation", "loss")  # a clear error if it is null
-    assert card is not None, path
+    found = Metrics.read(path)
+    training, scores = found.training, found.scores
+
+    def value(name: str, card: Scorecard | None = scores.student) -> float | None:
+        return card.metrics[name].value if card and name in card.metrics else None
+
     return Record(
         path=path,
-        name=read.text("run"),
-        id=read.text("id"),
-        distillation_type=read.text("distillation_type"),
-        alpha=read.number_or_none("alpha"),
-        temperature=read.number_or_none("temperature"),
-        seed=read.count("seed"),
-        student_parameters=read.count("student_parameters"),
-        teacher=None if read("teacher") is None else read.text("teacher"),
-        teacher_parameters=(
-            None if read("teacher_parameters") is None else read.count("teacher_parameters")
-        ),
-        steps=read.count("steps"),
-        trained_tokens=read.count("trained_tokens"),
-        training_seconds=read.number("training_seconds"),
-        device=read.text("device"),
-        positions=read.count("validation", "positions"),
-        documents=read.count("validation", "documents"),
-        content=None
-        if read("validation", "content") is None
-        else read.text("validation", "content"),
-        sequences=read.count("validation", "sequences"),
-        leaked_sequences=read.count("validation", "leaked_sequences"),
-        loss=read.number("validation", "loss"),
-        perplexity=read.number("validation", "perplexity"),
-        kl_to_teacher=read.number_or_none("validation", "kl_to_teacher"),
-        agreement=read.number_or_none("validation", "agreement"),
-        teacher_loss=read.number_or_none("teacher_validation", "loss"),
-        teacher_perplexity=read.number_or_none("teacher_validation", "perplexity"),
-        card=card,
-        teacher_card=teacher_card,
-        breakdown=read_breakdown(read),
-        trained=dict(flatten(read.mapping("trained"))),
-        not_defined={str(k): str(v) for k, v in read.mapping("not_defined").items()},
-        cache=None if read("cache") is None else _read_cache(read),
+        name=training.run,
+        id=training.id,
+        distillation_type=training.distillation_type,
+        alpha=training.alpha,
+        temperature=training.temperature,
+        seed=training.seed,
+        student_parameters=training.summary.student_parameters,
+        teacher=found.teacher,
+        teacher_parameters=found.teacher_parameters,
+        steps=training.summary.steps,
+        trained_tokens=training.summary.trained_positions,
+        training_seconds=training.summary.seconds,
+        device=training.summary.device,
+        positions=scores.student.positions,
+        documents=scores.student.documents,
+        content=found.content,
+        sequences=found.sequences,
+        leaked_sequences=found.leaked_sequences,
+        loss=scores.student.metrics["loss"].value,
+        perplexity=scores.student.metrics["perplexity"].value,
+        kl_to_teacher=value("kl_to_teacher"),
+        agreement=value("agreement"),
+        teacher_loss=value("loss", scores.teacher),
+        teacher_perplexity=value("perplexity", scores.teacher),
+        card=scores.student,
+        teacher_card=scores.teacher,
+        breakdown=scores.breakdown,
+        trained=_flatten_run(found.trained),
+        not_defined=scores.not_defined,
+        cache=_describe_cache(found.cache) if found.cache else None,
     )
 
 
-def _read_cache(read: Reader) -> CacheFacts:
+def _flatten_run(run: RunRecord | None) -> dict[str, Any]:
+    """Return what the report shows of a run.json, by dotted keys: the config that it was made from, and versions."""
+    shown = ("commit", "uncommitted_changes", "python", "versions", "finished")
+    return dict(flatten(run.model_dump(include=set(shown)) | run.config)) if run else {}
+
+
+def _describe_cache(manifest: Manifest) -> CacheFacts:
+    assert manifest.fidelity is not None, manifest
+    is_top_k = manifest.top_k is not None
     return CacheFacts(
-        method=read.text("cache", "method"),
-        setting=_describe_setting(read),
-        positions=read.count("cache", "positions"),
-        bytes_per_position=read.number("cache", "bytes_per_position"),
-        tail_mass=read.number("cache", "tail_mass"),
-        fidelity_kl=read.number("cache", "fidelity_kl"),
-        fidelity_agreement=read.number("cache", "fidelity_agreement"),
+        method=manifest.method,
+        setting=f"k = {manifest.top_k}" if is_top_k else f"p >= {manifest.min_probability:g}",
+        positions=manifest.positions,
+        bytes_per_position=manifest.bytes_per_position,
+        tail_mass=manifest.fidelity.tail_mass,
+        fidelity_kl=manifest.fidelity.kl,
+        fidelity_agreement=manifest.fidelity.agreement,
     )
-
-
-def _describe_setting(read: Reader) -> str:
-    top_k = read("cache", "top_k")
-    return f"p >= {read.number('cache', 'min_probability'):g}" if top_k is None else f"k = {top_k}"
 
 
 def load_logs(records: Sequence[Record]) -> list[TrainingLog | None]:

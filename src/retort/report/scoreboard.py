@@ -3,12 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from retort.evaluation.intervals import Estimate
-from retort.io.files import read_json
+from retort.evaluation.records import BenchmarkRecord
 
-_FORMAT, _VERSION = "retort-benchmark", 1
 _Z = 1.96  # standard errors over examples in half a 95 % interval
 
 
@@ -53,43 +51,29 @@ class Scoreboard:
 
 
 def read_scoreboard(paths: Sequence[Path]) -> Scoreboard:
-    """Read files of benchmark.json, in the order given. Raises ValueError when one is missing or is something else."""
+    """Read files of benchmark.json, in the order given. Raises ValueError as `Record.read` does."""
     scores: dict[tuple[str, bool], dict[TaskMetric, Estimate]] = {}
     for path in paths:
-        raw = _open(path)
-        model = (raw["run"] or f"teacher {raw['teacher']}", raw["run"] is None)
-        scores.setdefault(model, {}).update(_read_columns(raw))
+        record = BenchmarkRecord.read(path)
+        model = (record.run or f"teacher {record.teacher}", record.run is None)
+        scores.setdefault(model, {}).update(_list_columns(record))
     columns = tuple(dict.fromkeys(column for found in scores.values() for column in found))
     models = sorted(scores, key=lambda model: not model[1])  # stable: teachers first
     rows = ((name, is_t, tuple(map(scores[name, is_t].get, columns))) for name, is_t in models)
     return Scoreboard(columns, tuple(rows))
 
 
-def _open(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        raise ValueError(f"{path} does not exist: give the benchmark.json of runs or teachers.")
-    raw: dict[str, Any] = read_json(path)
-    found = (raw.get("format"), raw.get("version")) if isinstance(raw, dict) else (None, None)
-    if found != (_FORMAT, _VERSION):
-        raise ValueError(
-            f"{path} is not a benchmark.json of this version (format {found[0]!r}, version {found[1]!r}; expected "
-            f"{_FORMAT!r}, {_VERSION}): run the benchmark again."
-        )
-    return raw
-
-
-def _read_columns(raw: dict[str, Any]) -> dict[TaskMetric, Estimate]:
+def _list_columns(record: BenchmarkRecord) -> dict[TaskMetric, Estimate]:
     """Return the scores of a task; of a group without a score of its own, those of all its subtasks."""
-    rows = raw["scores"]
-    own = [row for row in rows if row["task"] == raw["benchmark"]] or rows
-    found = {}
-    counts = (raw["examples"], raw["examples_in_all"])
-    for row in own:
-        names = (raw["benchmark"], row["task"], row["metric"])
-        found[TaskMetric(*names, *counts, row["is_less_better"])] = _score(
-            row["value"], row["standard_error"]
+    result = record.result
+    own = [s for s in result.scores if s.task == record.task] or result.scores
+    counts = (result.examples, result.examples_in_all)
+    return {
+        TaskMetric(record.task, s.task, s.metric, *counts, s.is_less_better): _score(
+            s.value, s.standard_error
         )
-    return found
+        for s in own
+    }
 
 
 def _score(value: float, error: float | None) -> Estimate:

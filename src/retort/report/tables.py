@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from retort.evaluation.formatting import format_estimate, format_metric, name_metric
 from retort.evaluation.intervals import Estimate
+from retort.evaluation.records import ClassRow
 from retort.models.samples import SamplePrompt, Samples
 from retort.report.comparisons import compare_with_baseline, find_best
 from retort.report.records import CacheFacts, Record, find_teachers, name_teacher
 from retort.report.scoreboard import Scoreboard
-from retort.report.scorecards import ClassRow
 from retort.report.seeds import SeedMean
 
 # First and second line of a column's head, and its width in characters; the first column is the name.

@@ -5,7 +5,7 @@ Legend: P counted positions, K kept tokens, V vocabulary.
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,9 +21,11 @@ from retort.cache.parts import (
 )
 from retort.cache.reader import CACHE_FILE, CacheHeader, LogitCache, cache_digest
 from retort.config.sections import Cache, Merge
-from retort.io.files import read_json, write_json
-from retort.io.run_record import describe_run
+from retort.io.files import read_json
+from retort.io.run_record import RunRecord, describe_run
 from retort.teacher.features import TeacherFeatures, read_features
+from retort.teacher.manifest import Fidelity, Manifest
+from retort.teacher.worker import WorkerRecord
 from retort.tokens.index import TokenIndex
 from retort.tokens.sequences import concatenate_tables
 
@@ -32,6 +34,14 @@ from retort.tokens.sequences import concatenate_tables
 _MISALIGNED_KL = 0.5
 # Log of the least tail: one that rounds to zero is below 1e-5, but would cost infinitely many nats.
 _LEAST_TAIL = -30.0
+
+
+class CacheRun(RunRecord):
+    """run.json beside a merged cache, with the receipts of the workers that made its parts."""
+
+    format: ClassVar[str] = "retort-cache-run"
+
+    workers: tuple[WorkerRecord, ...]
 
 
 def merge_h5(
@@ -58,22 +68,23 @@ def merge_h5(
     if not _is_done(out, header, parts=folder / "parts"):
         _merge(index, folder, header, out, mode=merge.mode)
     merged = LogitCache(out)
-    receipts = [read_json(path) for path in sorted(folder.glob("metadata_worker*.json"))]
-    manifest = build_manifest(merged, index) | read_fidelity(merged, features_path)
-    _refuse_misaligned(out, manifest)
-    about = describe_run(
-        section=cache.model_dump(), seed=None, device="cpu", seconds=time.monotonic() - started
+    workers = [WorkerRecord.read(path) for path in sorted(folder.glob("metadata_worker*.json"))]
+    manifest = build_manifest(merged, index, read_fidelity(merged, features_path))
+    _refuse_misaligned(out, manifest.fidelity)
+    made = describe_run(
+        section={"cache": cache, "merge": merge}, seconds=time.monotonic() - started
     )
-    write_json(folder / "run.json", about | {"workers": receipts})
-    write_json(manifest_path, manifest)
+    CacheRun(**dict(made), workers=tuple(workers)).write(folder / "run.json")
+    manifest.write(manifest_path)
     if not merged.is_virtual:
         remove_parts(folder / "parts")
-    line = f"cache: {manifest['positions']:,} positions, {manifest['bytes_per_position']:.1f} bytes each"
-    if manifest["fidelity_positions"] == 0:
+    line = f"cache: {manifest.positions:,} positions, {manifest.bytes_per_position:.1f} bytes each"
+    found = manifest.fidelity
+    if found is None:
         return f"{line}; its fidelity was not measured"
     return (
-        f"{line}, tail mass {manifest['tail_mass']:.3f}; KL(live teacher || cache) {manifest['fidelity_kl']:.2e} "
-        f"nats on {manifest['fidelity_positions']:,} positions"
+        f"{line}, tail mass {found.tail_mass:.3f}; KL(live teacher || cache) {found.kl:.2e} "
+        f"nats on {found.positions:,} positions"
     )
 
 
@@ -108,63 +119,59 @@ def _merge(index: TokenIndex, folder: Path, header: CacheHeader, out: Path, *, m
         raise
 
 
-def _refuse_misaligned(path: Path, manifest: dict[str, Any]) -> None:
+def _refuse_misaligned(path: Path, found: Fidelity | None) -> None:
     """Raise ValueError when the cache is so far from the teacher that its records must belong elsewhere."""
-    if manifest["fidelity_positions"] and not manifest["fidelity_kl"] <= _MISALIGNED_KL:
+    if found is not None and not found.kl <= _MISALIGNED_KL:
         raise ValueError(
             f"{path} does not hold this teacher's distributions at these positions: KL(live teacher || cache) is "
-            f"{manifest['fidelity_kl']:.2f} nats on {manifest['fidelity_positions']:,} positions, expected below "
+            f"{found.kl:.2f} nats on {found.positions:,} positions, expected below "
             f"{_MISALIGNED_KL}. Delete {path.parent} and rerun the same command."
         )
 
 
-def build_manifest(cache: LogitCache, index: TokenIndex) -> dict[str, Any]:
-    """Return the manifest but for the fidelity; it depends on the cache's content alone."""
+def build_manifest(
+    cache: LogitCache, index: TokenIndex, fidelity: Fidelity | None = None
+) -> Manifest:
+    """Return the manifest, which but for the fidelity depends on the cache's content alone."""
     positions, header = cache.table.num_positions, cache.header.to_json()
     assert positions == index.content["train"]["positions"], (positions, index.content["train"])
-    return {
-        "file": cache.path.name,
-        "mode": "virtual" if cache.is_virtual else "copy",
-        "file_bytes": cache.path.stat().st_size,
-        "sha256": cache_digest(cache),
-        "sequences": len(cache),
-        "tokens": len(cache.table.ids),
-        "positions": positions,
-        "bytes_per_position": (cache.record_bytes + cache.table_bytes) / max(1, positions),
-        **{name: header["codec"][name] for name in ("method", "top_k", "min_probability")},
-        "halved_parts": cache.halved_parts,
-        "header": header,
-    }
+    codec = header["codec"]
+    return Manifest(
+        file=cache.path.name,
+        mode="virtual" if cache.is_virtual else "copy",
+        file_bytes=cache.path.stat().st_size,
+        sha256=cache_digest(cache),
+        sequences=len(cache),
+        tokens=len(cache.table.ids),
+        positions=positions,
+        bytes_per_position=(cache.record_bytes + cache.table_bytes) / max(1, positions),
+        method=codec["method"],
+        top_k=codec["top_k"],
+        min_probability=codec["min_probability"],
+        halved_parts=cache.halved_parts,
+        header=header,
+        fidelity=fidelity,
+    )
 
 
-def read_fidelity(cache: LogitCache, features_path: Path | None) -> dict[str, Any]:
-    """Return the manifest's fidelity (see `measure_fidelity`), of 0 positions where features_path is None.
+def read_fidelity(cache: LogitCache, features_path: Path | None) -> Fidelity | None:
+    """Return the fidelity (see `measure_fidelity`); None where no position was scored again.
 
     Raises ValueError when the features are of another teacher or other sequences.
     """
     if features_path is None:
-        return {
-            "fidelity_positions": 0,
-            "fidelity_kl": None,
-            "fidelity_agreement": None,
-            "tail_mass": None,
-        }
+        return None
     teacher = read_features(features_path)
     teacher.require_teacher(cache.header.teacher, source=features_path, made_from=cache.path)
     indices = [i for i in teacher.train_sequences.tolist() if i < len(cache)]
     rows = [cache.table.slice(i, i + 1) for i in indices]
     teacher.require("train", concatenate_tables(rows), source=features_path)
-    return measure_fidelity(cache, teacher)
+    return measure_fidelity(cache, teacher) if indices else None
 
 
 @torch.inference_mode()
-def measure_fidelity(cache: LogitCache, teacher: TeacherFeatures) -> dict[str, Any]:
-    """Return means over the training positions that the teacher scored again, at temperature 1.
-
-    fidelity_kl: KL(live teacher || cache) in nats over the kept tokens and one bucket for the tail: what storing (and
-    scoring in other batches) changed. fidelity_agreement: share with the same most probable token. tail_mass: mass
-    outside the exact tokens.
-    """
+def measure_fidelity(cache: LogitCache, teacher: TeacherFeatures) -> Fidelity:
+    """Return the cache's fidelity at the training positions that the teacher scored again, at least one."""
     num_positions, kl, agree, tail = 0, 0.0, 0, 0.0
     for index in teacher.train_sequences.tolist():
         targets = cache.read_targets(index)
@@ -184,14 +191,13 @@ def measure_fidelity(cache: LogitCache, teacher: TeacherFeatures) -> dict[str, A
         agree += int((live_PV.argmax(dim=-1, keepdim=True) == ids_PK.gather(1, best_P1)).sum())
         tail += float(cached[:, -1].exp().double().sum())
     assert num_positions == len(teacher.features["train"]), num_positions
-    n = max(1, num_positions)
-    return {
-        "fidelity_positions": num_positions,
+    return Fidelity(
+        positions=num_positions,
         # Rows rounded to float16 need not sum to one, which can make a KL of zero slightly negative.
-        "fidelity_kl": max(0.0, kl / n),
-        "fidelity_agreement": agree / n,
-        "tail_mass": tail / n,
-    }
+        kl=max(0.0, kl / num_positions),
+        agreement=agree / num_positions,
+        tail_mass=tail / num_positions,
+    )
 
 
 def _hide(live_PV: Tensor, ids_PK: Tensor, is_kept_PK: Tensor) -> Tensor:

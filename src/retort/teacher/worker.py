@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -32,9 +32,10 @@ from retort.cache.reader import CACHE_FILE, CacheHeader
 from retort.cli import RESUME, first_line, is_out_of_memory
 from retort.cluster.deadlines import OUT_OF_TIME, RESUMABLE, Deadline
 from retort.config.sections import Cache, Teacher
-from retort.io.files import read_json, write_json
-from retort.io.run_record import describe_run
-from retort.models.load import CausalLM, describe_device, load_recorded_teacher
+from retort.io.files import read_json
+from retort.io.records import Record
+from retort.io.run_record import RunRecord, describe_run
+from retort.models.load import CausalLM, describe_device, load_recorded_teacher, name_dtype
 from retort.teacher.claims import Claims
 from retort.teacher.progress import Progress
 from retort.teacher.scoring import PartTargets, Scorer, score_part
@@ -46,26 +47,27 @@ logger = logging.getLogger(__name__)
 _POLL_INTERVAL_S = 0.25  # listing the folder takes a few milliseconds
 
 
-@dataclass(frozen=True)
-class WorkerReport:
-    """Result of one worker, for its receipt metadata_worker<w>.json."""
+class WorkerRecord(Record):
+    """metadata_worker<w>.json, the receipt of a worker: the names of the parts that it did."""
+
+    format: ClassVar[str] = "retort-worker"
 
     worker: int
     num_workers: int
+    parts_done: tuple[str, ...]
+    tokens: int
+    made: RunRecord
+
+
+@dataclass(frozen=True)
+class WorkerReport:
+    """What one worker did."""
+
     parts: list[str]  # names
     tokens: int
     seconds: float
     left: int = 0  # parts without a file when there was no time for another one
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the content of the receipt."""
-        return {
-            "worker": self.worker,
-            "num_workers": self.num_workers,
-            "parts_done": self.parts,
-            "tokens": self.tokens,
-            "seconds": round(self.seconds, 3),
-        }
+    dtype: str | None = None  # of the teacher's weights, if it was loaded
 
 
 def run_worker(
@@ -127,7 +129,8 @@ def run_worker(
                 writer.write(_PartToWrite(part, table, scored, claim.pop_all(), part_started))
     left = len(find_missing_parts(index, folder, header)) if is_late else 0
     seconds = time.monotonic() - started
-    return WorkerReport(worker, num_workers, writer.done, progress.tokens, seconds, left)
+    dtype = name_dtype(scorer.teacher.model.dtype) if scorer else None
+    return WorkerReport(writer.done, progress.tokens, seconds, left, dtype)
 
 
 def _find_work(
@@ -250,7 +253,7 @@ def generate_logits(
     folder = receipt.parent
     if is_merged(folder / CACHE_FILE, header):
         logger.info("the merged cache already exists: nothing to do")
-        report = WorkerReport(worker, num_workers, [], 0, 0.0)
+        report = WorkerReport([], 0, 0.0)
     else:
         files = part_files(index, folder / "parts", header)
         with Progress(index.parts, files) as progress:
@@ -273,10 +276,19 @@ def generate_logits(
         raise SystemExit(RESUMABLE)
     has_gpu = torch.cuda.is_available() and section.device != "cpu"
     device = describe_device(torch.device("cuda" if has_gpu else "cpu"))
-    about = describe_run(
-        section=cache.model_dump(), seed=None, device=device, seconds=report.seconds
+    made = describe_run(
+        section={"teacher": section, "cache": cache},
+        dtype=report.dtype,
+        device=device,
+        seconds=report.seconds,
     )
-    write_json(receipt, report.to_json() | {"run": about})
+    WorkerRecord(
+        worker=worker,
+        num_workers=num_workers,
+        parts_done=tuple(report.parts),
+        tokens=report.tokens,
+        made=made,
+    ).write(receipt)
     logger.info(
         f"worker {worker}: {len(report.parts)} parts, {report.tokens:,} tokens in {report.seconds:.1f} s"
     )

@@ -46,6 +46,7 @@ from retort.training.checkpoints import (
 from retort.training.losses import LossSettings
 from retort.training.model_card import write_card
 from retort.training.model_loss import attach_loss
+from retort.training.record import TrainingSummary
 from retort.training.trainer import DistillationTrainer, ProgressCallback
 
 logger = logging.getLogger(__name__)
@@ -187,11 +188,10 @@ def train_student(
     job: TrainingJob,
     *,
     progress_interval_s: float = 10.0,
-) -> dict[str, Any]:
+) -> TrainingSummary:
     """Train until max_steps or num_epochs are done, from the newest complete checkpoint where there is one.
 
-    Writes checkpoint-*/, final/ (model, tokenizer, card) and training_log.csv into `folder`. Returns a summary: steps,
-    trained_positions, seconds and seconds_waiting_for_data, student_parameters, device. Called by every rank.
+    Writes checkpoint-*/, final/ (model, tokenizer, card) and training_log.csv into `folder`. Called by every rank.
 
     Raises ValueError when the cache lacks the training's temperature, a checkpoint is of another run or cannot be
     resumed from, the student cannot be built, or a loss, gradient or weight is not finite.
@@ -216,14 +216,16 @@ def train_student(
         trainer.add_callback(progress)
         _train(trainer, checkpoint, job)
         totals = progress.totals
-        summary = {
-            "steps": trainer.state.global_step,
-            "trained_positions": int(totals["positions"]),
-            "seconds": round(totals["seconds"], 3),
-            "seconds_waiting_for_data": round(trainer.waited_s, 3),
-            "student_parameters": parameters,
-            "device": describe_device(trainer.args.device),
-        }
+        mixed = {"bf16": " with bfloat16", "fp16": " with float16"}
+        summary = TrainingSummary(
+            steps=trainer.state.global_step,
+            trained_positions=int(totals["positions"]),
+            seconds=round(totals["seconds"], 3),
+            seconds_waiting_for_data=round(trainer.waited_s, 3),
+            student_parameters=parameters,
+            device=describe_device(trainer.args.device),
+            dtype="float32" + mixed.get(choose_precision(job.training, trainer.args.device), ""),
+        )
         curve = trainer.state.log_history
         save_final(folder / "final", trainer, job, lambda: _write_card(job, summary, curve))
         if rank() == 0:
@@ -345,7 +347,7 @@ def save_final(
     temporary.rename(folder)
 
 
-def _write_card(job: TrainingJob, summary: dict[str, Any], curve: list[dict[str, float]]) -> str:
+def _write_card(job: TrainingJob, summary: TrainingSummary, curve: list[dict[str, float]]) -> str:
     return write_card(
         job.name,
         distillation_type=job.training.distillation_type,

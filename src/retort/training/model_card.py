@@ -6,6 +6,8 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from retort.training.record import TrainingSummary
+
 _TEMPLATE = """---
 {{ card_data }}
 ---
@@ -43,19 +45,19 @@ def write_card(
     *,
     distillation_type: str,
     facts: Mapping[str, str],
-    summary: Mapping[str, Any],
+    summary: TrainingSummary,
     config: Mapping[str, Any],
     curve: list[dict[str, float]],
 ) -> str:
     """Return the card as Markdown.
 
-    `facts`: what the student was trained on, by name; `summary`: with steps, trained_positions, student_parameters;
-    `config`: shown as YAML; `curve`: Trainer's log history, whose last entry with a loss is shown.
+    `facts`: what the student was trained on, by name; `config`: shown as YAML; `curve`: Trainer's
+    log history, whose last entry with a loss is shown.
     """
     last = next((entry for entry in reversed(curve) if "total_loss" in entry), {})
     metrics = {
-        "optimizer steps": f"{summary['steps']:,}",
-        "positions": f"{summary['trained_positions']:,}",
+        "optimizer steps": f"{summary.steps:,}",
+        "positions": f"{summary.trained_positions:,}",
     }
     metrics |= {key: f"{last[key]:.4f}" for key in _METRICS if key in last}
     data = ModelCardData(
@@ -67,7 +69,7 @@ def write_card(
         data,
         template_str=_TEMPLATE,
         name=name,
-        parameters=summary["student_parameters"],
+        parameters=summary.student_parameters,
         way=_WAYS[distillation_type],
         facts=facts,
         metrics=metrics,

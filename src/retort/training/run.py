@@ -11,7 +11,7 @@ from retort.config.load import identity
 from retort.config.sections import Student, Teacher, Tracking, Training
 from retort.config.training import DEFAULT_ALPHA
 from retort.io.digests import digest, digest_folder
-from retort.io.files import read_json, write_json
+from retort.io.files import read_json
 from retort.io.run_record import describe_run
 from retort.models.load import CausalLM, load_recorded_teacher, refuse_short_context
 from retort.models.students import name_student, student_config
@@ -20,6 +20,7 @@ from retort.tokens.sequences import SequenceTable
 from retort.tokens.tokenizer import identify_tokenizer, load_tokenizer
 from retort.tokens.vocabularies import require_student_ids, require_teacher_ids
 from retort.training.loop import TrainingJob, train_student
+from retort.training.record import TrainingRecord, TrainingSummary
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ def train_run(
     _require_same_student(student, expected_student)
     if rank() == 0:
         _write_records(out, job, summary, record)
-        logger.info(f"train {name}  {summary['steps']} steps in {summary['seconds']:.0f} s")
+        logger.info(f"train {name}  {summary.steps} steps in {summary.seconds:.0f} s")
 
 
 def _fill_alpha(training: Training, *, has_teacher: bool) -> Training:
@@ -133,27 +134,30 @@ def _describe_sources(
 
 
 def _write_records(
-    out: Path, job: TrainingJob, summary: dict[str, Any], record: dict[str, Any] | None
+    out: Path, job: TrainingJob, summary: TrainingSummary, record: dict[str, Any] | None
 ) -> None:
     """Write run.json, then training.json, whose existence means that the run is finished."""
     training = job.training
-    about = {
-        "run": job.name,
-        "id": out.parent.name,
-        "distillation_type": training.distillation_type,
-        "alpha": training.alpha,
-        "temperature": training.temperature,
-        "seed": training.seed,
-        "teacher": record["weights"] if record else None,
-        **summary,
-        "final": digest_folder(out.parent / "final"),
-    }
-    section = {"student": job.student.model_dump(), "training": training.model_dump()}
-    run = describe_run(
-        section=section, seed=training.seed, device=summary["device"], seconds=summary["seconds"]
+    made = describe_run(
+        section={"student": job.student, "training": training},
+        run=job.name,
+        seed=training.seed,
+        dtype=summary.dtype,
+        device=summary.device,
+        seconds=summary.seconds,
     )
-    write_json(out.parent / "run.json", run)
-    write_json(out, about)
+    made.write(out.with_name("run.json"))
+    TrainingRecord(
+        run=job.name,
+        id=out.parent.name,
+        distillation_type=training.distillation_type,
+        alpha=training.alpha,
+        temperature=training.temperature,
+        seed=training.seed,
+        teacher=record["weights"] if record else None,
+        summary=summary,
+        final=digest_folder(out.parent / "final"),
+    ).write(out)
 
 
 def _require_same_student(student: Student, expected: str | None) -> None:

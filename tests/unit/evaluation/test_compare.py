@@ -23,8 +23,9 @@ from retort.evaluation.compare import (
     choose_loader,
     choose_loading,
     evaluate_models,
-    render_metrics,
+    render_comparison,
 )
+from retort.evaluation.records import Comparison
 from retort.evaluation.scores import METRICS, OF_BOTH
 from retort.tokens.tokenizer import load_tokenizer
 from support.sections import section
@@ -103,7 +104,7 @@ def run_script(*words: Any) -> subprocess.CompletedProcess[str]:
     )
 
 
-def measure(model: Path, teacher: Path | None, data: Path, **values: Any) -> dict[str, Any]:
+def measure(model: Path, teacher: Path | None, data: Path, **values: Any) -> Comparison:
     keys = {"name": choose_loader([str(data)]), "data_files": str(data)} | values
     return evaluate_models(
         str(model),
@@ -138,15 +139,17 @@ def test_the_script_prints_the_table_and_writes_metrics_json(
         "--model", student, "--teacher", tiny_teacher, "--data", data, "--output", out
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(out.read_text())
+    found = Comparison.read(out)
+    metrics = found.scores.student.metrics
     for name, metric in METRICS.items():
         assert metric.title in done.stdout
-        assert found["validation"][name] is not None
-    loss, (low, high) = found["validation"]["loss"], found["intervals"]["validation"]["loss"]
-    assert f"{loss:.3f} ({low:.3f} to {high:.3f})" in done.stdout
-    assert f"{found['teacher_validation']['loss']:.3f} (" in done.stdout
-    assert (found["model"], found["teacher"]) == (str(student), str(tiny_teacher))
-    assert found["not_defined"] == {} and "Not defined" not in done.stdout
+        assert name in metrics
+    loss = metrics["loss"]
+    assert f"{loss.value:.3f} ({loss.low:.3f} to {loss.high:.3f})" in done.stdout
+    assert found.scores.teacher is not None
+    assert f"{found.scores.teacher.metrics['loss'].value:.3f} (" in done.stdout
+    assert (found.model, found.teacher) == (str(student), str(tiny_teacher))
+    assert found.scores.not_defined == {} and "Not defined" not in done.stdout
     assert "sequences of at most 64 tokens" in done.stderr
     assert "13 documents" in done.stderr
 
@@ -159,12 +162,12 @@ def test_losses_and_bits_per_byte_are_those_of_the_models_themselves(
         "".join(json.dumps({"text": text}) + "\n" for text in short)
     )
     found = measure(student, other_tokenizer, tmp_path / "short.jsonl")
-    for values, folder in (("validation", student), ("teacher_validation", other_tokenizer)):
+    for card, folder in ((found.scores.student, student), (found.scores.teacher, other_tokenizer)):
         loss, positions, size = own_loss(folder, short)
-        scores = found[values]
-        assert (scores["positions"], scores["bytes"]) == (positions, size)
-        assert scores["loss"] == pytest.approx(loss / positions, rel=1e-5)
-        assert scores["bits_per_byte"] == pytest.approx(loss / math.log(2) / size, rel=1e-5)
+        assert card is not None and (card.positions, card.bytes) == (positions, size)
+        assert card.metrics["loss"].value == pytest.approx(loss / positions, rel=1e-5)
+        bits = loss / math.log(2) / size
+        assert card.metrics["bits_per_byte"].value == pytest.approx(bits, rel=1e-5)
 
 
 @pytest.mark.slow
@@ -177,16 +180,17 @@ def test_with_two_tokenizers_only_bits_per_byte_are_compared(
     assert "Not defined: KL(teacher || student), KL(student || teacher)" in done.stdout
     assert "compare bits per byte" in done.stdout
     found = measure(student, other_tokenizer, data)
-    assert set(found["not_defined"]) == set(OF_BOTH)
-    assert all("different tokenizers" in why for why in found["not_defined"].values())
-    assert found["intervals"]["teacher_validation"]["bits_per_byte"] is not None
-    assert found["reliability"]["teacher"] and found["teacher_validation"]["documents"] == 13
+    assert set(found.scores.not_defined) == set(OF_BOTH)
+    assert all("different tokenizers" in why for why in found.scores.not_defined.values())
+    teacher = found.scores.teacher
+    assert teacher is not None and teacher.metrics["bits_per_byte"].ends is not None
+    assert teacher.reliability and teacher.documents == 13
 
 
 def test_a_model_alone_needs_no_teacher(student: Path, data: Path) -> None:
     found = measure(student, None, data)
-    assert found["teacher"] is None and found["teacher_validation"] is None
-    text = render_metrics(found)
+    assert found.teacher is None and found.scores.teacher is None
+    text = render_comparison(found)
     assert "perplexity" in text and "KL" not in text and "Not defined" not in text
 
 
@@ -203,10 +207,10 @@ def test_whole_documents_are_read_until_there_are_enough_positions(
             cpu_threads=1,
             **few,
         )
-        read = found["validation"]["documents"]
-        assert 100 <= found["validation"]["positions"] < 300 and 1 < read < len(texts)
+        read = found.scores.student.documents
+        assert 100 <= found.scores.student.positions < 300 and 1 < read < len(texts)
         if teacher is other_tokenizer:
-            assert found["teacher_validation"]["documents"] == read
+            assert found.scores.teacher is not None and found.scores.teacher.documents == read
 
 
 def test_only_responses_to_prompts_are_measured(
@@ -217,8 +221,8 @@ def test_only_responses_to_prompts_are_measured(
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     columns = {"prompt_column": "ask", "response_column": "say", "language_column": "lang"}
     found = measure(student, tiny_teacher, path, **columns)
-    assert found["validation"]["bytes"] == sum(len(text.encode()) for text in texts)
-    assert [row["class"] for row in found["breakdown"]["language"]] == ["a", "b"]
+    assert found.scores.student.bytes == sum(len(text.encode()) for text in texts)
+    assert [row.name for row in found.scores.breakdown["language"]] == ["a", "b"]
 
 
 @pytest.mark.parametrize("extension", ["txt", "csv"])
@@ -228,7 +232,7 @@ def test_plain_text_and_tables_are_read_too(
     path = tmp_path / f"some.{extension}"
     lines = ["text", *(f'"{text}"' for text in texts)] if extension == "csv" else texts
     path.write_text("\n".join(lines))
-    assert measure(student, None, path)["validation"]["positions"] > 100
+    assert measure(student, None, path).scores.student.positions > 100
 
 
 def test_bad_files_and_models_are_refused(

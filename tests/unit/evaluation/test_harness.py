@@ -85,10 +85,10 @@ def test_a_local_task_scores_the_choices_that_the_model_finds_likelier(
             answer_positions = range(len(start), len(ids))
             sums.append(sum(float(logprobs[p - 1, ids[p]]) for p in answer_positions))
         num_right += sums.index(max(sums)) == answer
-    (score,) = found["scores"]
-    assert (score["task"], score["metric"]) == ("animals", "acc")
-    assert score["value"] == pytest.approx(num_right / len(ROWS))
-    assert found["examples"] == found["examples_in_all"] == 4
+    (score,) = found.scores
+    assert (score.task, score.metric) == ("animals", "acc")
+    assert score.value == pytest.approx(num_right / len(ROWS))
+    assert found.examples == found.examples_in_all == 4
 
 
 def test_a_task_that_runs_code_without_a_sandbox_is_refused(tmp_path: Path) -> None:

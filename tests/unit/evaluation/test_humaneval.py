@@ -91,10 +91,10 @@ def test_correct_solutions_pass_and_wrong_ones_fail(problems: Path, tmp_path: Pa
         ]
 
     found, attempts = score_humaneval(complete, settings=settings(problems, **keys))
-    scores = {row["metric"]: row for row in found["scores"]}
-    assert scores["pass@1"]["value"] == pytest.approx((1 / 3 + 0) / 2)
-    assert scores["pass@3"]["value"] == pytest.approx(0.5)
-    assert scores["pass@3"]["standard_error"] == pytest.approx(math.sqrt(0.5 / 2))
+    scores = {score.metric: score for score in found.scores}
+    assert scores["pass@1"].value == pytest.approx((1 / 3 + 0) / 2)
+    assert scores["pass@3"].value == pytest.approx(0.5)
+    assert scores["pass@3"].standard_error == pytest.approx(math.sqrt(0.5 / 2))
     assert [a.outcome.has_passed for a in attempts] == [True] + [False] * 5
     assert attempts[1].outcome.failure == "AssertionError: "
     write_attempts(tmp_path / "attempts.jsonl", attempts)
@@ -111,8 +111,8 @@ def test_the_reference_solutions_of_humaneval_all_pass(shared_data: Path) -> Non
     found, attempts = score_humaneval(
         lambda prompts: [known[p] for p in prompts], settings=settings(path)
     )
-    assert found["scores"][0]["value"] == 1.0, [a for a in attempts if not a.outcome.has_passed]
-    assert found["examples"] == found["examples_in_all"] == len(attempts) == 164
+    assert found.scores[0].value == 1.0, [a for a in attempts if not a.outcome.has_passed]
+    assert found.examples == found.examples_in_all == len(attempts) == 164
 
 
 @needs_sandbox
@@ -123,7 +123,7 @@ def test_a_tiny_model_that_tells_stories_solves_nothing(shared_data: Path) -> No
     keys = {"humaneval_max_new_tokens": 64, "benchmark_limit": 8}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     found, attempts = run_humaneval(model, load_tokenizer(folder), settings=settings(path, **keys))
-    assert found["scores"][0]["value"] == 0.0 and found["examples"] == 8
+    assert found.scores[0].value == 0.0 and found.examples == 8
     assert all(attempt.completion and attempt.outcome.failure for attempt in attempts)
 
 
@@ -177,5 +177,5 @@ def test_code_of_a_model_is_not_run_without_consent(problems: Path) -> None:
 
 
 def test_one_problem_has_no_standard_error(problems: Path) -> None:
-    scores = score_attempts([Attempt("a", "", Outcome(True))], [1])
-    assert scores == {"pass@1": {"value": 1.0, "standard_error": None}}
+    (score,) = score_attempts([Attempt("a", "", Outcome(True))], [1])
+    assert (score.metric, score.value, score.standard_error) == ("pass@1", 1.0, None)

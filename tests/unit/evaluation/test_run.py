@@ -11,13 +11,9 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from retort.evaluation.metrics import next_tokens
-from retort.evaluation.run import (
-    METRICS_FROM_MANIFEST,
-    METRICS_FROM_TRAINING,
-    evaluate_run,
-    evaluate_student,
-)
-from retort.evaluation.scores import OF_BOTH, read_document_sums
+from retort.evaluation.records import Metrics
+from retort.evaluation.run import evaluate_run, evaluate_student
+from retort.evaluation.scores import METRICS, OF_BOTH, read_document_sums
 from retort.evaluation.text_bytes import count_next_bytes
 from retort.io.digests import digest_folder
 from retort.io.files import read_json, write_json
@@ -28,6 +24,8 @@ from retort.teacher.validation import score_validation
 from retort.tokens.index import TokenIndex
 from retort.tokens.sequences import SequenceTable, concatenate_tables
 from retort.tokens.tokenizer import load_tokenizer
+from retort.training.record import TrainingRecord
+from support.records import make_manifest, make_training_record
 from support.sections import section
 from support.tiny import NUM_TOKENS, WIDTH, record, swap_tokens
 
@@ -104,7 +102,7 @@ def test_metrics_are_those_of_a_reference(
     width: int, index: TokenIndex, features: TeacherFeatures, tiny_teacher: Path
 ) -> None:
     table, student = index.read_split("val"), make_student(width)
-    found = evaluate_student(student, table, teacher=features, batch_size=3).sections
+    found, _ = evaluate_student(student, table, teacher=features, batch_size=3)
     log_q = log_probabilities(student.model, table)
     log_p = log_probabilities(load_pretrained(str(tiny_teacher)), table, num_tokens=NUM_TOKENS)
     tokens, n = np.array(expected_tokens(table)), len(log_q)
@@ -113,14 +111,18 @@ def test_metrics_are_those_of_a_reference(
     kl = (np.exp(log_p[:, kept]) * (log_p[:, kept] - log_q[:, kept])).sum(axis=1).mean()
     agreement = (log_p.argmax(axis=1) == log_q.argmax(axis=1)).mean()
     teacher_loss = -log_p[np.arange(n), tokens].mean()
-    scores = found["validation"]
+    scores = {name: estimate.value for name, estimate in found.student.metrics.items()}
+    assert found.teacher is not None
     assert scores["loss"] == pytest.approx(loss, abs=1e-5)
     assert scores["perplexity"] == pytest.approx(np.exp(loss), rel=1e-4)
     assert scores["kl_to_teacher"] == pytest.approx(kl, abs=1e-5)
     assert scores["agreement"] == pytest.approx(agreement, abs=1e-9)
-    assert (scores["positions"], scores["documents"]) == (n, len(set(table.documents.tolist())))
-    assert found["teacher_validation"]["loss"] == pytest.approx(teacher_loss, abs=1e-5)
-    assert found["teacher_validation"]["perplexity"] == pytest.approx(
+    assert (found.student.positions, found.student.documents) == (
+        n,
+        len(set(table.documents.tolist())),
+    )
+    assert found.teacher.metrics["loss"].value == pytest.approx(teacher_loss, abs=1e-5)
+    assert found.teacher.metrics["perplexity"].value == pytest.approx(
         np.exp(teacher_loss), rel=1e-4
     )
 
@@ -130,13 +132,14 @@ def test_a_teacher_is_its_own_best_student(
 ) -> None:
     table = index.read_split("val")
     teacher = load_teacher(str(tiny_teacher), section("teacher", device="cpu"))
-    found = evaluate_student(
+    found, _ = evaluate_student(
         teacher, table, teacher=replace(features, num_tokens=WIDTH), batch_size=3
-    ).sections
-    assert abs(found["validation"]["kl_to_teacher"]) < 1e-6
-    assert found["validation"]["agreement"] == 1.0
-    assert found["validation"]["loss"] == pytest.approx(
-        found["teacher_validation"]["loss"], abs=1e-6
+    )
+    assert found.teacher is not None
+    assert abs(found.student.metrics["kl_to_teacher"].value) < 1e-6
+    assert found.student.metrics["agreement"].value == 1.0
+    assert found.student.metrics["loss"].value == pytest.approx(
+        found.teacher.metrics["loss"].value, abs=1e-6
     )
 
 
@@ -147,32 +150,31 @@ def test_a_student_that_prefers_ids_unknown_to_its_teacher_does_not_agree(
     model.resize_token_embeddings(WIDTH + 2, mean_resizing=False)
     with torch.no_grad():  # whatever the hidden state, one of the two has the largest logit
         model.get_output_embeddings().weight[-2:] = torch.tensor([[100.0], [-100.0]])
-    found = evaluate_student(
+    found, _ = evaluate_student(
         split_model(model), index.read_split("val"), teacher=features, batch_size=8
-    ).sections
-    assert found["validation"]["agreement"] < 0.05
+    )
+    assert found.student.metrics["agreement"].value < 0.05
 
 
 def test_batches_do_not_change_the_metrics(index: TokenIndex, features: TeacherFeatures) -> None:
     table, student = index.read_split("val"), make_student(WIDTH)
     one, many = (
-        evaluate_student(student, table, teacher=features, batch_size=b).sections["validation"]
-        for b in (1, 16)
+        evaluate_student(student, table, teacher=features, batch_size=b)[0].student for b in (1, 16)
     )
-    for name in ("bytes", "bits_per_byte"):  # without next_bytes they are None
-        assert one.pop(name) is many[name] is None
-    for name, value in one.items():
-        assert many[name] == pytest.approx(value, rel=1e-6, abs=1e-6)
+    assert one.bytes is many.bytes is None  # without next_bytes
+    assert one.metrics.keys() == many.metrics.keys() == METRICS.keys() - {"bits_per_byte"}
+    for name, estimate in one.metrics.items():
+        assert many.metrics[name].value == pytest.approx(estimate.value, rel=1e-6, abs=1e-6)
 
 
 def test_without_a_teacher_there_is_nothing_to_compare_with(index: TokenIndex) -> None:
-    found = evaluate_student(
+    found, _ = evaluate_student(
         make_student(WIDTH), index.read_split("val"), teacher=None, batch_size=4
-    ).sections
-    assert found["teacher_validation"] is None
-    assert all(found["validation"][name] is None for name in OF_BOTH)
-    assert found["not_defined"]["kl_to_teacher"] == "there is no teacher to compare with"
-    assert found["validation"]["loss"] > 0
+    )
+    assert found.teacher is None
+    assert not found.student.metrics.keys() & set(OF_BOTH)
+    assert found.not_defined["kl_to_teacher"] == "there is no teacher to compare with"
+    assert found.student.metrics["loss"].value > 0
 
 
 def test_nothing_held_out_is_refused(index: TokenIndex) -> None:
@@ -184,30 +186,8 @@ def test_nothing_held_out_is_refused(index: TokenIndex) -> None:
 # evaluate_run
 
 
-MANIFEST: dict[str, Any] = {
-    "bytes_per_position": 20.0,
-    "positions": 1000,
-    "method": "top_k",
-    "top_k": 8,
-    "min_probability": None,
-    "tail_mass": 0.1,
-    "fidelity_kl": 1e-5,
-    "fidelity_agreement": 1.0,
-    "something_else": "not for the metrics",
-}
-TRAINED: dict[str, Any] = {
-    "run": "mine",
-    "id": "abc",
-    "distillation_type": "logit",
-    "alpha": 0.0,
-    "temperature": 2.0,
-    "seed": 0,
-    "student_parameters": 5000,
-    "steps": 4,
-    "device": "cpu",
-    "trained_positions": 400,
-    "seconds": 1.5,
-}
+TRAINED = make_training_record("mine", "logit", trained_positions=400, seconds=1.5, teacher=None)
+MANIFEST = make_manifest(positions=400, bytes_per_position=50.0, top_k=8)
 
 
 @pytest.fixture
@@ -215,9 +195,17 @@ def trained(tmp_path: Path, tiny_teacher: Path) -> Path:
     """training.json of a finished run, its student beside it."""
     make_student(WIDTH).model.save_pretrained(tmp_path / "final")
     load_tokenizer(str(tiny_teacher)).save_pretrained(tmp_path / "final")
-    final = digest_folder(tmp_path / "final")
-    write_json(tmp_path / "training.json", TRAINED | {"final": final, "teacher": None})
+    change_record(tmp_path / "training.json", final=digest_folder(tmp_path / "final"))
     return tmp_path / "training.json"
+
+
+def change_record(path: Path, **values: Any) -> None:
+    record = TrainingRecord.read(path) if path.exists() else TRAINED
+    record.model_copy(update=values).write(path)
+
+
+def read_metrics(trained: Path) -> Metrics:
+    return Metrics.read(trained.parent / "evaluation" / "metrics.json")
 
 
 def run_rule(
@@ -228,7 +216,7 @@ def run_rule(
     fingerprint: Path | None = None,
     **values: Any,
 ) -> str:
-    write_json(trained.parent / "manifest.json", MANIFEST)
+    MANIFEST.write(trained.parent / "manifest.json")
     return evaluate_run(
         trained.parent / "evaluation" / "metrics.json",
         index_path=index.path,
@@ -251,42 +239,37 @@ def test_metrics_file_holds_what_the_report_reads(
 ) -> None:
     line = run_rule(trained, index, features_path)
     path = trained.parent / "evaluation" / "metrics.json"
-    found = read_json(path)
+    found = read_metrics(trained)
     table = index.read_split("val")
-    direct = evaluate_student(
+    direct, _ = evaluate_student(
         make_student(WIDTH),
         table,
         teacher=features,
         batch_size=8,
         next_bytes=count_next_bytes(table, load_tokenizer(str(tiny_teacher))),
         token_counts=index.read_token_counts(),
-    ).sections
-    direct["validation"] |= {
-        "content": digest_keys(table),
-        "sequences": len(table),
-        "leaked_sequences": 0,
-    }
-    assert {name: found[name] for name in direct} == direct
-    assert set(found["breakdown"]) == {"place", "frequency"}  # every entropy is in one class
-    assert found["validation"]["bits_per_byte"] > 1 and found["not_defined"] == {}
+    )
+    assert found.scores == direct
+    assert found.content == digest_keys(table)
+    assert (found.sequences, found.leaked_sequences) == (len(table), 0)
+    assert set(found.scores.breakdown) == {"place", "frequency"}  # every entropy is in one class
+    metrics = found.scores.student.metrics
+    assert metrics["bits_per_byte"].value > 1 and found.scores.not_defined == {}
     by_document = read_document_sums(path.with_name("documents.csv"))
     loss = by_document["loss"].sum() / by_document["positions"].sum()
-    assert loss == pytest.approx(found["validation"]["loss"])
-    assert {name: found[name] for name in METRICS_FROM_TRAINING} == {
-        name: TRAINED[name] for name in METRICS_FROM_TRAINING
-    }
-    assert (found["trained_tokens"], found["training_seconds"]) == (400, 1.5)
-    assert found["teacher"] == str(tiny_teacher) and found["teacher_parameters"] > 1000
-    assert found["cache"] == {name: MANIFEST[name] for name in METRICS_FROM_MANIFEST}
-    assert f"{found['validation']['loss']:.4f} nats/token" in line and "evaluate mine" in line
+    assert loss == pytest.approx(metrics["loss"].value)
+    assert found.training == TrainingRecord.read(trained)
+    assert found.teacher == str(tiny_teacher) and (found.teacher_parameters or 0) > 1000
+    assert found.cache == MANIFEST
+    assert f"{metrics['loss'].value:.4f} nats/token" in line and "evaluate mine" in line
     (read,) = load_metrics([path])  # the report's own reader accepts it
-    assert read.loss == found["validation"]["loss"]
+    assert read.loss == metrics["loss"].value
 
 
 def test_a_run_without_a_teacher_has_metrics_too(trained: Path, index: TokenIndex) -> None:
     line = run_rule(trained, index, None)
-    found = read_json(trained.parent / "evaluation" / "metrics.json")
-    assert found["teacher"] is None and found["cache"] is None and "KL" not in line
+    found = read_metrics(trained)
+    assert found.teacher is None and found.cache is None and "KL" not in line
     assert load_metrics([trained.parent / "evaluation" / "metrics.json"])[0].kl_to_teacher is None
 
 
@@ -294,12 +277,14 @@ def test_without_a_loadable_tokenizer_only_bits_per_byte_is_missing(
     trained: Path, index: TokenIndex, features_path: Path
 ) -> None:
     (trained.parent / "final" / "tokenizer.json").write_text("{}")
-    final = digest_folder(trained.parent / "final")
-    write_json(trained, read_json(trained) | {"final": final})
+    change_record(trained, final=digest_folder(trained.parent / "final"))
     run_rule(trained, index, features_path)
-    found = read_json(trained.parent / "evaluation" / "metrics.json")
-    assert found["validation"]["bits_per_byte"] is None and found["validation"]["loss"] > 0
-    assert "cannot load the tokenizer" in found["not_defined"]["bits_per_byte"]
+    found = read_metrics(trained)
+    assert (
+        "bits_per_byte" not in found.scores.student.metrics
+        and found.scores.student.metrics["loss"].value > 0
+    )
+    assert "cannot load the tokenizer" in found.scores.not_defined["bits_per_byte"]
 
 
 def test_a_teacher_with_another_tokenizer_is_not_compared_with(
@@ -308,20 +293,19 @@ def test_a_teacher_with_another_tokenizer_is_not_compared_with(
     fingerprint = read_json(features_path.parent / "fingerprint.json")
     write_json(tmp_path / "same.json", fingerprint)
     run_rule(trained, index, features_path, fingerprint=tmp_path / "same.json")
-    path = trained.parent / "evaluation" / "metrics.json"
-    assert read_json(path)["validation"]["kl_to_teacher"] > 0
+    assert read_metrics(trained).scores.student.metrics["kl_to_teacher"].value > 0
     fingerprint["tokenizer"]["fingerprint"] = "0123456789ab"  # other files, the same ids
     write_json(tmp_path / "files.json", fingerprint)
     run_rule(trained, index, features_path, fingerprint=tmp_path / "files.json")
-    assert read_json(path)["validation"]["kl_to_teacher"] > 0
+    assert read_metrics(trained).scores.student.metrics["kl_to_teacher"].value > 0
     fingerprint["name"] = str(swap_tokens(tmp_path / "other", Path(fingerprint["name"])))
     write_json(tmp_path / "other.json", fingerprint)
     run_rule(trained, index, features_path, fingerprint=tmp_path / "other.json")
-    found = read_json(path)
-    assert found["teacher"] is None and found["teacher_validation"] is None
-    assert set(found["not_defined"]) == set(OF_BOTH)
-    assert "different tokenizers" in found["not_defined"]["kl_to_teacher"]
-    assert found["validation"]["bits_per_byte"] > 0
+    found = read_metrics(trained)
+    assert found.teacher is None and found.scores.teacher is None
+    assert set(found.scores.not_defined) == set(OF_BOTH)
+    assert "different tokenizers" in found.scores.not_defined["kl_to_teacher"]
+    assert found.scores.student.metrics["bits_per_byte"].value > 0
 
 
 def test_features_of_other_held_out_sequences_are_refused(
@@ -351,10 +335,10 @@ def test_a_replaced_student_is_refused(
 def test_a_student_is_not_compared_with_another_teacher(
     trained: Path, index: TokenIndex, features_path: Path, features: TeacherFeatures
 ) -> None:
-    write_json(trained, read_json(trained) | {"teacher": "0123456789ab"})
+    change_record(trained, teacher="0123456789ab")
     with pytest.raises(ValueError, match=f"scored by teacher {features.teacher}.*0123456789ab"):
         run_rule(trained, index, features_path)
-    write_json(trained, read_json(trained) | {"teacher": features.teacher})
+    change_record(trained, teacher=features.teacher)
     run_rule(trained, index, features_path)
 
 

@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import json
 import os
 import platform
 import random
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from retort.config.schema import flatten
 from retort.io.digests import digest, digest_file
 from retort.io.files import (
     file_lock,
@@ -25,7 +25,8 @@ from retort.io.files import (
     write_json,
 )
 from retort.io.fingerprints import fingerprint_tokenizer, fingerprint_weights
-from retort.io.run_record import describe_run
+from retort.io.run_record import RunRecord, describe_run, name_cpu
+from support.sections import section
 
 MIB = 1 << 20
 
@@ -235,9 +236,12 @@ def test_old_temporaries_and_those_of_dead_writers_are_removed(tmp_path: Path) -
     assert sorted(tmp_path.iterdir()) == sorted([young, kept, elsewhere])
 
 
-def test_a_run_record_has_config_time_and_versions() -> None:
-    record = describe_run(section={"top_k": 4}, seed=3, device="cpu", seconds=1.23456)
-    assert json.loads(json.dumps(record)) == record
-    assert record["config"] == {"top_k": 4}
-    assert record["seconds"] == 1.235
-    assert {"torch", "transformers", "h5py"} <= set(record["versions"])
+def test_a_run_record_has_config_time_and_versions(tmp_path: Path) -> None:
+    cache = section("cache", temperatures=(1.0, 2.0))
+    record = describe_run(section={"cache": cache}, seconds=1.23456, versions={"mine": "0.1"})
+    record.write(tmp_path / "run.json")
+    assert RunRecord.read(tmp_path / "run.json") == record
+    assert dict(flatten(record.config))["cache.temperatures"] == [1.0, 2.0]
+    assert record.seconds == 1.235
+    assert {"torch", "transformers", "h5py", "mine"} <= set(record.versions)
+    assert record.device == name_cpu()

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from retort.report.findings import describe_outcome
 from retort.report.page import make_report, render_summary
 from retort.report.records import load_metrics
 from retort.report.tables import build_rows
+from support.records import make_estimate
 from support.reports import (
     MARGIN,
     find_all_warnings,
@@ -97,11 +97,7 @@ def test_runs_are_compared_by_their_losses_document_by_document(tmp_path: Path) 
 
 def test_in_other_metrics_the_best_runs_interval_must_not_overlap(tmp_path: Path) -> None:
     def agreeing(name: str, value: float) -> Path:
-        path = write_run(tmp_path, name, validation__agreement=value)
-        raw = json.loads(path.read_text())
-        raw["intervals"]["validation"]["agreement"] = [value - 0.01, value + 0.01]
-        path.write_text(json.dumps(raw))
-        return path
+        return write_run(tmp_path, name, validation__agreement=make_estimate(value, width=0.01))
 
     paths = [agreeing("a", 0.40), agreeing("b", 0.43), agreeing("c", 0.415)]
     records = load_metrics(paths)

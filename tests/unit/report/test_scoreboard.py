@@ -1,43 +1,29 @@
 """Table of tasks: teachers first, a dash where a task was not run, a note where only some examples were."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from retort.evaluation.records import Score
 from retort.report.scoreboard import read_scoreboard, render_scoreboard
 from retort.report.tables import build_task_table
+from support.records import make_benchmark, make_run_record, make_score
 
 
-def write(path: Path, task: str, scores: list[dict[str, Any]], **values: Any) -> Path:
-    raw = {
-        "format": "retort-benchmark",
-        "version": 1,
-        "benchmark": task,
-        "run": None,
-        "teacher": None,
-        "examples": 100,
-        "examples_in_all": 100,
-        "scores": scores,
-    }
-    path.write_text(json.dumps(raw | values))
+def write(path: Path, task: str, scores: list[Score], **values: Any) -> Path:
+    make_benchmark(task, scores, **values).write(path)
     return path
-
-
-def score(task: str, value: float, error: float | None = 0.01, **values: Any) -> dict[str, Any]:
-    row = {"task": task, "metric": "acc", "value": value, "standard_error": error}
-    return row | {"is_less_better": False} | values
 
 
 def test_models_are_rows_with_teachers_first(tmp_path: Path) -> None:
     paths = [
-        write(tmp_path / "a", "arc", [score("arc", 0.5)], run="small"),
-        write(tmp_path / "b", "arc", [score("arc", 0.75, None)], teacher="big"),
+        write(tmp_path / "a", "arc", [make_score("arc", 0.5)], run="small"),
+        write(tmp_path / "b", "arc", [make_score("arc", 0.75, None)], teacher="big"),
         write(
             tmp_path / "c",
             "wiki",
-            [score("wiki", 9.0, is_less_better=True)],
+            [make_score("wiki", 9.0, is_less_better=True)],
             run="small",
             examples=10,
         ),
@@ -61,8 +47,8 @@ def test_models_are_rows_with_teachers_first(tmp_path: Path) -> None:
 
 
 def test_a_group_shows_its_own_score_or_those_of_all_its_subtasks(tmp_path: Path) -> None:
-    subtasks = [score("one", 0.1), score("two", 0.2)]
-    group = write(tmp_path / "a", "mmlu", [score("mmlu", 0.3), *subtasks], run="r")
+    subtasks = [make_score("one", 0.1), make_score("two", 0.2)]
+    group = write(tmp_path / "a", "mmlu", [make_score("mmlu", 0.3), *subtasks], run="r")
     collection = write(tmp_path / "b", "tag", subtasks, run="r")
     columns = [column.subtask for column in read_scoreboard([group, collection]).columns]
     assert columns == ["mmlu", "one", "two"]
@@ -70,8 +56,8 @@ def test_a_group_shows_its_own_score_or_those_of_all_its_subtasks(tmp_path: Path
 
 def test_without_files_there_is_no_table_and_other_files_are_refused(tmp_path: Path) -> None:
     assert render_scoreboard(read_scoreboard([])) == []
-    other = write(tmp_path / "a", "arc", [], version=2)
-    with pytest.raises(ValueError, match="run the benchmark again"):
-        read_scoreboard([other])
+    make_run_record().write(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"another kind of file.* run the benchmark again"):
+        read_scoreboard([tmp_path / "a"])
     with pytest.raises(ValueError, match="does not exist"):
         read_scoreboard([tmp_path / "missing"])

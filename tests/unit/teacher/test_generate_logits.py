@@ -14,9 +14,10 @@ from retort.cache.parts import (
 )
 from retort.cache.reader import CacheHeader
 from retort.cluster.deadlines import RESUMABLE
+from retort.config.schema import flatten
 from retort.io.files import read_json, write_json
 from retort.models.load import CausalLM
-from retort.teacher.worker import generate_logits
+from retort.teacher.worker import WorkerRecord, generate_logits
 from support.sections import section
 from support.teacher_job import After, Job, read_parts
 from support.tiny import NUM_TOKENS, WIDTH
@@ -51,11 +52,12 @@ def test_receipt_says_who_did_what_with_which_gpus(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
     run_rule(job, tmp_path / "metadata_worker1.json", worker=1, num_workers=2)
     assert caplog.messages[0] == "Worker 1/2  CUDA_VISIBLE_DEVICES: 4,5"
-    receipt = read_json(tmp_path / "metadata_worker1.json")
-    assert (receipt["worker"], receipt["num_workers"]) == (1, 2)
-    assert receipt["tokens"] == job.index.content["train"]["tokens"]
-    assert len(receipt["parts_done"]) == len(job.index.parts)
-    assert receipt["run"]["config"]["top_k"] == 8
+    receipt = WorkerRecord.read(tmp_path / "metadata_worker1.json")
+    assert (receipt.worker, receipt.num_workers) == (1, 2)
+    assert receipt.tokens == job.index.content["train"]["tokens"]
+    assert len(receipt.parts_done) == len(job.index.parts)
+    assert dict(flatten(receipt.made.config))["cache.top_k"] == 8
+    assert receipt.made.dtype == "float32"
     assert read_parts(tmp_path / "parts") == undisturbed
     run_rule(job, tmp_path / "metadata_worker0.json")
     assert caplog.messages[-1].startswith("worker 0: 0 parts")

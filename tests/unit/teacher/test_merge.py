@@ -24,10 +24,12 @@ from retort.cache.top_k_codec import TopKCodec
 from retort.io.files import read_json, write_json
 from retort.models.heads import Head
 from retort.teacher.features import TeacherFeatures, digest_keys, write_features
-from retort.teacher.merge import merge_h5
+from retort.teacher.manifest import Manifest
+from retort.teacher.merge import CacheRun, merge_h5
 from retort.teacher.selection import select_top_k
 from retort.tokens.index import TokenIndex
 from retort.tokens.sequences import SequenceTable
+from support.records import make_worker_record
 from support.sections import section
 from support.synthetic import TOKENIZER, make_table, split_targets, write_tokens
 
@@ -128,7 +130,7 @@ def prepare(sources: Path, tmp_path: Path) -> Callable[..., Place]:
             path = part_path(place.parts, part["name"], header)
             targets = targets_of(table, header.codec)
             write_part(path, table, split_targets(targets, table), header)
-        write_json(place.folder / "metadata_worker0.json", {"worker": 0, "seed": seed})
+        make_worker_record(tokens=seed).write(place.folder / "metadata_worker0.json")
         return place
 
     return prepare
@@ -137,32 +139,32 @@ def prepare(sources: Path, tmp_path: Path) -> Callable[..., Place]:
 def test_the_manifest_says_what_is_in_the_cache(prepare: Callable[..., Place]) -> None:
     place = prepare()
     line = place.merge()
-    manifest, cache = read_json(place.manifest), LogitCache(place.file)
+    manifest, cache = Manifest.read(place.manifest), LogitCache(place.file)
     train = place.index.content["train"]
-    assert [manifest[k] for k in ("sequences", "tokens", "positions")] == [
+    assert [manifest.sequences, manifest.tokens, manifest.positions] == [
         train[k] for k in ("sequences", "tokens", "positions")
     ]
-    assert manifest["file_bytes"] == place.file.stat().st_size
-    assert manifest["bytes_per_position"] == cache.record_bytes / train["positions"]
-    assert (manifest["method"], manifest["top_k"]) == ("top_k", 5)
-    assert manifest["header"] == place.header.to_json()
+    assert manifest.file_bytes == place.file.stat().st_size
+    assert manifest.bytes_per_position == cache.record_bytes / train["positions"]
+    assert (manifest.method, manifest.top_k) == ("top_k", 5)
+    assert manifest.header == place.header.to_json()
     assert f"{train['positions']:,} positions" in line
     assert not place.parts.exists()
-    assert read_json(place.folder / "run.json")["workers"] == [{"worker": 0, "seed": 0}]
+    assert CacheRun.read(place.folder / "run.json").workers == (make_worker_record(),)
 
 
 def test_the_fidelity_of_a_true_cache_is_its_rounding(prepare: Callable[..., Place]) -> None:
     place = prepare()
     place.merge()
-    manifest = read_json(place.manifest)
+    found = Manifest.read(place.manifest).fidelity
     places, table = place.index.read_sample(num_positions=40)
-    assert manifest["fidelity_positions"] == table.num_positions > 20
+    assert found is not None and found.positions == table.num_positions > 20
     # float16 rounds a logprob by up to 1 / 4096 of it; 0.6e-5 and 1.0e-5 were seen, by a last bit of one of them.
-    assert abs(manifest["fidelity_kl"]) < 2e-5
-    assert manifest["fidelity_agreement"] == 1.0
+    assert found.kl < 2e-5
+    assert found.agreement == 1.0
     assert isinstance(place.header.codec, TopKCodec)
     tail = np.exp(targets_of(table, place.header.codec).tail_logprobs[:, 0])
-    assert manifest["tail_mass"] == pytest.approx(tail.mean(), rel=1e-5)
+    assert found.tail_mass == pytest.approx(tail.mean(), rel=1e-5)
     assert len(places) > 1
 
 
@@ -220,7 +222,7 @@ def test_parts_that_cannot_be_merged_are_there_to_be_made_again(
 ) -> None:
     place = prepare()
     receipt = place.folder / "metadata_worker0.json"
-    write_json(receipt, {})
+    make_worker_record().write(receipt)
     missing, damaged, *good = sorted(place.parts.glob("*.h5"))
     missing.unlink()
     content = damaged.read_bytes()
@@ -388,8 +390,7 @@ def test_fidelity_is_measured_against_the_same_teacher_on_the_same_sequences(
 def test_without_features_the_fidelity_is_not_measured(prepare: Callable[..., Place]) -> None:
     place = prepare()
     assert "its fidelity was not measured" in place.merge(features_path=None)
-    manifest = read_json(place.manifest)
-    assert (manifest["fidelity_kl"], manifest["fidelity_positions"]) == (None, 0)
+    assert Manifest.read(place.manifest).fidelity is None
 
 
 def test_a_merged_cache_of_something_else_is_refused(

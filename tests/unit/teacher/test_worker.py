@@ -265,7 +265,7 @@ def test_parts_of_halved_batches_are_counted_in_the_cache(
     job.work(parts, load=lambda: Small.of(teacher, max_tokens=2 * longest))
     merged = tmp_path / "teacher_logits.h5"
     merge_parts(job.index, parts, job.header, merged)
-    counted = build_manifest(LogitCache(merged), job.index)["halved_parts"]
+    counted = build_manifest(LogitCache(merged), job.index).halved_parts
     assert counted == sum(LogitCache(path).halved_parts for path in parts.glob("*.h5")) > 0
 
 

@@ -19,6 +19,7 @@ from retort.io.digests import digest
 from retort.io.files import read_json, write_json
 from retort.tokens.tokenizer import load_tokenizer
 from retort.training.loop import LOG_COLUMNS, find_tail_column, write_log
+from retort.training.record import TrainingRecord
 from retort.training.run import train_run
 from support.batches import take_order
 from support.bench import Bench, read_log, read_weights
@@ -149,9 +150,9 @@ def test_the_student_learns(bench: Bench, tmp_path: Path) -> None:
 def test_epochs_end_where_max_steps_are_not_given(bench: Bench, tmp_path: Path) -> None:
     summary = bench.train(tmp_path, bench.cache, max_steps=None, num_epochs=2.0, batch_size=16)
     steps = math.ceil(2 * len(bench.table) / 16)
-    assert summary["steps"] == steps
+    assert summary.steps == steps
     counts = [int(bench.table[i].loss_mask.sum()) for i in take_order(bench.table, 16 * steps)]
-    assert summary["trained_positions"] == sum(counts) >= 2 * bench.table.num_positions
+    assert summary.trained_positions == sum(counts) >= 2 * bench.table.num_positions
 
 
 @pytest.mark.parametrize("kind", ["output", "hybrid"])
@@ -211,15 +212,15 @@ def test_final_folder_loads_and_generates(bench: Bench, tmp_path: Path) -> None:
     out = model.generate(**prompt, max_new_tokens=5, do_sample=False, pad_token_id=0)
     assert out.shape[1] > prompt["input_ids"].shape[1]
     assert tokenizer.decode(out[0]).startswith("The fox ")
-    assert summary["student_parameters"] == model.num_parameters()
-    assert summary["steps"] == 4 and summary["device"].startswith("cpu")
+    assert summary.student_parameters == model.num_parameters()
+    assert summary.steps == 4 and summary.device.startswith("cpu")
 
 
 # ---------------------------------------------------------------------------------------------------------
 # A run, as the rule `train` calls it
 
 
-def run_rule(bench: Bench, out: Path, **given: Any) -> dict[str, Any]:
+def run_rule(bench: Bench, out: Path, **given: Any) -> TrainingRecord:
     keys: dict[str, Any] = {"max_steps": 2, "batch_size": 4, "temperature": 1.0, "device": "cpu"}
     training = section("training", **(keys | given.pop("training", {})))
     options: dict[str, Any] = {
@@ -239,16 +240,13 @@ def run_rule(bench: Bench, out: Path, **given: Any) -> dict[str, Any]:
         teacher_section=section("teacher", device="cpu"),
         **(options | given),
     )
-    found: dict[str, Any] = read_json(out)
-    return found
+    return TrainingRecord.read(out)
 
 
 def test_record_of_a_run_holds_what_evaluate_needs(bench: Bench, tmp_path: Path) -> None:
-    from retort.evaluation.run import METRICS_FROM_TRAINING
 
     found = run_rule(bench, tmp_path / "abc" / "training.json")
-    assert set(METRICS_FROM_TRAINING) <= set(found)
-    assert (found["run"], found["id"], found["alpha"]) == ("mine", "abc", 0.5)
+    assert (found.run, found.id, found.alpha) == ("mine", "abc", 0.5)
     assert read_json(tmp_path / "abc" / "run.json")["config"]["training"]["max_steps"] == 2
 
 
@@ -294,8 +292,7 @@ def test_a_live_teacher_is_loaded_where_no_cache_is_given(bench: Bench, tmp_path
         teacher_path=str(bench.teacher_path),
         training={"use_cached_logits": False},
     )
-    assert found["alpha"] == 0.5
-    assert float(read_json(tmp_path / "run" / "training.json")["steps"]) == 2
+    assert found.alpha == 0.5 and found.summary.steps == 2
 
 
 LIVE: dict[str, Any] = {"cache_path": None, "training": {"use_cached_logits": False}}
@@ -338,7 +335,7 @@ def test_a_live_teacher_with_another_chat_template_is_learned_from(
         teacher_path=str(bench.teacher_path),
         **LIVE,
     )
-    assert found["steps"] == 2
+    assert found.summary.steps == 2
 
 
 def test_a_record_of_another_teacher_than_the_caches_is_refused(

@@ -173,7 +173,7 @@ def test_a_run_killed_after_its_last_step_only_writes_what_is_missing(
     summary = bench.train(folder, bench.cache, student=dropout_student, **LONG)
     assert_same_weights(folder, uninterrupted)
     assert read_log(folder) == read_log(uninterrupted)
-    assert summary["steps"] == 36
+    assert summary.steps == 36
 
 
 def test_seconds_and_positions_add_up_over_attempts(
@@ -185,9 +185,9 @@ def test_seconds_and_positions_add_up_over_attempts(
     marker = read_json(folder / "checkpoint-33" / "complete.json")
     write_json(folder / "checkpoint-33" / "complete.json", marker | {"seconds": 1000.0})
     summary = bench.train(folder, bench.cache, student=dropout_student, **LONG)
-    assert summary["seconds"] > 1000.0
+    assert summary.seconds > 1000.0
     whole = read_json(uninterrupted / "checkpoint-36" / "complete.json")
-    assert summary["trained_positions"] == whole["positions"] > marker["positions"]
+    assert summary.trained_positions == whole["positions"] > marker["positions"]
 
 
 @pytest.mark.parametrize("limit", [1, 3])
@@ -235,7 +235,7 @@ def test_a_window_of_the_log_that_spans_a_checkpoint_is_complete(
         summary = bench.train(folder, bench.cache, student=dropout_student, **keys)
         assert_same_curve(folder, tmp_path / "whole")
         whole = read_json(tmp_path / "whole" / "checkpoint-14" / "complete.json")
-        assert summary["trained_positions"] == whole["positions"] + whole["window"]["positions"]
+        assert summary.trained_positions == whole["positions"] + whole["window"]["positions"]
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_a_run_starts_from_weights_optimizer_and_schedule_of_a_named_checkpoint(
     start = uninterrupted / "checkpoint-33"
     keys = LONG | {"resume_from_checkpoint": str(start)}
     summary = bench.train(tmp_path, bench.cache, student=dropout_student, **keys)
-    assert summary["steps"] == 36
+    assert summary.steps == 36
     assert_same_weights(tmp_path, uninterrupted)
 
 

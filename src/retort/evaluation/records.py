@@ -1,0 +1,124 @@
+"""metrics.json and benchmark.json: what a model scored on held-out text, and on an evaluation task."""
+
+from typing import ClassVar
+
+from retort.evaluation.intervals import Estimate
+from retort.io.records import Part, Record
+from retort.io.run_record import RunRecord
+from retort.teacher.manifest import Manifest
+from retort.training.record import TrainingRecord
+
+
+class Bin(Part):
+    """A bin of confidence, from `start` to `stop`: its number of positions, their mean confidence, their accuracy."""
+
+    start: float
+    stop: float
+    positions: int
+    confidence: float
+    accuracy: Estimate
+
+
+class ClassRow(Part):
+    """A class of positions: its name, its size, and the metrics in it by name."""
+
+    name: str
+    positions: int
+    documents: int
+    metrics: dict[str, Estimate]
+
+
+class Scorecard(Part):
+    """One model's defined metrics by name (`scores.METRICS`), and its reliability curve without empty bins.
+
+    Measured at `positions` of `documents`, which predict `bytes` of text (None: the tokens are not text).
+    """
+
+    positions: int
+    documents: int
+    bytes: int | None
+    metrics: dict[str, Estimate]
+    reliability: tuple[Bin, ...]
+
+
+class Scores(Part):
+    """Scores of a student and of its teacher, if it has one; the metrics that compare the two are the student's.
+
+    not_defined: why a metric has no value, by name. breakdown: the student's scores in classes of positions.
+    """
+
+    student: Scorecard
+    teacher: Scorecard | None
+    not_defined: dict[str, str]
+    breakdown: dict[str, tuple[ClassRow, ...]]
+
+
+class Metrics(Record):
+    """metrics.json of a run, on held-out sequences.
+
+    content: digest of these sequences; leaked_sequences: how many of them are also in the training text; teacher: its
+    name; trained: the run.json of the training.
+    """
+
+    format: ClassVar[str] = "retort-metrics"
+    version: ClassVar[int] = 3
+    remedy: ClassVar[str] = "evaluate the run again"
+
+    training: TrainingRecord
+    teacher: str | None
+    teacher_parameters: int | None
+    content: str
+    sequences: int
+    leaked_sequences: int
+    units: dict[str, str]
+    scores: Scores
+    cache: Manifest | None
+    trained: RunRecord | None
+    made: RunRecord
+
+
+class Comparison(Record):
+    """metrics.json of a standalone comparison of a model and its teacher, each a path or Hub id."""
+
+    format: ClassVar[str] = "retort-comparison"
+    remedy: ClassVar[str] = "compare the models again"
+
+    model: str
+    teacher: str | None
+    units: dict[str, str]
+    scores: Scores
+    made: RunRecord
+
+
+class Score(Part):
+    """A metric of an evaluation task, or of a subtask in a group."""
+
+    task: str
+    metric: str
+    value: float
+    standard_error: float | None
+    is_less_better: bool
+
+
+class TaskResult(Part):
+    """The scores of a task on `examples` of its `examples_in_all`, and the versions of what computed them."""
+
+    scores: tuple[Score, ...]
+    examples: int
+    examples_in_all: int
+    versions: dict[str, str]
+
+
+class BenchmarkRecord(Record):
+    """benchmark.json: a task's scores of the student of `run` and its `id`, or of a `teacher`, a path or Hub id."""
+
+    format: ClassVar[str] = "retort-benchmark"
+    version: ClassVar[int] = 2
+    remedy: ClassVar[str] = "run the benchmark again"
+
+    task: str
+    run: str | None
+    id: str | None
+    teacher: str | None
+    result: TaskResult
+    made: RunRecord

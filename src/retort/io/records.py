@@ -1,0 +1,84 @@
+"""Records: the small JSON files beside results, one class for each, written and read in one way.
+
+A file begins with its `format` and `version`. Raise a class's version when a key is added, renamed or removed.
+"""
+
+import json
+from pathlib import Path
+from typing import ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic_core import ErrorDetails, from_json
+
+from retort.io.files import write_json
+
+JsonObject = dict[str, JsonValue]
+# Known keys only, no value of another type, and finite numbers.
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Part(BaseModel):
+    """A part of a record, immutable. (A dataclass can be one too; its `__pydantic_config__` is STRICT.)"""
+
+    model_config = ConfigDict(**STRICT, frozen=True)
+
+
+class Record(Part):
+    """A JSON file. A class sets its `format` and `version`, and `remedy`: what to do about a file that is refused."""
+
+    format: ClassVar[str]
+    version: ClassVar[int] = 1
+    remedy: ClassVar[str] = "delete it and rerun the same command"
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a file. Raises ValueError, in one sentence, when it is missing, damaged, foreign, older or newer."""
+        try:
+            found: JsonValue = from_json(path.read_bytes())
+        except OSError as error:
+            is_missing = isinstance(error, FileNotFoundError)
+            fault = "does not exist" if is_missing else f"cannot be read ({error.strerror})"
+            raise cls._refusal(path, fault) from None
+        except ValueError as error:
+            raise cls._refusal(path, f"is not JSON ({error})") from None
+        if not isinstance(found, dict) or found.get("format") != cls.format:
+            has = f" ({found.get('format')!r})" if isinstance(found, dict) else ""
+            raise cls._refusal(path, f"is another kind of file{has}")
+        version = number if isinstance(number := found.get("version"), int) else 0
+        content = {key: found[key] for key in found.keys() - {"format", "version"}}
+        if version != cls.version:
+            age = "a newer" if version > cls.version else "an older"
+            upgraded = cls.upgrade(content, version) if version < cls.version else None
+            if upgraded is None:
+                raise cls._refusal(path, f"was written by {age} Retort (version {version})")
+            content = upgraded
+        try:
+            return cls.model_validate_json(json.dumps(content))
+        except ValidationError as error:
+            raise cls._refusal(path, _describe(error.errors()[0])) from None
+
+    @classmethod
+    def upgrade(cls, content: JsonObject, version: int) -> JsonObject | None:
+        """Return the content of an older version's file as this version has it; None where that cannot be read."""
+        return None
+
+    def write(self, path: Path) -> None:
+        """Write the file atomically, and its folder: equal records give equal bytes."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        header = {"format": self.format, "version": self.version}
+        write_json(path, header | self.model_dump(mode="json"))
+
+    @classmethod
+    def _refusal(cls, path: Path, fault: str) -> ValueError:
+        return ValueError(
+            f"{path} {fault}; expected {cls.format} version {cls.version}: {cls.remedy}."
+        )
+
+
+def _describe(error: ErrorDetails) -> str:
+    key = ".".join(map(str, error["loc"]))
+    if error["type"] == "missing":
+        return f"has no {key!r}"
+    if error["type"] == "extra_forbidden":
+        return f"has an unknown key {key!r}"
+    return f"has {key} = {error['input']!r} ({error['msg'].lower()})"

@@ -1,0 +1,44 @@
+"""manifest.json: size and content of a merged cache, and how far it is from the live teacher."""
+
+from typing import ClassVar
+
+from retort.io.records import JsonObject, Part, Record
+
+
+class Fidelity(Part):
+    """Means over the training positions that the teacher scored again, at temperature 1.
+
+    kl: KL(live teacher || cache) in nats over the kept tokens and one bucket for the tail: what storing (and scoring in
+    other batches) changed. agreement: share with the same most probable token. tail_mass: mass outside the exact
+    tokens.
+    """
+
+    positions: int
+    kl: float
+    agreement: float
+    tail_mass: float
+
+
+class Manifest(Record):
+    """manifest.json of a merged cache: `sha256` is of its content, `header` that of the file.
+
+    fidelity: None where it was not measured.
+    """
+
+    format: ClassVar[str] = "retort-manifest"
+    version: ClassVar[int] = 2
+
+    file: str
+    mode: str
+    file_bytes: int
+    sha256: str
+    sequences: int
+    tokens: int
+    positions: int
+    bytes_per_position: float
+    method: str
+    top_k: int | None
+    min_probability: float | None
+    halved_parts: int
+    header: JsonObject
+    fidelity: Fidelity | None

@@ -1,0 +1,35 @@
+"""training.json: a finished student, how long it was trained, and the digests of its files."""
+
+from typing import ClassVar
+
+from retort.io.records import Part, Record
+
+
+class TrainingSummary(Part):
+    """Totals of a training, over all its attempts. `dtype`: of the weights, and of mixed precision if it is used."""
+
+    steps: int
+    trained_positions: int
+    seconds: float
+    seconds_waiting_for_data: float
+    student_parameters: int
+    device: str
+    dtype: str
+
+
+class TrainingRecord(Record):
+    """training.json: `id` is the run's, `teacher` the fingerprint of its weights, `final` has the digests of final/."""
+
+    format: ClassVar[str] = "retort-training"
+    version: ClassVar[int] = 2
+    remedy: ClassVar[str] = "train the run again"
+
+    run: str
+    id: str
+    distillation_type: str
+    alpha: float | None
+    temperature: float | None
+    seed: int
+    teacher: str | None
+    summary: TrainingSummary
+    final: dict[str, str]
