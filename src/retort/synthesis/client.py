@@ -14,8 +14,8 @@ from contextlib import suppress
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
 
 from retort.config.sections import Synthesis
+from retort.io.progress import Meter
 from retort.synthesis.journal import Journal, Usage
-from retort.synthesis.progress import Progress
 from retort.synthesis.prompts import LabeledPrompt
 from retort.synthesis.providers import (
     Answer,
@@ -111,7 +111,7 @@ class Client:
         def describe() -> str:
             return describe_usage(self.section, self.journal.usage)
 
-        with Progress(len(indices), unit="answers", describe=describe) as progress:
+        with Meter(len(indices), unit="answers", describe=describe) as progress:
             queue = iter(indices)
             async with asyncio.TaskGroup() as group:
                 for _ in range(min(self.section.concurrency, len(indices))):
@@ -119,7 +119,7 @@ class Client:
         if self._error:
             raise self._error
 
-    async def _work(self, queue: Iterator[int], progress: Progress) -> None:
+    async def _work(self, queue: Iterator[int], progress: Meter) -> None:
         for index in queue:
             if self._error:
                 return

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from retort.cli import first_line, is_out_of_memory
 from retort.config.sections import Synthesis, Teacher
 from retort.io.digests import digest
+from retort.io.progress import Meter
 from retort.models.generate import (
     Completion,
     Sampling,
@@ -27,7 +28,6 @@ from retort.models.generate import (
 from retort.models.load import describe_device, load_teacher
 from retort.synthesis.client import describe_usage
 from retort.synthesis.journal import Journal
-from retort.synthesis.progress import Progress
 from retort.synthesis.prompts import LabeledPrompt
 from retort.synthesis.providers import Answer
 from retort.tokens.tokenizer import encode_chat, encode_prefix, load_tokenizer
@@ -103,11 +103,11 @@ class LocalGenerator(ABC):
         )
         self.journal.add_answer(index, answer)
 
-    def _open_progress(self, total: int) -> Progress:
+    def _open_progress(self, total: int) -> Meter:
         def describe() -> str:
             return describe_usage(self.section, self.journal.usage)
 
-        return Progress(total, unit=self.unit, describe=describe)
+        return Meter(total, unit=self.unit, describe=describe)
 
 
 class TransformersGenerator(LocalGenerator):

@@ -11,11 +11,9 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from tqdm import tqdm
-
-from retort.cli import open_terminal
+from retort.io.progress import Meter
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +37,7 @@ class Progress:
         A line is logged every log_interval_s; the folder is listed every poll_interval_s (10 ms for 10,000 files).
         """
         self.tokens = 0  # scored by this worker
-        self._log_interval_s, self._poll_interval_s = log_interval_s, poll_interval_s
+        self._poll_interval_s = poll_interval_s
         self._parts = {path.name: part for path, part in zip(files, parts, strict=True)}
         self._numbers = {part["name"]: number for number, part in enumerate(parts, start=1)}
         self._folder = files[0].parent if files else Path()
@@ -49,25 +47,21 @@ class Progress:
         self._all = {name: sum(part[name] for part in parts) for name in ("sequences", "tokens")}
         self._num_done = 0
         self._part_tokens = 0  # scored of this worker's current part
-        self._started = self._logged = time.monotonic()
+        self._started = time.monotonic()
         self._part_started: dict[str, float] = {}
         self._poll()
-        self._terminal = open_terminal()
-        self._bar = self._open_bar(self._terminal) if self._terminal else None
-
-    def _open_bar(self, terminal: TextIO) -> "tqdm[Any]":
-        return tqdm(
-            desc="teacher",
-            total=self._all["tokens"],
+        self._meter = Meter(
+            self._all["tokens"],
+            unit="tokens",
+            describe=self._describe,
+            line=self._describe_line,
+            interval_s=log_interval_s,
             initial=self._done["tokens"],
-            unit=" tokens",
+            desc="teacher",
             unit_scale=True,
             smoothing=0,  # other workers' parts arrive whole, in bursts
             bar_format=_BAR,
-            file=terminal,
-            dynamic_ncols=True,
             mininterval=0.5,
-            postfix=self._describe(),
         )
 
     def __enter__(self) -> "Progress":
@@ -77,11 +71,8 @@ class Progress:
         """Show the final state, and release the terminal."""
         self._part_tokens = 0
         self._poll()
-        if self._bar is not None:
-            self._show()
-            self._bar.close()
-        if self._terminal is not None:
-            self._terminal.close()
+        self._show()
+        self._meter.close()
 
     def start_part(self, part: dict[str, Any]) -> None:
         """Note that this worker starts a part."""
@@ -106,18 +97,9 @@ class Progress:
 
     def refresh(self) -> None:
         """Count the parts and show the progress, if it is time to; called while waiting for other workers too."""
-        now = time.monotonic()
-        if now - self._polled >= self._poll_interval_s:
+        if time.monotonic() - self._polled >= self._poll_interval_s:
             self._poll()
-        if self._bar is not None:
-            self._show()
-        if now - self._logged >= self._log_interval_s:
-            self._logged = now
-            rate = self.tokens / (now - self._started)
-            logger.log(
-                logging.INFO if self._bar is None else logging.DEBUG,
-                f"{self._describe()}  here: {self._num_done} parts, {self.tokens:,} tokens, {rate:,.0f} tokens/s",
-            )
+        self._show()
 
     def _poll(self) -> None:
         self._polled = time.monotonic()
@@ -146,8 +128,10 @@ class Progress:
             f"{done['bytes'] / 1e6:,.1f} MB{per_position}"
         )
 
+    def _describe_line(self) -> str:
+        rate = self.tokens / (time.monotonic() - self._started)
+        return f"{self._describe()}  here: {self._num_done} parts, {self.tokens:,} tokens, {rate:,.0f} tokens/s"
+
     def _show(self) -> None:
-        assert self._bar is not None
-        now = min(self._done["tokens"] + self._part_tokens, self._all["tokens"])
-        self._bar.set_postfix_str(self._describe(), refresh=False)
-        self._bar.update(max(0, now - self._bar.n))
+        self._meter.done = min(self._done["tokens"] + self._part_tokens, self._all["tokens"])
+        self._meter.show()

@@ -6,19 +6,17 @@ forward passes and over GPUs.
 Legend: B batch, T positions of a sequence, P positions that count, D the teacher's hidden size, V vocabulary.
 """
 
-import logging
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Sampler
-from tqdm import tqdm
 from transformers import (
     Trainer,
     TrainerCallback,
@@ -28,6 +26,7 @@ from transformers import (
 )
 
 from retort.cluster.ranks import rank, world_size
+from retort.io.progress import Meter
 from retort.models.load import CausalLM
 from retort.training.batches import IGNORE_INDEX, ShuffledStream
 from retort.training.checkpoints import CheckpointId, write_marker
@@ -41,8 +40,7 @@ from retort.training.losses import (
 )
 from retort.training.model_loss import LossTargets
 
-logger = logging.getLogger(__name__)
-
+_SHOWN = ("total_loss", "learning_rate", "tokens_per_second")  # beside the bar
 _ADVICE = (
     "Rerunning will fail the same way: try a lower training.learning_rate, more training.warmup_steps, or "
     "training.use_mixed_precision: false (where you run train.py yourself, with another --output)."
@@ -189,10 +187,8 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         self.write_curve = write_curve
         self.interval_s = interval_s
         self.started = time.monotonic()
-        self._last_line = 0.0
         self._first_step = 0
-        self._bar: tqdm[Any] | None = None
-        self._terminal: TextIO | None = None
+        self._logs: dict[str, float] = {}
 
     @property
     def totals(self) -> dict[str, float]:
@@ -208,9 +204,17 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         """Note this attempt's first step, and check that the ranks share their gradients."""
         self._first_step = state.global_step
         _require_wrapper(self.trainer, self.checkpoint_id.strategy)
-        if rank() == 0 and sys.stderr.isatty():
-            steps = {"total": state.max_steps, "initial": state.global_step}
-            self._bar = tqdm(desc=f"train {self.name}", unit="step", file=self._terminal, **steps)
+        self._meter = Meter(
+            state.max_steps,
+            unit="steps",
+            describe=lambda: ", ".join(f"{n}={self._logs.get(n, 0):.4g}" for n in _SHOWN),
+            line=lambda: self._describe_line(state),
+            interval_s=self.interval_s,
+            has_bar=rank() == 0
+            and sys.stderr.isatty(),  # by hand: a workflow may train several at once
+            initial=state.global_step,
+            desc=f"train {self.name}",
+        )
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -235,10 +239,8 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Advance the bar, and have the last step logged."""
+        """Have the last step logged."""
         control.should_log |= state.global_step >= state.max_steps
-        if self._bar is not None:
-            self._bar.update(1)
 
     def on_log(
         self,
@@ -249,24 +251,22 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         **_: Any,
     ) -> None:
         """Show a line of progress and write the curve so far, at most once every `interval_s` and at the end."""
-        now = time.monotonic()
-        is_due = now - self._last_line >= self.interval_s or state.global_step >= state.max_steps
         if rank() > 0 or not logs or "total_loss" not in logs:
             return
-        if self._bar is not None:
-            shown = ("total_loss", "learning_rate", "tokens_per_second")
-            self._bar.set_postfix({name: f"{logs[name]:.4g}" for name in shown})
-        if not is_due:
-            return
-        self._last_line = now
-        self.write_curve()
+        is_first, is_last = not self._logs, state.global_step >= state.max_steps
+        self._logs, self._meter.done = logs, state.global_step
+        is_due = is_first or is_last or self._meter.is_due
+        if is_due:
+            self.write_curve()
+        self._meter.show(is_due=is_due)
+
+    def _describe_line(self, state: TrainerState) -> str:
         steps = max(1, state.global_step - self._first_step)
-        left = (now - self.started) / steps * (state.max_steps - state.global_step)
-        if self._bar is None:
-            logger.info(
-                f"train {self.name}  step {state.global_step}/{state.max_steps}  loss {logs['total_loss']:.4f}  "
-                f"{logs['tokens_per_second']:,.0f} tokens/s  {left:,.0f} s left"
-            )
+        left_s = (time.monotonic() - self.started) / steps * (state.max_steps - state.global_step)
+        return (
+            f"train {self.name}  step {state.global_step}/{state.max_steps}  loss {self._logs['total_loss']:.4f}  "
+            f"{self._logs['tokens_per_second']:,.0f} tokens/s  {left_s:,.0f} s left"
+        )
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -295,10 +295,8 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Close the bar, and let go of the terminal."""
-        if self._bar is not None and self._terminal is not None:
-            self._bar.close()
-            self._terminal.close()
+        """Release the terminal."""
+        self._meter.close()
 
 
 def _require_wrapper(trainer: DistillationTrainer, strategy: str) -> None:

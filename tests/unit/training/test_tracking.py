@@ -81,10 +81,10 @@ def test_the_curve_is_written_during_the_training(bench: Bench, tmp_path: Path) 
                 seen.append(len(read_log(tmp_path)))
 
     lines = Lines()
-    trainer_logger = logging.getLogger("retort.training.trainer")
-    trainer_logger.addHandler(lines)
+    progress_logger = logging.getLogger("retort.io.progress")
+    progress_logger.addHandler(lines)
     bench.train(tmp_path, bench.cache, max_steps=5, progress_interval_s=0.0)
-    trainer_logger.removeHandler(lines)
+    progress_logger.removeHandler(lines)
     assert seen == [1, 2, 3, 4, 5]
 
 
