@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from retort.evaluation.records import BenchmarkRecord
-from support.place import Place, tiny
+from support.place import Place, merge, tiny
 
 
 def write_inputs(place: Place) -> None:
@@ -42,15 +42,17 @@ def write_inputs(place: Place) -> None:
 
 def asking(*names: str, **keys: Any) -> dict[str, Any]:
     """Return the tiny config with benchmarks."""
-    given = {"benchmarks": list(names), "benchmark_tasks_dir": "tasks"} | keys
-    return tiny(evaluation=given)
+    benchmarks = {"tasks": list(names), "tasks_dir": "tasks"}
+    return tiny(evaluation=merge({"benchmarks": benchmarks}, keys))
 
 
 HUMANEVAL = {
-    "humaneval_file": "problems.jsonl.gz",
-    "humaneval_max_new_tokens": 8,
-    "allow_code_execution": True,
-    "benchmark_teacher": True,
+    "benchmarks": {"teacher": True},
+    "humaneval": {
+        "file": "problems.jsonl.gz",
+        "max_new_tokens": 8,
+        "allow_code_execution": True,
+    },
 }
 
 
@@ -87,30 +89,30 @@ def test_benchmarks_are_added_to_a_finished_run_and_re_run_nothing_else(done: Pl
 
 REFUSED = {
     "code without consent": (
-        asking("humaneval", humaneval_file="problems.jsonl.gz"),
-        ["evaluation.allow_code_execution: true", "bubblewrap"],
+        asking("humaneval", humaneval={"file": "problems.jsonl.gz"}),
+        ["evaluation.humaneval.allow_code_execution: true", "bubblewrap"],
     ),
     "humaneval without problems": (
-        asking("humaneval", allow_code_execution=True),
-        ["evaluation.humaneval_file is null", "github.com/openai/human-eval"],
+        asking("humaneval", humaneval={"allow_code_execution": True}),
+        ["evaluation.humaneval.file is null", "github.com/openai/human-eval"],
     ),
     "problems that are not there": (
-        asking("humaneval", **HUMANEVAL | {"humaneval_file": "problems.json.gz"}),
+        asking("humaneval", **merge(HUMANEVAL, {"humaneval": {"file": "problems.json.gz"}})),
         ["'problems.json.gz' does not exist", "Did you mean 'problems.jsonl.gz'"],
     ),
     "more k than completions": (
-        asking("humaneval", **HUMANEVAL | {"humaneval_pass_at": [1, 10]}),
-        ["humaneval_pass_at is [1, 10]", "humaneval_completions is 1"],
+        asking("humaneval", **merge(HUMANEVAL, {"humaneval": {"pass_at": [1, 10]}})),
+        ["humaneval.pass_at is [1, 10]", "humaneval.completions is 1"],
     ),
     "the same completion many times": (
-        asking("humaneval", **HUMANEVAL | {"humaneval_completions": 5}),
-        ["humaneval_temperature is 0", "0.2 for pass@1"],
+        asking("humaneval", **merge(HUMANEVAL, {"humaneval": {"completions": 5}})),
+        ["humaneval.temperature is 0", "0.2 for pass@1"],
     ),
     "task files that are not there": (
-        asking("animals", benchmark_tasks_dir="task"),
-        ["evaluation.benchmark_tasks_dir 'task' is not a folder", "Did you mean 'tasks'"],
+        asking("animals", benchmarks={"tasks_dir": "task"}),
+        ["evaluation.benchmarks.tasks_dir 'task' is not a folder", "Did you mean 'tasks'"],
     ),
-    "a name that is none": (asking("an/imal"), ["evaluation.benchmarks"]),
+    "a name that is none": (asking("an/imal"), ["evaluation.benchmarks.tasks"]),
 }
 
 

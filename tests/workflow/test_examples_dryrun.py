@@ -34,5 +34,5 @@ def _list_files(config: dict[str, object]) -> list[str]:
     files = dataset.get("data_files", [])
     evaluation = config.get("evaluation", {})
     assert isinstance(evaluation, dict)
-    problems = [evaluation["humaneval_file"]] if "humaneval_file" in evaluation else []
+    problems = [evaluation["humaneval"]["file"]] if "humaneval" in evaluation else []
     return [*([files] if isinstance(files, str) else files), *problems]

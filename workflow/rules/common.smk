@@ -258,7 +258,7 @@ def get_merge_flags(wildcards):
 def get_evaluation_flags(wildcards):
     config = artifact(wildcards).config
     threads = get_cpu_threads(wildcards)
-    words = [flags(config.evaluation.without_benchmarks()), gpu_flags(config)]
+    words = [flags(config.evaluation.of_student()), gpu_flags(config)]
     return " ".join(
         [*words, f"--device {config.training.device} --cpu-threads {threads}"]
     )

@@ -2,7 +2,7 @@
 
     python workflow/scripts/benchmark.py --benchmark hellaswag --record results/runs/mine/training.json \\
         --output results/runs/mine/benchmarks/hellaswag/benchmark.json
-    python workflow/scripts/benchmark.py --benchmark humaneval --evaluation-allow-code-execution \\
+    python workflow/scripts/benchmark.py --benchmark humaneval --evaluation-humaneval-allow-code-execution \\
         --evaluation-humaneval-file HumanEval.jsonl.gz --teacher models/teacher \\
         --record results/teachers/mine/fingerprint.json --output teacher_humaneval/benchmark.json
 """

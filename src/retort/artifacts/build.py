@@ -156,7 +156,7 @@ def _build_run(name: str, config: Config) -> Run:
             "evaluation",
             REVISIONS["evaluation"],
             validation.id if validation else None,
-            identity(config.evaluation.without_benchmarks()),
+            identity(config.evaluation.of_student()),
         ]
     )
     folder = results / "runs" / name / run_id
@@ -176,8 +176,8 @@ def _build_run(name: str, config: Config) -> Run:
 
 
 def _build_teacher_tasks(run: Run) -> tuple[EvaluationTask, ...]:
-    """Return the tasks of a run's teacher if evaluation.benchmark_teacher is set; runs of one teacher share them."""
-    if run.teacher is None or not run.config.evaluation.benchmark_teacher:
+    """Return the tasks of a run's teacher if evaluation.benchmarks.teacher is set; runs of one teacher share them."""
+    if run.teacher is None or not run.config.evaluation.benchmarks.teacher:
         return ()
     return build_tasks(run.config, run.teacher.folder, revision=REVISIONS["benchmark"])
 

@@ -1,4 +1,4 @@
-"""The evaluation tasks of a model (config: `evaluation.benchmarks`), one id each: adding a task reruns no other."""
+"""The evaluation tasks of a model (`evaluation.benchmarks.tasks`), one id each: adding a task reruns no other."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,13 +31,13 @@ def build_tasks(config: Config, model_folder: Path, *, revision: int) -> tuple[E
     Raises ValueError when these do not exist.
     """
     tasks = []
-    for name in config.evaluation.benchmarks:
+    for name in config.evaluation.benchmarks.tasks:
         settings = config.evaluation.of_benchmark(name)
         keys = identity(settings)
-        if settings.humaneval_file is not None:
-            keys["humaneval_file"] = _digest_problems(Path(settings.humaneval_file))
-        if settings.benchmark_tasks_dir is not None:
-            keys["benchmark_tasks_dir"] = _digest_tasks(Path(settings.benchmark_tasks_dir))
+        if settings.humaneval.file is not None:
+            keys["humaneval"]["file"] = _digest_problems(Path(settings.humaneval.file))
+        if settings.benchmarks.tasks_dir is not None:
+            keys["benchmarks"]["tasks_dir"] = _digest_tasks(Path(settings.benchmarks.tasks_dir))
         task_id = digest(["benchmark", revision, name, keys])
         tasks.append(EvaluationTask(task_id, name, settings, model_folder, config))
     return tuple(tasks)
@@ -46,7 +46,7 @@ def build_tasks(config: Config, model_folder: Path, *, revision: int) -> tuple[E
 def _digest_problems(path: Path) -> str:
     if not path.is_file():
         raise ValueError(
-            f"evaluation.humaneval_file {str(path)!r} does not exist (looked in {Path.cwd()}).{suggest_path(path)} "
+            f"evaluation.humaneval.file {str(path)!r} does not exist (looked in {Path.cwd()}).{suggest_path(path)} "
             "Give the path of HumanEval.jsonl.gz (https://github.com/openai/human-eval, data/), without ~."
         )
     return digest_file(path)
@@ -55,7 +55,7 @@ def _digest_problems(path: Path) -> str:
 def _digest_tasks(path: Path) -> str:
     if not path.is_dir():
         raise ValueError(
-            f"evaluation.benchmark_tasks_dir {str(path)!r} is not a folder (looked in {Path.cwd()})."
+            f"evaluation.benchmarks.tasks_dir {str(path)!r} is not a folder (looked in {Path.cwd()})."
             f"{suggest_path(path)} Give the folder of your task files (YAML), without ~."
         )
     files = digest_folder(path)

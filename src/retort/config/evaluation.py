@@ -1,7 +1,6 @@
 """The section `evaluation`: how students and teachers are measured on held-out documents, and on benchmarks."""
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
@@ -25,6 +24,75 @@ if TYPE_CHECKING:
 HUMANEVAL = "humaneval"
 
 
+class SampleSettings(Section):
+    """Texts that the teacher and the students continue, side by side in the report."""
+
+    num_samples: Annotated[int, Field(ge=0, le=100)] = setting(
+        4, "Held-out texts whose beginnings are continued; 0 shows none."
+    )
+    prompts: Unique[Text] = setting(
+        (),
+        "Your own prompts to continue as well - questions if the corpus has prompts and responses, else beginnings of "
+        "texts.",
+    )
+    max_new_tokens: Count = setting(64, "Maximum number of tokens of a continuation.")
+    temperature: Positive = setting(
+        1.0, "Temperature of the sampled continuation (top_p 0.95); the other one is greedy."
+    )
+    seed: NonNegative = setting(0, "Seed of the sampled continuation.")
+
+
+class BenchmarkSettings(Section):
+    """Benchmarks of every student: tasks of lm-evaluation-harness, and humaneval."""
+
+    tasks: Unique[Annotated[str, Field(pattern=r"^[^\s/{}*?.\[\]][^\s/{}*?\[\]]*$")]] = setting(
+        (),
+        "Tasks and groups of lm-evaluation-harness by name, tasks of tasks_dir, or humaneval.",
+    )
+    tasks_dir: Text | None = setting(
+        None,
+        "Folder with your own task files (YAML of lm-evaluation-harness), which need no network if their data is "
+        "local.",
+        is_path=True,
+    )
+    teacher: bool = setting(False, "Run the benchmarks on the teachers too.", changes_id=False)
+    limit: Count | None = setting(
+        None,
+        "Maximum number of examples of each benchmark, for a trial; null means all, which published numbers are for.",
+    )
+    seed: NonNegative = setting(
+        0,
+        "Seed of random choices in benchmarks - few-shot examples, completions at a temperature above 0.",
+    )
+
+
+class HumanevalSettings(Section):
+    """The benchmark humaneval, which runs the code that a model writes."""
+
+    file: Text | None = setting(
+        None,
+        "The problems of HumanEval, as OpenAI publishes them (HumanEval.jsonl.gz).",
+        is_path=True,
+    )
+    completions: Count = setting(1, "Completions per problem.")
+    pass_at: NonEmptyUnique[Count] = setting(
+        (1,), "The k's of pass@k - the probability that one of k completions is correct."
+    )
+    temperature: Annotated[float, Field(ge=0)] = setting(
+        0.0, "Temperature of the completions (top_p 0.95); 0 is greedy."
+    )
+    max_new_tokens: Count = setting(512, "Maximum number of tokens of a completion.")
+    allow_code_execution: bool = setting(
+        False,
+        "Let benchmarks run the code that a model writes, on this machine, in bubblewrap - without network or home "
+        "folder, and with one empty folder to write to.",
+        changes_id=False,
+    )
+    code_timeout_s: Positive = setting(
+        10.0, "Time limit in seconds of a program that a model wrote."
+    )
+
+
 class Evaluation(Section):
     """How students are evaluated on the held-out documents."""
 
@@ -37,144 +105,89 @@ class Evaluation(Section):
     fidelity_positions: Count = setting(
         4096, "Training positions that the teacher scores again to measure the cache's error."
     )
-    num_samples: Annotated[int, Field(ge=0, le=100)] = setting(
-        4,
-        "Held-out texts whose beginnings the teacher and the students continue in the report; 0 shows none.",
-    )
-    sample_prompts: Unique[Text] = setting(
-        (),
-        "Your own prompts to continue as well - questions if the corpus has prompts and responses, else beginnings of "
-        "texts.",
-    )
-    sample_max_new_tokens: Count = setting(64, "Maximum number of tokens of a continuation.")
-    sample_temperature: Positive = setting(
-        1.0, "Temperature of the sampled continuation (top_p 0.95); the other one is greedy."
-    )
-    sample_seed: NonNegative = setting(0, "Seed of the sampled continuation.")
-    benchmarks: Unique[Annotated[str, Field(pattern=r"^[^\s/{}*?.\[\]][^\s/{}*?\[\]]*$")]] = (
-        setting(
-            (),
-            "Benchmarks of every student - tasks and groups of lm-evaluation-harness by name, tasks of "
-            "benchmark_tasks_dir, or humaneval.",
-        )
-    )
-    benchmark_tasks_dir: Text | None = setting(
-        None,
-        "Folder with your own task files (YAML of lm-evaluation-harness), which need no network if their data is "
-        "local.",
-        is_path=True,
-    )
-    benchmark_teacher: bool = setting(
-        False, "Run the benchmarks on the teachers too.", changes_id=False
-    )
-    benchmark_limit: Count | None = setting(
-        None,
-        "Maximum number of examples of each benchmark, for a trial; null means all, which published numbers are for.",
-    )
-    benchmark_seed: NonNegative = setting(
-        0,
-        "Seed of random choices in benchmarks - few-shot examples, completions at a temperature above 0.",
-    )
-    humaneval_file: Text | None = setting(
-        None,
-        "The problems of HumanEval, as OpenAI publishes them (HumanEval.jsonl.gz).",
-        is_path=True,
-    )
-    humaneval_completions: Count = setting(1, "Completions per problem of HumanEval.")
-    humaneval_pass_at: NonEmptyUnique[Count] = setting(
-        (1,),
-        "The k's of HumanEval's pass@k - the probability that one of k completions is correct.",
-    )
-    humaneval_temperature: Annotated[float, Field(ge=0)] = setting(
-        0.0, "Temperature of HumanEval's completions (top_p 0.95); 0 is greedy."
-    )
-    humaneval_max_new_tokens: Count = setting(
-        512, "Maximum number of tokens of a completion of HumanEval."
-    )
-    allow_code_execution: bool = setting(
-        False,
-        "Let benchmarks run the code that a model writes, on this machine, in bubblewrap - without network or home "
-        "folder, and with one empty folder to write to.",
-        changes_id=False,
-    )
-    code_timeout_s: Positive = setting(
-        10.0, "Time limit in seconds of a program that a model wrote."
-    )
-
-    def without_benchmarks(self) -> "Evaluation":
-        """Return only the settings of evaluation on held-out text; all others at their default."""
-        return self._keep(lambda key: key not in _BENCHMARK_KEYS)
+    samples: SampleSettings = Field(default_factory=SampleSettings)
+    benchmarks: BenchmarkSettings = Field(default_factory=BenchmarkSettings)
+    humaneval: HumanevalSettings = Field(default_factory=HumanevalSettings)
 
     def of_teacher(self) -> "Evaluation":
-        """Return only the settings of a teacher's held-out positions and samples; all others at their default."""
-        return self._keep(lambda key: key.endswith("_positions") or "sample" in key)
+        """Return only what the teacher's held-out scores and samples depend on; all else at its default."""
+        return Evaluation(
+            max_positions=self.max_positions,
+            fidelity_positions=self.fidelity_positions,
+            samples=self.samples,
+        )
+
+    def of_student(self) -> "Evaluation":
+        """Return only what the evaluation of a student on held-out text depends on; all else at its default."""
+        return self.of_teacher().model_copy(update={"batch_size": self.batch_size})
 
     def of_problems(self) -> "Evaluation":
-        """Return only the settings that select benchmarks and their problems; all others at their default."""
-        return self._keep(("benchmarks", "benchmark_tasks_dir", "humaneval_file").__contains__)
+        """Return only what selects benchmarks and their problems; all else at its default."""
+        benchmarks = BenchmarkSettings(
+            tasks=self.benchmarks.tasks, tasks_dir=self.benchmarks.tasks_dir
+        )
+        return Evaluation(
+            benchmarks=benchmarks, humaneval=HumanevalSettings(file=self.humaneval.file)
+        )
 
     def of_benchmark(self, name: str) -> "Evaluation":
-        """Return only the settings of one benchmark; all others, and the list of benchmarks, at their default."""
-        keys = ["benchmark_tasks_dir"]
+        """Return only what one benchmark depends on; all else, and the list of benchmarks, at its default."""
+        others: dict[str, Any] = {"tasks": (), "teacher": False}
         if name == HUMANEVAL:
-            keys = [key for key in _BENCHMARK_KEYS if key.startswith(_OF_HUMANEVAL)]
-        return self._keep({"batch_size", "benchmark_limit", "benchmark_seed", *keys}.__contains__)
-
-    def _keep(self, is_kept: Callable[[str], bool]) -> "Evaluation":
-        return Evaluation(**{key: value for key, value in vars(self).items() if is_kept(key)})
-
-
-_OF_HUMANEVAL = ("humaneval_", "allow_code_execution", "code_timeout_s")
-_BENCHMARK_KEYS = tuple(
-    key for key in Evaluation.model_fields if key.startswith(("benchmark", *_OF_HUMANEVAL))
-)
+            others["tasks_dir"] = None
+        return Evaluation(
+            batch_size=self.batch_size,
+            benchmarks=self.benchmarks.model_copy(update=others),
+            humaneval=self.humaneval if name == HUMANEVAL else HumanevalSettings(),
+        )
 
 
 def check_benchmark_teacher(c: "Config") -> Found:
-    if c.evaluation.benchmark_teacher and c.teacher.model_path is None:
+    if c.evaluation.benchmarks.teacher and c.teacher.model_path is None:
         yield (
-            "evaluation.benchmark_teacher",
-            "evaluation.benchmark_teacher is true, but teacher.model_path is null: there is no teacher to run them on. "
-            "Set teacher.model_path, or evaluation.benchmark_teacher: false.",
+            "evaluation.benchmarks.teacher",
+            "evaluation.benchmarks.teacher is true, but teacher.model_path is null: there is no teacher to run them "
+            "on. Set teacher.model_path, or evaluation.benchmarks.teacher: false.",
         )
 
 
 def check_humaneval(c: "Config") -> Found:
-    names = list(c.evaluation.benchmarks)
+    names = list(c.evaluation.benchmarks.tasks)
     if HUMANEVAL not in names:
         return
-    if not c.evaluation.allow_code_execution:
+    if not c.evaluation.humaneval.allow_code_execution:
         yield (
-            "evaluation.benchmarks",
-            f"evaluation.benchmarks is {names}, and humaneval runs the code that a student writes, but "
-            "evaluation.allow_code_execution is false. Set evaluation.allow_code_execution: true to allow it, inside "
-            "bubblewrap (docs/guide.md), or remove humaneval.",
+            "evaluation.benchmarks.tasks",
+            f"evaluation.benchmarks.tasks is {names}, and humaneval runs the code that a student writes, but "
+            "evaluation.humaneval.allow_code_execution is false. Set evaluation.humaneval.allow_code_execution: true "
+            "to allow it, inside bubblewrap (docs/guide.md), or remove humaneval.",
         )
-    if c.evaluation.humaneval_file is None:
+    if c.evaluation.humaneval.file is None:
         yield (
-            "evaluation.benchmarks",
-            f"evaluation.benchmarks is {names}, but evaluation.humaneval_file is null: it should be the path of its "
-            "problems. Download data/HumanEval.jsonl.gz from https://github.com/openai/human-eval and set its path.",
+            "evaluation.benchmarks.tasks",
+            f"evaluation.benchmarks.tasks is {names}, but evaluation.humaneval.file is null: it should be the path "
+            "of its problems. Download data/HumanEval.jsonl.gz from https://github.com/openai/human-eval and set "
+            "its path.",
         )
 
 
 def check_completions(c: "Config") -> Found:
-    if HUMANEVAL not in c.evaluation.benchmarks:
+    if HUMANEVAL not in c.evaluation.benchmarks.tasks:
         return
-    completions, ks = c.evaluation.humaneval_completions, list(c.evaluation.humaneval_pass_at)
+    completions, ks = c.evaluation.humaneval.completions, list(c.evaluation.humaneval.pass_at)
     if max(ks) > completions:
         yield (
-            "evaluation.humaneval_pass_at",
-            f"evaluation.humaneval_pass_at is {ks}, but evaluation.humaneval_completions is {completions}: pass@k "
-            f"needs at least k completions. Set evaluation.humaneval_completions to {max(ks)} or more (twice as many "
+            "evaluation.humaneval.pass_at",
+            f"evaluation.humaneval.pass_at is {ks}, but evaluation.humaneval.completions is {completions}: pass@k "
+            f"needs at least k completions. Set evaluation.humaneval.completions to {max(ks)} or more (twice as many "
             "estimate it better), or use a smaller k.",
         )
-    if completions > 1 and c.evaluation.humaneval_temperature == 0:
+    if completions > 1 and c.evaluation.humaneval.temperature == 0:
         yield (
-            "evaluation.humaneval_temperature",
-            f"evaluation.humaneval_completions is {completions}, but evaluation.humaneval_temperature is 0, which "
-            "writes the same completion every time. Set evaluation.humaneval_temperature, for instance 0.2 for pass@1 "
-            "and 0.8 for pass@100, or evaluation.humaneval_completions: 1.",
+            "evaluation.humaneval.temperature",
+            f"evaluation.humaneval.completions is {completions}, but evaluation.humaneval.temperature is 0, which "
+            "writes the same completion every time. Set evaluation.humaneval.temperature, for instance 0.2 for pass@1 "
+            "and 0.8 for pass@100, or evaluation.humaneval.completions: 1.",
         )
 
 

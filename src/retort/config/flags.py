@@ -13,6 +13,7 @@ from retort.config.sections import section_at, section_paths
 
 # Sections whose flags have the section's name as prefix, so that one script can take several sections.
 _PREFIXED = ("dataset", "teacher", "cache", "student", "evaluation", "synthesis")
+_IN_EVALUATION = ("evaluation.samples", "evaluation.benchmarks", "evaluation.humaneval")
 # A setting of the workflow, not of one job.
 _NO_FLAG = ("teacher.generation.num_workers",)
 # Other names of flags that users know.
@@ -22,8 +23,11 @@ _ALIAS = {"training.dataloader_num_workers": "--num-workers"}
 def add_section_flags(parser: argparse.ArgumentParser, section: str) -> None:
     """Add one flag per key of a section, with the schema's type, default and description.
 
-    "teacher" and "teacher.generation" are separate sections here.
+    "teacher" and "teacher.generation" are separate sections here; "evaluation" includes its sections.
     """
+    if section == "evaluation":
+        for below in _IN_EVALUATION:
+            add_section_flags(parser, below)
     group = parser.add_argument_group(section, _class_of(section).__doc__)
     for key, sub in _flag_keys(section):
         dest = f"{section}.{key}"
@@ -50,6 +54,9 @@ def section_from_args(args: argparse.Namespace, section: str) -> Any:
     record = kind().model_copy(
         update={key: given[f"{section}.{key}"] for key, _ in _flag_keys(section)}
     )
+    if section == "evaluation":
+        below = {name.split(".")[1]: section_from_args(args, name) for name in _IN_EVALUATION}
+        return record.model_copy(update=below)
     if section == "teacher" and any(dest.startswith("teacher.generation.") for dest in given):
         generation = section_from_args(args, "teacher.generation")
         return record.model_copy(update={"generation": generation})
@@ -63,6 +70,12 @@ def section_flags(section: Any) -> list[str]:
     """
     name = next(".".join(p) for p in section_paths() if section_at(p) is type(section))
     argv: list[str] = []
+    if name == "evaluation":
+        argv = [
+            word
+            for n in _IN_EVALUATION
+            for word in section_flags(getattr(section, n.split(".")[1]))
+        ]
     for key, sub in _flag_keys(name):
         value, flag = getattr(section, key), _flag(name, key)
         if is_default(section, key):
@@ -89,8 +102,8 @@ def _flag_keys(section: str) -> Iterator[tuple[str, Schema]]:
 
 
 def _flag(section: str, key: str) -> str:
-    prefix = f"{section}-" if section in _PREFIXED else ""
-    return f"--{prefix}{key}".replace("_", "-")
+    prefix = f"{section}-" if section in (*_PREFIXED, *_IN_EVALUATION) else ""
+    return f"--{prefix}{key}".replace("_", "-").replace(".", "-")
 
 
 def _read_flag(section: str, key: str, text: str) -> Any:

@@ -11,7 +11,7 @@ from retort.config.values import parse_text
 # Names from other tools and older versions, in any section, and the keys that replace them.
 MOVED = {
     "bf16": ("training.mixed_precision_dtype",),
-    "benchmark": ("evaluation.benchmarks",),
+    "benchmark": ("evaluation.benchmarks.tasks",),
     "custom_shard": ("dataset.sharding",),
     "dataset_config": ("dataset.config_name",),
     "dataset_config_name": ("dataset.config_name",),
@@ -35,6 +35,22 @@ MOVED = {
     "total_workers": ("teacher.generation.num_workers",),
     "train_data": ("dataset.data_files",),
     "train_file": ("dataset.data_files",),
+    "evaluation.allow_code_execution": ("evaluation.humaneval.allow_code_execution",),
+    "evaluation.benchmark_limit": ("evaluation.benchmarks.limit",),
+    "evaluation.benchmark_seed": ("evaluation.benchmarks.seed",),
+    "evaluation.benchmark_tasks_dir": ("evaluation.benchmarks.tasks_dir",),
+    "evaluation.benchmark_teacher": ("evaluation.benchmarks.teacher",),
+    "evaluation.code_timeout_s": ("evaluation.humaneval.code_timeout_s",),
+    "evaluation.humaneval_completions": ("evaluation.humaneval.completions",),
+    "evaluation.humaneval_file": ("evaluation.humaneval.file",),
+    "evaluation.humaneval_max_new_tokens": ("evaluation.humaneval.max_new_tokens",),
+    "evaluation.humaneval_pass_at": ("evaluation.humaneval.pass_at",),
+    "evaluation.humaneval_temperature": ("evaluation.humaneval.temperature",),
+    "evaluation.num_samples": ("evaluation.samples.num_samples",),
+    "evaluation.sample_max_new_tokens": ("evaluation.samples.max_new_tokens",),
+    "evaluation.sample_prompts": ("evaluation.samples.prompts",),
+    "evaluation.sample_seed": ("evaluation.samples.seed",),
+    "evaluation.sample_temperature": ("evaluation.samples.temperature",),
     "distillation.type": ("training.distillation_type",),
     "teacher_logits.model": ("teacher.model_path",),
     "teacher_logits.output_dir": ("output.cache_dir",),
@@ -43,6 +59,9 @@ MOVED = {
 # The key that was probably meant when a section is given one value.
 _SHORTHAND = {
     "dataset": "dataset.name",
+    "evaluation.benchmarks": "evaluation.benchmarks.tasks",
+    "evaluation.humaneval": "evaluation.humaneval.file",
+    "evaluation.samples": "evaluation.samples.num_samples",
     "student": "student.config",
     "teacher": "teacher.model_path",
 }

@@ -28,7 +28,8 @@ def require_harness(names: list[str]) -> None:
     """Raise ValueError, with the command that installs it, when lm-evaluation-harness is missing."""
     if find_spec("lm_eval") is None:
         raise ValueError(
-            f"evaluation.benchmarks asks for {', '.join(names)} of lm-evaluation-harness, which is not installed here. "
+            f"evaluation.benchmarks.tasks asks for {', '.join(names)} of lm-evaluation-harness, which is not installed "
+            "here. "
             f"Run: {sys.executable} -m pip install '{REQUIREMENT}'"
         )
 
@@ -49,7 +50,7 @@ def load_tasks(name: str, *, tasks_dir: str | None) -> Any:
     unsafe = [t for t, task in loaded["tasks"].items() if getattr(task, "UNSAFE_CODE", False)]
     if unsafe:
         raise ValueError(
-            f"evaluation.benchmarks asks for {name!r}, but {unsafe[0]} runs the code that a model writes, and "
+            f"evaluation.benchmarks.tasks asks for {name!r}, but {unsafe[0]} runs the code that a model writes, and "
             f"lm-evaluation-harness does that without a sandbox. Remove it, or use {HUMANEVAL}, which runs in one."
         )
     return loaded
@@ -62,11 +63,11 @@ def run_harness_task(
 
     Raises ValueError as `load_tasks` does.
     """
-    load_tasks(name, tasks_dir=settings.benchmark_tasks_dir)  # for its clear errors
+    load_tasks(name, tasks_dir=settings.benchmarks.tasks_dir)  # for its clear errors
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    seed = settings.benchmark_seed
+    seed = settings.benchmarks.seed
     lm = HFLM(
         pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size, truncation=True
     )
@@ -74,8 +75,8 @@ def run_harness_task(
         found = lm_eval.simple_evaluate(
             model=lm,
             tasks=[name],
-            task_manager=_find_manager(name, settings.benchmark_tasks_dir),
-            limit=settings.benchmark_limit,
+            task_manager=_find_manager(name, settings.benchmarks.tasks_dir),
+            limit=settings.benchmarks.limit,
             log_samples=False,
             random_seed=seed,
             numpy_random_seed=seed,
@@ -143,7 +144,8 @@ def _find_manager(name: str, tasks_dir: str | None) -> Any:
     )
     where = f" and in {tasks_dir}" if tasks_dir else ""
     raise ValueError(
-        f"evaluation.benchmarks asks for {name!r}, which is none of the {len(manager.all_tasks):,} tasks and groups "
+        f"evaluation.benchmarks.tasks asks for {name!r}, which is none of the {len(manager.all_tasks):,} tasks and "
+        "groups "
         f"of lm-evaluation-harness {metadata.version('lm_eval')}{where}. {advice}"
     )
 
@@ -158,7 +160,7 @@ def _index_tasks(tasks_dir: str | None, has_defaults: bool) -> Any:
         return TaskManager(include_path=tasks_dir, include_defaults=has_defaults)
     except Exception as error:  # a task file that is not YAML, for example
         raise ValueError(
-            f"evaluation.benchmark_tasks_dir {tasks_dir!r}: lm-evaluation-harness cannot read it. {first_line(error)}"
+            f"evaluation.benchmarks.tasks_dir {tasks_dir!r}: lm-evaluation-harness cannot read it. {first_line(error)}"
         ) from error
 
 
@@ -166,7 +168,7 @@ def _cannot_load(name: str, error: Exception) -> str:
     is_offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "ON", "YES")
     advice = (
         "HF_HUB_OFFLINE is set and its data are not in the local cache. With network access, run: "
-        "snakemake --cores 1 check_inputs; or use a task file with local data (evaluation.benchmark_tasks_dir)"
+        "snakemake --cores 1 check_inputs; or use a task file with local data (evaluation.benchmarks.tasks_dir)"
         if is_offline
         else "its data must be on this machine or downloadable from here"
     )

@@ -63,11 +63,11 @@ def read_problems(path: Path) -> list[Problem]:
         found = [_read_problem(line, path, number) for number, line in enumerate(lines, start=1)]
     except OSError as error:
         raise ValueError(
-            f"evaluation.humaneval_file {str(path)!r} cannot be read: {error}. Give a copy of HumanEval.jsonl.gz."
+            f"evaluation.humaneval.file {str(path)!r} cannot be read: {error}. Give a copy of HumanEval.jsonl.gz."
         ) from None
     if not found:
         raise ValueError(
-            f"evaluation.humaneval_file {str(path)!r} is empty. Give a copy of HumanEval.jsonl.gz (164 problems)."
+            f"evaluation.humaneval.file {str(path)!r} is empty. Give a copy of HumanEval.jsonl.gz (164 problems)."
         )
     return found
 
@@ -78,7 +78,7 @@ def _read_problem(line: str, path: Path, number: int) -> Problem:
         values = {key: row[key] for key in _KEYS}
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"evaluation.humaneval_file {str(path)!r}, line {number}: {error!r}. Every line must be a JSON object "
+            f"evaluation.humaneval.file {str(path)!r}, line {number}: {error!r}. Every line must be a JSON object "
             f"with {', '.join(_KEYS)}, as in OpenAI's HumanEval.jsonl.gz."
         ) from None
     return Problem(**{key: str(value) for key, value in values.items()})

@@ -146,8 +146,8 @@ def _sample_student(
     weights: str | None,
 ) -> dict[str, Samples]:
     """Let the student continue the prompts that its teacher was given; return the samples of both."""
-    prompts = choose_prompts(table, tokenizer, evaluation)
-    found = {"student": sample_model(model, tokenizer, prompts, evaluation)}
+    prompts = choose_prompts(table, tokenizer, evaluation.samples)
+    found = {"student": sample_model(model, tokenizer, prompts, evaluation.samples)}
     if features_path is not None:
         teacher_path = features_path.with_name(SAMPLES_FILE)
         teacher = read_samples(teacher_path, of=weights, whose="teacher")["teacher"]
@@ -223,7 +223,7 @@ def evaluate_run(
         trained=RunRecord.read(trained_path) if trained_path.exists() else None,
         made=describe_run(
             section={"evaluation": evaluation},
-            seed=evaluation.sample_seed,
+            seed=evaluation.samples.seed,
             dtype="float32",
             device=describe_device(chosen),
             seconds=time.monotonic() - started,

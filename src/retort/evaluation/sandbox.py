@@ -199,7 +199,8 @@ def require_sandbox() -> None:
     """Raise ValueError when bubblewrap is missing, cannot run here, or fails one of the probes."""
     if shutil.which("bwrap") is None:
         raise ValueError(
-            "evaluation.allow_code_execution is true, but bubblewrap, the sandbox for a model's code, is not installed "
+            "evaluation.humaneval.allow_code_execution is true, but bubblewrap, the sandbox for a model's code, is not "
+            "installed "
             f"here. Run: {INSTALL}."
         )
     done = subprocess.run(
@@ -213,7 +214,7 @@ def require_sandbox() -> None:
     )
     if done.returncode != 0:
         raise ValueError(
-            "evaluation.allow_code_execution is true, but bubblewrap cannot run here: "
+            "evaluation.humaneval.allow_code_execution is true, but bubblewrap cannot run here: "
             f"{(done.stderr.strip().splitlines() or ['no error message'])[-1]}. If user namespaces are disabled, an "
             "administrator can enable them (sysctl kernel.unprivileged_userns_clone=1; on Ubuntu, an AppArmor profile "
             "for bwrap); start a container with --security-opt seccomp=unconfined or more rights. Or remove benchmarks "
@@ -223,7 +224,8 @@ def require_sandbox() -> None:
         outcome = _run(program, Limits(seconds=60.0))
         if not outcome.has_passed:
             raise ValueError(
-                f"evaluation.allow_code_execution is true, but the sandbox is not safe on this machine: {problem} "
+                f"evaluation.humaneval.allow_code_execution is true, but the sandbox is not safe on this machine: "
+                f"{problem} "
                 f"({outcome.failure}). Run benchmarks that run code on another machine."
             )
 

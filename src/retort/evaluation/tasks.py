@@ -1,6 +1,6 @@
 """A benchmark task run on a student or a teacher: benchmark.json and, for HumanEval, attempts.jsonl beside it.
 
-A task is an entry of the config's `evaluation.benchmarks`: a task or group of lm-evaluation-harness, or `humaneval`.
+A task is an entry of `evaluation.benchmarks.tasks`: a task or group of lm-evaluation-harness, or `humaneval`.
 """
 
 import json
@@ -46,16 +46,16 @@ def check_tasks(evaluation: Evaluation) -> list[str]:
 
     Raises ValueError when the harness, a task, its data, the HumanEval problems or the sandbox are missing.
     """
-    names = [name for name in evaluation.benchmarks if name != HUMANEVAL]
+    names = [name for name in evaluation.benchmarks.tasks if name != HUMANEVAL]
     if names:
         require_harness(names)
     notes = []
-    if HUMANEVAL in evaluation.benchmarks:
+    if HUMANEVAL in evaluation.benchmarks.tasks:
         require_sandbox()
-        problems = read_problems(Path(str(evaluation.humaneval_file)))
+        problems = read_problems(Path(str(evaluation.humaneval.file)))
         notes.append(f"benchmark {HUMANEVAL}: {len(problems):,} problems")
     for name in names:
-        tasks = load_tasks(name, tasks_dir=evaluation.benchmark_tasks_dir)["tasks"].values()
+        tasks = load_tasks(name, tasks_dir=evaluation.benchmarks.tasks_dir)["tasks"].values()
         examples = sum(len(task.eval_docs) for task in tasks)
         notes.append(f"benchmark {name}: {examples:,} examples")
     return notes
@@ -120,7 +120,7 @@ def _run_task(
         found = run_harness_task(name, model, tokenizer, settings=settings)
     made = describe_run(
         section={"evaluation": identity(settings)},
-        seed=settings.benchmark_seed,
+        seed=settings.benchmarks.seed,
         dtype=name_dtype(model.dtype),
         device=describe_device(model.device),
         seconds=time.monotonic() - started,
@@ -145,9 +145,9 @@ def run_humaneval(
     _require_consent(settings)
     require_sandbox()  # before hours of generation
     sampling = Sampling(
-        temperature=settings.humaneval_temperature,
-        max_new_tokens=settings.humaneval_max_new_tokens,
-        seed=settings.benchmark_seed,
+        temperature=settings.humaneval.temperature,
+        max_new_tokens=settings.humaneval.max_new_tokens,
+        seed=settings.benchmarks.seed,
         stops=STOPS,
         batch_size=settings.batch_size,
     )
@@ -158,11 +158,11 @@ def run_humaneval(
 
 
 def _require_consent(settings: Evaluation) -> None:
-    if not settings.allow_code_execution or settings.humaneval_file is None:
+    if not settings.humaneval.allow_code_execution or settings.humaneval.file is None:
         raise ValueError(
             f"{HUMANEVAL} runs code written by a model, on a local copy of the problems: give "
-            "--evaluation-allow-code-execution and --evaluation-humaneval-file (in a config, "
-            "evaluation.allow_code_execution and evaluation.humaneval_file)."
+            "--evaluation-humaneval-allow-code-execution and --evaluation-humaneval-file (in a config, "
+            "evaluation.humaneval.allow_code_execution and evaluation.humaneval.file)."
         )
 
 
@@ -170,16 +170,16 @@ def score_humaneval(
     complete: Callable[[Any], list[str]], *, settings: Evaluation
 ) -> tuple[TaskResult, list[Attempt]]:
     """Return the same for any function from prompts to completions."""
-    all_problems = read_problems(Path(str(settings.humaneval_file)))
-    problems = all_problems[: settings.benchmark_limit]
+    all_problems = read_problems(Path(str(settings.humaneval.file)))
+    problems = all_problems[: settings.benchmarks.limit]
     attempts = attempt_problems(
         problems,
         complete,
-        num_completions=settings.humaneval_completions,
-        timeout_s=settings.code_timeout_s,
+        num_completions=settings.humaneval.completions,
+        timeout_s=settings.humaneval.code_timeout_s,
     )
     found = TaskResult(
-        scores=score_attempts(attempts, settings.humaneval_pass_at),
+        scores=score_attempts(attempts, settings.humaneval.pass_at),
         examples=len(problems),
         examples_in_all=len(all_problems),
         versions={},

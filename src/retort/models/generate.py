@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, StoppingCriteria
 
 from retort.cli import first_line
-from retort.config.sections import Evaluation
+from retort.config.evaluation import SampleSettings
 from retort.models.samples import Sample, SamplePrompt, Samples
 from retort.tokens.tokenizer import encode_prefix
 
@@ -77,7 +77,7 @@ def sample_model(
     model: PreTrainedModel,
     tokenizer: Any,
     prompts: list[SamplePrompt],
-    settings: Evaluation,
+    settings: SampleSettings,
 ) -> Samples:
     """Return a model's continuations of the prompts; if it cannot generate, none, and `missing` says why."""
     try:
@@ -94,11 +94,11 @@ def sample_model(
     return Samples(tuple(prompts), tuple(map(Sample, *texts)) if prompts else ())
 
 
-def _list_samplings(settings: Evaluation) -> list[Sampling]:
-    longest, seed = settings.sample_max_new_tokens, settings.sample_seed
+def _list_samplings(settings: SampleSettings) -> list[Sampling]:
+    longest, seed = settings.max_new_tokens, settings.seed
     return [
         Sampling(temperature=temperature, max_new_tokens=longest, seed=seed)
-        for temperature in (0.0, settings.sample_temperature)
+        for temperature in (0.0, settings.temperature)
     ]
 
 

@@ -13,7 +13,7 @@ import jsonschema
 import numpy as np
 
 from retort.cli import first_line
-from retort.config.sections import Evaluation
+from retort.config.evaluation import SampleSettings
 from retort.io.files import read_json, write_json
 from retort.tokens.sequences import Sequence, SequenceTable
 from retort.tokens.tokenizer import encode_prefix, encode_prompt
@@ -79,17 +79,17 @@ class Samples:
 
 
 def choose_prompts(
-    table: SequenceTable, tokenizer: Any, settings: Evaluation
+    table: SequenceTable, tokenizer: Any, settings: SampleSettings
 ) -> list[SamplePrompt]:
     """Return prompts from evenly spaced held-out documents, then the user's own. Equal arguments give equal prompts."""
     first_sequences = np.flatnonzero(np.diff(table.documents, prepend=-1) != 0)
     long_enough = [int(i) for i in first_sequences if table.lengths[i] >= 4]
     count = min(settings.num_samples, len(long_enough))
     chosen = [long_enough[n * len(long_enough) // count] for n in range(count)]
-    found = [_cut_prompt(table[i], tokenizer, settings.sample_max_new_tokens) for i in chosen]
+    found = [_cut_prompt(table[i], tokenizer, settings.max_new_tokens) for i in chosen]
     has_questions = len(table) > 0 and not table.loss_mask[table.offsets[:-1]].any()
     encode = encode_prompt if has_questions else encode_prefix
-    own = [(text, encode(text, tokenizer)) for text in settings.sample_prompts]
+    own = [(text, encode(text, tokenizer)) for text in settings.prompts]
     return found + [SamplePrompt(tuple(ids), text, None) for text, ids in own]
 
 

@@ -57,10 +57,10 @@ def list_ngrams(words: list[str], length: int) -> Iterator[tuple[str, ...]]:
 
 
 def read_benchmarks(evaluation: Evaluation) -> tuple[list[str], list[str]]:
-    """Return (texts of all problems of `evaluation.benchmarks`, names of the benchmarks that cannot be read here)."""
+    """Return (texts of the problems of all `evaluation.benchmarks.tasks`, names of those that cannot be read here)."""
     texts: list[str] = []
     missing: list[str] = []
-    for name in evaluation.benchmarks:
+    for name in evaluation.benchmarks.tasks:
         try:
             texts += _read_problems(name, evaluation)
         except ValueError as error:
@@ -73,11 +73,11 @@ def read_benchmarks(evaluation: Evaluation) -> tuple[list[str], list[str]]:
 
 def _read_problems(name: str, evaluation: Evaluation) -> list[str]:
     if name == HUMANEVAL:
-        problems = read_problems(Path(str(evaluation.humaneval_file)))
+        problems = read_problems(Path(str(evaluation.humaneval.file)))
         return [text for problem in problems for text in (problem.prompt, problem.test)]
     from retort.evaluation.harness import load_tasks  # loads torch, which nothing else here needs
 
-    tasks = load_tasks(name, tasks_dir=evaluation.benchmark_tasks_dir)["tasks"].values()
+    tasks = load_tasks(name, tasks_dir=evaluation.benchmarks.tasks_dir)["tasks"].values()
     return [text for task in tasks for doc in task.eval_docs for text in _read_doc(task, doc)]
 
 

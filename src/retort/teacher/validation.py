@@ -68,8 +68,8 @@ def score_validation(
         tokenizer = load_tokenizer(
             teacher_path, revision=record["revision"], trust_remote_code=section.trust_remote_code
         )
-        prompts = choose_prompts(validation, tokenizer, evaluation)
-        samples = sample_model(teacher.model, tokenizer, prompts, evaluation)
+        prompts = choose_prompts(validation, tokenizer, evaluation.samples)
+        samples = sample_model(teacher.model, tokenizer, prompts, evaluation.samples)
     found = score_tables(
         teacher,
         fingerprint=record["weights"],

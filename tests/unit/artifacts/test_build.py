@@ -16,6 +16,8 @@ from retort.artifacts.build import build_project
 from retort.artifacts.project import Project
 from retort.config.load import load_runs
 from retort.config.schema import merge
+from retort.config.sections import Evaluation, leaves
+from retort.config.sweeps import nest
 from retort.io.files import write_json
 from retort.io.fingerprints import fingerprint_tokenizer, fingerprint_weights
 
@@ -85,6 +87,49 @@ def test_a_setting_changes_the_ids_of_what_is_made_from_it_and_no_others(
     build: Build, overrides: dict[str, Any], expected: set[str]
 ) -> None:
     assert changed(build(), build(**overrides)) == expected
+
+
+def expected_of_evaluation(*key: str) -> set[str]:
+    """Return what a key of `evaluation` changes: by its section, so that a new key is in no other artifact's id."""
+    if key in (("batch_size",), ("benchmarks", "teacher"), ("humaneval", "allow_code_execution")):
+        return set()
+    if len(key) == 1 or key[0] == "samples":
+        return {"validations", "evaluation"}
+    if key[0] == "humaneval":
+        return {"humaneval"}
+    return {"animals"} if key == ("benchmarks", "tasks_dir") else {"animals", "humaneval"}
+
+
+@pytest.mark.parametrize(
+    "key", [k for k, _ in leaves(Evaluation) if k != ("benchmarks", "tasks")], ids=".".join
+)
+def test_each_key_of_evaluation_changes_what_its_section_is_about(
+    build: Build, key: tuple[str, ...], tmp_path: Path
+) -> None:
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        for place in (tmp_path / name / "problems", tmp_path / f"{name}.gz"):
+            place.write_text(name)
+    given: dict[str, Any] = {
+        "benchmarks": {"tasks": ["animals", "humaneval"], "tasks_dir": str(tmp_path / "one")},
+        "humaneval": {"file": str(tmp_path / "one.gz"), "allow_code_execution": True},
+    }
+    given["humaneval"] |= {"completions": 2, "temperature": 1.0}
+    others: dict[str, Any] = {
+        "tasks_dir": str(tmp_path / "other"),
+        "file": str(tmp_path / "other.gz"),
+    }
+    others |= {"allow_code_execution": True, "prompts": ["x"], "pass_at": [1, 2]}
+    other = others.get(key[-1], 3)
+    other = True if key == ("benchmarks", "teacher") else other
+    before = build(evaluation=given)
+    after = build(evaluation=merge(given, nest(key, other)))
+    found = changed(before, after)
+    of_tasks = [
+        {task.name: task.id for task in next(iter(p.runs.values())).tasks} for p in (before, after)
+    ]
+    found |= {name for name in of_tasks[0] if of_tasks[0][name] != of_tasks[1][name]}
+    assert found == expected_of_evaluation(*key)
 
 
 @pytest.mark.parametrize(

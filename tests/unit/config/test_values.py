@@ -138,6 +138,21 @@ def test_reading_twice_changes_nothing() -> None:
         ({"runs": {"a": {"runs": {}}}}, "runs.a.runs", "config/README.md"),
         ({"runs": {"a": {"output_dir": "x"}}}, "runs.a.output_dir", "as output.results_dir: 'x'"),
         ({"runs": {"a": {"trainig": {}}}}, "runs.a.trainig", "runs.a.training?"),
+        (
+            {"evaluation": {"num_samples": 2}},
+            "evaluation.num_samples",
+            "as evaluation.samples.num_samples: 2",
+        ),
+        (
+            {"evaluation": {"benchmark_limit": 2}},
+            "evaluation.benchmark_limit",
+            "as evaluation.benchmarks.limit: 2",
+        ),
+        (
+            {"runs": {"a": {"evaluation": {"humaneval_file": "x"}}}},
+            "runs.a.evaluation.humaneval_file",
+            "as runs.a.evaluation.humaneval.file: 'x'",
+        ),
         ({"qwertz": 1}, "qwertz", "config/README.md"),
         ({"qwertz": {"asdf": 1}}, "qwertz", "config/README.md"),
     ],
@@ -212,6 +227,10 @@ def test_two_dashes_are_refused_since_argparse_would_drop_them(key: str) -> None
         ({"training": 3}, ["training is 3", "a section of 'key: value' lines", "alpha"]),
         ({"teacher": "gpt2"}, ["teacher is 'gpt2'", "teacher.model_path: gpt2?"]),
         ({"dataset": "wikitext"}, ["dataset.name: wikitext?"]),
+        (
+            {"evaluation": {"benchmarks": ["piqa"]}},
+            ["evaluation.benchmarks is", "evaluation.benchmarks.tasks: ['piqa']?"],
+        ),
         ({"runs": ["a"]}, ['runs is ["a"]', "one entry per student"]),
         ({"runs": {"a": 0.5}}, ["runs.a is 0.5", "a section of 'key: value' lines"]),
         ({"runs": {"a": {"training": "x"}}}, ["runs.a.training is 'x'"]),

@@ -49,7 +49,7 @@ def write_task(folder: Path, **keys: object) -> Path:
 
 def settings(tasks_dir: Path | None, *names: str) -> Evaluation:
     where = str(tasks_dir) if tasks_dir else None
-    found: Evaluation = section("evaluation", benchmarks=list(names), benchmark_tasks_dir=where)
+    found: Evaluation = section("evaluation", benchmarks={"tasks": list(names), "tasks_dir": where})
     return found
 
 
@@ -119,7 +119,7 @@ FROM_HUB = """
 import json, sys
 from support.sections import section
 from retort.evaluation.tasks import check_tasks
-print(json.dumps(check_tasks(section("evaluation", benchmarks=["animals"], benchmark_tasks_dir=sys.argv[1]))))
+print(json.dumps(check_tasks(section("evaluation", benchmarks={"tasks": ["animals"], "tasks_dir": sys.argv[1]}))))
 """
 
 

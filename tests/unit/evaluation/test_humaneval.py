@@ -46,9 +46,9 @@ def problems(tmp_path: Path) -> Path:
     return path
 
 
-def settings(path: Path, **values: object) -> Evaluation:
-    keys = {"humaneval_file": str(path), "allow_code_execution": True, "code_timeout_s": 120.0}
-    found: Evaluation = section("evaluation", **(keys | values))
+def settings(path: Path, *, limit: int | None = None, **values: object) -> Evaluation:
+    keys = {"file": str(path), "allow_code_execution": True, "code_timeout_s": 120.0}
+    found: Evaluation = section("evaluation", humaneval=keys | values, benchmarks={"limit": limit})
     return found
 
 
@@ -80,7 +80,6 @@ def test_a_completion_ends_where_it_leaves_the_function() -> None:
 
 @needs_sandbox
 def test_correct_solutions_pass_and_wrong_ones_fail(problems: Path, tmp_path: Path) -> None:
-    keys = {"humaneval_completions": 3, "humaneval_pass_at": (1, 3)}
     turns = itertools.cycle([True, False, False])
 
     def complete(prompts: list[str]) -> list[str]:
@@ -90,7 +89,9 @@ def test_correct_solutions_pass_and_wrong_ones_fail(problems: Path, tmp_path: Pa
             for p in prompts
         ]
 
-    found, attempts = score_humaneval(complete, settings=settings(problems, **keys))
+    found, attempts = score_humaneval(
+        complete, settings=settings(problems, completions=3, pass_at=(1, 3))
+    )
     scores = {score.metric: score for score in found.scores}
     assert scores["pass@1"].value == pytest.approx((1 / 3 + 0) / 2)
     assert scores["pass@3"].value == pytest.approx(0.5)
@@ -120,9 +121,9 @@ def test_the_reference_solutions_of_humaneval_all_pass(shared_data: Path) -> Non
 def test_a_tiny_model_that_tells_stories_solves_nothing(shared_data: Path) -> None:
     folder = str(shared_data / "models" / "stories260K")
     path = shared_data / "benchmarks" / "HumanEval.jsonl.gz"
-    keys = {"humaneval_max_new_tokens": 64, "benchmark_limit": 8}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    found, attempts = run_humaneval(model, load_tokenizer(folder), settings=settings(path, **keys))
+    chosen = settings(path, limit=8, max_new_tokens=64)
+    found, attempts = run_humaneval(model, load_tokenizer(folder), settings=chosen)
     assert found.scores[0].value == 0.0 and found.examples == 8
     assert all(attempt.completion and attempt.outcome.failure for attempt in attempts)
 

@@ -32,7 +32,7 @@ def tokenizer(tiny_teacher: Path) -> Any:
 
 
 def settings(**keys: Any) -> Any:
-    return section("evaluation", **keys)
+    return section("evaluation.samples", **keys)
 
 
 def test_prompts_are_beginnings_of_different_held_out_documents(
@@ -62,7 +62,7 @@ def test_a_question_ends_where_its_response_begins(tokenizer: Any) -> None:
     # Tokens from index 5 on are the response's.
     loss_mask = [t >= 4 for t in range(len(ids) - 1)] + [False]
     table = build_table([(ids, loss_mask, 0, ("", ""))])
-    (prompt,) = choose_prompts(table, tokenizer, settings(sample_max_new_tokens=3))
+    (prompt,) = choose_prompts(table, tokenizer, settings(max_new_tokens=3))
     assert prompt.ids == tuple(ids[:5])
     assert prompt.reference == tokenizer.decode(ids[:8])[len(tokenizer.decode(ids[:5])) :]
 
@@ -71,7 +71,7 @@ def test_own_prompts_come_last_and_none_are_asked_for_by_zero(
     index: TokenIndex, tokenizer: Any
 ) -> None:
     table = index.read_split("val")
-    own = settings(num_samples=1, sample_prompts=("the bird",))
+    own = settings(num_samples=1, prompts=("the bird",))
     held_out, mine = choose_prompts(table, tokenizer, own)
     assert held_out.reference is not None
     assert (mine.text, mine.reference) == ("the bird", None)
@@ -93,7 +93,7 @@ def test_greedy_continuations_are_the_most_probable_and_sampled_ones_follow_the_
     index: TokenIndex, tokenizer: Any, tiny_teacher: Path
 ) -> None:
     model = load_pretrained(str(tiny_teacher), dtype=torch.float32).eval()
-    chosen = settings(num_samples=3, sample_max_new_tokens=8, sample_prompts=("the",))
+    chosen = settings(num_samples=3, max_new_tokens=8, prompts=("the",))
     prompts = choose_prompts(index.read_split("val"), tokenizer, chosen)
 
     def sample(**keys: Any) -> Samples:
@@ -108,7 +108,7 @@ def test_greedy_continuations_are_the_most_probable_and_sampled_ones_follow_the_
         after = tokenizer.decode([*prompt.ids, *ids], skip_special_tokens=True)
         assert sampled.greedy == after[len(before) :]
     assert sample() == found
-    other = sample(sample_seed=1)
+    other = sample(seed=1)
     assert [s.greedy for s in other.continued] == [s.greedy for s in found.continued]
     assert [s.drawn for s in other.continued] != [s.drawn for s in found.continued]
 
@@ -185,7 +185,7 @@ def test_a_teacher_is_asked_nothing_about_tokens_of_another_tokenizer(
         teacher_path="nowhere" if is_too_wide else str(tiny_teacher),
         fingerprint_path=fingerprint,
         section=section("teacher", device="cpu"),
-        evaluation=settings(),
+        evaluation=section("evaluation"),
     )
     found = read_samples(tmp_path / "samples.json", of=changed["weights"], whose="teacher")[
         "teacher"
@@ -210,7 +210,7 @@ def test_prompts_of_any_kind_are_continued(
         "a\0b",
     )
     model = load_pretrained(str(tiny_teacher), dtype=torch.float32).eval()
-    chosen = settings(num_samples=100, sample_prompts=odd, sample_max_new_tokens=4)
+    chosen = settings(num_samples=100, prompts=odd, max_new_tokens=4)
     table = index.read_split("val")
     prompts = choose_prompts(table, tokenizer, chosen)
     assert len(prompts) == len(set(table.documents.tolist())) + len(odd)

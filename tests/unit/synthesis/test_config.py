@@ -98,9 +98,11 @@ def test_answers_are_named_by_the_requests_and_a_synthesis_also_by_its_filters(
 
 def test_another_benchmark_changes_the_filters_and_not_the_answers(raw: dict[str, Any]) -> None:
     first = ids_of(raw)
-    more = over(raw, "evaluation", benchmarks=["arc_easy"])
+    more = over(raw, "evaluation", benchmarks={"tasks": ["arc_easy"]})
     assert ids_of(more)[0] == first[0] and ids_of(more)[1] != first[1]
-    off = over(over(more, "synthesis", decontaminate=False), "evaluation", benchmarks=["piqa"])
+    off = over(
+        over(more, "synthesis", decontaminate=False), "evaluation", benchmarks={"tasks": ["piqa"]}
+    )
     assert ids_of(off) == ids_of(over(raw, "synthesis", decontaminate=False))
 
 

@@ -166,7 +166,9 @@ def test_problems_of_benchmarks_are_found_in_prompts_and_responses(
         "test": "def check(candidate): pass",
     }
     file = write_rows(tmp_path, [row])
-    evaluation = evaluation_section(benchmarks=["humaneval", "no_such_task"], humaneval_file=file)
+    evaluation = evaluation_section(
+        benchmarks={"tasks": ["humaneval", "no_such_task"]}, humaneval={"file": file}
+    )
     texts, missing = read_benchmarks(evaluation)
     assert missing == ["no_such_task"] and "NOT compared" in caplog.messages[0]
     answer_filter = AnswerFilter(synthesis_section(), ProblemNgrams(texts, length=13))
