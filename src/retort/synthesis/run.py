@@ -176,7 +176,9 @@ def synthesize(record_path: Path, job: SynthesisJob) -> str:
         device=device,
         seconds=time.monotonic() - started,
     )
-    write_json(record_path, record | {"not_compared_with": missing, "made": made})
+    write_json(
+        record_path, record | {"not_compared_with": missing, "made": made.model_dump(mode="json")}
+    )
     return _describe_line(record)
 
 
