@@ -48,7 +48,7 @@ REVISIONS = {
     "logits": 5,
     "validation": 3,
     "run": 3,
-    "evaluation": 3,
+    "evaluation": 4,
     "benchmark": 1,
     "report": 3,
 }

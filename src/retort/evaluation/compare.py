@@ -84,11 +84,12 @@ class Side:
     path: str
     tokenizer: Any
     table: SequenceTable
+    normalized: int  # documents whose length in bytes the tokenizer changed
 
     @property
-    def next_bytes(self) -> NDArray[np.int64]:
-        """Bytes of text of the token that each counted position predicts, int64 [P]."""
-        return count_next_bytes(self.table, self.tokenizer)
+    def next_bytes(self) -> NDArray[np.int64] | str:
+        """Bytes of text of the token that each counted position predicts, int64 [P], or why there are none."""
+        return count_next_bytes(self.table, self.tokenizer, changed=self.normalized)
 
 
 def evaluate_models(
@@ -141,7 +142,7 @@ def _compare(model: Side, teacher: Side | None, evaluation: Evaluation, loading:
     logger.info("the two models have different tokenizers: each is measured on its own tokens.")
     alone = _evaluate(teacher, None, evaluation, loading)
     scores = _evaluate(model, None, evaluation, loading)
-    reasons = scores.not_defined | dict.fromkeys(OF_BOTH, OTHER_TOKENIZER)
+    reasons = alone.not_defined | scores.not_defined | dict.fromkeys(OF_BOTH, OTHER_TOKENIZER)
     return scores.model_copy(update={"teacher": alone.student, "not_defined": reasons})
 
 
@@ -191,8 +192,9 @@ def _name_files(dataset: Dataset) -> str:
 
 def _tokenize(path: str, documents: list[Document], dataset: Dataset, loading: Teacher) -> Side:
     tokenizer = load_tokenizer(path, trust_remote_code=loading.trust_remote_code)
-    table = tokenize_documents(documents, tokenizer, dataset, counts=TokenCounts())
-    return Side(path, tokenizer, table)
+    counts = TokenCounts()
+    table = tokenize_documents(documents, tokenizer, dataset, counts=counts)
+    return Side(path, tokenizer, table, counts.held_out_normalized)
 
 
 def _have_same_tokens(one: Side, other: Side) -> bool:

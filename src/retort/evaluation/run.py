@@ -62,12 +62,13 @@ def evaluate_student(
     *,
     teacher: TeacherFeatures | None,
     batch_size: int,
-    next_bytes: NDArray[np.int64] | None = None,
+    next_bytes: NDArray[np.int64] | str | None = None,
     token_counts: NDArray[np.int64] | None = None,
 ) -> tuple[Scores, DocumentSums]:
     """Return the scores of a student on held-out sequences, and the sums of each document.
 
-    `next_bytes` [P]: bytes of text of the token that each counted position predicts; without it, no bits per byte.
+    `next_bytes` [P]: bytes of text of the token that each counted position predicts, or why that is not defined;
+    without it, no bits per byte.
     `token_counts` [V]: how often each token occurs in the training text; without it, no classes by frequency.
     Raises ValueError when there are no held-out positions.
     """
@@ -203,11 +204,11 @@ def evaluate_run(
         table,
         teacher=teacher.to(chosen) if teacher else None,
         batch_size=evaluation.batch_size,
-        next_bytes=count_next_bytes(table, tokenizer) if tokenizer else None,
+        next_bytes=no_tokenizer
+        or count_next_bytes(table, tokenizer, changed=index.held_out_normalized),
         token_counts=index.read_token_counts(),
     )
-    reasons = {"bits_per_byte": no_tokenizer} if no_tokenizer else {}
-    reasons |= dict.fromkeys(OF_BOTH, OTHER_TOKENIZER) if is_foreign else {}
+    reasons = dict.fromkeys(OF_BOTH, OTHER_TOKENIZER) if is_foreign else {}
     manifest = Manifest.read(manifest_path) if manifest_path else None
     trained_path = training_path.with_name("run.json")
     metrics = Metrics(

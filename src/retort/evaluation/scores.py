@@ -58,12 +58,13 @@ def summarise(
     columns: Mapping[str, NDArray[np.generic]],
     documents_P: NDArray[np.int64],
     *,
-    bytes_P: NDArray[np.int64] | None,
+    bytes_P: NDArray[np.int64] | str | None,
     classes: Mapping[str, Classes],
 ) -> tuple[Scores, DocumentSums]:
     """Return the scores from the columns [P] of `metrics.measure_positions`, and the sums that they are made from.
 
-    `documents_P`: the document of each position. `bytes_P`: bytes of text of each predicted token.
+    `documents_P`: the document of each position. `bytes_P`: bytes of text of each predicted token, or why
+    they are not defined.
     loss, accuracy, entropy and the metrics that compare teacher and student: means over positions.
     perplexity: exp(loss).
     bits_per_byte: sum of losses / (ln 2 x sum of bytes); independent of the tokenizer, so models with different
@@ -72,14 +73,14 @@ def summarise(
     |accuracy_b - confidence_b| (Guo et al.: On Calibration of Modern Neural Networks, 2017, section 2).
     """
     columns = dict(columns) | {"positions": np.ones(len(documents_P))}
-    if bytes_P is not None and bytes_P.sum() > 0:
+    if isinstance(bytes_P, np.ndarray) and bytes_P.sum() > 0:
         columns["bytes"] = bytes_P
     sums = _sum_up(columns, documents_P, classes)
     has_teacher = "kl_to_teacher" in columns
     student = _estimate_metrics(sums, "")
     student |= {name: sums.ratio(name, "positions") for name in OF_BOTH if has_teacher}
     missing = {} if has_teacher else dict.fromkeys(OF_BOTH, NO_TEACHER)
-    missing |= {} if "bytes" in columns else {"bits_per_byte": NO_BYTES}
+    missing |= {} if "bytes" in columns else {"bits_per_byte": bytes_P if isinstance(bytes_P, str) else NO_BYTES}
     card = Scorecard(
         positions=len(documents_P),
         documents=len(sums.documents),

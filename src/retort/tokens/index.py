@@ -259,6 +259,11 @@ class TokenIndex:
         """Tokens in the longest sequence of both splits: the context length that a model needs."""
         return max(int(self.content[split]["longest"]) for split in SPLITS)
 
+    @property
+    def held_out_normalized(self) -> int:
+        """Number of held-out documents whose length in bytes the tokenizer changed (see `TokenCounts`)."""
+        return int(self.content["counts"]["tokens"].get("held_out_normalized", 0))
+
     def read_token_counts(self) -> NDArray[np.int64]:
         """Return how often each token id occurs in the training sequences, int64 [V].
 

@@ -10,7 +10,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -74,7 +73,7 @@ def tokenize_shard(
                 for split, table in tables.items():
                     spools[split].append(table)
         documents.reconcile()
-        counted: dict[str, Any] = {"documents": documents.to_json(), "tokens": asdict(counts)}
+        counted: dict[str, Any] = {"documents": documents.to_json(), "tokens": counts.to_json()}
         if (
             assignment.number_of_all
         ):  # 0 if one reader wrote all shards of a snapshot: it cannot lose documents

@@ -1,7 +1,7 @@
 """Documents to sequences: encode, split, compute the loss mask, and count every token."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from retort.config.sections import Dataset
 from retort.corpus.documents import Document
+from retort.tokens.normalization import find_length_change
 from retort.tokens.sequences import (
     SPLITS,
     SequenceRow,
@@ -38,10 +39,17 @@ class TokenCounts:
     truncated: int = 0  # cut off by long_documents: truncate
     without_loss: int = 0  # in sequences that contain only a prompt
     too_short: int = 0  # in documents of one token: nothing to predict
+    held_out_normalized: int = (
+        0  # held-out documents whose length in bytes the tokenizer changes before it splits them
+    )
 
     def reconcile(self) -> None:
         """Assert that the parts of `read` add up."""
         assert self.read == self.stored + self.truncated + self.without_loss + self.too_short, self
+
+    def to_json(self) -> dict[str, int]:
+        """Return the counts as a JSON object; a tokenizer that never changes a text has no count of it."""
+        return {k: v for k, v in asdict(self).items() if v or k != "held_out_normalized"}
 
     def __add__(self, other: "TokenCounts") -> "TokenCounts":
         return TokenCounts(
@@ -64,7 +72,12 @@ def tokenize_batches(
 
     Sequences are in the order of the documents. Raises ValueError for a chat template that rewrites a prompt.
     """
+    changes_length = find_length_change(tokenizer)
     for batch in _cut_batches(documents):
+        if changes_length:
+            counts.held_out_normalized += sum(
+                document.split == "val" and changes_length(document.text) for document in batch
+            )
         rows: dict[str, list[SequenceRow]] = {split: [] for split in SPLITS}
         for document, ids, first_loss in _encode(batch, tokenizer, dataset):
             counts.documents += 1

@@ -9,10 +9,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from retort.corpus.documents import Document
-from retort.evaluation.text_bytes import count_next_bytes, count_token_bytes
+from retort.evaluation.text_bytes import TokenBytes, count_next_bytes
+from retort.tokens.sequences import build_table
 from retort.tokens.tokenize import TokenCounts, tokenize_documents
 from retort.tokens.tokenizer import load_tokenizer
-from support.pieces import make_piece_tokenizer, tokenize_after_special
+from support.pieces import (
+    KINDS,
+    make_piece_tokenizer,
+    make_word_pieces,
+    measure_text,
+    tokenize_after_special,
+)
 from support.sections import section
 
 TEXTS = (
@@ -21,17 +28,6 @@ TEXTS = (
     " leading space and trailing ",
     "\ttabs\tand\r\nlines",
 )
-
-
-def make_words() -> Any:
-    """Return a tokenizer like BERT's: words, and pieces of words after ##."""
-    names = ["[UNK]", "[CLS]", "house", "bird", "##s", "##ing", "sing", "old"]
-    words = Tokenizer(
-        models.WordPiece({name: i for i, name in enumerate(names)}, unk_token="[UNK]")
-    )
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.decoder = decoders.WordPiece()
-    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", cls_token="[CLS]")
 
 
 @pytest.fixture(
@@ -50,27 +46,46 @@ def tokenizer(request: pytest.FixtureRequest, tiny_teacher: Path) -> Any:
 @pytest.mark.parametrize("text", TEXTS)
 def test_bytes_of_all_tokens_are_those_of_the_text(tokenizer: Any, text: str) -> None:
     sizes = count_next_bytes(tokenize_after_special(tokenizer, text), tokenizer)
+    assert not isinstance(sizes, str)
     assert sizes.sum() == len(text.encode())
     assert sizes.min() >= 0
 
 
 def test_special_tokens_and_ids_beyond_the_tokenizer_have_no_bytes(tiny_teacher: Path) -> None:
     tokenizer = load_tokenizer(str(tiny_teacher))
-    assert count_token_bytes(tokenizer, [0, 1, 2, 300, 319]).tolist() == [0] * 5
+    assert TokenBytes(tokenizer).of([0, 1, 2, 300, 319]).tolist() == [0] * 5
 
 
 def test_a_token_added_to_a_tokenizer_is_its_own_text(tiny_teacher: Path) -> None:
     tokenizer = load_tokenizer(str(tiny_teacher))
     tokenizer.add_tokens(["<think>é"])
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
-    assert count_token_bytes(tokenizer, [300, 301]).tolist() == [len("<think>é".encode()), 0]
+    assert TokenBytes(tokenizer).of([300, 301]).tolist() == [len("<think>é".encode()), 0]
 
 
-def test_words_count_with_the_space_between_them() -> None:
-    tokenizer = make_words()
-    ids = tokenizer("birds sing old house", add_special_tokens=False)["input_ids"]
-    sizes = count_token_bytes(tokenizer, ids)
-    assert sizes.tolist() == [5, 1, 5, 4, 6]  # " bird", "s", " sing", " old", " house"
+def test_words_without_the_spaces_between_them_have_no_bytes() -> None:
+    tokenizer = make_word_pieces()
+    table = tokenize_after_special(tokenizer, "the house \u6771\u4eac")
+    assert count_next_bytes(table, tokenizer) == (
+        "the tokenizer's tokens do not say which spaces were between them"
+    )
+
+
+def test_text_that_a_tokenizer_changed_or_does_not_know_has_no_bytes() -> None:
+    tokenizer = KINDS["metaspace, NFKC"]()
+    assert measure_text(tokenizer, "\ufb01ne", prompt=None) == (
+        "the tokenizer normalizes text, and the length of 1 held-out documents changed with it"
+    )
+    assert measure_text(tokenizer, "fine", prompt=None) == 4
+    names = {"<s>": 0, "<unk>": 1, "\u2581": 2, "a": 3}
+    pieces = Tokenizer(models.Unigram([(name, 0.0) for name in names], unk_id=1))
+    pieces.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    pieces.decoder = decoders.Metaspace(prepend_scheme="never")
+    unknown = PreTrainedTokenizerFast(tokenizer_object=pieces, bos_token="<s>", unk_token="<unk>")
+    assert measure_text(unknown, "a b", prompt="a") == (
+        "the tokenizer does not know 1 of the tokens, so their bytes are lost"
+    )
+    assert measure_text(unknown, "a a", prompt="a") == 3
 
 
 def test_every_byte_of_long_documents_after_prompts_counts_once(tiny_teacher: Path) -> None:
@@ -83,3 +98,19 @@ def test_every_byte_of_long_documents_after_prompts_counts_once(tiny_teacher: Pa
     sizes = count_next_bytes(table, tokenizer)
     found = np.bincount(np.repeat(table.documents, np.diff(table.position_offsets)), weights=sizes)
     assert found.tolist() == [len(text.encode()) for text in texts]
+
+
+@pytest.mark.parametrize(
+    "kind", ["pieces", "metaspace always", "metaspace first", "byte level, prefix"]
+)
+def test_a_space_that_a_tokenizer_puts_after_a_special_token_is_not_text(kind: str) -> None:
+    tokenizer = KINDS[kind]()
+    tokenizer.chat_template = (
+        "{{ messages }}"  # so the text of a chat is one, with special tokens in it
+    )
+    ids = tokenizer("<s>why</s>The ok", add_special_tokens=False)["input_ids"]
+    head = ids.index(tokenizer.eos_token_id)
+    mask = [head <= place < len(ids) - 1 for place in range(len(ids))]
+    sizes = count_next_bytes(build_table([(ids, mask, 0, ("", ""))]), tokenizer)
+    assert not isinstance(sizes, str)
+    assert sizes.sum() == len("The ok")
