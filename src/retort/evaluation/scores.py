@@ -80,7 +80,11 @@ def summarise(
     student = _estimate_metrics(sums, "")
     student |= {name: sums.ratio(name, "positions") for name in OF_BOTH if has_teacher}
     missing = {} if has_teacher else dict.fromkeys(OF_BOTH, NO_TEACHER)
-    missing |= {} if "bytes" in columns else {"bits_per_byte": bytes_P if isinstance(bytes_P, str) else NO_BYTES}
+    missing |= (
+        {}
+        if "bytes" in columns
+        else {"bits_per_byte": bytes_P if isinstance(bytes_P, str) else NO_BYTES}
+    )
     card = Scorecard(
         positions=len(documents_P),
         documents=len(sums.documents),
