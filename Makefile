@@ -43,7 +43,7 @@ test-slow: $(READY)
 
 # A local model by vLLM, whose CPU build is installed into an environment of its own: minutes and 4 GB, once.
 test-vllm: $(VLLM)/.ready
-	$(VLLM)/bin/pytest -m "slow or not slow" tests/unit/synthesis/test_local_vllm.py tests/unit/synthesis/test_run.py
+	$(VLLM)/bin/pytest -m "slow or not slow" tests/unit/synthesis
 
 # The builds of torchvision and torchaudio that it brings are for another PyTorch, and are not needed.
 $(VLLM)/.ready: requirements.lock pyproject.toml

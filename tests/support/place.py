@@ -49,7 +49,10 @@ TINY: dict[str, Any] = {
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `base` with `over` laid over it, mappings merged."""
+    """Return `base` with `over` laid over it, mappings merged.
+
+    Not the config's own `merge`: tests that change a config would not see a mistake in it.
+    """
     both = dict(base)
     for key, value in over.items():
         below = both.get(key)

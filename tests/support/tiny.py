@@ -13,6 +13,7 @@ from retort.cache.parts import build_header
 from retort.cache.reader import LogitCache
 from retort.io.files import read_json, write_json
 from retort.models.load import load_recorded_teacher, record_teacher
+from retort.teacher.validation import score_validation
 from retort.teacher.worker import run_worker
 from retort.tokens.index import TokenIndex, write_index
 from retort.tokens.shards import tokenize_shard
@@ -59,6 +60,20 @@ def record(folder: Path, teacher: Path) -> Path:
     """Write the teacher's fingerprint.json into `folder` and return it."""
     path = folder / "fingerprint.json"
     record_teacher(path, section("teacher", model_path=str(teacher)))
+    return path
+
+
+def score_held_out(folder: Path, index: TokenIndex, teacher: Path, **evaluation: Any) -> Path:
+    """Score the held-out sequences, and some training sequences; return the file of features."""
+    path = folder / "features.safetensors"
+    score_validation(
+        path,
+        index_path=index.path,
+        teacher_path=str(teacher),
+        fingerprint_path=record(folder, teacher),
+        section=section("teacher", device="cpu"),
+        evaluation=section("evaluation", **evaluation),
+    )
     return path
 
 

@@ -37,20 +37,6 @@ LARGE_COLUMNS = {
     "segment_starts": "segment_offsets",
     "records": "record_offsets",
 }
-CHECKED_COLUMNS = (
-    "offsets",
-    "segment_offsets",
-    "keys",
-    "documents",
-    "labels",
-    "record_offsets",
-    "record_checksums",
-    "part_offsets",
-    "part_checksums",
-    "table_offsets",
-    "tables",
-    "token_order",
-)
 COLUMN_TYPES = {
     "ids": "<i4",
     "loss_mask": "u1",
@@ -69,6 +55,7 @@ COLUMN_TYPES = {
     "tables": "u1",
     "token_order": "<u4",
 }
+CHECKED_COLUMNS = tuple(name for name in COLUMN_TYPES if name not in LARGE_COLUMNS)
 _MAX_MAPPED_PARTS = (
     256  # of a virtual cache: each is an open file, of which a process may have 1,024
 )

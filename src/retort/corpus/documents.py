@@ -1,8 +1,9 @@
 """Documents: built from rows, cleaned, assigned to train or val, and counted."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import xxhash
@@ -37,8 +38,8 @@ class Counts:
     read: int = 0
     used: int = 0
     held_out: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)
-    cleaned: dict[str, int] = field(default_factory=dict)
+    skipped: Counter[str] = field(default_factory=Counter)
+    cleaned: Counter[str] = field(default_factory=Counter)
 
     def reconcile(self) -> None:
         """Assert that read = used + skipped."""
@@ -50,14 +51,13 @@ class Counts:
         self.read += other.read
         self.used += other.used
         self.held_out += other.held_out
-        for mine, theirs in ((self.skipped, other.skipped), (self.cleaned, other.cleaned)):
-            for reason, number in theirs.items():
-                mine[reason] = mine.get(reason, 0) + number
+        self.skipped.update(other.skipped)
+        self.cleaned.update(other.cleaned)
 
     def to_json(self) -> dict[str, Any]:
         """Return the counts as a JSON object, reasons sorted."""
         skipped, cleaned = dict(sorted(self.skipped.items())), dict(sorted(self.cleaned.items()))
-        return asdict(self) | {"skipped": skipped, "cleaned": cleaned}
+        return vars(self) | {"skipped": skipped, "cleaned": cleaned}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Counts":
@@ -94,7 +94,7 @@ def make_document(
     prompt = values.get(str(dataset.prompt_column)) if has_prompt else ""
     reason = _find_flaw(prompt, text)
     if reason is not None:
-        counts.skipped[reason] = counts.skipped.get(reason, 0) + 1
+        counts.skipped[reason] += 1
         return None
     changes: set[str] = set()
     prompt, text = _clean(cast(str, prompt), changes), _clean(cast(str, text), changes)
@@ -105,8 +105,7 @@ def make_document(
         split = "val" if is_val else "train"
     counts.used += 1
     counts.held_out += split == "val"
-    for change in changes:
-        counts.cleaned[change] = counts.cleaned.get(change, 0) + 1
+    counts.cleaned.update(changes)
     return Document(
         index=index,
         text=text,

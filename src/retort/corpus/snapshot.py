@@ -37,6 +37,7 @@ from retort.corpus.sharding import Assignment, build_shard_function
 from retort.corpus.sources import is_hub
 from retort.io.digests import digest, digest_file_states
 from retort.io.files import file_lock, read_json, write_json
+from retort.io.progress import Meter
 from retort.io.text_files import explain_read_errors, open_utf8
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def write_snapshot(
         snapshot = _Snapshot.resume(dataset, out_dir, reader)
         if not snapshot.is_complete:
             with refuse_changed_files(dataset, stamp):
-                _read_corpus(snapshot, step_documents, _Progress(snapshot, progress_interval_s))
+                _read_corpus(snapshot, step_documents, progress_interval_s)
             snapshot.commit(is_complete=True)
         summary = snapshot.describe()
         write_json(snapshot_record_path(out_dir, dataset, reader), summary)
@@ -128,7 +129,7 @@ def _documents_path(out_dir: Path, shard: int) -> Path:
     return out_dir / f"documents_{shard:05d}.jsonl.gz"
 
 
-def _read_corpus(snapshot: "_Snapshot", step_documents: int | None, progress: "_Progress") -> None:
+def _read_corpus(snapshot: "_Snapshot", step_documents: int | None, interval_s: float) -> None:
     """Read from the snapshot's cursor to the end of the corpus, with a commit after each step."""
     dataset = snapshot.dataset
     assignment = None if snapshot.shard is None else snapshot.assignment
@@ -137,6 +138,16 @@ def _read_corpus(snapshot: "_Snapshot", step_documents: int | None, progress: "_
     )
     shard_of = build_shard_function(dataset, lambda: count_rows(dataset))
     step = _choose_step(dataset, reader.window, step_documents)
+    before, started = snapshot.total.read, time.monotonic()
+
+    def describe() -> str:
+        rate = (progress.done - before) / (time.monotonic() - started)
+        size = f"{snapshot.num_bytes / 1e6:,.1f} MB of text"
+        return f"{progress.done:,} documents read, {size}, {rate:,.0f}/s"
+
+    progress = Meter(
+        0, unit="documents", describe=describe, line=describe, interval_s=interval_s, has_bar=False
+    )
     with _Files(snapshot) as files:
         for index, split, row in reader:
             shard = shard_of(index)
@@ -150,7 +161,9 @@ def _read_corpus(snapshot: "_Snapshot", step_documents: int | None, progress: "_
                 files.flush()
                 snapshot.cursor = reader.cursor
                 snapshot.commit()
-            progress.update()
+            if progress.is_due:
+                progress.done = snapshot.total.read
+                progress.show()
         files.flush()
     if snapshot.shard is None:
         refuse_empty(dataset, snapshot.total)
@@ -331,22 +344,3 @@ class _Files:
                 (self.snapshot.content + self.lines.hexdigest()).encode()
             ).hexdigest()
         self.packed, self.lines = {}, hashlib.sha256()
-
-
-class _Progress:
-    """Logs the number of documents read and the rate, at intervals."""
-
-    def __init__(self, snapshot: _Snapshot, interval_s: float) -> None:
-        self.snapshot = snapshot
-        self.interval_s = interval_s
-        self.start = self.last = time.monotonic()
-        self.before = snapshot.total.read
-
-    def update(self) -> None:
-        now = time.monotonic()
-        if now - self.last >= self.interval_s:
-            self.last = now
-            read = self.snapshot.total.read
-            rate = (read - self.before) / (now - self.start)
-            size = f"{self.snapshot.num_bytes / 1e6:,.1f} MB of text"
-            logger.info(f"{read:,} documents read, {size}, {rate:,.0f}/s")

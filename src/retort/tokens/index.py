@@ -317,7 +317,7 @@ class TokenIndex:
     def read_sample(self, *, num_positions: int) -> tuple[NDArray[np.int64], SequenceTable]:
         """Return (numbers int64 [S], sequences) of evenly spaced training sequences; reads no others.
 
-        The sample has about `num_positions` positions with loss. Sequences are numbered over all training sequences in
+        The sample has about `num_positions` counted positions. Sequences are numbered over all training sequences in
         index order, which is also the order of a merged cache. Raises ValueError when a shard no longer has them.
         """
         train = self.content["train"]

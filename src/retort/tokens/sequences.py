@@ -1,7 +1,8 @@
 """Sequences of token ids, and tables of them.
 
 A *sequence* is one row of token ids fed to a model. Position t predicts the token at t + 1; `loss_mask[t]` says whether
-that prediction counts: always for plain text, only for the response after a prompt, never at the last position.
+that prediction counts: always for plain text, only for the response after a prompt, never at the last position. A
+*counted position* is one where it does.
 Consecutive sequences of a long document overlap by one token, so that each of its tokens is predicted exactly once.
 
 Every sequence has a *content key*, a hash of its ids, segment starts and loss mask. Code that pairs other data with a
@@ -31,12 +32,12 @@ class Sequence:
 
     @property
     def num_positions(self) -> int:
-        """Number of positions with loss."""
+        """Number of counted positions."""
         return int(self.loss_mask.sum())
 
     @property
     def next_ids(self) -> NDArray[np.int32]:
-        """The token that follows each position with loss."""
+        """The token that each counted position predicts."""
         return self.ids[1:][self.loss_mask[:-1]]
 
 
@@ -78,7 +79,7 @@ class SequenceTable:
 
     @property
     def num_positions(self) -> int:
-        """Number of positions with loss."""
+        """Number of counted positions."""
         return int(self.loss_mask.sum())
 
     @property
@@ -88,7 +89,7 @@ class SequenceTable:
 
     @property
     def position_offsets(self) -> NDArray[np.int64]:
-        """Where each sequence's positions with loss begin among all of the table, [S + 1]."""
+        """Where each sequence's counted positions begin among all of the table, [S + 1]."""
         if len(self) == 0:
             return np.zeros(1, dtype=np.int64)
         counts = np.add.reduceat(self.loss_mask, self.offsets[:-1], dtype=np.int64)

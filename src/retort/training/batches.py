@@ -1,6 +1,6 @@
 """Sequences to batches: read by index, in an order that depends on the seed alone, padded, with the teacher's rows.
 
-Legend: B batch, T positions of the longest sequence, P positions that count, N kept tokens of all these positions.
+Legend: B batch, T tokens of the longest sequence, P counted positions, N kept tokens of all these positions.
 """
 
 import math
@@ -22,7 +22,7 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class Item:
-    """One sequence, its number in the token index, and the teacher's distributions at its positions that count."""
+    """One sequence, its number in the token index, and the teacher's distributions at its counted positions."""
 
     index: int
     sequence: Sequence
@@ -90,7 +90,7 @@ class Collator:
         """Return the batch: int64 input_ids, attention_mask and labels [B, T], sequences [B], and teacher.
 
         labels[t] is ids[t] where its prediction counts, else IGNORE_INDEX; sequences: numbers in the token index;
-        teacher: from a cache alone, the TeacherRows of all predictions that count, in the batch's order.
+        teacher: from a cache alone, the TeacherRows of all counted positions, in the batch's order.
         """
         width = max(len(item.sequence.ids) for item in items)
         batch: dict[str, Any] = {

@@ -5,7 +5,7 @@ logits, that becomes the gradients of hidden states and weight, and the logits a
 serves cross-entropy and distillation, and memory holds C x V numbers instead of P x V several times (the idea of Liger
 Kernel's fused linear cross-entropy, Hsu et al., arXiv 2410.10989, 2024, section 3.2, with sparse targets).
 
-Legend: P positions that count, C positions of a chunk, D hidden size, V vocabulary.
+Legend: P counted positions, C positions of a chunk, D hidden size, V vocabulary.
 """
 
 from dataclasses import replace

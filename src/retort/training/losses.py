@@ -1,6 +1,6 @@
 """The losses: pure functions of tensors, in nats, summed over positions (the caller divides by their number).
 
-Legend: P positions that count, V vocabulary.
+Legend: P counted positions, V vocabulary.
 
     total_loss = alpha * hard_loss + (1 - alpha) * soft_loss         alpha weighs the *hard* loss
     hard_loss  = - log q(y)                                          y: the token of the text

@@ -4,7 +4,7 @@ It is not computed in the training loop, because the wrappers for several device
 loss outside of them, DDP would train other weights on every device, and FSDP, which gathers the head's weight when the
 head is called, would use a weight that is not there; neither would say so.
 
-Legend: B batch, T positions of a sequence, P positions that count, D hidden size, V vocabulary, U distinct ids.
+Legend: B batch, T tokens of a sequence, P counted positions, D hidden size, V vocabulary, U distinct ids.
 """
 
 from dataclasses import dataclass, replace

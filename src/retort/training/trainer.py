@@ -3,7 +3,7 @@
 The loss of a global batch is divided by the number of its positions, so it does not matter how the batch was cut into
 forward passes and over GPUs.
 
-Legend: B batch, T positions of a sequence, P positions that count, D the teacher's hidden size, V vocabulary.
+Legend: B batch, T tokens of a sequence, P counted positions, D the teacher's hidden size, V vocabulary.
 """
 
 import sys
@@ -104,7 +104,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Return the loss [] of one batch of the Collator, summed over its positions that count and divided by
+        """Return the loss [] of one batch of the Collator, summed over its counted positions and divided by
         `num_items_in_batch`, their number in the global batch.
 
         Times the number of ranks, because DDP and FSDP take the mean of the ranks' gradients.

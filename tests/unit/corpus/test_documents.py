@@ -1,5 +1,6 @@
 """Documents: assigned to train or val by content, cleaned, counted."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -81,8 +82,8 @@ def test_skipped_documents_are_counted_by_reason(tmp_path: Path) -> None:
     assert counts == Counts(
         read=9,
         used=3,
-        skipped={"empty_response": 1, "empty": 1, "not_text": 4},
-        cleaned={"nul": 1, "lone_surrogate": 1},
+        skipped=Counter({"empty_response": 1, "empty": 1, "not_text": 4}),
+        cleaned=Counter({"nul": 1, "lone_surrogate": 1}),
     )
     assert shards == [
         [

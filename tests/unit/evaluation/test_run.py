@@ -20,14 +20,13 @@ from retort.io.files import read_json, write_json
 from retort.models.load import CausalLM, load_pretrained, load_teacher, split_model
 from retort.report.records import load_metrics
 from retort.teacher.features import TeacherFeatures, digest_keys, read_features
-from retort.teacher.validation import score_validation
 from retort.tokens.index import TokenIndex
 from retort.tokens.sequences import SequenceTable, concatenate_tables
 from retort.tokens.tokenizer import load_tokenizer
 from retort.training.record import TrainingRecord
 from support.records import make_manifest, make_training_record
 from support.sections import section
-from support.tiny import NUM_TOKENS, WIDTH, record, swap_tokens
+from support.tiny import NUM_TOKENS, WIDTH, score_held_out, swap_tokens
 
 Matrix = NDArray[np.float64]
 
@@ -36,16 +35,7 @@ Matrix = NDArray[np.float64]
 def features_path(
     tmp_path_factory: pytest.TempPathFactory, index: TokenIndex, tiny_teacher: Path
 ) -> Path:
-    folder = tmp_path_factory.mktemp("validation")
-    score_validation(
-        folder / "features.safetensors",
-        index_path=index.path,
-        teacher_path=str(tiny_teacher),
-        fingerprint_path=record(folder, tiny_teacher),
-        section=section("teacher", device="cpu"),
-        evaluation=section("evaluation"),
-    )
-    return folder / "features.safetensors"
+    return score_held_out(tmp_path_factory.mktemp("validation"), index, tiny_teacher)
 
 
 @pytest.fixture(scope="module")

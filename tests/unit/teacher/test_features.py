@@ -23,23 +23,16 @@ from retort.teacher.validation import score_tables, score_validation
 from retort.tokens.index import TokenIndex, build_index
 from retort.tokens.sequences import SequenceTable
 from support.sections import section
-from support.tiny import NUM_TOKENS, WIDTH, record, tiny_dataset, tokenize
+from support.tiny import NUM_TOKENS, WIDTH, record, score_held_out, tiny_dataset, tokenize
 
 
 @pytest.fixture(scope="module")
 def features_path(
     tmp_path_factory: pytest.TempPathFactory, index: TokenIndex, tiny_teacher: Path
 ) -> Path:
-    folder = tmp_path_factory.mktemp("validation")
-    score_validation(
-        folder / "features.safetensors",
-        index_path=index.path,
-        teacher_path=str(tiny_teacher),
-        fingerprint_path=record(folder, tiny_teacher),
-        section=section("teacher", device="cpu"),
-        evaluation=section("evaluation", fidelity_positions=500),
+    return score_held_out(
+        tmp_path_factory.mktemp("validation"), index, tiny_teacher, fidelity_positions=500
     )
-    return folder / "features.safetensors"
 
 
 def live_logprobs(teacher: CausalLM, table: SequenceTable, *, num_tokens: int) -> Tensor:
