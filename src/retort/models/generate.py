@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel, StoppingCriteria
 from retort.cli import first_line
 from retort.config.evaluation import SampleSettings
 from retort.models.samples import Sample, SamplePrompt, Samples
+from retort.tokens.chat import find_template_ends
 from retort.tokens.tokenizer import encode_prefix
 
 logger = logging.getLogger(__name__)
@@ -119,9 +120,10 @@ def clip_prompt(ids: list[int], context: int | None, max_new_tokens: int) -> lis
 
 
 def list_eos_ids(generation_config: Any, tokenizer: Any) -> list[int]:
-    """Return the ids that end a text: the tokenizer's and those of the model's generation config (chat models)."""
+    """Return the ids that end a text: those of the tokenizer, its chat template and the model's generation config."""
     own = getattr(generation_config, "eos_token_id", None)
     eos_ids = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    eos_ids += find_template_ends(tokenizer)
     return list(dict.fromkeys(i for i in eos_ids if i is not None))
 
 
@@ -136,11 +138,11 @@ def complete_batch(
 ) -> list[Completion]:
     """Return the completions of one batch of prompts, whose ids `clip_prompt` has returned.
 
-    eos_ids: the ids that end a text, by default the tokenizer's. Sampling uses torch's global generator, not
+    eos_ids: the ids that end a text, by default those of `list_eos_ids`. Sampling uses torch's global generator, not
     `sampling.seed`.
     """
     if eos_ids is None:
-        eos_ids = [tokenizer.eos_token_id]
+        eos_ids = list_eos_ids(getattr(model, "generation_config", None), tokenizer)
     limit = limit_new_tokens(find_context_length(model.config), sampling.max_new_tokens)
     pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     width = max(map(len, ids))
@@ -162,7 +164,7 @@ def complete_batch(
         attention_mask=mask_BT.to(device),
         max_new_tokens=limit,
         pad_token_id=pad_id,
-        eos_token_id=eos_ids[0] if len(eos_ids) == 1 else list(eos_ids),
+        eos_token_id=list(eos_ids) or None,
         **options,
     )
     new = [row[width:].tolist() for row in output_BT.cpu()]

@@ -101,6 +101,7 @@ def _cut_prompt(row: Sequence, tokenizer: Any, num_new: int) -> SamplePrompt:
         cut = _find_word_end(row, tokenizer, min(_MAX_PROMPT_TOKENS, stop // 2))
     ids = row.ids[:cut].tolist()
     text = _decode(tokenizer, ids)
+    stop = min(stop, cut + int(np.argmin(row.loss_mask[cut - 1 :])))  # where a chat's turn ends
     whole = _decode(tokenizer, row.ids[: min(stop, cut + num_new)].tolist())
     return SamplePrompt(tuple(ids), text, whole[len(text) :] if whole.startswith(text) else None)
 

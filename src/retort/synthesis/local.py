@@ -30,7 +30,8 @@ from retort.synthesis.client import describe_usage
 from retort.synthesis.journal import Journal
 from retort.synthesis.prompts import LabeledPrompt
 from retort.synthesis.providers import Answer
-from retort.tokens.tokenizer import encode_chat, encode_prefix, load_tokenizer
+from retort.tokens.chat import ChatFormat
+from retort.tokens.tokenizer import encode_prefix, load_tokenizer
 
 _NUM_SEEDS = 2**32
 _TEMPERATURE = 0.7  # when synthesis.temperature is not set
@@ -84,10 +85,15 @@ class LocalGenerator(ABC):
     def _encode(self, index: int) -> list[int]:
         """Return a prompt's token ids: in the model's chat template, or as plain text when it has none."""
         text, system = self.prompts[index].text, self.section.system_prompt
-        if getattr(self.tokenizer, "chat_template", None):
+        if self._chat is not None:
             messages = [{"role": "system", "content": system}] * bool(system)
-            return encode_chat([*messages, {"role": "user", "content": text}], self.tokenizer)
+            return self._chat.encode_prompt([*messages, {"role": "user", "content": text}])
         return encode_prefix(f"{system}\n\n{text}" if system else text, self.tokenizer)
+
+    @cached_property
+    def _chat(self) -> ChatFormat | None:
+        has_template = getattr(self.tokenizer, "chat_template", None)
+        return ChatFormat(self.tokenizer) if has_template else None
 
     def _add_answer(self, index: int, completion: Completion) -> None:
         """Write an answer into the journal, unless it has one."""

@@ -29,19 +29,12 @@ from retort.tokens.said import (
     split_reasoning,
 )
 
-Message = Mapping[
-    str, Any
-]  # role, content (text), and reasoning_content, tool_calls, ... where there are any
-
 # Templates that print today's date print this one, so that tokens do not depend on the day.
 DEFAULT_DATE = "2026-01-01"
 _PROBE = "retort0probe"
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _OPENED_THINK = re.compile(r"<think>\s*\Z")
 _EMPTY_THINK = re.compile(r"\s*<think>\s*</think>\s*")
-_MODES = re.compile(
-    r"/(no_?)?think|/system_override"
-)  # of a system prompt: templates obey and remove them
 
 
 @dataclass(frozen=True)
@@ -322,6 +315,16 @@ class ChatFormat:
         for start, end in spans:
             mask[counts[start] : counts[end]] = [True] * (counts[end] - counts[start])
         return ids + eos, mask
+
+
+def find_template_ends(tokenizer: Any) -> list[int]:
+    """Return the ids of the token with which the tokenizer's chat template ends a turn; none without a template."""
+    if not getattr(tokenizer, "chat_template", None):
+        return []
+    try:
+        return ChatFormat(tokenizer).end_ids
+    except ValueError:  # a template for something else than chats
+        return []
 
 
 def _define_date(date: str) -> str:

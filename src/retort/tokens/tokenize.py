@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 
 from retort.config.sections import Dataset
 from retort.corpus.documents import Document
+from retort.tokens.chat import ChatFormat
 from retort.tokens.normalization import find_length_change
+from retort.tokens.said import ChatError, Message
 from retort.tokens.sequences import (
     SPLITS,
     SequenceRow,
@@ -70,24 +72,26 @@ def tokenize_batches(
 ) -> Iterator[dict[str, SequenceTable]]:
     """Yield {split: sequences of at most `dataset.max_length` tokens} per batch of documents; add to `counts`.
 
-    Sequences are in the order of the documents. Raises ValueError for a chat template that rewrites a prompt.
+    Sequences are in the order of the documents. Raises ValueError for a document that the chat template cannot render.
     """
     changes_length = find_length_change(tokenizer)
+    template = getattr(tokenizer, "chat_template", None)
+    chat = ChatFormat(tokenizer) if dataset.prompt_column is not None and template else None
     for batch in _cut_batches(documents):
         if changes_length:
             counts.held_out_normalized += sum(
                 document.split == "val" and changes_length(document.text) for document in batch
             )
         rows: dict[str, list[SequenceRow]] = {split: [] for split in SPLITS}
-        for document, ids, first_loss in _encode(batch, tokenizer, dataset):
-            counts.documents += 1
+        for document, ids, said in _encode(batch, tokenizer, chat, dataset):
             counts.read += len(ids)
             if len(ids) < 2:
                 counts.too_short += len(ids)
                 continue
             label = (document.category or "", document.language or "")
-            for piece, mask in _split(np.array(ids, np.int32), first_loss, dataset, counts):
+            for piece, mask in _split(ids, said, dataset, counts):
                 rows[document.split].append((piece, mask, document.index, label))
+        counts.documents += len(batch)
         yield {split: build_table(rows[split]) for split in SPLITS}
     counts.reconcile()
 
@@ -107,34 +111,56 @@ def _cut_batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _split(
-    ids: NDArray[np.int32], first_loss: int, dataset: Dataset, counts: TokenCounts
+    ids: NDArray[np.int32], said: NDArray[np.bool_], dataset: Dataset, counts: TokenCounts
 ) -> Iterator[tuple[NDArray[np.int32], NDArray[np.bool_]]]:
-    """Yield (ids, loss mask) of each sequence of a document; `first_loss`: its first token to be predicted."""
+    """Yield (ids, loss mask) of each sequence of a document; `said`: which of its tokens are to be predicted."""
     length = dataset.max_length
     if len(ids) > length and dataset.long_documents == "truncate":
         counts.documents_truncated += 1
         counts.truncated += len(ids) - length
-        ids = ids[:length]
+        ids, said = ids[:length], said[:length]
     counts.documents_split += len(ids) > length
-    for start in range(0, len(ids) - 1, length - 1):
-        piece = ids[start : start + length]
-        num_new = len(piece) - (start > 0)  # the first token is also the last of the piece before
-        mask = np.arange(start + 1, start + len(piece) + 1) >= first_loss
-        mask[-1] = False
+    is_stored = np.zeros(len(ids), np.bool_)
+    for tokens, first in _cut_windows(said, length):
+        mask = np.zeros(len(tokens), np.bool_)
+        mask[:-1] = said[tokens[1:]] & (tokens[1:] >= first)
         if mask.any():
-            counts.stored += num_new
-            yield piece, mask
+            is_stored[tokens] = True
+            yield ids[tokens], mask
+    counts.stored += int(is_stored.sum())
+    counts.without_loss += int((~is_stored).sum())
+
+
+def _cut_windows(said: NDArray[np.bool_], length: int) -> Iterator[tuple[NDArray[np.int64], int]]:
+    """Yield (numbers of the tokens of a sequence, the first that no earlier one predicts) until all are predicted.
+
+    A sequence begins with as much as fits, but at least half of it, of what comes before the response; if it begins
+    within a response, then with the response's last token so far too, from which the next one is predicted.
+    """
+    begins = np.flatnonzero(said & ~np.concatenate([[False], said[:-1]]))  # of responses
+    done, end = 0, len(said)
+    while said[done:].any():
+        first = done + int(np.argmax(said[done:]))
+        begin = int(begins[np.searchsorted(begins, first, side="right") - 1])
+        if first == begin:
+            context = min(begin, max(length // 2, length - (end - begin)))
+            tokens = np.arange(begin - context, min(begin - context + length, end))
         else:
-            counts.without_loss += num_new
+            context = min(begin, length // 2, length - 2)
+            rest = np.arange(first - 1, min(first - 1 + length - context, end))
+            tokens = np.concatenate([np.arange(begin - context, begin), rest])
+        yield tokens, first
+        done = int(tokens[-1]) + 1
 
 
 def _encode(
-    batch: list[Document], tokenizer: Any, dataset: Dataset
-) -> Iterator[tuple[Document, list[int], int]]:
-    """Yield each document with its ids and the number of the first token to be predicted."""
-    if dataset.prompt_column is not None and getattr(tokenizer, "chat_template", None):
+    batch: list[Document], tokenizer: Any, chat: ChatFormat | None, dataset: Dataset
+) -> Iterator[tuple[Document, NDArray[np.int32], NDArray[np.bool_]]]:
+    """Yield (document, its ids, which of them are to be predicted); a chat may have several renderings."""
+    if chat is not None:
         for document in batch:
-            yield (document, *_apply_chat_template(document, tokenizer))
+            for tokens, said in _encode_chat(document, chat, dataset):
+                yield document, np.array(tokens, np.int32), np.array(said, np.bool_)
         return
     has_end = dataset.append_eos and tokenizer.eos_token_id is not None
     end = [tokenizer.eos_token_id] if has_end else []
@@ -144,29 +170,22 @@ def _encode(
         head = encode_prompt(document.prompt, tokenizer) if document.prompt is not None else []
         if end and body[-1:] == end:  # some tokenizers add it themselves
             body = body[:-1]
-        yield document, [*head, *body, *end], len(head)
+        ids = np.array([*head, *body, *end], np.int32)
+        yield document, ids, np.arange(len(ids)) >= len(head)
 
 
-def _apply_chat_template(document: Document, tokenizer: Any) -> tuple[list[int], int]:
-    """Return (ids, number of the first response token) of a prompt + response, by the chat template.
-
-    Raises ValueError when the template changes the prompt once the response follows.
-    """
-    assert document.prompt is not None
-    prompt = [{"role": "user", "content": document.prompt}]
-    both = [*prompt, {"role": "assistant", "content": document.text}]
-    head = encode_prompt(document.prompt, tokenizer)
-    ids = tokenizer.apply_chat_template(both, tokenize=True, return_dict=False)
-    if ids[: len(head)] == head:
-        return list(ids), len(head)
-    # A token would span the prompt and the response: tokenize the two separately, as when generating.
-    head_text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-    text = tokenizer.apply_chat_template(both, tokenize=False)
-    if not text.startswith(head_text):
+def _encode_chat(
+    document: Document, chat: ChatFormat, dataset: Dataset
+) -> list[tuple[list[int], list[bool]]]:
+    """Return the renderings of a chat. Raises ValueError, with the document's number, when there are none."""
+    messages: list[Message] = [
+        {"role": "user", "content": document.prompt},
+        {"role": "assistant", "content": document.text},
+    ]
+    try:
+        return chat.encode(messages, append_eos=dataset.append_eos)
+    except ChatError as error:
         raise ValueError(
-            f"the tokenizer's chat template rewrites the prompt of document {document.index} once the response "
-            "follows, so the response's tokens cannot be found. Use a tokenizer whose template does not change the "
-            "prompt, or one without a template."
-        )
-    rest = tokenizer(text[len(head_text) :], add_special_tokens=False)["input_ids"]
-    return [*head, *rest], len(head)
+            f"document {document.index} cannot be rendered: {error}. Remove it from the corpus, or use a tokenizer "
+            "(dataset.tokenizer) with another chat template."
+        ) from error

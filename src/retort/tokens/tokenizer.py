@@ -10,19 +10,14 @@ from retort.cli import first_line
 from retort.io.digests import digest
 from retort.io.files import is_path
 from retort.io.fingerprints import describe_model_file, fingerprint_tokenizer
+from retort.tokens.chat import ChatFormat
 
 
 def encode_prompt(prompt: str, tokenizer: Any) -> list[int]:
     """Return the ids of a prompt, up to where the response begins: by the chat template, else as one line of text."""
     if getattr(tokenizer, "chat_template", None):
-        return encode_chat([{"role": "user", "content": prompt}], tokenizer)
+        return ChatFormat(tokenizer).encode_prompt([{"role": "user", "content": prompt}])
     return encode_prefix(f"{prompt}\n", tokenizer)
-
-
-def encode_chat(messages: list[dict[str, Any]], tokenizer: Any) -> list[int]:
-    """Return the ids of messages by the chat template, up to where the response begins."""
-    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
-    return list(tokenizer.apply_chat_template(messages, **options))
 
 
 def encode_prefix(text: str, tokenizer: Any) -> list[int]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from retort.tokens.chat import ChatFormat
-from retort.tokens.said import ChatError
+from retort.tokens.said import ChatError, Message
 from support import chat_templates as published
 from support.chat_templates import Family, build_tokenizer
 
@@ -241,7 +241,7 @@ def test_an_earlier_turn_whose_reasoning_a_template_drops_is_rendered_by_itself(
 def test_calls_of_tools_are_said() -> None:
     chat = chat_format(published.QWEN_25)
     call = {"type": "function", "function": {"name": "add", "arguments": '{"a": "one"}'}}
-    turns = [
+    turns: list[Message] = [
         *CHAT[:2],
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "content": "two"},
