@@ -71,13 +71,22 @@ def tokenize_at_once(dataset: Any) -> dict[str, SequenceTable]:
     for document in read_shard_documents(dataset, shard=0, num_shards=1, counts=Counts()):
         head = list(f"{document.prompt}\n".encode()) if document.prompt is not None else []
         ids = [*head, *document.text.encode(), Bytes.eos_token_id]
-        length = dataset.max_length
-        for start in range(0, len(ids) - 1, length - 1):
-            piece = ids[start : start + length]
-            mask = [start + t + 1 >= len(head) for t in range(len(piece) - 1)] + [False]
-            if any(mask):
-                label = (document.category or "", document.language or "")
-                rows[document.split].append((piece, mask, document.index, label))
+        label = (document.category or "", document.language or "")
+        length, at = dataset.max_length, 0
+        while at < len(ids) - 1:
+            if at == 0:  # as much of the prompt as fits, at least half a sequence
+                kept = min(len(head), max(length // 2, length - len(ids) + len(head)))
+                piece = ids[len(head) - kept : len(head) - kept + length]
+                num_known = max(kept, 1)
+                at = len(head) - kept + len(piece) - 1
+            else:  # the end of the prompt, then the last token so far
+                kept = min(len(head), length // 2, length - 2)
+                rest = ids[at : at + length - kept]
+                piece = head[len(head) - kept :] + rest
+                num_known = kept + 1
+                at += len(rest) - 1
+            mask = [t + 1 >= num_known for t in range(len(piece) - 1)] + [False]
+            rows[document.split].append((piece, mask, document.index, label))
     return {split: build_table(found) for split, found in rows.items()}
 
 

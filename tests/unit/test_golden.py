@@ -46,7 +46,7 @@ GOLDEN_REVISIONS = {
     "corpus": 1,
     "teacher": 2,
     "demo_teacher": 2,
-    "tokens": 3,
+    "tokens": 4,
     "logits": 5,
     "validation": 3,
     "run": 3,
@@ -55,7 +55,7 @@ GOLDEN_REVISIONS = {
     "report": 3,
 }
 GOLDEN_SYNTHESIS = "f5bd73d65b9ca6b813b067107383f95bd8e210c6452c6e6a2c876d83cade2183"
-GOLDEN_TOKENS = "eefcd4961849ab3dba7fbe8356c62eb572a8fb5858612a8037cf217d28a04eef"
+GOLDEN_TOKENS = "f21b80ab3a95e6959a8bf974108865e3c2e26bdfc32e7ac84b2f52d5a3ecfc2c"
 GOLDEN_INDEX = "8172b2419c159556dfcd793d6b0cf9880f242d4c3ea41da25b988c1e25ffc573"
 GOLDEN_CACHE = "07790f9e4537d17732908a57574a3f5173eb24bfd870a56aebe57b959f04b255"
 GOLDEN_FILES = {
@@ -67,14 +67,14 @@ GOLDEN_FILES = {
 GOLDEN_IDS = {
     "corpus": "cd03bc9bdc81",
     "teacher": "cafd4f497ccf",
-    "tokens": "fb3079b41a00",
-    "logits": "5e1fae415129",
-    "validation": "4ab969f4a1ee",
-    "hard": ["68f91e3efbeb", "415378b55f7a"],
-    "both": ["4fd00754671d", "415378b55f7a"],
-    "live": ["ecf658b22669", "415378b55f7a"],
-    "check": "5c46bbe76330",
-    "report": "0ea00e3b118e",
+    "tokens": "84fcb405c154",
+    "logits": "d8d07122b0b4",
+    "validation": "c4ba76161639",
+    "hard": ["db456810a366", "1b5727133e99"],
+    "both": ["6dbf2ae9bd5a", "1b5727133e99"],
+    "live": ["a0fc641df568", "1b5727133e99"],
+    "check": "1137cdd23022",
+    "report": "f4e9eb376810",
 }
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -44,7 +44,7 @@ REVISIONS = {
     "corpus": 1,
     "teacher": 2,
     "demo_teacher": 2,  # the only teacher that is trained
-    "tokens": 3,
+    "tokens": 4,
     "logits": 5,
     "validation": 3,
     "run": 3,

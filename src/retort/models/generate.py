@@ -14,8 +14,8 @@ from transformers import PretrainedConfig, PreTrainedModel, StoppingCriteria
 
 from retort.cli import first_line
 from retort.config.evaluation import SampleSettings
+from retort.models.ends import list_eos_ids
 from retort.models.samples import Sample, SamplePrompt, Samples
-from retort.tokens.chat import find_template_ends
 from retort.tokens.tokenizer import encode_prefix
 
 logger = logging.getLogger(__name__)
@@ -117,14 +117,6 @@ def limit_new_tokens(context: int | None, max_new_tokens: int) -> int:
 def clip_prompt(ids: list[int], context: int | None, max_new_tokens: int) -> list[int]:
     """Return as many of a prompt's last tokens as fit into the context beside its completion."""
     return ids if context is None else ids[-(context - limit_new_tokens(context, max_new_tokens)) :]
-
-
-def list_eos_ids(generation_config: Any, tokenizer: Any) -> list[int]:
-    """Return the ids that end a text: those of the tokenizer, its chat template and the model's generation config."""
-    own = getattr(generation_config, "eos_token_id", None)
-    eos_ids = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
-    eos_ids += find_template_ends(tokenizer)
-    return list(dict.fromkeys(i for i in eos_ids if i is not None))
 
 
 @torch.inference_mode()

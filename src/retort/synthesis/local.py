@@ -17,13 +17,13 @@ from retort.cli import first_line, is_out_of_memory
 from retort.config.sections import Synthesis, Teacher
 from retort.io.digests import digest
 from retort.io.progress import Meter
+from retort.models.ends import list_eos_ids
 from retort.models.generate import (
     Completion,
     Sampling,
     clip_prompt,
     complete_batch,
     find_context_length,
-    list_eos_ids,
 )
 from retort.models.load import describe_device, load_teacher
 from retort.synthesis.client import describe_usage

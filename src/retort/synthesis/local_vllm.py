@@ -17,12 +17,12 @@ from transformers import GenerationConfig
 
 from retort.cli import first_line
 from retort.config.sections import Synthesis, Teacher
+from retort.models.ends import list_eos_ids
 from retort.models.generate import (
     clip_prompt,
     describe_completion,
     find_context_length,
     limit_new_tokens,
-    list_eos_ids,
 )
 from retort.models.load import choose_device, choose_dtype, describe_device, load_model_config
 from retort.synthesis.local import LocalGenerator

@@ -157,7 +157,10 @@ class ChatFormat:
         if not found:
             raise ChatError("the chat template renders nothing of an assistant's message")
         base = _OPENED_THINK.sub("", head)
-        gap = before[len(base) :] if before.startswith(base) else before[len(before.rstrip()) :]
+        gap = before[len(base) :]
+        if not before.startswith(base):
+            gap = before[len(before.rstrip()) :]
+            gap = "" if head.endswith(gap) else gap
         if gap.strip() and (i == 0 or head == self._render(chat[:i], tools)):
             # There is no generation prompt: the header is part of the message, but the assistant does not say it.
             base = head = before[: len(before) - len(gap)] + re.sub(

@@ -32,6 +32,7 @@ from retort.cache.reader import LogitCache
 from retort.cluster.ranks import clear_launcher_environment, rank, split_global_batch, world_size
 from retort.config.sections import Student, Tracking, Training
 from retort.io.files import file_lock, write_atomically
+from retort.models.ends import list_eos_ids, set_special_ids
 from retort.models.load import CausalLM, choose_device, describe_device, split_model
 from retort.models.students import build_student
 from retort.tokens.sequences import SequenceTable
@@ -74,7 +75,7 @@ class TrainingJob:
 
     identity: digest of all that the result depends on; training: with alpha filled in; vocabulary: the student's,
     where its config names none; teacher: a live one, None with a cache or with text alone; facts: what the student is
-    trained on, for its model card.
+    trained on, for its model card; ends: the ids that end a text (none: the tokenizer's and its template's).
     """
 
     name: str
@@ -87,6 +88,7 @@ class TrainingJob:
     vocabulary: int
     teacher: CausalLM | None = None
     facts: Mapping[str, str] = field(default_factory=dict)
+    ends: tuple[int, ...] = ()
 
     @property
     def checkpoint_id(self) -> CheckpointId:
@@ -340,11 +342,18 @@ def save_final(
     temporary = folder.with_name(".final.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.config.use_cache = True
+    set_special_ids(model, job.tokenizer, _list_final_ends(model, job))
     model.save_pretrained(temporary, state_dict=weights)
     job.tokenizer.save_pretrained(temporary)
     (temporary / "README.md").write_text(card(), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
+
+
+def _list_final_ends(model: Any, job: TrainingJob) -> list[int]:
+    """Return the ids that end a student's text; its own generation config counts if it began with weights."""
+    own = model.generation_config if job.student.model_path else None
+    return [*dict.fromkeys([*list_eos_ids(own, job.tokenizer), *job.ends])]
 
 
 def _write_card(job: TrainingJob, summary: TrainingSummary, curve: list[dict[str, float]]) -> str:

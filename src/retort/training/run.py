@@ -13,6 +13,7 @@ from retort.config.training import DEFAULT_ALPHA
 from retort.io.digests import digest, digest_folder
 from retort.io.files import read_json
 from retort.io.run_record import describe_run
+from retort.models.ends import list_ends_beside
 from retort.models.load import CausalLM, load_recorded_teacher, refuse_short_context
 from retort.models.students import name_student, student_config
 from retort.tokens.index import TokenIndex
@@ -91,6 +92,7 @@ def train_run(
         vocabulary=vocabulary,
         teacher=teacher,
         facts={"run": out.parent.name, **facts},
+        ends=tuple(list_ends_beside(tokenizer_path, tokenizer, revision=tokenizer_revision)),
     )
     summary = train_student(out.parent, job)
     _require_same_student(student, expected_student)

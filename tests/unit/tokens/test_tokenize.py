@@ -103,13 +103,71 @@ def test_a_token_that_would_span_prompt_and_response_is_split(
     assert predicted(table) == tokenizer("bird</s>")["input_ids"]
 
 
-def test_a_template_that_rewrites_the_prompt_is_refused_with_the_document(
+def test_the_prompt_is_that_of_generation_even_where_a_template_rewrites_it_later(
     tiny_teacher: Path,
 ) -> None:
     tokenizer = load_tokenizer(str(tiny_teacher))
     tokenizer.chat_template = "{{ messages | length }}" + CHAT_TEMPLATE
-    with pytest.raises(ValueError, match="rewrites the prompt of document 7"):
-        tokenize([document("bird", prompt="which", index=7)], tokenizer, CHAT)
+    table, _ = tokenize([document("bird", prompt="which")], tokenizer, CHAT)
+    assert tokenizer.decode(table[0].ids) == "1<s>user: which</s><s>assistant: bird</s>"
+    assert tokenizer.decode(predicted(table)) == "bird</s>"
+
+
+def test_a_template_that_raises_is_one_sentence_with_the_document(tiny_teacher: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_teacher))
+    raises = "{% if 'x' in messages[-1].content %}{{ raise_exception('no x') }}{% endif %}"
+    tokenizer.chat_template = raises + CHAT_TEMPLATE
+    tokenize([document("bird", prompt="which")], tokenizer, CHAT)
+    with pytest.raises(ValueError, match=r"document 7 cannot be rendered: .*TemplateError: no x"):
+        tokenize([document("fox", prompt="which", index=7)], tokenizer, CHAT)
+
+
+def test_a_template_that_ends_with_nothing_is_ended(tiny_teacher: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_teacher))
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}"
+    table, _ = tokenize([document("bird", prompt="which")], tokenizer, CHAT)
+    assert tokenizer.decode(predicted(table)) == "bird </s>"
+    table, _ = tokenize(
+        [document("bird", prompt="which")], tokenizer, replace(CHAT, append_eos=False)
+    )
+    assert tokenizer.decode(predicted(table)) == "bird "
+
+
+def test_a_long_response_keeps_its_prompt_in_front_of_each_piece(tokenizer: Any) -> None:
+    head = tokenizer("a b\n")["input_ids"]
+    body = [*tokenizer("c d e f g h i j")["input_ids"], tokenizer.eos_token_id]
+    length = len(head) + 4
+    found = document("c d e f g h i j", prompt="a b")
+    table, counts = tokenize([found], tokenizer, replace(CHAT, max_length=length))
+    pieces = [piece for piece, *_ in rows(table)]
+    kept = length // 2 if length // 2 < len(head) else len(head)
+    assert all(piece[:kept] == head[-kept:] for piece in pieces[1:])
+    assert pieces[0][-4:] == body[:4] or kept < len(head)
+    assert predicted(table) == body
+    assert (counts.documents_split, counts.stored, counts.without_loss) == (
+        1,
+        counts.read - max(0, len(head) - kept),
+        max(0, len(head) - kept),
+    )
+
+
+def test_a_prompt_that_does_not_fit_keeps_its_end(tokenizer: Any) -> None:
+    head = tokenizer("a b c d e f g h i j\n")["input_ids"]
+    body = [*tokenizer("k l")["input_ids"], tokenizer.eos_token_id]
+    length = len(body) + 3
+    found = document("k l", prompt="a b c d e f g h i j")
+    table, counts = tokenize([found], tokenizer, replace(CHAT, max_length=length))
+    (piece,) = [piece for piece, *_ in rows(table)]
+    assert piece == [*head, *body][-length:]
+    assert counts.without_loss == len(head) + len(body) - length
+    table, counts = tokenize(
+        [found], tokenizer, replace(CHAT, max_length=length, long_documents="truncate")
+    )
+    assert (len(table), counts.truncated, counts.documents_truncated) == (
+        0,
+        len(head) + len(body) - length,
+        1,
+    )
 
 
 def test_plain_text_does_not_go_through_the_template(tiny_teacher: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from retort.artifacts.build import student_content
 from retort.cache.entropy_codec import EntropyCodec
@@ -248,6 +248,41 @@ def test_record_of_a_run_holds_what_evaluate_needs(bench: Bench, tmp_path: Path)
     found = run_rule(bench, tmp_path / "abc" / "training.json")
     assert (found.run, found.id, found.alpha) == ("mine", "abc", 0.5)
     assert read_json(tmp_path / "abc" / "run.json")["config"]["training"]["max_steps"] == 2
+
+
+def test_final_folder_ends_where_template_and_generation_config_do(
+    bench: Bench, tmp_path: Path
+) -> None:
+    chat, corpus = tmp_path / "chat", tmp_path / "chats.jsonl"
+    shutil.copytree(bench.teacher_path, chat)
+    tokenizer = load_tokenizer(str(chat))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<turn>{% endfor %}"
+    tokenizer.save_pretrained(chat)
+    GenerationConfig(eos_token_id=[5]).save_pretrained(chat)
+    rows = [{"prompt": letter, "response": "bird"} for letter in "abcdefghijklmnopqrst"]
+    corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = {"prompt_column": "prompt", "response_column": "response"}
+    write_json(tmp_path / "student.json", read_json(bench.student_path) | {"eos_token_id": 151645})
+    run_rule(
+        bench,
+        tmp_path / "run" / "training.json",
+        index_path=tokenize(tmp_path / "tokens", corpus, chat, **keys),
+        tokenizer_path=str(chat),
+        cache_path=None,
+        fingerprint_path=None,
+        student=section("student", config=str(tmp_path / "student.json")),
+        training={"distillation_type": "output", "max_steps": 150, "learning_rate": 0.01},
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
+    saved = AutoTokenizer.from_pretrained(tmp_path / "run" / "final")
+    turn = saved.convert_tokens_to_ids("<turn>")
+    assert saved.chat_template == tokenizer.chat_template
+    assert model.config.eos_token_id == saved.eos_token_id
+    assert model.generation_config.eos_token_id == [saved.eos_token_id, turn, 5]
+    prompt = saved("a<turn>", return_tensors="pt")
+    out = model.generate(**prompt, max_new_tokens=40, do_sample=False, pad_token_id=0)
+    assert saved.decode(out[0]) == "a<turn>bird<turn>"
 
 
 def test_a_student_that_changed_since_the_run_was_named_is_refused(
