@@ -50,7 +50,7 @@ GOLDEN_REVISIONS = {
     "logits": 5,
     "validation": 3,
     "run": 3,
-    "evaluation": 3,
+    "evaluation": 4,
     "benchmark": 1,
     "report": 3,
 }
@@ -70,11 +70,11 @@ GOLDEN_IDS = {
     "tokens": "84fcb405c154",
     "logits": "d8d07122b0b4",
     "validation": "c4ba76161639",
-    "hard": ["db456810a366", "1b5727133e99"],
-    "both": ["6dbf2ae9bd5a", "1b5727133e99"],
-    "live": ["a0fc641df568", "1b5727133e99"],
-    "check": "1137cdd23022",
-    "report": "f4e9eb376810",
+    "hard": ["db456810a366", "1fe581f9ef7b"],
+    "both": ["6dbf2ae9bd5a", "1fe581f9ef7b"],
+    "live": ["a0fc641df568", "1fe581f9ef7b"],
+    "check": "95d233d79430",
+    "report": "c77d29701fcf",
 }
 
 REPOSITORY = Path(__file__).resolve().parents[2]
