@@ -51,7 +51,7 @@ def list_answered(journal: Path) -> set[int]:
     if not journal.exists():
         return set()
     lines = [line for line in journal.read_bytes().split(b"\n")[:-1] if b'"event":"answer"' in line]
-    return {json.loads(line)["place"] for line in lines}
+    return {json.loads(line)["index"] for line in lines}
 
 
 def compute_spent(journal: Path) -> dict[str, float]:
@@ -61,9 +61,9 @@ def compute_spent(journal: Path) -> dict[str, float]:
     for line in journal.read_text().splitlines():
         event = json.loads(line)
         if event["event"] == "sent":
-            sent[event["place"]] = event["input"], event["output"]
+            sent[event["index"]] = event["input"], event["output"]
         elif event["event"] == "lost":
-            read, written = read + sent[event["place"]][0], written + sent[event["place"]][1]
+            read, written = read + sent[event["index"]][0], written + sent[event["index"]][1]
         elif event["event"] == "answer":
             answer = event["answer"]
             read, written = read + answer["input_tokens"], written + answer["output_tokens"]

@@ -76,7 +76,7 @@ def test_a_killed_synthesis_resumes_with_the_missing_prompts(
     place.snakemake("--until", "synthesize")
     lines = _answers(journals[0])
     assert lines[: len(kept)] == kept, "answers are kept as they are"
-    numbers = [json.loads(line)["place"] for line in lines]
+    numbers = [json.loads(line)["index"] for line in lines]
     assert len(numbers) == len(set(numbers)), "nothing is answered twice"
 
 

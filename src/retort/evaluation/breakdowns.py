@@ -42,12 +42,11 @@ def find_classes(
     entropy: of the teacher's distribution, from `teacher_entropy` [P], nats.
     category, language: labels of the document; of more than 20, the 19 with the most positions and all others together.
     """
-    counted = np.flatnonzero(table.loss_mask)
-    next_ids = np.asarray(table.ids)[counted + 1]
+    counted = table.counted
     sequence_of = np.searchsorted(table.offsets, counted, side="right") - 1
     found = {"place": _bin(_places(table, counted, sequence_of), _PLACES, "{:,}")}
     if token_counts is not None:
-        found["frequency"] = _by_frequency(next_ids, token_counts)
+        found["frequency"] = _by_frequency(table.next_ids, token_counts)
     if teacher_entropy is not None:
         found["entropy"] = _bin(teacher_entropy, _ENTROPIES, "{:g}")
     for column, name in enumerate(("category", "language")):

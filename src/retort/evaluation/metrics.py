@@ -29,12 +29,6 @@ _MAX_ROWS = 1024
 Columns = dict[str, NDArray[np.float64]]
 
 
-def next_tokens(table: SequenceTable) -> Tensor:
-    """Return the token that each counted position predicts, int64 [P]."""
-    counted = np.flatnonzero(table.loss_mask)
-    return torch.from_numpy(np.asarray(table.ids)[counted + 1].astype(np.int64))
-
-
 @torch.inference_mode()
 def measure_positions(
     student: CausalLM, table: SequenceTable, *, teacher: TeacherFeatures | None, batch_size: int
@@ -44,7 +38,7 @@ def measure_positions(
     With a teacher that was scored on the same table, also its own metrics, prefixed with "teacher_", and those of both
     (`compare_distributions`).
     """
-    targets_P = next_tokens(table)
+    targets_P = torch.from_numpy(table.next_ids.astype(np.int64))
     columns: Columns = {}
     for rows, logq_PV in _read_logprobs(student, table, batch_size=batch_size):
         logp_PV = None

@@ -38,8 +38,7 @@ def count_next_bytes(
     if sizes.count is None:
         return "the tokenizer's tokens do not say which spaces were between them"
     ids = np.asarray(table.ids)
-    counted = np.flatnonzero(table.loss_mask)
-    next_ids = ids[counted + 1]
+    counted, next_ids = table.counted, table.next_ids
     if unknown := int(np.isin(next_ids, sizes.unknown).sum()):
         return f"the tokenizer does not know {unknown:,} of the tokens, so their bytes are lost"
     distinct, indices = np.unique(ids, return_inverse=True)

@@ -11,7 +11,6 @@ import xxhash
 
 from retort.io.files import read_json, write_json
 
-_BLOCK_BYTES = 1 << 20
 # Corpora and weights are hashed whole, because an edit may touch one byte, or one layer. Digests of larger files than
 # this are cached by the file's size and times. These include the change time, which no program can set back.
 _MEMO_BYTES = 16 << 20
@@ -68,8 +67,5 @@ def compare_digests(recorded: Mapping[str, str], found: Mapping[str, str]) -> li
 
 def hash_file(path: Path) -> str:
     """Return 32 hex digits (xxh3-128) of a file's bytes."""
-    state = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            state.update(block)
-    return state.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()

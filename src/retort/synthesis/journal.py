@@ -1,12 +1,12 @@
 """The journal of answers: an append-only file of JSON lines, one for each event, which survives a kill.
 
-*sent* is written before a request goes out, with upper bounds of its tokens; *answer* or *away* (not accepted, free)
-follows. So after a kill the journal shows which answers exist, what was paid, and what may have been paid besides: the
-requests without an answer.
+*sent* is written before a request goes out, with upper bounds of its tokens; *answer*, *lost* or *unavailable* (not
+accepted, free) follows. So after a kill the journal shows which answers exist, what was paid, and what may have been
+paid besides: the requests without an answer.
 
 Each line has the digest of its prompt, and only this digest assigns an answer to a prompt: when the prompts of a Hub
 dataset change, an answer moves to its prompt's new index, or is left unused. Each line also has a checksum of itself
-and of the other settings of the request (the key `seal`): an edited line, or one of other settings, is refused.
+and of the other settings of the request (the key `checksum`): an edited line, or one of other settings, is refused.
 """
 
 import json
@@ -15,7 +15,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import xxhash
@@ -77,12 +76,7 @@ class Journal:
             self._apply_lost(key)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def _read(self) -> None:
@@ -97,7 +91,7 @@ class Journal:
                 break
             try:
                 event = json.loads(line)
-                is_valid = event.pop("seal") == self._checksum(event)
+                is_valid = event.pop(_read_key(event)) == self._checksum(event)
                 if is_valid:
                     self._apply(event)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -123,7 +117,7 @@ class Journal:
             self.in_flight.setdefault(key, []).append((event["input"], event["output"]))
         elif kind == "lost":
             self._apply_lost(key)
-        elif kind == "away":
+        elif kind in ("unavailable", "away"):
             self._pop_attempt(key)
         elif kind == "answer":
             answer = Answer(**event["answer"])
@@ -151,8 +145,8 @@ class Journal:
             self.usage.lost_output_tokens += num_output
 
     def _append(self, kind: str, index: int, *, is_synced: bool = False, **facts: Any) -> None:
-        event = {"event": kind, "place": index, "prompt": self._keys[index], **facts}
-        line = _to_line({**event, "seal": self._checksum(event)})
+        event = {"event": kind, "index": index, "prompt": self._keys[index], **facts}
+        line = _to_line({**event, "checksum": self._checksum(event)})
         self._file.write(f"{line}\n".encode())
         self._file.flush()
         if is_synced:
@@ -165,7 +159,7 @@ class Journal:
 
     def add_unavailable(self, index: int) -> None:
         """Record that the server did not accept a request, which is free."""
-        self._append("away", index)
+        self._append("unavailable", index)
 
     def add_lost(self, index: int) -> None:
         """Record that a request has no answer, and may be charged."""
@@ -183,6 +177,11 @@ class Journal:
         total.lost_input_tokens += sum(num_input for num_input, _ in bounds)
         total.lost_output_tokens += sum(num_output for _, num_output in bounds)
         return total
+
+
+def _read_key(event: Mapping[str, Any]) -> str:
+    """Return the checksum's key: before version 0.3 it was `seal` (and an index `place`, *unavailable* `away`)."""
+    return "checksum" if "checksum" in event else "seal"
 
 
 def _digest(text: str) -> str:

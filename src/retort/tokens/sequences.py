@@ -83,6 +83,16 @@ class SequenceTable:
         return int(self.loss_mask.sum())
 
     @property
+    def counted(self) -> NDArray[np.int64]:
+        """Index in `ids` of each counted position, [P]."""
+        return np.flatnonzero(self.loss_mask)
+
+    @property
+    def next_ids(self) -> NDArray[np.int32]:
+        """The token that each counted position predicts, [P]."""
+        return np.asarray(self.ids)[self.counted + 1]
+
+    @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens per sequence, [S]."""
         return np.diff(self.offsets)

@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from retort.evaluation.metrics import next_tokens
 from retort.evaluation.records import Metrics
 from retort.evaluation.run import evaluate_run, evaluate_student
 from retort.evaluation.scores import METRICS, OF_BOTH, read_document_sums
@@ -84,7 +83,7 @@ def expected_tokens(table: SequenceTable) -> list[int]:
 
 def test_next_tokens_are_those_after_the_counted_positions(index: TokenIndex) -> None:
     table = index.read_split("val")
-    assert next_tokens(table).tolist() == expected_tokens(table)
+    assert table.next_ids.tolist() == expected_tokens(table)
 
 
 @pytest.mark.parametrize("width", [NUM_TOKENS, WIDTH, WIDTH + 10])

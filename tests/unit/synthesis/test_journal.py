@@ -22,14 +22,14 @@ def test_a_journal_survives_a_torn_line_and_counts_what_was_in_flight(tmp_path: 
         assert (journal.reserved.tokens, journal.usage.tokens) == (8 + 30 + 30, 8 + 30)
     whole = path.read_bytes()
     with path.open("ab") as file:
-        file.write(b'{"event":"answer","place":9,"ans')
+        file.write(b'{"event":"answer","index":9,"ans')
     for _ in range(2):
         with Journal(path, PROMPTS) as journal:
             assert list(journal.answers) == [0] and journal.answers[0].text.startswith("half")
             usage = journal.usage
             assert (usage.requests, usage.lost_requests) == (1, 2)  # prompt 2, and 3 in flight
         assert path.read_bytes() == whole
-    path.write_bytes(b'{"event":"other","place":1}\n' + whole)
+    path.write_bytes(b'{"event":"other","index":1}\n' + whole)
     with pytest.raises(ValueError, match="line 1, is not a line of a journal"):
         Journal(path, PROMPTS).__enter__()
     assert path.read_bytes().endswith(whole), "nothing that was paid for is cut off"
@@ -60,6 +60,33 @@ def test_a_journal_of_other_settings_is_refused(tmp_path: Path) -> None:
     with Journal(path, [*PROMPTS, LabeledPrompt("one more")], "greedy") as journal:
         assert journal.answers == {1: make_answer("One.")}
     assert path.read_bytes() == whole
+
+
+# As version 0.2 wrote it.
+EARLIER = (
+    r'{"event":"sent","place":0,"prompt":"4a2a28729fac32ba583322296c3b462d","input":10,"output":20,"seal":"6bdcebe1895d0f1c"}'
+    "\n"
+    r'{"event":"away","place":0,"prompt":"4a2a28729fac32ba583322296c3b462d","seal":"94e922d32f5ca318"}'
+    "\n"
+    r'{"event":"sent","place":1,"prompt":"be84658b697c9cd6cc49fdcc510be364","input":10,"output":20,"seal":"02f981117c35d512"}'
+    "\n"
+    r'{"event":"answer","place":1,"prompt":"be84658b697c9cd6cc49fdcc510be364","answer":{"text":"One.","finish":"stop","input_tokens":3,"output_tokens":5,"model":"m-1"},"seal":"705bbf38cdf3425a"}'
+    "\n"
+)
+
+
+def test_answers_that_an_earlier_version_paid_for_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    path.write_text(EARLIER)
+    for _ in range(2):  # also with lines of both versions
+        with Journal(path, PROMPTS) as journal:
+            assert journal.answers[1] == make_answer("One.")
+            assert not journal.in_flight and journal.usage.lost_requests == 0
+            journal.add_sent(2, (10, 20))
+            journal.add_unavailable(2)
+    path.write_text(EARLIER.replace("One.", "Two."))
+    with pytest.raises(ValueError, match="was edited"):
+        Journal(path, PROMPTS).__enter__()
 
 
 @pytest.mark.slow

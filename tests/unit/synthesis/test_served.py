@@ -257,7 +257,7 @@ def test_repeated_kills_pay_twice_only_for_requests_in_flight(
         kills += 1
         if kills == 2:
             with journal.open("ab") as file:
-                file.write(b'{"event":"answer","place":23,"ans')  # torn by the kill
+                file.write(b'{"event":"answer","index":23,"ans')  # torn by the kill
     assert kills == 5
     num_repeated = len(proxy.asked) - len(PROMPTS)
     assert 0 <= num_repeated <= kills * width
