@@ -43,11 +43,11 @@ def count_next_bytes(
         return f"the tokenizer does not know {unknown:,} of the tokens, so their bytes are lost"
     distinct, indices = np.unique(ids, return_inverse=True)
     sizes_T = sizes.of(distinct.tolist())[indices]
-    spaces = _find_spaces_in_bytes(table, tokenizer)
-    sizes_T[spaces[:, 1:]] = 0  # one byte of text in three tokens
+    is_spelled, continues = _find_spelled_spaces(table, tokenizer)
+    sizes_T[continues] = 0  # one byte of text in three tokens
     next_sizes = np.array(sizes_T[counted + 1])
     begins = np.isin(next_ids, sizes.beginning_with_space(np.unique(next_ids).tolist()))
-    begins |= np.isin(counted + 1, spaces[:, 0])
+    begins |= is_spelled[counted + 1]
     is_added = begins & _find_text_starts(table, sizes, counted)
     return next_sizes - is_added
 
@@ -73,21 +73,32 @@ def _find_text_starts(
     return found
 
 
-def _find_spaces_in_bytes(table: SequenceTable, tokenizer: Any) -> NDArray[np.int64]:
-    """Return the indices [N, 3] of tokens of a byte that spell a space, in a vocabulary without a token for it."""
-    vocabulary = tokenizer.get_vocab()
+def _find_spelled_spaces(
+    table: SequenceTable, tokenizer: Any
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Return where three byte tokens begin to spell a space, and where they continue, [T] each.
+
+    Only in a vocabulary without a token for a space. A space may be cut by the end of a sequence, whose last token is
+    repeated in the next one.
+    """
+    ids, vocabulary = np.asarray(table.ids), tokenizer.get_vocab()
     if SPACE in vocabulary or not all(token in vocabulary for token in _SPACE_IN_BYTES):
-        return np.zeros((0, 3), dtype=np.int64)
-    # Without the first tokens of sequences that continue a document, which are also the last of those before.
-    is_new = np.ones(len(table.ids), dtype=np.bool_)
-    is_new[table.offsets[:-1][np.diff(table.documents, prepend=-1) == 0]] = False
-    kept = np.flatnonzero(is_new)
-    triples = (
-        np.lib.stride_tricks.sliding_window_view(kept, 3) if len(kept) >= 3 else kept[:0, None]
-    )
-    spelled = [vocabulary[token] for token in _SPACE_IN_BYTES]
-    found: NDArray[np.int64] = triples[(np.asarray(table.ids)[triples] == spelled).all(axis=1)]
-    return found.reshape(-1, 3)
+        return np.zeros(len(ids), np.bool_), np.zeros(len(ids), np.bool_)
+    first, second, third = (vocabulary[token] for token in _SPACE_IN_BYTES)
+    sequences = np.repeat(np.arange(len(table)), np.diff(table.offsets))
+
+    def beside(distance: int) -> NDArray[np.int64]:
+        """Return the tokens at a distance in the same sequence, -1 outside of it, [T]."""
+        there = np.arange(len(ids)) + distance
+        inside = (there >= 0) & (there < len(ids))
+        there = np.where(inside, there, 0)
+        return np.where(inside & (sequences[there] == sequences), ids[there], -1)
+
+    is_byte = np.isin(beside(-2), [vocabulary[t] for t in _BYTE_TOKENS if t in vocabulary])
+    begins = (ids == first) & (beside(1) == second) & np.isin(beside(2), [third, -1])
+    continues = (ids == second) & (beside(-1) == first) & np.isin(beside(1), [third, -1])
+    continues |= (ids == third) & (beside(-1) == second) & ((beside(-2) == first) | ~is_byte)
+    return begins, continues
 
 
 def _count_piece(token: str) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from retort.io.digests import digest, digest_file, hash_file
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")
+# All that a tokenizer may be read from: vocabularies, merges, special tokens, chat templates, custom code.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -18,6 +19,23 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+    "vocab*",
+    "*vocab*.json",
+    "*merges*",
+    "*.model",
+    "*.model.v*",
+    "*.spm",
+    "*.tiktoken",
+    "*.codes",
+    "*.tokenizer",
+    "tekken.json",
+    "normalizer.json",
+    "byte_maps.json",
+    "emoji.json",
+    "word_*.json",
+    "dict.txt",
+    "tokenization*.py",
 )
 
 
@@ -68,15 +86,21 @@ def fingerprint_weights(folder: Path) -> str:
     return digest([[p.name, digest_file(p, memo=_weights_memo())] for p in files])
 
 
+def list_tokenizer_files(folder: Path) -> list[Path]:
+    """Return the files in a model folder that decide a tokenizer's ids or how it renders chats."""
+    found = [p for name in TOKENIZER_FILES for p in sorted(folder.glob(name)) if p.is_file()]
+    return list(dict.fromkeys(found))
+
+
 def fingerprint_tokenizer(folder: Path) -> str:
     """Return the fingerprint (12 hex digits) of the tokenizer's files in a folder, by their bytes.
 
     Raises ValueError when there is none.
     """
-    files = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
+    files = list_tokenizer_files(folder)
     if not files:
         raise ValueError(
-            f"no tokenizer in {str(folder)!r}: expected tokenizer.json or another of "
-            f"{', '.join(TOKENIZER_FILES)}."
+            f"no tokenizer in {str(folder)!r}: expected tokenizer.json, tokenizer.model, vocab.txt or other files of "
+            "a tokenizer, as save_pretrained() writes them."
         )
-    return digest([[p.name, hash_file(p)] for p in files])
+    return digest([[p.relative_to(folder).as_posix(), hash_file(p)] for p in files])

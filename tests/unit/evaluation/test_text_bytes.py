@@ -114,3 +114,19 @@ def test_a_space_that_a_tokenizer_puts_after_a_special_token_is_not_text(kind: s
     sizes = count_next_bytes(build_table([(ids, mask, 0, ("", ""))]), tokenizer)
     assert not isinstance(sizes, str)
     assert sizes.sum() == len("The ok")
+
+
+def test_a_space_spelled_in_bytes_counts_once_wherever_a_response_is_cut() -> None:
+    tokenizer = KINDS["pieces without both"]()
+    ids = tokenizer("hey ok", add_special_tokens=False)["input_ids"]
+    for end in range(2, len(ids)):
+        begin, rest = (
+            [1, *ids[:end]],
+            [1, *ids[end - 1 :]],
+        )  # the prompt is repeated before the rest
+        masks = [[True] * end + [False], [False, *[True] * (len(ids) - end), False]]
+        pairs = zip((begin, rest), masks, strict=True)
+        rows = [(piece, mask, 0, ("", "")) for piece, mask in pairs]
+        sizes = count_next_bytes(build_table(rows), tokenizer)
+        assert not isinstance(sizes, str)
+        assert sizes.sum() == len("hey ok"), end
