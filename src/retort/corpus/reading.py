@@ -268,11 +268,12 @@ def read_rows(source: Source) -> Iterator[Row]:
         yield from source.read(file, 0)
 
 
-def check_corpus(dataset: Dataset) -> dict[str, Any]:
+def check_corpus(dataset: Dataset, *, sample: list[Document] | None = None) -> dict[str, Any]:
     """Check a corpus before anything expensive starts; return what was found, as a JSON object.
 
-    Opens every file, checks its columns, and reads 1,000 documents, and on until one is usable. Raises ValueError for
-    anything missing, unreadable or empty, and for a user's sharding function that is not deterministic.
+    Opens every file, checks its columns, and reads 1,000 documents, and on until one is usable; the usable ones are
+    added to `sample`. Raises ValueError for anything missing, unreadable or empty, and for a user's sharding function
+    that is not deterministic.
     """
     files = list_files(dataset)
     if not is_hub(dataset):
@@ -282,12 +283,14 @@ def check_corpus(dataset: Dataset) -> dict[str, Any]:
     probe = dataset.model_copy(update={"shuffle": False, "streaming": streaming})
     try:
         with nullcontext() if dataset.streaming else without_retries():
-            counts, columns = _scan(probe)
+            counts, columns = _scan(probe, sample)
     except ValueError as error:
         is_offline = isinstance(error.__cause__, ConnectionError | TimeoutError)
         if dataset.streaming or not is_offline:
             raise
-        counts, columns = _scan(dataset)  # offline, a copy may be in the cache of `datasets`
+        counts, columns = _scan(
+            dataset, sample
+        )  # offline, a copy may be in the cache of `datasets`
     refuse_empty(dataset, counts)
     if is_custom(dataset):
         check_shard_function(dataset)
@@ -321,8 +324,8 @@ def refuse_changed_files(dataset: Dataset, stamp: str | None) -> Iterator[None]:
     compare()
 
 
-def _scan(dataset: Dataset) -> tuple[Counts, list[str]]:
-    """Read a corpus's first documents; return their counts, and the columns of the first."""
+def _scan(dataset: Dataset, sample: list[Document] | None) -> tuple[Counts, list[str]]:
+    """Read a corpus's first documents into `sample`; return their counts, and the columns of the first."""
     counts, columns = Counts(), list[str]()
     for name, split in list_splits(dataset):
         seen = Counts()
@@ -332,7 +335,9 @@ def _scan(dataset: Dataset) -> tuple[Counts, list[str]]:
         for index, row in enumerate(read_rows(source)):
             values = row()
             columns = columns or list(values)
-            make_document(values, dataset, index=index, split=split, counts=seen)
+            document = make_document(values, dataset, index=index, split=split, counts=seen)
+            if document is not None and sample is not None:
+                sample.append(document)
             is_enough = seen.read >= _SCANNED_DOCUMENTS and (seen.used or is_hub(dataset))
             if is_enough or seen.read == dataset.max_samples:
                 break

@@ -4,8 +4,12 @@ Each check raises ValueError with the value found, what was expected and what to
 """
 
 import os
+import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from importlib.util import find_spec
+from itertools import accumulate
 from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
@@ -16,7 +20,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from retort.config.dataset import SYNTHESIS
-from retort.config.sections import Config, Teacher, Tracking
+from retort.config.sections import Config, Teacher, Tracking, Training
+from retort.corpus.documents import Document
 from retort.corpus.reading import check_corpus
 from retort.corpus.sources import is_hub
 from retort.evaluation.tasks import check_tasks
@@ -25,29 +30,75 @@ from retort.io.fingerprints import fingerprint_weights
 from retort.models.load import load_model_config, output_width, refuse_short_context
 from retort.models.students import name_student, student_config
 from retort.pipeline.demo_teacher import DEMO_TEACHER, DemoTokenizer
+from retort.pipeline.packages import require_packages
 from retort.synthesis.run import check_synthesis_inputs
+from retort.tokens.characters import find_lost_characters
+from retort.tokens.tokenize import TokenCounts, tokenize_documents
 from retort.tokens.tokenizer import identify_tokenizer, load_tokenizer
 from retort.tokens.vocabularies import require_student_ids, require_teacher_ids
+from retort.training.checkpoints import require_start
+
+_SAMPLE_CHARACTERS = 300_000  # tokenized in about a second
 
 
 def check_project(configs: Mapping[str, Config]) -> dict[str, Any]:
     """Check the inputs of every run; return `runs`, their names, and `notes`, lines about what was found.
 
-    Raises ValueError for the first mistake.
+    Raises ValueError with all mistakes.
     """
     notes: list[str] = []
+    mistakes = _Mistakes()
     for name, config in configs.items():
-        require_writable(Path(config.output.results_dir))
-        if config.output.cache_dir:
-            require_writable(Path(config.output.cache_dir))
-        notes += _check_corpus(config)
-        tokenizer, width, note = _check_teacher(config)
-        notes.append(note)
-        notes.append(f"run {name}: {_check_student(config, tokenizer, width)}")
-        notes += _check_students_tokenizer(config, tokenizer)
-        _check_trackers(config.tracking)
-        notes += check_tasks(config.evaluation)
+        for folder in (config.output.results_dir, config.output.cache_dir):
+            with mistakes:
+                require_writable(Path(folder or config.output.results_dir))
+        sample: list[Document] = []
+        with mistakes:
+            notes += _check_corpus(config, sample)
+        with mistakes:
+            tokenizer, width, note = _check_teacher(config)
+            notes.append(note)
+            with mistakes:
+                notes += _check_tokens(config, tokenizer, sample)
+            with mistakes:
+                notes.append(f"run {name}: {_check_student(config, tokenizer, width)}")
+                notes += _check_students_tokenizer(config, tokenizer)
+        with mistakes:
+            _check_start(config.training)
+        with mistakes:
+            _check_trackers(config.tracking)
+        with mistakes:
+            notes += check_tasks(config.evaluation)
+    mistakes.require_none()
     return {"runs": list(configs), "notes": list(dict.fromkeys(notes))}
+
+
+class _Mistakes(AbstractContextManager["_Mistakes"]):
+    """Collects the messages of the ValueErrors that are raised in its blocks, each message once."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, None] = {}
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> bool:
+        if not isinstance(error, ValueError):
+            return False
+        self.found[str(error)] = None
+        return True
+
+    def require_none(self) -> None:
+        """Raise one ValueError with all messages, if there are any."""
+        if len(self.found) == 1:
+            raise ValueError(next(iter(self.found)))
+        if self.found:
+            lines = [f"{number}. {text}" for number, text in enumerate(self.found, start=1)]
+            raise ValueError("\n".join([f"the config has {len(lines)} mistakes:", *lines]))
+
+
+def _check_start(training: Training) -> None:
+    """Raise ValueError when the checkpoint that training starts from is missing, damaged or too late."""
+    if training.resume_from_checkpoint is not None:
+        last = training.max_steps or sys.maxsize
+        require_start(Path(training.resume_from_checkpoint), max_steps=last)
 
 
 def _check_trackers(tracking: Tracking) -> None:
@@ -79,11 +130,12 @@ def _has_login(host: str) -> bool:
         return False
 
 
-def _check_corpus(config: Config) -> list[str]:
+def _check_corpus(config: Config, sample: list[Document]) -> list[str]:
+    """Return notes about the corpus; add its first documents to `sample`."""
     if config.dataset.name == SYNTHESIS:
         return check_synthesis_inputs(config)
     _refuse_results_in_dataset(config)
-    found = check_corpus(config.dataset)
+    found = check_corpus(config.dataset, sample=sample)
     files = found.get("files") or []
     size = f", {len(files)} files, {found['bytes'] / 1e6:,.1f} MB" if files else ""
     return [f"corpus: {config.dataset.name}{size}"]
@@ -100,6 +152,27 @@ def _refuse_results_in_dataset(config: Config) -> None:
             )
 
 
+def _check_tokens(config: Config, tokenizer: Any, sample: list[Document]) -> list[str]:
+    """Tokenize the corpus's first documents; return a note of characters without a token.
+
+    Raises ValueError when the tokenizer or its chat template cannot encode them.
+    """
+    if isinstance(tokenizer, DemoTokenizer) or not sample:
+        return []
+    sizes = accumulate(len(document.text) + len(document.prompt or "") for document in sample)
+    first = [d for d, size in zip(sample, sizes, strict=True) if size <= _SAMPLE_CHARACTERS]
+    documents = first or [replace(sample[0], text=sample[0].text[:_SAMPLE_CHARACTERS])]
+    tokenize_documents(documents, tokenizer, config.dataset, counts=TokenCounts())
+    lost = find_lost_characters(documents, tokenizer)
+    if not lost:
+        return []
+    named = ", ".join(map(repr, lost[:5])) + (", ..." if len(lost) > 5 else "")
+    return [
+        f"the tokenizer has no token for {len(lost):,} of the characters in the first {len(documents):,} documents "
+        f"({named}): they are left out, or are unknown tokens"
+    ]
+
+
 def _check_teacher(config: Config) -> tuple[Any, int, str]:
     """Return the text's tokenizer, the width of the teacher's output layer (or number of tokens), and a note."""
     section, dataset = config.teacher, config.dataset
@@ -114,6 +187,8 @@ def _check_teacher(config: Config) -> tuple[Any, int, str]:
     if Path(section.model_path).is_dir():
         fingerprint_weights(Path(section.model_path))
     _check_causal(model, section)
+    name = f"teacher.model_path {section.model_path!r}"
+    require_packages(model, section.attn_implementation, name=name)
     tokenizer = load_tokenizer(
         dataset.tokenizer or section.model_path,
         revision=section.revision if dataset.tokenizer is None else None,

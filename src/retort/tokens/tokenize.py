@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from retort.config.sections import Dataset
 from retort.corpus.documents import Document
+from retort.tokens.characters import explain_encoding
 from retort.tokens.chat import ChatFormat
 from retort.tokens.normalization import find_length_change
 from retort.tokens.said import ChatError, Message
@@ -72,7 +73,8 @@ def tokenize_batches(
 ) -> Iterator[dict[str, SequenceTable]]:
     """Yield {split: sequences of at most `dataset.max_length` tokens} per batch of documents; add to `counts`.
 
-    Sequences are in the order of the documents. Raises ValueError for a document that the chat template cannot render.
+    Sequences are in the order of the documents. Raises ValueError for a document that the chat template cannot render,
+    and for text that the tokenizer cannot encode.
     """
     changes_length = find_length_change(tokenizer)
     template = getattr(tokenizer, "chat_template", None)
@@ -83,7 +85,8 @@ def tokenize_batches(
                 document.split == "val" and changes_length(document.text) for document in batch
             )
         rows: dict[str, list[SequenceRow]] = {split: [] for split in SPLITS}
-        for document, ids, said in _encode(batch, tokenizer, chat, dataset):
+        encoded = explain_encoding(_encode(batch, tokenizer, chat, dataset), batch, tokenizer)
+        for document, ids, said in encoded:
             counts.read += len(ids)
             if len(ids) < 2:
                 counts.too_short += len(ids)

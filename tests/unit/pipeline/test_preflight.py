@@ -2,18 +2,16 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaModel, T5Config
 
-from retort.config.load import load_runs
-from retort.io.files import read_json, write_json
+from retort.io.files import read_json
 from retort.pipeline.demo_teacher import DEMO_TEACHER
-from retort.pipeline.preflight import check_project
 from retort.tokens.tokenizer import load_tokenizer
+from support.checked import Setting, copy_teacher
 from support.corpora import write_jsonl
 from support.tiny import NUM_TOKENS, WIDTH, name_token, swap_tokens
 
@@ -24,40 +22,6 @@ SMALL: dict[str, Any] = {
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
 }
-
-
-class Setting:
-    """A config that passes; tests change one value."""
-
-    def __init__(self, folder: Path, corpus: Path, teacher: Path, student: Path) -> None:
-        self.folder = folder
-        self.config: dict[str, dict[str, Any]] = {
-            "output": {"results_dir": str(folder / "results")},
-            "dataset": {"name": "json", "data_files": str(corpus), "max_length": 48},
-            "teacher": {"model_path": str(teacher)},
-            "student": {"config": str(student)},
-        }
-
-    def check(self, **sections: Any) -> list[str]:
-        """Check the config with some keys of some sections changed; return the notes."""
-        raw: dict[str, Any] = {k: dict(v) for k, v in self.config.items()}
-        for name, values in sections.items():
-            raw[name] = raw.get(name, {}) | values
-        notes: list[str] = check_project(load_runs(raw))["notes"]
-        return notes
-
-    def refuse(self, pattern: str, **sections: Any) -> str:
-        """Check as above, and return the error message, which must be one line."""
-        with pytest.raises(ValueError, match=pattern) as caught:
-            self.check(**sections)
-        message = str(caught.value)
-        assert len(message.splitlines()) == 1
-        return message
-
-
-@pytest.fixture
-def setting(tmp_path: Path, tiny_corpus: Path, tiny_teacher: Path, tiny_student: Path) -> Setting:
-    return Setting(tmp_path, tiny_corpus, tiny_teacher, tiny_student)
 
 
 def test_results_inside_a_folder_that_is_read_whole_are_refused(setting: Setting) -> None:
@@ -90,13 +54,6 @@ def test_a_tracker_that_is_missing_or_would_ask_for_a_login_is_refused(
     setting.check(tracking=wanted)
     monkeypatch.setattr("retort.pipeline.preflight.find_spec", lambda name: None)
     setting.refuse("wandb is not installed here. Type: pip install wandb", tracking=wanted)
-
-
-def copy_teacher(folder: Path, teacher: Path, **changes: Any) -> Path:
-    """Copy a teacher with some of its config's values changed."""
-    shutil.copytree(teacher, folder)
-    write_json(folder / "config.json", read_json(folder / "config.json") | changes)
-    return folder
 
 
 def test_a_good_config_passes_and_says_what_was_found(setting: Setting) -> None:

@@ -1,0 +1,141 @@
+"""What a job would need and not find hours later is found by the checks, all of it at once."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from retort.io.files import read_json, write_json
+from retort.pipeline import packages
+from support.checked import Setting, copy_teacher
+from support.corpora import write_jsonl
+
+
+@pytest.fixture
+def teacher(setting: Setting, tiny_teacher: Path) -> Path:
+    """A copy of the teacher, to be changed."""
+    folder = copy_teacher(setting.folder / "changed", tiny_teacher)
+    setting.config["teacher"]["model_path"] = str(folder)
+    return folder
+
+
+def quantize(folder: Path, **keys: Any) -> None:
+    config = read_json(folder / "config.json")
+    write_json(folder / "config.json", config | {"quantization_config": keys})
+
+
+@pytest.mark.parametrize(
+    ("keys", "names"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, ["bitsandbytes"]),
+        ({"quant_method": "gptq", "bits": 4}, ["optimum", "gptqmodel"]),
+        ({"quant_method": "awq", "bits": 4}, ["gptqmodel"]),
+        ({"quant_method": "compressed-tensors"}, ["compressed-tensors"]),
+    ],
+)
+def test_a_package_that_quantized_weights_need_is_named(
+    setting: Setting, teacher: Path, keys: dict[str, Any], names: list[str], monkeypatch: Any
+) -> None:
+    quantize(teacher, **keys)
+    monkeypatch.setattr(packages, "find_spec", lambda _: None)
+    said = setting.refuse(f"weights quantized with {keys['quant_method']}, for which")
+    assert f"pip install {' '.join(names)}," in said
+    monkeypatch.setattr(packages, "find_spec", lambda _: object())
+    assert setting.check()
+
+
+def test_an_attention_that_is_not_installed_or_unknown_is_refused(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packages, "find_spec", lambda _: None)
+    flash = {"attn_implementation": "flash_attention_2"}
+    setting.refuse(r"'flash_attention_2', for which flash-attn or kernels must", teacher=flash)
+    wrong = {"attn_implementation": "flash"}
+    setting.refuse(r"'flash', but transformers knows eager, flash_attention_2,", teacher=wrong)
+    for name in ("eager", "sdpa", "flex_attention", "someone/flash-attn3"):
+        setting.check(teacher={"attn_implementation": name})
+
+
+def test_a_checkpoint_to_start_from_must_be_there_and_before_the_end(setting: Setting) -> None:
+    folder = setting.folder / "checkpoint-7"
+    start = {"resume_from_checkpoint": str(folder)}
+    setting.refuse("checkpoint-7', which lacks trainer_state.json, scheduler.pt", training=start)
+    folder.mkdir()
+    for name in ("scheduler.pt", "optimizer.pt"):
+        (folder / name).write_bytes(b"x")
+    write_json(folder / "trainer_state.json", {"global_step": 7})
+    late = start | {"max_steps": 7}
+    setting.refuse("which is of step 7, but this run ends at step 7", training=late)
+    setting.check(training=start | {"max_steps": 8})
+    setting.check(training=start | {"max_steps": None, "num_epochs": 1})
+
+
+def test_all_mistakes_are_given_at_once(setting: Setting) -> None:
+    with pytest.raises(ValueError, match="the config has 3 mistakes:") as caught:
+        setting.check(
+            dataset={"text_column": "body"},
+            training={"resume_from_checkpoint": "/no/such"},
+            teacher={"attn_implementation": "flash"},
+            runs={"a": {"training": {"alpha": 0.5}}, "b": {"training": {"alpha": 0.4}}},
+        )
+    lines = str(caught.value).splitlines()
+    assert [line[:3] for line in lines[1:]] == ["1. ", "2. ", "3. "]
+    for line, part in zip(lines[1:], ("column 'body'", "'flash'", "/no/such"), strict=True):
+        assert part in line
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Characters
+
+
+def without(letters: str, *, kind: Any) -> Any:
+    """Return a tokenizer of single characters without some, and with no token for unknown text."""
+    names = ["<s>", *(chr(i) for i in range(1, 127) if chr(i) not in letters)]
+    if kind is models.Unigram:
+        tokenizer = Tokenizer(models.Unigram([(name, 0.0) for name in names]))
+    else:
+        tokenizer = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>")
+
+
+def give(setting: Setting, folder: Path, tokenizer: Any, rows: list[dict[str, str]]) -> None:
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    tokenizer.save_pretrained(folder)
+    path = write_jsonl(setting.folder / "rows.jsonl", rows)
+    setting.config["dataset"]["data_files"] = str(path)
+
+
+def test_a_line_break_that_the_tokenizer_cannot_encode_is_found(
+    setting: Setting, teacher: Path
+) -> None:
+    rows = [{"text": "", "ask": "a"}, {"text": "b", "ask": "a"}]
+    give(setting, teacher, without("\n", kind=models.Unigram), rows)
+    columns = {"prompt_column": "ask", "response_column": "text"}
+    setting.refuse(
+        r"cannot encode '\\n', between prompt and response of document 1, and has no token for unknown",
+        dataset=columns,
+    )
+    setting.check()  # texts without a prompt have no line break here
+
+
+def test_a_character_of_the_text_that_the_tokenizer_cannot_encode_is_found(
+    setting: Setting, teacher: Path
+) -> None:
+    rows = [{"text": "plain"}, {"text": "caf\u00e9"}]
+    give(setting, teacher, without("", kind=models.Unigram), rows)
+    said = setting.refuse(r"cannot encode '\u00e9', in the text of document 1")
+    assert json.dumps(said)
+
+
+def test_a_character_that_the_tokenizer_leaves_out_is_noted(
+    setting: Setting, teacher: Path
+) -> None:
+    rows = [{"text": "plain"}, {"text": "caf\u00e9 {x}"}]
+    give(setting, teacher, without("{", kind=models.BPE), rows)
+    (note,) = [note for note in setting.check() if "no token" in note]
+    assert "for 2 of the characters in the first 2 documents ('{', '\u00e9')" in note
