@@ -1,6 +1,6 @@
 """Characters that a tokenizer cannot encode: some raise an error, some leave them out, some have an unknown token."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 from retort.cli import first_line
@@ -24,11 +24,13 @@ def explain_encoding(
         ) from error
 
 
-def find_lost_characters(documents: Iterable[Document], tokenizer: Any) -> list[str]:
-    """Return the characters, except spaces, that have no token: they are left out, or become the unknown token."""
-    letters = {"\n"} | {
-        c for d in documents for c in f"{d.prompt or ''}{d.text}" if not c.isspace()
-    }
+def find_lost_characters(documents: Sequence[Document], tokenizer: Any) -> list[str]:
+    """Return the characters that have no token: they are left out, or become the unknown token.
+
+    Spaces are not looked at, except for the line break between prompt and response.
+    """
+    letters = {c for d in documents for c in f"{d.prompt or ''}{d.text}" if not c.isspace()}
+    letters |= {"\n"} if any(d.prompt is not None for d in documents) else set()
     unknown = {tokenizer.unk_token_id} - {tokenizer.eos_token_id, tokenizer.bos_token_id, None}
     return [
         letter
