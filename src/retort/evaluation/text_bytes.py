@@ -17,6 +17,7 @@ from retort.tokens.normalization import SPACE, list_steps
 from retort.tokens.sequences import SequenceTable
 
 _BYTE_TOKENS = frozenset(f"<0x{byte:02X}>" for byte in range(256))
+_CHARACTER_PARTS = [f"<0x{byte:02X}>" for byte in range(0x80, 256)]
 _SPACE_IN_BYTES = [f"<0x{byte:02X}>" for byte in SPACE.encode()]
 _BYTE_LEVEL_SPACE = (
     "\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}"  # a space in byte-level vocabularies
@@ -94,10 +95,12 @@ def _find_spelled_spaces(
         there = np.where(inside, there, 0)
         return np.where(inside & (sequences[there] == sequences), ids[there], -1)
 
-    is_byte = np.isin(beside(-2), [vocabulary[t] for t in _BYTE_TOKENS if t in vocabulary])
+    # After a cut, what is in front of the rest of a space is the end of a prompt, which is no part of a character.
+    parts = [vocabulary[t] for t in _CHARACTER_PARTS if t in vocabulary]
+    is_part = np.isin(beside(-2), parts)
     begins = (ids == first) & (beside(1) == second) & np.isin(beside(2), [third, -1])
     continues = (ids == second) & (beside(-1) == first) & np.isin(beside(1), [third, -1])
-    continues |= (ids == third) & (beside(-1) == second) & ((beside(-2) == first) | ~is_byte)
+    continues |= (ids == third) & (beside(-1) == second) & ((beside(-2) == first) | ~is_part)
     return begins, continues
 
 
