@@ -15,7 +15,7 @@ import pytest
 from retort.teacher.manifest import Manifest
 from retort.teacher.merge import CacheRun
 from retort.training.record import TrainingRecord
-from support.place import Place, sha256, snapshot, tiny, wait_until
+from support.place import TINY, Place, merge, sha256, snapshot, tiny, wait_until
 
 ONE_RUN_AGAIN = {"check_inputs": 1, "train": 1, "evaluate": 1, "report": 1}
 
@@ -120,6 +120,25 @@ def test_an_added_run_adds_only_its_own_jobs(done: Place) -> None:
     runs = tiny()["runs"] | {"soft": {"training": {"distillation_type": "logit"}}}
     done.write_config(tiny(runs=runs))
     assert done.plan() == ONE_RUN_AGAIN
+
+
+def test_other_spellings_of_the_same_paths_re_run_nothing(done: Place) -> None:
+    sections = {
+        "output": {"results_dir": "./results/"},
+        "dataset": {"data_files": "x/../documents.jsonl"},
+        "teacher": {"model_path": "./teacher/"},
+        "student": {"config": "$HERE/student.json"},
+    }
+    done.write_config(tiny(**sections))
+    done.env["HERE"] = "."
+    assert done.plan() == {}
+
+
+def test_the_command_line_wins_over_the_runs(done: Place) -> None:
+    swept = {"training": {"max_steps": [20, 30]}}
+    done.write_config(tiny(runs={name: merge(run, swept) for name, run in TINY["runs"].items()}))
+    assert done.plan()["train"] == 4
+    assert done.plan("--config", "training={max_steps: 12}") == {}
 
 
 def test_another_evaluation_trains_nothing(done: Place) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from retort.artifacts.build import build_project
 from retort.config.load import load_runs
+from retort.config.sweeps import prefer_command_line
 from retort.config.flags import section_flags
 from retort.corpus.sources import is_hub
 from retort.artifacts.responses import local_model
@@ -43,6 +44,8 @@ def place_outputs(config):
 
 if not workflow.modifier.is_main_snakefile():
     config = place_outputs(config)
+else:
+    config = prefer_command_line(config, workflow.config_settings.config)
 
 try:
     PROJECT = build_project(load_runs(config))

@@ -104,7 +104,7 @@ def _refuse_missing_folders(config: Config) -> None:
         if value is not None and is_path(value) and not Path(value).is_dir():
             raise ValueError(
                 f"{key} {value!r} does not exist (looked in {Path.cwd()}).{suggest_path(Path(value))} Give a "
-                "folder that save_pretrained() wrote, without ~, or the id of a model on the Hub."
+                "folder that save_pretrained() wrote, or the id of a model on the Hub."
             )
 
 

@@ -188,7 +188,7 @@ def _identify_model(name: str, revision: str | None) -> Any:
     if is_path(name):
         raise ValueError(
             f"synthesis.model {name!r} does not exist (looked in {Path.cwd()}).{suggest_path(folder)} Give a folder "
-            "that save_pretrained() wrote, without ~, or the id of a model on the Hub."
+            "that save_pretrained() wrote, or the id of a model on the Hub."
         )
     return [name, revision]
 

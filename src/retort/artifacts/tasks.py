@@ -47,7 +47,7 @@ def _digest_problems(path: Path) -> str:
     if not path.is_file():
         raise ValueError(
             f"evaluation.humaneval.file {str(path)!r} does not exist (looked in {Path.cwd()}).{suggest_path(path)} "
-            "Give the path of HumanEval.jsonl.gz (https://github.com/openai/human-eval, data/), without ~."
+            "Give the path of HumanEval.jsonl.gz (https://github.com/openai/human-eval, data/)."
         )
     return digest_file(path)
 
@@ -56,7 +56,7 @@ def _digest_tasks(path: Path) -> str:
     if not path.is_dir():
         raise ValueError(
             f"evaluation.benchmarks.tasks_dir {str(path)!r} is not a folder (looked in {Path.cwd()})."
-            f"{suggest_path(path)} Give the folder of your task files (YAML), without ~."
+            f"{suggest_path(path)} Give the folder of your task files (YAML)."
         )
     files = digest_folder(path)
     return digest({name: found for name, found in files.items() if "__pycache__" not in name})

@@ -22,6 +22,7 @@ class Dataset(Section):
         "demo",
         "A Hub id such as wikitext, a loader (text, json, parquet or csv) used with data_files, demo (text found on "
         "this machine, no download), or synthesis (responses that a model writes to your prompts).",
+        is_model=True,
     )
     config_name: Text | None = setting(
         None, "The configuration of a Hub dataset, such as wikitext-103-raw-v1."
@@ -49,7 +50,7 @@ class Dataset(Section):
     tokenizer: Text | None = setting(
         None,
         "Hub id or folder of the tokenizer. null means the teacher's; required without a teacher.",
-        is_path=True,
+        is_model=True,
     )
     revision: Text | None = setting(
         None, "Commit, tag or branch of the Hub dataset; null means its newest."

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from retort.config.paths import UNSET_VARIABLE, explain_unset
 from retort.config.schema import ConfigError, KeyPath, Problem, dotted, expected, merge, show
 from retort.config.section import Section, changes_id, key_schemas, subsection
 from retort.config.sections import CHECKS, Config, section_at
@@ -112,7 +113,9 @@ def _describe(run: Run, path: _Path, kind: str, value: Any) -> Problem:
     written = run.place(key)
     shown = ("runs", run.name, *path) if written != key else path
     names = tuple(map(str, shown))
-    if kind == "extra_forbidden":
+    if kind == UNSET_VARIABLE:
+        message = f"{dotted(shown)} is {show(value)}, but {explain_unset(value)}"
+    elif kind == "extra_forbidden":
         message = unknown_key(names, value)
     elif section_at(key):
         message = not_a_section(names, value)

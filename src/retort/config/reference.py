@@ -104,9 +104,12 @@ _README_HEAD = """# The config
 
 `config/config.yaml` is the demo. Use your own with `snakemake --configfile mine.yaml`, which replaces
 it (if there are several files, later ones override earlier ones key by key), or change single keys
-with `--config dataset="{max_samples: 10}" training="{max_steps: 50}"`. Write only the keys that differ
-from their default. An unknown key, a wrong type or a value out of range is refused before anything
-runs.
+with `--config dataset="{max_samples: 10}" training="{max_steps: 50}"`, which wins over `runs` too. Write
+only the keys that differ from their default. An unknown key, a wrong type or a value out of range is
+refused before anything runs; all mistakes are listed at once.
+
+In a path, `~` and `$NAME` are expanded, and `x`, `./x`, `x/` and `a/../x` are one path. A Hub id stays as
+it is; a folder that has the form of one is preferred if it exists.
 
 `config/examples/` has a file for each common case, `config/students/` has student models.
 
@@ -120,7 +123,8 @@ _README_RUNS = """## runs
 
 One student per entry: a name and its overrides, in any section but `output`. Results that runs
 share (tokens, cache, the teacher's scores) are computed once. Lists and values are replaced, sections
-are merged, and `null` unsets a key. Without `runs` there is one run, named `student`.
+are merged, and `null` gives a key its default (or null, if the key takes it). Without `runs` there is one
+run, named `student`.
 
 ```yaml
 runs:

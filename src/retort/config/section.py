@@ -4,8 +4,18 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
+from retort.config.paths import UNSET_VARIABLE, explain_unset, resolve_model, resolve_path
 from retort.config.schema import Schema
 from retort.config.values import Types, parse_text, read_value, types_of
 
@@ -44,18 +54,17 @@ def setting(
     *,
     changes_id: bool = True,
     is_path: bool = False,
+    is_model: bool = False,
     accepts: str | None = None,
 ) -> Any:
     """Return the field of a key.
 
-    `changes_id`: another value changes the ids of results. `is_path`: the value may be a local file or folder.
-    `accepts`: in words, what a pattern takes.
+    `changes_id`: another value changes the ids of results. `is_path`: it is a local file or folder.
+    `is_model`: it may be one, or an id on the Hub or a word. `accepts`: in words, what a pattern takes.
     """
-    extra: dict[str, Any] = {"accepts": accepts} if accepts else {}
-    if not changes_id:
-        extra["changes_id"] = False
-    if is_path:
-        extra["is_path"] = True
+    marks = {"changes_id": changes_id, "is_path": is_path, "is_model": is_model, "accepts": accepts}
+    usual = {"changes_id": True, "is_path": False, "is_model": False, "accepts": None}
+    extra: dict[str, Any] = {k: v for k, v in marks.items() if v != usual[k]}
     return Field(default=default, description=description, json_schema_extra=extra)
 
 
@@ -85,6 +94,20 @@ class Section(BaseModel):
             read[name] = value
         return read
 
+    @field_validator("*", mode="after")
+    @classmethod
+    def _resolve(cls, value: Any, info: ValidationInfo) -> Any:
+        """Give every path one spelling."""
+        known = marks(cls, str(info.field_name))
+        if not (known.get("is_path") or known.get("is_model")):
+            return value
+        if explain_unset(value):
+            raise PydanticCustomError(UNSET_VARIABLE, "an environment variable is not set")
+        resolve = resolve_model if known.get("is_model") else resolve_path
+        if isinstance(value, tuple):
+            return tuple(map(resolve, value))
+        return resolve(value) if isinstance(value, str) else value
+
 
 @cache
 def key_types(section: type[Section]) -> dict[str, Types]:
@@ -104,7 +127,7 @@ def subsection(section: type[Section], name: str) -> type[Section] | None:
 
 
 def marks(section: type[Section], name: str) -> Mapping[str, Any]:
-    """Return what `setting` was told about a key: changes_id, is_path, accepts; only what is unusual."""
+    """Return what `setting` was told about a key: changes_id, is_path, is_model, accepts; only what is unusual."""
     extra = section.model_fields[name].json_schema_extra
     return extra if isinstance(extra, dict) else {}
 

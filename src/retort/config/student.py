@@ -19,7 +19,7 @@ class Student(Section):
         is_path=True,
     )
     model_path: Text | None = setting(
-        None, "Hub id or folder of a model whose weights the student starts from.", is_path=True
+        None, "Hub id or folder of a model whose weights the student starts from.", is_model=True
     )
 
 

@@ -57,6 +57,33 @@ def expand_runs(runs: Any) -> tuple[list[Run], list[Problem]]:
     return list(expanded.values()), problems
 
 
+def prefer_command_line(raw: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config whose runs override no key of `given`, what the command line sets (Snakemake's --config).
+
+    `raw` is the config with `given` merged into it. Runs of the command line itself are kept.
+    """
+    runs = parse_text(raw["runs"]) if isinstance(raw.get("runs"), str) else raw.get("runs")
+    if not isinstance(runs, Mapping) or "runs" in given:
+        return dict(raw)
+    set_there = {str(name): parse_sections(value, str(name)) for name, value in given.items()}
+    kept = {name: _leave_out(parse_sections(run), set_there) for name, run in runs.items()}
+    return {**raw, "runs": kept}
+
+
+def _leave_out(values: Any, others: Mapping[str, Any]) -> Any:
+    """Return nested sections without the keys that `others` has too."""
+    if not isinstance(values, Mapping):
+        return values
+    kept = {}
+    for name, value in values.items():
+        other = others.get(name)
+        if isinstance(value, Mapping) and isinstance(other, Mapping):
+            kept[name] = _leave_out(value, other)
+        elif name not in others or isinstance(value, Mapping):
+            kept[name] = value
+    return kept
+
+
 def _read_entry(name: str, overrides: Any) -> dict[str, Any]:
     """Return the overrides of an entry of `runs`, its sections as mappings."""
     overrides = parse_sections(overrides)

@@ -42,7 +42,7 @@ class Synthesis(Section):
         None,
         "The provider's name of the model; for local, a folder (ids depend on its content) or Hub id, and null means "
         "teacher.model_path.",
-        is_path=True,
+        is_model=True,
     )
     revision: Text | None = setting(
         None, "Commit, tag or branch of a local model on the Hub; null means its newest."
@@ -64,7 +64,7 @@ class Synthesis(Section):
         "Path or glob, or a list of them, of prompts as .jsonl, .json, .csv, .parquet or .txt (one a line); or the id "
         "of a dataset on the Hub. Ids depend on the files' content. Labels are read from the columns category and "
         "language.",
-        is_path=True,
+        is_model=True,
     )
     prompts_split: Text = setting("train", "The split of a Hub dataset of prompts.")
     prompt_column: Text = setting("prompt", "The column with the prompts.")

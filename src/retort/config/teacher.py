@@ -62,7 +62,7 @@ class Teacher(Section):
         "demo",
         "Hub id or folder of a causal language model; demo trains a small one on the corpus; null means none (for "
         "distillation_type output only).",
-        is_path=True,
+        is_model=True,
     )
     revision: Text | None = setting(
         None, "Commit, tag or branch of the teacher on the Hub; null means its newest."

@@ -25,8 +25,8 @@ from retort.corpus.documents import Document
 from retort.corpus.reading import check_corpus
 from retort.corpus.sources import is_hub
 from retort.evaluation.tasks import check_tasks
-from retort.io.files import require_writable
-from retort.io.fingerprints import fingerprint_weights
+from retort.io.files import read_json, require_writable
+from retort.io.fingerprints import fingerprint_tokenizer, fingerprint_weights
 from retort.models.load import load_model_config, output_width, refuse_short_context
 from retort.models.students import name_student, student_config
 from retort.pipeline.demo_teacher import DEMO_TEACHER, DemoTokenizer
@@ -63,6 +63,7 @@ def check_project(configs: Mapping[str, Config]) -> dict[str, Any]:
             with mistakes:
                 notes.append(f"run {name}: {_check_student(config, tokenizer, width)}")
                 notes += _check_students_tokenizer(config, tokenizer)
+            notes += _find_same_teachers(config)
         with mistakes:
             _check_start(config.training)
         with mistakes:
@@ -210,6 +211,23 @@ def _check_teacher(config: Config) -> tuple[Any, int, str]:
         max(width, len(tokenizer)),
         f"teacher: {section.model_path}, {model.model_type}, {width:,} ids{beyond}",
     )
+
+
+def _find_same_teachers(config: Config) -> list[str]:
+    """Return a note for each teacher with results whose files are those of a local teacher at another path."""
+    path = Path(config.teacher.model_path or "")
+    if config.teacher.model_path in (None, "demo") or not path.is_dir():
+        return []
+    mine = (fingerprint_weights(path), fingerprint_tokenizer(path))
+    root = Path(config.output.cache_dir or config.output.results_dir)
+    records = [read_json(found) for found in sorted(root.glob("teachers/*/fingerprint.json"))]
+    names = [r["name"] for r in records if (r["weights"], r["tokenizer"]["fingerprint"]) == mine]
+    return [
+        f"teacher: {path} has the weights and the tokenizer of {name}, which has results in {root}. The path is part "
+        f"of an id, so tokens and cache are made again for {path}. Set teacher.model_path: {name} to use its own."
+        for name in dict.fromkeys(names)
+        if name != str(path)
+    ]
 
 
 def _check_teachers_tokenizer(config: Config, tokenizer: Any, width: int) -> None:

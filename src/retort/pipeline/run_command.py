@@ -14,6 +14,7 @@ from retort.artifacts.build import build_project
 from retort.artifacts.project import Project
 from retort.cluster.gpus import detect_gpus
 from retort.config.load import load_runs
+from retort.config.sweeps import prefer_command_line
 from retort.pipeline.workflow_files import find_snakefile, find_workflow
 
 _USAGE = """usage: retort run CONFIG [--verbose] [snakemake options]
@@ -102,11 +103,12 @@ def check_config_of(args: Any) -> Project:
     try:
         for path in args.configfile:
             update_config(raw, _require_mapping(path, load_configfile(path)))
-        update_config(raw, parse_config(args.config))
+        given = parse_config(args.config)
+        update_config(raw, given)
     except WorkflowError as error:
         raise ValueError(f"The config cannot be read: {error}") from None
     with contextlib.chdir(args.directory or Path()):
-        return build_project(load_runs(raw))
+        return build_project(load_runs(prefer_command_line(raw, given)))
 
 
 def choose_machine(args: Any) -> list[str]:

@@ -3,11 +3,13 @@
 from typing import Any
 
 import pytest
+from snakemake.cli import parse_config
+from snakemake.utils import update_config
 
 from retort.artifacts.build import build_project
 from retort.config.load import load_runs
 from retort.config.schema import ConfigError
-from retort.config.sweeps import expand_runs
+from retort.config.sweeps import expand_runs, prefer_command_line
 
 STUDENT = {"student": {"config": "config/students/llama_demo.json"}}
 
@@ -105,3 +107,27 @@ def test_a_sweep_on_the_command_line_is_the_same() -> None:
 def test_bad_sweeps_are_refused(runs: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         load_runs(STUDENT | {"runs": runs})
+
+
+def test_the_command_line_wins_over_runs_and_their_sweeps() -> None:
+    given = parse_config(["training={max_steps: 10}", "teacher={generation: {batch_size: 2}}"])
+    runs = {
+        "own": {"training": {"max_steps": 500, "alpha": 0.2}},
+        "swept": "{training: {max_steps: [20, 30], seed: [1, 2]}}",
+        "nested": {"teacher": {"generation": {"batch_size": 9, "packing": True}}},
+        "none": None,
+    }
+    raw: dict[str, Any] = STUDENT | {"runs": runs}
+    update_config(raw, given)
+    configs = load_runs(prefer_command_line(raw, given))
+    assert list(configs) == ["own", "swept-seed_1", "swept-seed_2", "nested", "none"]
+    assert {c.training.max_steps for c in configs.values()} == {10}
+    assert {c.teacher.generation.batch_size for c in configs.values()} == {2}
+    assert configs["own"].training.alpha == 0.2 and configs["nested"].teacher.generation.packing
+
+
+def test_runs_of_the_command_line_are_its_own() -> None:
+    given = parse_config(["training={max_steps: 10}", "runs={a: {training: {max_steps: 20}}}"])
+    raw: dict[str, Any] = dict(STUDENT)
+    update_config(raw, given)
+    assert load_runs(prefer_command_line(raw, given))["a"].training.max_steps == 20

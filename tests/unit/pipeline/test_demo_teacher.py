@@ -115,7 +115,7 @@ def test_teacher_is_a_model_that_transformers_loads(made: Path) -> None:
         "size": SMALL.vocabulary,
     }
     assert (record["name"], record["vocabulary"], record["revision"]) == ("demo", 290, None)
-    assert read_json(made / "run.json")["config"]["hidden_size"] == 16
+    assert read_json(made / "run.json")["config"]["demo_teacher"]["hidden_size"] == 16
 
 
 def test_teacher_is_the_same_from_the_same_text(

@@ -9,10 +9,12 @@ import pytest
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaModel, T5Config
 
 from retort.io.files import read_json
+from retort.models.load import record_teacher
 from retort.pipeline.demo_teacher import DEMO_TEACHER
 from retort.tokens.tokenizer import load_tokenizer
 from support.checked import Setting, copy_teacher
 from support.corpora import write_jsonl
+from support.sections import section
 from support.tiny import NUM_TOKENS, WIDTH, name_token, swap_tokens
 
 SMALL: dict[str, Any] = {
@@ -36,6 +38,25 @@ def test_results_inside_a_folder_that_is_read_whole_are_refused(setting: Setting
     setting.refuse(
         r"results go to '.*hub/cache', inside the folder", dataset=dataset, output=outside
     )
+
+
+def test_a_copy_of_a_teacher_with_results_is_said_to_be_the_same(
+    setting: Setting, tmp_path: Path, tiny_teacher: Path
+) -> None:
+    copy = shutil.copytree(tiny_teacher, tmp_path / "copy")
+    record_teacher(
+        tmp_path / "results" / "teachers" / "0123456789ab" / "fingerprint.json",
+        section("teacher", model_path=str(tiny_teacher)),
+    )
+    said = f"copy has the weights and the tokenizer of {tiny_teacher}"
+    assert not [note for note in setting.check() if "has the weights" in note]
+    (note,) = (
+        n for n in setting.check(teacher={"model_path": str(copy)}) if "has the weights" in n
+    )
+    assert said in note and f"Set teacher.model_path: {tiny_teacher}" in note
+    (copy / "tokenizer_config.json").write_text("{}")
+    changed = setting.check(teacher={"model_path": str(copy)})
+    assert not [note for note in changed if "has the weights" in note]
 
 
 def test_a_tracker_that_is_missing_or_would_ask_for_a_login_is_refused(
