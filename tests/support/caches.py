@@ -8,7 +8,7 @@ import h5py
 from retort.cache.reader import CacheHeader, LogitCache
 from retort.cache.top_k_codec import TopKCodec
 from retort.tokens.sequences import SequenceTable
-from support.synthetic import targets_of
+from support.synthetic import decode, targets_of
 
 
 def read_everything(path: Path) -> list[Any]:
@@ -31,7 +31,7 @@ def expected_of(table: SequenceTable, header: CacheHeader) -> list[Any]:
     found: list[Any] = [header.to_json()]
     for i, expected in enumerate(targets_of(table, header.codec)):
         row, payload = table[i], header.codec.encode_record(expected)
-        targets = header.codec.decode_record(payload, num_positions=row.num_positions)
+        targets = decode(payload, header.codec, num_positions=row.num_positions)
         found.append([row.ids.tolist(), row.loss_mask.tolist(), row.segment_starts.tolist()])
         found.append([row.key, int(table.documents[i]), table.label_names[table.labels[i]]])
         found += [targets.ids.tolist(), targets.logprobs.tolist()]

@@ -105,6 +105,11 @@ def split_targets(targets: SparseTargets, table: SequenceTable) -> list[SparseTa
     return [targets[first:stop] for first, stop in pairwise(bounds)]
 
 
+def decode(record: bytes, codec: TopKCodec, *, num_positions: int) -> SparseTargets:
+    """Decode a record of top_k, which needs nothing of the text but its length."""
+    return codec.decode(record, None, next_ids=np.zeros(num_positions, np.int32))
+
+
 def make_selection(num_positions: int, codec: EntropyCodec, *, seed: int) -> Selection:
     """What a coded method would keep of some distributions, from exactly rounded arithmetic only."""
     rng = np.random.default_rng(seed)

@@ -70,11 +70,8 @@ class TopKCodec(Codec):
         """Return None: there are no tables."""
 
     def decode(self, record: bytes, tables: None, *, next_ids: NDArray[np.int32]) -> SparseTargets:
-        """Decode one record. Raises ValueError when the bytes are damaged."""
-        return self.decode_record(record, num_positions=len(next_ids))
-
-    def decode_record(self, record: bytes, *, num_positions: int) -> SparseTargets:
-        """Decode a record. Raises ValueError when the bytes are not a record of that many positions."""
+        """Decode one record. Raises ValueError when the bytes are not a record of as many positions as `next_ids`."""
+        num_positions = len(next_ids)
         count = num_positions * self.top_k
         ids_bytes, values_bytes = count * self.id_dtype.itemsize, count * 2
         expected = ids_bytes + values_bytes + num_positions * len(self.temperatures) * 4

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from retort.cache.codec import NO_ORDER, Codec, Selected, TokenOrder
 from retort.cache.entropy_codec import hash_to_uniform
@@ -57,15 +58,11 @@ def batch_by_length(table: SequenceTable, batch_size: int) -> Iterator[NDArray[n
 
 def pad_batch(rows: Many[Sequence], *, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Return input ids and attention mask, int64, and loss mask, bool, each [B, T], padded on the right."""
-    width = max(len(row.ids) for row in rows)
-    ids_BT = torch.zeros((len(rows), width), dtype=torch.long)
-    attention_BT = torch.zeros((len(rows), width), dtype=torch.long)
-    loss_BT = torch.zeros((len(rows), width), dtype=torch.bool)
-    for b, row in enumerate(rows):
-        ids_BT[b, : len(row.ids)] = torch.from_numpy(np.array(row.ids, dtype=np.int64))
-        attention_BT[b, : len(row.ids)] = 1
-        loss_BT[b, : len(row.ids)] = torch.from_numpy(np.array(row.loss_mask))
-    return ids_BT.to(device), attention_BT.to(device), loss_BT.to(device)
+    ids = [torch.from_numpy(row.ids.astype(np.int64)) for row in rows]
+    loss = [torch.from_numpy(np.array(row.loss_mask)) for row in rows]
+    columns = ids, [torch.ones_like(row) for row in ids], loss
+    ids_BT, attention_BT, loss_BT = (pad_sequence(c, batch_first=True).to(device) for c in columns)
+    return ids_BT, attention_BT, loss_BT
 
 
 def pack_batch(rows: Many[Sequence], *, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

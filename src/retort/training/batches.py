@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 
 from retort.cache.codec import SparseTargets
@@ -75,6 +77,13 @@ def count_steps(
     return max(1, math.ceil(num_epochs * num_sequences / global_batch))
 
 
+def _label(sequence: Sequence) -> Tensor:
+    """Return the labels [T] of one sequence (see `Collator`)."""
+    labels = np.full(len(sequence.ids), IGNORE_INDEX, np.int64)
+    labels[1:][sequence.loss_mask[:-1]] = sequence.next_ids
+    return torch.from_numpy(labels)
+
+
 @dataclass(frozen=True)
 class Collator:
     """Pads items to a batch.
@@ -92,19 +101,14 @@ class Collator:
         labels[t] is ids[t] where its prediction counts, else IGNORE_INDEX; sequences: numbers in the token index;
         teacher: from a cache alone, the TeacherRows of all counted positions, in the batch's order.
         """
-        width = max(len(item.sequence.ids) for item in items)
+        ids = [torch.from_numpy(item.sequence.ids.astype(np.int64)) for item in items]
+        labels = [_label(item.sequence) for item in items]
         batch: dict[str, Any] = {
-            "input_ids": torch.zeros((len(items), width), dtype=torch.long),
-            "attention_mask": torch.zeros((len(items), width), dtype=torch.long),
-            "labels": torch.full((len(items), width), IGNORE_INDEX, dtype=torch.long),
+            "input_ids": pad_sequence(ids, batch_first=True),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
             "sequences": torch.tensor([item.index for item in items]),
         }
-        for b, item in enumerate(items):
-            ids = torch.from_numpy(np.array(item.sequence.ids, dtype=np.int64))
-            counts = torch.from_numpy(np.array(item.sequence.loss_mask))
-            batch["input_ids"][b, : len(ids)] = ids
-            batch["attention_mask"][b, : len(ids)] = 1
-            batch["labels"][b, 1 : len(ids)] = ids[1:].masked_fill(~counts[:-1], IGNORE_INDEX)
         targets = [item.targets for item in items if item.targets is not None]
         if targets:
             batch["teacher"] = self._join(targets)
