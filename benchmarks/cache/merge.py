@@ -24,6 +24,7 @@ from retort.cache.merged import merge_parts
 from retort.cache.parts import part_path, write_part
 from retort.cache.reader import CacheHeader
 from retort.cache.sparse_streams import TAIL_UNIT
+from retort.io.fingerprints import TokenizerIdentity
 from retort.tokens.index import TokenIndex, write_index
 from retort.tokens.sequences import SequenceTable, build_table
 from retort.tokens.shards import write_token_shard
@@ -62,21 +63,19 @@ def write_cache(folder: Path, *, num_parts: int) -> tuple[TokenIndex, CacheHeade
     for place, table in enumerate(tables):
         shards.append(folder / f"shard_{place:05d}.h5")
         counts = {"documents": {"read": len(table)}}
-        tokenizer = {"fingerprint": "0" * 12, "size": VOCABULARY}
+        tokenizer = TokenizerIdentity(fingerprint="0" * 12, size=VOCABULARY)
         splits = {"train": table, "val": held_out}
         write_token_shard(shards[-1], splits, counts=counts, tokenizer=tokenizer)
     write_index(folder / "index.json", shards, streaming_chunk_size=SEQUENCES_PER_PART)
     index = TokenIndex.read(folder / "index.json")
-    header = CacheHeader("0" * 12, "0" * 12, index.content["content"], CODEC)
+    header = CacheHeader("0" * 12, "0" * 12, index.record.content, CODEC)
     selections = [make_selection(LENGTH, rng) for _ in range(SEQUENCES_PER_PART)]
     for entry, table in zip(index.parts, tables, strict=True):
         streams = []
         for i, selection in enumerate(selections):
             row = table[i]
             streams.append(CODEC.prepare(selection, ORDER, next_ids=row.ids[1:], key=row.key))
-        write_part(
-            part_path(folder / "parts", entry["name"], header), table, streams, header, ORDER
-        )
+        write_part(part_path(folder / "parts", entry.name, header), table, streams, header, ORDER)
     return index, header
 
 

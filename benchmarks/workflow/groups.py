@@ -29,11 +29,12 @@ from retort.cache.parts import part_files
 from retort.cache.reader import CacheHeader
 from retort.cache.top_k_codec import TopKCodec
 from retort.cluster.leases import lease
+from retort.io.fingerprints import TokenizerIdentity
 from retort.models.heads import Head
 from retort.models.load import CausalLM
 from retort.teacher.progress import Progress
 from retort.teacher.worker import run_worker
-from retort.tokens.index import TokenIndex, write_index
+from retort.tokens.index import Part, TokenIndex, write_index
 from retort.tokens.sequences import SequenceTable, build_table
 from retort.tokens.shards import write_token_shard
 
@@ -99,7 +100,7 @@ class Stopwatch(Progress):
 
     ended = 0.0
 
-    def end_part(self, part: dict[str, Any], path: Path) -> None:
+    def end_part(self, part: Part, path: Path) -> None:
         """Record the time; print nothing."""
         self.ended = time.monotonic()
 
@@ -143,7 +144,7 @@ def measure(
         folder = Path(name)
         table = make_table(parts * SEQUENCES)
         counts = {"documents": {"read": parts * SEQUENCES + 1}}
-        tokenizer = {"fingerprint": "0" * 12, "size": VOCABULARY}
+        tokenizer = TokenizerIdentity(fingerprint="0" * 12, size=VOCABULARY)
         tables = {"train": table, "val": make_table(1)}
         write_token_shard(folder / "shard_00000.h5", tables, counts=counts, tokenizer=tokenizer)
         write_index(

@@ -1,10 +1,10 @@
 """A worker that knows its job's time limit: a pass that needs five time slots takes five, and nobody's help."""
 
-import json
 import os
 import re
 import signal
 
+from retort.tokens.index import TokenIndex
 from support.cluster import Cluster
 from support.place import merge
 from support.project import CONFIG, PROFILE, Note, Parts, Project
@@ -41,7 +41,7 @@ def test_a_pass_that_needs_five_time_slots_takes_five_attempts(
     assert number == 1
     (project.path / PROFILE).write_text(changed)
     (index,) = project.results.glob("tokens/*/index.json")
-    total = len(json.loads(index.read_text())["parts"])
+    total = len(TokenIndex.read(index).parts)
     with Parts(project) as parts:
         process = project.start(project.merged)
         for slot in range(1, SLOTS):

@@ -2,7 +2,7 @@
 
 import re
 
-from retort.teacher.merge import CacheRun
+from retort.teacher.records import CacheRun
 from support.cluster import GPUS, NODES, Cluster
 from support.place import Place, sha256, tiny
 from support.project import CONFIG, Project, digest

@@ -17,6 +17,7 @@ import numpy as np
 from retort.config.sections import Dataset
 from retort.corpus.documents import Counts
 from retort.corpus.reading import read_shard_documents
+from retort.io.fingerprints import TokenizerIdentity
 from retort.tokens.index import TokenIndex, write_index
 from retort.tokens.sequences import SequenceTable, build_table
 from retort.tokens.shards import (
@@ -26,7 +27,7 @@ from retort.tokens.shards import (
     write_token_shard,
 )
 
-FINGERPRINT = {"fingerprint": "0123456789ab", "size": 257}
+FINGERPRINT = TokenizerIdentity(fingerprint="0123456789ab", size=257)
 
 
 class Bytes:
@@ -62,7 +63,7 @@ def make_dataset(corpus: Path, **keys: Any) -> Any:
 def tokenize(out: Path, corpus: Path, **keys: Any) -> str:
     """Tokenize a corpus into one shard; return what was counted."""
     dataset = make_dataset(corpus, **keys)
-    return tokenize_shard(out, dataset, Bytes(), fingerprint=FINGERPRINT, shard=0, snapshot=None)
+    return tokenize_shard(out, dataset, Bytes(), identity=FINGERPRINT, shard=0, snapshot=None)
 
 
 def tokenize_at_once(dataset: Any) -> dict[str, SequenceTable]:
@@ -95,7 +96,8 @@ def assert_as_at_once(shard: Path, corpus: Path, **keys: Any) -> None:
     tokenizer, counts = read_shard_metadata(shard)
     once = shard.with_name("once.h5")
     expected = tokenize_at_once(make_dataset(corpus, **keys))
-    write_token_shard(once, expected, counts=counts, tokenizer=tokenizer)
+    given = counts.model_dump(exclude_none=True) | {"tokens": counts.tokens.to_json()}
+    write_token_shard(once, expected, counts=given, tokenizer=tokenizer)
     assert (shard).read_bytes() == (once).read_bytes()
     for split, table in expected.items():
         found = vars(read_token_shard(shard, split))

@@ -28,8 +28,7 @@ class Setting:
         raw: dict[str, Any] = {k: dict(v) for k, v in self.config.items()}
         for name, values in sections.items():
             raw[name] = raw.get(name, {}) | values
-        notes: list[str] = check_project(load_runs(raw))["notes"]
-        return notes
+        return list(check_project(load_runs(raw)).notes)
 
     def refuse(self, pattern: str, **sections: Any) -> str:
         """Check as above, and return the error message, which must be one line."""

@@ -149,9 +149,7 @@ def streams_of(table: SequenceTable, codec: EntropyCodec, order: TokenOrder) -> 
         row = table[i]
         logits = make_logits(row.num_positions, seed=int.from_bytes(row.key[:4], "little"))
         uniform_P = hash_to_uniform(row.key, np.arange(row.num_positions))
-        selection = select_probable(
-            logits, codec, num_tokens=TOKENIZER["size"], uniform_P=uniform_P
-        )
+        selection = select_probable(logits, codec, num_tokens=TOKENIZER.size, uniform_P=uniform_P)
         found.append(codec.prepare(selection, order, next_ids=row.next_ids, key=row.key))
     return found
 

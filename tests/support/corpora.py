@@ -73,8 +73,8 @@ def make_stream(folder: Path, *, files: int, rows: int, **keys: Any) -> Dataset:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Return the bytes of a snapshot's files; its progress record depends on the source's times and is left out."""
-    return {p.name: p.read_bytes() for p in folder.iterdir() if not p.name.startswith(".")}
+    """Return the bytes of a snapshot's files, without its progress record and its run.json, which hold times."""
+    return {p.name: p.read_bytes() for p in folder.iterdir() if not p.name.startswith((".", "run"))}
 
 
 def refusal(dataset: Dataset) -> str:

@@ -1,12 +1,19 @@
 """Made-up records: each function fills in a record of its type, with the values that a test gives."""
 
+from collections import Counter
 from typing import Any
 
+from retort.artifacts.responses import Paid, PromptCounts, ResponsesFile, SynthesisRecord
+from retort.cache.cost import CacheCost
+from retort.corpus.documents import Counts
+from retort.corpus.sharding import Assignment
+from retort.corpus.snapshot import CorpusRecord
 from retort.evaluation.intervals import Estimate
 from retort.evaluation.records import (
     BenchmarkRecord,
     Bin,
     ClassRow,
+    Comparison,
     Metrics,
     Score,
     Scorecard,
@@ -14,9 +21,14 @@ from retort.evaluation.records import (
     TaskResult,
 )
 from retort.evaluation.scores import METRICS, NO_TEACHER, OF_BOTH, UNITS
+from retort.io.fingerprints import TeacherRecord, TokenizerIdentity
 from retort.io.run_record import RunRecord
-from retort.teacher.manifest import Fidelity, Manifest
-from retort.teacher.worker import WorkerRecord
+from retort.models.samples import ModelSamples, Sample, SamplePrompt, SamplesRecord
+from retort.pipeline.preflight import CheckRecord
+from retort.teacher.records import Fidelity, Manifest, WorkerRecord
+from retort.tokens.index import IndexCounts, IndexRecord, Part, SplitTotals
+from retort.tokens.tokenize import TokenCounts
+from retort.training.checkpoints import CheckpointRecord, Progress
 from retort.training.record import TrainingRecord, TrainingSummary
 
 ALPHA = {"output": 1.0, "logit": 0.0, "hybrid": 0.5}
@@ -210,3 +222,87 @@ def make_benchmark(task: str, scores: list[Score], **values: Any) -> BenchmarkRe
 def make_worker_record(**values: Any) -> WorkerRecord:
     about: dict[str, Any] = {"worker": 0, "num_workers": 1, "parts_done": ("c0ffee",), "tokens": 0}
     return WorkerRecord(**(about | {"made": make_run_record()} | values))
+
+
+def make_teacher_record(**values: Any) -> TeacherRecord:
+    tokenizer = TokenizerIdentity(fingerprint="0123456789ab", size=290)
+    about: dict[str, Any] = {"weights": "feedc0ffee00", "revision": None, "name": "synthetic"}
+    return TeacherRecord(**(about | {"tokenizer": tokenizer, "vocabulary": 300} | values))
+
+
+def make_index_record(positions: int, *, num_parts: int = 1) -> IndexRecord:
+    """Return the index of a training split of this size, in sequences of 100 positions."""
+    totals = SplitTotals(
+        documents=9, sequences=positions // 100, tokens=positions, positions=positions, longest=101
+    )
+    part = Part(name="c0ffee", shard=0, first=0, sequences=9, tokens=900, positions=891)
+    return IndexRecord(
+        tokenizer=TokenizerIdentity(fingerprint="0123456789ab", size=290),
+        content="c0ffee",
+        counts=IndexCounts(documents=Counts(read=9, used=9), tokens=TokenCounts()),
+        train=totals,
+        val=totals,
+        token_counts="0" * 32,
+        shards=("shard_00000.h5",),
+        parts=(part,) * num_parts,
+    )
+
+
+def make_corpus_record(**values: Any) -> CorpusRecord:
+    counts = Counts(read=9, used=8, skipped=Counter(not_text=1), cleaned=Counter(nul=1))
+    about: dict[str, Any] = {
+        "name": "json",
+        "revision": None,
+        "packages": {},
+        "bytes": 812,
+        "counts": counts,
+    }
+    about |= {"sha256_of_steps": "0" * 64, "shard": 0, "assignment": Assignment(9, 1, 9, 1)}
+    return CorpusRecord(**(about | {"shards": (counts,)} | values))
+
+
+def make_synthesis_record(**values: Any) -> SynthesisRecord:
+    numbers: dict[str, Any] = dict.fromkeys(Paid.model_fields, 3)
+    paid = Paid(**(numbers | {"cost": 0.5}))
+    about: dict[str, Any] = {
+        "provider": "local",
+        "model": None,
+        "responses": ResponsesFile(file="responses.jsonl", rows=2, digest="c0ffee"),
+        "prompts": PromptCounts(different=3, empty=0, duplicates=0, asked=3),
+        "dropped": {"refusal": 1},
+        "paid": paid,
+        "code_parsed_in": (),
+        "not_compared_with": (),
+        "made": make_run_record(),
+    }
+    return SynthesisRecord(**(about | values))
+
+
+def make_samples_record() -> SamplesRecord:
+    prompts = (SamplePrompt((1, 2), "a b", None),)
+    models = {"teacher": ModelSamples(missing=None, continued=(Sample("c", "d"),))}
+    return SamplesRecord(of="c0ffee", prompts=prompts, models=models)
+
+
+def make_checkpoint_record() -> CheckpointRecord:
+    progress = Progress(step=4, seconds=1.5, positions=400.0, window={"positions": 12.0})
+    return CheckpointRecord(run="c0ffee", strategy="ddp", progress=progress, files={"a": "0" * 32})
+
+
+def make_check_record() -> CheckRecord:
+    return CheckRecord(runs=("mine",), notes=("corpus: json",), made=make_run_record())
+
+
+def make_comparison(**values: Any) -> Comparison:
+    about: dict[str, Any] = {
+        "model": "mine",
+        "teacher": None,
+        "units": UNITS,
+        "scores": make_scores(),
+    }
+    return Comparison(**(about | {"made": make_run_record()} | values))
+
+
+def make_plan() -> CacheCost:
+    sizes = {"positions": 9, "parts": 1, "record_bytes": 800, "total_bytes": 9000}
+    return CacheCost(**sizes, is_bound=True, disk_free_bytes=10**9)

@@ -17,11 +17,12 @@ from retort.cache.parts import part_path, write_part
 from retort.cache.reader import CacheHeader
 from retort.cache.sparse_streams import TAIL_UNIT, Streams, count_sampled
 from retort.cache.top_k_codec import TopKCodec
+from retort.io.fingerprints import TokenizerIdentity
 from retort.tokens.index import TokenIndex, write_index
 from retort.tokens.sequences import SequenceTable, build_table
 from retort.tokens.shards import write_token_shard
 
-TOKENIZER: dict[str, Any] = {"fingerprint": "0123456789ab", "size": 290}
+TOKENIZER = TokenizerIdentity(fingerprint="0123456789ab", size=290)
 CODEC = TopKCodec(temperatures=(1.0, 2.0), vocabulary=300, top_k=4)
 ORDER = TokenOrder.from_ids(np.arange(299, -1, -1))
 CODED = {
@@ -41,7 +42,7 @@ def make_table(
         for _ in range(rng.integers(1, 4)):
             length = int(rng.integers(2, max_length + 1))
             prompt = int(rng.integers(0, min(3, length)))
-            ids = rng.integers(0, TOKENIZER["size"], length).tolist()
+            ids = rng.integers(0, TOKENIZER.size, length).tolist()
             mask = [prompt <= t + 1 and t < length - 1 for t in range(length)]
             rows.append((ids, mask, document, label))
     return build_table(rows)
@@ -189,7 +190,7 @@ def write_tokens(folder: Path, tables: list[SequenceTable], *, chunk_size: int =
 
 def make_header(index: TokenIndex, codec: Codec = CODEC) -> CacheHeader:
     """The header of a cache over the index's sequences."""
-    return CacheHeader("feedc0ffee00", TOKENIZER["fingerprint"], index.content["content"], codec)
+    return CacheHeader("feedc0ffee00", TOKENIZER.fingerprint, index.record.content, codec)
 
 
 def write_parts(index: TokenIndex, folder: Path, header: CacheHeader) -> None:
@@ -197,5 +198,5 @@ def write_parts(index: TokenIndex, folder: Path, header: CacheHeader) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for part in index.parts:
         table = index.read_part(part)
-        path = part_path(folder, part["name"], header)
+        path = part_path(folder, part.name, header)
         write_part(path, table, targets_of(table, header.codec), header)

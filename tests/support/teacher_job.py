@@ -10,7 +10,7 @@ from retort.cache.parts import (
     part_path,
 )
 from retort.cluster.deadlines import Deadline
-from retort.io.files import read_json
+from retort.io.fingerprints import TeacherRecord
 from retort.models.load import CausalLM, load_recorded_teacher
 from retort.teacher.claims import Claims
 from retort.teacher.worker import WorkerReport, run_worker
@@ -29,7 +29,7 @@ class Job:
         self.index = TokenIndex.read(self.index_path)
         self.cache = section("cache", top_k=8)
         self.header = build_header(
-            self.index, read_json(self.fingerprint), self.cache, source=self.fingerprint
+            self.index, TeacherRecord.read(self.fingerprint), self.cache, source=self.fingerprint
         )
 
     def load(self) -> CausalLM:
@@ -61,7 +61,7 @@ class Job:
         )
 
     def part_name(self, place: int) -> str:
-        name: str = self.index.parts[place]["name"]
+        name: str = self.index.parts[place].name
         return name
 
     def part(self, folder: Path, place: int) -> Path:

@@ -12,6 +12,7 @@ from retort.cache.merged import merge_parts
 from retort.cache.parts import build_header
 from retort.cache.reader import LogitCache
 from retort.io.files import read_json, write_json
+from retort.io.fingerprints import TeacherRecord
 from retort.models.load import load_recorded_teacher, record_teacher
 from retort.teacher.validation import score_validation
 from retort.teacher.worker import run_worker
@@ -51,7 +52,7 @@ def tokenize(folder: Path, corpus: Path, teacher: Path, **values: Any) -> Path:
     fingerprint = identify_tokenizer(str(teacher), tokenizer)
     shards = [folder / f"shard_{i}.h5" for i in range(dataset.num_shards)]
     for i, path in enumerate(shards):
-        tokenize_shard(path, dataset, tokenizer, fingerprint=fingerprint, shard=i, snapshot=None)
+        tokenize_shard(path, dataset, tokenizer, identity=fingerprint, shard=i, snapshot=None)
     write_index(folder / "index.json", shards, streaming_chunk_size=dataset.streaming_chunk_size)
     return folder / "index.json"
 
@@ -81,7 +82,7 @@ def make_cache(folder: Path, index_path: Path, teacher: Path, **cache: Any) -> L
     """Score all parts with one worker, merge them, return the cache."""
     index, fingerprint = TokenIndex.read(index_path), record(folder, teacher)
     header = build_header(
-        index, read_json(fingerprint), section("cache", **cache), source=fingerprint
+        index, TeacherRecord.read(fingerprint), section("cache", **cache), source=fingerprint
     )
     teacher_section = section("teacher", model_path=str(teacher), device="cpu")
     run_worker(

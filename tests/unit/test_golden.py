@@ -26,6 +26,7 @@ from retort.cache.top_k_codec import TopKCodec
 from retort.config.load import load_runs
 from retort.config.sections import Dataset, Synthesis
 from retort.corpus.documents import Document
+from retort.io.fingerprints import TokenizerIdentity
 from retort.synthesis.contamination import ProblemNgrams
 from retort.synthesis.filters import AnswerFilter
 from retort.synthesis.journal import Journal
@@ -56,7 +57,7 @@ GOLDEN_REVISIONS = {
 }
 GOLDEN_SYNTHESIS = "f5bd73d65b9ca6b813b067107383f95bd8e210c6452c6e6a2c876d83cade2183"
 GOLDEN_TOKENS = "f21b80ab3a95e6959a8bf974108865e3c2e26bdfc32e7ac84b2f52d5a3ecfc2c"
-GOLDEN_INDEX = "8172b2419c159556dfcd793d6b0cf9880f242d4c3ea41da25b988c1e25ffc573"
+GOLDEN_INDEX = "427655d969651eddb9c549c373564f0712cc1cd02dde4a836838a618324fe323"
 GOLDEN_CACHE = "07790f9e4537d17732908a57574a3f5173eb24bfd870a56aebe57b959f04b255"
 GOLDEN_FILES = {
     "shard_00000.h5": "cbae5e4b867eadb1ad6adec2048a5c0bef653d2f969af7bd0519e05f20be5efe",
@@ -113,15 +114,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("golden")
     tables = {"train": tokenize(False, "split"), "val": tokenize(True, "truncate")}
     shard = folder / "shard_00000.h5"
-    tokenizer = {"fingerprint": "0123456789ab", "size": 257}
+    tokenizer = TokenizerIdentity(fingerprint="0123456789ab", size=257)
     write_token_shard(shard, tables, counts={"documents": {"read": 18}}, tokenizer=tokenizer)
     write_index(folder / "index.json", [shard], streaming_chunk_size=4)
     index = TokenIndex.read(folder / "index.json")
     codecs: dict[str, Codec] = {"teacher_logits": CODEC, **CODED}
     for name, codec in codecs.items():
-        header = CacheHeader("feedc0ffee00", "0123456789ab", index.content["content"], codec)
+        header = CacheHeader("feedc0ffee00", "0123456789ab", index.record.content, codec)
         for part in index.parts:
-            table, path = index.read_part(part), part_path(folder, part["name"], header)
+            table, path = index.read_part(part), part_path(folder, part.name, header)
             if isinstance(codec, EntropyCodec):
                 write_part(path, table, streams_of(table, codec), header, ORDER)
             else:

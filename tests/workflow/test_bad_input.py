@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from retort.tokens.index import IndexRecord
 from support.place import Place, tiny
 
 CHEAP_JOBS = {"check_inputs"}
@@ -247,16 +248,16 @@ def test_odd_documents_are_handled_counted_and_reported(fresh: Place) -> None:
     fresh.write_config(over(dataset={"num_shards": 1, "long_documents": "truncate"}))
     path = fresh.find_output(r"^results/tokens/\w+/index\.json$")
     said = fresh.snakemake(path)
-    index = json.loads((fresh.path / path).read_text())
+    index = IndexRecord.read(fresh.path / path)
 
-    documents, tokens = index["counts"]["documents"], index["counts"]["tokens"]
-    assert documents["read"] == len(rows) + len(odd)
-    assert documents["skipped"] == {"empty": 2, "not_text": 2}
-    assert documents["cleaned"] == {"lone_surrogate": 1, "nul": 1}
-    assert documents["used"] == documents["read"] - 4
+    documents, tokens = index.counts.documents, index.counts.tokens
+    assert documents.read == len(rows) + len(odd)
+    assert documents.skipped == {"empty": 2, "not_text": 2}
+    assert documents.cleaned == {"lone_surrogate": 1, "nul": 1}
+    assert documents.used == documents.read - 4
     accounted = ("stored", "truncated", "without_loss", "too_short")
-    assert tokens["read"] == sum(tokens[key] for key in accounted)
-    assert tokens["stored"] == index["train"]["tokens"] + index["val"]["tokens"]
-    assert tokens["truncated"] > 1_000_000
-    line = rf"documents: {documents['read']} read = {documents['used']} used \+ skipped \(2 empty, 2 not_text\)"
+    assert tokens.read == sum(getattr(tokens, key) for key in accounted)
+    assert tokens.stored == index.train.tokens + index.val.tokens
+    assert tokens.truncated > 1_000_000
+    line = rf"documents: {documents.read} read = {documents.used} used \+ skipped \(2 empty, 2 not_text\)"
     assert re.search(line, said)

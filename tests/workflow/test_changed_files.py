@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 from retort.cache.reader import LogitCache
-from retort.teacher.merge import CacheRun
+from retort.teacher.records import CacheRun
 from support.place import TINY, Place, sha256, tiny, wait_until
 
 

@@ -1,6 +1,5 @@
 """Killed anywhere, in any way: the same command finishes, and nobody can tell from the results."""
 
-import json
 import os
 import platform
 import random
@@ -14,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from retort.evaluation.records import Metrics
-from retort.teacher.merge import CacheRun
+from retort.teacher.records import CacheRun
+from retort.tokens.index import TokenIndex
 from support.place import Place, sha256, tiny, wait_until
 
 Process = subprocess.Popen[bytes]
@@ -108,7 +108,7 @@ def results_of(place: Place) -> dict[str, object]:
 def plant_claim(place: Place, process_id: int) -> None:
     """Leave what a worker that was killed here leaves: a fresh claim on a part."""
     (index,) = place.results.glob("tokens/*/index.json")
-    part = json.loads(index.read_text())["parts"][0]["name"]
+    part = TokenIndex.read(index).parts[0].name
     claim = place.cache / "parts" / f"{part}.claim"
     claim.parent.mkdir(exist_ok=True)
     claim.write_text(f"{platform.node()} {process_id}\n")

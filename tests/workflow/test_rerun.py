@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from retort.teacher.manifest import Manifest
-from retort.teacher.merge import CacheRun
+from retort.teacher.records import CacheRun, Manifest
+from retort.tokens.index import TokenIndex
 from retort.training.record import TrainingRecord
 from support.place import TINY, Place, merge, sha256, snapshot, tiny, wait_until
 
@@ -270,20 +270,13 @@ def _with_alpha(alpha: float) -> dict[str, Any]:
     return runs | {"both": {"training": both}}
 
 
-def _read(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text())
-    return content
-
-
 def _report_text(place: Place) -> str:
     return (place.results / "report.html").resolve().with_name("summary.txt").read_text()
 
 
 def _parts(place: Place) -> list[object]:
     (index,) = place.results.glob("tokens/*/index.json")
-    parts = _read(index)["parts"]
-    assert isinstance(parts, list)
-    return parts
+    return list(TokenIndex.read(index).parts)
 
 
 def _find_workers(place: Place, *, worker: int) -> Iterator[int]:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from retort.io.files import read_json
+from retort.tokens.index import IndexRecord
 from support.place import Place, sha256, tiny, wait_until
 
 
@@ -28,9 +29,8 @@ def test_a_stream_is_drawn_by_a_reader_for_each_shard_and_taken_up_after_a_kill(
     target = str(index_of(fresh).relative_to(fresh.path))
     assert undisturbed.plan(target)["draw_corpus"] == 2
     undisturbed.snakemake(target)
-    index = read_json(undisturbed.path / target)
-    assert index["counts"]["documents"]["read"] == 60
-    assert "dealt" not in index["counts"]
+    index = IndexRecord.read(undisturbed.path / target)
+    assert index.counts.documents.read == 60
     process = fresh.start(target)
     wait_until(lambda: list(fresh.results.glob("corpora/*/.draw_*")), process=process)
     process.kill()
@@ -49,7 +49,7 @@ def test_a_function_of_ones_own_deals_and_one_that_lies_is_refused(fresh: Place)
     (fresh.path / "mydeal.py").write_text(code)
     target = str(index_of(fresh).relative_to(fresh.path))
     fresh.snakemake(target)
-    assert read_json(fresh.path / target)["counts"]["documents"]["read"] == 120
+    assert IndexRecord.read(fresh.path / target).counts.documents.read == 120
     code = (
         "import random\ndef shard_of(document_index, num_shards):\n    return random.randrange(3)\n"
     )

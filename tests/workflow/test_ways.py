@@ -7,6 +7,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from retort.evaluation.records import Metrics, Scores
+from retort.models.samples import SamplesRecord
+from retort.tokens.index import IndexRecord
 from retort.training.record import TrainingRecord
 from support.place import Once, Place, tiny
 
@@ -36,11 +38,11 @@ def test_students_of_prompts_and_responses_need_no_teacher(fresh: Place) -> None
     )
     fresh.snakemake()
     folder, training, metrics = find_run(fresh, "student")
-    index = json.loads(next(fresh.results.glob("tokens/*/index.json")).read_text())
+    index = IndexRecord.read(next(fresh.results.glob("tokens/*/index.json")))
     assert not (fresh.results / "logits").exists() and training.teacher is None
     # One epoch, filled up to whole batches; of the prompts' tokens none is learned.
-    assert training.summary.trained_positions >= index["train"]["positions"]
-    assert index["train"]["positions"] < index["train"]["tokens"] - index["train"]["sequences"]
+    assert training.summary.trained_positions >= index.train.positions
+    assert index.train.positions < index.train.tokens - index.train.sequences
     assert 0 < metrics.student.metrics["loss"].value < 6
     assert AutoModelForCausalLM.from_pretrained(folder / "final").num_parameters() > 0
     assert "learned from text, by Retort" in (folder / "final" / "README.md").read_text()
@@ -133,11 +135,9 @@ def test_a_student_that_starts_from_the_teacher_stays_near_it(trained: Place) ->
     _, training, metrics = find_run(trained, "continued")
     folder = find_run(trained, "continued")[0]
     log = (folder / "training_log.csv").read_text().splitlines()
-    indices = (json.loads(path.read_text()) for path in trained.results.glob("tokens/*/index.json"))
-    index = min(
-        indices, key=lambda index: index["tokenizer"]["size"]
-    )  # the foreign one's is larger
-    assert training.summary.steps == -(-index["train"]["sequences"] // 8)  # half an epoch in fours
+    indices = (IndexRecord.read(path) for path in trained.results.glob("tokens/*/index.json"))
+    index = min(indices, key=lambda index: index.tokenizer.size)  # the foreign one's is larger
+    assert training.summary.steps == -(-index.train.sequences // 8)  # half an epoch in fours
     rates = [float(line.split(",")[5]) for line in log[1:]]
     assert rates[0] < max(rates) > rates[-1], "a warm-up and a decay"
     others = find_run(trained, "both")[2].student.metrics["kl_to_teacher"].value
@@ -169,6 +169,6 @@ def test_a_student_with_a_tokenizer_of_its_own_is_measured_without_its_teacher(
     assert all("different tokenizers" in why for why in reasons.values())
     page = (trained.results / "report.html").read_text()
     assert "foreign: no KL(teacher || student), " in page
-    samples = json.loads(next(folder.glob("evaluation/*/samples.json")).read_text())["models"]
-    assert "different tokenizers" in samples["teacher"]["missing"]
-    assert len(samples["student"]["continued"]) == 4
+    samples = SamplesRecord.read(next(folder.glob("evaluation/*/samples.json"))).models
+    assert "different tokenizers" in str(samples["teacher"].missing)
+    assert len(samples["student"].continued) == 4

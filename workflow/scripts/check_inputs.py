@@ -9,7 +9,6 @@ import yaml
 
 from retort.cli import logger, run_script, script_parser
 from retort.config.load import load_runs
-from retort.io.files import write_json
 
 
 def main() -> None:
@@ -22,10 +21,9 @@ def main() -> None:
     from retort.pipeline.preflight import check_project
 
     found = check_project(load_runs(yaml.safe_load(text) or {}))
-    for line in found["notes"]:
+    for line in found.notes:
         logger.info(line)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(args.output, found)
+    found.write(args.output)
 
 
 if __name__ == "__main__":

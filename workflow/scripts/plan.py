@@ -9,7 +9,8 @@ from pathlib import Path
 from retort.cache.cost import describe_cost, estimate_cost
 from retort.cli import logger, run_script, script_parser
 from retort.config.flags import add_section_flags, section_from_args
-from retort.io.files import read_json, write_json
+from retort.io.fingerprints import TeacherRecord
+from retort.tokens.index import IndexRecord
 
 
 def main() -> None:
@@ -24,15 +25,14 @@ def main() -> None:
     add_section_flags(parser, "merge")
     args = parser.parse_args()
     cost = estimate_cost(
-        read_json(args.index),
+        IndexRecord.read(args.index),
         section_from_args(args, "cache"),
         section_from_args(args, "merge"),
-        vocabulary=read_json(args.fingerprint)["vocabulary"],
+        vocabulary=TeacherRecord.read(args.fingerprint).vocabulary,
         folder=args.output.parent.resolve(),
     )
     logger.info(describe_cost(cost))
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(args.output, cost.to_json())
+    cost.write(args.output)
 
 
 if __name__ == "__main__":

@@ -64,13 +64,13 @@ def main() -> None:
             revision=args.tokenizer_revision,
             trust_remote_code=args.trust_remote_code,
         )
-    fingerprint = identify_tokenizer(args.tokenizer, tokenizer)
-    refuse_other_tokenizer(fingerprint, expected=args.expected_tokenizer, path=args.tokenizer)
+    identity = identify_tokenizer(args.tokenizer, tokenizer)
+    refuse_other_tokenizer(identity, expected=args.expected_tokenizer, path=args.tokenizer)
     line = tokenize_shard(
         args.output,
         dataset,
         tokenizer,
-        fingerprint=fingerprint,
+        identity=identity,
         shard=args.shard,
         snapshot=args.corpus,
         stamp=args.corpus_stamp,

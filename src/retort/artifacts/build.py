@@ -33,8 +33,13 @@ from retort.corpus.reading import (
 )
 from retort.corpus.sources import list_files
 from retort.io.digests import digest, digest_file, digest_file_states
-from retort.io.files import is_path, read_json, require_no_file_at, suggest_path
-from retort.io.fingerprints import describe_model_file, fingerprint_tokenizer, fingerprint_weights
+from retort.io.files import is_path, require_no_file_at, suggest_path
+from retort.io.fingerprints import (
+    TeacherRecord,
+    describe_model_file,
+    fingerprint_tokenizer,
+    fingerprint_weights,
+)
 
 # Increase a number when, and only when, the code makes other bytes from the same input: results are then made again.
 # tests/unit/test_golden.py fails when bytes change and the number does not.
@@ -114,10 +119,10 @@ def refuse_other_teacher(teacher: TeacherModel) -> None:
     local = Path(str(teacher.section.model_path))
     if teacher.corpus or not path.exists() or not local.is_dir():
         return
-    record = read_json(path)
+    record = TeacherRecord.read(path)
     compared = {
-        "weights": (record["weights"], fingerprint_weights(local)),
-        "tokenizer files": (record["tokenizer"]["fingerprint"], fingerprint_tokenizer(local)),
+        "weights": (record.weights, fingerprint_weights(local)),
+        "tokenizer files": (record.tokenizer.fingerprint, fingerprint_tokenizer(local)),
     }
     for what, (recorded, found) in compared.items():
         if recorded != found:

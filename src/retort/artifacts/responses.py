@@ -7,7 +7,7 @@ paid for once. That of the *synthesis* adds the filters and the number of exampl
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from retort.artifacts.tasks import build_tasks
 from retort.config.load import identity
@@ -15,8 +15,10 @@ from retort.config.sections import Config, Dataset, Synthesis
 from retort.config.synthesis import COLUMNS
 from retort.corpus.sources import expand_pattern
 from retort.io.digests import digest, digest_file, digest_file_states
-from retort.io.files import is_path, read_json, suggest_path
+from retort.io.files import is_path, suggest_path
 from retort.io.fingerprints import describe_model_file, fingerprint_tokenizer, fingerprint_weights
+from retort.io.records import Entry, Record
+from retort.io.run_record import RunRecord
 from retort.io.text_files import COMPRESSED_SUFFIXES
 
 PROMPT_SUFFIXES = {
@@ -44,6 +46,55 @@ _LOCAL_KEYS = ("revision", "engine", "batch_size")
 _PROMPT_KEYS = ("prompts", "prompts_split", "prompt_column", "templates")
 # Keys of `teacher` for loading a local model.
 _LOADING_KEYS = ("dtype", "attn_implementation", "trust_remote_code")
+
+
+class ResponsesFile(Entry):
+    """The file of responses: its name, its lines, and the digest of its bytes."""
+
+    file: str
+    rows: int
+    digest: str
+
+
+class PromptCounts(Entry):
+    """Numbers of prompts; `empty` and `duplicates` were left out before."""
+
+    different: int
+    empty: int
+    duplicates: int
+    asked: int
+
+
+class Paid(Entry):
+    """Requests and tokens that were paid (see `synthesis.journal.Usage`), and their price."""
+
+    requests: int
+    input_tokens: int
+    output_tokens: int
+    lost_requests: int
+    lost_input_tokens: int
+    lost_output_tokens: int
+    cost: float
+
+
+class SynthesisRecord(Record):
+    """synthesis.json: the responses, and how many were dropped by which filter.
+
+    code_parsed_in: languages whose code was parsed. not_compared_with: benchmarks whose problems could not be read.
+    """
+
+    format: ClassVar[str] = "retort synthesis"
+    version: ClassVar[int] = 2
+
+    provider: str
+    model: str | None
+    responses: ResponsesFile
+    prompts: PromptCounts
+    dropped: dict[str, int]
+    paid: Paid
+    code_parsed_in: tuple[str, ...]
+    not_compared_with: tuple[str, ...]
+    made: RunRecord
 
 
 @dataclass(frozen=True)
@@ -81,12 +132,12 @@ class Responses:
 
 def refuse_other_responses(record_path: Path) -> None:
     """Raise ValueError when the responses next to a record do not match its digest."""
-    record = read_json(record_path)["responses"]
+    record = SynthesisRecord.read(record_path).responses
     path = record_path.with_name(RESPONSES_FILE)
     found = digest_file(path) if path.exists() else "no file"
-    if found != record["digest"]:
+    if found != record.digest:
         raise ValueError(
-            f"{path} is not what was written: digest {found}, but {record['digest']} in {record_path}. Remove "
+            f"{path} is not what was written: digest {found}, but {record.digest} in {record_path}. Remove "
             f"{record_path} to rebuild the responses from the journal of answers, without new requests."
         )
 

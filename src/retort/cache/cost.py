@@ -2,12 +2,13 @@
 
 import math
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 from retort.cache.methods import build_codec
 from retort.config.sections import Cache, Merge
+from retort.io.records import Record
+from retort.tokens.index import IndexRecord
 
 # Bytes beside the records' values: ids and mask; key, offsets, checksum and zstd's frame; HDF5's own.
 _BYTES_PER_TOKEN = 5
@@ -15,13 +16,15 @@ _BYTES_PER_SEQUENCE = 64 + 40
 _BYTES_PER_PART = 32 << 10
 
 
-@dataclass(frozen=True)
-class CacheCost:
-    """The estimated size of one cache.
+class CacheCost(Record):
+    """plan.json: the estimated size of one cache.
 
     record_bytes: an upper bound if `is_bound`, else three times the bytes of a usual teacher's records. total_bytes:
     while its parts are merged, parts included.
     """
+
+    format: ClassVar[str] = "retort-plan"
+    version: ClassVar[int] = 2
 
     positions: int
     parts: int
@@ -30,40 +33,36 @@ class CacheCost:
     total_bytes: int
     disk_free_bytes: int
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the content of plan.json."""
-        return vars(self)
-
 
 def estimate_cost(
-    index: dict[str, Any], cache: Cache, merge: Merge, *, vocabulary: int, folder: Path
+    index: IndexRecord, cache: Cache, merge: Merge, *, vocabulary: int, folder: Path
 ) -> CacheCost:
-    """Return the size of the cache of an index.json for a teacher whose output layer has `vocabulary` ids.
+    """Return the size of the cache of an index for a teacher whose output layer has `vocabulary` ids.
 
     While parts are merged, they and the merged file exist side by side; a virtual cache stores its records once.
     Raises ValueError when the disk of `folder`, which need not exist, has too little space.
     """
-    train = index["train"]
+    train = index.train
     codec = build_codec(cache, vocabulary=vocabulary)
-    record_bytes = math.ceil(train["positions"] * codec.bytes_per_position)
+    record_bytes = math.ceil(train.positions * codec.bytes_per_position)
     other_bytes = (
-        _BYTES_PER_TOKEN * train["tokens"]
-        + _BYTES_PER_SEQUENCE * train["sequences"]
-        + (_BYTES_PER_PART + codec.bytes_per_part) * len(index["parts"])
+        _BYTES_PER_TOKEN * train.tokens
+        + _BYTES_PER_SEQUENCE * train.sequences
+        + (_BYTES_PER_PART + codec.bytes_per_part) * len(index.parts)
     )
     total = 2 * other_bytes + record_bytes * (1 if merge.mode == "virtual" else 2)
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if total > free:
         raise ValueError(
-            f"the cache of {train['positions']:,} positions needs up to {format_bytes(total)} while its parts are "
+            f"the cache of {train.positions:,} positions needs up to {format_bytes(total)} while its parts are "
             f"merged, but {existing} has {format_bytes(free)} free. Keep less of each distribution "
             f"(cache.method is {cache.method}), lower dataset.max_samples, set merge.mode: virtual, or set "
             "output.cache_dir to a larger disk."
         )
     return CacheCost(
-        positions=train["positions"],
-        parts=len(index["parts"]),
+        positions=train.positions,
+        parts=len(index.parts),
         record_bytes=record_bytes,
         is_bound=codec.is_bound,
         total_bytes=total,

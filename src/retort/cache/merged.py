@@ -47,7 +47,7 @@ def merge_parts(
     mode `copy`: one self-contained file. `virtual`: a file that refers to the records in the parts by relative paths.
     Raises ValueError naming every part that is missing, damaged or foreign, or when the disk has too little space.
     """
-    parts = _read_parts(index, [part_path(folder, p["name"], header) for p in index.parts], header)
+    parts = _read_parts(index, [part_path(folder, p.name, header) for p in index.parts], header)
     copied = tuple(LARGE_COLUMNS) if mode == "copy" else tuple(LARGE_COLUMNS)[:-1]
     names = sorted({n for part in parts for n in part.label_names} | {("", "")})
     columns = {
@@ -80,7 +80,7 @@ def _read_parts(index: TokenIndex, paths: list[Path], header: CacheHeader) -> li
     parts, faults = [], {}
     for entry, path in zip(index.parts, paths, strict=True):
         try:
-            parts.append(_read_part(entry["name"], path, header))
+            parts.append(_read_part(entry.name, path, header))
         except ValueError as error:
             faults[path] = str(error)
     for part in parts if faults else []:

@@ -31,36 +31,37 @@ from retort.cache.reader import (
 )
 from retort.config.sections import Cache
 from retort.io.digests import digest
+from retort.io.fingerprints import TeacherRecord
 from retort.io.hdf5 import write_h5, write_text
-from retort.tokens.index import TokenIndex
+from retort.tokens.index import Part, TokenIndex
 from retort.tokens.sequences import TABLE_COLUMNS, SequenceTable
 
 DAMAGED_SUFFIX = ".damaged"
 
 
 def build_header(
-    index: TokenIndex, record: dict[str, Any], cache: Cache, *, source: Path
+    index: TokenIndex, record: TeacherRecord, cache: Cache, *, source: Path
 ) -> CacheHeader:
     """Return the header of a cache; `record`: the teacher's fingerprint.json, read from `source`.
 
     Raises ValueError when the tokens' tokenizer is not the teacher's, or has ids beyond the teacher's output layer.
     """
-    tokenizer = index.content["tokenizer"]
-    if tokenizer["size"] > record["vocabulary"]:
+    tokenizer = index.record.tokenizer
+    if tokenizer.size > record.vocabulary:
         raise ValueError(
-            f"the tokenizer has {tokenizer['size']} tokens, but the teacher's output layer has only "
-            f"{record['vocabulary']} ({source}): they do not fit together. Leave dataset.tokenizer out to use the "
+            f"the tokenizer has {tokenizer.size} tokens, but the teacher's output layer has only "
+            f"{record.vocabulary} ({source}): they do not fit together. Leave dataset.tokenizer out to use the "
             "teacher's own."
         )
-    if tokenizer["fingerprint"] != record["tokenizer"]["fingerprint"]:
+    if tokenizer.fingerprint != record.tokenizer.fingerprint:
         raise ValueError(
-            f"the tokens were made by tokenizer {tokenizer['fingerprint']} ({index.path}), the teacher's is "
-            f"{record['tokenizer']['fingerprint']} ({source}): its distributions would belong to other tokens. "
+            f"the tokens were made by tokenizer {tokenizer.fingerprint} ({index.path}), the teacher's is "
+            f"{record.tokenizer.fingerprint} ({source}): its distributions would belong to other tokens. "
             "Leave dataset.tokenizer out, or delete the tokens' folder if the teacher's tokenizer has changed."
         )
     counts = index.read_token_counts()
-    codec = build_codec(cache, vocabulary=record["vocabulary"], token_counts=counts)
-    return CacheHeader(record["weights"], tokenizer["fingerprint"], index.content["content"], codec)
+    codec = build_codec(cache, vocabulary=record.vocabulary, token_counts=counts)
+    return CacheHeader(record.weights, tokenizer.fingerprint, index.record.content, codec)
 
 
 def part_path(folder: Path, part_name: str, header: CacheHeader) -> Path:
@@ -136,13 +137,13 @@ def _name_files(part_names: tuple[str, ...], header: CacheHeader) -> list[str]:
 
 def part_files(index: TokenIndex, folder: Path, header: CacheHeader) -> list[Path]:
     """Return the path of every part of the index, in the index's order."""
-    names = _name_files(tuple(part["name"] for part in index.parts), header)
+    names = _name_files(tuple(part.name for part in index.parts), header)
     return [folder / name for name in names]
 
 
 def find_missing_parts(
     index: TokenIndex, folder: Path, header: CacheHeader
-) -> list[tuple[int, dict[str, Any]]]:
+) -> list[tuple[int, Part]]:
     """Return (index, part) of every part that has no file yet. A file that exists is complete: it was renamed.
 
     Workers call this after every part. It takes 10 ms for 10,000 parts; 250 ms with a system call for each.
@@ -150,7 +151,7 @@ def find_missing_parts(
     existing = set[str]()
     with suppress(FileNotFoundError):  # not made yet, or already merged and removed
         existing = {path.name for path in os.scandir(folder)}
-    names = _name_files(tuple(part["name"] for part in index.parts), header)
+    names = _name_files(tuple(part.name for part in index.parts), header)
     return [
         (i, part)
         for i, (part, name) in enumerate(zip(index.parts, names, strict=True))

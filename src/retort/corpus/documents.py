@@ -4,9 +4,10 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import xxhash
+from pydantic import PlainSerializer
 
 from retort.config.sections import Dataset
 
@@ -28,6 +29,10 @@ class Document:
     split: Literal["train", "val"]
 
 
+# Sorted when written: in whatever order documents are read, equal counts give equal bytes.
+Reasons = Annotated[Counter[str], PlainSerializer(lambda found: dict(sorted(found.items())))]
+
+
 @dataclass
 class Counts:
     """Numbers of documents: read = used + skipped.
@@ -38,8 +43,8 @@ class Counts:
     read: int = 0
     used: int = 0
     held_out: int = 0
-    skipped: Counter[str] = field(default_factory=Counter)
-    cleaned: Counter[str] = field(default_factory=Counter)
+    skipped: Reasons = field(default_factory=Counter)
+    cleaned: Reasons = field(default_factory=Counter)
 
     def reconcile(self) -> None:
         """Assert that read = used + skipped."""
@@ -53,18 +58,6 @@ class Counts:
         self.held_out += other.held_out
         self.skipped.update(other.skipped)
         self.cleaned.update(other.cleaned)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the counts as a JSON object, reasons sorted."""
-        skipped, cleaned = dict(sorted(self.skipped.items())), dict(sorted(self.cleaned.items()))
-        return vars(self) | {"skipped": skipped, "cleaned": cleaned}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "Counts":
-        """Return the counts from the JSON object of `to_json`."""
-        counts = cls()
-        counts.merge(cls(**value))
-        return counts
 
 
 def is_held_out(content: str, *, seed: int, fraction: float) -> bool:

@@ -299,7 +299,7 @@ def check_corpus(dataset: Dataset, *, sample: list[Document] | None = None) -> d
         "files": [str(path) for path in files],
         "bytes": sum(path.stat().st_size for path in files),
         "columns": columns,
-        "scanned": counts.to_json(),
+        "scanned": vars(counts),
         "packages": describe_demo() if dataset.name == "demo" else {},
     }
 

@@ -11,9 +11,9 @@ import operator
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, cast
@@ -48,14 +48,9 @@ class Assignment:
             self.number += 1
             self.hashes = (self.hashes + value) % 2**64
 
-    def to_json(self) -> dict[str, int]:
-        """Return the fields as a JSON object."""
-        return asdict(self)
 
-
-def check_assignments(shards: Iterable[Mapping[str, int]], *, sharding: str) -> None:
-    """Raise ValueError unless every unit was assigned to exactly one shard. `shards`: `Assignment.to_json` of each."""
-    assigned = [Assignment(**shard) for shard in shards]
+def check_assignments(assigned: Sequence[Assignment], *, sharding: str) -> None:
+    """Raise ValueError unless every unit was assigned to exactly one shard."""
     totals = {(a.number_of_all, a.hashes_of_all) for a in assigned}
     number = sum(a.number for a in assigned)
     unit = "files" if sharding == "files" else "documents"

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, ClassVar, cast
 
 from retort.config.sections import Dataset
 from retort.corpus.demo_text import describe_demo
@@ -36,19 +36,69 @@ from retort.corpus.reading import (
 from retort.corpus.sharding import Assignment, build_shard_function
 from retort.corpus.sources import is_hub
 from retort.io.digests import digest, digest_file_states
-from retort.io.files import file_lock, read_json, write_json
+from retort.io.files import file_lock
 from retort.io.progress import Meter
+from retort.io.records import JsonObject, Record
+from retort.io.run_record import describe_run
 from retort.io.text_files import explain_read_errors, open_utf8
 
 logger = logging.getLogger(__name__)
 
-_SNAPSHOT_FORMAT = {"format": "retort corpus", "version": 1}
-_PROGRESS_FORMAT = {"format": "retort draw", "version": 1}
 # A step ends with one fsync per shard, so it grows with their number.
 _STEP_DOCUMENTS = 1000
 _STEP_DOCUMENTS_PER_SHARD = 125
 _PROGRESS_INTERVAL_S = 10.0
 _LOCK_NOTICE_S = 3.0  # how long to wait for the lock before saying so
+
+
+class CorpusRecord(Record):
+    """corpus.json of a snapshot, or corpus_<shard>.json of one reader, which has one of the `shards`.
+
+    packages: versions of those whose text the demo's corpus is. bytes: of text. assignment: what the reader's shard was
+    assigned; counts: of all documents that were read, and by shard.
+    """
+
+    format: ClassVar[str] = "retort corpus"
+    version: ClassVar[int] = 2
+    remedy: ClassVar[str] = "delete its folder and rerun the same command"
+
+    name: str
+    revision: str | None
+    packages: dict[str, str]
+    bytes: int
+    sha256_of_steps: str
+    counts: Counts
+    shard: int | None
+    assignment: Assignment | None
+    shards: tuple[Counts, ...]
+
+    @classmethod
+    def upgrade(cls, content: JsonObject, version: int) -> JsonObject | None:
+        """Read version 1, which has two keys only where each shard has a reader."""
+        of_reader: JsonObject = {"shard": None, "assignment": content.pop("dealt", None)}
+        return of_reader | content if version == 1 else None
+
+
+class _ProgressRecord(Record):
+    """Progress of a snapshot, as of its last step. `sizes`: bytes of each shard's file."""
+
+    format: ClassVar[str] = "retort snapshot progress"
+
+    key: str
+    revision: str | None
+    cursor: Cursor
+    assignment: Assignment
+    counts: dict[int, Counts]
+    sizes: dict[int, int]
+    bytes: int
+    content: str
+    is_complete: bool
+    digest: str  # of all other keys: empty until it is computed
+
+    def sealed(self) -> "_ProgressRecord":
+        """Return the record with its digest."""
+        found = digest(self.model_dump(mode="json", exclude={"digest"}))
+        return self.model_copy(update={"digest": found})
 
 
 def write_snapshot(
@@ -60,8 +110,9 @@ def write_snapshot(
     step_documents: int | None = None,
     lock_notice_s: float = _LOCK_NOTICE_S,
     progress_interval_s: float = _PROGRESS_INTERVAL_S,
-) -> dict[str, Any]:
-    """Read a corpus once, in order, into one file per shard and a record, which is returned.
+) -> CorpusRecord:
+    """Read a corpus once, in order, into one file per shard and a record, which is returned; run.json
+    (or a reader's run_<shard>.json) says how.
 
     If there are several readers, each writes the shard of its number. Memory holds one document (and the shuffle's
     window). An unfinished snapshot of the same corpus is resumed, a finished one kept; another process that writes it
@@ -74,6 +125,7 @@ def write_snapshot(
             f"--reader is {reader}, but this corpus has {count_readers(dataset)} (dataset.sharding "
             f"{dataset.sharding!r}, num_shards {dataset.num_shards}): readers count from 0."
         )
+    started = time.monotonic()
     out_dir.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         busy = f"another process is writing {out_dir}: waiting for it"
@@ -85,7 +137,10 @@ def write_snapshot(
                 _read_corpus(snapshot, step_documents, progress_interval_s)
             snapshot.commit(is_complete=True)
         summary = snapshot.describe()
-        write_json(snapshot_record_path(out_dir, dataset, reader), summary)
+        path = snapshot_record_path(out_dir, dataset, reader)
+        made = describe_run(section={"dataset": dataset}, seconds=time.monotonic() - started)
+        made.write(path.with_name(path.name.replace("corpus", "run")))
+        summary.write(path)
     return summary
 
 
@@ -99,18 +154,15 @@ def read_snapshot(
     """
     path = folder / f"corpus_{shard:05d}.json"
     path = path if path.exists() else folder / "corpus.json"
-    summary = read_json(path)
-    is_known = {key: summary.get(key) for key in _SNAPSHOT_FORMAT} == _SNAPSHOT_FORMAT
-    number = shard - summary.get("shard", 0)
-    if not is_known or not 0 <= number < len(summary["shards"]):
+    summary = CorpusRecord.read(path)
+    number = shard - (summary.shard or 0)
+    if not 0 <= number < len(summary.shards):
         raise ValueError(
-            f"{path} does not describe shard {shard} of a corpus in format "
-            f"{_SNAPSHOT_FORMAT}: remove its folder and rerun the same command."
+            f"{path} does not describe shard {shard} of a corpus: {CorpusRecord.remedy}."
         )
-    expected = Counts.from_json(summary["shards"][number])
-    if assignment is not None:
-        for key, value in summary.get("dealt", {}).items():
-            setattr(assignment, key, value)
+    expected = summary.shards[number]
+    if assignment is not None and summary.assignment is not None:
+        vars(assignment).update(vars(summary.assignment))
     path = _documents_path(folder, shard)
     num_read = 0
     with explain_read_errors(path), open_utf8(path) as file:
@@ -232,63 +284,55 @@ class _Snapshot:
     def commit(self, *, is_complete: bool = False) -> None:
         """Write the progress record; the files must be on the disk."""
         self.is_complete = is_complete
-        record = {
-            **_PROGRESS_FORMAT,
-            "key": self.key,
-            "revision": self.dataset.revision,
-            "place": asdict(self.cursor),
-            "dealt": self.assignment.to_json(),
-            "counts": {str(shard): counts.to_json() for shard, counts in self.counts.items()},
-            "sizes": {str(shard): size for shard, size in self.sizes.items()},
-            "bytes": self.num_bytes,
-            "content": self.content,
-            "is_complete": is_complete,
-        }
-        write_json(self._record, record | {"digest": digest(record)})
+        record = _ProgressRecord(
+            key=self.key,
+            revision=self.dataset.revision,
+            cursor=self.cursor,
+            assignment=self.assignment,
+            counts=self.counts,
+            sizes=self.sizes,
+            bytes=self.num_bytes,
+            content=self.content,
+            is_complete=is_complete,
+            digest="",
+        )
+        record.sealed().write(self._record)
 
     def _load(self) -> bool:
         """Load the progress record and truncate the files to its sizes; False if this corpus has no valid one."""
         try:
-            record = read_json(self._record)
-        except (FileNotFoundError, ValueError):
+            record = _ProgressRecord.read(self._record)
+        except ValueError:
             return False
-        expected = _PROGRESS_FORMAT | {"key": self.key}
-        if not isinstance(record, dict) or {k: record.get(k) for k in expected} != expected:
+        if record.key != self.key or record != record.sealed():  # of another corpus, or edited
             return False
-        if record.pop("digest", None) != digest(record):  # edited, or not written by Retort
-            return False
-        sizes = {int(shard): size for shard, size in record["sizes"].items()}
+        sizes = record.sizes
         paths = {shard: _documents_path(self.out_dir, shard) for shard in sizes}
         if any(not p.exists() or p.stat().st_size < sizes[s] for s, p in paths.items()):
             return False
         for shard, path in paths.items():
             os.truncate(path, sizes[shard])
-        self.dataset = self.dataset.model_copy(update={"revision": record["revision"]})
-        self.sizes = sizes
-        self.cursor = Cursor(**record["place"])
-        self.assignment = Assignment(**record["dealt"])
-        self.counts = {int(s): Counts.from_json(c) for s, c in record["counts"].items()}
-        self.num_bytes, self.content = record["bytes"], record["content"]
-        self.is_complete = record["is_complete"]
+        self.dataset = self.dataset.model_copy(update={"revision": record.revision})
+        self.sizes, self.cursor = sizes, record.cursor
+        self.assignment, self.counts = record.assignment, record.counts
+        self.num_bytes, self.content = record.bytes, record.content
+        self.is_complete = record.is_complete
         return True
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> CorpusRecord:
         """Return the record of a complete snapshot."""
-        own = (
-            {} if self.shard is None else {"shard": self.shard, "dealt": self.assignment.to_json()}
-        )
         is_stream = self.dataset.streaming and is_hub(self.dataset)
-        return {
-            **_SNAPSHOT_FORMAT,
-            "name": self.dataset.name,
-            "revision": self.dataset.revision if is_stream else None,
-            "packages": describe_demo() if self.dataset.name == "demo" else {},
-            "bytes": self.num_bytes,
-            "sha256_of_steps": self.content,
-            "counts": self.total.to_json(),
-            **own,
-            "shards": [counts.to_json() for counts in self.counts.values()],
-        }
+        return CorpusRecord(
+            name=self.dataset.name,
+            revision=self.dataset.revision if is_stream else None,
+            packages=describe_demo() if self.dataset.name == "demo" else {},
+            bytes=self.num_bytes,
+            sha256_of_steps=self.content,
+            counts=self.total,
+            shard=self.shard,
+            assignment=None if self.shard is None else self.assignment,
+            shards=tuple(self.counts.values()),
+        )
 
 
 class _Files:

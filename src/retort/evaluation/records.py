@@ -3,13 +3,13 @@
 from typing import ClassVar
 
 from retort.evaluation.intervals import Estimate
-from retort.io.records import Part, Record
+from retort.io.records import Entry, Record
 from retort.io.run_record import RunRecord
-from retort.teacher.manifest import Manifest
+from retort.teacher.records import Manifest
 from retort.training.record import TrainingRecord
 
 
-class Bin(Part):
+class Bin(Entry):
     """A bin of confidence, from `start` to `stop`: its number of positions, their mean confidence, their accuracy."""
 
     start: float
@@ -19,7 +19,7 @@ class Bin(Part):
     accuracy: Estimate
 
 
-class ClassRow(Part):
+class ClassRow(Entry):
     """A class of positions: its name, its size, and the metrics in it by name."""
 
     name: str
@@ -28,7 +28,7 @@ class ClassRow(Part):
     metrics: dict[str, Estimate]
 
 
-class Scorecard(Part):
+class Scorecard(Entry):
     """One model's defined metrics by name (`scores.METRICS`), and its reliability curve without empty bins.
 
     Measured at `positions` of `documents`, which predict `bytes` of text (None: the tokens are not text).
@@ -41,7 +41,7 @@ class Scorecard(Part):
     reliability: tuple[Bin, ...]
 
 
-class Scores(Part):
+class Scores(Entry):
     """Scores of a student and of its teacher, if it has one; the metrics that compare the two are the student's.
 
     not_defined: why a metric has no value, by name. breakdown: the student's scores in classes of positions.
@@ -90,7 +90,7 @@ class Comparison(Record):
     made: RunRecord
 
 
-class Score(Part):
+class Score(Entry):
     """A metric of an evaluation task, or of a subtask in a group."""
 
     task: str
@@ -100,7 +100,7 @@ class Score(Part):
     is_less_better: bool
 
 
-class TaskResult(Part):
+class TaskResult(Entry):
     """The scores of a task on `examples` of its `examples_in_all`, and the versions of what computed them."""
 
     scores: tuple[Score, ...]

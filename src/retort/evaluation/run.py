@@ -28,8 +28,8 @@ from retort.evaluation.scores import (
 )
 from retort.evaluation.text_bytes import count_next_bytes
 from retort.io.digests import compare_digests, digest_folder
-from retort.io.files import read_json
-from retort.io.run_record import RunRecord, describe_run
+from retort.io.fingerprints import TeacherRecord
+from retort.io.run_record import RUN_FILE, RunRecord, describe_run
 from retort.models.generate import sample_model
 from retort.models.load import (
     CausalLM,
@@ -47,7 +47,7 @@ from retort.models.samples import (
     write_samples,
 )
 from retort.teacher.features import OTHER_TOKENIZER, TeacherFeatures, digest_keys, read_features
-from retort.teacher.manifest import Manifest
+from retort.teacher.records import Manifest
 from retort.teacher.validation import has_tokenizer
 from retort.tokens.index import TokenIndex
 from retort.tokens.sequences import SequenceTable
@@ -102,14 +102,14 @@ def _shares_ids(fingerprint_path: Path | None, index: TokenIndex, tokenizer: Any
     """
     if fingerprint_path is None:
         return True
-    record = read_json(fingerprint_path)
+    record = TeacherRecord.read(fingerprint_path)
     if tokenizer is None or has_tokenizer(record, index):
         return has_tokenizer(record, index)
     try:
-        teachers = load_tokenizer(record["name"], revision=record["revision"])
+        teachers = load_tokenizer(record.name, revision=record.revision)
     except ValueError:
         return False
-    return len(tokenizer) <= record["vocabulary"] and find_difference(tokenizer, teachers) is None
+    return len(tokenizer) <= record.vocabulary and find_difference(tokenizer, teachers) is None
 
 
 def read_trained_student(source: Path) -> tuple[Path, TrainingRecord]:
@@ -210,7 +210,7 @@ def evaluate_run(
     )
     reasons = dict.fromkeys(OF_BOTH, OTHER_TOKENIZER) if is_foreign else {}
     manifest = Manifest.read(manifest_path) if manifest_path else None
-    trained_path = training_path.with_name("run.json")
+    trained_path = training_path.with_name(RUN_FILE)
     metrics = Metrics(
         training=record,
         teacher=teacher.name if teacher else None,

@@ -5,8 +5,10 @@ A fingerprint is recorded in each artifact that a model makes, and compared when
 
 import os
 from pathlib import Path
+from typing import ClassVar
 
 from retort.io.digests import digest, digest_file, hash_file
+from retort.io.records import Entry, Record
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")
 # All that a tokenizer may be read from: vocabularies, merges, special tokens, chat templates, custom code.
@@ -37,6 +39,29 @@ TOKENIZER_FILES = (
     "dict.txt",
     "tokenization*.py",
 )
+
+
+class TokenizerIdentity(Entry):
+    """Which tokenizer: the digest of its files (of a Hub tokenizer's vocabulary), and its number of tokens."""
+
+    fingerprint: str
+    size: int
+
+
+class TeacherRecord(Record):
+    """fingerprint.json of a teacher: a folder, or a Hub id (`name`) at the commit `revision`.
+
+    weights: their fingerprint. vocabulary: width of the output layer.
+    """
+
+    format: ClassVar[str] = "retort-teacher"
+    version: ClassVar[int] = 2
+
+    weights: str
+    revision: str | None
+    name: str
+    tokenizer: TokenizerIdentity
+    vocabulary: int
 
 
 def _weights_memo() -> Path | None:

@@ -17,13 +17,13 @@ JsonObject = dict[str, JsonValue]
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class Part(BaseModel):
-    """A part of a record, immutable. (A dataclass can be one too; its `__pydantic_config__` is STRICT.)"""
+class Entry(BaseModel):
+    """A section of a record, immutable. (A dataclass can be one too; its `__pydantic_config__` is STRICT.)"""
 
     model_config = ConfigDict(**STRICT, frozen=True)
 
 
-class Record(Part):
+class Record(Entry):
     """A JSON file. A class sets its `format` and `version`, and `remedy`: what to do about a file that is refused."""
 
     format: ClassVar[str]

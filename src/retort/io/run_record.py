@@ -14,6 +14,7 @@ from pydantic_core import to_jsonable_python
 
 from retort.io.records import JsonObject, Record
 
+RUN_FILE = "run.json"
 _PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "h5py", "snakemake")
 
 
@@ -86,6 +87,7 @@ def name_cpu() -> str:
     return names[0] if names else platform.machine()
 
 
+@cache
 def _git_state() -> tuple[str | None, bool | None]:
     """Return (commit, has uncommitted changes) of the checkout that holds this package, or (None, None)."""
     root = Path(__file__).resolve().parents[3]

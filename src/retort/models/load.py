@@ -9,6 +9,7 @@ Legend: B sequences in a batch, T positions, D width, V vocabulary.
 import logging
 import math
 import os
+import time
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -28,9 +29,8 @@ from retort.cli import is_rank
 from retort.cluster.ranks import local_rank
 from retort.config.sections import Teacher
 from retort.io.digests import digest, digest_file_states
-from retort.io.files import read_json, write_json
-from retort.io.fingerprints import fingerprint_weights, list_weights
-from retort.io.run_record import name_cpu
+from retort.io.fingerprints import TeacherRecord, fingerprint_weights, list_weights
+from retort.io.run_record import RUN_FILE, describe_run, name_cpu
 from retort.models.heads import Head
 from retort.tokens.tokenizer import explain_load_error, identify_tokenizer, load_tokenizer
 
@@ -94,16 +94,16 @@ def load_model_config(
     return config
 
 
-def fingerprint_model(path: str, *, revision: str | None = None) -> dict[str, Any]:
-    """Return {"weights", "revision"}: digest of a folder's files and None, or of a Hub id's commit and the commit.
+def fingerprint_model(path: str, *, revision: str | None = None) -> tuple[str, str | None]:
+    """Return (digest of a folder's files, None), or (digest of a Hub id's commit, the commit).
 
     Raises ValueError when a Hub id cannot be resolved.
     """
     folder = Path(path)
     if folder.is_dir():
-        return {"weights": fingerprint_weights(folder), "revision": None}
+        return fingerprint_weights(folder), None
     commit = getattr(load_model_config(path, revision=revision), "_commit_hash", None)
-    return {"weights": digest([path, commit]), "revision": commit}
+    return digest([path, commit]), commit
 
 
 @dataclass(frozen=True)
@@ -337,24 +337,27 @@ def describe_device(device: torch.device) -> str:
 
 
 def record_teacher(path: Path, section: Teacher) -> None:
-    """Write fingerprint.json of a teacher: digests of its weights and tokenizer, and the width of its output layer.
+    """Write fingerprint.json of a teacher, and run.json beside it.
 
     Raises ValueError when its tokenizer or config cannot be loaded.
     """
-    source = str(section.model_path)
+    started, source = time.monotonic(), str(section.model_path)
     tokenizer = load_tokenizer(
         source, revision=section.revision, trust_remote_code=section.trust_remote_code
     )
     config = load_model_config(
         source, revision=section.revision, trust_remote_code=section.trust_remote_code
     )
-    record = fingerprint_model(source, revision=section.revision) | {
-        "name": source,
-        "tokenizer": identify_tokenizer(source, tokenizer),
-        "vocabulary": output_width(config),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, record)
+    weights, commit = fingerprint_model(source, revision=section.revision)
+    made = describe_run(section={"teacher": section}, seconds=time.monotonic() - started)
+    made.write(path.with_name(RUN_FILE))
+    TeacherRecord(
+        weights=weights,
+        revision=commit,
+        name=source,
+        tokenizer=identify_tokenizer(source, tokenizer),
+        vocabulary=output_width(config),
+    ).write(path)
 
 
 def output_width(config: PretrainedConfig) -> int:
@@ -362,16 +365,16 @@ def output_width(config: PretrainedConfig) -> int:
     return int(config.get_text_config().vocab_size)
 
 
-def require_weights(record: dict[str, Any], path: str, *, source: Path) -> None:
+def require_weights(record: TeacherRecord, path: str, *, source: Path) -> None:
     """Raise ValueError when a model's weights, or its Hub id, are not those of the record (its fingerprint.json)."""
-    if not Path(path).is_dir() and path != record["name"]:
+    if not Path(path).is_dir() and path != record.name:
         raise ValueError(
-            f"{path!r} is not the teacher that {source} records ({record['name']!r}). Use the fingerprint.json that "
+            f"{path!r} is not the teacher that {source} records ({record.name!r}). Use the fingerprint.json that "
             "resolve_teacher.py wrote for it."
         )
-    if Path(path).is_dir() and (found := fingerprint_weights(Path(path))) != record["weights"]:
+    if Path(path).is_dir() and (found := fingerprint_weights(Path(path))) != record.weights:
         raise ValueError(
-            f"{path} holds other weights (fingerprint {found}) than {source} records ({record['weights']}). Restore "
+            f"{path} holds other weights (fingerprint {found}) than {source} records ({record.weights}). Restore "
             "the old weights, or set teacher.generation.force_regenerate to a new value (for example a date)."
         )
 
@@ -384,16 +387,16 @@ def load_recorded_teacher(
     Raises ValueError before the weights are loaded when it is another one, or cannot read sequences of `longest`
     tokens, and as `load_teacher` does.
     """
-    record = read_json(record_path)
+    record = TeacherRecord.read(record_path)
     source = Path(path) if Path(path).is_dir() else None
     file_states = digest_file_states(list_weights(source)) if source else None
     require_weights(record, path, source=record_path)
     if source is None:
-        section = section.model_copy(update={"revision": record["revision"]})
+        section = section.model_copy(update={"revision": record.revision})
     config = load_model_config(
         path, revision=section.revision, trust_remote_code=section.trust_remote_code
     )
     refuse_short_context(config, longest, f"teacher {path!r}")
     teacher = replace(load_teacher(path, section), source=source, file_states=file_states)
-    assert teacher.vocabulary == record["vocabulary"], (teacher.vocabulary, record["vocabulary"])
+    assert teacher.vocabulary == record.vocabulary, (teacher.vocabulary, record.vocabulary)
     return teacher

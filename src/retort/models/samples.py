@@ -5,56 +5,27 @@ and sampled with a seed ("drawn"). `score_validation` writes samples.json with t
 one with the teacher's and a student's.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
-import jsonschema
 import numpy as np
+from pydantic import ConfigDict, Field, model_validator
 
-from retort.cli import first_line
 from retort.config.evaluation import SampleSettings
-from retort.io.files import read_json, write_json
+from retort.io.records import STRICT, Entry, Record
 from retort.tokens.sequences import Sequence, SequenceTable
 from retort.tokens.tokenizer import encode_prefix, encode_prompt
 
 SAMPLES_FILE = "samples.json"
-SAMPLES_FORMAT = "retort-samples"
-SAMPLES_VERSION = 1
 _MAX_PROMPT_TOKENS = 32  # of a text without a question
-_TEXT = {"type": "string"}
-_TEXT_OR_NULL = {"type": ["string", "null"]}
-
-
-def _object(**properties: Any) -> dict[str, Any]:
-    """Return the schema of an object with these keys and no others."""
-    names = list(properties)
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": names,
-        "additionalProperties": False,
-    }
-
-
-_PROMPT = _object(
-    ids={"type": "array", "items": {"type": "integer"}}, text=_TEXT, reference=_TEXT_OR_NULL
-)
-_MODEL = _object(
-    missing=_TEXT_OR_NULL, continued={"type": "array", "items": _object(greedy=_TEXT, drawn=_TEXT)}
-)
-_SCHEMA = _object(
-    format={"const": SAMPLES_FORMAT},
-    version={"const": SAMPLES_VERSION},
-    of=_TEXT,
-    prompts={"type": "array", "items": _PROMPT},
-    models={"type": "object", "additionalProperties": _MODEL, "minProperties": 1},
-)
 
 
 @dataclass(frozen=True)
 class SamplePrompt:
     """A prompt as ids and as text, and how the held-out text continues, if it is from one."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     ids: tuple[int, ...]
     text: str
@@ -64,6 +35,8 @@ class SamplePrompt:
 @dataclass(frozen=True)
 class Sample:
     """Two continuations of one prompt: greedy, and sampled with a seed."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     greedy: str
     drawn: str
@@ -76,6 +49,35 @@ class Samples:
     prompts: tuple[SamplePrompt, ...]
     continued: tuple[Sample, ...] = ()
     missing: str | None = None
+
+
+class ModelSamples(Entry):
+    """One model's continuations of the prompts, or why there are none."""
+
+    missing: str | None
+    continued: tuple[Sample, ...]
+
+
+class SamplesRecord(Record):
+    """samples.json: prompts, and the continuations by model ("teacher", "student").
+
+    of: the run's id, or in the teacher's own file the fingerprint of its weights.
+    """
+
+    format: ClassVar[str] = "retort-samples"
+    remedy: ClassVar[str] = "delete its folder and rerun the same command"
+
+    of: str
+    prompts: tuple[SamplePrompt, ...]
+    models: dict[str, ModelSamples] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _count(self) -> Self:
+        for name, model in self.models.items():
+            if len(model.continued) != (len(self.prompts) if model.missing is None else 0):
+                num = f"{len(model.continued)} of {len(self.prompts)} continuations"
+                raise ValueError(f"{name}: {num}")
+        return self
 
 
 def choose_prompts(
@@ -121,48 +123,31 @@ def _decode(tokenizer: Any, ids: list[int]) -> str:
 
 
 def write_samples(path: Path, found: dict[str, Samples], *, of: str) -> None:
-    """Write samples.json: the prompts, and the continuations by model ("teacher", "student").
-
-    of: the run's id, or in the teacher's own file the fingerprint of its weights.
-    """
+    """Write samples.json (see `SamplesRecord`): the continuations by model, all of the same prompts."""
     prompts = next(iter(found.values())).prompts
     assert all(samples.prompts == prompts for samples in found.values())
     models = {
-        model: {"missing": samples.missing, "continued": [asdict(s) for s in samples.continued]}
+        model: ModelSamples(missing=samples.missing, continued=samples.continued)
         for model, samples in found.items()
     }
-    header = {"format": SAMPLES_FORMAT, "version": SAMPLES_VERSION, "of": of}
-    write_json(path, header | {"prompts": [asdict(p) for p in prompts], "models": models})
+    SamplesRecord(of=of, prompts=prompts, models=models).write(path)
 
 
 def read_samples(path: Path, *, of: str | None, whose: str) -> dict[str, Samples]:
     """Read samples.json: continuations by model.
 
-    Raises ValueError when it is damaged or newer, holds none of the model `whose`, or is of something else than `of`
-    (None: anything).
+    Raises ValueError as `Record.read` does, and when it holds none of the model `whose`, or is of something else than
+    `of` (None: anything).
     """
-    try:
-        content = read_json(path)
-        jsonschema.validate(content, _SCHEMA)
-        if of not in (None, content["of"]):
-            raise ValueError(f"it is of {content['of']}, not of {of}")
-        prompts = tuple(
-            SamplePrompt(tuple(p["ids"]), p["text"], p["reference"]) for p in content["prompts"]
-        )
-        found = {
-            model: Samples(prompts, tuple(Sample(**s) for s in m["continued"]), m["missing"])
-            for model, m in content["models"].items()
-        }
-        if whose not in found:
-            raise ValueError(f"it has no entry of the {whose}")
-        for name, model in found.items():
-            if len(model.continued) != (len(prompts) if model.missing is None else 0):
-                raise ValueError(f"{name}: {len(model.continued)} of {len(prompts)} continuations")
-    except (OSError, ValueError, jsonschema.ValidationError) as error:
-        raise ValueError(
-            f"{path} cannot be read ({first_line(error)}): delete the folder {path.parent} and rerun the same command."
-        ) from None
-    return found
+    record = SamplesRecord.read(path)
+    if of not in (None, record.of):
+        raise ValueError(f"{path} is of {record.of}, not of {of}: {record.remedy}.")
+    if whose not in record.models:
+        raise ValueError(f"{path} has no entry of the {whose}: {record.remedy}.")
+    return {
+        model: Samples(record.prompts, found.continued, found.missing)
+        for model, found in record.models.items()
+    }
 
 
 def require_prompts(teacher: Samples, prompts: list[SamplePrompt], *, source: Path) -> None:

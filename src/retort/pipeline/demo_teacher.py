@@ -20,7 +20,8 @@ from retort.corpus.documents import Counts, Document
 from retort.corpus.reading import read_shard_documents
 from retort.corpus.snapshot import read_snapshot
 from retort.io.files import write_json
-from retort.io.run_record import describe_run
+from retort.io.fingerprints import TeacherRecord
+from retort.io.run_record import RUN_FILE, describe_run
 from retort.models.load import fingerprint_model
 from retort.tokens.tokenize import TokenCounts, tokenize_documents
 from retort.tokens.tokenizer import identify_tokenizer
@@ -115,11 +116,14 @@ def make_demo_teacher(
         model = folder / "model"
         if not model.exists():
             model.symlink_to("final")
-        record = fingerprint_model(str(model)) | {
-            "name": "demo",
-            "tokenizer": identify_tokenizer(str(model), tokenizer),
-            "vocabulary": len(tokenizer),
-        }
+        weights, _ = fingerprint_model(str(model))
+        record = TeacherRecord(
+            weights=weights,
+            revision=None,
+            name="demo",
+            tokenizer=identify_tokenizer(str(model), tokenizer),
+            vocabulary=len(tokenizer),
+        )
         about = describe_run(
             section={"demo_teacher": size, "dataset": dataset},
             seed=0,
@@ -127,8 +131,8 @@ def make_demo_teacher(
             device=summary.device,
             seconds=summary.seconds,
         )
-        about.write(folder / "run.json")
-        write_json(record_path, record)
+        about.write(folder / RUN_FILE)
+        record.write(record_path)
 
 
 def _read_training_documents(dataset: Dataset, snapshot: Path | None) -> Iterator[Document]:

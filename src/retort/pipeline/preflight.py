@@ -5,14 +5,15 @@ Each check raises ValueError with the value found, what was expected and what to
 
 import os
 import sys
+import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import accumulate
 from netrc import NetrcParseError, netrc
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 import torch
@@ -25,8 +26,10 @@ from retort.corpus.documents import Document
 from retort.corpus.reading import check_corpus
 from retort.corpus.sources import is_hub
 from retort.evaluation.tasks import check_tasks
-from retort.io.files import read_json, require_writable
-from retort.io.fingerprints import fingerprint_tokenizer, fingerprint_weights
+from retort.io.files import require_writable
+from retort.io.fingerprints import TeacherRecord, fingerprint_tokenizer, fingerprint_weights
+from retort.io.records import Record
+from retort.io.run_record import RunRecord, describe_run
 from retort.models.load import load_model_config, output_width, refuse_short_context
 from retort.models.students import name_student, student_config
 from retort.pipeline.demo_teacher import DEMO_TEACHER, DemoTokenizer
@@ -41,11 +44,20 @@ from retort.training.checkpoints import require_start
 _SAMPLE_CHARACTERS = 300_000  # tokenized in about a second
 
 
-def check_project(configs: Mapping[str, Config]) -> dict[str, Any]:
-    """Check the inputs of every run; return `runs`, their names, and `notes`, lines about what was found.
+class CheckRecord(Record):
+    """checks/<id>.json: the names of the runs whose inputs are usable, and lines about what was found."""
 
-    Raises ValueError with all mistakes.
-    """
+    format: ClassVar[str] = "retort-check"
+    version: ClassVar[int] = 2
+
+    runs: tuple[str, ...]
+    notes: tuple[str, ...]
+    made: RunRecord
+
+
+def check_project(configs: Mapping[str, Config]) -> CheckRecord:
+    """Check the inputs of every run. Raises ValueError with all mistakes."""
+    started = time.monotonic()
     notes: list[str] = []
     mistakes = _Mistakes()
     for name, config in configs.items():
@@ -71,7 +83,8 @@ def check_project(configs: Mapping[str, Config]) -> dict[str, Any]:
         with mistakes:
             notes += check_tasks(config.evaluation)
     mistakes.require_none()
-    return {"runs": list(configs), "notes": list(dict.fromkeys(notes))}
+    made = describe_run(section={"runs": configs}, seconds=time.monotonic() - started)
+    return CheckRecord(runs=tuple(configs), notes=tuple(dict.fromkeys(notes)), made=made)
 
 
 class _Mistakes(AbstractContextManager["_Mistakes"]):
@@ -220,8 +233,11 @@ def _find_same_teachers(config: Config) -> list[str]:
         return []
     mine = (fingerprint_weights(path), fingerprint_tokenizer(path))
     root = Path(config.output.cache_dir or config.output.results_dir)
-    records = [read_json(found) for found in sorted(root.glob("teachers/*/fingerprint.json"))]
-    names = [r["name"] for r in records if (r["weights"], r["tokenizer"]["fingerprint"]) == mine]
+    records = []
+    for found in sorted(root.glob("teachers/*/fingerprint.json")):
+        with suppress(ValueError):  # another teacher's, of an older version
+            records.append(TeacherRecord.read(found))
+    names = [r.name for r in records if (r.weights, r.tokenizer.fingerprint) == mine]
     return [
         f"teacher: {path} has the weights and the tokenizer of {name}, which has results in {root}. The path is part "
         f"of an id, so tokens and cache are made again for {path}. Set teacher.model_path: {name} to use its own."
@@ -248,7 +264,7 @@ def _check_teachers_tokenizer(config: Config, tokenizer: Any, width: int) -> Non
     if config.training.use_cached_logits and mine != theirs:
         raise ValueError(
             f"dataset.tokenizer {source!r} gives the ids of the teacher {path!r}, but its files differ (fingerprint "
-            f"{mine['fingerprint']}, not {theirs['fingerprint']}), and a cache is made with the teacher's own. Leave "
+            f"{mine.fingerprint}, not {theirs.fingerprint}), and a cache is made with the teacher's own. Leave "
             "dataset.tokenizer out, or set training.use_cached_logits: false."
         )
 

@@ -22,7 +22,7 @@ from retort.config.sections import Student, Training
 from retort.evaluation.records import ClassRow, Metrics, Scorecard
 from retort.io.run_record import RunRecord
 from retort.models.samples import SAMPLES_FILE, Samples, read_samples
-from retort.teacher.manifest import Manifest
+from retort.teacher.records import Manifest
 
 # Keys of run.json that the report shows under another name, and the time.
 _SHOWN_ELSEWHERE = {

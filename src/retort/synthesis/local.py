@@ -25,7 +25,7 @@ from retort.models.generate import (
     complete_batch,
     find_context_length,
 )
-from retort.models.load import describe_device, load_teacher
+from retort.models.load import describe_device, load_teacher, name_dtype
 from retort.synthesis.client import describe_usage
 from retort.synthesis.journal import Journal
 from retort.synthesis.prompts import LabeledPrompt
@@ -53,7 +53,7 @@ class LocalGenerator(ABC):
     ) -> None:
         self.section, self.prompts, self.journal = section, prompts, journal
         self.model_path, self.loading = model_path, loading
-        self.device = "none"  # until the model is loaded
+        self.device, self.dtype = "none", "none"  # until the model is loaded
 
     @abstractmethod
     def generate(self, indices: Sequence[int]) -> None:
@@ -156,5 +156,5 @@ class TransformersGenerator(LocalGenerator):
     def _model(self) -> PreTrainedModel:
         torch.set_num_threads(self.loading.generation.cpu_threads)
         model = load_teacher(self.model_path, self.loading).model
-        self.device = describe_device(model.device)
+        self.device, self.dtype = describe_device(model.device), name_dtype(model.dtype)
         return model

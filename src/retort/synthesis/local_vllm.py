@@ -24,7 +24,13 @@ from retort.models.generate import (
     find_context_length,
     limit_new_tokens,
 )
-from retort.models.load import choose_device, choose_dtype, describe_device, load_model_config
+from retort.models.load import (
+    choose_device,
+    choose_dtype,
+    describe_device,
+    load_model_config,
+    name_dtype,
+)
 from retort.synthesis.local import LocalGenerator
 
 REQUIREMENT = "vllm>=0.32"
@@ -130,13 +136,14 @@ class VllmGenerator(LocalGenerator):
         import vllm
 
         device = choose_device(self.loading.device)
+        dtype = name_dtype(choose_dtype(self.loading.dtype, device))
         try:
             model = vllm.LLM(
                 self.model_path,
                 revision=self.loading.revision,
                 tokenizer_revision=self.loading.revision,
                 trust_remote_code=self.loading.trust_remote_code,
-                dtype=str(choose_dtype(self.loading.dtype, device)).removeprefix("torch."),
+                dtype=dtype,
                 max_model_len=max(map(len, self._ids)) + self._max_new_tokens,
                 tensor_parallel_size=torch.cuda.device_count() if device.type == "cuda" else 1,
                 enforce_eager=device.type != "cuda",  # else it compiles for minutes
@@ -147,5 +154,5 @@ class VllmGenerator(LocalGenerator):
                 f"vLLM cannot run {self.model_path!r} here ({type(error).__name__}: {first_line(error)}). Set "
                 "synthesis.engine: transformers, or teacher.generation.gpus_per_model to a number of GPUs that it fits."
             ) from error
-        self.device = f"vLLM {vllm.__version__} on {describe_device(device)}"
+        self.device, self.dtype = f"vLLM {vllm.__version__} on {describe_device(device)}", dtype
         return model

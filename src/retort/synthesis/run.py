@@ -17,6 +17,10 @@ from typing import Any
 
 from retort.artifacts.responses import (
     RESPONSES_FILE,
+    Paid,
+    PromptCounts,
+    ResponsesFile,
+    SynthesisRecord,
     digest_request,
     list_prompt_files,
     local_model,
@@ -24,18 +28,17 @@ from retort.artifacts.responses import (
 from retort.config.load import identity
 from retort.config.sections import Config, Evaluation, Synthesis, Teacher
 from retort.io.digests import digest_file, digest_file_states
-from retort.io.files import file_lock, write_atomically, write_json
+from retort.io.files import file_lock, write_atomically
 from retort.io.run_record import describe_run
 from retort.synthesis.client import Client, describe_estimate, describe_usage
 from retort.synthesis.contamination import ProblemNgrams, read_benchmarks
 from retort.synthesis.filters import AnswerFilter, list_grammars, require_filters
 from retort.synthesis.journal import Journal
-from retort.synthesis.prompts import LabeledPrompt, PromptList, read_prompts
+from retort.synthesis.prompts import LabeledPrompt, read_prompts
 from retort.synthesis.providers import Answer, open_provider
 
 logger = logging.getLogger(__name__)
 
-FORMAT = {"format": "retort synthesis", "version": 1}
 JOURNAL_FILE = "journal.jsonl"
 _LOCK_TIMEOUT_S = 3.0  # before the wait for another process is logged
 
@@ -166,19 +169,38 @@ def synthesize(record_path: Path, job: SynthesisJob) -> str:
         if journal.answers:
             usage = describe_usage(section, journal.usage)
             logger.info(f"{len(journal.answers):,} answers are in the journal: {usage}")
-        examples, device = _answer_prompts(job, prompts.prompts, journal, answer_filter)
+        examples, device, dtype = _answer_prompts(job, prompts.prompts, journal, answer_filter)
     _check_enough(section, examples)
     _write_responses(section, folder / RESPONSES_FILE, examples.rows)
-    record = _describe(job, prompts, examples, journal, folder / RESPONSES_FILE)
     made = describe_run(
         section={"synthesis": identity(section)},
         seed=section.seed,
+        dtype=dtype,
         device=device,
         seconds=time.monotonic() - started,
     )
-    write_json(
-        record_path, record | {"not_compared_with": missing, "made": made.model_dump(mode="json")}
+    prices = section.price_per_million_input, section.price_per_million_output
+    record = SynthesisRecord(
+        provider=str(section.provider),
+        model=job.local_model or section.model,
+        responses=ResponsesFile(
+            file=RESPONSES_FILE,
+            rows=len(examples.rows),
+            digest=digest_file(folder / RESPONSES_FILE),
+        ),
+        prompts=PromptCounts(
+            different=len(prompts.prompts),
+            empty=prompts.num_empty,
+            duplicates=prompts.num_duplicates,
+            asked=examples.num_asked,
+        ),
+        dropped=examples.num_dropped,
+        paid=Paid(**asdict(journal.usage), cost=journal.usage.cost(*prices)),
+        code_parsed_in=tuple(list_grammars()) if section.check_code else (),
+        not_compared_with=tuple(missing),
+        made=made,
     )
+    record.write(record_path)
     return _describe_line(record)
 
 
@@ -187,10 +209,10 @@ def _answer_prompts(
     prompts: Sequence[LabeledPrompt],
     journal: Journal,
     answer_filter: AnswerFilter,
-) -> tuple[Examples, str]:
-    """Return the examples of a server or of a local model, and the device that generated them."""
+) -> tuple[Examples, str, str | None]:
+    """Return the examples of a server or of a local model, and the device and dtype that generated them."""
     if job.section.provider != "local":
-        return _ask_server(job.section, prompts, journal, answer_filter), "server"
+        return _ask_server(job.section, prompts, journal, answer_filter), "server", None
     assert job.local_model is not None and job.loading is not None
     from retort.synthesis.local import TransformersGenerator  # loads torch
     from retort.synthesis.local_vllm import VllmGenerator, uses_vllm
@@ -198,7 +220,7 @@ def _answer_prompts(
     kind = VllmGenerator if uses_vllm(job.section, job.loading) else TransformersGenerator
     generator = kind(job.section, prompts, journal, model_path=job.local_model, loading=job.loading)
     examples = collect_examples(job.section, prompts, journal, answer_filter, generator.generate)
-    return examples, generator.device
+    return examples, generator.device, generator.dtype
 
 
 def _ask_server(
@@ -299,42 +321,12 @@ def _write_responses(section: Synthesis, path: Path, rows: Sequence[dict[str, An
         write_atomically(Path(section.output), content)
 
 
-def _describe(
-    job: SynthesisJob,
-    prompts: PromptList,
-    examples: Examples,
-    journal: Journal,
-    responses: Path,
-) -> dict[str, Any]:
-    section = job.section
-    prices = section.price_per_million_input, section.price_per_million_output
-    return {
-        **FORMAT,
-        "provider": section.provider,
-        "model": job.local_model or section.model,
-        "responses": {
-            "file": responses.name,
-            "rows": len(examples.rows),
-            "digest": digest_file(responses),
-        },
-        "prompts": {
-            "there": len(prompts.prompts),
-            "empty": prompts.num_empty,
-            "copies": prompts.num_duplicates,
-            "asked": examples.num_asked,
-        },
-        "fell": examples.num_dropped,
-        "paid": asdict(journal.usage) | {"cost": journal.usage.cost(*prices)},
-        "code_parsed_in": list_grammars() if section.check_code else [],
-    }
-
-
-def _describe_line(record: dict[str, Any]) -> str:
-    paid = record["paid"]
-    cost = f", {paid['cost']:,.4f} paid" if paid["cost"] else ""
+def _describe_line(record: SynthesisRecord) -> str:
+    paid = record.paid
+    cost = f", {paid.cost:,.4f} paid" if paid.cost else ""
     return (
-        f"synthesis: {record['responses']['rows']:,} responses to {record['prompts']['asked']:,} prompts; dropped: "
-        f"{_list_dropped(record['fell'])}; {paid['input_tokens'] + paid['output_tokens']:,} tokens{cost}"
+        f"synthesis: {record.responses.rows:,} responses to {record.prompts.asked:,} prompts; dropped: "
+        f"{_list_dropped(record.dropped)}; {paid.input_tokens + paid.output_tokens:,} tokens{cost}"
     )
 
 

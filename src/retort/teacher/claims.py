@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from retort.io.files import has_ended
+from retort.tokens.index import Part
 
 _PROCESS = re.compile("[0-9]{1,9}")
 
@@ -42,15 +42,15 @@ class Claims:
         self._thread.join()
 
     def next_part(
-        self, missing: list[tuple[int, dict[str, Any]]], *, worker: int, num_workers: int
-    ) -> dict[str, Any] | None:
+        self, missing: list[tuple[int, Part]], *, worker: int, num_workers: int
+    ) -> Part | None:
         """Return the first unclaimed part of the worker's own stripe, else any unclaimed part, else None.
 
         missing: (index, part) as of `find_missing_parts`; part i belongs to the stripe of worker i mod num_workers.
         """
         own = (part for i, part in missing if i % num_workers == worker % num_workers)
         others = (part for i, part in missing if i % num_workers != worker % num_workers)
-        return next((p for p in chain(own, others) if not self.is_claimed(p["name"])), None)
+        return next((p for p in chain(own, others) if not self.is_claimed(p.name)), None)
 
     def is_claimed(self, part_name: str) -> bool:
         """Say whether a live worker has claimed the part."""

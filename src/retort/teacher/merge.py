@@ -5,7 +5,6 @@ Legend: P counted positions, K kept tokens, V vocabulary.
 
 import time
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,11 +20,10 @@ from retort.cache.parts import (
 )
 from retort.cache.reader import CACHE_FILE, CacheHeader, LogitCache, cache_digest
 from retort.config.sections import Cache, Merge
-from retort.io.files import read_json
-from retort.io.run_record import RunRecord, describe_run
+from retort.io.fingerprints import TeacherRecord
+from retort.io.run_record import RUN_FILE, describe_run
 from retort.teacher.features import TeacherFeatures, read_features
-from retort.teacher.manifest import Fidelity, Manifest
-from retort.teacher.worker import WorkerRecord
+from retort.teacher.records import CacheRun, Fidelity, Manifest, WorkerRecord
 from retort.tokens.index import TokenIndex
 from retort.tokens.sequences import concatenate_tables
 
@@ -34,14 +32,6 @@ from retort.tokens.sequences import concatenate_tables
 _MISALIGNED_KL = 0.5
 # Log of the least tail: one that rounds to zero is below 1e-5, but would cost infinitely many nats.
 _LEAST_TAIL = -30.0
-
-
-class CacheRun(RunRecord):
-    """run.json beside a merged cache, with the receipts of the workers that made its parts."""
-
-    format: ClassVar[str] = "retort-cache-run"
-
-    workers: tuple[WorkerRecord, ...]
 
 
 def merge_h5(
@@ -62,7 +52,9 @@ def merge_h5(
     """
     started = time.monotonic()
     index = TokenIndex.read(index_path)
-    header = build_header(index, read_json(fingerprint_path), cache, source=fingerprint_path)
+    header = build_header(
+        index, TeacherRecord.read(fingerprint_path), cache, source=fingerprint_path
+    )
     folder = manifest_path.parent
     out = folder / CACHE_FILE
     if not _is_done(out, header, parts=folder / "parts"):
@@ -74,7 +66,7 @@ def merge_h5(
     made = describe_run(
         section={"cache": cache, "merge": merge}, seconds=time.monotonic() - started
     )
-    CacheRun(**dict(made), workers=tuple(workers)).write(folder / "run.json")
+    CacheRun(**dict(made), workers=tuple(workers)).write(folder / RUN_FILE)
     manifest.write(manifest_path)
     if not merged.is_virtual:
         remove_parts(folder / "parts")
@@ -134,7 +126,7 @@ def build_manifest(
 ) -> Manifest:
     """Return the manifest, which but for the fidelity depends on the cache's content alone."""
     positions, header = cache.table.num_positions, cache.header.to_json()
-    assert positions == index.content["train"]["positions"], (positions, index.content["train"])
+    assert positions == index.record.train.positions, (positions, index.record.train)
     codec = header["codec"]
     return Manifest(
         file=cache.path.name,

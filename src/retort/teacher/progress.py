@@ -11,9 +11,9 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from retort.io.progress import Meter
+from retort.tokens.index import Part
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class Progress:
 
     def __init__(
         self,
-        parts: Sequence[dict[str, Any]],
+        parts: Sequence[Part],
         files: Sequence[Path],
         *,
         log_interval_s: float = 10.0,
@@ -39,12 +39,15 @@ class Progress:
         self.tokens = 0  # scored by this worker
         self._poll_interval_s = poll_interval_s
         self._parts = {path.name: part for path, part in zip(files, parts, strict=True)}
-        self._numbers = {part["name"]: number for number, part in enumerate(parts, start=1)}
+        self._numbers = {part.name: number for number, part in enumerate(parts, start=1)}
         self._folder = files[0].parent if files else Path()
         self._seen: set[str] = set()
         # Totals of the parts that have a file, by any worker, and of all parts.
         self._done = dict.fromkeys(("parts", "sequences", "tokens", "positions", "bytes"), 0)
-        self._all = {name: sum(part[name] for part in parts) for name in ("sequences", "tokens")}
+        self._all = {
+            "sequences": sum(part.sequences for part in parts),
+            "tokens": sum(part.tokens for part in parts),
+        }
         self._num_done = 0
         self._part_tokens = 0  # scored of this worker's current part
         self._started = time.monotonic()
@@ -74,10 +77,10 @@ class Progress:
         self._show()
         self._meter.close()
 
-    def start_part(self, part: dict[str, Any]) -> None:
+    def start_part(self, part: Part) -> None:
         """Note that this worker starts a part."""
         self._part_tokens = 0
-        self._part_started[part["name"]] = time.monotonic()
+        self._part_started[part.name] = time.monotonic()
 
     def add(self, tokens: int) -> None:
         """Add tokens that this worker has scored."""
@@ -85,14 +88,14 @@ class Progress:
         self._part_tokens += tokens
         self.refresh()
 
-    def end_part(self, part: dict[str, Any], path: Path) -> None:
+    def end_part(self, part: Part, path: Path) -> None:
         """Note that this worker's part is written; called by the writing thread, maybe after the next `start_part`."""
-        seconds = time.monotonic() - self._part_started.pop(part["name"])
+        seconds = time.monotonic() - self._part_started.pop(part.name)
         self._num_done += 1
         size = path.stat().st_size if path.exists() else 0  # already merged and removed by others
         logger.debug(
-            f"part {self._numbers[part['name']]} of {len(self._parts)} done: {part['sequences']:,} samples, "
-            f"{part['tokens']:,} tokens, {size:,} bytes, {seconds:.1f} s"
+            f"part {self._numbers[part.name]} of {len(self._parts)} done: {part.sequences:,} samples, "
+            f"{part.tokens:,} tokens, {size:,} bytes, {seconds:.1f} s"
         )
 
     def refresh(self) -> None:
@@ -115,8 +118,9 @@ class Progress:
                 self._done["bytes"] += entry.stat().st_size
                 self._done["parts"] += 1
                 self._seen.add(entry.name)
-                for name in ("sequences", "tokens", "positions"):
-                    self._done[name] += part[name]
+                self._done["sequences"] += part.sequences
+                self._done["tokens"] += part.tokens
+                self._done["positions"] += part.positions
 
     def _describe(self) -> str:
         done = self._done

@@ -1,9 +1,9 @@
 """The teacher reads the held-out text and a sample of the training text, once for all students."""
 
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,10 +11,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from retort.config.sections import Evaluation, Teacher
-from retort.io.files import read_json
+from retort.io.fingerprints import TeacherRecord
+from retort.io.run_record import RUN_FILE, describe_run
 from retort.models.generate import sample_model
 from retort.models.heads import Head
-from retort.models.load import CausalLM, load_recorded_teacher
+from retort.models.load import (
+    CausalLM,
+    choose_device,
+    describe_device,
+    load_recorded_teacher,
+    name_dtype,
+)
 from retort.models.samples import SAMPLES_FILE, Samples, choose_prompts, write_samples
 from retort.teacher.features import OTHER_TOKENIZER, TeacherFeatures, digest_keys, write_features
 from retort.teacher.scoring import Scorer, score_features
@@ -36,58 +43,77 @@ def score_validation(
 ) -> None:
     """Write the teacher's features of the held-out sequences and of an evenly spaced sample of the training sequences.
 
-    samples.json beside them holds the teacher's continuations of some prompts. A student of text alone may have another
-    tokenizer: without the teacher's tokenizer no prompt is continued, and with ids that the teacher does not know the
-    features are empty too. Raises ValueError when no document is held out, or the teacher is not the recorded one or
-    cannot read sequences that long.
+    samples.json beside them holds the teacher's continuations of some prompts, run.json how it was made. A student of
+    text alone may have another tokenizer: without the teacher's tokenizer no prompt is continued, and with ids that the
+    teacher does not know the features are empty too. Raises ValueError when no document is held out, or the teacher is
+    not the recorded one or cannot read sequences that long.
     """
     torch.set_num_threads(section.generation.cpu_threads)
-    samples_path = out.with_name(SAMPLES_FILE)
+    started = time.monotonic()
     index = TokenIndex.read(index_path)
     validation = index.read_split("val", max_positions=evaluation.max_positions)
     if validation.num_positions == 0:
         raise ValueError(
             "no document is held out, so no student can be evaluated: raise dataset.validation_fraction, or add "
-            f"documents (there are {index.content['train']['documents']} to train on)."
+            f"documents (there are {index.record.train.documents} to train on)."
         )
-    record = read_json(fingerprint_path)
-    samples = Samples((), missing=OTHER_TOKENIZER)
-    if int(index.content["tokenizer"]["size"]) > record["vocabulary"]:
+    record = TeacherRecord.read(fingerprint_path)
+    samples, dtype = Samples((), missing=OTHER_TOKENIZER), None
+    if index.record.tokenizer.size > record.vocabulary:
         logger.info(f"the teacher does not know the tokens of this text: {OTHER_TOKENIZER}.")
-        write_samples(samples_path, {"teacher": samples}, of=record["weights"])
-        write_features(out, _build_empty(record, validation))
-        return
+        found = _build_empty(record, validation)
+    else:
+        teacher = load_recorded_teacher(
+            teacher_path, section, record_path=fingerprint_path, longest=index.longest
+        )
+        dtype = name_dtype(teacher.model.dtype)
+        if has_tokenizer(record, index):
+            tokenizer = load_tokenizer(
+                teacher_path, revision=record.revision, trust_remote_code=section.trust_remote_code
+            )
+            prompts = choose_prompts(validation, tokenizer, evaluation.samples)
+            samples = sample_model(teacher.model, tokenizer, prompts, evaluation.samples)
+        found = _score(teacher, record, index, validation, section, evaluation)
+    write_samples(out.with_name(SAMPLES_FILE), {"teacher": samples}, of=record.weights)
+    describe_run(
+        section={"teacher": section, "evaluation": evaluation},
+        dtype=dtype,
+        device=describe_device(choose_device(section.device)),
+        seconds=time.monotonic() - started,
+    ).write(out.with_name(RUN_FILE))
+    write_features(out, found)
+
+
+def _score(
+    teacher: CausalLM,
+    record: TeacherRecord,
+    index: TokenIndex,
+    validation: SequenceTable,
+    section: Teacher,
+    evaluation: Evaluation,
+) -> TeacherFeatures:
+    """Return the features of the held-out sequences, and of a sample of the training sequences."""
     train_sequences, training = index.read_sample(num_positions=evaluation.fidelity_positions)
     logger.info(
         f"{validation.num_positions:,} held-out positions, {training.num_positions:,} to measure the cache with"
     )
-    teacher = load_recorded_teacher(
-        teacher_path, section, record_path=fingerprint_path, longest=index.longest
-    )
-    if has_tokenizer(record, index):
-        tokenizer = load_tokenizer(
-            teacher_path, revision=record["revision"], trust_remote_code=section.trust_remote_code
-        )
-        prompts = choose_prompts(validation, tokenizer, evaluation.samples)
-        samples = sample_model(teacher.model, tokenizer, prompts, evaluation.samples)
     found = score_tables(
         teacher,
-        fingerprint=record["weights"],
-        name=record["name"],
-        num_tokens=int(index.content["tokenizer"]["size"]),
+        fingerprint=record.weights,
+        name=record.name,
+        num_tokens=index.record.tokenizer.size,
         validation=validation,
         training=training,
         train_sequences=train_sequences,
         batch_size=section.generation.batch_size,
     )
     teacher.require_unchanged()
-    write_samples(samples_path, {"teacher": samples}, of=record["weights"])
-    write_features(out, found)
+    return found
 
 
-def has_tokenizer(record: dict[str, Any], index: TokenIndex) -> bool:
+def has_tokenizer(record: TeacherRecord, index: TokenIndex) -> bool:
     """Say whether the tokens were made by the tokenizer of a recorded teacher (its fingerprint.json)."""
-    return bool(record["tokenizer"]["fingerprint"] == index.content["tokenizer"]["fingerprint"])
+    return record.tokenizer.fingerprint == index.record.tokenizer.fingerprint
 
 
 def score_tables(
@@ -142,7 +168,7 @@ def collect_features(
     return torch.cat(pieces) if pieces else torch.empty((0, 0))
 
 
-def _build_empty(record: dict[str, Any], validation: SequenceTable) -> TeacherFeatures:
+def _build_empty(record: TeacherRecord, validation: SequenceTable) -> TeacherFeatures:
     """Return the features of a teacher that has read no sequence."""
     splits = ("val", "train")
     return TeacherFeatures(
@@ -150,8 +176,8 @@ def _build_empty(record: dict[str, Any], validation: SequenceTable) -> TeacherFe
         train_sequences=np.zeros(0, np.int64),
         head=Head(weight=None),
         num_tokens=0,
-        teacher=record["weights"],
-        name=record["name"],
+        teacher=record.weights,
+        name=record.name,
         num_parameters=0,
         keys=dict.fromkeys(splits, digest_keys(validation.slice(0, 0))),
     )

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -32,31 +32,19 @@ from retort.cache.reader import CACHE_FILE, CacheHeader
 from retort.cli import RESUME, first_line, is_out_of_memory
 from retort.cluster.deadlines import OUT_OF_TIME, RESUMABLE, Deadline
 from retort.config.sections import Cache, Teacher
-from retort.io.files import read_json
-from retort.io.records import Record
-from retort.io.run_record import RunRecord, describe_run
+from retort.io.fingerprints import TeacherRecord
+from retort.io.run_record import describe_run
 from retort.models.load import CausalLM, describe_device, load_recorded_teacher, name_dtype
 from retort.teacher.claims import Claims
 from retort.teacher.progress import Progress
+from retort.teacher.records import WorkerRecord
 from retort.teacher.scoring import PartTargets, Scorer, score_part
-from retort.tokens.index import TokenIndex
+from retort.tokens.index import Part, TokenIndex
 from retort.tokens.sequences import SequenceTable
 
 logger = logging.getLogger(__name__)
 
 _POLL_INTERVAL_S = 0.25  # listing the folder takes a few milliseconds
-
-
-class WorkerRecord(Record):
-    """metadata_worker<w>.json, the receipt of a worker: the names of the parts that it did."""
-
-    format: ClassVar[str] = "retort-worker"
-
-    worker: int
-    num_workers: int
-    parts_done: tuple[str, ...]
-    tokens: int
-    made: RunRecord
 
 
 @dataclass(frozen=True)
@@ -97,7 +85,7 @@ def run_worker(
     score = partial(
         score_part,
         codec=header.codec,
-        num_tokens=int(index.content["tokenizer"]["size"]),
+        num_tokens=index.record.tokenizer.size,
         order=order,
         on_batch=progress.add,
     )
@@ -117,8 +105,8 @@ def run_worker(
                 time.sleep(_POLL_INTERVAL_S)
                 continue
             with ExitStack() as claim:
-                is_claimed = claim.enter_context(claims.claim(part["name"]))
-                if not is_claimed or part_path(folder, part["name"], header).exists():
+                is_claimed = claim.enter_context(claims.claim(part.name))
+                if not is_claimed or part_path(folder, part.name, header).exists():
                     continue
                 scorer = scorer or Scorer(load(), batch_size)
                 table = index.read_part(part)
@@ -133,9 +121,7 @@ def run_worker(
     return WorkerReport(writer.done, progress.tokens, seconds, left, dtype)
 
 
-def _find_work(
-    index: TokenIndex, folder: Path, header: CacheHeader
-) -> list[tuple[int, dict[str, Any]]]:
+def _find_work(index: TokenIndex, folder: Path, header: CacheHeader) -> list[tuple[int, Part]]:
     """Return (index, part) of every missing part, none where all are merged.
 
     A worker that was suspended for long may resume after the others finished, merged and removed all parts.
@@ -149,7 +135,7 @@ def _find_work(
 class _PartToWrite:
     """A scored part; closing `claim`, once its file exists, releases its claim."""
 
-    part: dict[str, Any]
+    part: Part
     table: SequenceTable
     scored: PartTargets
     claim: ExitStack
@@ -169,7 +155,7 @@ class _Writer:
         header: CacheHeader,
         order: TokenOrder,
         *,
-        on_written: Callable[[dict[str, Any], Path], None],
+        on_written: Callable[[Part, Path], None],
     ) -> None:
         self.folder, self.header, self.order, self.on_written = folder, header, order, on_written
         self.thread = ThreadPoolExecutor(max_workers=1)
@@ -202,11 +188,11 @@ class _Writer:
 
     def _write(self, work: _PartToWrite) -> None:
         with work.claim:
-            path = part_path(self.folder, work.part["name"], self.header)
+            path = part_path(self.folder, work.part.name, self.header)
             halved = work.scored.num_halved > 0
             sequences = work.scored.sequences
             write_part(path, work.table, sequences, self.header, self.order, halved=halved)
-            self.done.append(work.part["name"])
+            self.done.append(work.part.name)
             self.on_written(work.part, path)
             discard_if_merged(path, self.folder.parent / CACHE_FILE, self.header)
         self.longest = max(self.longest, time.monotonic() - work.started)
@@ -249,7 +235,9 @@ def generate_logits(
         f"Worker {worker}/{num_workers}  CUDA_VISIBLE_DEVICES: {os.environ.get('CUDA_VISIBLE_DEVICES', '-')}"
     )
     index = TokenIndex.read(index_path)
-    header = build_header(index, read_json(fingerprint_path), cache, source=fingerprint_path)
+    header = build_header(
+        index, TeacherRecord.read(fingerprint_path), cache, source=fingerprint_path
+    )
     folder = receipt.parent
     if is_merged(folder / CACHE_FILE, header):
         logger.info("the merged cache already exists: nothing to do")

@@ -6,32 +6,89 @@ sequences that are returned.
 """
 
 import io
+import json
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
+from pydantic import SerializerFunctionWrapHandler, model_serializer
 
+from retort.corpus.documents import Counts
 from retort.corpus.sharding import check_assignments
 from retort.io.digests import digest
-from retort.io.files import read_json, write_atomically, write_json
-from retort.tokens.sequences import SPLITS, SequenceTable, concatenate_tables
+from retort.io.files import write_atomically
+from retort.io.fingerprints import TokenizerIdentity
+from retort.io.records import Entry, Record
+from retort.io.run_record import RUN_FILE, describe_run
+from retort.tokens.sequences import SequenceTable, concatenate_tables
 from retort.tokens.shards import (
     TOKENS_FORMAT,
+    ShardCounts,
     iterate_keys,
     iterate_token_shard,
     read_shard_metadata,
     read_token_shard,
 )
+from retort.tokens.tokenize import TokenCounts
 
-INDEX_VERSION = 3
 COUNTS_FILE = "token_counts.npy"
+
+
+class SplitTotals(Entry):
+    """Totals of a split; `longest`: tokens in its longest sequence."""
+
+    documents: int
+    sequences: int
+    tokens: int
+    positions: int
+    longest: int
+
+
+class Part(Entry):
+    """A part: `sequences` training sequences of a shard, from number `first` on."""
+
+    name: str
+    shard: int
+    first: int
+    sequences: int
+    tokens: int
+    positions: int
+
+
+class IndexCounts(Entry):
+    """Sums of what the shards count."""
+
+    documents: Counts
+    tokens: TokenCounts
+
+    @model_serializer(mode="wrap")
+    def _sort_keys(self, dump: SerializerFunctionWrapHandler) -> Any:
+        counts = dump(self) | {"tokens": self.tokens.to_json()}
+        return json.loads(json.dumps(counts, sort_keys=True))
+
+
+class IndexRecord(Record):
+    """index.json. content: digest of the training sequences' content keys; token_counts: of token_counts.npy."""
+
+    format: ClassVar[str] = TOKENS_FORMAT
+    version: ClassVar[int] = 3
+
+    tokenizer: TokenizerIdentity
+    content: str
+    counts: IndexCounts
+    train: SplitTotals
+    val: SplitTotals
+    token_counts: str
+    shards: tuple[str, ...]
+    parts: tuple[Part, ...]
 
 
 @dataclass
@@ -63,96 +120,98 @@ class _Totals:
             yield table
         self.shard_keys.append(keys.hexdigest())
 
-    def to_json(self) -> dict[str, int]:
+    def record(self) -> SplitTotals:
         """Return the totals that the index stores."""
-        names = ("documents", "sequences", "tokens", "positions", "longest")
-        return {name: getattr(self, name) for name in names}
+        return SplitTotals(**{name: getattr(self, name) for name in SplitTotals.model_fields})
 
 
 def build_index(
     shard_paths: list[Path], *, streaming_chunk_size: int
-) -> tuple[dict[str, Any], NDArray[np.int64]]:
-    """Return the content of index.json, and how often each token id occurs in the training sequences, int64 [V].
+) -> tuple[IndexRecord, NDArray[np.int64]]:
+    """Return the index, and how often each token id occurs in the training sequences, int64 [V].
 
     streaming_chunk_size: documents per part. Memory holds a block of sequences and the list of parts. Raises ValueError
     when no sequence is left for training, when shards have different tokenizers or the same documents, and when
     documents were lost or repeated.
     """
     metadata = [read_shard_metadata(path) for path in shard_paths]
-    tokenizers = {digest(tokenizer): tokenizer for tokenizer, _ in metadata}
+    tokenizers = dict.fromkeys(tokenizer for tokenizer, _ in metadata)
     if len(tokenizers) > 1:
         raise ValueError(
             f"the token shards were made with {len(tokenizers)} different tokenizers "
-            f"({', '.join(t['fingerprint'] for t in tokenizers.values())}): the tokenizer's files changed while "
+            f"({', '.join(t.fingerprint for t in tokenizers)}): the tokenizer's files changed while "
             f"the shards were written. Delete {shard_paths[0].parent} and rerun the same command."
         )
     train, val = _Totals(), _Totals()
-    parts: list[dict[str, Any]] = []
+    parts: list[Part] = []
     for shard, path in enumerate(shard_paths):
         tables = train.read(path, "train")
         parts += _list_parts(tables, shard=shard, documents_per_part=streaming_chunk_size)
         for _ in val.read(path, "val"):
             pass
     _refuse_repeated(parts, shard_paths)
-    all_counts = [counts for _, counts in metadata]
-    _reconcile_shards(all_counts)
-    summary = _sum_counts(all_counts)
+    counts = _sum_counts([counts for _, counts in metadata])
     if train.positions == 0:
         raise ValueError(
-            f"no document of the corpus is left for training: {summary['documents']}. Every document was empty, "
+            f"no document of the corpus is left for training: {vars(counts.documents)}. Every document was empty, "
             "skipped or held out. Look at the column names, dataset.validation_fraction and the files."
         )
-    index = {
-        "format": TOKENS_FORMAT,
-        "version": INDEX_VERSION,
-        "tokenizer": metadata[0][0],
-        "content": digest(train.shard_keys),
-        "counts": summary,
-        **{split: totals.to_json() for split, totals in zip(SPLITS, (train, val), strict=True)},
-        "token_counts": _digest_counts(train.token_counts),
-        "shards": [path.name for path in shard_paths],
-        "parts": parts,
-    }
+    index = IndexRecord(
+        tokenizer=metadata[0][0],
+        content=digest(train.shard_keys),
+        counts=counts,
+        train=train.record(),
+        val=val.record(),
+        token_counts=_digest_counts(train.token_counts),
+        shards=tuple(path.name for path in shard_paths),
+        parts=tuple(parts),
+    )
     return index, train.token_counts
 
 
-def write_index(
-    path: Path, shard_paths: list[Path], *, streaming_chunk_size: int
-) -> dict[str, Any]:
-    """Write index.json and token_counts.npy next to the shards; return the index.
+def write_index(path: Path, shard_paths: list[Path], *, streaming_chunk_size: int) -> IndexRecord:
+    """Write index.json, token_counts.npy and run.json next to the shards; return the index.
 
     Raises ValueError when no document is held out, and as `build_index` does.
     """
+    started = time.monotonic()
     index, token_counts = build_index(shard_paths, streaming_chunk_size=streaming_chunk_size)
-    if index["val"]["positions"] == 0:
+    if index.val.positions == 0:
         raise ValueError(
-            f"none of the {index['train']['documents']} usable documents is held out, so no student could be "
+            f"none of the {index.train.documents} usable documents is held out, so no student could be "
             "evaluated: raise dataset.validation_fraction, or give more documents."
         )
     content = io.BytesIO()
     np.save(content, token_counts.astype("<i8"), allow_pickle=False)
     write_atomically(path.with_name(COUNTS_FILE), content.getvalue())
-    write_json(path, index)
+    section = {"dataset": {"streaming_chunk_size": streaming_chunk_size}}
+    made = describe_run(section=section, seconds=time.monotonic() - started)
+    made.write(path.with_name(RUN_FILE))
+    index.write(path)
     return index
 
 
-def _refuse_repeated(parts: list[dict[str, Any]], shard_paths: list[Path]) -> None:
+def _refuse_repeated(parts: list[Part], shard_paths: list[Path]) -> None:
     """Raise ValueError when two shards contain the same documents: one was copied over the other."""
     shard_of: dict[str, int] = {}
     for part in parts:
-        if (other := shard_of.setdefault(part["name"], part["shard"])) != part["shard"]:
+        if (other := shard_of.setdefault(part.name, part.shard)) != part.shard:
             raise ValueError(
-                f"{shard_paths[part['shard']]} contains the documents of {shard_paths[other]}: one of the two is a "
+                f"{shard_paths[part.shard]} contains the documents of {shard_paths[other]}: one of the two is a "
                 "copy, so other documents are missing. Delete both and rerun the same command."
             )
 
 
-def _reconcile_shards(counts: list[dict[str, Any]]) -> None:
-    """Remove each shard's assignment from its counts; raise ValueError unless each document is in exactly one shard."""
-    assignments = [shard.pop("dealt", None) for shard in counts]
-    shardings = [shard.pop("sharding", None) for shard in counts]
-    if None not in assignments:  # None: one reader wrote all shards of a snapshot
-        check_assignments(assignments, sharding=shardings[0])
+def _sum_counts(shards: list[ShardCounts]) -> IndexCounts:
+    """Return the sums; raises ValueError unless each document is in exactly one shard."""
+    assignments = [shard.dealt for shard in shards if shard.dealt is not None]
+    if len(assignments) == len(shards):  # else one reader wrote all shards of a snapshot
+        check_assignments(assignments, sharding=str(shards[0].sharding))
+    documents = Counts()
+    for shard in shards:
+        documents.merge(shard.documents)
+    tokens = sum((shard.tokens for shard in shards), TokenCounts())
+    return IndexCounts(documents=documents, tokens=tokens)
 
 
 def _digest_counts(counts: NDArray[np.int64]) -> str:
@@ -177,7 +236,7 @@ def _name_part(keys: xxhash.xxh3_128, documents: Iterable[NDArray[np.int64]]) ->
 
 def _list_parts(
     tables: Iterable[SequenceTable], *, shard: int, documents_per_part: int
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Part]:
     """Yield the parts of one shard, from its training sequences in order."""
     first = 0
     pieces = _cut_at_parts(tables, documents_per_part)
@@ -190,14 +249,14 @@ def _list_parts(
             sequences += len(piece)
             tokens += len(piece.ids)
             positions += piece.num_positions
-        yield {
-            "name": _name_part(keys, documents),
-            "shard": shard,
-            "first": first,
-            "sequences": sequences,
-            "tokens": tokens,
-            "positions": positions,
-        }
+        yield Part(
+            name=_name_part(keys, documents),
+            shard=shard,
+            first=first,
+            sequences=sequences,
+            tokens=tokens,
+            positions=positions,
+        )
         first += sequences
 
 
@@ -215,54 +274,32 @@ def _cut_at_parts(
         num_documents, last = num_documents + int(is_new.sum()), int(table.documents[-1])
 
 
-def _sum_counts(counts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the sum of nested dictionaries of numbers."""
-    total: dict[str, Any] = {}
-    for shard in counts:
-        for key, value in shard.items():
-            if isinstance(value, dict):
-                total[key] = _sum_counts([total.get(key, {}), value])
-            else:
-                total[key] = total.get(key, 0) + value
-    return total
-
-
 @dataclass(frozen=True)
 class TokenIndex:
-    """The content of index.json, and access to the shards next to it."""
+    """The index, and access to the shards next to it."""
 
     path: Path
-    content: dict[str, Any]
+    record: IndexRecord
 
     @classmethod
     def read(cls, path: Path) -> "TokenIndex":
-        """Read index.json. Raises ValueError when it is missing or of another version."""
-        if not path.exists():
-            raise ValueError(f"{path} does not exist: rerun the same snakemake command to make it.")
-        content = read_json(path)
-        content = content if isinstance(content, dict) else {}
-        if (content.get("format"), content.get("version")) != (TOKENS_FORMAT, INDEX_VERSION):
-            raise ValueError(
-                f"{path} is {content.get('format')!r} version {content.get('version')!r}; this Retort reads "
-                f"{TOKENS_FORMAT!r} version {INDEX_VERSION}."
-            )
-        return cls(path, content)
+        """Read index.json. Raises ValueError as `Record.read` does."""
+        return cls(path, IndexRecord.read(path))
 
     @property
-    def parts(self) -> list[dict[str, Any]]:
-        """The parts by shard and document, each {"name", "shard", "first", "sequences", "tokens", "positions"}."""
-        parts: list[dict[str, Any]] = self.content["parts"]
-        return parts
+    def parts(self) -> tuple[Part, ...]:
+        """The parts by shard and document."""
+        return self.record.parts
 
     @property
     def longest(self) -> int:
         """Tokens in the longest sequence of both splits: the context length that a model needs."""
-        return max(int(self.content[split]["longest"]) for split in SPLITS)
+        return max(self.record.train.longest, self.record.val.longest)
 
     @property
     def held_out_normalized(self) -> int:
         """Number of held-out documents whose length in bytes the tokenizer changed (see `TokenCounts`)."""
-        return int(self.content["counts"]["tokens"].get("held_out_normalized", 0))
+        return self.record.counts.tokens.held_out_normalized
 
     def read_token_counts(self) -> NDArray[np.int64]:
         """Return how often each token id occurs in the training sequences, int64 [V].
@@ -276,17 +313,17 @@ class TokenIndex:
             raise ValueError(
                 f"{path} cannot be read ({error}): delete {self.path} and rerun the same command."
             ) from None
-        if _digest_counts(counts) != self.content["token_counts"]:
+        if _digest_counts(counts) != self.record.token_counts:
             raise ValueError(
                 f"{path} does not match {self.path}: delete {self.path} and rerun the same command."
             )
         return counts
 
-    def read_part(self, part: dict[str, Any]) -> SequenceTable:
+    def read_part(self, part: Part) -> SequenceTable:
         """Return the sequences of one part; reads no others. Raises ValueError when they do not match its name."""
-        table = self._read_train(part["shard"], part["first"], part["first"] + part["sequences"])
-        if name_part(table) != part["name"]:
-            raise self._not_listed(part["shard"], f"part {part['name']}")
+        table = self._read_train(part.shard, part.first, part.first + part.sequences)
+        if name_part(table) != part.name:
+            raise self._not_listed(part.shard, f"part {part.name}")
         return table
 
     def read_split(self, split: str, *, max_positions: int | None = None) -> SequenceTable:
@@ -296,7 +333,7 @@ class TokenIndex:
     def _iterate_split(self, split: str, *, max_positions: int | None) -> Iterator[SequenceTable]:
         limit = sys.maxsize if max_positions is None else max_positions
         positions = 0
-        for name in self.content["shards"]:
+        for name in self.record.shards:
             for table in iterate_token_shard(self.path.parent / name, split):
                 starts = positions + table.position_offsets[:-1]
                 kept = table.slice(0, int(np.searchsorted(starts, limit, side="left")))
@@ -309,7 +346,7 @@ class TokenIndex:
         """Return how many of the held-out sequences are also training sequences, by content key."""
         wanted = {key.tobytes() for key in held_out.keys}
         found: set[bytes] = set()
-        for name in self.content["shards"]:
+        for name in self.record.shards:
             for keys in iterate_keys(self.path.parent / name, "train"):
                 found |= wanted.intersection(row.tobytes() for row in keys)
         return sum(key.tobytes() in found for key in held_out.keys)
@@ -320,13 +357,13 @@ class TokenIndex:
         The sample has about `num_positions` counted positions. Sequences are numbered over all training sequences in
         index order, which is also the order of a merged cache. Raises ValueError when a shard no longer has them.
         """
-        train = self.content["train"]
-        total = train["sequences"]
-        count = min(total, max(1, round(num_positions * total / max(1, train["positions"]))))
+        train = self.record.train
+        total = train.sequences
+        count = min(total, max(1, round(num_positions * total / max(1, train.positions))))
         numbers = np.unique(np.linspace(0, total - 1, count).astype(np.int64))
-        sizes = [0] * len(self.content["shards"])
+        sizes = [0] * len(self.record.shards)
         for part in self.parts:
-            sizes[part["shard"]] += part["sequences"]
+            sizes[part.shard] += part.sequences
         stops = np.cumsum(sizes, dtype=np.int64)
         tables = []
         for number in numbers.tolist():
@@ -338,36 +375,32 @@ class TokenIndex:
         return numbers, concatenate_tables(tables)
 
     def _read_train(self, shard: int, first: int, stop: int) -> SequenceTable:
-        path = self.path.parent / self.content["shards"][shard]
+        path = self.path.parent / self.record.shards[shard]
         return read_token_shard(path, "train", first=first, stop=stop)
 
     def _not_listed(self, shard: int, what: str) -> ValueError:
-        path = self.path.parent / self.content["shards"][shard]
+        path = self.path.parent / self.record.shards[shard]
         return ValueError(
             f"{path} no longer contains the sequences that {self.path} lists ({what}): the shard was rewritten from "
             "other text. Delete index.json and rerun the same command."
         )
 
 
-def describe_index(index: dict[str, Any]) -> str:
+def describe_index(index: IndexRecord) -> str:
     """Return a summary of a few lines: documents and tokens, used and left out."""
-    documents, tokens = index["counts"]["documents"], index["counts"]["tokens"]
-    lines = []
-    for split, words in (("train", "to train on"), ("val", "held out")):
-        found = index[split]
-        lines.append(
-            f"{words}: {found['documents']:,} documents, {found['sequences']:,} sequences, "
-            f"{found['positions']:,} positions"
-        )
-    skipped = ", ".join(f"{n:,} {reason}" for reason, n in documents["skipped"].items()) or "none"
-    cleaned = ", ".join(f"{n:,} {reason}" for reason, n in documents["cleaned"].items()) or "none"
+    documents, tokens = index.counts.documents, index.counts.tokens
+    lines = [
+        f"{words}: {found.documents:,} documents, {found.sequences:,} sequences, {found.positions:,} positions"
+        for words, found in (("to train on", index.train), ("held out", index.val))
+    ]
+    skipped = ", ".join(f"{n:,} {reason}" for reason, n in documents.skipped.items()) or "none"
+    cleaned = ", ".join(f"{n:,} {reason}" for reason, n in documents.cleaned.items()) or "none"
     lines.append(
-        f"documents: {documents['read']:,} read = {documents['used']:,} used + skipped ({skipped}); "
-        f"cleaned: {cleaned}"
+        f"documents: {documents.read:,} read = {documents.used:,} used + skipped ({skipped}); cleaned: {cleaned}"
     )
     lines.append(
-        f"tokens: {tokens['read']:,} read = {tokens['stored']:,} stored + {tokens['truncated']:,} truncated + "
-        f"{tokens['without_loss']:,} of prompts alone + {tokens['too_short']:,} in documents of one token; "
-        f"{tokens['documents_split']:,} long documents split"
+        f"tokens: {tokens.read:,} read = {tokens.stored:,} stored + {tokens.truncated:,} truncated + "
+        f"{tokens.without_loss:,} of prompts alone + {tokens.too_short:,} in documents of one token; "
+        f"{tokens.documents_split:,} long documents split"
     )
     return "\n".join(lines)

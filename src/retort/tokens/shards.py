@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,7 +23,9 @@ from retort.corpus.reading import read_shard_documents, refuse_changed_files
 from retort.corpus.sharding import Assignment
 from retort.corpus.snapshot import read_snapshot
 from retort.io.files import remove_stale_temporaries
+from retort.io.fingerprints import TokenizerIdentity
 from retort.io.hdf5 import ColumnSource, open_h5, read_text, write_h5, write_text
+from retort.io.records import Entry
 from retort.tokens.sequences import SPLITS, TABLE_COLUMNS, SequenceTable, build_table
 from retort.tokens.tokenize import TokenCounts, tokenize_batches
 
@@ -41,14 +44,14 @@ def tokenize_shard(
     dataset: Dataset,
     tokenizer: Any,
     *,
-    fingerprint: dict[str, Any],
+    identity: TokenizerIdentity,
     shard: int,
     snapshot: Path | None,
     stamp: str | None = None,
 ) -> str:
     """Tokenize one shard of the corpus, from its folder `snapshot` if given, to `out`; return a summary line.
 
-    fingerprint: of `identify_tokenizer`, stored in the shard. Raises ValueError when the corpus cannot be read, or its
+    identity: of the tokenizer, stored in the shard. Raises ValueError when the corpus cannot be read, or its
     local files differ from `stamp` (see `digest_file_states`).
     """
     started = time.monotonic()
@@ -73,17 +76,17 @@ def tokenize_shard(
                 for split, table in tables.items():
                     spools[split].append(table)
         documents.reconcile()
-        counted: dict[str, Any] = {"documents": documents.to_json(), "tokens": counts.to_json()}
+        counted: dict[str, Any] = {"documents": vars(documents), "tokens": counts.to_json()}
         if (
             assignment.number_of_all
         ):  # 0 if one reader wrote all shards of a snapshot: it cannot lose documents
-            counted |= {"dealt": assignment.to_json(), "sharding": dataset.sharding}
+            counted |= {"dealt": asdict(assignment), "sharding": dataset.sharding}
         _write_shard(
             out,
             {split: spool.columns() for split, spool in spools.items()},
             {split: spool.label_names for split, spool in spools.items()},
             counts=counted,
-            tokenizer=fingerprint,
+            tokenizer=identity,
         )
     seconds = time.monotonic() - started
     return (
@@ -102,9 +105,9 @@ def write_token_shard(
     tables: Mapping[str, SequenceTable],
     *,
     counts: dict[str, Any],
-    tokenizer: dict[str, Any],
+    tokenizer: TokenizerIdentity,
 ) -> None:
-    """Write a shard from sequences in memory, by split; `tokenizer`: see `identify_tokenizer`."""
+    """Write a shard from sequences in memory, by split."""
     columns = {
         split: {name: _column_of(getattr(table, name)) for name in TABLE_COLUMNS}
         for split, table in tables.items()
@@ -119,13 +122,13 @@ def _write_shard(
     label_names: Mapping[str, tuple[tuple[str, str], ...]],
     *,
     counts: dict[str, Any],
-    tokenizer: dict[str, Any],
+    tokenizer: TokenizerIdentity,
 ) -> None:
     def fill(file: Any) -> None:
         file.attrs["format"] = np.bytes_(TOKENS_FORMAT)
         file.attrs["version"] = TOKENS_VERSION
         write_text(file, "counts", json.dumps(counts, sort_keys=True))
-        write_text(file, "tokenizer", json.dumps(tokenizer, sort_keys=True))
+        write_text(file, "tokenizer", json.dumps(tokenizer.model_dump(), sort_keys=True))
         for split in SPLITS:
             write_text(file, f"{split}/label_names", json.dumps(label_names[split]))
 
@@ -213,10 +216,22 @@ def _read_back(file: BinaryIO) -> Iterator[memoryview]:
 # Reading
 
 
-def read_shard_metadata(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return a shard's (tokenizer fingerprint and size, counts). Raises ValueError for any other file."""
+class ShardCounts(Entry):
+    """What a shard counts; `dealt` and `sharding`: where each shard has a reader of its own, what it was assigned."""
+
+    documents: Counts = Counts()
+    tokens: TokenCounts = TokenCounts()
+    dealt: Assignment | None = None
+    sharding: str | None = None
+
+
+def read_shard_metadata(path: Path) -> tuple[TokenizerIdentity, ShardCounts]:
+    """Return a shard's tokenizer and counts. Raises ValueError for any other file."""
     with _open_shard(path) as file:
-        return json.loads(read_text(file, "tokenizer")), json.loads(read_text(file, "counts"))
+        return (
+            TokenizerIdentity.model_validate_json(read_text(file, "tokenizer")),
+            ShardCounts.model_validate_json(read_text(file, "counts")),
+        )
 
 
 def read_token_shard(

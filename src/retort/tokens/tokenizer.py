@@ -9,7 +9,7 @@ from typing import Any
 from retort.cli import first_line
 from retort.io.digests import digest
 from retort.io.files import is_path
-from retort.io.fingerprints import describe_model_file, fingerprint_tokenizer
+from retort.io.fingerprints import TokenizerIdentity, describe_model_file, fingerprint_tokenizer
 from retort.tokens.chat import ChatFormat
 
 
@@ -58,21 +58,21 @@ def load_tokenizer(
         raise ValueError(explain_load_error("tokenizer", path, error)) from error
 
 
-def identify_tokenizer(path: str, tokenizer: Any) -> dict[str, Any]:
-    """Return {"fingerprint": digest, "size": tokens}: the digest of local files, or of a Hub tokenizer's vocabulary."""
+def identify_tokenizer(path: str, tokenizer: Any) -> TokenizerIdentity:
+    """Return the digest of a tokenizer's local files, or of a Hub tokenizer's vocabulary, and its size."""
     folder = Path(path)
     if folder.is_dir():
         fingerprint = fingerprint_tokenizer(folder)
     else:
         fingerprint = digest([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template])
-    return {"fingerprint": fingerprint, "size": len(tokenizer)}
+    return TokenizerIdentity(fingerprint=fingerprint, size=len(tokenizer))
 
 
-def refuse_other_tokenizer(found: dict[str, Any], *, expected: str | None, path: str) -> None:
+def refuse_other_tokenizer(found: TokenizerIdentity, *, expected: str | None, path: str) -> None:
     """Raise ValueError when a tokenizer's fingerprint (see `identify_tokenizer`) is not the expected one."""
-    if expected not in (None, found["fingerprint"]):
+    if expected not in (None, found.fingerprint):
         raise ValueError(
-            f"the tokenizer in {path!r} changed since the command began: fingerprint {found['fingerprint']}, "
+            f"the tokenizer in {path!r} changed since the command began: fingerprint {found.fingerprint}, "
             f"expected {expected}. Rerun the same command, which tokenizes the corpus with the new one."
         )
 

@@ -5,10 +5,11 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 from retort.io.digests import compare_digests, digest_folder
-from retort.io.files import read_json, write_json
+from retort.io.files import read_json
+from retort.io.records import Entry, Record
 
 logger = logging.getLogger(__name__)
 
@@ -26,10 +27,35 @@ class CheckpointId:
     strategy: str  # ddp or fsdp
 
 
-def write_marker(folder: Path, checkpoint_id: CheckpointId, progress: dict[str, Any]) -> None:
+class Progress(Entry):
+    """How far a training is: seconds and positions so far, and the sums since the last log line (`LossWindow`)."""
+
+    step: int
+    seconds: float
+    positions: float
+    window: dict[str, float]
+
+
+class CheckpointRecord(Record):
+    """complete.json of a checkpoint: which run it is of (see `CheckpointId`), and the digests of its files."""
+
+    format: ClassVar[str] = "retort-checkpoint"
+    version: ClassVar[int] = 2
+
+    run: str
+    strategy: str
+    progress: Progress
+    files: dict[str, str]
+
+
+def write_marker(folder: Path, checkpoint_id: CheckpointId, progress: Progress) -> None:
     """Mark a checkpoint as complete; `progress` is what `read_progress` returns when the run resumes from it."""
-    content = {"run": checkpoint_id.run, "strategy": checkpoint_id.strategy, **progress}
-    write_json(folder / MARKER, content | {"files": digest_folder(folder)})
+    CheckpointRecord(
+        run=checkpoint_id.run,
+        strategy=checkpoint_id.strategy,
+        progress=progress,
+        files=digest_folder(folder),
+    ).write(folder / MARKER)
 
 
 def find_checkpoint(folder: Path, checkpoint_id: CheckpointId) -> Path | None:
@@ -54,19 +80,19 @@ def find_checkpoint(folder: Path, checkpoint_id: CheckpointId) -> Path | None:
 
 def _find_fault(checkpoint: Path) -> str | None:
     """Return what is wrong with a checkpoint's files, None if nothing: Trainer does not notice a missing one."""
-    try:
-        recorded = read_json(checkpoint / MARKER)["files"]
-    except FileNotFoundError:
+    if not (checkpoint / MARKER).exists():
         return f"is incomplete (it has no {MARKER})"
-    except (ValueError, KeyError, TypeError):
+    try:
+        recorded = CheckpointRecord.read(checkpoint / MARKER)
+    except ValueError:
         return f"has a damaged {MARKER}"
-    differences = compare_digests(recorded, digest_folder(checkpoint))
+    differences = compare_digests(recorded.files, digest_folder(checkpoint))
     return f"is damaged ({', '.join(differences)})" if differences else None
 
 
 def _require_same_run(checkpoint: Path, expected: CheckpointId) -> None:
-    marker = read_json(checkpoint / MARKER)
-    run, strategy = marker.get("run"), marker.get("strategy")
+    marker = CheckpointRecord.read(checkpoint / MARKER)
+    run, strategy = marker.run, marker.strategy
     if run != expected.run:
         raise ValueError(
             f"{checkpoint} is of another run ({run}) than this one ({expected.run}): its student, data or training "
@@ -104,12 +130,11 @@ def require_start(checkpoint: Path, *, max_steps: int) -> None:
         )
 
 
-def read_progress(checkpoint: Path | None) -> dict[str, Any]:
-    """Return a marker's content: `seconds` and `positions` so far, and `window`, the sums since the last log line."""
+def read_progress(checkpoint: Path | None) -> Progress:
+    """Return how far a checkpoint is; without one, nothing."""
     if checkpoint is None:
-        return {"seconds": 0.0, "positions": 0, "window": None}
-    marker: dict[str, Any] = read_json(checkpoint / MARKER)
-    return marker
+        return Progress(step=0, seconds=0.0, positions=0.0, window={})
+    return CheckpointRecord.read(checkpoint / MARKER).progress
 
 
 def is_finished(checkpoint: Path) -> bool:

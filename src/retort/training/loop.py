@@ -221,8 +221,8 @@ def train_student(
         mixed = {"bf16": " with bfloat16", "fp16": " with float16"}
         summary = TrainingSummary(
             steps=trainer.state.global_step,
-            trained_positions=int(totals["positions"]),
-            seconds=round(totals["seconds"], 3),
+            trained_positions=int(totals.positions),
+            seconds=round(totals.seconds, 3),
             seconds_waiting_for_data=round(trainer.waited_s, 3),
             student_parameters=parameters,
             device=describe_device(trainer.args.device),
@@ -290,7 +290,7 @@ def _train(
     """Train from this run's checkpoint, from one that the config names, or from the beginning."""
     if checkpoint:
         logger.info(f"train {job.name}: resuming from {checkpoint.name}")
-        trainer.window.restore(read_progress(checkpoint)["window"])
+        trainer.window.restore(read_progress(checkpoint).window)
     if checkpoint and is_finished(checkpoint):
         trainer.model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))

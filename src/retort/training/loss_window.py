@@ -53,9 +53,9 @@ class LossWindow:
                 self._sums.zero_()
         return dict(zip(self.NAMES, self._sums.tolist(), strict=True))
 
-    def restore(self, sums: dict[str, float] | None) -> None:
+    def restore(self, sums: dict[str, float]) -> None:
         """Continue with the sums that a checkpoint holds."""
-        if sums is not None and rank() == 0:
+        if sums and rank() == 0:
             values = [sums[name] for name in self.NAMES]
             self._sums.copy_(torch.tensor(values, dtype=torch.float64))
 

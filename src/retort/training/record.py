@@ -2,10 +2,10 @@
 
 from typing import ClassVar
 
-from retort.io.records import Part, Record
+from retort.io.records import Entry, Record
 
 
-class TrainingSummary(Part):
+class TrainingSummary(Entry):
     """Totals of a training, over all its attempts. `dtype`: of the weights, and of mixed precision if it is used."""
 
     steps: int

@@ -11,8 +11,8 @@ from retort.config.load import identity
 from retort.config.sections import Student, Teacher, Tracking, Training
 from retort.config.training import DEFAULT_ALPHA
 from retort.io.digests import digest, digest_folder
-from retort.io.files import read_json
-from retort.io.run_record import describe_run
+from retort.io.fingerprints import TeacherRecord
+from retort.io.run_record import RUN_FILE, describe_run
 from retort.models.ends import list_ends_beside
 from retort.models.load import CausalLM, load_recorded_teacher, refuse_short_context
 from retort.models.students import name_student, student_config
@@ -60,14 +60,14 @@ def train_run(
     )
     _require_same_tokenizer(index, tokenizer_path, tokenizer)
     source = _open_source(index, cache_path if needs_teacher else None)
-    record = read_json(fingerprint_path) if fingerprint_path else None
+    record = TeacherRecord.read(fingerprint_path) if fingerprint_path else None
     if record is not None and isinstance(source, LogitCache):
         _require_teacher_of_cache(source, record, fingerprint_path)
     _require_same_student(student, expected_student)
     if student.model_path:
         require_student_ids(tokenizer, source=tokenizer_path, student=student.model_path)
     # The width of the teacher's output layer, with text alone too: so all students of one config have the same size.
-    vocabulary = max(record["vocabulary"] if record else 0, len(tokenizer))
+    vocabulary = max(record.vocabulary if record else 0, len(tokenizer))
     config = student_config(student, vocabulary=vocabulary, tokenizer=tokenizer)
     refuse_short_context(config, index.longest, name_student(student))
     teacher = None
@@ -119,15 +119,15 @@ def _identity(training: Training) -> dict[str, Any]:
 
 
 def _describe_sources(
-    index: TokenIndex, source: SequenceTable | LogitCache, record: dict[str, Any] | None
+    index: TokenIndex, source: SequenceTable | LogitCache, record: TeacherRecord | None
 ) -> dict[str, str]:
     """Return what a student is trained on, by name; `record`: the teacher's fingerprint.json, None without a teacher.
 
     The run's identity is a digest of this too, so its keys must stay.
     """
-    facts = {"tokens": str(index.content["content"])}
+    facts = {"tokens": index.record.content}
     if record is not None:
-        facts |= {"teacher": record["name"], "teacher's weights": record["weights"]}
+        facts |= {"teacher": record.name, "teacher's weights": record.weights}
     if isinstance(source, LogitCache):
         header = source.header
         facts |= {"teacher's weights": header.teacher, "logit cache": digest(header.to_json())}
@@ -136,7 +136,7 @@ def _describe_sources(
 
 
 def _write_records(
-    out: Path, job: TrainingJob, summary: TrainingSummary, record: dict[str, Any] | None
+    out: Path, job: TrainingJob, summary: TrainingSummary, record: TeacherRecord | None
 ) -> None:
     """Write run.json, then training.json, whose existence means that the run is finished."""
     training = job.training
@@ -148,7 +148,7 @@ def _write_records(
         device=summary.device,
         seconds=summary.seconds,
     )
-    made.write(out.with_name("run.json"))
+    made.write(out.with_name(RUN_FILE))
     TrainingRecord(
         run=job.name,
         id=out.parent.name,
@@ -156,7 +156,7 @@ def _write_records(
         alpha=training.alpha,
         temperature=training.temperature,
         seed=training.seed,
-        teacher=record["weights"] if record else None,
+        teacher=record.weights if record else None,
         summary=summary,
         final=digest_folder(out.parent / "final"),
     ).write(out)
@@ -173,8 +173,8 @@ def _require_same_student(student: Student, expected: str | None) -> None:
 
 def _require_same_tokenizer(index: TokenIndex, path: str, tokenizer: Any) -> None:
     """Raise ValueError when the tokenizer, which is saved in final/, is not the one that made the tokens."""
-    made_by = index.content["tokenizer"]["fingerprint"]
-    found = identify_tokenizer(path, tokenizer)["fingerprint"]
+    made_by = index.record.tokenizer.fingerprint
+    found = identify_tokenizer(path, tokenizer).fingerprint
     if found != made_by:
         raise ValueError(
             f"the tokenizer in {path!r} is not the one that made the tokens: its fingerprint is {found}, but "
@@ -184,13 +184,13 @@ def _require_same_tokenizer(index: TokenIndex, path: str, tokenizer: Any) -> Non
 
 
 def _require_teacher_of_cache(
-    cache: LogitCache, record: dict[str, Any], fingerprint_path: Path | None
+    cache: LogitCache, record: TeacherRecord, fingerprint_path: Path | None
 ) -> None:
     """Raise ValueError when `record`, which goes into training.json, is not of the teacher that made the cache."""
-    if cache.header.teacher != record["weights"]:
+    if cache.header.teacher != record.weights:
         raise ValueError(
             f"{cache.path} holds the distributions of teacher {cache.header.teacher}, but {fingerprint_path} records "
-            f"{record['weights']} ({record['name']}). Give the fingerprint.json of the teacher that made the cache."
+            f"{record.weights} ({record.name}). Give the fingerprint.json of the teacher that made the cache."
         )
 
 
@@ -214,13 +214,13 @@ def _load_live_teacher(
             f"workflow/scripts/resolve_teacher.py --teacher-model-path {path} --output fingerprint.json, and give "
             "--fingerprint fingerprint.json."
         )
-    record = read_json(record_path)
+    record = TeacherRecord.read(record_path)
     teachers = load_tokenizer(
         path,
-        revision=None if Path(path).is_dir() else record["revision"],
+        revision=None if Path(path).is_dir() else record.revision,
         trust_remote_code=section.trust_remote_code,
     )
-    width = record["vocabulary"]
+    width = record.vocabulary
     require_teacher_ids(tokenizer, teachers, width=width, source=source, teacher=path)
     return load_recorded_teacher(path, section, record_path=record_path, longest=longest)
 
@@ -235,9 +235,9 @@ def _open_source(index: TokenIndex, cache_path: Path | None) -> SequenceTable | 
             "delete the manifest too and rerun the same command to make the cache again."
         )
     cache = LogitCache(cache_path)
-    if cache.header.tokens != index.content["content"]:
+    if cache.header.tokens != index.record.content:
         raise ValueError(
             f"{cache_path} holds distributions for other tokens (content {cache.header.tokens}) than {index.path} "
-            f"lists ({index.content['content']}). Give the cache that was made from this index."
+            f"lists ({index.record.content}). Give the cache that was made from this index."
         )
     return cache

@@ -29,7 +29,7 @@ from retort.cluster.ranks import rank, world_size
 from retort.io.progress import Meter
 from retort.models.load import CausalLM
 from retort.training.batches import IGNORE_INDEX, ShuffledStream
-from retort.training.checkpoints import CheckpointId, write_marker
+from retort.training.checkpoints import CheckpointId, Progress, write_marker
 from retort.training.loss_window import LossWindow
 from retort.training.losses import (
     LossSettings,
@@ -176,7 +176,7 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         *,
         name: str,
         checkpoint_id: CheckpointId,
-        before: dict[str, Any],
+        before: Progress,
         write_curve: Callable[[], None],
         interval_s: float = 10.0,
     ) -> None:
@@ -191,12 +191,14 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         self._logs: dict[str, float] = {}
 
     @property
-    def totals(self) -> dict[str, float]:
-        """Seconds and positions of this attempt and of those before it."""
-        return {
-            "seconds": self.before["seconds"] + time.monotonic() - self.started,
-            "positions": self.before["positions"] + self.trainer.window.total_positions,
-        }
+    def totals(self) -> Progress:
+        """Seconds and positions of this attempt and of those before it, without a window."""
+        return Progress(
+            step=self.trainer.state.global_step,
+            seconds=self.before.seconds + time.monotonic() - self.started,
+            positions=self.before.positions + self.trainer.window.total_positions,
+            window={},
+        )
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -287,9 +289,8 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         )  # which also waits until all ranks have written their files
         if rank() == 0:
             folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-            totals = self.totals
-            totals["positions"] -= window["positions"]  # a restored window counts them again
-            progress = {"step": state.global_step, **totals, "window": window}
+            positions = self.totals.positions - window["positions"]  # a restored window has them
+            progress = self.totals.model_copy(update={"positions": positions, "window": window})
             write_marker(folder, self.checkpoint_id, progress)
 
     def on_train_end(

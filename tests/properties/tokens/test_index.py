@@ -25,16 +25,16 @@ def test_parts_cover_the_training_sequences_once_in_order(
     parts = [index.read_part(part) for part in index.parts]
     assert as_rows(parts) == as_rows(tables) == as_rows([index.read_split("train")])
     for part, table in zip(index.parts, parts, strict=True):
-        assert part["positions"] == table.num_positions
-        assert part["tokens"] == len(table.ids)
-        assert part["name"] == name_part(table)
+        assert part.positions == table.num_positions
+        assert part.tokens == len(table.ids)
+        assert part.name == name_part(table)
         assert len(set(table.documents.tolist())) <= chunk_size
-    train = index.content["train"]
-    assert train["sequences"] == sum(part["sequences"] for part in index.parts)
-    assert train["positions"] == sum(part["positions"] for part in index.parts)
-    assert train["documents"] == sum(SIZES)
+    train = index.record.train
+    assert train.sequences == sum(part.sequences for part in index.parts)
+    assert train.positions == sum(part.positions for part in index.parts)
+    assert train.documents == sum(SIZES)
     for shard, size in enumerate(SIZES):
-        count = sum(part["shard"] == shard for part in index.parts)
+        count = sum(part.shard == shard for part in index.parts)
         assert count == -(-size // chunk_size)
 
 

@@ -81,4 +81,4 @@ def test_blocks_of_any_size_give_the_same_index_and_the_same_sequences(
         found = index.read_split("train", max_positions=17)
         assert found.keys.tolist() == limited.keys.tolist()
     assert counts.sum() == sum(len(table.ids) for table in tables)
-    assert whole["train"]["longest"] == max(int(t.lengths.max()) for t in tables if len(t))
+    assert whole.train.longest == max(int(t.lengths.max()) for t in tables if len(t))

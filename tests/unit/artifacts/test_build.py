@@ -18,8 +18,8 @@ from retort.config.load import load_runs
 from retort.config.schema import merge
 from retort.config.sections import Evaluation, leaves
 from retort.config.sweeps import nest
-from retort.io.files import write_json
-from retort.io.fingerprints import fingerprint_tokenizer, fingerprint_weights
+from retort.io.fingerprints import TokenizerIdentity, fingerprint_tokenizer, fingerprint_weights
+from support.records import make_teacher_record
 
 Build = Callable[..., Project]
 KINDS = {"corpora", "teachers", "tokens", "logits", "validations", "run", "evaluation"}
@@ -318,11 +318,9 @@ def record(project: Project) -> None:
     (teacher,) = project.teachers.values()
     teacher.folder.mkdir(parents=True)
     model = Path(teacher.model_path)
-    tokenizer = {"fingerprint": fingerprint_tokenizer(model)}
-    write_json(
-        teacher.folder / "fingerprint.json",
-        {"weights": fingerprint_weights(model), "tokenizer": tokenizer},
-    )
+    tokenizer = TokenizerIdentity(fingerprint=fingerprint_tokenizer(model), size=300)
+    found = make_teacher_record(weights=fingerprint_weights(model), tokenizer=tokenizer)
+    found.write(teacher.folder / "fingerprint.json")
 
 
 def test_other_weights_at_the_same_path_are_refused_until_force_regenerate_changes(

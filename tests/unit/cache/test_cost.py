@@ -1,22 +1,21 @@
 """The cost said beforehand bounds the cost paid, and a disk that is too small is named."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from retort.cache.cost import describe_cost, estimate_cost
 from retort.cache.top_k_codec import TopKCodec
-from retort.io.files import read_json
+from retort.tokens.index import IndexRecord
+from support.records import make_index_record
 from support.sections import section
 from support.tiny import WIDTH, make_cache, tokenize
 
 COPY, VIRTUAL = section("merge", mode="copy"), section("merge", mode="virtual")
 
 
-def make_index(positions: int, *, parts: int = 3) -> dict[str, Any]:
-    train = {"positions": positions, "tokens": positions, "sequences": positions // 100}
-    return {"train": train, "parts": [{}] * parts}
+def make_index(positions: int) -> IndexRecord:
+    return make_index_record(positions, num_parts=3)
 
 
 @pytest.mark.slow
@@ -25,7 +24,7 @@ def test_the_plan_bounds_what_parts_and_merged_cache_take(
     top_k: int | str, tmp_path: Path, tiny_corpus: Path, tiny_teacher: Path
 ) -> None:
     index_path = tokenize(tmp_path / "tokens", tiny_corpus, tiny_teacher)
-    index, folder = read_json(index_path), tmp_path / "logits"
+    index, folder = IndexRecord.read(index_path), tmp_path / "logits"
     cost = estimate_cost(
         index, section("cache", top_k=top_k), COPY, vocabulary=WIDTH, folder=folder
     )
@@ -96,7 +95,7 @@ def test_cost_is_said_in_one_line_and_kept_as_json(tmp_path: Path) -> None:
         "cache: 1,000,000 positions in 3 parts, at most 264 bytes each (264.0 MB)"
     )
     assert "\n" not in line
-    assert cost.to_json()["record_bytes"] == 264_000_000
+    assert cost.record_bytes == 264_000_000
     assert describe_cost(
         estimate_cost(make_index(0), section("cache"), COPY, vocabulary=5, folder=tmp_path)
     )

@@ -208,7 +208,7 @@ def make_merged(folder: Path, index: TokenIndex, method: str) -> Path:
         (folder / "parts").mkdir(parents=True)
         for part in index.parts:
             table = index.read_part(part)
-            path = part_path(folder / "parts", part["name"], header)
+            path = part_path(folder / "parts", part.name, header)
             write_part(path, table, streams_of(table, header.codec, order), header, order)
     merge_parts(index, folder / "parts", header, folder / "teacher_logits.h5")
     return folder / "teacher_logits.h5"
@@ -251,7 +251,7 @@ def test_a_merged_cache_says_what_its_parts_say(
     header = coded_header(index, method)
     place = 0
     for part in index.parts:
-        cache = LogitCache(part_path(tmp_path / "parts", part["name"], header))
+        cache = LogitCache(part_path(tmp_path / "parts", part.name, header))
         for i in range(len(cache)):
             mine, theirs = merged.read_targets(place), cache.read_targets(i)
             assert as_rows(mine) == as_rows(theirs)

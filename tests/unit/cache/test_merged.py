@@ -37,11 +37,11 @@ def do_stripe(
     index: TokenIndex, folder: Path, header: CacheHeader, worker: int, num_workers: int
 ) -> None:
     """What a worker does, in an order of its own."""
-    stripe = index.parts[worker::num_workers]
+    stripe = list(index.parts[worker::num_workers])
     random.Random(worker).shuffle(stripe)
     for part in stripe:
         table = index.read_part(part)
-        path = part_path(folder, part["name"], header)
+        path = part_path(folder, part.name, header)
         write_part(path, table, targets_of(table, header.codec), header)
 
 
@@ -72,11 +72,11 @@ def test_parts_done_in_any_order_and_twice_merge_to_the_same_file(
 ) -> None:
     for seed in range(3):
         folder = tmp_path / str(seed)
-        order = index.parts * 2
+        order = list(index.parts * 2)
         random.Random(seed).shuffle(order)
         for part in order:
             table = index.read_part(part)
-            path = part_path(folder, part["name"], header)
+            path = part_path(folder, part.name, header)
             write_part(path, table, targets_of(table, header.codec), header)
         merge_parts(index, folder, header, folder / "again.h5")
         assert sha256(folder / "again.h5") == sha256(merged)
@@ -92,7 +92,7 @@ def test_missing_parts_are_those_without_a_file(
     index: TokenIndex, header: CacheHeader, own_parts: Path
 ) -> None:
     assert find_missing_parts(index, own_parts, header) == []
-    part_path(own_parts, index.parts[2]["name"], header).unlink()
+    part_path(own_parts, index.parts[2].name, header).unlink()
     assert find_missing_parts(index, own_parts, header) == [(2, index.parts[2])]
     other = replace(header, teacher="another")
     assert len(find_missing_parts(index, own_parts, other)) == len(index.parts)
@@ -101,7 +101,7 @@ def test_missing_parts_are_those_without_a_file(
 def test_one_error_names_every_missing_damaged_foreign_and_exchanged_part(
     index: TokenIndex, header: CacheHeader, own_parts: Path
 ) -> None:
-    paths = [part_path(own_parts, part["name"], header) for part in index.parts]
+    paths = [part_path(own_parts, part.name, header) for part in index.parts]
     missing, damaged, foreign, one, other = paths[:5]
     missing.unlink()
     content = bytearray(damaged.read_bytes())
@@ -244,7 +244,7 @@ def test_a_virtual_cache_moves_with_its_parts_and_h5py_reads_it(
 def test_a_virtual_cache_says_which_part_it_misses_or_finds_changed(
     virtual: Path, index: TokenIndex, header: CacheHeader, own_parts: Path
 ) -> None:
-    first, second = (part_path(own_parts, part["name"], header) for part in index.parts[:2])
+    first, second = (part_path(own_parts, part.name, header) for part in index.parts[:2])
     cache = LogitCache(virtual)
     before = int(cache.columns["part_offsets"][1])
     content = bytearray(second.read_bytes())

@@ -45,7 +45,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeDataset:
     return make_dataset
 
 
-def assign_all(dataset: Dataset) -> list[dict[str, int]]:
+def assign_all(dataset: Dataset) -> list[Assignment]:
     """What each shard records."""
     records = []
     for shard in range(dataset.num_shards):
@@ -58,7 +58,7 @@ def assign_all(dataset: Dataset) -> list[dict[str, int]]:
             assignment=assignment,
         )
         list(documents)
-        records.append(assignment.to_json())
+        records.append(assignment)
     return records
 
 

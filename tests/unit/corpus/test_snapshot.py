@@ -20,7 +20,7 @@ from retort.config.flags import section_flags
 from retort.config.sections import Dataset
 from retort.corpus.demo_text import PACKAGES
 from retort.corpus.documents import Counts, make_document
-from retort.corpus.snapshot import read_snapshot, write_snapshot
+from retort.corpus.snapshot import CorpusRecord, read_snapshot, write_snapshot
 from support.corpora import (
     DEFAULTS,
     contents,
@@ -57,7 +57,7 @@ def test_a_snapshot_contains_what_reading_the_stream_gives(
     found_counts = Counts()
     found = [list(read_snapshot(tmp_path, shard=s, counts=found_counts)) for s in range(3)]
     assert found == shards
-    assert found_counts == counts == Counts.from_json(summary["counts"])
+    assert found_counts == counts == summary.counts
     if not shuffle:
         assert found == read_shards(replace(stream, streaming=False), 3)[0]
     else:
@@ -77,6 +77,8 @@ def test_two_snapshots_have_the_same_bytes_and_no_other_files(
         name: {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
         for name in ("one", "two")
     }
+    made = [files[name].pop("run.json") for name in files]
+    assert all(b'"num_shards": 2' in content for content in made)
     assert files["one"] == files["two"]
     header = files["one"]["documents_00000.jsonl.gz"][:8]
     assert header[3:] == bytes(5)  # no flag (such as a file's name), no time
@@ -116,11 +118,11 @@ def test_a_truncated_snapshot_is_refused(numbered: Dataset, tmp_path: Path) -> N
 def test_a_snapshot_of_the_demo_records_the_versions_of_its_packages(tmp_path: Path) -> None:
     dataset = replace(DEFAULTS, max_samples=40, num_shards=2, validation_fraction=0.2)
     summary = write_snapshot(dataset, tmp_path)
-    assert set(summary["packages"]) == set(PACKAGES)
-    assert summary["counts"]["read"] == summary["counts"]["used"] == 40
+    assert set(summary.packages) == set(PACKAGES)
+    assert summary.counts.read == summary.counts.used == 40
     documents = [d for s in range(2) for d in read_snapshot(tmp_path, shard=s, counts=Counts())]
     assert sorted(documents, key=lambda d: d.index) == read_all(dataset)
-    assert summary["bytes"] == sum(len(d.text.encode()) for d in documents)
+    assert summary.bytes == sum(len(d.text.encode()) for d in documents)
 
 
 @pytest.mark.parametrize("keys", [{}, {"shuffle": True, "streaming_buffer_size": 7}])
@@ -165,7 +167,7 @@ def test_an_invalid_or_edited_progress_record_is_not_used(edit: str, tmp_path: P
     text = record.read_text()
     whole = json.loads(text)
     if edit == "row":
-        text = json.dumps(whole | {"is_complete": False, "place": whole["place"] | {"row": 5}})
+        text = json.dumps(whole | {"is_complete": False, "cursor": whole["cursor"] | {"row": 5}})
     elif edit == "size":
         text = json.dumps(whole | {"sizes": whole["sizes"] | {"0": 7}})
     else:
@@ -195,7 +197,7 @@ def test_a_snapshot_killed_ten_times_ends_with_the_same_bytes(tmp_path: Path) ->
         process.send_signal(signal.SIGKILL)
         process.wait()
         kills += 1
-        cursor = json.loads(record.read_text())["place"]
+        cursor = json.loads(record.read_text())["cursor"]
         cursors.append((cursor["file"], cursor["row"]))
     assert kills == 10, kills
     assert cursors == sorted(set(cursors)), cursors  # each run got further
@@ -211,7 +213,7 @@ def test_a_snapshot_waits_for_another_process_and_keeps_its_files(
     expected = write_snapshot(stream, folder)
     (folder / "corpus.json").unlink()
     monkeypatch.setattr("retort.corpus.snapshot._read_corpus", None)  # reading again would fail
-    found: list[dict[str, Any]] = []
+    found: list[CorpusRecord] = []
     with filelock.FileLock(folder / ".draw_00000.lock"):
         second = threading.Thread(
             target=lambda: found.append(write_snapshot(stream, folder, lock_notice_s=0.05))
@@ -240,7 +242,7 @@ def test_each_reader_reads_its_own_files_and_all_readers_everything_once(tmp_pat
     found = []
     for reader in range(2):
         summary = write_snapshot(stream, folder, reader=reader)
-        assert summary["dealt"]["number"] == (3, 2)[reader]
+        assert summary.assignment is not None and summary.assignment.number == (3, 2)[reader]
         found.append(list(read_snapshot(folder, shard=reader, counts=Counts())))
         assert {int(d.text.split()[1]) % 2 for d in found[-1]} == {reader}
     assert sorted(d.index for d in found[0]) == list(range(0, 60, 2))

@@ -15,7 +15,7 @@ from retort.evaluation.run import evaluate_run, evaluate_student
 from retort.evaluation.scores import METRICS, OF_BOTH, read_document_sums
 from retort.evaluation.text_bytes import count_next_bytes
 from retort.io.digests import digest_folder
-from retort.io.files import read_json, write_json
+from retort.io.fingerprints import TeacherRecord
 from retort.models.load import CausalLM, load_pretrained, load_teacher, split_model
 from retort.report.records import load_metrics
 from retort.teacher.features import TeacherFeatures, digest_keys, read_features
@@ -279,16 +279,18 @@ def test_without_a_loadable_tokenizer_only_bits_per_byte_is_missing(
 def test_a_teacher_with_another_tokenizer_is_not_compared_with(
     trained: Path, index: TokenIndex, features_path: Path, tmp_path: Path
 ) -> None:
-    fingerprint = read_json(features_path.parent / "fingerprint.json")
-    write_json(tmp_path / "same.json", fingerprint)
+    fingerprint = TeacherRecord.read(features_path.parent / "fingerprint.json")
+    fingerprint.write(tmp_path / "same.json")
     run_rule(trained, index, features_path, fingerprint=tmp_path / "same.json")
     assert read_metrics(trained).scores.student.metrics["kl_to_teacher"].value > 0
-    fingerprint["tokenizer"]["fingerprint"] = "0123456789ab"  # other files, the same ids
-    write_json(tmp_path / "files.json", fingerprint)
+    # Other files, the same ids.
+    files = fingerprint.tokenizer.model_copy(update={"fingerprint": "0123456789ab"})
+    fingerprint = fingerprint.model_copy(update={"tokenizer": files})
+    fingerprint.write(tmp_path / "files.json")
     run_rule(trained, index, features_path, fingerprint=tmp_path / "files.json")
     assert read_metrics(trained).scores.student.metrics["kl_to_teacher"].value > 0
-    fingerprint["name"] = str(swap_tokens(tmp_path / "other", Path(fingerprint["name"])))
-    write_json(tmp_path / "other.json", fingerprint)
+    other = str(swap_tokens(tmp_path / "other", Path(fingerprint.name)))
+    fingerprint.model_copy(update={"name": other}).write(tmp_path / "other.json")
     run_rule(trained, index, features_path, fingerprint=tmp_path / "other.json")
     found = read_metrics(trained)
     assert found.teacher is None and found.scores.teacher is None

@@ -10,10 +10,19 @@ import pytest
 from retort.io.records import JsonObject, Record
 from support.records import (
     make_benchmark,
+    make_check_record,
+    make_checkpoint_record,
+    make_comparison,
+    make_corpus_record,
+    make_index_record,
     make_manifest,
     make_metrics,
+    make_plan,
     make_run_record,
+    make_samples_record,
     make_score,
+    make_synthesis_record,
+    make_teacher_record,
     make_training_record,
     make_worker_record,
 )
@@ -25,6 +34,15 @@ RECORDS: list[Record] = [
     make_worker_record(),
     make_metrics(make_training_record("mine")),
     make_benchmark("arc", [make_score("arc", 0.5)]),
+    make_index_record(900, num_parts=2),
+    make_corpus_record(),
+    make_synthesis_record(),
+    make_samples_record(),
+    make_checkpoint_record(),
+    make_check_record(),
+    make_comparison(),
+    make_plan(),
+    make_teacher_record(),
 ]
 
 

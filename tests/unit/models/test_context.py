@@ -88,7 +88,7 @@ def write_student(folder: Path, *, context: int) -> Path:
 def test_the_index_knows_the_longest_sequence(index_path: Path) -> None:
     index = TokenIndex.read(index_path)
     found = {split: int(index.read_split(split).lengths.max()) for split in ("train", "val")}
-    assert {split: index.content[split]["longest"] for split in found} == found
+    assert {"train": index.record.train.longest, "val": index.record.val.longest} == found
     assert index.longest == max(found.values()) == LONGEST
 
 

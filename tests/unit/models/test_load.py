@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from retort.io.files import read_json
+from retort.io.fingerprints import TeacherRecord
 from retort.models.heads import Head
 from retort.models.load import (
     choose_device,
@@ -183,9 +184,9 @@ def test_a_teacher_is_frozen_split_and_of_the_recorded_width(
     tmp_path: Path, tiny_teacher: Path
 ) -> None:
     path = record(tmp_path, tiny_teacher)
-    content = read_json(path)
-    assert content["vocabulary"] == WIDTH and content["tokenizer"]["size"] == NUM_TOKENS
-    assert content["name"] == str(tiny_teacher) and content["revision"] is None
+    content = TeacherRecord.read(path)
+    assert content.vocabulary == WIDTH and content.tokenizer.size == NUM_TOKENS
+    assert content.name == str(tiny_teacher) and content.revision is None
     teacher = load_recorded_teacher(
         str(tiny_teacher), section("teacher", device="cpu"), record_path=path
     )
@@ -205,17 +206,17 @@ def test_other_weights_than_the_recorded_ones_are_refused(
         next(model.parameters())[0, 0] += 1.0
     model.save_pretrained(other)
     load_tokenizer(str(tiny_teacher)).save_pretrained(other)
-    require_weights(read_json(path), str(tiny_teacher), source=path)
-    found = fingerprint_model(str(other))["weights"]
+    require_weights(TeacherRecord.read(path), str(tiny_teacher), source=path)
+    found = fingerprint_model(str(other))[0]
     with pytest.raises(ValueError, match=rf"other weights.*{found}.*force_regenerate") as refusal:
         load_recorded_teacher(str(other), section("teacher", device="cpu"), record_path=path)
-    assert read_json(path)["weights"] in str(refusal.value)
+    assert TeacherRecord.read(path).weights in str(refusal.value)
 
 
 def test_a_record_of_another_hub_id_is_refused(tmp_path: Path, tiny_teacher: Path) -> None:
     path = record(tmp_path, tiny_teacher)
     with pytest.raises(ValueError, match=rf"'some/body' is not the teacher that {path} records"):
-        require_weights(read_json(path), "some/body", source=path)
+        require_weights(TeacherRecord.read(path), "some/body", source=path)
 
 
 def test_a_teacher_whose_files_change_while_it_works_is_refused(
@@ -241,12 +242,12 @@ def test_one_edit_anywhere_in_large_weights_is_another_fingerprint(
     shutil.copytree(tiny_teacher, tmp_path / "teacher")
     path = tmp_path / "teacher" / "model.safetensors"
     path.write_bytes(bytes(40 << 20))
-    seen = {fingerprint_model(str(tmp_path / "teacher"))["weights"]}
+    seen = {fingerprint_model(str(tmp_path / "teacher"))[0]}
     for place in range(1, 40 << 20, 9_999_991):
         with path.open("r+b") as file:
             file.seek(place)
             file.write(b"x")
-        seen.add(fingerprint_model(str(tmp_path / "teacher"))["weights"])
+        seen.add(fingerprint_model(str(tmp_path / "teacher"))[0])
     assert len(seen) == 6
 
 
@@ -334,8 +335,8 @@ def test_tokenizers_of_one_size_are_told_apart_by_their_tokens(
     same, other = (identify_tokenizer(str(f), load_tokenizer(str(f))) for f in folders)
     mine = identify_tokenizer(str(tiny_teacher), tokenizer)
     assert mine == same
-    assert other["size"] == mine["size"] == NUM_TOKENS
-    assert other["fingerprint"] != mine["fingerprint"]
+    assert other.size == mine.size == NUM_TOKENS
+    assert other.fingerprint != mine.fingerprint
 
 
 def test_a_hub_tokenizers_fingerprint_is_of_its_vocabulary(tiny_teacher: Path) -> None:
@@ -344,7 +345,7 @@ def test_a_hub_tokenizers_fingerprint_is_of_its_vocabulary(tiny_teacher: Path) -
     assert before == identify_tokenizer("another/name", tokenizer)
     tokenizer.add_tokens(["<new>"])
     after = identify_tokenizer("some/hub-id", tokenizer)
-    assert after["fingerprint"] != before["fingerprint"] and after["size"] == NUM_TOKENS + 1
+    assert after.fingerprint != before.fingerprint and after.size == NUM_TOKENS + 1
 
 
 def test_record_of_a_teacher_without_a_tokenizer_is_refused(

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from retort.io.fingerprints import TeacherRecord
 from retort.models.generate import sample_model
 from retort.models.load import load_pretrained
 from retort.models.samples import (
@@ -136,7 +137,7 @@ def test_a_file_gives_back_what_was_written_and_refuses_what_was_changed(
     text = path.read_text()
     for old, new in (("retort-samples", "other"), ('"greedy"', '"gready"'), ("{", "")):
         path.write_text(text.replace(old, new, 1))
-        with pytest.raises(ValueError, match=r"samples.json cannot be read.*delete the folder"):
+        with pytest.raises(ValueError, match=r"samples\.json .*: delete its folder"):
             read_samples(path, of="abc", whose="student")
     whole = json.loads(text)
     first = {**whole["prompts"][0], "text": 5}
@@ -146,7 +147,7 @@ def test_a_file_gives_back_what_was_written_and_refuses_what_was_changed(
     with pytest.raises(ValueError, match="no entry of the teacher"):
         read_samples(path, of="abc", whose="teacher")
     path.write_text(text)
-    with pytest.raises(ValueError, match="it is of abc, not of xyz"):
+    with pytest.raises(ValueError, match="is of abc, not of xyz"):
         read_samples(path, of="xyz", whose="student")
     changes: list[dict[str, Any]] = [
         {"models": []},
@@ -156,10 +157,10 @@ def test_a_file_gives_back_what_was_written_and_refuses_what_was_changed(
     ]
     for change in changes:
         path.write_text(json.dumps(whole | change))
-        with pytest.raises(ValueError, match=r"samples.json cannot be read.*delete the folder"):
+        with pytest.raises(ValueError, match=r"samples\.json .*: delete its folder"):
             read_samples(path, of="abc", whose="student")
     path.unlink()
-    with pytest.raises(ValueError, match=r"samples.json cannot be read.*delete the folder"):
+    with pytest.raises(ValueError, match=r"samples\.json .*: delete its folder"):
         read_samples(path, of="abc", whose="student")
     require_prompts(student, list(prompts), source=path)
     with pytest.raises(ValueError, match=r"other prompts \(2\).*given \(1\).*Delete"):
@@ -175,10 +176,11 @@ def test_a_teacher_is_asked_nothing_about_tokens_of_another_tokenizer(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     fingerprint = record(tmp_path, tiny_teacher)
-    changed = json.loads(fingerprint.read_text())
-    changed["tokenizer"]["fingerprint"] = "another"
-    changed |= {"vocabulary": 299} if is_too_wide else {}
-    fingerprint.write_text(json.dumps(changed))
+    found = TeacherRecord.read(fingerprint)
+    files = found.tokenizer.model_copy(update={"fingerprint": "another"})
+    width = 299 if is_too_wide else found.vocabulary
+    changed = found.model_copy(update={"tokenizer": files, "vocabulary": width})
+    changed.write(fingerprint)
     score_validation(
         tmp_path / "features.safetensors",
         index_path=index.path,
@@ -187,10 +189,9 @@ def test_a_teacher_is_asked_nothing_about_tokens_of_another_tokenizer(
         section=section("teacher", device="cpu"),
         evaluation=section("evaluation"),
     )
-    found = read_samples(tmp_path / "samples.json", of=changed["weights"], whose="teacher")[
-        "teacher"
-    ]
-    assert found.prompts == () and found.missing and "different tokenizers" in found.missing
+    samples = read_samples(tmp_path / "samples.json", of=changed.weights, whose="teacher")
+    assert samples["teacher"].prompts == ()
+    assert "different tokenizers" in str(samples["teacher"].missing)
     features = read_features(tmp_path / "features.safetensors")
     assert len(features.features["val"]) == (
         0 if is_too_wide else index.read_split("val").num_positions

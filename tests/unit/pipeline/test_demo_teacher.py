@@ -10,11 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from retort.config.schema import flatten
 from retort.config.sections import Student
 from retort.corpus.documents import Counts, Document
 from retort.corpus.reading import read_shard_documents
-from retort.io.files import read_json
-from retort.io.fingerprints import fingerprint_tokenizer, fingerprint_weights
+from retort.io.fingerprints import TeacherRecord, fingerprint_tokenizer, fingerprint_weights
+from retort.io.run_record import RunRecord
 from retort.models.students import student_config
 from retort.pipeline.demo_teacher import (
     DEMO_TEACHER,
@@ -108,21 +109,23 @@ def test_teacher_is_a_model_that_transformers_loads(made: Path) -> None:
         **tokenizer("The ", return_tensors="pt"), max_new_tokens=3, do_sample=False
     )
     assert out.shape[1] > 1
-    record = read_json(made / "fingerprint.json")
-    assert record["weights"] == fingerprint_weights(made / "model")
-    assert record["tokenizer"] == {
+    record = TeacherRecord.read(made / "fingerprint.json")
+    assert record.weights == fingerprint_weights(made / "model")
+    assert record.tokenizer.model_dump() == {
         "fingerprint": fingerprint_tokenizer(made / "model"),
         "size": SMALL.vocabulary,
     }
-    assert (record["name"], record["vocabulary"], record["revision"]) == ("demo", 290, None)
-    assert read_json(made / "run.json")["config"]["demo_teacher"]["hidden_size"] == 16
+    assert (record.name, record.vocabulary, record.revision) == ("demo", 290, None)
+    assert dict(flatten(RunRecord.read(made / "run.json").config))["demo_teacher.hidden_size"] == 16
 
 
 def test_teacher_is_the_same_from_the_same_text(
     made: Path, tiny_corpus: Path, tmp_path: Path
 ) -> None:
     again = make(tmp_path, tiny_corpus)
-    assert read_json(again / "fingerprint.json") == read_json(made / "fingerprint.json")
+    assert TeacherRecord.read(again / "fingerprint.json") == TeacherRecord.read(
+        made / "fingerprint.json"
+    )
     mine, theirs = (
         AutoModelForCausalLM.from_pretrained(f / "model").state_dict() for f in (made, again)
     )
@@ -138,14 +141,14 @@ def test_teacher_never_sees_what_is_held_out(tiny_corpus: Path, tmp_path: Path) 
     rest.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     with_them = make(tmp_path / "with", tiny_corpus, num_shards=1)
     without = make(tmp_path / "without", rest, num_shards=1, validation_fraction=0.0)
-    found = [read_json(f / "fingerprint.json") for f in (with_them, without)]
+    found = [TeacherRecord.read(f / "fingerprint.json") for f in (with_them, without)]
     assert found[0] == found[1]
 
 
 def test_a_finished_teacher_is_made_again_into_the_same(made: Path, tiny_corpus: Path) -> None:
-    before = read_json(made / "fingerprint.json")
+    before = TeacherRecord.read(made / "fingerprint.json")
     (made / "fingerprint.json").unlink()  # killed just before its last step
-    assert read_json(make(made, tiny_corpus) / "fingerprint.json") == before
+    assert TeacherRecord.read(make(made, tiny_corpus) / "fingerprint.json") == before
 
 
 @pytest.mark.parametrize("break_it", [lambda row: row | {"text": " "}, lambda row: {"text": ""}])

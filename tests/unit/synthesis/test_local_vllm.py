@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from retort.artifacts.responses import RESPONSES_FILE
+from retort.artifacts.responses import RESPONSES_FILE, SynthesisRecord
 from retort.config.flags import section_flags
 from retort.config.sections import Synthesis, Teacher
 from retort.synthesis.local_vllm import require_vllm, uses_vllm
@@ -137,9 +137,9 @@ def test_greedy_responses_are_those_of_transformers(
     by_vllm = finish(replace(section, engine="vllm"), stories, tmp_path / "vllm")
     by_transformers = finish(replace(section, engine="transformers"), stories, tmp_path / "other")
     assert by_vllm == by_transformers and len(set(by_vllm)) > len(PROMPTS) / 2
-    record = json.loads((tmp_path / "vllm/answers/mine/synthesis.json").read_text())
-    assert record["made"]["device"].startswith("vLLM ")
-    assert record["paid"]["requests"] == len(PROMPTS)
+    record = SynthesisRecord.read(tmp_path / "vllm/answers/mine/synthesis.json")
+    assert record.made.device.startswith("vLLM ")
+    assert record.paid.requests == len(PROMPTS)
 
 
 @needs_vllm

@@ -6,11 +6,10 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from retort.artifacts.responses import refuse_other_responses
+from retort.artifacts.responses import SynthesisRecord, refuse_other_responses
 from retort.config.flags import section_flags
 from retort.config.sections import Teacher
 from retort.synthesis.filters import AnswerFilter
@@ -60,10 +59,10 @@ def local(tmp_path: Path, tiny_teacher: Path) -> SynthesisJob:
     return SynthesisJob(section, evaluation_section(), str(tiny_teacher), teacher)
 
 
-def run_local(folder: Path, job: SynthesisJob) -> tuple[bytes, dict[str, Any]]:
+def run_local(folder: Path, job: SynthesisJob) -> tuple[bytes, SynthesisRecord]:
     record = folder / "answers" / "mine" / "synthesis.json"
     synthesize(record, job)
-    return record.with_name("responses.jsonl").read_bytes(), json.loads(record.read_text())
+    return record.with_name("responses.jsonl").read_bytes(), SynthesisRecord.read(record)
 
 
 def test_a_local_model_answers_the_same_wherever_it_was_interrupted(
@@ -73,7 +72,7 @@ def test_a_local_model_answers_the_same_wherever_it_was_interrupted(
     rows = [json.loads(line) for line in whole.splitlines()]
     assert [row["number"] for row in rows] == list(range(22))
     assert len({row["response"] for row in rows}) > 15
-    assert record["paid"]["requests"] == 22 and record["responses"]["rows"] == 22
+    assert record.paid.requests == 22 and record.responses.rows == 22
     journal = tmp_path / "whole" / "answers" / "journal.jsonl"
     lines = journal.read_bytes().splitlines(keepends=True)
     for kept in (1, 6, 13):  # in the middle of batches, with a torn line
@@ -109,7 +108,7 @@ def test_prompts_of_a_hub_are_asked_once_however_they_change(
         lines = record.with_name("responses.jsonl").read_text().splitlines()
         found = [json.loads(line) for line in lines]
         assert [row["prompt"] for row in found] == prompts
-        paid = json.loads(record.read_text())["paid"]["requests"]
+        paid = SynthesisRecord.read(record).paid.requests
         return {row["prompt"]: row["response"] for row in found}, paid
 
     first, paid = run(["Say one", "Tell me of two", "And three", "Then four of them"], "before")

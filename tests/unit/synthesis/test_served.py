@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from retort.artifacts.responses import RESPONSES_FILE
+from retort.artifacts.responses import RESPONSES_FILE, SynthesisRecord
 from retort.config.flags import section_flags
 from retort.config.sections import Synthesis
 from retort.synthesis.client import BudgetError
@@ -80,11 +80,11 @@ def configure(proxy: Proxy, model: Path, prompts: str, **over: Any) -> Synthesis
     return synthesis_section(**values | over)
 
 
-def run(folder: Path, section: Synthesis) -> tuple[bytes, dict[str, Any]]:
+def run(folder: Path, section: Synthesis) -> tuple[bytes, SynthesisRecord]:
     """Synthesize into a folder; return the responses and the record."""
     record = folder / "answers" / "mine" / "synthesis.json"
     synthesize(record, SynthesisJob(section, evaluation_section()))
-    return record.with_name(RESPONSES_FILE).read_bytes(), json.loads(record.read_text())
+    return record.with_name(RESPONSES_FILE).read_bytes(), SynthesisRecord.read(record)
 
 
 def write_command(record: Path, section: Synthesis) -> list[str]:
@@ -129,12 +129,12 @@ def test_a_fault_is_retried_and_leaves_no_trace_in_the_responses(
     found, record = run(tmp_path / "disturbed", section)
     assert found == expected
     assert Counter(proxy.asked) == Counter([*PROMPTS[:4], PROMPTS[1]])
-    paid = record["paid"]
-    assert (paid["requests"], paid["lost_requests"]) == (4, int(FAULTS[fault]))
+    paid = record.paid
+    assert (paid.requests, paid.lost_requests) == (4, int(FAULTS[fault]))
     (line,) = [line for line in caplog.messages if line.startswith("attempt 1 failed")]
     with capsys.disabled():
         seconds = time.monotonic() - started
-        print(f"\n| {fault} | 5 | {paid['lost_requests']} | {seconds:.1f} s | {line} |")
+        print(f"\n| {fault} | 5 | {paid.lost_requests} | {seconds:.1f} s | {line} |")
     if fault in ("429", "503"):
         assert "retrying in 1." in line  # Retry-After: 1, plus jitter
 
@@ -150,8 +150,8 @@ def test_an_answer_without_its_count_is_kept_and_counted_at_its_upper_bound(
     found, record = run(tmp_path / "disturbed", section)
     assert found == expected and len(proxy.asked) == 4
     bound = len(PROMPTS[1].encode()) + 64
-    assert record["paid"]["input_tokens"] > usual["paid"]["input_tokens"] + bound / 2
-    assert record["paid"]["output_tokens"] == usual["paid"]["output_tokens"]  # cut at max_tokens
+    assert record.paid.input_tokens > usual.paid.input_tokens + bound / 2
+    assert record.paid.output_tokens == usual.paid.output_tokens  # cut at max_tokens
 
 
 @pytest.mark.parametrize("provider", ["openai", "anthropic"])
@@ -199,7 +199,7 @@ def test_a_prompt_that_the_server_rejects_is_counted_and_the_others_arelist_answ
     found, record = run(tmp_path, section)
     rows = [json.loads(line) for line in found.splitlines()]
     assert [row["number"] for row in rows] == [0, 2, 3, 4]
-    assert record["fell"]["rejected"] == 1 and len(proxy.asked) == 5
+    assert record.dropped["rejected"] == 1 and len(proxy.asked) == 5
 
 
 def test_a_server_that_keeps_failing_ends_the_job_and_answers_are_kept(
@@ -212,7 +212,7 @@ def test_a_server_that_keeps_failing_ends_the_job_and_answers_are_kept(
         run(tmp_path, section)
     asked = len(proxy.asked)
     _, record = run(tmp_path, section)
-    assert proxy.asked[asked:] == PROMPTS[2:4] and record["paid"]["requests"] == 4
+    assert proxy.asked[asked:] == PROMPTS[2:4] and record.paid.requests == 4
 
 
 def test_the_order_in_which_answers_come_changes_no_byte(
@@ -225,7 +225,7 @@ def test_the_order_in_which_answers_come_changes_no_byte(
     proxy.delay_s = 0.05
     proxy.faults.extend(["none", "429", "none", "500", "none"])
     together, second = run(tmp_path / "many", replace(section, concurrency=12))
-    assert together == one_by_one and first["fell"] == second["fell"]
+    assert together == one_by_one and first.dropped == second.dropped
     assert 8 <= proxy.max_open <= 12
 
 
@@ -262,14 +262,12 @@ def test_repeated_kills_pay_twice_only_for_requests_in_flight(
     num_repeated = len(proxy.asked) - len(PROMPTS)
     assert 0 <= num_repeated <= kills * width
     assert (record.parent / RESPONSES_FILE).read_bytes() == expected
-    paid = json.loads(record.read_text())["paid"]
+    paid = SynthesisRecord.read(record).paid
     # A recorded request that was not sent yet also counts as lost: the budget is on the safe side.
-    assert (
-        paid["requests"] == len(PROMPTS) and num_repeated <= paid["lost_requests"] <= kills * width
-    )
+    assert paid.requests == len(PROMPTS) and num_repeated <= paid.lost_requests <= kills * width
     with capsys.disabled():
         print(f"\n{kills} kills, {width} at a time: {len(proxy.asked)} requests")
-        print("\n".join(lines), f"\nlost: {paid['lost_requests']}")
+        print("\n".join(lines), f"\nlost: {paid.lost_requests}")
 
 
 def test_another_filter_or_more_examples_ask_only_for_what_is_missing(
@@ -308,11 +306,11 @@ def test_the_budget_is_never_exceeded_and_a_larger_one_resumes(
         run(tmp_path, limited)
     assert len(proxy.asked) == sent, "nothing more is sent by the same command"
     more, record = run(tmp_path, section)
-    assert len(more.splitlines()) + sum(record["fell"].values()) == 12
+    assert len(more.splitlines()) + sum(record.dropped.values()) == 12
     assert len(proxy.asked) == 12 + 1
     assert "prompts to ask: about" in caplog.text
     spent = compute_spent(tmp_path / "answers" / JOURNAL_FILE)
-    assert record["paid"]["cost"] == pytest.approx(spent["cost"])
+    assert record.paid.cost == pytest.approx(spent["cost"])
 
 
 def test_a_server_that_counts_more_than_the_bound_stays_within_the_budget(
@@ -349,7 +347,7 @@ def test_anthropics_client_is_asked_the_same_way(proxy: Proxy, model: Path, tmp_
     found, record = run(tmp_path / "anthropic", other)
     expected = [json.loads(line)["response"] for line in from_openai.splitlines()]
     assert [json.loads(line)["response"] for line in found.splitlines()] == expected
-    assert record["paid"]["lost_requests"] == 2
+    assert record.paid.lost_requests == 2
 
 
 def test_the_key_is_in_no_file_log_or_error(

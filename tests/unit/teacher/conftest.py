@@ -26,8 +26,8 @@ def undisturbed(job: Job, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     """The bytes of the parts of one worker, by file name."""
     folder = tmp_path_factory.mktemp("parts")
     report = job.work(folder)
-    assert sorted(report.parts) == sorted(part["name"] for part in job.index.parts)
-    assert report.tokens == job.index.content["train"]["tokens"]
+    assert sorted(report.parts) == sorted(part.name for part in job.index.parts)
+    assert report.tokens == job.index.record.train.tokens
     found = read_parts(folder)
     assert len(found) == len(job.index.parts)  # no claim and no temporary file
     return found

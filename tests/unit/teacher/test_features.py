@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma2Config
 
-from retort.io.files import read_json, write_json
+from retort.io.fingerprints import TeacherRecord
 from retort.models.heads import Head
 from retort.models.load import CausalLM, load_teacher, split_model
 from retort.teacher.features import (
@@ -74,8 +74,8 @@ def test_file_says_which_teacher_it_is_of(
     features_path: Path, index: TokenIndex, tiny_teacher: Path
 ) -> None:
     found = read_features(features_path)
-    fingerprint = read_json(features_path.parent / "fingerprint.json")
-    assert (found.teacher, found.name) == (fingerprint["weights"], str(tiny_teacher))
+    fingerprint = TeacherRecord.read(features_path.parent / "fingerprint.json")
+    assert (found.teacher, found.name) == (fingerprint.weights, str(tiny_teacher))
     assert found.num_tokens == NUM_TOKENS and found.num_parameters > 1000
     found.require("val", index.read_split("val"), source=features_path)
     found.require("train", index.read_sample(num_positions=500)[1], source=features_path)
@@ -194,7 +194,7 @@ def test_no_held_out_document_is_refused(
         tokenize(tmp_path, tiny_corpus, tiny_teacher, validation_fraction=0.0)
     index_path = tmp_path / "index.json"  # as if it existed
     shards = sorted(tmp_path.glob("shard_*.h5"))
-    write_json(index_path, build_index(shards, streaming_chunk_size=20)[0])
+    build_index(shards, streaming_chunk_size=20)[0].write(index_path)
     with pytest.raises(ValueError, match=r"no document is held out.*validation_fraction"):
         score_validation(
             tmp_path / "features.safetensors",
@@ -234,5 +234,5 @@ def test_slices_cover_a_range_once(count: int, rows: int) -> None:
 
 def test_tiny_dataset_holds_some_documents_out(index: TokenIndex, tiny_corpus: Path) -> None:
     assert tiny_dataset(tiny_corpus).validation_fraction == 0.2
-    assert index.content["val"]["documents"] > 10
-    assert replace(index).content["train"]["documents"] > 50
+    assert index.record.val.documents > 10
+    assert replace(index).record.train.documents > 50

@@ -15,9 +15,10 @@ from retort.cache.parts import (
 from retort.cache.reader import CacheHeader
 from retort.cluster.deadlines import RESUMABLE
 from retort.config.schema import flatten
-from retort.io.files import read_json, write_json
+from retort.io.fingerprints import TeacherRecord
 from retort.models.load import CausalLM
-from retort.teacher.worker import WorkerRecord, generate_logits
+from retort.teacher.records import WorkerRecord
+from retort.teacher.worker import generate_logits
 from support.sections import section
 from support.teacher_job import After, Job, read_parts
 from support.tiny import NUM_TOKENS, WIDTH
@@ -54,7 +55,7 @@ def test_receipt_says_who_did_what_with_which_gpus(
     assert caplog.messages[0] == "Worker 1/2  CUDA_VISIBLE_DEVICES: 4,5"
     receipt = WorkerRecord.read(tmp_path / "metadata_worker1.json")
     assert (receipt.worker, receipt.num_workers) == (1, 2)
-    assert receipt.tokens == job.index.content["train"]["tokens"]
+    assert receipt.tokens == job.index.record.train.tokens
     assert len(receipt.parts_done) == len(job.index.parts)
     assert dict(flatten(receipt.made.config))["cache.top_k"] == 8
     assert receipt.made.dtype == "float32"
@@ -75,11 +76,11 @@ def test_a_merged_cache_means_nothing_to_do(
 
 
 def test_header_names_teacher_tokenizer_tokens_and_codec(job: Job) -> None:
-    content = read_json(job.fingerprint)
+    content = TeacherRecord.read(job.fingerprint)
     expected = CacheHeader(
-        content["weights"],
-        content["tokenizer"]["fingerprint"],
-        job.index.content["content"],
+        content.weights,
+        content.tokenizer.fingerprint,
+        job.index.record.content,
         build_codec(job.cache, vocabulary=WIDTH),
     )
     assert job.header == expected
@@ -88,17 +89,18 @@ def test_header_names_teacher_tokenizer_tokens_and_codec(job: Job) -> None:
 def test_a_tokenizer_with_ids_beyond_the_output_layer_is_refused_with_both_numbers(
     job: Job, tmp_path: Path
 ) -> None:
-    narrow = read_json(job.fingerprint) | {"vocabulary": NUM_TOKENS - 1}
+    record = TeacherRecord.read(job.fingerprint)
+    narrow = record.model_copy(update={"vocabulary": NUM_TOKENS - 1})
     with pytest.raises(ValueError, match=r"has 300 tokens.*has only 299.*dataset\.tokenizer"):
         build_header(job.index, narrow, job.cache, source=tmp_path)
-    exact = narrow | {"vocabulary": NUM_TOKENS}
+    exact = record.model_copy(update={"vocabulary": NUM_TOKENS})
     assert build_header(job.index, exact, job.cache, source=tmp_path).codec.vocabulary == NUM_TOKENS
 
 
 def test_tokens_of_another_tokenizer_are_refused(job: Job, tmp_path: Path) -> None:
-    other = read_json(job.fingerprint)
-    other["tokenizer"]["fingerprint"] = "0123456789ab"
-    write_json(tmp_path / "fingerprint.json", other)
+    record = TeacherRecord.read(job.fingerprint)
+    files = record.tokenizer.model_copy(update={"fingerprint": "0123456789ab"})
+    other = record.model_copy(update={"tokenizer": files})
     with pytest.raises(
         ValueError, match=r"teacher's is 0123456789ab.*would belong to other tokens"
     ):

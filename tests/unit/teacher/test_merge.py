@@ -1,7 +1,6 @@
 """Merging makes one measured cache and a manifest after any interruption, and refuses misaligned distributions."""
 
 import importlib
-import json
 import multiprocessing
 import random
 import shutil
@@ -21,26 +20,21 @@ from retort.cache.merged import merge_parts
 from retort.cache.parts import build_header, part_path, write_part
 from retort.cache.reader import CACHE_FILE, CacheHeader, LogitCache
 from retort.cache.top_k_codec import TopKCodec
-from retort.io.files import read_json, write_json
+from retort.io.files import read_json
 from retort.models.heads import Head
 from retort.teacher.features import TeacherFeatures, digest_keys, write_features
-from retort.teacher.manifest import Manifest
-from retort.teacher.merge import CacheRun, merge_h5
+from retort.teacher.merge import merge_h5
+from retort.teacher.records import CacheRun, Manifest
 from retort.teacher.selection import select_top_k
 from retort.tokens.index import TokenIndex
 from retort.tokens.sequences import SequenceTable
-from support.records import make_worker_record
+from support.records import make_teacher_record, make_worker_record
 from support.sections import section
 from support.synthetic import TOKENIZER, make_table, split_targets, write_tokens
 
 WIDTH = 300
 CACHE = section("cache", top_k=5)
-RECORD = {
-    "weights": "feedc0ffee00",
-    "name": "synthetic",
-    "tokenizer": TOKENIZER,
-    "vocabulary": WIDTH,
-}
+RECORD = make_teacher_record(tokenizer=TOKENIZER, vocabulary=WIDTH)
 
 
 def logits_of(table: SequenceTable) -> Tensor:
@@ -53,7 +47,7 @@ def logits_of(table: SequenceTable) -> Tensor:
 
 
 def targets_of(table: SequenceTable, codec: TopKCodec) -> SparseTargets:
-    return select_top_k(logits_of(table), codec, num_tokens=TOKENIZER["size"])
+    return select_top_k(logits_of(table), codec, num_tokens=TOKENIZER.size)
 
 
 @dataclass(frozen=True)
@@ -95,8 +89,8 @@ def write_teacher_features(path: Path, index: TokenIndex, **changes: Any) -> Non
         "features": {split: logits_of(table) for split, table in tables.items()},
         "train_sequences": places,
         "head": Head(None),
-        "num_tokens": TOKENIZER["size"],
-        "teacher": RECORD["weights"],
+        "num_tokens": TOKENIZER.size,
+        "teacher": RECORD.weights,
         "name": "synthetic",
         "num_parameters": 1,
         "keys": {split: digest_keys(table) for split, table in tables.items()},
@@ -109,7 +103,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sources")
     tables = [make_table(9, seed=0), make_table(8, seed=1, first_document=100)]
     index = write_tokens(folder, tables, chunk_size=3)
-    write_json(folder / "fingerprint.json", RECORD)
+    RECORD.write(folder / "fingerprint.json")
     write_teacher_features(folder / "features.safetensors", index)
     return folder
 
@@ -127,7 +121,7 @@ def prepare(sources: Path, tmp_path: Path) -> Callable[..., Place]:
         random.Random(seed).shuffle(order)
         for part in order:
             table = index.read_part(part)
-            path = part_path(place.parts, part["name"], header)
+            path = part_path(place.parts, part.name, header)
             targets = targets_of(table, header.codec)
             write_part(path, table, split_targets(targets, table), header)
         make_worker_record(tokens=seed).write(place.folder / "metadata_worker0.json")
@@ -140,15 +134,14 @@ def test_the_manifest_says_what_is_in_the_cache(prepare: Callable[..., Place]) -
     place = prepare()
     line = place.merge()
     manifest, cache = Manifest.read(place.manifest), LogitCache(place.file)
-    train = place.index.content["train"]
-    assert [manifest.sequences, manifest.tokens, manifest.positions] == [
-        train[k] for k in ("sequences", "tokens", "positions")
-    ]
+    train = place.index.record.train
+    assert (manifest.sequences, manifest.tokens) == (train.sequences, train.tokens)
+    assert manifest.positions == train.positions
     assert manifest.file_bytes == place.file.stat().st_size
-    assert manifest.bytes_per_position == cache.record_bytes / train["positions"]
+    assert manifest.bytes_per_position == cache.record_bytes / train.positions
     assert (manifest.method, manifest.top_k) == ("top_k", 5)
     assert manifest.header == place.header.to_json()
-    assert f"{train['positions']:,} positions" in line
+    assert f"{train.positions:,} positions" in line
     assert not place.parts.exists()
     assert CacheRun.read(place.folder / "run.json").workers == (make_worker_record(),)
 
@@ -399,6 +392,6 @@ def test_a_merged_cache_of_something_else_is_refused(
     place = prepare()
     place.merge()
     other = tmp_path / "fingerprint.json"
-    other.write_text(json.dumps(RECORD | {"weights": "other"}))
+    RECORD.model_copy(update={"weights": "other"}).write(other)
     with pytest.raises(ValueError, match="made with another teacher"):
         place.merge(fingerprint_path=other)

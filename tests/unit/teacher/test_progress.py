@@ -18,9 +18,11 @@ import sys, time
 from pathlib import Path
 from retort.cli import configure_logging
 from retort.teacher.progress import Progress, logger
+from retort.tokens.index import Part
 configure_logging()
 folder = Path(sys.argv[1])
-parts = [{"name": str(i), "sequences": 5, "tokens": 100, "positions": 80} for i in range(4)]
+sizes = {"shard": 0, "first": 0, "sequences": 5, "tokens": 100, "positions": 80}
+parts = [Part(name=str(i), **sizes) for i in range(4)]
 files = [folder / f"{i}.h5" for i in range(4)]
 files[0].write_bytes(bytes(160))  # another worker's
 with Progress(parts, files, log_interval_s=0.0, poll_interval_s=0.0) as shown:

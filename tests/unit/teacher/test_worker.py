@@ -33,7 +33,7 @@ from retort.models.load import CausalLM
 from retort.teacher.claims import Claims
 from retort.teacher.merge import build_manifest
 from retort.teacher.scoring import Scorer, batch_by_length
-from retort.tokens.index import TokenIndex
+from retort.tokens.index import Part, TokenIndex
 from support.scoring import Small, score_top_k
 from support.teacher_job import After, Job, read_parts
 from support.tiny import real_processes
@@ -43,7 +43,7 @@ def test_parts_decode_to_what_scoring_gives(
     job: Job, undisturbed: dict[str, bytes], tmp_path: Path, teacher: CausalLM
 ) -> None:
     part = job.index.parts[1]
-    path = part_path(tmp_path, part["name"], job.header)
+    path = part_path(tmp_path, part.name, job.header)
     path.write_bytes(undisturbed[path.name])
     cache, table = LogitCache(path), job.index.read_part(part)
     codec = job.header.codec
@@ -118,7 +118,7 @@ def test_a_worker_does_its_own_stripe_first_and_then_all_others(
 
     report = job.work(tmp_path, worker=4, num_workers=3, load=load)
     assert len(loaded) == 1  # once for all parts
-    places = [[part["name"] for part in job.index.parts].index(name) for name in report.parts]
+    places = [[part.name for part in job.index.parts].index(name) for name in report.parts]
     number = len(job.index.parts)
     own = [p for p in range(number) if p % 3 == 1]
     assert places == own + [p for p in range(number) if p % 3 != 1]
@@ -241,10 +241,11 @@ def test_a_worker_that_comes_back_after_its_part_was_taken_over_does_no_harm(
 
 
 def test_of_ten_thousand_parts_the_missing_ones_are_found(job: Job, tmp_path: Path) -> None:
-    parts = [{"name": f"{place:012x}"} for place in range(10_000)]
-    index = TokenIndex(job.index_path, {"parts": parts})
+    sizes = {"shard": 0, "first": 0, "sequences": 1, "tokens": 2, "positions": 1}
+    parts = tuple(Part(name=f"{place:012x}", **sizes) for place in range(10_000))
+    index = TokenIndex(job.index_path, job.index.record.model_copy(update={"parts": parts}))
     files = part_files(index, tmp_path, job.header)
-    assert files == [part_path(tmp_path, part["name"], job.header) for part in parts]
+    assert files == [part_path(tmp_path, part.name, job.header) for part in parts]
     gone = {7, 5000, 9999}
     for place, path in enumerate(files):
         if place not in gone:

@@ -136,7 +136,7 @@ def index(tmp_path: Path) -> TokenIndex:
 
 def change_all_but(index: TokenIndex, kept: Callable[[int], bool], *, shard: int) -> None:
     """Change a token in every sequence of a shard, except those that `kept` is true of."""
-    with h5py.File(index.path.parent / index.content["shards"][shard], "r+") as file:
+    with h5py.File(index.path.parent / index.record.shards[shard], "r+") as file:
         ids, offsets = file["train/ids"], file["train/offsets"][()]
         for sequence, first in enumerate(offsets[:-1].tolist()):
             if not kept(sequence):
@@ -146,12 +146,12 @@ def change_all_but(index: TokenIndex, kept: Callable[[int], bool], *, shard: int
 def test_reading_a_part_reads_only_its_own_sequences(index: TokenIndex) -> None:
     part = index.parts[4]
     before = index.read_part(part)
-    own = range(part["first"], part["first"] + part["sequences"])
+    own = range(part.first, part.first + part.sequences)
     change_all_but(index, lambda sequence: sequence in own, shard=0)
     assert index.read_part(part).ids.tolist() == before.ids.tolist()
     for other in index.parts[:4] + index.parts[5:10]:
         with pytest.raises(
-            ValueError, match=rf"sequence {other['first']} does not match its content key"
+            ValueError, match=rf"sequence {other.first} does not match its content key"
         ):
             index.read_part(other)
     assert len(index.read_part(index.parts[-1])), "of the other shard"
@@ -162,10 +162,10 @@ def test_reading_a_part_reads_only_its_own_sequences(index: TokenIndex) -> None:
 @pytest.mark.parametrize("column", ["ids", "loss_mask", "segment_starts", "keys", "documents"])
 def test_damage_to_a_part_is_refused_when_it_is_read(column: str, index: TokenIndex) -> None:
     part = index.parts[4]
-    path = index.path.parent / index.content["shards"][0]
+    path = index.path.parent / index.record.shards[0]
     with h5py.File(path, "r+") as file:
         offsets = {"ids": "offsets", "loss_mask": "offsets", "segment_starts": "segment_offsets"}
-        row = part["first"] + 1
+        row = part.first + 1
         row = int(file["train"][offsets[column]][row]) if column in offsets else row
         file["train"][column][row] ^= 1
     with pytest.raises(
@@ -181,8 +181,8 @@ def test_damage_to_a_part_is_refused_when_it_is_read(column: str, index: TokenIn
 @pytest.mark.parametrize("value", [-5, 0, 10**15])
 def test_damaged_offsets_are_refused(column: str, value: int, index: TokenIndex) -> None:
     part = index.parts[4]
-    path = index.path.parent / index.content["shards"][0]
-    for row in (part["first"], part["first"] + 1, part["first"] + part["sequences"]):
+    path = index.path.parent / index.record.shards[0]
+    for row in (part.first, part.first + 1, part.first + part.sequences):
         with h5py.File(path, "r+") as file:
             before = int(file["train"][column][row])
             file["train"][column][row] = value
@@ -201,10 +201,10 @@ def test_a_limited_split_and_a_sample_read_only_what_they_return(
     change_all_but(index, lambda sequence: sequence in places, shard=0)
     again, found = index.read_sample(num_positions=20)
     assert again.tolist() == places.tolist() and found.keys.tolist() == sample.keys.tolist()
-    assert 1 < len(places) < index.content["train"]["sequences"] / 5
+    assert 1 < len(places) < index.record.train.sequences / 5
 
     monkeypatch.setattr(shards, "_BLOCK_SEQUENCES", 1)
-    (index.path.parent / index.content["shards"][1]).unlink()
+    (index.path.parent / index.record.shards[1]).unlink()
     first = index.read_split("train", max_positions=1)
     assert len(first) == 1, "neither the next sequence, which was changed, nor the next shard"
 

@@ -15,7 +15,7 @@ from support.tiny import CHAT_TEMPLATE
 def test_a_local_tokenizer_is_identified_by_its_files(tiny_teacher: Path) -> None:
     tokenizer = load_tokenizer(str(tiny_teacher))
     found = identify_tokenizer(str(tiny_teacher), tokenizer)
-    assert found["size"] == 300
+    assert found.size == 300
     assert found != identify_tokenizer("hub/id", tokenizer)
 
 
@@ -26,7 +26,7 @@ def test_a_hub_tokenizer_is_identified_by_vocabulary_and_template(tiny_teacher: 
     found.append(identify_tokenizer("hub/id", tokenizer))
     tokenizer.add_tokens(["<new>"])
     found.append(identify_tokenizer("hub/id", tokenizer))
-    assert len({f["fingerprint"] for f in found}) == 3
+    assert len({f.fingerprint for f in found}) == 3
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ with without_torch():
     tokenizer = load_tokenizer(sys.argv[1])
 text = sys.argv[2]
 found = [tokenizer(text)["input_ids"], encode_prompt(text, tokenizer)]
-found.append(identify_tokenizer("hub/id", tokenizer))
+found.append(identify_tokenizer("hub/id", tokenizer).model_dump())
 assert "torch" not in sys.modules
 from datasets.fingerprint import Hasher
 Hasher.hash(tokenizer)  # looks for "torch" in sys.modules
@@ -72,7 +72,7 @@ def test_a_tokenizer_is_the_same_without_pytorch_which_can_be_imported_afterward
     ids, prompt = tokenizer(text)["input_ids"], encode_prompt(text, tokenizer)
     assert len(prompt) > len(ids) > 0
     fingerprint = identify_tokenizer("hub/id", tokenizer)
-    assert json.loads(done.stdout) == [ids, prompt, fingerprint, [1.0, 1.0]]
+    assert json.loads(done.stdout) == [ids, prompt, fingerprint.model_dump(), [1.0, 1.0]]
 
 
 def test_merging_needs_no_transformers() -> None:

@@ -15,8 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from retort.artifacts.build import student_content
 from retort.cache.entropy_codec import EntropyCodec
 from retort.cache.reader import LogitCache
+from retort.config.schema import flatten
 from retort.io.digests import digest
 from retort.io.files import read_json, write_json
+from retort.io.fingerprints import TeacherRecord
+from retort.io.run_record import RunRecord
 from retort.tokens.tokenizer import load_tokenizer
 from retort.training.loop import LOG_COLUMNS, find_tail_column, write_log
 from retort.training.record import TrainingRecord
@@ -247,7 +250,8 @@ def test_record_of_a_run_holds_what_evaluate_needs(bench: Bench, tmp_path: Path)
 
     found = run_rule(bench, tmp_path / "abc" / "training.json")
     assert (found.run, found.id, found.alpha) == ("mine", "abc", 0.5)
-    assert read_json(tmp_path / "abc" / "run.json")["config"]["training"]["max_steps"] == 2
+    made = RunRecord.read(tmp_path / "abc" / "run.json")
+    assert dict(flatten(made.config))["training.max_steps"] == 2
 
 
 def test_final_folder_ends_where_template_and_generation_config_do(
@@ -376,8 +380,9 @@ def test_a_live_teacher_with_another_chat_template_is_learned_from(
 def test_a_record_of_another_teacher_than_the_caches_is_refused(
     bench: Bench, tmp_path: Path
 ) -> None:
-    other = read_json(bench.fingerprint) | {"weights": "0123456789ab", "name": "another"}
-    write_json(tmp_path / "fingerprint.json", other)
+    other = {"weights": "0123456789ab", "name": "another"}
+    record = TeacherRecord.read(bench.fingerprint).model_copy(update=other)
+    record.write(tmp_path / "fingerprint.json")
     weights = bench.cache.header.teacher
     with pytest.raises(
         ValueError, match=rf"distributions of teacher {weights}, but .* records 0123456789ab"

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from retort.io.digests import digest_folder
-from retort.io.files import read_json, write_json
-from retort.training.checkpoints import CheckpointId, find_checkpoint
+from retort.io.files import write_json
+from retort.training.checkpoints import CheckpointId, CheckpointRecord, find_checkpoint
 from support.bench import Bench, assert_same_curve, assert_same_weights, read_log
 from support.tiny import real_processes
 
@@ -43,8 +43,8 @@ LONG: dict[str, Any] = {
 
 
 def id_of(folder: Path) -> CheckpointId:
-    marker = read_json(next(folder.glob("checkpoint-*/complete.json")))
-    return CheckpointId(marker["run"], marker["strategy"])
+    marker = CheckpointRecord.read(next(folder.glob("checkpoint-*/complete.json")))
+    return CheckpointId(marker.run, marker.strategy)
 
 
 def train_in_a_process(bench: Bench, folder: Path, student: Path, log: Path) -> None:
@@ -182,12 +182,13 @@ def test_seconds_and_positions_add_up_over_attempts(
     folder = tmp_path / "run"
     shutil.copytree(uninterrupted, folder)
     shutil.rmtree(folder / "checkpoint-36")
-    marker = read_json(folder / "checkpoint-33" / "complete.json")
-    write_json(folder / "checkpoint-33" / "complete.json", marker | {"seconds": 1000.0})
+    marker = CheckpointRecord.read(folder / "checkpoint-33" / "complete.json")
+    progress = marker.progress.model_copy(update={"seconds": 1000.0})
+    marker.model_copy(update={"progress": progress}).write(folder / "checkpoint-33/complete.json")
     summary = bench.train(folder, bench.cache, student=dropout_student, **LONG)
     assert summary.seconds > 1000.0
-    whole = read_json(uninterrupted / "checkpoint-36" / "complete.json")
-    assert summary.trained_positions == whole["positions"] > marker["positions"]
+    whole = CheckpointRecord.read(uninterrupted / "checkpoint-36/complete.json").progress
+    assert summary.trained_positions == whole.positions > progress.positions
 
 
 @pytest.mark.parametrize("limit", [1, 3])
@@ -234,8 +235,8 @@ def test_a_window_of_the_log_that_spans_a_checkpoint_is_complete(
         shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", folder / f"checkpoint-{step}")
         summary = bench.train(folder, bench.cache, student=dropout_student, **keys)
         assert_same_curve(folder, tmp_path / "whole")
-        whole = read_json(tmp_path / "whole" / "checkpoint-14" / "complete.json")
-        assert summary.trained_positions == whole["positions"] + whole["window"]["positions"]
+        whole = CheckpointRecord.read(tmp_path / "whole/checkpoint-14/complete.json").progress
+        assert summary.trained_positions == whole.positions + whole.window["positions"]
 
 
 @pytest.mark.parametrize(
@@ -332,7 +333,7 @@ def test_no_checkpoint_can_run_code(
         path = folder / "checkpoint-33" / "complete.json"
         files = digest_folder(path.parent)
         del files["complete.json"]
-        write_json(path, read_json(path) | {"files": files})
+        CheckpointRecord.read(path).model_copy(update={"files": files}).write(path)
         with pytest.raises(pickle.UnpicklingError):
             bench.train(folder, bench.cache, student=dropout_student, **LONG)
         assert not victim.exists()

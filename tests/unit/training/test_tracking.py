@@ -12,8 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
     EventAccumulator,
 )
 
-from retort.io.files import read_json
 from retort.training import loop
+from retort.training.checkpoints import read_progress
 from support.bench import Bench, read_log, read_weights
 
 pytestmark = pytest.mark.slow  # each trains, and some start a tracker
@@ -130,4 +130,4 @@ def test_trackers_leave_the_users_own_settings_alone(
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "mine"))
     bench.train(tmp_path / "run", bench.cache, tracking={"use_tensorboard": True})
     assert list((tmp_path / "mine").glob("events*")) and "WANDB_DIR" in os.environ
-    assert read_json(tmp_path / "run" / "checkpoint-4" / "complete.json")["step"] == 4
+    assert read_progress(tmp_path / "run" / "checkpoint-4").step == 4

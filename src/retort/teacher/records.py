@@ -1,11 +1,12 @@
-"""manifest.json: size and content of a merged cache, and how far it is from the live teacher."""
+"""What workers did, and manifest.json: size and content of a merged cache, and how far it is from the live teacher."""
 
 from typing import ClassVar
 
-from retort.io.records import JsonObject, Part, Record
+from retort.io.records import Entry, JsonObject, Record
+from retort.io.run_record import RunRecord
 
 
-class Fidelity(Part):
+class Fidelity(Entry):
     """Means over the training positions that the teacher scored again, at temperature 1.
 
     kl: KL(live teacher || cache) in nats over the kept tokens and one bucket for the tail: what storing (and scoring in
@@ -42,3 +43,23 @@ class Manifest(Record):
     halved_parts: int
     header: JsonObject
     fidelity: Fidelity | None
+
+
+class WorkerRecord(Record):
+    """metadata_worker<w>.json, the receipt of a worker: the names of the parts that it did."""
+
+    format: ClassVar[str] = "retort-worker"
+
+    worker: int
+    num_workers: int
+    parts_done: tuple[str, ...]
+    tokens: int
+    made: RunRecord
+
+
+class CacheRun(RunRecord):
+    """run.json beside a merged cache, with the receipts of the workers that made its parts."""
+
+    format: ClassVar[str] = "retort-cache-run"
+
+    workers: tuple[WorkerRecord, ...]
