@@ -21,6 +21,12 @@ class Student(Section):
     model_path: Text | None = setting(
         None, "Hub id or folder of a model whose weights the student starts from.", is_model=True
     )
+    grow_embedding: bool = setting(
+        False,
+        "Where the model of model_path has fewer ids than the tokenizer, add rows to its embedding and output layer, "
+        "drawn around the mean of the others; without it such a student is refused.",
+        changes_id=False,  # without it there is no such student
+    )
 
 
 def check_student(c: "Config") -> Found:
@@ -38,6 +44,12 @@ def check_student(c: "Config") -> Found:
             f"student.config is {show(config)} and student.model_path is {show(weights)}, but a "
             "student starts either with random weights or with those of a model. Set one of the two "
             "to null.",
+        )
+    if c.student.grow_embedding and weights is None:
+        yield (
+            "student.grow_embedding",
+            "student.grow_embedding is true, but applies to a model of student.model_path, which is null. Leave "
+            "vocab_size out of the JSON of student.config: it is filled in.",
         )
 
 

@@ -137,6 +137,19 @@ def _open_teacher(
     return teacher
 
 
+def _read_weights(fingerprint_path: Path | None, features_path: Path) -> str:
+    """Return the weights' digest of the teacher that a student which had none is compared with.
+
+    Raises ValueError without its fingerprint.json: features do not say which tokenizer their teacher has.
+    """
+    if fingerprint_path is None:
+        raise ValueError(
+            f"--features {features_path}: the student was trained without a teacher, so its record does not say whose "
+            "features these are. Give --signal, the fingerprint.json of that teacher, which resolve_teacher.py wrote."
+        )
+    return str(read_json(fingerprint_path)["weights"])
+
+
 def _sample_student(
     model: PreTrainedModel,
     tokenizer: Any,
@@ -184,9 +197,14 @@ def evaluate_run(
     table = index.read_split("val", max_positions=evaluation.max_positions)
     tokenizer, no_tokenizer = _load_own_tokenizer(str(folder))
     is_foreign = not _shares_ids(fingerprint_path, index, tokenizer)
+    weights = record.teacher
+    if features_path is not None and weights is None:
+        weights = _read_weights(fingerprint_path, features_path)
     teacher = None
     if features_path is not None and not is_foreign:
-        teacher = _open_teacher(features_path, table, record.teacher, made_from=training_path)
+        teacher = _open_teacher(
+            features_path, table, weights, made_from=fingerprint_path or training_path
+        )
     chosen = choose_device(device)
     model = load_pretrained(str(folder), dtype=torch.float32).to(chosen).eval()
     samples = {"student": Samples((), missing=no_tokenizer)}
@@ -197,7 +215,7 @@ def evaluate_run(
             table,
             evaluation,
             features_path=features_path,
-            weights=record.teacher,
+            weights=weights,
         )
     scores, sums = evaluate_student(
         split_model(model),

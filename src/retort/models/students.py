@@ -1,6 +1,7 @@
 """A student before training: from a config, with weights initialized by the seed, or from a checkpoint."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +9,20 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from retort.config.sections import Student
-from retort.models.load import load_model_config, load_pretrained, require_causal
+from retort.models.load import load_model_config, load_pretrained, output_width, require_causal
 from retort.tokens.vocabularies import min_output_width
+
+logger = logging.getLogger(__name__)
+
+_WIDE = 1.05  # layers are rounded up to multiples of 64 to 1,024, seldom by more than a twentieth
 
 
 def student_config(section: Student, *, vocabulary: int, tokenizer: Any) -> PretrainedConfig:
     """Return the student's transformers config, in which `vocabulary` and special ids fill in what is absent.
 
-    Raises ValueError when transformers refuses the config, or when it has fewer ids than the tokenizer. It may have
-    fewer than the teacher: the teacher's ids beyond the tokenizer's are padding, of probability zero.
+    Raises ValueError when transformers refuses the config, when it asks for what is not trained, or when it has fewer
+    ids than the tokenizer and does not grow. It may have fewer than the teacher: the teacher's ids beyond the
+    tokenizer's are padding, of probability zero.
     """
     if section.model_path is not None:
         config = load_model_config(section.model_path)
@@ -33,10 +39,14 @@ def student_config(section: Student, *, vocabulary: int, tokenizer: Any) -> Pret
             raise ValueError(
                 f"student.config {str(path)!r} is not a valid transformers {model_type!r} config: {error}"
             ) from error
-    size = int(config.get_text_config().vocab_size)
+    _refuse_untrained(config, section)
+    size = output_width(config)
     if size < (needed := min_output_width(tokenizer)):
+        if section.grow_embedding:
+            config.get_text_config().vocab_size = needed
+            return config
         advice = (
-            "Use a student of the same tokenizer."
+            "Use a student of the same tokenizer, or set student.grow_embedding: true to add rows to its embedding."
             if section.model_path is not None
             else f"Set vocab_size: {needed} or more, or leave it out of the JSON to have it filled in."
         )
@@ -45,6 +55,46 @@ def student_config(section: Student, *, vocabulary: int, tokenizer: Any) -> Pret
             f"ids of the tokenizer, all of which it must predict. {advice}"
         )
     return config
+
+
+def _refuse_untrained(config: PretrainedConfig, section: Student) -> None:
+    """Raise ValueError for a student with quantized weights, or with a loss of its own, which Retort leaves out."""
+    name, text = name_student(section), config.get_text_config()
+    if getattr(config, "quantization_config", None):
+        advice = (
+            "remove the key from the JSON, which was copied from a quantized model"
+            if section.model_path is None
+            else "use the model with unquantized weights"
+        )
+        raise ValueError(
+            f"{name} has a quantization_config, but students are trained in full precision, and the result could not "
+            f"be loaded: {advice}."
+        )
+    weight = getattr(text, "router_aux_loss_coef", getattr(text, "aux_loss_coef", 1.0))
+    if getattr(text, "output_router_logits", False) and weight:
+        raise ValueError(
+            f"{name} has output_router_logits: true, the loss that balances its experts (weight {weight:g}), which is "
+            "not part of the distillation loss and would be left out. Set output_router_logits: false in its config to "
+            "train without it."
+        )
+
+
+def describe_ids(section: Student, config: PretrainedConfig, *, vocabulary: int) -> str | None:
+    """Return a note about a student whose layers grow, or are far wider than any token needs; None otherwise.
+
+    `vocabulary`: the width of the teacher's output layer, or the number of tokens, if that is more.
+    """
+    width, name = output_width(config), name_student(section)
+    if section.model_path is not None:
+        own = output_width(load_model_config(section.model_path))
+        if own < width:
+            return f"{name} grows from {own:,} ids to the {width:,} of the tokenizer"
+    if width > _WIDE * vocabulary:
+        return (
+            f"{name} has {width:,} ids, {width - vocabulary:,} more than there are tokens: their rows in its embedding "
+            "and output layer are weights without a use"
+        )
+    return None
 
 
 def name_student(section: Student) -> str:
@@ -68,6 +118,10 @@ def build_student(
             if section.model_path is None
             else load_pretrained(section.model_path, dtype=torch.float32)
         )
+        width = output_width(config)
+        if output_width(model.config) < width:
+            logger.info(f"{name} grows from {output_width(model.config):,} ids to {width:,}")
+            model.resize_token_embeddings(width)
         require_causal(model, name=name)
     except (RuntimeError, KeyError, AttributeError, TypeError, IndexError) as error:
         if isinstance(error, torch.OutOfMemoryError):

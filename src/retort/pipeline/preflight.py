@@ -31,7 +31,7 @@ from retort.io.fingerprints import TeacherRecord, fingerprint_tokenizer, fingerp
 from retort.io.records import Record
 from retort.io.run_record import RunRecord, describe_run
 from retort.models.load import load_model_config, output_width, refuse_short_context
-from retort.models.students import name_student, student_config
+from retort.models.students import describe_ids, name_student, student_config
 from retort.pipeline.demo_teacher import DEMO_TEACHER, DemoTokenizer
 from retort.pipeline.packages import require_packages
 from retort.synthesis.run import check_synthesis_inputs
@@ -73,7 +73,8 @@ def check_project(configs: Mapping[str, Config]) -> CheckRecord:
             with mistakes:
                 notes += _check_tokens(config, tokenizer, sample)
             with mistakes:
-                notes.append(f"run {name}: {_check_student(config, tokenizer, width)}")
+                found, *others = _check_student(config, tokenizer, width)
+                notes += [f"run {name}: {found}", *others]
                 notes += _check_students_tokenizer(config, tokenizer)
             notes += _find_same_teachers(config)
         with mistakes:
@@ -287,7 +288,8 @@ def _causal_classes() -> set[str]:
     return {name for value in names for name in ([value] if isinstance(value, str) else value)}
 
 
-def _check_student(config: Config, tokenizer: Any, width: int) -> str:
+def _check_student(config: Config, tokenizer: Any, width: int) -> list[str]:
+    """Return notes about the student, the first of its size and loss."""
     model = student_config(config.student, vocabulary=width, tokenizer=tokenizer)
     refuse_short_context(
         model,
@@ -298,7 +300,11 @@ def _check_student(config: Config, tokenizer: Any, width: int) -> str:
     with torch.device("meta"):
         parameters = AutoModelForCausalLM.from_config(model).num_parameters()
     training = config.training
-    return f"student of {parameters:,} parameters, {training.distillation_type}, alpha {training.alpha}"
+    ids = describe_ids(config.student, model, vocabulary=width)
+    return [
+        f"student of {parameters:,} parameters, {training.distillation_type}, alpha {training.alpha}",
+        *([ids] if ids else []),
+    ]
 
 
 def _check_students_tokenizer(config: Config, tokenizer: Any) -> list[str]:

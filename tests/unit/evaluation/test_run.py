@@ -206,6 +206,8 @@ def run_rule(
     **values: Any,
 ) -> str:
     MANIFEST.write(trained.parent / "manifest.json")
+    if fingerprint is None and features_path is not None:
+        fingerprint = features_path.with_name("fingerprint.json")
     return evaluate_run(
         trained.parent / "evaluation" / "metrics.json",
         index_path=index.path,
@@ -331,6 +333,22 @@ def test_a_student_is_not_compared_with_another_teacher(
         run_rule(trained, index, features_path)
     change_record(trained, teacher=features.teacher)
     run_rule(trained, index, features_path)
+
+
+def test_a_student_without_a_teacher_is_compared_only_with_a_recorded_one(
+    trained: Path, index: TokenIndex, features_path: Path, tmp_path: Path
+) -> None:
+    change_record(trained, teacher=None)
+    keys: dict[str, Any] = {"index_path": index.path, "features_path": features_path}
+    keys |= {"training_path": trained, "manifest_path": None, "device": "cpu", "cpu_threads": 1}
+    with pytest.raises(ValueError, match=r"does not say whose features these are. Give --signal"):
+        evaluate_run(tmp_path / "metrics.json", evaluation=section("evaluation"), **keys)
+    other = read_json(features_path.with_name("fingerprint.json")) | {"weights": "0123456789ab"}
+    write_json(tmp_path / "other.json", other)
+    with pytest.raises(ValueError, match=r"scored by teacher .*0123456789ab"):
+        run_rule(trained, index, features_path, fingerprint=tmp_path / "other.json")
+    run_rule(trained, index, features_path)
+    assert read_metrics(trained).scores.teacher is not None
 
 
 def test_held_out_sequences_that_are_trained_on_are_counted(

@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from retort.io.files import read_json, write_json
 from retort.models.load import output_width
-from retort.models.students import build_student, student_config
+from retort.models.students import build_student, describe_ids, student_config
 from retort.tokens.tokenizer import load_tokenizer
 from support.sections import section
 from support.tiny import WIDTH
@@ -105,3 +105,59 @@ def test_a_bert_student_is_refused_when_it_is_built(tmp_path: Path, tiny_teacher
             tokenizer=load_tokenizer(str(tiny_teacher)),
             seed=0,
         )
+
+
+def test_a_student_with_fewer_ids_than_the_tokenizer_grows_on_request(
+    tmp_path: Path, tiny_teacher: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = load_tokenizer(str(tiny_teacher))
+    tokenizer.add_tokens([f"<{i}>" for i in range(WIDTH - len(tokenizer) + 3)])
+    student = section("student", model_path=str(tiny_teacher), grow_embedding=True)
+    grown = build_student(student, vocabulary=WIDTH, tokenizer=tokenizer, seed=0)
+    assert f"grows from {WIDTH} ids to {WIDTH + 3}" in caplog.text
+    own = LlamaForCausalLM.from_pretrained(tiny_teacher)
+    for found, before in (
+        (grown.get_input_embeddings().weight, own.get_input_embeddings().weight),
+        (grown.get_output_embeddings().weight, own.get_output_embeddings().weight),
+    ):
+        assert torch.equal(found[:WIDTH], before)
+        assert len(found) == WIDTH + 3 and torch.isfinite(found).all()
+    grown.save_pretrained(tmp_path / "grown")
+    assert output_width(LlamaForCausalLM.from_pretrained(tmp_path / "grown").config) == WIDTH + 3
+    again = build_student(student, vocabulary=WIDTH, tokenizer=tokenizer, seed=0)
+    assert torch.equal(again.get_input_embeddings().weight, grown.get_input_embeddings().weight)
+    wide = student_config(student, vocabulary=WIDTH, tokenizer=tokenizer)
+    assert "grows from 320 ids to the 323" in str(describe_ids(student, wide, vocabulary=WIDTH))
+    enough = load_tokenizer(str(tiny_teacher))
+    same = build_student(student, vocabulary=WIDTH, tokenizer=enough, seed=0)
+    assert output_width(same.config) == WIDTH
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (
+            {"quantization_config": {"quant_method": "awq", "bits": 4}},
+            "has a quantization_config, but students are trained in full precision",
+        ),
+        (
+            {
+                "model_type": "qwen3_moe",
+                "output_router_logits": True,
+                "router_aux_loss_coef": 100.0,
+            },
+            r"the loss that balances its experts \(weight 100\), which is not part",
+        ),
+    ],
+)
+def test_what_would_be_left_out_or_could_not_be_loaded_is_refused(
+    tmp_path: Path, tiny_student: Path, tiny_teacher: Path, keys: dict[str, Any], said: str
+) -> None:
+    path = tmp_path / "own.json"
+    write_json(path, read_json(tiny_student) | keys)
+    with pytest.raises(ValueError, match=said):
+        build(section("student", config=str(path)), tiny_teacher)
+    loose = keys | {"quantization_config": None, "output_router_logits": False, "num_experts": 2}
+    sizes = {"moe_intermediate_size": 8, "num_experts_per_tok": 1}
+    write_json(path, read_json(tiny_student) | loose | sizes)
+    assert build(section("student", config=str(path)), tiny_teacher)

@@ -139,3 +139,13 @@ def test_a_character_that_the_tokenizer_leaves_out_is_noted(
     give(setting, teacher, without("{", kind=models.BPE), rows)
     (note,) = [note for note in setting.check() if "no token" in note]
     assert "for 2 of the characters in the first 2 documents ('{', '\u00e9')" in note
+
+
+def test_a_student_with_far_more_ids_than_tokens_is_noted(
+    setting: Setting, tiny_student: Path
+) -> None:
+    for ids, is_noted in ((330, False), (4000, True)):
+        path = setting.folder / "wide.json"
+        write_json(path, read_json(tiny_student) | {"vocab_size": ids})
+        notes = "\n".join(setting.check(student={"config": str(path)}))
+        assert ("has 4,000 ids, 3,680 more than there are tokens" in notes) == is_noted
