@@ -147,7 +147,7 @@ def _read_weights(fingerprint_path: Path | None, features_path: Path) -> str:
             f"--features {features_path}: the student was trained without a teacher, so its record does not say whose "
             "features these are. Give --signal, the fingerprint.json of that teacher, which resolve_teacher.py wrote."
         )
-    return str(read_json(fingerprint_path)["weights"])
+    return TeacherRecord.read(fingerprint_path).weights
 
 
 def _sample_student(

@@ -343,8 +343,8 @@ def test_a_student_without_a_teacher_is_compared_only_with_a_recorded_one(
     keys |= {"training_path": trained, "manifest_path": None, "device": "cpu", "cpu_threads": 1}
     with pytest.raises(ValueError, match=r"does not say whose features these are. Give --signal"):
         evaluate_run(tmp_path / "metrics.json", evaluation=section("evaluation"), **keys)
-    other = read_json(features_path.with_name("fingerprint.json")) | {"weights": "0123456789ab"}
-    write_json(tmp_path / "other.json", other)
+    record = TeacherRecord.read(features_path.with_name("fingerprint.json"))
+    record.model_copy(update={"weights": "0123456789ab"}).write(tmp_path / "other.json")
     with pytest.raises(ValueError, match=r"scored by teacher .*0123456789ab"):
         run_rule(trained, index, features_path, fingerprint=tmp_path / "other.json")
     run_rule(trained, index, features_path)
