@@ -190,6 +190,7 @@ def make_metrics(training: TrainingRecord, **values: Any) -> Metrics:
         "teacher": "demo",
         "teacher_parameters": 1_312_256,
         "content": "c0ffee",
+        "tokens": "beef",
         "sequences": 500,
         "leaked_sequences": 0,
         "units": UNITS,

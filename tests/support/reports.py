@@ -2,7 +2,7 @@
 
 import math
 import re
-import textwrap
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,12 @@ import numpy as np
 from retort.evaluation.intervals import DocumentSums, Estimate
 from retort.evaluation.records import Metrics
 from retort.evaluation.scores import write_document_sums
+from retort.report.comparisons import Comparisons, compare_runs
 from retort.report.findings import find_warnings
 from retort.report.page import WIDTH, make_report, render_summary
-from retort.report.records import load_logs, load_metrics
-from retort.report.tables import COLUMNS
+from retort.report.runs import load_results
+from retort.report.scoreboard import read_scoreboard
+from retort.report.tables import COLUMNS, build_main_table
 from support.records import (
     LOSS,
     make_manifest,
@@ -26,7 +28,6 @@ from support.records import (
 )
 
 LOG_HEAD = "step,total_loss,hard_loss,soft_loss,perplexity,learning_rate,tokens_per_second"
-MARGIN = -1  # index in a row's cells
 _OF_METRICS = ("teacher", "teacher_parameters", "cache")
 
 
@@ -129,10 +130,30 @@ def render_page(folder: Path, paths: list[Path]) -> str:
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
-def find_all_warnings(paths: list[Path]) -> str:
+def compare(paths: Sequence[Path]) -> Comparisons:
+    """Return the runs and settings of the results."""
+    return compare_runs(load_results(paths))
+
+
+def summarise(paths: Sequence[Path], width: int = WIDTH) -> str:
+    """Return the summary of the results."""
+    report_path = Path("results/report.html")
+    return render_summary(compare(paths), read_scoreboard([]), report_path=report_path, width=width)
+
+
+def find_all_warnings(paths: Sequence[Path]) -> str:
     """Return all warnings as one text."""
-    records = load_metrics(paths)
-    return " ".join(find_warnings(records, load_logs(records)))
+    return " ".join(find_warnings(compare(paths)))
+
+
+def find_rows(paths: Sequence[Path]) -> dict[str, dict[str, str]]:
+    """Return the texts of the main table's cells by name and key, in the order of the rows."""
+    found = compare(paths)
+    rows = build_main_table(found, found.settings).rows
+    return {
+        name: dict(zip(COLUMNS, [cell.text for cell in cells], strict=True))
+        for name, _, cells in rows
+    }
 
 
 def find_table(summary: str) -> list[str]:
@@ -142,29 +163,32 @@ def find_table(summary: str) -> list[str]:
     return lines[start : lines.index("", start)]
 
 
-def check_alignment(folder: Path, names: list[str], loss: float, parameters: int) -> None:
-    """Check that the columns of a summary align, that lines have at most WIDTH characters, and names are complete."""
+def check_alignment(
+    folder: Path, names: list[str], loss: float, parameters: int, width: int
+) -> None:
+    """Check that the columns of a summary align, that no line is longer than `width`, and names are complete."""
     changes: dict[str, Any] = {
         "validation__loss": loss,
         "validation__perplexity": math.exp(loss),
         "student_parameters": parameters,
     }
-    records = load_metrics([write_run(folder, name, **changes) for name in names])
-    summary = render_summary(records, report_path=Path("report.html"))
-    lines = find_table(summary)
-    width = max(len(line) for line in lines)
-    assert width <= WIDTH
-    name_lines = {part for name in names for part in textwrap.wrap(name, WIDTH)}
-    rows = [line for line in lines if line not in name_lines and len(line) == width]
-    # The margin, the last column, ends at the same place in the teacher's row and all others.
-    assert len(rows) == 1 + len(records), summary
-    end = width
-    for _, _, column in reversed(COLUMNS):
-        assert all(row[end - column - 2 : end - column] == "  " for row in rows)
-        end -= column + 2
+    summary = summarise([write_run(folder, name, **changes) for name in names], width)
+    lines = summary.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("---"))
+    head, rows = lines[start - 1], lines[start + 1 : lines.index("", start)]
+    assert max(map(len, [head, *rows])) <= width, summary
+    # A name may take several lines; on its first are the cells, each of which ends where its head does.
+    ends = [found.end() for found in re.finditer(r"agree %|\S+", head)][1:]
+    whole = [row for row in rows if row[ends[0] - 1 :].strip()]
+    assert len(whole) == 1 + len(names), summary
+    for row in whole:
+        for end in ends:
+            is_left = head[:end].endswith("type")
+            assert is_left or (row[end - 1] != " " and row[end : end + 1] in ("", " ")), summary
+    texts = "".join(row.split()[0] for row in rows)
+    assert all(name in texts for name in names), summary
     text = summary[: summary.index("report: ")].splitlines()  # paths follow, which may be long
-    assert all(len(line) <= WIDTH for line in text if not any(name in line for name in names))
-    assert all(re.sub(r"\s", "", name) in re.sub(r"\s", "", "".join(lines)) for name in names)
+    assert all(len(line) <= width for line in text if not any(name in line for name in names))
 
 
 class PageParser(HTMLParser):

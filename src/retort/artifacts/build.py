@@ -55,7 +55,7 @@ REVISIONS = {
     "run": 3,
     "evaluation": 4,
     "benchmark": 1,
-    "report": 3,
+    "report": 4,
 }
 
 

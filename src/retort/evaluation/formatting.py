@@ -23,3 +23,18 @@ def format_estimate(found: Estimate, scale: float, digits: int) -> tuple[str, st
         return text, ""
     low, high = (f"{end * scale:,.{digits}f}" for end in found.ends)
     return text, f"{low} to {high}"
+
+
+def format_plus_minus(found: Estimate | None, *, is_signed: bool = False) -> str:
+    """Return 3.213 or 3.213\u00b10.020, with the distance to the farther end of the interval; a dash for None."""
+    if found is None:
+        return "-"
+    text = format_signed(found.value) if is_signed else f"{found.value:.3f}"
+    if found.ends is None:
+        return text
+    return f"{text}\u00b1{max(found.ends[1] - found.value, found.value - found.ends[0]):.3f}"
+
+
+def format_signed(value: float) -> str:
+    """Return a difference with three digits and its sign; zero has no sign."""
+    return "0.000" if round(value, 3) == 0 else f"{value:+.3f}"

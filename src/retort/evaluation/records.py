@@ -56,7 +56,7 @@ class Scores(Entry):
 class Metrics(Record):
     """metrics.json of a run, on held-out sequences.
 
-    content: digest of these sequences; leaked_sequences: how many of them are also in the training text; teacher: its
+    content: digest of these sequences; tokens: digest of all tokens, held out or trained on; leaked_sequences: how many of them are also in the training text; teacher: its
     name; trained: the run.json of the training.
     """
 
@@ -68,6 +68,7 @@ class Metrics(Record):
     teacher: str | None
     teacher_parameters: int | None
     content: str
+    tokens: str
     sequences: int
     leaked_sequences: int
     units: dict[str, str]

@@ -234,11 +234,12 @@ def evaluate_run(
         teacher=teacher.name if teacher else None,
         teacher_parameters=teacher.num_parameters if teacher else None,
         content=digest_keys(table),
+        tokens=str(index.content["content"]),
         sequences=len(table),
         leaked_sequences=index.count_leaked(table),
         units=UNITS,
         scores=scores.model_copy(update={"not_defined": scores.not_defined | reasons}),
-        cache=manifest if manifest and manifest.fidelity else None,
+        cache=manifest,
         trained=RunRecord.read(trained_path) if trained_path.exists() else None,
         made=describe_run(
             section={"evaluation": evaluation},

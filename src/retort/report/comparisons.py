@@ -1,213 +1,326 @@
-"""Margins of distilled runs over cross-entropy, with intervals, from the losses on each held-out document.
+"""Which runs can be compared, and their differences with 95 % intervals.
 
-The *margin* of a run is its held-out loss minus its baseline's (see `records`): negative is better. The *gap* is what
-training on the teacher's full distributions (FullKD: `logit` from a live teacher, or from a cache that keeps every
-token) gains over cross-entropy; a run closes a share of it. All runs are measured on the same documents, so the
-intervals resample the documents of all runs together (`intervals`).
+The *conditions* of a run are what its result depends on besides the way of learning: the training text, the held-out
+text, the student, and all settings of `student` and `training` but those of the loss. The *baseline* of a distilled run
+is the cross-entropy run (`output`) of equal conditions; its *margin* is its held-out loss minus the baseline's. The
+*gap* is what training on the teacher's full distributions (FullKD: `logit` from a live teacher, or from a cache that
+keeps every token) gains over cross-entropy; a run closes a share of it.
+
+A *setting* is the runs that differ only in their seed. Intervals of a single run resample the held-out documents, of
+all runs together (`intervals`); those of a mean over several seeds are Student's (`seeds`).
 """
 
-import csv
-import io
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from functools import lru_cache
-from pathlib import Path
-from typing import NamedTuple
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from retort.evaluation.intervals import Estimate
-from retort.evaluation.scores import (
-    DOCUMENTS_FILE,
-    METRICS,
-    OF_MODEL,
-    compare_losses,
-    read_document_sums,
+from retort.config.section import Section, changes_id
+from retort.config.sections import Student, Training
+from retort.evaluation.intervals import DocumentSums, Estimate, percentile_interval
+from retort.evaluation.records import Metrics
+from retort.evaluation.scores import METRICS
+from retort.report.runs import ENDS, Results, get_estimate
+from retort.report.seeds import compare_means, compute_share, student_quantile
+
+SEED, SIZE, HELD_OUT, TEXT = "training.seed", "student parameters", "held-out text", "training text"
+UNKNOWN = "settings"
+_LEARNING = ("distillation_type", "alpha", "temperature", "divergence", "use_cached_logits")
+# Settings that change a run's id but are no condition: the way of learning, what changes only the rounding, and what
+# sets the number of steps, which is compared itself.
+_NO_CONDITION = (
+    *_LEARNING,
+    *("cpu_threads", "use_gradient_checkpointing", "max_steps", "num_epochs"),
 )
-from retort.report.records import CacheFacts, Record, find_baseline, find_differences
-
-# Fields of a record that are not numbers or strings, or have columns of their own with an interval.
-_NO_COLUMN = {
-    *("path", "cache", "card", "teacher_card", "breakdown", "not_defined", "trained"),
-    *("loss", "perplexity", "kl_to_teacher", "agreement", "teacher_loss", "teacher_perplexity"),
-}
-
-# The column "cache_dial" keeps its name for scripts that read summary.csv.
-_CACHE_COLUMNS = {"setting": "dial"}
 _LOSS_METRICS = ("loss", "perplexity", "bits_per_byte")  # monotone in each other on the same text
+_COSTS = ("training_seconds", "cache_bytes_per_position")
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """A run compared with its baseline; margin in nats/token; `gap_closed` is a share, None without a clear gap."""
+class Comparisons:
+    """Runs with their baselines and margins, and settings in the order of their mean held-out loss.
 
-    baseline: Record
-    margin: Estimate
-    gap_closed: Estimate | None
-
-
-def compare_with_baseline(
-    record: Record, records: Sequence[Record], *, baseline: str | None = None
-) -> Comparison | None:
-    """Compare a distilled run with its baseline among `records`; None without one.
-
-    Without the documents.csv of both there is no interval and no share of the gap.
-    Raises ValueError when a documents.csv does not match its metrics.json, or the runs' documents differ.
+    runs: those of `Results` with `setting`, `baseline`, `full`, `margin` and `gap_closed`. settings: means under the
+    names of the runs' columns, `seeds`, their number, and `basis`: whether their intervals are over "seeds" or
+    "documents". conditions, learning: of each run, as texts, by key of the config.
     """
-    other = find_baseline(record, records, baseline=baseline)
-    if other is None:
-        return None
-    full = find_full(record, records)
-    if not all(map(has_documents, (record, other))):
-        return Comparison(other, compare_losses_of(record, other), None)
-    compared = [record, other, *([full] if full and has_documents(full) else [])]
-    found = _compare(tuple(map(_identify, compared)))
-    return Comparison(other, found["margin"], found.get("gap_closed"))
+
+    results: Results
+    runs: pd.DataFrame
+    settings: pd.DataFrame
+    conditions: pd.DataFrame
+    learning: pd.DataFrame
+    sums: dict[int, DocumentSums]  # of each group's runs that have documents.csv
+
+    def values_of(self, setting: str, metric: str) -> pd.Series:
+        """Return a metric of each run of a setting, by seed."""
+        return self.runs[self.runs.setting == setting].set_index("seed")[metric]
+
+    def differ(self, one: str, other: str, metric: str = "loss") -> tuple[Estimate, str]:
+        """Return a setting's mean minus another's, and what its interval is over: "seeds", "documents" or ""."""
+        mine, theirs = self.values_of(one, metric), self.values_of(other, metric)
+        if max(len(mine), len(theirs)) > 1:
+            found = compare_means(mine, theirs)
+            return found, "seeds" if found.ends else ""
+        names = [self.runs.index[self.runs.setting == setting][0] for setting in (one, other)]
+        if metric in _LOSS_METRICS:
+            found = _differ(self.runs, self.sums, *names)
+        else:
+            found = Estimate(float(mine.iloc[0] - theirs.iloc[0]), None, None)
+        return found, "documents" if found.ends else ""
 
 
-def compare_losses_of(one: Record, other: Record) -> Estimate:
-    """Return the held-out loss of one run minus another's on the same documents; no interval without documents.csv."""
-    if not all(map(has_documents, (one, other))):
-        return Estimate(one.loss - other.loss, None, None)
-    return _compare((_identify(one), _identify(other)))["margin"]
+def compare_runs(results: Results) -> Comparisons:
+    """Find the baselines, margins and settings of all runs; the order of the runs changes none of them."""
+    conditions, learning = _describe_conditions(results), _describe_learning(results)
+    runs, sums = results.runs.copy(), {}
+    for group, names in runs.groupby("group").groups.items():
+        if tables := {n: results.documents[n] for n in names if n in results.documents}:
+            sums[group] = _sum_documents(tables)
+    key, is_distilled = _join(conditions), runs.distillation_type != "output"
+    alike = _join(conditions, learning[["teacher", "training.temperature"]])
+    runs["baseline"] = _match(runs, key, ~is_distilled).where(is_distilled)
+    runs["full"] = _match(runs, alike, _is_full(runs, learning))
+    runs.loc[~is_distilled | (runs.full == runs.index), "full"] = np.nan
+    runs["setting"] = _name_settings(runs, _join(conditions.drop(columns=SEED), learning))
+    margins = {n: _differ(runs, sums, n, b) for n, b in runs.baseline.dropna().items()}
+    _set_estimates(runs, "margin", margins)
+    shares = {
+        n: _compute_share(row, sums)
+        for n, row in runs.dropna(subset=["baseline", "full"]).iterrows()
+    }
+    _set_estimates(runs, "gap_closed", shares)
+    return Comparisons(results, runs, _average_settings(runs), conditions, learning, sums)
 
 
-def has_documents(record: Record) -> bool:
-    """Whether there is a documents.csv, which intervals of differences need, beside the metrics."""
-    return record.path.with_name(DOCUMENTS_FILE).exists()
+@cache
+def _defaults() -> dict[str, Any]:
+    """Return the settings of student and training that change a result: dotted key -> default."""
+    sections: dict[str, type[Section]] = {"student": Student, "training": Training}
+    return {
+        f"{name}.{key}": field.default
+        for name, section in sections.items()
+        for key, field in section.model_fields.items()
+        if changes_id(section, key)
+    }
 
 
-def find_full(record: Record, records: Sequence[Record]) -> Record | None:
-    """Return the FullKD run with the same teacher, temperature and settings as `record`; None without one."""
-    if not record.is_distilled:
-        return None
-    matching = [
-        r
-        for r in records
-        if is_full(r)
-        and not find_differences(record, r)
-        and (r.teacher, r.temperature) == (record.teacher, record.temperature)
-    ]
-    return min(matching, key=lambda r: r.id, default=None)
+def _show(value: Any) -> str:
+    """Return a setting as a config has it; equal numbers are equal texts, and what a run does not have is a dash."""
+    if isinstance(value, float):
+        value = "-" if np.isnan(value) else int(value) if value.is_integer() else value
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def is_full(record: Record) -> bool:
-    """Whether a run learned only from the teacher's full distributions, by KL(teacher || student)."""
-    is_whole = record.cache is None or record.cache.keeps_all
-    is_forward = record.trained.get("training.divergence", "forward_kl") == "forward_kl"
-    return record.distillation_type == "logit" and is_whole and is_forward
+def _frame(rows: list[dict[str, Any]], runs: pd.DataFrame) -> pd.DataFrame:
+    return pd.DataFrame(rows, index=runs.index, dtype=object).map(_show)
 
 
-def find_best(group: Sequence[Record], name: str) -> Record | None:
-    """Return the run that is clearly best in a metric; None if there is none.
-
-    Losses are compared document by document; in other metrics, the intervals must not overlap.
-    """
-    sign = 1 if METRICS[name].is_less_better else -1
-    known = sorted(
-        (r for r in group if name in r.card.metrics),
-        key=lambda r: sign * r.card.metrics[name].value,
-    )
-    if len(known) < 2:
-        return None
-    best, *others = known
-    return best if all(_is_clearly_better(best, other, name) for other in others) else None
-
-
-def _is_clearly_better(one: Record, other: Record, name: str) -> bool:
-    if name in _LOSS_METRICS and all(map(has_documents, (one, other))):
-        margin = compare_losses_of(one, other)
-        return margin.high is not None and margin.high < 0
-    mine, theirs = one.card.metrics[name].ends, other.card.metrics[name].ends
-    if mine is None or theirs is None:
-        return False
-    return mine[1] < theirs[0] if METRICS[name].is_less_better else mine[0] > theirs[1]
-
-
-class _DocumentsFile(NamedTuple):
-    """A run's documents.csv and loss, the key of a cache; time and size change when the file does."""
-
-    path: Path
-    time: int
-    size: int
-    loss: float
-
-
-def _identify(record: Record) -> _DocumentsFile:
-    path = record.path.with_name(DOCUMENTS_FILE)
-    about = path.stat()
-    return _DocumentsFile(path, about.st_mtime_ns, about.st_size, record.loss)
-
-
-@lru_cache(maxsize=256)
-def _compare(files: tuple[_DocumentsFile, ...]) -> dict[str, Estimate]:
-    """Compare run, baseline and optionally FullKD. Raises ValueError for sums of another run or of other documents."""
-    tables = [read_document_sums(file.path) for file in files]
-    for file, table in zip(files, tables, strict=True):
-        loss = float(table["loss"].sum() / table["positions"].sum())
-        if not math.isclose(loss, file.loss, rel_tol=1e-6):
-            raise ValueError(
-                f"{file.path} gives a loss of {loss:.6f}, but metrics.json beside it has {file.loss:.6f}: one of them "
-                "is another run's. Evaluate the run again."
-            )
-        if not all(
-            np.array_equal(table[name], tables[0][name]) for name in ("document", "positions")
-        ):
-            raise ValueError(
-                f"{file.path} and {files[0].path} have different documents, but their metrics.json name the same "
-                "held-out text: evaluate both runs again."
-            )
-    names = ("run", "plain", "full")
-    losses = {name: table["loss"] for name, table in zip(names, tables, strict=False)}
-    found = compare_losses(losses, tables[0]["positions"])
-    assert all(math.isfinite(e.value) for e in found.values()), found
+def _read_config(metrics: Metrics) -> dict[str, Any]:
+    """Return the settings that a run was trained with, by dotted key; an empty dictionary without run.json."""
+    config = metrics.trained.config if metrics.trained else {}
+    found: dict[str, Any] = pd.json_normalize(config).to_dict("records")[0] if config else {}
     return found
 
 
-def render_csv(records: Sequence[Record]) -> str:
-    """Return the table of runs with all digits; empty cells are undefined; _low and _high are ends of intervals."""
-    plain = [f.name for f in fields(Record) if f.name not in _NO_COLUMN]
-    rows = [
-        {name: getattr(record, name) for name in plain}
-        | _columns_of("", record.card.metrics)
-        | _columns_of("teacher_", record.teacher_card.metrics if record.teacher_card else {})
-        | _columns_of_comparison(compare_with_baseline(record, records))
-        | {
-            f"cache_{_CACHE_COLUMNS.get(f.name, f.name)}": getattr(record.cache, f.name, None)
-            for f in fields(CacheFacts)
+def _describe_conditions(results: Results) -> pd.DataFrame:
+    """Return the conditions of each run; a setting that run.json does not have is at its default.
+
+    Without run.json, a run's conditions equal no other's.
+    """
+    left_out = {f"training.{key}" for key in _NO_CONDITION}
+    rows = []
+    for name, run in results.runs.iterrows():
+        known = _read_config(results.metrics[name])
+        rows.append(
+            {HELD_OUT: f"{run['content']} {run['positions']} {run['documents']}"}
+            | {TEXT: run["tokens"], SIZE: run["student_parameters"]}
+            | {key: known.get(key, d) for key, d in _defaults().items() if key not in left_out}
+            | {SEED: run["seed"], "training.max_steps": run["steps"]}
+            | {UNKNOWN: "known" if known else f"those of {run['id']} are not"}
+        )
+    return _frame(rows, results.runs)
+
+
+def _describe_learning(results: Results) -> pd.DataFrame:
+    """Return how each run learns: the loss, the teacher and the parameters of its cache."""
+    rows = []
+    for name, run in results.runs.iterrows():
+        cache, known = results.metrics[name].cache, _read_config(results.metrics[name])
+        row = {
+            key: known.get(key, _defaults()[key]) for key in (f"training.{k}" for k in _LEARNING)
         }
-        for record in records
-    ]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+        row |= {f"training.{k}": run[k] for k in _LEARNING[:3]} | {"teacher": run["teacher"]}
+        for key in ("method", "top_k", "min_probability"):
+            row[f"cache.{key}"] = getattr(cache, key) if cache else np.nan
+        if run["distillation_type"] == "output":
+            row = dict.fromkeys(row, "-") | {"training.distillation_type": "output"}
+        rows.append(row)
+    return _frame(rows, results.runs)
 
 
-def _columns_of(whose: str, found: Mapping[str, Estimate]) -> dict[str, float | None]:
-    names = OF_MODEL if whose else tuple(METRICS)
-    return {
-        f"{whose}{name}{end}": value
-        for name in names
-        for end, value in _ends(found.get(name)).items()
+def _join(*frames: pd.DataFrame) -> pd.Series:
+    """Return all cells of each row as one text."""
+    return pd.concat(frames, axis=1).agg("\n".join, axis=1)
+
+
+def _match(runs: pd.DataFrame, key: pd.Series, is_candidate: pd.Series) -> pd.Series:
+    """Return for each run the name of the candidate with the same key; of several, the one with the smallest id."""
+    names = runs[is_candidate].sort_values("id").index
+    found = pd.Series(names, index=key[names], dtype=object)
+    return key.map(found[~found.index.duplicated()])
+
+
+def _is_full(runs: pd.DataFrame, learning: pd.DataFrame) -> pd.Series:
+    """Return whether each run learns only from the teacher's full distributions, by KL(teacher || student)."""
+    is_whole = runs.cache_method.isna() | (
+        (runs.cache_method == "top_k") & (runs.cache_tail_mass < 1e-9)
+    )
+    is_forward = learning["training.divergence"] == "forward_kl"
+    return (runs.distillation_type == "logit") & is_whole & is_forward
+
+
+def _name_settings(runs: pd.DataFrame, key: pd.Series) -> pd.Series:
+    """Return the setting of each run; a repeated seed begins another setting.
+
+    A setting of one run has its name; one of several their names without a sweep's `-seed_3`, or, where these still
+    differ or are taken, the first and the last name.
+    """
+    repeat = runs.groupby([key, "seed"]).cumcount()
+    groups = runs.sort_values("seed", kind="stable").groupby([key, repeat], sort=False).groups
+    found: dict[str, str] = {}
+    for names in groups.values():
+        bare = {re.sub(r"-(training\.)?seed_\d+(?=-|$)", "", name) for name in names}
+        name = bare.pop() if len(bare) == 1 and len(names) > 1 else ""
+        if not name or name in found.values() or name in runs.index:
+            name = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
+        found |= dict.fromkeys(names, name)
+    return pd.Series(found)[runs.index]
+
+
+def _sum_documents(tables: dict[str, pd.DataFrame]) -> DocumentSums:
+    first = next(iter(tables.values()))
+    sums = DocumentSums(np.arange(len(first)))
+    sums.add("positions", first.positions.to_numpy())
+    for name, table in tables.items():
+        sums.add(f"loss of {name}", table.loss.to_numpy())
+    return sums
+
+
+def _gain(sums: DocumentSums, one: str, other: str) -> tuple[float, Any]:
+    """Return by how much the loss of one run is below another's, in nats/token, and the same in each resample [R]."""
+    mine, theirs = f"loss of {one}", f"loss of {other}"
+    gain = (sums.total(theirs) - sums.total(mine)) / sums.total("positions")
+    if len(sums.documents) < 2:
+        return gain, np.array([])
+    resampled = sums.resampled(theirs) - sums.resampled(mine)
+    return gain, resampled / sums.resampled("positions")
+
+
+def _differ(runs: pd.DataFrame, sums: dict[int, DocumentSums], one: str, other: str) -> Estimate:
+    """Return the loss of one run minus another's on the same documents; no interval without documents.csv of both."""
+    known = sums.get(runs.group[one])
+    if not (known and all(known.has(f"loss of {name}") for name in (one, other))):
+        return Estimate(float(runs.loss[one] - runs.loss[other]), None, None)
+    gain, gain_R = _gain(known, one, other)
+    return percentile_interval(-gain, -gain_R)
+
+
+def _compute_share(run: pd.Series, sums: dict[int, DocumentSums]) -> Estimate | None:
+    """Return the share of the gap that a run closes; None unless both its gain and the gap are clearly positive."""
+    known = sums.get(run["group"])
+    names = (run.name, run["baseline"], run["full"])
+    if not (known and all(known.has(f"loss of {name}") for name in names)):
+        return None
+    (gain, gain_R), (gap, gap_R) = (_gain(known, one, names[1]) for one in (names[0], names[2]))
+    if len(gain_R) == 0 or min(np.quantile(gain_R, 0.025), np.quantile(gap_R, 0.025)) <= 0:
+        return None
+    return percentile_interval(gain / gap, gain_R / gap_R)
+
+
+def _set_estimates(frame: pd.DataFrame, name: str, found: Mapping[str, Estimate | None]) -> None:
+    rows = {row: (e.value, e.low, e.high) for row, e in found.items() if e}
+    columns = [f"{name}{end}" for end in ENDS]
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=columns, dtype=float)
+    frame[columns] = table.reindex(frame.index)
+
+
+def _average_settings(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return a row for each setting: means over its seeds, and of a single seed its run's numbers."""
+    settings = runs.drop_duplicates("setting").set_index("setting")
+    by_setting = runs.groupby("setting")
+    settings["seeds"] = by_setting.size()
+    settings["baseline"] = settings.baseline.map(runs.setting)
+    settings["basis"] = np.where(settings.seeds > 1, "seeds", "documents")
+    several = settings.index[settings.seeds > 1]
+    values = by_setting[[*METRICS, "margin", *_COSTS]]
+    quantiles = settings.seeds[several].map(lambda seeds: student_quantile(seeds - 1))
+    # A metric that one of the runs lacks has no mean.
+    means = values.mean().where(values.count().eq(settings.seeds, axis=0)).loc[several]
+    halves = values.sem().loc[several].mul(quantiles, axis=0)
+    settings.loc[several, list(_COSTS)] = means[list(_COSTS)]
+    for end, table in zip(ENDS, (means, means - halves, means + halves), strict=True):
+        table = table.drop(columns=list(_COSTS)).assign(perplexity=np.exp(table.loss))
+        settings.loc[several, [f"{name}{end}" for name in table]] = table.to_numpy()
+    shares = {name: _share_over_seeds(runs, by_setting.get_group(name)) for name in several}
+    shares |= {
+        name: get_estimate(row, "gap_closed")
+        for name, row in settings.iterrows()
+        if name not in shares
     }
+    _set_estimates(settings, "gap_closed", shares)
+    return settings.sort_values(["group", "loss"], kind="stable")
 
 
-def _columns_of_comparison(found: Comparison | None) -> dict[str, float | None]:
-    estimates = {
-        "margin": found.margin if found else None,
-        "gap_closed": found.gap_closed if found else None,
-    }
-    return {
-        f"{name}{end}": value
-        for name, estimate in estimates.items()
-        for end, value in _ends(estimate).items()
-    }
+def _share_over_seeds(runs: pd.DataFrame, members: pd.DataFrame) -> Estimate | None:
+    gaps = members.full.map(-runs.margin)
+    if members.margin.isna().any() or gaps.isna().any():
+        return None
+    return compute_share(-members.margin, gaps)
 
 
-def _ends(found: Estimate | None) -> dict[str, float | None]:
-    if found is None:
-        return dict.fromkeys(("", "_low", "_high"))
-    return {"": found.value, "_low": found.low, "_high": found.high}
+# Judgements ----------------------------------------------------------------------------------------
+
+
+def is_clear(difference: Estimate) -> bool:
+    """Whether a difference is clear: its interval excludes zero; without one, it is not zero to three digits."""
+    if difference.ends is None:
+        return round(difference.value, 3) != 0
+    return difference.ends[0] > 0 or difference.ends[1] < 0
+
+
+def is_gain(margin: Estimate | None) -> bool:
+    """Whether there is a margin that is clearly negative, that is, better."""
+    return margin is not None and is_clear(margin) and margin.value < 0
+
+
+def find_best(comparisons: Comparisons, group: pd.DataFrame, metric: str) -> str | None:
+    """Return the setting of a group that is clearly best in a metric; None if there is none."""
+    sign = 1 if METRICS[metric].is_less_better else -1
+    known = group[group[metric].notna()]
+    if len(known) < 2:
+        return None
+    best, *others = (sign * known[metric]).sort_values(kind="stable").index
+    is_best = all(_is_clearly_better(comparisons, best, other, metric) for other in others)
+    return best if is_best else None
+
+
+def _is_clearly_better(comparisons: Comparisons, one: str, other: str, metric: str) -> bool:
+    """Whether a setting's difference from another excludes zero; or, where that is not known, their intervals do not
+    overlap."""
+    sign = 1 if METRICS[metric].is_less_better else -1
+    found, _ = comparisons.differ(one, other, metric)
+    if found.ends:
+        return max(sign * end for end in found.ends) < 0
+    settings = comparisons.settings
+    if settings.seeds[[one, other]].max() > 1:
+        return False
+    mine, theirs = (get_estimate(settings.loc[name], metric) for name in (one, other))
+    if not (mine and theirs and mine.ends and theirs.ends):
+        return False
+    return max(sign * end for end in mine.ends) < min(sign * end for end in theirs.ends)

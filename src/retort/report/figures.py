@@ -1,239 +1,355 @@
-"""Figures of runs: held-out loss and KL, reliability, and loss over cost."""
+"""Figures of settings: held-out loss and KL, sweeps, cost, reliability, learning curves.
+
+A series has the colour of its setting; its seeds are small points, their mean is a large one.
+"""
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
-from matplotlib.transforms import offset_copy
+from matplotlib.ticker import MaxNLocator, NullLocator
 
-from retort.evaluation.intervals import Estimate
 from retort.evaluation.records import Scorecard
-from retort.report.records import Record, find_teachers, name_teacher
-from retort.report.svg import INKS, PANEL_INCHES, Draw, find_style, finish_axes, render_svg
+from retort.report.comparisons import HELD_OUT, SEED, SIZE, TEXT, UNKNOWN, Comparisons
+from retort.report.runs import find_teachers, get_estimate
+from retort.report.svg import (
+    INKS,
+    PANEL_INCHES,
+    Draw,
+    draw_swatch,
+    find_style,
+    finish_axes,
+    render_svg,
+)
 
 # Behind text, so that no line runs through a word.
 _HALO: dict[str, Any] = {"facecolor": INKS["ground"][0], "edgecolor": "none", "pad": 1.2}
-_TEACHER_LINE: dict[str, Any] = {
-    "color": INKS["ink"][0],
-    "linewidth": 1.3,
-    "linestyle": (0, (4, 3)),
-}
+_DASHED: dict[str, Any] = {"linewidth": 1.3, "linestyle": (0, (4, 3))}
+_MAX_POINTS = 400  # of a curve: about as many as a panel has pixels
+
+Legend = list[tuple[str, str]]  # names and swatches
 
 
-def draw_comparison(group: Sequence[Record], styles: Sequence[int], *, key: str) -> list[str]:
-    """Return the held-out loss of the runs of a group, and their KL to the teacher if defined, an SVG each.
+@dataclass(frozen=True)
+class Figures:
+    """The figures of a group of settings, each a row of `group`.
 
-    `styles` are the runs' places in the report. `key` must be unique in the page.
+    styles: the place of each setting in the report, which gives its colour. key: unique in the page, for ids.
     """
-    height = 0.95 + 0.42 * len(group)
-    return [
-        render_svg(draw, (PANEL_INCHES, height), label=label, key=f"{key}{number}")
-        for number, (label, draw) in enumerate(_comparison_panels(group, styles))
-    ]
 
+    found: Comparisons
+    group: pd.DataFrame
+    styles: Mapping[str, int]
+    key: str
 
-def _comparison_panels(group: Sequence[Record], styles: Sequence[int]) -> list[tuple[str, Draw]]:
-    """Return (label, drawing) of the losses, and of KL if any run has it."""
-    names = [r.name for r in group]
+    def make_legend(self, settings: Iterable[str]) -> Legend:
+        """Return the name and the swatch of each setting."""
+        return [
+            (s, draw_swatch(self.styles[s], key=f"{self.key}s{self.styles[s]}")) for s in settings
+        ]
 
-    def draw_losses(axes: Axes) -> None:
-        _draw_dots(axes, names, styles, [r.loss for r in group], teachers=_teacher_losses(group))
-        axes.set_xlabel("held-out loss, nats/token")
+    def _render(self, draw: Draw, label: str, *, height: float = 3.1) -> str:
+        key = self.key + re.sub(r"\W+", "-", label)
+        return render_svg(draw, (PANEL_INCHES, height), label=label, key=key)
 
-    def draw_divergences(axes: Axes) -> None:
-        _draw_dots(axes, names, styles, [r.kl_to_teacher for r in group], from_zero=True)
-        axes.set_xlabel("KL to teacher, nats/token")
-
-    panels: list[tuple[str, Draw]] = [("held-out loss of each run", draw_losses)]
-    if any(r.kl_to_teacher is not None for r in group):
-        panels.append(("KL to the teacher of each run", draw_divergences))
-    return panels
-
-
-def _teacher_losses(group: Sequence[Record]) -> list[float]:
-    return [t.teacher_loss for t in find_teachers(group) if t.teacher_loss is not None]
-
-
-def _draw_dots(
-    axes: Axes,
-    names: Sequence[str],
-    styles: Sequence[int],
-    values: Sequence[float | None],
-    *,
-    teachers: Sequence[float] = (),
-    from_zero: bool = False,
-) -> None:
-    """Draw a dot per run below its name, with a stem if the axis begins at zero."""
-    known = [v for v in values if v is not None] + list(teachers)
-    low, high = (0.0 if from_zero else min(known)), max(known)
-    span = max(high - low, 0.02)  # so that smaller differences look small
-    axes.set_xlim(low - (0 if from_zero else 0.08 * span), high + 0.25 * span)
-    axes.set_ylim(len(names) - 0.55, -0.8)
-    axes.set_yticks([])
-    axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.grid(axis="x", linewidth=0.8)
-    axes.set_axisbelow(True)
-    left = axes.get_yaxis_transform()
-    for row, (name, value) in enumerate(zip(names, values, strict=True)):
-        colour, marker, _ = find_style(styles[row])
-        axes.text(0.01, row - 0.24, _clip(name), transform=left, va="bottom", bbox=_HALO)
-        if value is None:
-            axes.text(0.01, row, "not defined", transform=left, va="center", color=INKS["muted"][0])
-            continue
-        if from_zero:
-            axes.hlines(row, 0, value, color=colour, linewidth=2)
-        point: dict[str, Any] = {"marker": marker, "markersize": 8, "linestyle": "none"}
-        axes.plot([value], [row], color=colour, clip_on=False, **point)
-        axes.annotate(
-            f"{value:.3f}",
-            (value, row),
-            xytext=(9, 0),
-            textcoords="offset points",
-            va="center",
-            bbox=_HALO,
+    def _draw_point(
+        self, axes: Axes, at: float, name: str, metric: str, style: int, *, is_level: bool = False
+    ) -> None:
+        """Draw the seeds, the interval and the mean of a setting's metric at a place on the other axis."""
+        colour, marker, _ = find_style(style)
+        found, seeds = (
+            get_estimate(self.group.loc[name], metric),
+            self.found.values_of(name, metric),
         )
-    for level, loss in enumerate(teachers):
-        _draw_teacher(axes, loss, level=level, is_left=loss < low + span / 2)
+        assert found is not None
+
+        def plot(values: Sequence[float], **look: Any) -> None:
+            points = [at] * len(values), values
+            axes.plot(*(points[::-1] if is_level else points), color=colour, **look)
+
+        plot(found.ends or (), linewidth=1.6, alpha=0.7)
+        if len(seeds) > 1:
+            plot(list(seeds), marker="o", markersize=4, linestyle="none", alpha=0.55)
+        plot([found.value], marker=marker, markersize=8, zorder=4)
+
+    def _find_limits(
+        self, metric: str, also: Sequence[float], settings: Sequence[str] = ()
+    ) -> tuple[float, float]:
+        """Return the ends of an axis: all values, and intervals as far as they leave the differences visible."""
+        rows = self.group.loc[list(settings or self.group.index)]
+        seeds = self.found.runs[self.found.runs.setting.isin(rows.index)][metric]
+        values = [*rows[metric].dropna(), *seeds.dropna(), *also]
+        low, high = min(values), max(values)
+        span = max(high - low, 0.02)  # so that smaller differences look small
+        low = max(np.nanmin([low, *rows[f"{metric}_low"]]), low - span)
+        high = min(np.nanmax([high, *rows[f"{metric}_high"]]), high + span)
+        return low - 0.06 * span, high + 0.06 * span
+
+    def _teacher_losses(self) -> list[float]:
+        return list(find_teachers(self.group).teacher_loss.dropna())
+
+    def draw_comparison(self) -> list[str]:
+        """Return the held-out loss of the settings, and their KL to the teacher if defined, an SVG each."""
+        panels = {"loss": "held-out loss", "kl_to_teacher": "KL to teacher"}
+        return [
+            self._render(
+                partial(self._draw_rows, metric=metric, label=label),
+                f"{label} of each setting",
+                height=0.95 + 0.42 * len(self.group),
+            )
+            for metric, label in panels.items()
+            if self.group[metric].notna().any()
+        ]
+
+    def _draw_rows(self, axes: Axes, metric: str, label: str) -> None:
+        """Draw a row for each setting: its name and value, and below them its points."""
+        teachers = self._teacher_losses() if metric == "loss" else []
+        low, high = self._find_limits(metric, teachers if metric == "loss" else [0.0])
+        axes.set_xlim(low if metric == "loss" else 0.0, high)
+        axes.set_ylim(len(self.group) - 0.55, -0.8)
+        axes.set_yticks([])
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.grid(axis="x", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.set_xlabel(f"{label}, nats/token")
+        left = axes.get_yaxis_transform()
+        for level, (name, value) in enumerate(self.group[metric].items()):
+            shown = "not defined" if pd.isna(value) else f"{value:.3f}"
+            for x, text, side in ((0.01, _clip(name), "left"), (0.99, shown, "right")):
+                axes.text(x, level - 0.22, text, transform=left, va="bottom", ha=side, bbox=_HALO)
+            if pd.notna(value):
+                self._draw_point(axes, level, name, metric, self.styles[name], is_level=True)
+        for height, loss in enumerate(teachers):  # below the names; their values are stacked
+            is_left = loss < (low + high) / 2
+            axes.axvline(loss, zorder=1, color=INKS["ink"][0], **_DASHED)
+            axes.annotate(
+                f"teacher {loss:.3f}",
+                (loss, 1),
+                xycoords=axes.get_xaxis_transform(),
+                xytext=(-3 if is_left else 3, 3 + 12 * height),
+                textcoords="offset points",
+                ha="left" if is_left else "right",
+            )
+
+    def draw_sweeps(self) -> list[tuple[str, str, Legend]]:
+        """Return (key, held-out loss over its values as SVG, a legend of its lines) for each sweep."""
+        drawn = []
+        for key, points in find_sweeps(self.found, self.group):
+            lines = list(dict.fromkeys(points.sort_values("loss").line))
+            draw = partial(self._draw_sweep, key=key, points=points, lines=lines)
+            swatches = [draw_swatch(i, key=f"{self.key}{key}{i}") for i in range(len(lines))]
+            svg = self._render(draw, f"held-out loss over {key}")
+            drawn.append((key, svg, list(zip(lines, swatches, strict=True))))
+        return drawn
+
+    def _draw_sweep(self, axes: Axes, key: str, points: pd.DataFrame, lines: Sequence[str]) -> None:
+        xs = np.unique(points.x)
+        if xs[0] > 0 and xs[-1] >= 10 * xs[0]:
+            axes.set_xscale("log")
+        if len(xs) <= 7:
+            axes.set_xticks(xs, [f"{x:g}" for x in xs])
+            axes.xaxis.set_minor_locator(NullLocator())
+        levels: list[float] = []
+        for style, line in enumerate(lines):
+            rows = points[points.line == line]
+            colour, _, dashes = find_style(style)
+            means = rows.groupby("x").loss.mean()
+            axes.plot(means.index, means, color=colour, linestyle=dashes, linewidth=1.6)
+            for name, x in rows.x.items():
+                self._draw_point(axes, x, name, "loss", style)
+            # Cross-entropy, where the key has no meaning for it.
+            for name in set(rows.baseline.dropna()) - set(points.index):
+                levels.append(self.group.loss[name])
+                axes.axhline(levels[-1], color=colour, linewidth=1.4, linestyle=(0, (1, 2)))
+        self._finish(axes, key, self._find_limits("loss", levels, list(points.index)))
+
+    def _finish(self, axes: Axes, label: str, limits: tuple[float, float]) -> None:
+        axes.set_ylim(*limits)
+        axes.yaxis.set_major_locator(MaxNLocator(6))
+        axes.set_xlabel(label)
+        finish_axes(axes, "held-out loss, nats/token")
+
+    def draw_costs(self) -> list[str]:
+        """Return held-out loss over cost, an SVG each for stored bytes of the teacher and for training time.
+
+        Empty for a single setting.
+        """
+        if len(self.group) < 2:
+            return []
+        # 0 for text only; missing for a live teacher.
+        stored = self.group.cache_bytes_per_position.where(
+            self.group.distillation_type != "output", 0.0
+        )
+        seconds = self.group.training_seconds
+        unit, size = ("seconds", 1) if seconds.max() < 120 else ("minutes", 60)
+        panels = {f"training time, {unit}": seconds / size}
+        if stored.any():
+            panels = {"stored teacher, bytes/token (0: text only)": stored} | panels
+        return [
+            self._render(
+                partial(self._draw_costs, costs=costs, label=label), f"held-out loss over {label}"
+            )
+            for label, costs in panels.items()
+        ]
+
+    def _draw_costs(self, axes: Axes, costs: pd.Series, label: str) -> None:
+        """Draw each setting's loss, with its interval, over its cost; lower and further left is better."""
+        most = costs.max()
+        for index, (name, cost) in enumerate(costs.dropna().items()):
+            # Settings of one cache cost the same: shifted a little, their intervals do not overlap.
+            shift = 0.012 * most * (index - (len(costs) - 1) / 2) if len(costs) <= 8 else 0
+            self._draw_point(axes, cost + shift, name, "loss", self.styles[name])
+        for level in self._teacher_losses():
+            axes.axhline(level, color=INKS["ink"][0], **_DASHED)
+        axes.set_xlim(-0.06 * most, 1.08 * most)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        self._finish(axes, label, self._find_limits("loss", self._teacher_losses()))
+
+    def draw_reliability(self) -> Legend:
+        """Return (name, SVG) of each teacher, then each setting: accuracy over confidence."""
+        runs, metrics = self.found.runs, self.found.results.metrics
+        drawn: list[tuple[str, int | None, list[Scorecard | None]]] = []
+        for name, row in find_teachers(self.group).iterrows():
+            first = runs.index[(runs.teacher == row.teacher) & runs.setting.isin(self.group.index)][
+                0
+            ]
+            drawn.append((name, None, [metrics[first].scores.teacher]))
+        for name in self.group.index:
+            cards = [metrics[run].scores.student for run in runs.index[runs.setting == name]]
+            drawn.append((name, self.styles[name], [*cards]))
+        return [
+            (
+                name,
+                render_svg(
+                    partial(_draw_reliability, cards=[card for card in cards if card], style=style),
+                    (2.9, 2.6),
+                    label="accuracy over confidence",
+                    key=f"{self.key}r{number}",
+                ),
+            )
+            for number, (name, style, cards) in enumerate(drawn)
+            if any(card and card.reliability for card in cards)
+        ]
+
+    def draw_curves(self) -> list[str]:
+        """Return hard loss over steps, an SVG for all steps and one for the second half; empty without logs."""
+        logs = self.found.results.logs
+        if not logs:
+            return []
+        panels = {"all steps": 0.0}
+        if max(map(len, logs.values())) >= 20:
+            panels["the second half of the steps"] = 0.5
+        return [
+            self._render(partial(self._draw_curves, since=since), f"learning curves, {label}")
+            for label, since in panels.items()
+        ]
+
+    def _draw_curves(self, axes: Axes, since: float) -> None:
+        """Draw the logged and the smoothed curves from `since` (a share of a run's steps) on.
+
+        Runs of different lengths share an axis in percent of their steps.
+        """
+        curves = {name: thin_curve(log) for name, log in self.found.results.logs.items()}
+        lasts = {curve.step.iloc[-1] for curve in curves.values()}
+        shown: list[float] = []
+        for name, curve in curves.items():
+            last, style = curve.step.iloc[-1], self.styles[self.found.runs.setting[name]]
+            steps = curve.step * (1.0 if len(lasts) == 1 else 100 / last)
+            smooth = smooth_curve(curve.hard_loss)
+            colour, marker, dashes = find_style(style)
+            every = max(1, len(smooth) // 10)
+            marks: dict[str, Any] = {"marker": marker, "markevery": (style % every, every)}
+            if len(curves) <= 6:
+                axes.plot(steps, curve.hard_loss, color=colour, linewidth=0.8, alpha=0.3)
+            axes.plot(
+                steps,
+                smooth,
+                color=colour,
+                linewidth=1.4,
+                linestyle=dashes,
+                markersize=4.5,
+                **marks,
+            )
+            shown += list(smooth[curve.step >= since * last])
+        end = max(lasts) if len(lasts) == 1 else 100
+        span = max(max(shown) - min(shown), 1e-3)
+        axes.set_xlim(since * end, 1.01 * end + 1e-9)
+        axes.set_ylim(min(shown) - 0.08 * span, max(shown) + 0.08 * span)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(6))
+        axes.set_xlabel("step" if len(lasts) == 1 else "share of the run's steps, %")
+        finish_axes(axes, "hard loss, nats/token")
 
 
-def _draw_teacher(axes: Axes, loss: float, *, level: int, is_left: bool) -> None:
-    """Draw a teacher's loss as a line with its value above; `level` stacks the values of several teachers."""
-    axes.axvline(loss, zorder=1, **_TEACHER_LINE)  # below the names of the runs
-    axes.annotate(
-        f"teacher {loss:.3f}",
-        (loss, 1),
-        xycoords=axes.get_xaxis_transform(),
-        xytext=(-3 if is_left else 3, 3 + 12 * level),
-        textcoords="offset points",
-        ha="left" if is_left else "right",
-    )
-
-
-def _clip(name: str, *, longest: int = 44) -> str:
+def _clip(name: str, *, longest: int = 38) -> str:
     """Return a name that fits in a figure; the tables show it in full."""
-    half = (longest - 3) // 2
-    return name if len(name) <= longest else f"{name[:half]}...{name[-half:]}"
+    half = (longest - 1) // 2
+    return name if len(name) <= longest else f"{name[:half]}\N{HORIZONTAL ELLIPSIS}{name[-half:]}"
 
 
-def draw_reliability(
-    group: Sequence[Record], styles: Sequence[int], *, key: str
-) -> list[tuple[str, str]]:
-    """Return (name, SVG) of each model, teachers first: accuracy over confidence, with the intervals of the bins."""
-    teachers = find_teachers(group)
-    cards: list[tuple[str, int | None, Scorecard]] = [
-        (name_teacher(t, teachers), None, t.teacher_card) for t in teachers if t.teacher_card
-    ]
-    cards += [(r.name, style, r.card) for r, style in zip(group, styles, strict=True)]
-    return [
-        (
-            name,
-            render_svg(
-                partial(_draw_reliability, card=card, style=style),
-                (2.9, 2.6),
-                label="accuracy over confidence",
-                key=f"{key}{number}",
-            ),
-        )
-        for number, (name, style, card) in enumerate(cards)
-        if card.reliability
-    ]
-
-
-def _draw_reliability(axes: Axes, card: Scorecard, style: int | None) -> None:
-    """Draw one model's bins; the size of a dot is its share of positions. Below the diagonal is overconfident."""
+def _draw_reliability(axes: Axes, cards: Sequence[Scorecard], style: int | None) -> None:
+    """Draw the bins of each seed; the size of a dot is its share of positions. Below the diagonal is overconfident."""
     colour, marker, _ = (INKS["ink"][0], "o", "-") if style is None else find_style(style)
     axes.plot([0, 100], [0, 100], color=INKS["muted"][0], linewidth=1, linestyle=(0, (4, 3)))
-    most = max(b.positions for b in card.reliability)
-    for b in card.reliability:
-        x, y = 100 * b.confidence, 100 * b.accuracy.value
-        if b.accuracy.ends:
-            axes.plot([x, x], [100 * end for end in b.accuracy.ends], color=colour, linewidth=1.2)
-        size = 3 + 6 * math.sqrt(b.positions / most)
-        axes.plot([x], [y], color=colour, marker=marker, markersize=size, linestyle="none")
-    axes.set_xlim(0, 100)
-    axes.set_ylim(0, 100)
-    axes.set_xticks([0, 50, 100])
-    axes.set_yticks([0, 50, 100])
+    for card in cards:
+        most = max((b.positions for b in card.reliability), default=1)
+        for b in card.reliability:
+            x, y = 100 * b.confidence, 100 * b.accuracy.value
+            if b.accuracy.ends:
+                axes.plot(
+                    [x, x], [100 * end for end in b.accuracy.ends], color=colour, linewidth=1.2
+                )
+            size = 3 + 6 * math.sqrt(b.positions / most)
+            axes.plot([x], [y], color=colour, marker=marker, markersize=size, linestyle="none")
+    axes.set(xlim=(0, 100), ylim=(0, 100), xticks=[0, 50, 100], yticks=[0, 50, 100])
     axes.set_xlabel("confidence, %")
     finish_axes(axes, "accuracy, %")
 
 
-def draw_costs(group: Sequence[Record], styles: Sequence[int], *, key: str) -> list[str]:
-    """Return held-out loss over cost, an SVG each for stored bytes of the teacher and for training time.
-
-    Empty for a single run.
-    """
-    if len(group) < 2:
-        return []
-    losses = [record.card.metrics["loss"] for record in group]
-    seconds = [record.training_seconds for record in group]
-    unit, size = ("seconds", 1) if max(seconds) < 120 else ("minutes", 60)
-    panels: list[tuple[str, Sequence[float | None]]] = [
-        ("stored teacher, bytes/token (0: text only)", [_stored_bytes(r) for r in group]),
-        (f"training time, {unit}", [second / size for second in seconds]),
-    ]
-    if not any(panels[0][1]):
-        del panels[0]
-    teachers = _teacher_losses(group)
-    return [
-        render_svg(
-            partial(
-                _draw_costs,
-                costs=costs,
-                losses=losses,
-                styles=styles,
-                teachers=teachers,
-                label=label,
-            ),
-            (PANEL_INCHES, 3.1),
-            label=f"held-out loss over {label}",
-            key=f"{key}{number}",
-        )
-        for number, (label, costs) in enumerate(panels)
-    ]
+def find_sweeps(found: Comparisons, group: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Return the keys that differ alone between settings of a group, and those settings with `x`, the key's value, and
+    `line`, what distinguishes them from the other lines."""
+    first = found.runs[found.runs.setting.isin(group.index)].drop_duplicates("setting")
+    texts = pd.concat([found.conditions, found.learning], axis=1).loc[first.index]
+    texts = (
+        texts.set_axis(first.setting).drop(columns=[SEED, HELD_OUT, TEXT, UNKNOWN]).loc[group.index]
+    )
+    sweeps = []
+    for key in texts.columns.drop("teacher"):
+        # The size of a student is a number, the config that it follows from is none.
+        follows = [c for c in texts if c == key or (key == SIZE and c.startswith("student."))]
+        rest = texts.drop(columns=follows)
+        x = pd.to_numeric(texts[key], errors="coerce")
+        points = group.assign(x=x, line=rest.agg("\n".join, axis=1))[x.notna()]
+        points = points[points.groupby("line").x.transform("nunique") > 1].sort_values("x")
+        if len(points):
+            sweeps.append((key, points.assign(line=_name_lines(rest.loc[points.index]))))
+    return sweeps
 
 
-def _stored_bytes(record: Record) -> float | None:
-    """Return the bytes per token that a run reads of its teacher: 0 for text only, None for a live teacher."""
-    if not record.is_distilled:
-        return 0.0
-    return record.cache.bytes_per_position if record.cache else None
+def _name_lines(rest: pd.DataFrame) -> pd.Series:
+    """Return for each setting what differs between the lines, as "hybrid, temperature 2"."""
+    kind = "training.distillation_type"
+    used = rest.drop(columns=kind).mask(lambda texts: texts == "-")
+    names = rest[kind]
+    for key in used.columns[used.nunique() > 1]:
+        label = f", {key.rpartition('.')[2]} {{}}".format
+        names += used[key].map(label, na_action="ignore").fillna("")
+    return names
 
 
-def _draw_costs(
-    axes: Axes,
-    costs: Sequence[float | None],
-    losses: Sequence[Estimate],
-    styles: Sequence[int],
-    *,
-    teachers: Sequence[float],
-    label: str,
-) -> None:
-    """Draw each run's loss, with its interval, over its cost; lower and further left is better."""
-    known = [x for x in costs if x is not None]
-    for index, (cost, loss, style) in enumerate(zip(costs, losses, styles, strict=True)):
-        if cost is None:
-            continue
-        colour, marker, _ = find_style(style)
-        # Runs of one cache cost the same: shifted by a few points, their intervals do not overlap.
-        shift = 4 * (index - (len(costs) - 1) / 2) if len(costs) <= 8 else 0
-        at = offset_copy(axes.transData, axes.get_figure(root=True), x=shift, units="points")
-        if loss.ends:
-            axes.plot([cost, cost], loss.ends, color=colour, linewidth=1.4, transform=at)
-        axes.plot(
-            [cost], [loss.value], color=colour, marker=marker, markersize=7, ls="none", transform=at
-        )
-    levels = [*teachers, *(end for loss in losses for end in loss.ends or (loss.value,))]
-    low, high = min(levels), max(levels)
-    margin = 0.08 * max(high - low, 0.02)
-    axes.set_ylim(low - margin, high + margin)
-    for level in teachers:
-        axes.axhline(level, **_TEACHER_LINE)
-    axes.set_xlim(-0.04 * max(known), 1.08 * max(known))
-    axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.yaxis.set_major_locator(MaxNLocator(6))
-    axes.set_xlabel(label)
-    finish_axes(axes, "held-out loss, nats/token")
+def thin_curve(log: pd.DataFrame) -> pd.DataFrame:
+    """Return a curve of at most 400 points, each the mean of equally many logged ones, at the step of the last one."""
+    block = np.arange(len(log)) // math.ceil(len(log) / _MAX_POINTS)
+    return log.groupby(block).agg({"step": "last", "hard_loss": "mean"})
+
+
+def smooth_curve(losses: pd.Series) -> pd.Series:
+    """Return the centred running mean over a twentieth of the curve."""
+    return losses.rolling(2 * (len(losses) // 40) + 1, center=True, min_periods=1).mean()

@@ -1,35 +1,14 @@
-"""Sentences on the runs: the outcome, and warnings about the numbers.
+"""Sentences on the settings: the outcome, ties, and warnings about the numbers."""
 
-A difference counts as one if its interval excludes zero; without an interval, if it is not zero to three digits.
-"""
-
-import math
 from collections.abc import Sequence
 
-from retort.config.schema import show
+import pandas as pd
+
+from retort.evaluation.formatting import format_signed
 from retort.evaluation.intervals import Estimate
 from retort.evaluation.scores import DOCUMENTS_FILE
-from retort.report.comparisons import (
-    Comparison,
-    compare_losses_of,
-    compare_with_baseline,
-    has_documents,
-)
-from retort.report.records import (
-    SETTINGS,
-    STUDENT_SIZE,
-    VALIDATION_SET,
-    CacheFacts,
-    Record,
-    TrainingLog,
-    find_baseline,
-    find_caches,
-    find_differences,
-    find_nearest,
-    find_teachers,
-    group_runs,
-)
-from retort.report.tables import format_signed, is_clear, is_gain
+from retort.report.comparisons import HELD_OUT, SIZE, TEXT, UNKNOWN, Comparisons, is_clear, is_gain
+from retort.report.runs import find_teachers, get_estimate
 
 HIGH_TAIL_MASS = 0.2
 HIGH_FIDELITY_KL = 0.05  # nats
@@ -38,216 +17,247 @@ FEW_DOCUMENTS = 10
 _MAX_NEEDS = 3  # sentences on runs without a margin, of which a sweep may have a hundred
 
 
-def describe_outcome(group: Sequence[Record], *, baseline: str | None = None) -> str:
-    """Return the main result of one group in a sentence or two: whether distillation helped, and by how much."""
-    best = min(group, key=lambda r: r.loss)
-    losses = [t.teacher_loss for t in find_teachers(group) if t.teacher_loss is not None]
-    teacher = f"; teacher {min(losses):.3f}" if losses else ""
-    pairs = [(r, compare_with_baseline(r, group, baseline=baseline)) for r in group]
-    margins = [(r, found) for r, found in pairs if found is not None]
-    if margins and best.positions < FEW_POSITIONS:
+def describe_outcome(found: Comparisons, group: pd.DataFrame) -> str:
+    """Return the main result of one group of settings: whether distillation helped, and by how much."""
+    losses = find_teachers(group).teacher_loss.dropna()
+    teacher = f"; teacher {losses.min():.3f}" if len(losses) else ""
+    compared = group[group.margin.notna()]
+    best = group.iloc[0]
+    if len(compared) and best.positions < FEW_POSITIONS:
         return (
             f"{best.positions:,} held-out positions are too few to tell whether distillation helped "
             f"(at least {FEW_POSITIONS:,} are needed){teacher}."
         )
-    if not margins:
-        lacks = "no matching cross-entropy run to compare with"
-        why = lacks if best.is_distilled else "no distilled run to compare with"
-        return f"{best.name}: held-out loss {best.loss:.3f} nats/token, {why}{teacher}."
-    return _describe_margins(margins, teacher)
+    if compared.empty:
+        is_distilled = (group.distillation_type != "output").any()
+        lacks = "matching cross-entropy" if is_distilled else "distilled"
+        name = _name(best, find_ties(found, group, best.name))
+        return f"{name}: held-out loss {best.loss:.3f} nats/token, no {lacks} run to compare with{teacher}."
+    return _describe_margins(found, group, compared, teacher)
 
 
-def _describe_margins(margins: Sequence[tuple[Record, Comparison]], teacher: str) -> str:
-    """Return the margin of the run with the lowest loss, and the other runs whose result is the opposite."""
-    # Not of the run with the largest margin: its baseline may be a bad one.
-    run, found = min(margins, key=lambda m: m[0].loss)
-    against = f"cross-entropy ({found.baseline.name}, {found.baseline.loss:.3f})"
+def _describe_margins(
+    found: Comparisons, group: pd.DataFrame, compared: pd.DataFrame, teacher: str
+) -> str:
+    """Return the margin of the setting with the lowest loss, and the other settings whose result is the opposite."""
+    # Not of the one with the largest margin: its baseline may be a bad one.
+    first = compared.iloc[0]
     others: dict[bool, list[str]] = {True: [], False: []}
-    for other, comparison in margins:
-        if other is not run:
-            is_same = comparison.baseline is found.baseline
-            theirs = "it" if is_same else comparison.baseline.name
-            sentence = f"{other.name} is {_distance(comparison.margin)} {theirs}"
-            others[is_gain(comparison.margin)].append(sentence)
-    distance = f"{_distance(found.margin)} {against}{teacher}."
-    if is_gain(found.margin):
+    for name, row in compared.iloc[1:].iterrows():
+        margin = get_estimate(row, "margin")
+        assert margin is not None
+        theirs = "it" if row.baseline == first.baseline else row.baseline
+        others[is_gain(margin)].append(f"{name} is {_distance(margin, row.basis)} {theirs}")
+    margin = get_estimate(first, "margin")
+    assert margin is not None
+    name = _name(first, find_ties(found, group, first.name))
+    # The baselines of its own seeds, of which the baseline's setting may have more.
+    loss = found.runs.loss[found.runs.baseline[found.runs.setting == first.name]].mean()
+    against = f"cross-entropy ({first.baseline}, {loss:.3f})"
+    distance = f"{_distance(margin, first.basis)} {against}{teacher}."
+    if is_gain(margin):
         worse = f" Not every distilled run improved: {list_names(others[False])}."
-        outcome = f"{run.name}: held-out loss {run.loss:.3f}, {distance}"
-        return outcome + (worse if others[False] else "")
+        return f"{name}: held-out loss {first.loss:.3f}, {distance}" + (
+            worse if others[False] else ""
+        )
     lost = (
         "Not every distilled run improved"
         if others[True]
         else "Distillation did not beat cross-entropy"
     )
-    outcome = (
-        f"{lost}: the best distilled run, {run.name}, has held-out loss {run.loss:.3f}, {distance}"
-    )
+    outcome = f"{lost}: of the distilled runs, {name} has the lowest held-out loss, {first.loss:.3f}, {distance}"
     return outcome + (f" But {list_names(others[True])}." if others[True] else "")
 
 
-def describe_next_best(group: Sequence[Record], *, baseline: str | None = None) -> str | None:
-    """Return how the best run compares with the next best; None without one, or if the outcome says so already."""
-    if len(group) < 2 or group[0].positions < FEW_POSITIONS:
+def _name(setting: pd.Series, ties: Sequence[str] = ()) -> str:
+    seeds = "one seed" if setting.seeds == 1 else f"mean of {setting.seeds} seeds"
+    tied = f"; tied with {ties[0] if len(ties) == 1 else f'{len(ties)} others'}" if ties else ""
+    return f"{setting.name} ({seeds}{tied})"
+
+
+def find_ties(found: Comparisons, group: pd.DataFrame, name: str) -> list[str]:
+    """Return the settings of a group whose loss is not clearly different from that of `name`, but for its baseline."""
+    others = [other for other in group.index if other not in (name, group.baseline[name])]
+    return [other for other in others if not is_clear(found.differ(other, name)[0])]
+
+
+def describe_next_best(found: Comparisons, group: pd.DataFrame) -> str | None:
+    """Return how the best setting compares with the next best, or with all that it is tied with.
+
+    None without one, or if the outcome says so already.
+    """
+    if len(group) < 2 or group.positions.iloc[0] < FEW_POSITIONS:
         return None
-    best, second = sorted(group, key=lambda r: r.loss)[:2]
-    found = compare_with_baseline(best, group, baseline=baseline)
-    if found is not None and found.baseline is second:
+    best, second = group.index[:2]
+    if ties := find_ties(found, group, best):
+        tied = list_names([_describe_tie(found, name, best) for name in ties])
+        these = "this difference" if len(ties) == 1 else "these differences"
+        return f"{best} is tied with {tied}: {these} may be chance."
+    if group.baseline[best] == second:
         return None
-    margin = compare_losses_of(best, second)
+    margin, basis = found.differ(best, second)
     return (
-        f"{best.name} is {_distance(margin)} the next best run, {second.name} ({second.loss:.3f})."
+        f"{best} is {_distance(margin, basis)} the next best, {second} ({group.loss[second]:.3f})."
     )
 
 
-def _distance(margin: Estimate) -> str:
-    value, ends = margin.value, margin.ends
-    if ends and not is_clear(margin):
-        low, high = ends
-        interval = f"95 %: {format_signed(low)} to {format_signed(high)}"
-        return f"not clearly different ({format_signed(value)}; {interval}) from"
-    if round(value, 3) == 0:
+def _describe_tie(found: Comparisons, name: str, best: str) -> str:
+    difference, basis = found.differ(name, best)
+    return f"{name} ({format_signed(difference.value)}{_interval(difference, basis, '; ')})"
+
+
+def _interval(found: Estimate, basis: str, before: str) -> str:
+    if not found.ends:
+        return ""
+    low, high = map(format_signed, found.ends)
+    return f"{before}95 % over {basis}: {low} to {high}"
+
+
+def _distance(margin: Estimate, basis: str) -> str:
+    if margin.ends and not is_clear(margin):
+        return f"not clearly different ({format_signed(margin.value)}{_interval(margin, basis, '; ')}) from"
+    if round(margin.value, 3) == 0:
         return "not different (to 0.001) from"
     interval = ""
-    if ends:
-        low, high = sorted(abs(end) for end in ends)
-        interval = f" ({low:.3f} to {high:.3f})"
-    return f"{abs(value):.3f}{interval} {'above' if value > 0 else 'below'}"
-
-
-def find_warnings(
-    records: Sequence[Record], logs: Sequence[TrainingLog | None], *, baseline: str | None = None
-) -> list[str]:
-    """Return what a reader must know before trusting the numbers, one or two sentences each."""
-    groups = group_runs(records)
-    found = []
-    if len(groups) > 1:
-        sizes = ", ".join(f"{g[0].positions:,}" for g in groups)
-        found.append(
-            f"The runs were evaluated on {len(groups)} different validation sets ({sizes} "
-            "positions): losses are compared only within a set."
-        )
-    found += [_warn_of_leak(group[0]) for group in groups if group[0].leaked_sequences]
-    worse = [r for r in records if r.teacher_loss is not None and r.teacher_loss > r.loss]
-    if worse:
-        pairs = [f"{r.name} ({r.loss:.3f}; teacher {r.teacher_loss:.3f})" for r in worse]
-        found.append(
-            f"A teacher's held-out loss is worse than its student's: {list_names(pairs)}. Check that "
-            "the teacher suits this text."
-        )
-    for names, cache in find_caches(records):
-        found += _warn_of_cache(list_names(names), cache)
-    for group in groups:
-        found += _warn_of_size(group[0])
-    found += _warn_of_comparisons(records, baseline)
-    without = [r.name for r in records if not has_documents(r)]
-    if without:
-        found.append(
-            f"No {DOCUMENTS_FILE} beside the metrics of {list_names(without)}: their margins have no intervals. "
-            "Evaluate them again."
-        )
-    missing = [r.name for r, log in zip(records, logs, strict=True) if log is None]
-    if missing:
-        found.append(f"No training log, so no learning curve: {list_names(missing)}.")
-    return found
+    if margin.ends:
+        low, high = sorted(abs(end) for end in margin.ends)
+        interval = f" (95 % over {basis}: {low:.3f} to {high:.3f})"
+    return f"{abs(margin.value):.3f}{interval} {'above' if margin.value > 0 else 'below'}"
 
 
 def list_names(names: Sequence[str], *, most: int = 4) -> str:
     """Return names joined by commas; of more than `most`, the first ones and the number of the others."""
-    shown = names if len(names) <= most else [*names[: most - 1], f"{len(names) - most + 1} more"]
+    shown = (
+        list(names) if len(names) <= most else [*names[: most - 1], f"{len(names) - most + 1} more"]
+    )
     return ", ".join(shown)
 
 
-def _warn_of_leak(record: Record) -> str:
-    return (
-        f"{record.leaked_sequences:,} of {record.sequences:,} held-out sequences are also in the training text, so "
-        "held-out losses are lower than on new text. Remove duplicates from the corpus, or hold out by "
-        "dataset.validation_fraction, which keeps equal documents in one split."
-    )
+# Warnings ------------------------------------------------------------------------------------------
 
 
-def _warn_of_size(record: Record) -> list[str]:
-    """Return a warning if a group, of which `record` is one, has too few positions or documents."""
-    if record.positions < FEW_POSITIONS:
-        return [
-            f"Only {record.positions:,} held-out positions: too few to tell runs apart. Add documents, or raise "
+def find_warnings(found: Comparisons) -> list[str]:
+    """Return what a reader must know before trusting the numbers, one or two sentences each."""
+    runs, warnings = found.runs, []
+    groups = runs.drop_duplicates("group")
+    if len(groups) > 1:
+        sizes = ", ".join(f"{size:,}" for size in groups.positions)
+        warnings.append(
+            f"The runs were evaluated on {len(groups)} different validation sets ({sizes} positions): losses are "
+            "compared only within a set."
+        )
+    for _, first in groups.iterrows():
+        warnings += _warn_of_text(first)
+    worse = runs[runs.teacher_loss > runs.loss]
+    if len(worse):
+        pairs = [f"{n} ({r.loss:.3f}; teacher {r.teacher_loss:.3f})" for n, r in worse.iterrows()]
+        warnings.append(
+            f"A teacher's held-out loss is worse than its student's: {list_names(pairs)}. Check that the teacher suits "
+            "this text."
+        )
+    for names, cache in find_caches(runs):
+        warnings += _warn_of_cache(list_names(names), cache)
+    warnings += _warn_of_baselines(found)
+    if single := list(found.settings.index[found.settings.seeds == 1]):
+        whose = "" if len(single) == len(found.settings) else f" of {list_names(single)}"
+        warnings.append(
+            f"With one seed, the intervals{whose} account for the choice of held-out documents, not for the seed: a "
+            "small difference may be chance. Add seeds to find out."
+        )
+    if without := [name for name in runs.index if name not in found.results.documents]:
+        warnings.append(
+            f"No {DOCUMENTS_FILE} beside the metrics of {list_names(without)}: their margins have no intervals. "
+            "Evaluate them again."
+        )
+    if without := [name for name in runs.index if name not in found.results.logs]:
+        warnings.append(f"No training log, so no learning curve: {list_names(without)}.")
+    return warnings
+
+
+def find_caches(runs: pd.DataFrame) -> list[tuple[list[str], pd.Series]]:
+    """Return the columns of each cache once, with the names of the settings that learned from it."""
+    users = runs[runs.cache_method.notna() & (runs.distillation_type != "output")]
+    keys = [column for column in runs if str(column).startswith("cache_")]
+    groups = users.groupby(keys, sort=False, dropna=False).groups.values()
+    return [(list(users.setting[names].unique()), users.loc[names[0]]) for names in groups]
+
+
+def _warn_of_text(run: pd.Series) -> list[str]:
+    """Return warnings of the held-out text of a group, of which `run` is one."""
+    warnings = []
+    if run.leaked_sequences:
+        warnings.append(
+            f"{run.leaked_sequences:,} of {run.sequences:,} held-out sequences are also in the training text, so "
+            "held-out losses are lower than on new text. Remove duplicates from the corpus, or hold out by "
+            "dataset.validation_fraction, which keeps equal documents in one split."
+        )
+    if run.positions < FEW_POSITIONS:
+        warnings.append(
+            f"Only {run.positions:,} held-out positions: too few to tell runs apart. Add documents, or raise "
             f"dataset.validation_fraction, to have {FEW_POSITIONS:,} or more."
-        ]
-    if record.documents < FEW_DOCUMENTS:
-        return [
-            f"Only {record.documents} held-out documents: too few to resample, so the intervals are too narrow. Hold "
-            f"out {FEW_DOCUMENTS} or more."
-        ]
-    return []
+        )
+    elif run.documents < FEW_DOCUMENTS:
+        warnings.append(
+            f"Only {run.documents} held-out documents: too few to resample, so intervals over documents are too "
+            f"narrow. Hold out {FEW_DOCUMENTS} or more."
+        )
+    return warnings
 
 
-def _warn_of_cache(names: str, cache: CacheFacts) -> list[str]:
-    found = []
+def _warn_of_cache(names: str, cache: pd.Series) -> list[str]:
+    warnings = []
     # `sampled` keeps a sample of the tail.
-    if cache.tail_mass > HIGH_TAIL_MASS and cache.method != "sampled":
-        found.append(
-            f"Tail mass {cache.tail_mass:.3f} is high: the cache of {names} leaves more than "
-            f"{HIGH_TAIL_MASS:.0%} of the teacher's probability outside the tokens it "
-            "keeps. Raise cache.top_k, or lower cache.min_probability."
+    if cache.cache_tail_mass > HIGH_TAIL_MASS and cache.cache_method != "sampled":
+        warnings.append(
+            f"Tail mass {cache.cache_tail_mass:.3f} is high: the cache of {names} leaves more than "
+            f"{HIGH_TAIL_MASS:.0%} of the teacher's probability outside the tokens it keeps. Raise cache.top_k, or "
+            "lower cache.min_probability."
         )
-    if cache.fidelity_kl > HIGH_FIDELITY_KL:
-        found.append(
-            f"Fidelity KL {cache.fidelity_kl:.3f} nats is high (expected: below "
-            f"{HIGH_FIDELITY_KL}): the cache of {names} differs from its teacher. Generate it again "
-            "(teacher.generation.force_regenerate)."
+    if cache.cache_fidelity_kl > HIGH_FIDELITY_KL:
+        warnings.append(
+            f"Fidelity KL {cache.cache_fidelity_kl:.3f} nats is high (expected: below {HIGH_FIDELITY_KL}): the cache "
+            f"of {names} differs from its teacher. Generate it again (teacher.generation.force_regenerate)."
         )
-    return found
+    return warnings
 
 
-def _warn_of_comparisons(records: Sequence[Record], baseline: str | None) -> list[str]:
-    found = []
-    pairs = [(r, find_baseline(r, records, baseline=baseline)) for r in records]
+def _warn_of_baselines(found: Comparisons) -> list[str]:
+    """Return which cross-entropy runs are missing."""
+    runs = found.runs
+    lacking = runs[(runs.distillation_type != "output") & runs.baseline.isna()]
     needs: dict[str, list[str]] = {}
-    for record in (r for r, other in pairs if r.is_distilled and other is None):
-        nearest = find_nearest(record, records, baseline=baseline)
-        needs.setdefault(_describe_need(record, nearest), []).append(record.name)
+    for name in lacking.index:
+        needs.setdefault(_describe_need(found, name), []).append(name)
     shown = list(needs.items())[:_MAX_NEEDS]
-    found += [f"No margin for {list_names(names)}: {need}" for need, names in shown]
+    warnings = [f"No margin for {list_names(names)}: {need}" for need, names in shown]
     if rest := [name for names in list(needs.values())[_MAX_NEEDS:] for name in names]:
-        found.append(f"No margin for {list_names(rest)} either: no matching cross-entropy run.")
-    unequal = [
-        f"{r.name} ({r.trained_tokens:,} tokens; {other.name} {other.trained_tokens:,})"
-        for r, other in pairs
-        if other and not math.isclose(r.trained_tokens, other.trained_tokens, rel_tol=0.01)
-    ]
-    if unequal:
-        found.append(
-            "These margins mix two effects, because run and baseline were trained on different amounts of text: "
-            f"{list_names(unequal)}."
-        )
-    seeds = len({r.seed for r in records})
-    if seeds == 1:
-        found.append(
-            "Intervals account for the choice of held-out documents, not for the seed: with one seed, a small "
-            "difference may be chance. Add seeds to find out."
-        )
-    else:
-        found.append(
-            f"{seeds} seeds: each row is one run, whose interval accounts for the choice of held-out documents only. "
-            "Means over seeds are listed separately; their intervals account for the seeds."
-        )
-    return found
+        warnings.append(f"No margin for {list_names(rest)} either: no matching cross-entropy run.")
+    return warnings
 
 
-def _describe_need(record: Record, nearest: Record | None) -> str:
+def _describe_need(found: Comparisons, name: str) -> str:
     """Return which cross-entropy run is missing, by the differences from the nearest one."""
     lacks = "no matching cross-entropy run; add one with"
-    if nearest is None:
+    plain = found.conditions[found.runs.distillation_type == "output"]
+    if plain.empty:
         return f"{lacks} training.distillation_type: output."
-    found = find_differences(record, nearest)
-    if SETTINGS in found:
+    mine = found.conditions.loc[name]
+    differs = plain.ne(mine)
+    order = pd.DataFrame(
+        {"text": differs[HELD_OUT], "number": differs.sum(axis=1), "id": found.runs.id[plain.index]}
+    )
+    nearest = order.sort_values(["text", "number", "id"]).index[0]
+    keys = list(differs.columns[differs.loc[nearest]])
+    if UNKNOWN in keys:
         return (
-            f"not all settings of these runs and of {nearest.name} are recorded, because a run.json was missing. "
-            "Evaluate them again, with run.json beside training.json."
+            f"not all settings of these runs and of {nearest} are recorded, because a run.json was missing. Evaluate "
+            "them again, with run.json beside training.json."
         )
-    if any(key.startswith("student.") for key in found):
-        found.pop(STUDENT_SIZE, None)
-    same = [key for key in (VALIDATION_SET,) if found.pop(key, None)]
+    same = [f"the same {key}" for key in keys if key in (HELD_OUT, TEXT)]
+    hidden = {HELD_OUT, TEXT}
+    if any(key.startswith("student.") for key in keys):
+        hidden.add(SIZE)
     values = [
-        f"{k}: {show(mine)} ({nearest.name}: {show(other)})" for k, (mine, other) in found.items()
+        f"{k}: {mine[k]} ({nearest}: {plain.loc[nearest, k]})" for k in keys if k not in hidden
     ]
-    return f"{lacks} {list_names([*(f'the same {key}' for key in same), *values])}."
+    return f"{lacks} {list_names([*same, *values], most=8)}."

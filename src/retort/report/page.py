@@ -1,226 +1,220 @@
-"""The summary (a table for the terminal) and the report page, one file that needs no network, from records of runs.
+"""The summary (a table for the terminal) and the report page, one file that needs no network, from results of runs.
 
-The *margin* of a distilled run is its held-out loss minus its baseline's (see `records`): negative is better. Undefined
-values are a dash. Equal inputs give equal bytes.
+Equal inputs give equal bytes, in a terminal of equal width.
 """
 
 import base64
 import hashlib
+import shutil
 import textwrap
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
 import jinja2
+import pandas as pd
 
-from retort.evaluation.intervals import Estimate
 from retort.evaluation.scores import METRICS
 from retort.io.files import write_atomically
-from retort.report.comparisons import compare_with_baseline, render_csv
-from retort.report.curves import draw_curves
-from retort.report.figures import draw_comparison, draw_costs, draw_reliability
+from retort.report.comparisons import Comparisons, compare_runs
+from retort.report.figures import Figures
 from retort.report.findings import (
     FEW_POSITIONS,
     describe_next_best,
     describe_outcome,
+    find_caches,
     find_warnings,
     list_names,
 )
-from retort.report.records import (
-    Record,
-    TrainingLog,
-    find_caches,
-    find_settings,
-    find_teachers,
-    group_runs,
-    load_logs,
-    load_metrics,
-    load_samples,
-)
-from retort.report.scoreboard import Scoreboard, read_scoreboard, render_scoreboard
-from retort.report.seeds import average_seeds
-from retort.report.svg import INKS, SERIES, draw_swatch
+from retort.report.runs import find_teachers, load_results
+from retort.report.samples import build_samples, mark_lines
+from retort.report.scoreboard import find_trials, read_scoreboard, render_scoreboard
+from retort.report.svg import INKS, SERIES
 from retort.report.tables import (
-    COLUMNS,
     build_breakdowns,
+    build_cache_table,
+    build_main_table,
     build_metric_table,
-    build_rows,
-    build_samples,
-    build_seed_table,
+    build_provenance_table,
     build_task_table,
-    describe_seeds,
+    describe_settings,
     format_cache,
-    format_kl,
-    format_seconds,
-    mark_lines,
-    sort_key,
+    render_table,
 )
 
-WIDTH = 100  # characters of the summary's lines
-_NAME_WIDTH = WIDTH - sum(width + 2 for _, _, width in COLUMNS)
+WIDTH = 80  # characters of a line, where the terminal's width is not known
 
 
 def make_report(
     metrics_paths: Sequence[Path], out_html: Path, *, benchmark_paths: Sequence[Path] = ()
 ) -> str:
-    """Write the page, with summary.csv and summary.txt beside it; return the text of summary.txt.
+    """Write the page, with summary.csv and summary.txt beside it; return the summary, as wide as the terminal.
 
     Raises ValueError when a file is missing, is not as `evaluate`, `benchmark` or `train` writes it, or has NaN.
     """
-    records = load_metrics(metrics_paths)
-    board = read_scoreboard(benchmark_paths)
+    found, board = compare_runs(load_results(metrics_paths)), read_scoreboard(benchmark_paths)
     out_html.parent.mkdir(parents=True, exist_ok=True)
-    summary = render_summary(records, report_path=out_html, board=board)
+    summary = render_summary(found, board, report_path=out_html)
     write_atomically(out_html.with_name("summary.txt"), (summary + "\n").encode())
+    write_atomically(out_html.with_name("summary.csv"), render_csv(found, board).encode())
     # The page is written last: if it exists, so do the other files.
-    summary_csv = out_html.with_name("summary.csv")
-    write_report(records, load_logs(records), out_html, summary_csv, board=board)
-    return summary
+    write_atomically(out_html, render_page(found, board).encode())
+    width = shutil.get_terminal_size((WIDTH, 24)).columns
+    return render_summary(found, board, report_path=out_html, width=max(width, WIDTH))
+
+
+def render_csv(found: Comparisons, board: pd.DataFrame) -> str:
+    """Return the table of runs with all digits; empty cells are undefined; _low and _high are ends of intervals."""
+    scores = board[~board.is_teacher].pivot(index="model", columns="metric", values="value")
+    table = found.runs.drop(columns=["folder", "group"]).join(scores)
+    text: str = table.to_csv(lineterminator="\n")
+    return text
 
 
 def render_summary(
-    records: Sequence[Record],
-    *,
-    report_path: Path,
-    baseline: str | None = None,
-    board: Scoreboard | None = None,
+    found: Comparisons, board: pd.DataFrame, *, report_path: Path, width: int = WIDTH
 ) -> str:
     """Return the text of the summary: the tables, what they mean, warnings, and paths.
 
-    `baseline` names the cross-entropy run for the margins; by default the one that matches each run. Lines have at most
-    WIDTH characters, except for paths. Raises ValueError when `baseline` is not a cross-entropy run.
+    Lines have at most `width` characters, except for paths.
     """
-    plain = [r.name for r in records if not r.is_distilled]
-    if baseline is not None and baseline not in plain:
-        names = ", ".join(plain) or "none"
-        raise ValueError(
-            f"baseline {baseline!r} is not a run of type output. Choose one of: {names}."
+
+    def wrap(lines: Sequence[str]) -> str:
+        return "\n".join(
+            textwrap.fill(line, width, subsequent_indent="  ", break_on_hyphens=False)
+            for line in lines
         )
-    parts = [_render_group(group, baseline) for group in group_runs(records)]
+
+    parts = []
+    for _, group in found.settings.groupby("group"):
+        outcome = [describe_outcome(found, group), describe_next_best(found, group) or ""]
+        table = render_table(build_main_table(found, group), width)
+        parts += [
+            wrap([describe_group(group)]),
+            "\n".join(table),
+            wrap([text for text in outcome if text]),
+        ]
     facts = [
-        f"cache of {list_names(n)}: {format_cache(cache)}" for n, cache in find_caches(records)
+        f"cache of {list_names(n)}: {format_cache(cache)}" for n, cache in find_caches(found.runs)
     ]
     facts.append(
-        "margin: held-out loss minus that of the cross-entropy run with the same settings of student and training "
+        "margin: held-out loss minus that of the cross-entropy run of the same text, student and settings of training "
         "except for the loss; negative is better. Losses and KL are in nats/token. After \u00b1: distance to the "
-        "farther end of the 95 % interval over held-out documents."
+        "farther end of the 95 % interval: with one seed over held-out documents, with more over the seeds. "
+        "summary.csv has every run and all columns."
     )
     facts += [
-        f"{run.name} closes {_percent(found.gap_closed)} of the gap between cross-entropy and training on the "
-        "teacher's full distributions."
-        for run in records
-        if (found := compare_with_baseline(run, records)) and found.gap_closed
+        f"{name} closes {_percent(row)} of the gap between cross-entropy and training on the teacher's full "
+        "distributions."
+        for name, row in found.settings[found.settings.gap_closed.notna()].iterrows()
     ]
-    facts += [f"{describe_seeds(mean)}." for mean in average_seeds(records)]
-    facts += render_scoreboard(board) if board else []
-    notes = [
-        f"note: {text}" for text in find_warnings(records, load_logs(records), baseline=baseline)
-    ]
+    notes = [f"note: {text}" for text in find_warnings(found)]
     paths = [
         f"report: {report_path}",
         "students, each with final/ (the model) and training_log.csv:",
-        *(f"  {record.folder}/" for record in records),
+        *(f"  {folder}/" for folder in found.runs.folder),
     ]
-    parts += ["\n".join(map(_wrap, facts)), "\n".join(map(_wrap, notes)), "\n".join(paths)]
-    return "\n\n".join(parts)
-
-
-def _percent(share: Estimate) -> str:
-    low, high = share.ends or (share.value, share.value)
-    return f"{100 * share.value:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
-
-
-def _render_group(group: Sequence[Record], baseline: str | None) -> str:
-    """Return the title, the table and the outcome of one group."""
-    rows = build_rows(group, baseline=baseline)
-    name_width = min(_NAME_WIDTH, max(len(row.name) for row in rows))
-    lines = [
-        _align("", [head if sub else "" for head, sub, _ in COLUMNS], name_width),
-        _align("run", [sub or head for head, sub, _ in COLUMNS], name_width),
-    ]
-    lines.append("-" * max(map(len, lines)))
-    for row in rows:
-        name = row.name
-        if len(name) > name_width:  # on a line of its own: a name is never cut
-            lines += textwrap.wrap(name, WIDTH)
-            name = ""
-        lines.append(_align(name, row.cells, name_width))
-    outcome = [describe_outcome(group, baseline=baseline)]
-    if next_best := describe_next_best(group, baseline=baseline):
-        outcome.append(next_best)
-    return "\n".join([_wrap(describe_group(group)), "", *lines, "", *map(_wrap, outcome)])
-
-
-def describe_group(group: Sequence[Record]) -> str:
-    """Return the number of students, the size of the held-out text and the teachers."""
-    students = f"{len(group)} student{'' if len(group) == 1 else 's'}"
-    teachers = ", ".join(str(t.teacher) for t in find_teachers(group))
-    names = f"; teacher: {teachers}" if teachers else ""
-    heldout = f"{group[0].positions:,} held-out positions of {group[0].documents:,} documents"
-    return f"{students} on {heldout}{names}"
-
-
-def _align(name: str, cells: Sequence[str], name_width: int) -> str:
-    """Return one line: the name and the type left-aligned, numbers right-aligned."""
-    widths = [width for _, _, width in COLUMNS]
-    kind, numbers = (
-        cells[0].ljust(widths[0]),
-        [c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True)],
+    return "\n\n".join(
+        [*parts, wrap(facts + render_scoreboard(board)), wrap(notes), "\n".join(paths)]
     )
-    return "  ".join([name.ljust(name_width), kind, *numbers]).rstrip()
 
 
-def _wrap(text: str) -> str:
-    return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+def _percent(row: pd.Series) -> str:
+    low, high = row.gap_closed_low, row.gap_closed_high
+    return (
+        f"{100 * row.gap_closed:.0f} % (95 % over {row.basis}: {100 * low:.0f} to {100 * high:.0f})"
+    )
+
+
+def describe_group(group: pd.DataFrame) -> str:
+    """Return the number of students, the size of the held-out text and the teachers."""
+    count = int(group.seeds.sum())
+    of = f" of {len(group)} settings" if count > len(group) else ""
+    students = f"{count} student{'' if count == 1 else 's'}{of}"
+    teachers = ", ".join(find_teachers(group).teacher)
+    names = f"; teacher: {teachers}" if teachers else ""
+    heldout = (
+        f"{group.positions.iloc[0]:,} held-out positions of {group.documents.iloc[0]:,} documents"
+    )
+    return f"{students} on {heldout}{names}"
 
 
 # The page -----------------------------------------------------------------------------------------
 
 
-def write_report(
-    records: Sequence[Record],
-    logs: Sequence[TrainingLog | None],
-    out_html: Path,
-    summary_csv: Path,
-    *,
-    board: Scoreboard | None = None,
-) -> None:
-    """Write the page, and a CSV of the runs with all digits."""
-    source = _read_resource("page.html.j2")
+def render_page(found: Comparisons, board: pd.DataFrame) -> str:
+    """Return the page."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {
-        "typeset": _typeset,
-        "seconds": format_seconds,
-        "kl": format_kl,
-        "sort_key": sort_key,
-        "lines": mark_lines,
-    }
-    settings = find_settings(records)
-    samples = load_samples(records)
-    page = environment.from_string(source).render(
-        records=records,
-        columns=[[part for part in column[:2] if part] for column in COLUMNS],
-        groups=[
-            _page_group(group, records, key=f"g{n}-") for n, group in enumerate(group_runs(records))
-        ],
-        curves=draw_curves(logs, key="c"),
-        legend=[(r.name, draw_swatch(i, key=f"s{i}")) for i, r in enumerate(records) if logs[i]],
-        samples=build_samples(records, samples),
-        without_samples=[r.name for r, found in zip(records, samples, strict=True) if not found],
+    environment.filters |= {"typeset": _typeset, "lines": mark_lines}
+    styles = {name: index for index, name in enumerate(found.settings.index)}
+    groups = [
+        _page_group(found, group, styles, key=f"g{number}")
+        for number, group in found.settings.groupby("group")
+    ]
+    figures = Figures(found, found.settings, styles, key="c")
+    shared, differing = describe_settings(found)
+    with_log = found.runs.setting[list(found.results.logs)].unique()
+    samples = build_samples(found.results.samples, dict(found.runs.teacher))
+    page: str = environment.from_string(_read_resource("page.html.j2")).render(
+        groups=groups,
+        has_seeds=bool((found.settings.seeds > 1).any()),
+        num_runs=len(found.runs),
+        curves=figures.draw_curves(),
+        legend=figures.make_legend([s for s in styles if s in with_log]),
+        samples=samples,
+        without_samples=[name for name, known in found.results.samples.items() if not known],
         script=_script("page.js"),
-        caches=find_caches(records),
-        warnings=find_warnings(records, logs),
-        benchmarks=build_task_table(board) if board and board.rows else None,
-        trials=board.trials if board else [],
-        shared={k: v[0] for k, v in settings.items() if len(set(v)) == 1},
-        differing={k: v for k, v in settings.items() if len(set(v)) > 1},
+        caches=build_cache_table(find_caches(found.runs)),
+        warnings=find_warnings(found),
+        benchmarks=build_task_table(board),
+        trials=find_trials(board),
+        provenance=build_provenance_table(found.runs),
+        shared=shared,
+        differing=differing,
         inks=INKS,
         series=SERIES,
     )
-    write_atomically(summary_csv, render_csv(records).encode())
-    write_atomically(out_html, page.encode())
+    return page
+
+
+def _page_group(
+    found: Comparisons, group: pd.DataFrame, styles: dict[str, int], *, key: str
+) -> dict[str, object]:
+    """Return what the template shows of one group."""
+    # In the order of their settings.
+    order = group.reset_index()[["setting"]]
+    runs = found.runs.reset_index().merge(order, how="right").set_index("name")
+    figures = Figures(found, group, styles, key)
+    return {
+        "outcome": describe_outcome(found, group),
+        "next_best": describe_next_best(found, group),
+        "is_large": group.positions.iloc[0] >= FEW_POSITIONS,
+        "about": describe_group(group),
+        "table": build_main_table(found, group),
+        "has_teacher_line": bool(find_teachers(group).teacher_loss.notna().any()),
+        "panels": figures.draw_comparison(),
+        "sweeps": figures.draw_sweeps(),
+        "metrics": build_metric_table(found, group),
+        "runs": build_metric_table(found, runs, of="run"),
+        "missing": _explain_missing(found, list(runs.index)),
+        "costs": figures.draw_costs(),
+        "legend": figures.make_legend(group.index),
+        "reliability": figures.draw_reliability(),
+        "breakdowns": build_breakdowns(found, group),
+    }
+
+
+def _explain_missing(found: Comparisons, runs: Sequence[str]) -> list[str]:
+    """Return a sentence for each reason why runs lack metrics."""
+    lacking: dict[tuple[str, str], list[str]] = {}
+    for run in runs:
+        reasons = pd.Series(found.results.metrics[run].scores.not_defined, dtype=object)
+        for reason, names in reasons.groupby(reasons).groups.items():
+            titles = ", ".join(METRICS[n].title if n in METRICS else n for n in names)
+            lacking.setdefault((str(reason), titles), []).append(run)
+    return [f"{list_names(n)}: no {titles}, because {why}." for (why, titles), n in lacking.items()]
 
 
 def _read_resource(name: str) -> str:
@@ -234,46 +228,8 @@ def _script(name: str) -> dict[str, str]:
     return {"text": text, "digest": f"sha256-{digest}"}
 
 
-def _page_group(
-    group: Sequence[Record], records: Sequence[Record], *, key: str
-) -> dict[str, object]:
-    """Return what the template shows of one group."""
-    styles = [index for index, record in enumerate(records) if record in group]
-    return {
-        "outcome": describe_outcome(group),
-        "next_best": describe_next_best(group),
-        "has_enough_positions": group[0].positions >= FEW_POSITIONS,
-        "about": describe_group(group),
-        "rows": build_rows(group),
-        "has_teacher_line": any(t.teacher_loss is not None for t in find_teachers(group)),
-        "panels": draw_comparison(group, styles, key=key),
-        "metrics": build_metric_table(group),
-        "missing": _explain_missing(group),
-        "costs": draw_costs(group, styles, key=f"q{key}"),
-        "legend": [
-            (r.name, draw_swatch(style, key=f"l{key}{style}"))
-            for r, style in zip(group, styles, strict=True)
-        ],
-        "reliability": draw_reliability(group, styles, key=f"r{key}"),
-        "breakdowns": build_breakdowns(group),
-        "seeds": build_seed_table(means) if (means := average_seeds(group)) else None,
-    }
-
-
-def _explain_missing(group: Sequence[Record]) -> list[str]:
-    """Return a sentence for each reason why runs lack metrics."""
-    lacking: dict[tuple[str, str], list[str]] = {}
-    for record in group:
-        by_reason: dict[str, list[str]] = {}
-        for name, reason in record.not_defined.items():
-            by_reason.setdefault(reason, []).append(
-                METRICS[name].title if name in METRICS else name
-            )
-        for reason, titles in by_reason.items():
-            lacking.setdefault((reason, ", ".join(titles)), []).append(record.name)
-    return [f"{list_names(n)}: no {titles}, because {why}." for (why, titles), n in lacking.items()]
-
-
 def _typeset(text: str) -> str:
     """Return the text of a cell with a minus sign for a hyphen, and an en dash for an undefined value."""
-    return "\N{EN DASH}" if text == "-" else text.replace("-", "\N{MINUS SIGN}")
+    if text == "-":
+        return "\N{EN DASH}"
+    return text.replace("-", "\N{MINUS SIGN}") if text[:1] in "+-0123456789" else text

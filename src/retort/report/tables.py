@@ -1,130 +1,154 @@
-"""Rows and cells of the tables in the summary and on the page. Undefined values are a dash."""
+"""Tables of the summary and the page. What is not defined is a dash."""
 
-import re
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from retort.evaluation.formatting import format_estimate, format_metric, name_metric
-from retort.evaluation.intervals import Estimate
-from retort.evaluation.records import ClassRow
-from retort.models.samples import SamplePrompt, Samples
-from retort.report.comparisons import compare_with_baseline, find_best
-from retort.report.records import CacheFacts, Record, find_teachers, name_teacher
-from retort.report.scoreboard import Scoreboard
-from retort.report.seeds import SeedMean
+import numpy as np
+import pandas as pd
 
-# First and second line of a column's head, and its width in characters; the first column is the name.
-COLUMNS = (
-    ("type", "", 6),
-    ("alpha", "", 5),
-    ("T", "", 4),
-    ("params", "", 7),
-    ("held-out", "loss", 13),
-    ("perplexity", "", 10),
-    ("KL to", "teacher", 7),
-    ("agreement", "%", 9),
-    ("margin vs", "cross-ent.", 12),
+from retort.evaluation.formatting import (
+    format_estimate,
+    format_metric,
+    format_plus_minus,
+    name_metric,
 )
+from retort.evaluation.intervals import Estimate
+from retort.report.comparisons import Comparisons, find_best, is_gain
+from retort.report.findings import list_names
+from retort.report.runs import find_teachers, get_estimate
+
+# Columns of the main table: key, head in the terminal, head on the page.
+COLUMNS = {
+    "loss": ("loss", "held-out loss"),
+    "margin": ("margin", "margin vs cross-entropy"),
+    "seeds": ("seeds", "seeds"),
+    "perplexity": ("perplexity", "perplexity"),
+    "kl_to_teacher": ("KL", "KL to teacher"),
+    "agreement": ("agree %", "agreement, %"),
+    "distillation_type": ("type", "type"),
+    "alpha": ("alpha", "alpha"),
+    "temperature": ("T", "T"),
+    "student_parameters": ("params", "parameters"),
+}
+# Left out of a terminal's table, in this order, until names have room.
+_OPTIONAL = ("params", "perplexity", "agree %", "T", "alpha", "type", "KL")
+_NAME_ROOM = 24  # characters
+NO_BASELINE = "no match"
+
+
+class Cell(NamedTuple):
+    """A cell: its text, a smaller text below it (the interval), what it is sorted by, and whether it stands out."""
+
+    text: str
+    below: str = ""
+    key: str = ""
+    is_bold: bool = False
 
 
 @dataclass(frozen=True)
-class Row:
-    """A row of the comparison: the name, and a text for each of COLUMNS."""
+class Table:
+    """A table. The first of `heads` is that of the rows' names."""
 
-    name: str
-    is_teacher: bool
-    cells: tuple[str, ...]
-    is_better: bool = False  # clearly better than cross-entropy
+    heads: tuple[str, ...]
+    rows: tuple[tuple[str, bool, tuple[Cell, ...]], ...]  # name, is it a teacher, cells
+    title: str = ""
 
 
-def build_rows(group: Sequence[Record], *, baseline: str | None = None) -> list[Row]:
-    """Return the rows of one group's table: its teachers, then its runs."""
-    teachers = find_teachers(group)
+_DASH = Cell("-")
+
+
+def _text(text: str | None) -> Cell:
+    return _DASH if text is None else Cell(text, key=text)
+
+
+def _number(value: float | None, pattern: str) -> Cell:
+    return (
+        _DASH
+        if value is None or pd.isna(value)
+        else Cell(format(value, pattern), key=repr(float(value)))
+    )
+
+
+def build_main_table(found: Comparisons, group: pd.DataFrame) -> Table:
+    """Return the main table of one group of settings, with a cell for each of COLUMNS: its teachers, then settings."""
     rows = []
-    for teacher in teachers:
-        name = name_teacher(teacher, teachers)
-        known = teacher.teacher_card.metrics if teacher.teacher_card else {}
-        loss, ppl = _format_estimate(known.get("loss")), _perplexity(teacher.teacher_perplexity)
-        size = _size(teacher.teacher_parameters)
-        rows.append(Row(name, True, ("-", "-", "-", size, loss, ppl, "-", "-", "-")))
-    for run in group:
-        found = compare_with_baseline(run, group, baseline=baseline)
-        cells = (
-            run.distillation_type,
-            _compact(run.alpha),
-            _compact(run.temperature) if run.is_distilled else "-",
-            _size(run.student_parameters),
-            _format_estimate(run.card.metrics["loss"]),
-            _perplexity(run.perplexity),
-            _fixed(run.kl_to_teacher),
-            "-" if run.agreement is None else f"{100 * run.agreement:.1f}",
-            "-" if found is None else _format_estimate(found.margin, is_signed=True),
-        )
-        is_better = found is not None and is_gain(found.margin)
-        rows.append(Row(run.name, False, cells, is_better))
-    return rows
+    for name, row in find_teachers(group).iterrows():
+        loss = get_estimate(row, "teacher_loss")
+        known = {
+            "student_parameters": _size(row.teacher_parameters),
+            "loss": Cell(format_plus_minus(loss), key=repr(loss.value)) if loss else _DASH,
+            "perplexity": _perplexity(row.teacher_perplexity),
+        }
+        rows.append((name, True, tuple(known.get(key, _DASH) for key in COLUMNS)))
+    best = find_best(found, group, "loss")
+    for name, row in group.iterrows():
+        rows.append((name, False, tuple(_main_cell(key, row, name == best) for key in COLUMNS)))
+    return Table(("setting", *(page for _, page in COLUMNS.values())), tuple(rows))
 
 
-def is_clear(margin: Estimate) -> bool:
-    """Whether a difference is clear: its interval excludes zero; without one, it is not zero to three digits."""
-    if margin.ends is None:
-        return round(margin.value, 3) != 0
-    low, high = margin.ends
-    return low > 0 or high < 0
+def _main_cell(key: str, row: pd.Series, is_best: bool) -> Cell:
+    is_distilled = row.distillation_type != "output"
+    if key == "distillation_type":
+        return _text(row[key])
+    if key == "temperature" and not is_distilled:
+        return _DASH
+    if key == "student_parameters":
+        return _size(row[key])
+    if key == "perplexity":
+        return _perplexity(row[key])
+    if key == "agreement":
+        return _number(100 * row[key], ".1f")
+    if key in ("loss", "margin"):
+        return _estimate_cell(get_estimate(row, key), key, is_distilled, is_best)
+    return _number(row[key], {"seeds": "d", "kl_to_teacher": ".3f"}.get(key, ".3g"))
 
 
-def is_gain(margin: Estimate) -> bool:
-    """Whether a margin is clearly negative, that is, better."""
-    return is_clear(margin) and margin.value < 0
-
-
-def _format_estimate(found: Estimate | None, *, is_signed: bool = False) -> str:
-    """Return 3.213 or 3.213±0.020, with the distance to the farther end of the interval."""
+def _estimate_cell(found: Estimate | None, key: str, is_distilled: bool, is_best: bool) -> Cell:
     if found is None:
-        return "-"
-    text = format_signed(found.value) if is_signed else _fixed(found.value)
-    if found.ends is None:
-        return text
-    low, high = found.ends
-    return f"{text}±{max(high - found.value, found.value - low):.3f}"
+        return Cell(NO_BASELINE) if is_distilled else _DASH
+    text = format_plus_minus(found, is_signed=key == "margin")
+    return Cell(text, key=repr(found.value), is_bold=is_gain(found) if key == "margin" else is_best)
 
 
-def _fixed(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def _perplexity(value: float) -> Cell:
+    return _number(value, ",.2f" if value < 99_999 else ".2e")
 
 
-def _compact(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
-
-
-def format_signed(value: float) -> str:
-    """Return a difference with three digits and its sign; zero has no sign."""
-    return "0.000" if round(value, 3) == 0 else f"{value:+.3f}"
-
-
-def _perplexity(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:,.2f}" if value < 99_999 else f"{value:.2e}"
-
-
-def sort_key(text: str) -> str:
-    """Return what a cell is sorted by: its number without separators and interval; "" for a dash; else its text."""
-    found = re.match(r"([+-]?[0-9][0-9,]*(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)([TBM]?)", text)
-    if not found:
-        return "" if text == "-" else text
-    factor = {"": 1.0, "M": 1e6, "B": 1e9, "T": 1e12}[found[2]]
-    return repr(float(found[1].replace(",", "")) * factor)
-
-
-def _size(count: int | None) -> str:
+def _size(count: float) -> Cell:
     """Return a count in at most 7 characters: 54,272 as it is, 1,234,567 as 1.235M."""
-    if count is None:
-        return "-"
+    if pd.isna(count):
+        return _DASH
     for bound, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
         if count >= bound:
-            return f"{count / bound:.4g}{unit}"
-    return f"{count:,}"
+            return Cell(f"{count / bound:.4g}{unit}", key=repr(float(count)))
+    return _number(count, ",d")
+
+
+def render_table(table: Table, width: int) -> list[str]:
+    """Return the main table as lines of at most `width` characters: wrapped names, and fewer columns."""
+    heads = ["setting", *(head for head, _ in COLUMNS.values())]
+    frame = pd.DataFrame(
+        [[name, *(c.text for c in cells)] for name, _, cells in table.rows], columns=heads
+    )
+    longest = max(map(len, frame.setting))
+    for head in ("", *_OPTIONAL):
+        frame = frame.drop(columns=head) if head else frame
+        rest = frame.drop(columns="setting").to_string(index=False).partition("\n")[0]
+        room = width - len(rest) - 2
+        if room >= min(longest, _NAME_ROOM):
+            break
+    parts = [textwrap.wrap(name, max(room, 8), subsequent_indent="  ") for name in frame.setting]
+    room = max(len(part) for lines in parts for part in lines)
+    frame = frame.assign(setting=parts).explode("setting")
+    frame.loc[frame.index.duplicated(), frame.columns[1:]] = ""
+    for head in {"setting", "type"} & set(frame.columns):  # left-aligned
+        size = room if head == "setting" else 6
+        frame[head] = frame[head].str.ljust(size)
+        frame = frame.rename(columns={head: head.ljust(size)})
+    lines = [line.rstrip() for line in frame.to_string(index=False).splitlines()]
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
 
 
 def format_seconds(value: float) -> str:
@@ -135,32 +159,26 @@ def format_seconds(value: float) -> str:
     return f"{minutes:.1f} min" if minutes < 100 else f"{hours:.1f} h"
 
 
-def format_kl(value: float) -> str:
-    """Return a KL with four digits, or in scientific notation below 0.001."""
-    return f"{value:.4f}" if value == 0 or value >= 1e-3 else f"{value:.1e}"
-
-
-def _name_tail(cache: CacheFacts) -> str:
-    return "sampled mass" if cache.method == "sampled" else "tail mass"
-
-
-def format_cache(cache: CacheFacts) -> str:
+def format_cache(cache: pd.Series) -> str:
     """Return a cache's size and quality in one line."""
+    tail = "sampled mass" if cache.cache_method == "sampled" else "tail mass"
+    sizes = f"{cache.cache_method}, {cache.cache_dial}: {cache.cache_bytes_per_position:.1f} bytes/token"
+    positions = f"{cache.cache_positions:,} positions"
+    if pd.isna(cache.cache_fidelity_kl):
+        return f"{sizes}, {positions}"
+    kl = format(cache.cache_fidelity_kl, ".4f" if cache.cache_fidelity_kl >= 1e-3 else ".1e")
     return (
-        f"{cache.method}, {cache.setting}: {cache.bytes_per_position:.1f} bytes/token, {_name_tail(cache)} "
-        f"{cache.tail_mass:.4f}, fidelity KL {format_kl(cache.fidelity_kl)} nats, same top token "
-        f"{100 * cache.fidelity_agreement:.1f} %, {cache.positions:,} positions"
+        f"{sizes}, {tail} {cache.cache_tail_mass:.4f}, fidelity KL {kl} nats, same top token "
+        f"{100 * cache.cache_fidelity_agreement:.1f} %, {positions}"
     )
 
 
-# The page's tables -------------------------------------------------------------------------------
+# The page's tables ---------------------------------------------------------------------------------
 
 _PAGE_METRICS = (
     *("loss", "bits_per_byte", "kl_to_teacher", "reverse_kl", "agreement", "overlap"),
     *("acceptance", "accuracy", "calibration_error"),
 )
-
-
 _KINDS = {
     "frequency": "By frequency of the next token: its rank in the training text",
     "place": "By place in the document: number of tokens before the next one",
@@ -170,189 +188,178 @@ _KINDS = {
 }
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A cell of the page: its text, a smaller text below it (the interval), and whether it is clearly the best."""
+def build_metric_table(found: Comparisons, group: pd.DataFrame, *, of: str = "setting") -> Table:
+    """Return all metrics of one group with their intervals, teachers first; shares in percent.
 
-    text: str
-    below: str = ""
-    is_best: bool = False
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of the page. The first of `heads` is that of the rows' names."""
-
-    title: str
-    heads: tuple[str, ...]
-    rows: tuple[tuple[str, bool, tuple[Cell, ...]], ...]  # name, is it a teacher, cells
-
-
-def build_metric_table(group: Sequence[Record]) -> Table:
-    """Return all metrics of one group with their intervals, teachers first; shares in percent."""
-    teachers = find_teachers(group)
-    shown = [n for n in _PAGE_METRICS if any(n in r.card.metrics for r in group)]
-    best = {name: find_best(group, name) for name in shown}
+    of: whether the group's rows are settings, of which the clearly best are bold, or a "run" each, with its baseline.
+    """
+    shown = [name for name in _PAGE_METRICS if group[name].notna().any()]
+    heads = [of, *map(name_metric, shown)]
     rows: list[tuple[str, bool, tuple[Cell, ...]]] = []
-    for record in teachers:
-        card = record.teacher_card.metrics if record.teacher_card else {}
-        name = name_teacher(record, teachers)
-        rows.append((name, True, (*(_cell(n, card.get(n)) for n in shown), Cell("-"))))
-    gaps = [_gap(record, group) for record in group]
-    for record, gap in zip(group, gaps, strict=True):
-        known = record.card.metrics
-        cells = [_cell(n, known.get(n), is_best=best[n] is record) for n in shown]
-        rows.append((record.name, False, (*cells, gap)))
-    if all(gap.text == "-" for gap in gaps):
-        rows = [(name, is_teacher, cells[:-1]) for name, is_teacher, cells in rows]
-        return Table("", ("run", *map(name_metric, shown)), tuple(rows))
-    return Table("", ("run", *map(name_metric, shown), "gap closed, %"), tuple(rows))
+    best = {name: find_best(found, group, name) for name in shown} if of == "setting" else {}
+    gaps = [_estimate(get_estimate(row, "gap_closed"), 100.0, 0) for _, row in group.iterrows()]
+    has_gaps = any(gap != _DASH for gap in gaps)
+    if has_gaps:
+        heads.append("gap closed, %")
+    if of == "run":
+        heads += ["margin, nats/token", "baseline"]
+    for name, row in find_teachers(group).iterrows() if of == "setting" else ():
+        cells = [_metric(n, row, f"teacher_{n}") for n in shown]
+        rows.append((name, True, (*cells, *[_DASH] * (len(heads) - 1 - len(cells)))))
+    for (name, row), gap in zip(group.iterrows(), gaps, strict=True):
+        cells = [_metric(n, row, n, is_bold=best.get(n) == name) for n in shown]
+        cells += [gap] if has_gaps else []
+        if of == "run":
+            margin = get_estimate(row, "margin")
+            cells += [_estimate(margin, 1.0, 3, is_bold=is_gain(margin))]
+            cells += [_DASH if pd.isna(row.baseline) else _text(row.baseline)]
+        rows.append((name, False, tuple(cells)))
+    return Table(tuple(heads), tuple(rows))
 
 
-def _cell(name: str, found: Estimate | None, *, is_best: bool = False) -> Cell:
-    return Cell("-") if found is None else Cell(*format_metric(name, found), is_best)
+def _metric(name: str, row: pd.Series, column: str, *, is_bold: bool = False) -> Cell:
+    found = get_estimate(row, column) if column in row else None
+    if found is None:
+        return _DASH
+    return Cell(*format_metric(name, found), repr(found.value), is_bold)
 
 
-def _gap(record: Record, group: Sequence[Record]) -> Cell:
-    found = compare_with_baseline(record, group)
-    if found is None or found.gap_closed is None:
-        return Cell("-")
-    return Cell(*format_estimate(found.gap_closed, 100.0, 0))
+def _estimate(found: Estimate | None, scale: float, digits: int, *, is_bold: bool = False) -> Cell:
+    if found is None:
+        return _DASH
+    return Cell(*format_estimate(found, scale, digits), repr(found.value), is_bold)
 
 
-def build_seed_table(means: Sequence[SeedMean]) -> Table:
-    """Return the table of means over seeds with their intervals; shares in percent."""
-    names = [n for n in _PAGE_METRICS if any(n in mean.means for mean in means)]
-    heads = ("runs", "seeds", *map(name_metric, names), "margin, nats/token")
-    rows = []
-    for mean in means:
-        cells = [Cell(str(mean.num_seeds)), *(_cell(n, mean.means.get(n)) for n in names)]
-        margin = mean.means.get("margin")
-        clear = margin is not None and is_gain(margin)
-        cells.append(Cell(*format_estimate(margin, 1.0, 3), clear) if margin else Cell("-"))
-        rows.append((mean.name, False, tuple(cells)))
-    return Table("Means over seeds", heads, tuple(rows))
-
-
-def describe_seeds(mean: SeedMean) -> str:
-    """Return the means over seeds of one kind of run in one line."""
-    loss, margin = mean.means["loss"], mean.means.get("margin")
-    text = f"{mean.name}, mean of {mean.num_seeds} seeds: held-out loss {_format_estimate(loss)}"
-    return text + (f", margin {_format_estimate(margin, is_signed=True)}" if margin else "")
-
-
-def build_breakdowns(group: Sequence[Record]) -> list[Table]:
-    """Return a table for each partition of the positions: each run's loss, and its KL below, in every class."""
-    tables = []
-    for kind, title in _KINDS.items():
-        rows_of = {r.name: {row.name: row for row in r.breakdown.get(kind, ())} for r in group}
-        names = list(dict.fromkeys(name for rows in rows_of.values() for name in rows))
-        if not names:
-            continue
-        heads = ("class", "positions", "teacher", *rows_of)
-        rows = tuple((name, False, _class_cells(name, rows_of)) for name in names)
-        if all(cells[1].text == "-" for _, _, cells in rows):  # no teacher
-            heads = ("class", "positions", *rows_of)
-            rows = tuple((name, b, (cells[0], *cells[2:])) for name, b, cells in rows)
-        tables.append(Table(title, heads, rows))
-    return tables
-
-
-def _class_cells(name: str, rows_of: Mapping[str, Mapping[str, ClassRow]]) -> tuple[Cell, ...]:
-    found = [rows.get(name) for rows in rows_of.values()]
-    first = next(row for row in found if row is not None)
-    teachers = [
-        row.metrics["teacher_loss"] for row in found if row and "teacher_loss" in row.metrics
+def build_breakdowns(found: Comparisons, group: pd.DataFrame) -> list[Table]:
+    """Return a table for each partition of the positions: the loss of each setting, and its KL below, by class."""
+    rows = [
+        {
+            "setting": setting,
+            "kind": kind,
+            "class": row.name,
+            "positions": row.positions,
+            "documents": row.documents,
+        }
+        | {name: estimate.value for name, estimate in row.metrics.items()}
+        for name, setting in found.runs.setting.items()
+        if setting in group.index
+        for kind, classes in found.results.metrics[name].scores.breakdown.items()
+        for row in classes
     ]
-    size = Cell(
-        f"{first.positions:,}", f"{first.documents:,} document{'' if first.documents == 1 else 's'}"
-    )
-    teacher = Cell(_fixed(teachers[0].value if teachers else None))
-    return (size, teacher, *map(_class_cell, found))
-
-
-def _class_cell(row: ClassRow | None) -> Cell:
-    if row is None:
-        return Cell("-")
-    kl = row.metrics.get("kl_to_teacher")
-    return Cell(_fixed(row.metrics["loss"].value), f"KL {kl.value:.3f}" if kl else "")
-
-
-def build_task_table(board: Scoreboard) -> Table:
-    """Return the table of every model's score in every task, with its interval."""
-    rows = ((name, is_t, tuple(map(_score_cell, scores))) for name, is_t, scores in board.rows)
-    return Table("", ("model", *(column.title for column in board.columns)), tuple(rows))
-
-
-def _score_cell(score: Estimate | None) -> Cell:
-    if score is None:
-        return Cell("-")
-    return Cell(*format_estimate(score, 1.0, 3))
-
-
-# Samples -------------------------------------------------------------------------------------------
-
-REFERENCE = "held-out text"
-
-
-@dataclass(frozen=True)
-class Continuation:
-    """A model's continuations of a prompt, greedy and sampled; `missing` is the reason if it has none."""
-
-    name: str
-    greedy: str = ""
-    sampled: str | None = None
-    missing: str | None = None
-
-
-@dataclass(frozen=True)
-class SampleBlock:
-    """A prompt and its continuations: of the held-out text, the teachers and the students."""
-
-    prompt: str
-    lines: tuple[Continuation, ...]
-
-
-def build_samples(
-    records: Sequence[Record], found: Sequence[Mapping[str, Samples]]
-) -> list[SampleBlock]:
-    """Return a block for each prompt, in the order given: the held-out text first, then teachers, then runs."""
-    has_several = len({record.teacher for record in records if record.teacher}) > 1
-    prompts: dict[tuple[int, ...], SamplePrompt] = {}
-    lines: dict[tuple[int, ...], list[tuple[int, Continuation]]] = {}
-    for record, samples in zip(records, found, strict=True):
-        teacher = f"teacher {record.teacher}" if has_several else "teacher"
-        for rank, (whose, name) in enumerate((("teacher", teacher), ("student", record.name))):
-            for prompt, continuation in _pair(samples.get(whose), name):
-                prompts.setdefault(prompt.ids, prompt)
-                known = lines.setdefault(prompt.ids, [])
-                if (rank, continuation) not in known:  # a teacher that several runs share
-                    known.append((rank, continuation))
-    blocks = []
-    for ids, prompt in prompts.items():
-        text = [] if prompt.reference is None else [Continuation(REFERENCE, prompt.reference)]
-        ranked = sorted(lines[ids], key=lambda line: line[0])
-        blocks.append(SampleBlock(prompt.text, (*text, *(line for _, line in ranked))))
-    return blocks
-
-
-def mark_lines(text: str) -> str:
-    """Return a generated text with a sign for every empty line, of which small models write dozens."""
-    if not text:
-        return "(nothing)"
-    whole = re.sub(r"\n\n+", lambda run: _mark_run(len(run[0]) - 1) + "\n", text)
-    return whole.removesuffix("\n") + ("\N{RETURN SYMBOL}" if text.endswith("\n") else "")
-
-
-def _mark_run(count: int) -> str:
-    sign = "\N{RETURN SYMBOL}"
-    return sign * count if count <= 3 else f"{sign}\N{MULTIPLICATION SIGN}{count}"
-
-
-def _pair(samples: Samples | None, name: str) -> list[tuple[SamplePrompt, Continuation]]:
-    if samples is None:
+    if not rows:
         return []
-    if samples.missing is not None:
-        return [(prompt, Continuation(name, missing=samples.missing)) for prompt in samples.prompts]
-    pairs = zip(samples.prompts, samples.continued, strict=True)
-    return [(prompt, Continuation(name, found.greedy, found.drawn)) for prompt, found in pairs]
+    long = pd.DataFrame(rows).reindex(columns=[*rows[0], "teacher_loss", "kl_to_teacher"])
+    long = long.loc[:, ~long.columns.duplicated()]
+    return [
+        _build_breakdown(long[long.kind == kind], list(group.index), title)
+        for kind, title in _KINDS.items()
+        if (long.kind == kind).any()
+    ]
+
+
+def _build_breakdown(long: pd.DataFrame, settings: list[str], title: str) -> Table:
+    by_class = long.groupby("class", sort=False)
+    first = by_class.first()  # of the values that are defined
+    means = long.groupby(["class", "setting"])[["loss", "kl_to_teacher"]].mean()
+    has_teacher = first.teacher_loss.notna().any()
+    rows = []
+    for name, row in first.iterrows():
+        several = "" if row.documents == 1 else "s"
+        cells = [Cell(f"{row.positions:,.0f}", f"{row.documents:,.0f} document{several}")]
+        cells += [_number(row.teacher_loss, ".3f")] if has_teacher else []
+        for setting in settings:
+            if (name, setting) not in means.index:
+                cells.append(_DASH)
+                continue
+            loss, kl = means.loc[(name, setting)]
+            cells.append(Cell(f"{loss:.3f}", "" if pd.isna(kl) else f"KL {kl:.3f}"))
+        rows.append((str(name), False, tuple(cells)))
+    heads = ("class", "positions", *(("teacher",) if has_teacher else ()), *settings)
+    return Table(heads, tuple(rows), title)
+
+
+def build_task_table(board: pd.DataFrame) -> Table:
+    """Return the table of every model's score in every task, with its interval."""
+    metrics = list(dict.fromkeys(board.sort_index().metric))
+    rows = []
+    for (name, is_teacher), scores in board.groupby(["model", "is_teacher"], sort=False):
+        known = {row.metric: get_estimate(row, "value") for _, row in scores.iterrows()}
+        rows.append((name, is_teacher, tuple(_estimate(known.get(m), 1.0, 3) for m in metrics)))
+    return Table(("model", *metrics), tuple(rows))
+
+
+def build_cache_table(caches: Sequence[tuple[list[str], pd.Series]]) -> Table:
+    """Return the table of the caches that runs learned from: size and quality."""
+    heads = (
+        "runs",
+        "method",
+        "keeps",
+        "positions",
+        "bytes per token",
+        "tail mass",
+        "fidelity KL, nats",
+        "same top token, %",
+    )
+    rows = [
+        (
+            list_names(names),
+            False,
+            (
+                _text(cache.cache_method),
+                _text(cache.cache_dial),
+                _number(cache.cache_positions, ",d"),
+                _number(cache.cache_bytes_per_position, ",.1f"),
+                _number(cache.cache_tail_mass, ".4f"),
+                _number(
+                    cache.cache_fidelity_kl, ".4f" if cache.cache_fidelity_kl >= 1e-3 else ".1e"
+                ),
+                _number(100 * cache.cache_fidelity_agreement, ".1f"),
+            ),
+        )
+        for names, cache in caches
+    ]
+    return Table(heads, tuple(rows))
+
+
+def build_provenance_table(runs: pd.DataFrame) -> Table:
+    """Return the table of the runs' ids, lengths of training, devices and folders."""
+    heads = ("run", "id", "seed", "steps", "tokens trained on", "training time", "device", "folder")
+    rows = []
+    for name, run in runs.iterrows():
+        seconds = Cell(format_seconds(run.training_seconds), key=repr(run.training_seconds))
+        counts = (_number(run[key], ",d") for key in ("seed", "steps", "trained_tokens"))
+        rows.append(
+            (name, False, (_text(run.id), *counts, seconds, _text(run.device), _text(run.folder)))
+        )
+    return Table(heads, tuple(rows))
+
+
+def describe_settings(found: Comparisons) -> tuple[dict[str, str], Table]:
+    """Return what all runs share, by name, and a table of what differs: settings, code, packages and device.
+
+    Keys of the config that all runs share are left out.
+    """
+    rows = []
+    for name, run in found.runs.iterrows():
+        row = {key: f"{run[key]:,}" for key in ("steps", "trained_tokens", "student_parameters")}
+        row |= {"device": run.device}
+        if made := found.results.metrics[name].trained:
+            row |= {
+                k: getattr(made, k)
+                for k in ("source", "commit", "uncommitted_changes", "dtype", "python")
+            }
+            row |= made.versions
+            keys = pd.json_normalize(made.config).to_dict("records")[0] if made.config else {}
+            row |= {k: v for k, v in keys.items() if k not in found.learning}
+        rows.append({k.replace("_", " ") if "." not in k else k: v for k, v in row.items()})
+    facts = pd.concat(
+        [found.learning, pd.DataFrame(rows, index=found.runs.index, dtype=object)], axis=1
+    )
+    facts = facts.map(lambda v: "-" if v is None or v is np.nan else str(v))
+    # A key that some runs do not use differs if it does between those that use it.
+    used = facts.mask(facts == "-")
+    differing = facts.loc[:, used.nunique() > 1]
+    shared = used.drop(columns=differing.columns).bfill().iloc[0].dropna()
+    shared = shared[[k in found.learning or "." not in k for k in shared.index]]
+    table = [(name, False, tuple(map(_text, row))) for name, row in differing.iterrows()]
+    return dict(shared), Table(("run", *differing.columns), tuple(table))

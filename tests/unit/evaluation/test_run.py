@@ -17,7 +17,7 @@ from retort.evaluation.text_bytes import count_next_bytes
 from retort.io.digests import digest_folder
 from retort.io.fingerprints import TeacherRecord
 from retort.models.load import CausalLM, load_pretrained, load_teacher, split_model
-from retort.report.records import load_metrics
+from retort.report.runs import load_results
 from retort.teacher.features import TeacherFeatures, digest_keys, read_features
 from retort.tokens.index import TokenIndex
 from retort.tokens.sequences import SequenceTable, concatenate_tables
@@ -253,15 +253,17 @@ def test_metrics_file_holds_what_the_report_reads(
     assert found.teacher == str(tiny_teacher) and (found.teacher_parameters or 0) > 1000
     assert found.cache == MANIFEST
     assert f"{metrics['loss'].value:.4f} nats/token" in line and "evaluate mine" in line
-    (read,) = load_metrics([path])  # the report's own reader accepts it
-    assert read.loss == metrics["loss"].value
+    read = load_results([path])  # the report's own reader accepts it
+    assert list(read.runs.loss) == [metrics["loss"].value]
+    assert found.tokens == index.content["content"]
 
 
 def test_a_run_without_a_teacher_has_metrics_too(trained: Path, index: TokenIndex) -> None:
     line = run_rule(trained, index, None)
     found = read_metrics(trained)
     assert found.teacher is None and found.cache is None and "KL" not in line
-    assert load_metrics([trained.parent / "evaluation" / "metrics.json"])[0].kl_to_teacher is None
+    runs = load_results([trained.parent / "evaluation" / "metrics.json"]).runs
+    assert runs.kl_to_teacher.isna().all()
 
 
 def test_without_a_loadable_tokenizer_only_bits_per_byte_is_missing(

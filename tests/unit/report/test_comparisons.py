@@ -6,18 +6,20 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
-from retort.report.comparisons import compare_with_baseline, find_best, find_full
+from retort.report.comparisons import find_best
 from retort.report.findings import describe_outcome
-from retort.report.page import make_report, render_summary
-from retort.report.records import load_metrics
-from retort.report.tables import build_rows
-from support.records import make_estimate
+from retort.report.page import make_report
+from retort.report.runs import get_estimate
+from support.records import make_estimate, make_manifest
 from support.reports import (
-    MARGIN,
+    compare,
     find_all_warnings,
+    find_rows,
     render_page,
+    summarise,
     write_demo,
     write_measured,
     write_run,
@@ -25,43 +27,41 @@ from support.reports import (
 
 
 def test_a_margin_has_the_interval_of_the_same_documents(tmp_path: Path) -> None:
-    records = load_metrics(write_measured(tmp_path, {"output": 0.0, "hybrid": 0.1}))
-    found = compare_with_baseline(records[1], records)
-    assert found is not None and found.margin.ends is not None
-    low, high = found.margin.ends
-    assert -0.11 < low < found.margin.value < high < -0.09  # although documents differ by 0.4
-    row = build_rows(records)[-1]
-    assert re.fullmatch(r"-0\.\d{3}±0\.00\d", row.cells[MARGIN]) and row.is_better
-    message = describe_outcome(records)
-    assert re.search(r"hybrid: .* \(0\.09\d to 0\.10\d\) below cross-entropy", message), message
+    paths = write_measured(tmp_path, {"output": 0.0, "hybrid": 0.1})
+    found = compare(paths)
+    margin = get_estimate(found.runs.loc["hybrid"], "margin")
+    assert margin is not None and margin.ends is not None
+    low, high = margin.ends
+    assert -0.11 < low < margin.value < high < -0.09  # although documents differ by 0.4
+    assert re.fullmatch(r"-0\.\d{3}±0\.00\d", find_rows(paths)["hybrid"]["margin"])
+    message = describe_outcome(found, found.settings)
+    interval = r"\(95 % over documents: 0\.09\d to 0\.10\d\)"
+    assert re.search(rf"hybrid \(one seed\): .* {interval} below cross-entropy", message), message
 
 
 def test_a_margin_whose_interval_contains_zero_is_no_gain(tmp_path: Path) -> None:
     paths = write_measured(tmp_path, {"output": 0.0, "hybrid": 0.004}, noise=0.05)
-    records = load_metrics(paths)
-    assert not build_rows(records)[-1].is_better
-    message = describe_outcome(records)
+    found = compare(paths)
+    message = describe_outcome(found, found.settings)
     assert "did not beat cross-entropy" in message and "not clearly different" in message
     assert 'class="better"' not in render_page(tmp_path, paths)
 
 
 def test_the_share_of_the_gap_to_full_distillation_is_shown(tmp_path: Path) -> None:
     paths = write_measured(tmp_path, {"output": 0.0, "hybrid": 0.15, "full": 0.2})
-    records = load_metrics(paths)
-    full = find_full(records[1], records)
-    assert full is not None and full.name == "full"
-    found = compare_with_baseline(records[1], records)
-    assert found is not None and found.gap_closed is not None and found.gap_closed.ends is not None
-    assert 0.7 < found.gap_closed.ends[0] < 0.75 < found.gap_closed.ends[1] < 0.8
-    summary = render_summary(records, report_path=Path("r.html"))
-    assert re.search(r"hybrid closes 7\d % \(7\d to 7\d\) of the gap", summary), summary
+    runs = compare(paths).runs
+    assert runs.full["hybrid"] == "full"
+    share = get_estimate(runs.loc["hybrid"], "gap_closed")
+    assert share is not None and share.ends is not None
+    assert 0.7 < share.ends[0] < 0.75 < share.ends[1] < 0.8
+    summary = " ".join(summarise(paths).split())
+    assert re.search(r"hybrid closes 7\d % \(95 % over documents: 7\d to 7\d\) of the gap", summary)
     page = render_page(tmp_path, paths)
     assert "gap closed, %" in page
     rows = list(csv.DictReader(io.StringIO((tmp_path / "summary.csv").read_text())))
-    assert float(rows[1]["gap_closed"]) == found.gap_closed.value
+    assert float(rows[1]["gap_closed"]) == share.value
     assert float(rows[1]["margin_low"]) < float(rows[1]["margin"]) < float(rows[1]["margin_high"])
-    without = load_metrics(paths[:2])
-    assert find_full(without[1], without) is None
+    assert compare(paths[:2]).runs.full.isna().all()
     assert "gap closed, %" not in render_page(tmp_path / "two", paths[:2])
 
 
@@ -83,16 +83,37 @@ def test_full_distillation_is_under_the_same_conditions(
         write_run(tmp_path, "hybrid", temperature=1.0),
         write_run(tmp_path, "full", "logit", **(full | changes)),
     ]
-    records = load_metrics(paths)
-    assert find_full(records[0], records) is None
+    assert pd.isna(compare(paths).runs.full["hybrid"])
+
+
+def test_a_share_is_shown_only_where_both_gains_are_clear(tmp_path: Path) -> None:
+    for number, gains in enumerate([(0.15, 0.002), (-0.4, 0.2), (0.002, 0.2)]):
+        gains_of = dict(
+            zip(("output", "hybrid", "full"), (0.5, *(0.5 + g for g in gains)), strict=True)
+        )
+        paths = write_measured(tmp_path / str(number), gains_of, noise=0.05)
+        runs = compare(paths).runs
+        assert runs.full["hybrid"] == "full" and pd.isna(runs.gap_closed["hybrid"])
+        assert "of the gap" not in summarise(paths)
+
+
+def test_a_cache_whose_tail_was_not_measured_is_not_the_whole_distribution(tmp_path: Path) -> None:
+    unmeasured = make_manifest().model_copy(update={"fidelity": None})
+    paths = [
+        write_run(tmp_path, "hybrid"),
+        write_run(tmp_path, "top", "logit", cache=unmeasured),
+        write_run(tmp_path, "live", "logit", cache=None),
+    ]
+    assert compare(paths).runs.full["hybrid"] == "live"
+    assert compare(paths[:2]).runs.full.isna().all()
 
 
 def test_runs_are_compared_by_their_losses_document_by_document(tmp_path: Path) -> None:
-    records = load_metrics(write_measured(tmp_path, {"output": 0.0, "hybrid": 0.1, "other": 0.05}))
-    best = find_best(records, "loss")
-    assert best is not None and best.name == "hybrid"
+    found = compare(write_measured(tmp_path, {"output": 0.0, "hybrid": 0.1, "other": 0.05}))
+    assert find_best(found, found.settings, "loss") == "hybrid"
     paths = write_measured(tmp_path / "b", {"output": 0.0, "hybrid": 0.1, "other": 0.1})
-    assert find_best(load_metrics(paths), "loss") is None
+    found = compare(paths)
+    assert find_best(found, found.settings, "loss") is None
 
 
 def test_in_other_metrics_the_best_runs_interval_must_not_overlap(tmp_path: Path) -> None:
@@ -100,11 +121,10 @@ def test_in_other_metrics_the_best_runs_interval_must_not_overlap(tmp_path: Path
         return write_run(tmp_path, name, validation__agreement=make_estimate(value, width=0.01))
 
     paths = [agreeing("a", 0.40), agreeing("b", 0.43), agreeing("c", 0.415)]
-    records = load_metrics(paths)
-    assert find_best(records, "agreement") is None
-    best = find_best(records[:2], "agreement")
-    assert best is not None and best.name == "b"
-    assert find_best(records[:1], "agreement") is None
+    found = compare(paths)
+    assert find_best(found, found.settings, "agreement") is None
+    assert find_best(found, found.settings.drop("c"), "agreement") == "b"
+    assert find_best(found, found.settings.loc[["a"]], "agreement") is None
 
 
 def test_different_documents_are_refused(tmp_path: Path) -> None:

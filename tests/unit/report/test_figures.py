@@ -1,28 +1,106 @@
 """Figures and their colours."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from retort.report.figures import draw_costs
-from retort.report.records import load_metrics
+from retort.report.comparisons import Comparisons
+from retort.report.figures import Figures, find_sweeps
 from retort.report.svg import INKS, SERIES
-from support.reports import write_demo
+from support.records import make_manifest
+from support.reports import compare, write_demo, write_run, write_trained
+
+
+def make_figures(found: Comparisons) -> Figures:
+    styles = {name: index for index, name in enumerate(found.settings.index)}
+    return Figures(found, found.settings, styles, key="k")
 
 
 def test_costs_are_drawn_for_two_or_more_runs_and_bytes_only_for_stored_teachers(
     tmp_path: Path,
 ) -> None:
-    records = load_metrics(write_demo(tmp_path))
-    styles = range(len(records))
-    bytes_used, times = draw_costs(records, styles, key="k")
+    found = compare(write_demo(tmp_path))
+    bytes_used, times = make_figures(found).draw_costs()
     assert "stored teacher, bytes/token (0: text only)" in bytes_used
     assert "training time, seconds" in times
-    assert draw_costs(records[:1], styles, key="k") == []
-    live = [replace(record, cache=None, training_seconds=900.0) for record in records]
-    (alone,) = draw_costs(live, styles, key="k")
+    assert replace(make_figures(found), group=found.settings[:1]).draw_costs() == []
+    paths = [
+        write_run(tmp_path / "b", kind, kind, cache=None, training_seconds=900.0)
+        for kind in ("output", "logit", "hybrid")
+    ]
+    (alone,) = make_figures(compare(paths)).draw_costs()
     assert "training time, minutes" in alone
+
+
+def write_sweep(folder: Path) -> list[Path]:
+    """Write cross-entropy, and hybrid at three rates and two temperatures, from two seeds each."""
+    paths = []
+    for rate in (0.001, 0.004, 0.02):
+        for seed in (0, 1):
+            options = {"learning_rate": rate, "seed": seed}
+            paths.append(write_seed(folder, f"hard-rate_{rate}", "output", 3.5, **options))
+            for temperature in (1.0, 2.0):
+                name = f"soft-rate_{rate}-temperature_{temperature:g}"
+                paths.append(
+                    write_seed(folder, name, "hybrid", 3.2, temperature=temperature, **options)
+                )
+    return paths
+
+
+def write_seed(folder: Path, name: str, kind: str, loss: float, **training: Any) -> Path:
+    values = {key: training[key] for key in ("temperature", "seed") if key in training}
+    loss += 0.01 * training["seed"]
+    name = f"{name}-seed_{training['seed']}"
+    return write_run(
+        folder, name, kind, validation__loss=loss, trained={"training": training}, **values
+    )
+
+
+def test_each_key_that_differs_alone_is_a_sweep_with_a_line_for_each_setting_of_the_rest(
+    tmp_path: Path,
+) -> None:
+    found = compare(write_sweep(tmp_path))
+    sweeps = dict(find_sweeps(found, found.settings))
+    assert list(sweeps) == ["training.learning_rate", "training.temperature"]  # and not the seed
+    rates = sweeps["training.learning_rate"]
+    assert sorted(set(rates.x)) == [0.001, 0.004, 0.02]
+    assert set(rates.line) == {"output", "hybrid, temperature 1", "hybrid, temperature 2"}
+    key, svg, legend = make_figures(found).draw_sweeps()[0]
+    assert key == "training.learning_rate" and svg.count(">0.004<") == 1
+    assert [name for name, _ in legend][2] == "output"
+    # Cross-entropy has no temperature: each line has its own as a reference.
+    temperatures = sweeps["training.temperature"]
+    assert set(temperatures.line) == {
+        f"hybrid, learning_rate {rate}" for rate in (0.001, 0.004, 0.02)
+    }
+    assert not set(temperatures.index) & {"hard-rate_0.001", "hard-rate_0.004", "hard-rate_0.02"}
+
+
+def test_runs_that_differ_in_two_keys_are_no_sweep(tmp_path: Path) -> None:
+    paths = [
+        write_trained(tmp_path, "a", learning_rate=0.1, batch_size=4),
+        write_trained(tmp_path, "b", learning_rate=0.2, batch_size=8),
+    ]
+    found = compare(paths)
+    assert find_sweeps(found, found.settings) == []
+
+
+def test_the_size_of_the_cache_can_be_swept(tmp_path: Path) -> None:
+    caches = [make_manifest(top_k=k, bytes_per_position=2.0 * k) for k in (8, 64)]
+    paths = [write_run(tmp_path, f"k_{c.top_k}", "logit", cache=c) for c in caches]
+    found = compare([*paths, write_run(tmp_path, "output", "output")])
+    ((key, points),) = find_sweeps(found, found.settings)
+    assert key == "cache.top_k" and dict(points.x) == {"k_8": 8, "k_64": 64}
+
+
+def test_a_series_has_the_colour_of_its_setting_and_not_of_its_seed(tmp_path: Path) -> None:
+    found = compare(write_sweep(tmp_path)[:6])  # three settings, two seeds each
+    assert len(found.settings) == 3
+    curves, _ = make_figures(found).draw_curves()
+    assert set(re.findall(r"--series(\d)", curves)) == {"0", "1", "2"}
 
 
 def contrast(one: str, other: str) -> float:

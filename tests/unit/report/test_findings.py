@@ -7,13 +7,24 @@ import pytest
 
 from retort.report.findings import describe_next_best, describe_outcome
 from retort.report.page import make_report
-from retort.report.records import load_metrics
-from support.reports import find_all_warnings, write_demo, write_measured, write_run, write_trained
+from support.reports import (
+    compare,
+    find_all_warnings,
+    write_demo,
+    write_measured,
+    write_run,
+    write_trained,
+)
+
+
+def outcome_of(paths: list[Path]) -> str:
+    found = compare(paths)
+    return describe_outcome(found, found.settings)
 
 
 def test_outcome_says_by_how_much_the_best_run_won(tmp_path: Path) -> None:
-    assert describe_outcome(load_metrics(write_demo(tmp_path))) == (
-        "hybrid: held-out loss 3.213, 0.081 below cross-entropy (output, 3.294); teacher 2.752."
+    assert outcome_of(write_demo(tmp_path)) == (
+        "hybrid (one seed): held-out loss 3.213, 0.081 below cross-entropy (output, 3.294); teacher 2.752."
     )
 
 
@@ -23,13 +34,13 @@ def test_outcome_says_by_how_much_the_best_run_won(tmp_path: Path) -> None:
         (
             3.4,
             3.5,
-            "did not beat cross-entropy: the best distilled run, logit, has held-out loss 3.400, "
+            "did not beat cross-entropy: of the distilled runs, logit (one seed) has the lowest held-out loss, 3.400, "
             "0.106 above cross-entropy (output, 3.294)",
         ),
         (
             3.4,
             3.2936,
-            "did not beat cross-entropy: the best distilled run, hybrid, has held-out loss 3.294, "
+            "did not beat cross-entropy: of the distilled runs, hybrid (one seed) has the lowest held-out loss, 3.294, "
             "not different (to 0.001) from cross-entropy",
         ),
         (3.4, 3.2, "Not every distilled run improved: logit is 0.106 above it."),
@@ -43,7 +54,7 @@ def test_outcome_says_when_distillation_lost(
         write_run(tmp_path, "logit", "logit", validation__loss=logit),
         write_run(tmp_path, "hybrid", validation__loss=hybrid),
     ]
-    assert message in describe_outcome(load_metrics(paths))
+    assert message in outcome_of(paths)
 
 
 def test_outcome_is_of_the_best_run_and_not_of_the_worst_baseline(tmp_path: Path) -> None:
@@ -53,35 +64,41 @@ def test_outcome_is_of_the_best_run_and_not_of_the_worst_baseline(tmp_path: Path
         write_trained(tmp_path, "soft", loss=3.2),
         write_trained(tmp_path, "hot-soft", loss=4.0, learning_rate=0.1),
     ]
-    message = describe_outcome(load_metrics(paths))
-    assert message.startswith("soft: held-out loss 3.200, 0.100 below cross-entropy (plain, 3.300)")
+    message = outcome_of(paths)
+    assert message.startswith(
+        "soft (one seed): held-out loss 3.200, 0.100 below cross-entropy (plain, 3.300)"
+    )
     paths[2] = write_trained(tmp_path, "softer", loss=3.4)
-    assert describe_outcome(load_metrics(paths)) == (
-        "Not every distilled run improved: the best distilled run, softer, has held-out loss 3.400, 0.100 above "
-        "cross-entropy (plain, 3.300); teacher 2.752. But hot-soft is 0.500 below hot."
+    assert outcome_of(paths) == (
+        "Not every distilled run improved: of the distilled runs, softer (one seed) has the lowest held-out loss, "
+        "3.400, 0.100 above cross-entropy (plain, 3.300); teacher 2.752. But hot-soft is 0.500 below hot."
     )
     paths[2] = write_trained(tmp_path, "soft", loss=3.2)
     paths[3] = write_trained(tmp_path, "hot-softer", loss=4.6, learning_rate=0.1)
-    assert "improved: hot-softer is 0.100 above hot." in describe_outcome(load_metrics(paths))
+    assert "improved: hot-softer is 0.100 above hot." in outcome_of(paths)
 
 
 def test_outcome_claims_no_gain_where_nothing_can_be_compared(tmp_path: Path) -> None:
-    (hybrid,) = load_metrics([write_run(tmp_path, "hybrid")])
-    assert "no matching cross-entropy run to compare with" in describe_outcome([hybrid])
-    (output,) = load_metrics([write_run(tmp_path, "output", "output")])
-    assert "no distilled run to compare with" in describe_outcome([output])
+    hybrid, output = (
+        write_run(tmp_path, "hybrid"),
+        write_run(tmp_path, "output", "output", steps=401),
+    )
+    lacks = "no matching cross-entropy run to compare with"
+    assert lacks in outcome_of([hybrid]) and lacks in outcome_of([hybrid, output])
+    assert "no distilled run to compare with" in outcome_of([output])
 
 
 def test_the_best_run_is_compared_with_the_next_best(tmp_path: Path) -> None:
     paths = write_measured(tmp_path, {"output": 0.0, "hybrid": 0.1, "third": 0.103})
-    records = load_metrics(paths)
-    message = describe_next_best(records)
-    assert message is not None and message.startswith("third is not clearly different (-0.00")
-    assert "the next best run, hybrid (2.9" in message
+    found = compare(paths)
+    message = describe_next_best(found, found.settings)
+    assert message is not None and message.startswith("third is tied with hybrid (+0.00")
+    assert "; 95 % over documents: -0.00" in message
     assert message in " ".join(make_report(paths, tmp_path / "report.html").split())
     assert message.split(" (")[0] in (tmp_path / "report.html").read_text()
-    assert describe_next_best(records[:2]) is None  # the outcome says so already
-    assert describe_next_best(records[:1]) is None
+    two = compare(paths[:2])
+    assert describe_next_best(two, two.settings) is None  # the outcome says so already
+    assert describe_next_best(two, two.settings[:1]) is None
 
 
 @pytest.mark.parametrize(
@@ -108,14 +125,14 @@ def test_a_warning_starts_at_its_threshold(
     assert message in find_all_warnings([write_run(tmp_path, "loud", **{key: warned})])
 
 
-def test_one_seed_and_unequal_amounts_of_text_are_warned_of(tmp_path: Path) -> None:
+def test_one_seed_and_another_training_text_are_warned_of(tmp_path: Path) -> None:
     paths = write_demo(tmp_path)
-    assert "not for the seed: with one seed" in find_all_warnings(paths)
-    assert "different amounts of text" not in find_all_warnings(paths)
-    paths.append(write_run(tmp_path, "longer", trained_tokens=2_000_000))
-    assert (
-        "different amounts of text: longer (2,000,000 tokens; output 1,638,400)"
-        in find_all_warnings(paths)
+    assert "With one seed, the intervals account" in find_all_warnings(paths)
+    assert "training text" not in find_all_warnings(paths)
+    paths.append(write_run(tmp_path, "longer", validation__tokens="another corpus"))
+    need = "add one with the same training text."
+    assert f"No margin for longer: no matching cross-entropy run; {need}" in find_all_warnings(
+        paths
     )
 
 
@@ -132,17 +149,16 @@ def test_a_run_without_a_margin_says_which_cross_entropy_run_is_missing(tmp_path
         write_trained(tmp_path, "near", "output", learning_rate=0.001, lr_scheduler_type="linear"),
     ]
     paths = [write_trained(tmp_path, name, learning_rate=0.002) for name in ("a", "b")]
-    need = "training.learning_rate: 0.002 (near: 0.001), training.lr_scheduler_type: 'cosine' (near: 'linear')."
+    need = "training.learning_rate: 0.002 (near: 0.001), training.lr_scheduler_type: cosine (near: linear)."
     lacks = "no matching cross-entropy run; add one with"
     for order in ([*others, *paths], [*paths, *reversed(others)]):
         assert f"No margin for a, b: {lacks} {need}" in find_all_warnings(order)
-        assert "a: held-out loss 3.200 nats/token, no matching cross-entropy run" in (
-            describe_outcome(load_metrics([paths[0], *others]))
-        )
+        lost = "a (one seed; tied with 2 others): held-out loss 3.200 nats/token, no matching cross-entropy run"
+        assert lost in outcome_of([paths[0], *others])
     assert f"{lacks} training.distillation_type: output." in find_all_warnings(paths)
     far = write_run(tmp_path, "elsewhere", "output", validation__content="beef", seed=3)
     assert (
-        f"{lacks} the same validation set, training.learning_rate: 0.002 (elsewhere: 0.0001), "
+        f"{lacks} the same held-out text, training.learning_rate: 0.002 (elsewhere: 0.0001), "
         in (find_all_warnings([paths[0], far]))
     )
     bare = write_run(tmp_path, "bare", "output", trained={})

@@ -14,20 +14,24 @@ from typing import Any
 import pytest
 
 from retort.models.samples import Sample, SamplePrompt, Samples, write_samples
-from retort.report.page import make_report, render_summary, write_report
-from retort.report.records import group_runs, load_logs, load_metrics
+from retort.report.page import WIDTH, make_report
+from retort.report.runs import find_folder
 from retort.report.tables import build_metric_table
 from support.reports import (
     LOG_HEAD,
     PageParser,
     check_alignment,
+    compare,
     find_table,
     render_page,
+    summarise,
     without_teacher,
     write_demo,
     write_measured,
     write_run,
 )
+
+HEADS = ["setting", "loss", "margin", "seeds"]
 
 
 @pytest.fixture(scope="module")
@@ -36,47 +40,69 @@ def demo_page(tmp_path_factory: pytest.TempPathFactory) -> str:
     return render_page(folder, write_demo(folder))
 
 
-def test_teacher_comes_first_and_runs_keep_their_order(tmp_path: Path) -> None:
-    records = load_metrics(write_demo(tmp_path))
-    lines = find_table(render_summary(records, report_path=Path("report.html")))
-    assert [line.split()[0] for line in lines] == ["teacher", "output", "logit", "hybrid"]
+def test_teacher_comes_first_and_settings_are_in_the_order_of_their_loss(tmp_path: Path) -> None:
+    lines = find_table(summarise(write_demo(tmp_path)))
+    assert [line.split()[0] for line in lines] == ["teacher", "hybrid", "logit", "output"]
 
 
+@pytest.mark.parametrize("width", [WIDTH, 100, 140])
 @pytest.mark.parametrize(
     ("names", "loss", "parameters"),
     [(["a"], 0.0, 1), (["x" * 121, "run-1", "y" * 60], 3.2, 10**9), (["b", "c"], 690.0, 10**13)],
 )
 def test_columns_align_and_no_line_is_wider_than_the_terminal(
-    tmp_path: Path, names: list[str], loss: float, parameters: int
+    tmp_path: Path, names: list[str], loss: float, parameters: int, width: int
 ) -> None:
-    check_alignment(tmp_path, names, loss, parameters)
+    check_alignment(tmp_path, names, loss, parameters, width)
 
 
-def test_a_named_baseline_is_the_only_one_and_must_exist(tmp_path: Path) -> None:
-    paths = [*write_demo(tmp_path), write_run(tmp_path, "other", "output", validation__loss=3.4)]
-    records = load_metrics(paths)
-    summary = render_summary(records, report_path=Path("r.html"), baseline="other")
-    assert "-0.187" in summary and "-0.081" not in summary
-    with pytest.raises(
-        ValueError, match=r"'hybrid' is not a run of type output\. Choose one of: output, other"
-    ):
-        render_summary(records, report_path=Path("r.html"), baseline="hybrid")
+def test_a_wide_terminal_shows_all_columns_and_a_narrow_one_those_of_the_result(
+    tmp_path: Path,
+) -> None:
+    paths = [write_run(tmp_path, "a-run-with-a-name-of-some-length", "output")]
+    wide, narrow = (
+        next(line for line in summarise(paths, width).splitlines() if line.startswith("setting"))
+        for width in (120, 80)
+    )
+    assert wide.split() == [
+        *HEADS,
+        "perplexity",
+        "KL",
+        "agree",
+        "%",
+        "type",
+        "alpha",
+        "T",
+        "params",
+    ]
+    assert narrow.split()[:4] == HEADS and "params" not in narrow
+
+
+def test_the_summary_that_is_shown_is_as_wide_as_the_terminal_and_the_file_always_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_run(tmp_path, "one")
+    found = []
+    for columns in ("80", "120"):
+        monkeypatch.setenv("COLUMNS", columns)
+        shown = make_report([path], tmp_path / "report.html")
+        found.append((shown, (tmp_path / "summary.txt").read_text()))
+    assert found[0][1] == found[1][1] == found[0][0] + "\n" and found[1][0] != found[0][0]
 
 
 def test_runs_of_different_validation_sets_get_tables_of_their_own(tmp_path: Path) -> None:
     paths = [*write_demo(tmp_path), write_run(tmp_path, "else", validation__positions=70_000)]
-    records = load_metrics(paths)
-    assert [len(group) for group in group_runs(records)] == [3, 1]
-    summary = render_summary(records, report_path=Path("r.html"))
+    assert list(compare(paths).runs.group) == [0, 0, 0, 1]
+    summary = summarise(paths)
     assert summary.count("perplexity") == 2
-    assert "2 different validation sets (65,536, 70,000 positions)" in summary
+    assert "2 different validation sets (65,536, 70,000 positions)" in " ".join(summary.split())
 
 
 def test_summary_points_to_the_page_the_students_and_the_cache(tmp_path: Path) -> None:
-    records = load_metrics(write_demo(tmp_path))
-    summary = render_summary(records, report_path=Path("results/report.html"))
+    paths = write_demo(tmp_path)
+    summary = summarise(paths)
     assert "report: results/report.html" in summary
-    assert all(f"{record.folder}/" in summary for record in records)
+    assert all(f"{find_folder(path)}/" in summary for path in paths)
     text = " ".join(summary.split())
     assert "cache of logit, hybrid: top_k, k = 64: 131.2 bytes/token, tail mass 0.0182" in text
     assert "fidelity KL 3.1e-05 nats" in text
@@ -93,11 +119,9 @@ def test_equal_inputs_give_equal_bytes(tmp_path: Path) -> None:
     made = []
     for name in ("one", "two"):
         folder = tmp_path / name
-        folder.mkdir()
-        records = load_metrics(paths)
-        write_report(records, load_logs(records), folder / "a.html", folder / "a.csv")
-        made.append({path.name: path.read_bytes() for path in folder.iterdir()})
-    assert len(made[0]) == 2
+        make_report(paths, folder / "report.html")
+        made.append({p.name: p.read_bytes() for p in folder.iterdir() if p.suffix != ".txt"})
+    assert set(made[0]) == {"report.html", "summary.csv"}
     assert made[0] == made[1]
 
 
@@ -133,7 +157,7 @@ def test_figures_use_only_variables_that_light_and_dark_define(demo_page: str) -
 
 
 def test_run_names_are_text_never_markup_or_formulas(tmp_path: Path) -> None:
-    name = "<b onclick=x>&amp;</b> $x^2$ {{ 7 * 7 }}"
+    name = "<b onclick=x>&amp;</b> $x^2$ {{7*7}}"
     text = render_page(tmp_path, [write_run(tmp_path, name)])
     page = PageParser(text)
     drawn = PageParser("".join(re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL))).texts
@@ -167,12 +191,12 @@ def test_a_name_of_any_length_is_complete_in_the_page(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_missing_logs_are_warned_of_and_not_drawn(tmp_path: Path) -> None:
     paths = write_demo(tmp_path)
-    first, *others = load_metrics(paths)
-    (first.folder / "training_log.csv").unlink()
+    first, *others = (find_folder(path) / "training_log.csv" for path in paths)
+    first.unlink()
     text = render_page(tmp_path, paths)
     assert "so no learning curve: output." in text
-    for record in others:
-        (record.folder / "training_log.csv").write_text(LOG_HEAD + "\n")
+    for log in others:
+        log.write_text(LOG_HEAD + "\n")
     assert "No run has a training log." in render_page(tmp_path, paths)
 
 
@@ -199,10 +223,9 @@ def test_a_clear_gain_is_bold_in_the_page(tmp_path: Path) -> None:
 
 def test_samples_of_another_run_are_refused_and_missing_ones_named(tmp_path: Path) -> None:
     paths = write_demo(tmp_path)
-    records = load_metrics(paths)
     samples = Samples((SamplePrompt((1,), "once", None),), (Sample("a", "b"),))
-    for path, record in zip(paths[:2], records[:2], strict=True):
-        write_samples(path.with_name("samples.json"), {"student": samples}, of=record.id)
+    for path, run in zip(paths[:2], compare(paths).runs.id, strict=False):
+        write_samples(path.with_name("samples.json"), {"student": samples}, of=run)
     page = render_page(tmp_path, paths)
     assert "No samples (no samples.json): hybrid." in page
     shutil.copy(paths[0].with_name("samples.json"), paths[1].with_name("samples.json"))
@@ -225,8 +248,8 @@ def test_the_page_shows_commit_versions_and_differing_keys(tmp_path: Path) -> No
     ]
     texts = " ".join(PageParser(render_page(tmp_path, paths)).texts)
     assert "The runs differ in training.learning_rate" in " ".join(texts.split())
-    assert "commit 0123456789abcdef" in texts and "torch 2.13.0" in texts
-    assert "batch_size" not in texts and "2026-11-25T20" not in texts
+    assert "commit 0123456789abcdef" in texts and "torch 2.9" in texts
+    assert "batch_size" not in texts and "2026-11-29T04" not in texts
 
 
 def test_reporting_loads_no_torch() -> None:
@@ -235,9 +258,9 @@ def test_reporting_loads_no_torch() -> None:
 
 
 def test_every_metric_of_every_model_is_in_the_page(tmp_path: Path, demo_page: str) -> None:
-    records = load_metrics(write_demo(tmp_path))
-    table = build_metric_table(records)
-    assert [name for name, _, _ in table.rows] == ["teacher", "output", "logit", "hybrid"]
+    found = compare(write_demo(tmp_path))
+    table = build_metric_table(found, found.settings)
+    assert [name for name, _, _ in table.rows] == ["teacher", "hybrid", "logit", "output"]
     texts = dict(zip(table.heads[1:], [cell.text for cell in table.rows[3][2]], strict=True))
     assert texts["bits per byte, bits/byte"] == "1.210" and texts["top-1 agreement, %"] == "43.1"
     assert texts["speculative acceptance, %"] == "72.0"

@@ -31,7 +31,7 @@ def test_models_are_rows_with_teachers_first(tmp_path: Path) -> None:
     board = read_scoreboard(paths)
     assert render_scoreboard(board) == [
         "arc, acc: teacher big 0.750, small 0.500\u00b10.020",
-        "wiki, acc (less is better): small 9.000\u00b10.020",
+        "wiki, acc (less is better), 10 of 100 examples: small 9.000\u00b10.020",
         "not a full result, on some examples only: wiki: 10 of 100 examples",
     ]
     table = build_task_table(board)
@@ -50,8 +50,8 @@ def test_a_group_shows_its_own_score_or_those_of_all_its_subtasks(tmp_path: Path
     subtasks = [make_score("one", 0.1), make_score("two", 0.2)]
     group = write(tmp_path / "a", "mmlu", [make_score("mmlu", 0.3), *subtasks], run="r")
     collection = write(tmp_path / "b", "tag", subtasks, run="r")
-    columns = [column.subtask for column in read_scoreboard([group, collection]).columns]
-    assert columns == ["mmlu", "one", "two"]
+    metrics = list(read_scoreboard([group, collection]).metric)
+    assert metrics == ["mmlu, acc", "one, acc", "two, acc"]
 
 
 def test_without_files_there_is_no_table_and_other_files_are_refused(tmp_path: Path) -> None:

@@ -1,18 +1,24 @@
-"""Records of runs: which can be compared, and what is refused."""
+"""Runs and their files: which runs can be compared, and what is refused."""
 
 import itertools
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from retort.config.sections import Training
-from retort.report.comparisons import compare_with_baseline
-from retort.report.records import find_baseline, find_caches, load_logs, load_metrics
-from retort.report.tables import build_rows
-from support.reports import LOG_HEAD, MARGIN, find_all_warnings, write_run, write_trained
+from retort.report.findings import find_caches
+from retort.report.runs import find_folder, load_results
+from retort.report.tables import NO_BASELINE
+from support.reports import (
+    LOG_HEAD,
+    compare,
+    find_all_warnings,
+    find_rows,
+    write_run,
+    write_trained,
+)
 
 # For each setting of a training that matters to its result whatever the loss, a value that is not the default.
 OTHER_TRAINING = {
@@ -37,6 +43,7 @@ OTHER_TRAINING = {
         {"student_parameters": 54_273},
         {"validation__positions": 65_535},
         {"validation__documents": 411},
+        {"validation__tokens": "another corpus"},
         {"distillation_type": "logit"},
         {"trained": {"commit": "0123456789abcdef"}},
         *({"trained": {"training": {key: value}}} for key, value in OTHER_TRAINING.items()),
@@ -48,9 +55,8 @@ def test_no_margin_against_a_run_of_other_conditions(
     tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     paths = [write_run(tmp_path, "output", "output", **changes), write_run(tmp_path, "hybrid")]
-    records = load_metrics(paths)
-    assert find_baseline(records[1], records) is None
-    assert build_rows(records)[-1].cells[MARGIN] == "-"
+    assert compare(paths).runs.baseline.isna().all()
+    assert find_rows(paths)["hybrid"]["margin"] == NO_BASELINE
     assert "No margin for" in find_all_warnings(paths)
 
 
@@ -64,11 +70,9 @@ def test_in_any_order_a_run_is_compared_with_the_one_of_its_settings(
         write_trained(tmp_path, "hybrid", learning_rate=0.002),
     ]
     for order in itertools.permutations(paths):
-        records = load_metrics(order)
-        (hybrid,) = (r for r in records if r.name == "hybrid")
-        found = compare_with_baseline(hybrid, records)
-        assert found is not None and found.baseline.name == "fast"
-        assert found.margin.value == pytest.approx(-0.3)
+        hybrid = compare(order).runs.loc["hybrid"]
+        assert hybrid.baseline == "fast"
+        assert hybrid.margin == pytest.approx(-0.3)
     assert "No margin" not in find_all_warnings(paths)
 
 
@@ -97,8 +101,7 @@ def test_loss_settings_and_machine_settings_may_differ_from_the_baselines(tmp_pa
         write_trained(tmp_path, "output", "output", **may_differ),
         write_trained(tmp_path, "hybrid"),
     ]
-    records = load_metrics(paths)
-    assert find_baseline(records[1], records) == records[0]
+    assert compare(paths).runs.baseline["hybrid"] == "output"
     # Together these are all settings.
     assert may_differ.keys() | OTHER_TRAINING.keys() | {"seed"} == Training.model_fields.keys()
 
@@ -108,9 +111,9 @@ def test_each_seed_is_compared_with_its_own_baseline(tmp_path: Path) -> None:
     for seed, loss in ((0, 3.3), (1, 3.5)):
         paths.append(write_run(tmp_path, f"o{seed}", "output", seed=seed, validation__loss=loss))
         paths.append(write_run(tmp_path, f"h{seed}", seed=seed, validation__loss=3.2))
-    rows = build_rows(load_metrics(paths))
-    assert [row.cells[MARGIN] for row in rows] == ["-", "-", "-0.100", "-", "-0.300"]
-    assert "2 seeds" in find_all_warnings(paths)
+    runs = compare(paths).runs
+    assert list(runs.margin.dropna()) == pytest.approx([-0.1, -0.3])
+    assert list(runs.baseline.dropna()) == ["o0", "o1"]
 
 
 def test_a_run_trained_on_text_only_uses_no_cache(tmp_path: Path) -> None:
@@ -118,13 +121,13 @@ def test_a_run_trained_on_text_only_uses_no_cache(tmp_path: Path) -> None:
         write_run(tmp_path, "hybrid"),
         write_run(tmp_path, "other", distillation_type="output"),
     ]
-    assert [names for names, _ in find_caches(load_metrics(paths))] == [["hybrid"]]
+    assert [names for names, _ in find_caches(compare(paths).runs)] == [["hybrid"]]
 
 
 def test_the_runs_folder_is_found_from_both_places_of_metrics(tmp_path: Path) -> None:
-    (record,) = load_metrics([write_run(tmp_path, "hybrid")])
-    assert (record.folder / "training_log.csv").exists()
-    assert replace(record, path=Path("runs/mine/metrics.json")).folder == Path("runs/mine")
+    path = write_run(tmp_path, "hybrid")
+    assert (find_folder(path) / "training_log.csv").exists()
+    assert find_folder(Path("runs/mine/metrics.json")) == Path("runs/mine")
 
 
 @pytest.mark.parametrize(
@@ -146,31 +149,31 @@ def test_metrics_that_are_old_or_damaged_are_refused_by_key(
     assert text.count(old) == 1
     path.write_text(text.replace(old, new))
     with pytest.raises(ValueError, match=re.escape(f"{path} {message}")) as caught:
-        load_metrics([path])
+        load_results([path])
     assert str(caught.value).endswith(": evaluate the run again.")
 
 
 def test_a_log_that_diverged_is_refused(tmp_path: Path) -> None:
-    records = load_metrics([write_run(tmp_path, "run")])
-    log = records[0].folder / "training_log.csv"
+    path = write_run(tmp_path, "run")
+    log = find_folder(path) / "training_log.csv"
     log.write_text(f"{LOG_HEAD}\n10,1,1,,2,1e-4,9\n20,nan,nan,,nan,1e-4,9\n")
     with pytest.raises(ValueError, match="hard_loss is nan at step 20"):
-        load_logs(records)
+        load_results([path])
     log.write_text("step,loss\n10,3\n")
     with pytest.raises(ValueError, match="is not a training log of `train`"):
-        load_logs(records)
+        load_results([path])
 
 
 def test_missing_and_repeated_metrics_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no runs to report on"):
-        load_metrics([])
+        load_results([])
     with pytest.raises(ValueError, match=r"nowhere\.json does not exist"):
-        load_metrics([tmp_path / "nowhere.json"])
+        load_results([tmp_path / "nowhere.json"])
     path = write_run(tmp_path, "run")
-    with pytest.raises(ValueError, match="is given 2 times"):
-        load_metrics([path, path])
+    with pytest.raises(ValueError, match="is given twice"):
+        load_results([path, path])
 
 
 def test_runs_of_one_name_are_told_apart_by_their_ids(tmp_path: Path) -> None:
     paths = [write_run(tmp_path, "same", id="aaaaaaaaaaaa"), write_run(tmp_path, "same")]
-    assert [record.name for record in load_metrics(paths)] == ["same aaaaaa", "same 000000"]
+    assert list(load_results(paths).runs.index) == ["same aaaaaa", "same 000000"]

@@ -1,0 +1,228 @@
+"""Results of runs as data frames: metrics.json, documents.csv and training_log.csv -> a row for each run.
+
+The columns are those of summary.csv. A metric has three: `loss`, and the ends of its 95 % interval, `loss_low` and
+`loss_high`; those of the teacher begin with `teacher_`. What is not defined is missing (NaN). Losses and KL are in nats
+per token. A *group* is the runs that were evaluated on the same held-out positions: losses are compared only within it.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from retort.evaluation.intervals import Estimate
+from retort.evaluation.records import Metrics, Scorecard
+from retort.evaluation.scores import DOCUMENTS_FILE, METRICS
+from retort.models.samples import SAMPLES_FILE, Samples, read_samples
+
+ENDS = ("", "_low", "_high")
+_COUNTS = ("teacher_parameters", "cache_positions")
+
+
+@dataclass(frozen=True)
+class Results:
+    """All runs of a report: a row for each by name, their records, and what lies beside these, where it does.
+
+    documents: sums over each held-out document. logs: `step` and `hard_loss`, the mean since the step before.
+    """
+
+    runs: pd.DataFrame
+    metrics: dict[str, Metrics]
+    documents: dict[str, pd.DataFrame]
+    logs: dict[str, pd.DataFrame]
+    samples: dict[str, dict[str, Samples]]
+
+
+def load_results(paths: Sequence[Path]) -> Results:
+    """Read the metrics.json of each run and what is beside it; runs of equal names get their id appended.
+
+    Raises ValueError when there are no runs, a run is given twice, or a file is damaged or another run's.
+    """
+    found = [(path, Metrics.read(path)) for path in map(Path, paths)]
+    if not found:
+        raise ValueError("no runs to report on: give the metrics.json of at least one run.")
+    counts = Counter(metrics.training.run for _, metrics in found)
+    metrics: dict[str, Metrics] = {}
+    files: dict[str, Path] = {}
+    for path, m in found:
+        run, name = m.training.run, f"{m.training.run} {m.training.id[:6]}"
+        name = name if counts[run] > 1 else run
+        if name in files:
+            raise ValueError(
+                f"run {name!r} is given twice: {files[name]}, {path}. Give each run once."
+            )
+        metrics[name], files[name] = m, path
+    rows = [_describe(files[name], m) for name, m in metrics.items()]
+    runs = pd.DataFrame(rows, index=pd.Index(metrics, name="name"))
+    runs = runs.astype(dict.fromkeys(_COUNTS, "Int64"))
+    keys = ["positions", "documents", "content"]
+    runs["group"] = runs.groupby(keys, sort=False, dropna=False).ngroup()
+    logs = {
+        name: _read_log(Path(folder) / "training_log.csv") for name, folder in runs.folder.items()
+    }
+    return Results(
+        runs,
+        metrics,
+        documents=_read_documents(runs, files),
+        logs={name: log for name, log in logs.items() if log is not None},
+        samples={name: _read_samples(path, metrics[name]) for name, path in files.items()},
+    )
+
+
+def _describe(path: Path, found: Metrics) -> dict[str, Any]:
+    """Return a run's row of the table."""
+    training, scores, cache = found.training, found.scores, found.cache
+    fidelity = cache.fidelity if cache else None
+    return {
+        "folder": str(find_folder(path)),
+        "id": training.id,
+        "distillation_type": training.distillation_type,
+        "alpha": training.alpha,
+        "temperature": training.temperature,
+        "seed": training.seed,
+        "student_parameters": training.summary.student_parameters,
+        "teacher": found.teacher,
+        "teacher_parameters": found.teacher_parameters,
+        "steps": training.summary.steps,
+        "trained_tokens": training.summary.trained_positions,
+        "training_seconds": training.summary.seconds,
+        "device": training.summary.device,
+        "positions": scores.student.positions,
+        "documents": scores.student.documents,
+        "content": found.content,
+        "tokens": found.tokens,
+        "sequences": found.sequences,
+        "leaked_sequences": found.leaked_sequences,
+        **_metric_columns("", scores.student),
+        **_metric_columns("teacher_", scores.teacher),
+        "cache_method": cache.method if cache else None,
+        # The column keeps its name for scripts that read summary.csv.
+        "cache_dial": _describe_setting(cache.top_k, cache.min_probability) if cache else None,
+        "cache_positions": cache.positions if cache else None,
+        "cache_bytes_per_position": cache.bytes_per_position if cache else np.nan,
+        "cache_tail_mass": fidelity.tail_mass if fidelity else np.nan,
+        "cache_fidelity_kl": fidelity.kl if fidelity else np.nan,
+        "cache_fidelity_agreement": fidelity.agreement if fidelity else np.nan,
+    }
+
+
+def _metric_columns(whose: str, card: Scorecard | None) -> dict[str, float]:
+    known = card.metrics if card else {}
+    none = Estimate(np.nan, None, None)
+    return {
+        f"{whose}{name}{end}": np.nan if value is None else value
+        for name in METRICS
+        for e in [known.get(name, none)]
+        for end, value in zip(ENDS, (e.value, e.low, e.high), strict=True)
+    }
+
+
+def _describe_setting(top_k: int | None, min_probability: float | None) -> str:
+    return f"p >= {min_probability:g}" if top_k is None else f"k = {top_k}"
+
+
+def find_folder(path: Path) -> Path:
+    """Return the run's folder, with final/ and training_log.csv."""
+    above = [p.parent for p in path.parents if p.name == "evaluation"]
+    return above[0] if above else path.parent
+
+
+def get_estimate(row: Any, name: str) -> Estimate | None:
+    """Return a metric in a row of a table; None where it is not defined."""
+    value, low, high = (row[f"{name}{end}"] for end in ENDS)
+    if pd.isna(value):
+        return None
+    return Estimate(value, None, None) if pd.isna(low) else Estimate(value, low, high)
+
+
+def _read_documents(runs: pd.DataFrame, files: dict[str, Path]) -> dict[str, pd.DataFrame]:
+    """Read the documents.csv of each run that has one.
+
+    Raises ValueError for one of another run, or of other documents than another run of its group.
+    """
+    found: dict[str, pd.DataFrame] = {}
+    for names in runs.groupby("group").groups.values():
+        first: tuple[Path, pd.DataFrame] | None = None
+        for name in names:
+            path = files[name].with_name(DOCUMENTS_FILE)
+            if not path.exists():
+                continue
+            table = read_documents(path)
+            loss = table.loss.sum() / table.positions.sum()
+            if not np.isclose(loss, runs.loss[name], rtol=1e-6):
+                raise ValueError(
+                    f"{path} gives a loss of {loss:.6f}, but metrics.json beside it has {runs.loss[name]:.6f}: one of "
+                    "them is another run's. Evaluate the run again."
+                )
+            first = first or (path, table)
+            same = ["document", "positions"]
+            if not table[same].equals(first[1][same]):
+                raise ValueError(
+                    f"{path} and {first[0]} have different documents, but their metrics.json name the same held-out "
+                    "text: evaluate both runs again."
+                )
+            found[name] = table
+    return found
+
+
+def read_documents(path: Path) -> pd.DataFrame:
+    """Return documents.csv. Raises ValueError when it is not such a file."""
+    try:
+        table = pd.read_csv(path, dtype=float)
+        _ = table.loc[0, ["document", "positions", "loss"]]
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not what `evaluate` writes ({error!r}): evaluate the run again."
+        ) from None
+    return table
+
+
+def _read_log(path: Path) -> pd.DataFrame | None:
+    """Read a run's learning curve; None when there is no file, or it has no rows.
+
+    Raises ValueError when it is not as `train` writes it, or has a loss that is not finite.
+    """
+    if not path.exists():
+        return None
+    try:
+        # A step without a hard loss has an empty cell; "nan" stays a number, and is refused.
+        log = pd.read_csv(
+            path, usecols=["step", "hard_loss"], dtype={"step": int}, keep_default_na=False
+        )
+        log = log[log.hard_loss != ""].astype({"hard_loss": float})
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not a training log of `train`: {error!r}. Train the run again."
+        ) from None
+    diverged = log[~np.isfinite(log.hard_loss)]
+    if len(diverged):
+        raise ValueError(
+            f"{path}: hard_loss is {diverged.hard_loss.iloc[0]} at step {diverged.step.iloc[0]}, expected a finite "
+            "number. The run diverged: lower training.learning_rate, and train it again."
+        )
+    return log if len(log) else None
+
+
+def _read_samples(path: Path, metrics: Metrics) -> dict[str, Samples]:
+    """Read the samples of a run's student and teacher; an empty dictionary when there is no samples.json."""
+    file = path.with_name(SAMPLES_FILE)
+    return read_samples(file, of=metrics.training.id, whose="student") if file.exists() else {}
+
+
+def find_teachers(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return a row for each teacher of a group, by the name it has in tables: "teacher" if there is only one.
+
+    Teachers that differ only by rounding are one.
+    """
+    known = runs[runs.teacher.notna()].sort_values("teacher_loss", kind="stable")
+    keys = ["teacher", "teacher_parameters"]
+    known["step"] = known.groupby(keys, dropna=False).teacher_loss.diff() > 1e-3
+    known["step"] = known.groupby(keys, dropna=False).step.cumsum()
+    known = known.drop_duplicates([*keys, "step"])
+    known = known.loc[[name for name in runs.index if name in known.index]]
+    names = ["teacher"] if len(known) == 1 else [f"teacher {name}" for name in known.teacher]
+    return known.set_axis(names, axis=0)
