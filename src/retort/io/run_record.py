@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextvars import ContextVar
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -21,8 +22,8 @@ _PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "h5py",
 class RunRecord(Record):
     """How an output was made.
 
-    run, source: name of the run in the config, and of the config file, where they are known. config: the sections that
-    the output was made from. dtype: of the model's weights, None where there is no model.
+    run, source: name of the run in the config, and of the config file, where they are known (see `set_origin`). config:
+    the sections that the output was made from. dtype: of the model's weights, None where there is no model.
     """
 
     format: ClassVar[str] = "retort-run"
@@ -43,6 +44,15 @@ class RunRecord(Record):
     versions: dict[str, str]
 
 
+# (run, source) of the job that this process does.
+_origin: ContextVar[tuple[str | None, str | None]] = ContextVar("origin", default=(None, None))
+
+
+def set_origin(*, run: str | None, source: str | None) -> None:
+    """Say which run of which config file this process works for: all that it makes records it."""
+    _origin.set((run, source))
+
+
 def describe_run(
     *,
     section: Mapping[str, Any],
@@ -51,14 +61,13 @@ def describe_run(
     device: str | None = None,
     dtype: str | None = None,
     versions: Mapping[str, str] | None = None,
-    run: str | None = None,
-    source: str | None = None,
 ) -> RunRecord:
     """Return the record of this process. `section`: sections of the config, by name; `device`: None for the CPU.
 
     `versions`: of packages beside those that are always recorded.
     """
     commit, is_dirty = _git_state()
+    run, source = _origin.get()
     return RunRecord(
         command=(Path(sys.argv[0]).name, *sys.argv[1:]),
         source=source,

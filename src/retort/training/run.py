@@ -142,7 +142,6 @@ def _write_records(
     training = job.training
     made = describe_run(
         section={"student": job.student, "training": training},
-        run=job.name,
         seed=training.seed,
         dtype=summary.dtype,
         device=summary.device,
