@@ -234,7 +234,7 @@ def evaluate_run(
         teacher=teacher.name if teacher else None,
         teacher_parameters=teacher.num_parameters if teacher else None,
         content=digest_keys(table),
-        tokens=str(index.content["content"]),
+        tokens=index.record.content,
         sequences=len(table),
         leaked_sequences=index.count_leaked(table),
         units=UNITS,

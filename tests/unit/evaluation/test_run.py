@@ -255,7 +255,7 @@ def test_metrics_file_holds_what_the_report_reads(
     assert f"{metrics['loss'].value:.4f} nats/token" in line and "evaluate mine" in line
     read = load_results([path])  # the report's own reader accepts it
     assert list(read.runs.loss) == [metrics["loss"].value]
-    assert found.tokens == index.content["content"]
+    assert found.tokens == index.record.content
 
 
 def test_a_run_without_a_teacher_has_metrics_too(trained: Path, index: TokenIndex) -> None:
