@@ -31,6 +31,7 @@ from retort.config.sections import Teacher
 from retort.io.digests import digest, digest_file_states
 from retort.io.fingerprints import TeacherRecord, fingerprint_weights, list_weights
 from retort.io.run_record import RUN_FILE, describe_run, name_cpu
+from retort.models.attention import keep_softcap
 from retort.models.heads import Head
 from retort.tokens.tokenizer import explain_load_error, identify_tokenizer, load_tokenizer
 
@@ -307,6 +308,8 @@ def load_pretrained(path: str, **options: Any) -> PreTrainedModel:
         raise
     except Exception as error:
         raise ValueError(explain_load_error("model", path, error)) from error
+    if "attn_implementation" not in options:
+        keep_softcap(model)
     return model
 
 

@@ -9,7 +9,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from retort.config.sections import Student
-from retort.models.load import load_model_config, load_pretrained, output_width, require_causal
+from retort.models.attention import keep_softcap
+from retort.models.load import (
+    load_model_config,
+    load_pretrained,
+    output_width,
+    require_causal,
+)
 from retort.tokens.vocabularies import min_output_width
 
 logger = logging.getLogger(__name__)
@@ -118,6 +124,7 @@ def build_student(
             if section.model_path is None
             else load_pretrained(section.model_path, dtype=torch.float32)
         )
+        keep_softcap(model)
         width = output_width(config)
         if output_width(model.config) < width:
             logger.info(f"{name} grows from {output_width(model.config):,} ids to {width:,}")

@@ -7,6 +7,8 @@ from typing import Any
 from transformers import PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from retort.models.attention import has_softcap
+
 # (module, name for pip) of what transformers' quantizers ask for, by quant_method; others need nothing.
 _QUANTIZATION = {
     "aqlm": (("aqlm", "aqlm"),),
@@ -36,6 +38,11 @@ def require_packages(model: PretrainedConfig, attention: str | None, *, name: st
     """Raise ValueError, naming the package, when weights or attention of the model `name` need one that is missing."""
     for fault in (*_missing_for_weights(model), *_missing_for_attention(attention)):
         raise ValueError(f"{name} {fault}")
+    if attention == "sdpa" and has_softcap(model):
+        raise ValueError(
+            f"{name} has a softcap in its attention, which teacher.attn_implementation 'sdpa' leaves out. Set eager, "
+            "flex_attention or flash_attention_2, or leave the key out."
+        )
 
 
 def _missing_for_weights(model: PretrainedConfig) -> Iterator[str]:
