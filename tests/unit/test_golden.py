@@ -43,21 +43,21 @@ from support.synthetic import CODED, ORDER, split_targets, streams_of
 # What the digests below were made with.
 GOLDEN_REVISIONS = {
     "answers": 1,
-    "synthesis": 2,
+    "synthesis": 3,
     "corpus": 1,
-    "teacher": 2,
+    "teacher": 3,
     "demo_teacher": 2,
     "tokens": 4,
     "logits": 5,
     "validation": 3,
     "run": 3,
     "evaluation": 4,
-    "benchmark": 1,
-    "report": 3,
+    "benchmark": 2,
+    "report": 4,
 }
 GOLDEN_SYNTHESIS = "f5bd73d65b9ca6b813b067107383f95bd8e210c6452c6e6a2c876d83cade2183"
 GOLDEN_TOKENS = "f21b80ab3a95e6959a8bf974108865e3c2e26bdfc32e7ac84b2f52d5a3ecfc2c"
-GOLDEN_INDEX = "427655d969651eddb9c549c373564f0712cc1cd02dde4a836838a618324fe323"
+GOLDEN_INDEX = "fff6f9814aeb387526cfeb2e365cabfd6204e62623486c29a1725fcc5898475f"
 GOLDEN_CACHE = "07790f9e4537d17732908a57574a3f5173eb24bfd870a56aebe57b959f04b255"
 GOLDEN_FILES = {
     "shard_00000.h5": "cbae5e4b867eadb1ad6adec2048a5c0bef653d2f969af7bd0519e05f20be5efe",
@@ -67,15 +67,15 @@ GOLDEN_FILES = {
 }
 GOLDEN_IDS = {
     "corpus": "cd03bc9bdc81",
-    "teacher": "cafd4f497ccf",
+    "teacher": "fdff9ff27789",
     "tokens": "84fcb405c154",
-    "logits": "d8d07122b0b4",
-    "validation": "c4ba76161639",
-    "hard": ["db456810a366", "1fe581f9ef7b"],
-    "both": ["6dbf2ae9bd5a", "1fe581f9ef7b"],
-    "live": ["a0fc641df568", "1fe581f9ef7b"],
-    "check": "95d233d79430",
-    "report": "c77d29701fcf",
+    "logits": "93b9f14a662a",
+    "validation": "4098c99ce42e",
+    "hard": ["db456810a366", "8eb3388eae0f"],
+    "both": ["6cdd1cf36f1d", "8eb3388eae0f"],
+    "live": ["fa3c0409807c", "8eb3388eae0f"],
+    "check": "0bc4529bd11f",
+    "report": "6e185cafad91",
 }
 
 REPOSITORY = Path(__file__).resolve().parents[2]

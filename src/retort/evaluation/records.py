@@ -56,8 +56,8 @@ class Scores(Entry):
 class Metrics(Record):
     """metrics.json of a run, on held-out sequences.
 
-    content: digest of these sequences; tokens: digest of all tokens, held out or trained on; leaked_sequences: how many of them are also in the training text; teacher: its
-    name; trained: the run.json of the training.
+    content, tokens: digests of the held-out and of the training sequences; leaked_sequences: how many of the former are
+    also training sequences; teacher: its name; trained: the run.json of the training.
     """
 
     format: ClassVar[str] = "retort-metrics"

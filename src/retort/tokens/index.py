@@ -6,7 +6,6 @@ sequences that are returned.
 """
 
 import io
-import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -14,12 +13,11 @@ from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
-from pydantic import SerializerFunctionWrapHandler, model_serializer
 
 from retort.corpus.documents import Counts
 from retort.corpus.sharding import check_assignments
@@ -68,11 +66,6 @@ class IndexCounts(Entry):
 
     documents: Counts
     tokens: TokenCounts
-
-    @model_serializer(mode="wrap")
-    def _sort_keys(self, dump: SerializerFunctionWrapHandler) -> Any:
-        counts = dump(self) | {"tokens": self.tokens.to_json()}
-        return json.loads(json.dumps(counts, sort_keys=True))
 
 
 class IndexRecord(Record):
