@@ -25,16 +25,16 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.common import make_parser
-from retort.cache.parts import part_files
+from retort.cache.parts import part_path
 from retort.cache.reader import CacheHeader
 from retort.cache.top_k_codec import TopKCodec
 from retort.cluster.leases import lease
 from retort.io.fingerprints import TokenizerIdentity
 from retort.models.heads import Head
 from retort.models.load import CausalLM
-from retort.teacher.progress import Progress
+from retort.teacher.scoring import Scorer
 from retort.teacher.worker import run_worker
-from retort.tokens.index import Part, TokenIndex, write_index
+from retort.tokens.index import TokenIndex, write_index
 from retort.tokens.sequences import SequenceTable, build_table
 from retort.tokens.shards import write_token_shard
 
@@ -95,16 +95,6 @@ def make_table(num_documents: int) -> SequenceTable:
     return build_table(rows)
 
 
-class Stopwatch(Progress):
-    """Records when a worker's last part was done."""
-
-    ended = 0.0
-
-    def end_part(self, part: Part, path: Path) -> None:
-        """Record the time; print nothing."""
-        self.ended = time.monotonic()
-
-
 def work(
     folder: Path,
     worker: int,
@@ -120,18 +110,16 @@ def work(
     start.wait()
     parts = folder / "parts"
     with lease([*groups[worker:], *groups[:worker]], folder=folder):
-        watch = Stopwatch(index.parts, part_files(index, parts, HEADER))
         report = run_worker(
             index,
             parts,
             HEADER,
             worker=worker,
             num_workers=len(groups),
-            batch_size=SEQUENCES,
-            load=lambda: teacher,
-            progress=watch,
+            open_scorer=lambda: Scorer(teacher, SEQUENCES),
         )
-    results.put((worker, watch.ended, time.monotonic(), len(report.parts)))
+    written = [part_path(parts, name, HEADER).stat().st_mtime for name in report.parts]
+    results.put((worker, max(written, default=0.0), time.time(), len(report.parts)))
 
 
 def measure(

@@ -1,25 +1,21 @@
 """Corpora written for a test: a dataset section at its defaults, files of rows, and all documents of all shards."""
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from retort.config.flags import add_section_flags, section_from_args
 from retort.config.sections import Dataset
 from retort.corpus.documents import Counts, Document
 from retort.corpus.reading import check_corpus, read_shard_documents
+from support.jobs import make_job
 from support.sections import replace
 
 
 def make_dataset(**keys: Any) -> Dataset:
-    """Return a dataset section with the defaults of the command line, except `keys`."""
-    parser = argparse.ArgumentParser()
-    add_section_flags(parser, "dataset")
-    dataset: Dataset = section_from_args(parser.parse_args([]), "dataset")
-    return replace(dataset, **keys)
+    """Return a dataset section at its defaults, except `keys`."""
+    return replace(make_job().config.dataset, **keys)
 
 
 DEFAULTS = make_dataset()

@@ -18,6 +18,7 @@ interpreter; so do all that come from another namespace or user.
 
 import marshal
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -173,6 +174,6 @@ def find_kind(words: list[str]) -> str:
     """Return which libraries a command line's job is forked from."""
     if words[:2] == ["-m", "snakemake"]:
         return "snakemake"
-    options = dict(pairwise(words))
-    is_custom = ":" in options.get("--dataset-sharding", "") or "--trust-remote-code" in words
+    config = dict(pairwise(words)).get("--config", "")
+    is_custom = re.search(r'"sharding": "[^"]*:|"trust_remote_code": true', config)
     return "light" if Path(words[0]).stem in LIGHT_SCRIPTS and not is_custom else "full"

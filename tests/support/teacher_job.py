@@ -13,6 +13,7 @@ from retort.cluster.deadlines import Deadline
 from retort.io.fingerprints import TeacherRecord
 from retort.models.load import CausalLM, load_recorded_teacher
 from retort.teacher.claims import Claims
+from retort.teacher.scoring import Scorer
 from retort.teacher.worker import WorkerReport, run_worker
 from retort.tokens.index import TokenIndex
 from support.sections import section
@@ -54,8 +55,7 @@ class Job:
             self.header,
             worker=worker,
             num_workers=num_workers,
-            batch_size=4,
-            load=load or self.load,
+            open_scorer=lambda: Scorer((load or self.load)(), 4),
             deadline=deadline,
             claims=claims,
         )

@@ -14,11 +14,13 @@ from retort.cache.reader import LogitCache
 from retort.io.files import read_json, write_json
 from retort.io.fingerprints import TeacherRecord
 from retort.models.load import load_recorded_teacher, record_teacher
+from retort.teacher.scoring import Scorer
 from retort.teacher.validation import score_validation
 from retort.teacher.worker import run_worker
 from retort.tokens.index import TokenIndex, write_index
 from retort.tokens.shards import tokenize_shard
 from retort.tokens.tokenizer import identify_tokenizer, load_tokenizer
+from support.jobs import make_job
 from support.sections import section
 
 torch.set_num_threads(1)  # on matrices of this size a second thread only costs
@@ -69,11 +71,12 @@ def score_held_out(folder: Path, index: TokenIndex, teacher: Path, **evaluation:
     path = folder / "features.safetensors"
     score_validation(
         path,
+        make_job(
+            teacher=section("teacher", model_path=str(teacher), device="cpu"),
+            evaluation=section("evaluation", **evaluation),
+        ),
         index_path=index.path,
-        teacher_path=str(teacher),
         fingerprint_path=record(folder, teacher),
-        section=section("teacher", device="cpu"),
-        evaluation=section("evaluation", **evaluation),
     )
     return path
 
@@ -91,8 +94,9 @@ def make_cache(folder: Path, index_path: Path, teacher: Path, **cache: Any) -> L
         header,
         worker=0,
         num_workers=1,
-        batch_size=8,
-        load=lambda: load_recorded_teacher(str(teacher), teacher_section, record_path=fingerprint),
+        open_scorer=lambda: Scorer(
+            load_recorded_teacher(str(teacher), teacher_section, record_path=fingerprint), 8
+        ),
     )
     merge_parts(index, folder / "parts", header, folder / "teacher_logits.h5")
     return LogitCache(folder / "teacher_logits.h5")

@@ -61,9 +61,10 @@ class Pass:
         """Start a worker, by the command that a user would type."""
         (fingerprint,) = self.place.results.glob("teachers/*/fingerprint.json")
         words = [sys.executable, str(SCRIPTS / "generate_logits.py"), "--index", str(self.index)]
-        words += ["--fingerprint", str(fingerprint), "--teacher", "teacher", "--cache-top-k", "8"]
+        words += ["--fingerprint", str(fingerprint), "--set", "teacher.model_path=teacher"]
         # One sequence at a time: without memory a larger batch would be halved, and the cache would say so.
-        words += ["--worker", str(worker), "--num-workers", str(num_workers), "--batch-size", "1"]
+        words += ["--set", "cache.top_k=8", "--set", "teacher.generation.batch_size=1"]
+        words += ["--worker", str(worker), "--num-workers", str(num_workers)]
         words += ["--output", str(self.folder / f"metadata_worker{worker}.json")]
         self.folder.mkdir(exist_ok=True, parents=True)
         with (self.place.path / "kills.log").open("ab") as log:
@@ -110,7 +111,7 @@ class Pass:
         assert self.start().wait(timeout=600) == 0, self.log()[-3000:]
         (fingerprint,) = self.place.results.glob("teachers/*/fingerprint.json")
         words = [sys.executable, str(SCRIPTS / "merge_h5.py"), "--index", str(self.index)]
-        words += ["--fingerprint", str(fingerprint), "--cache-top-k", "8"]
+        words += ["--fingerprint", str(fingerprint), "--set", "cache.top_k=8"]
         done = self.place.execute([*words, "--output", str(self.folder / "manifest.json")])
         assert done.returncode == 0, done.output
         return sha256(self.folder / "teacher_logits.h5")
@@ -121,7 +122,8 @@ def work(done: Place) -> Pass:
     """The tiny corpus again, with a part for every document: about a hundred."""
     work = Pass(done, done.path / "by-hand")
     (tokens,) = done.results.glob("tokens/*/")
-    words = [sys.executable, str(SCRIPTS / "index_tokens.py"), "--streaming-chunk-size", "1"]
+    words = [sys.executable, str(SCRIPTS / "index_tokens.py")]
+    words += ["--set", "dataset.streaming_chunk_size=1"]
     shards = map(str, sorted(tokens.glob("shard_*.h5")))
     indexed = done.execute([*words, "--output", str(work.index), "--shards", *shards])
     assert indexed.returncode == 0, indexed.output

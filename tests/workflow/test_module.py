@@ -99,8 +99,9 @@ def test_flags_name_the_files_that_the_module_declares(
     # The report has several outputs, of which only one is wanted here.
     made = {path.replace("report.html", "summary.txt") for path in outputs}
     assert set(declared) == made | {"lines.txt"}
-    assert re.search(rf"--cache {folder}/logits/\w+/teacher_logits.h5", said)
+    assert re.search(rf"--signal {folder}/logits/\w+/manifest.json", said)
     assert re.search(rf'"results_dir": "{folder}"', said), "the check looks at the same folder"
+    assert '{"source": "outer.yaml", ' in said
 
 
 def test_a_module_in_a_module_has_both_prefixes(fresh: Place) -> None:

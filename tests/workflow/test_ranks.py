@@ -22,8 +22,8 @@ INSTEAD = REPOSITORY / "tests" / "support" / "instead_of_train.py"
 # A step is two forward passes of one process; the first epoch, of 284 sequences, ends within the 24th step.
 STEPS = 26
 KEYS = (
-    f"--device cpu --batch-size 6 --gradient-accumulation-steps 2 --max-steps {STEPS} "
-    "--logging-steps 1 --save-steps 6"
+    *("device=cpu", "batch_size=6", "gradient_accumulation_steps=2", f"max_steps={STEPS}"),
+    *("logging_steps=1", "save_steps=6"),
 )
 
 
@@ -31,21 +31,28 @@ class Student:
     """One student's training, typed by hand in the folder of a finished workflow."""
 
     def __init__(self, place: Place, command: list[str]) -> None:
-        named = command.index("--expected-student")  # other students are given by hand
-        self.place, self.rule_command = place, [*command[:named], *command[named + 2 :]]
+        config = command.index("--config") + 1
+        job = json.loads(command[config])
+        del job["expected"]  # other students are given by hand
+        self.place = place
+        self.rule_command = [*command[:config], json.dumps(job), *command[config + 1 :]]
 
-    def command(self, name: str, *flags: str, how: str | None = None) -> list[str]:
-        """Return the command that trains into a folder; `how`: see instead_of_train.py, by torchrun."""
+    def command(self, name: str, *keys: str, how: str | None = None) -> list[str]:
+        """Return the command that trains into a folder, with keys of `training` that differ from those of the rule.
+
+        `how`: see instead_of_train.py, by torchrun.
+        """
         command = with_output(self.rule_command, f"{name}/training.json")
-        command = [*command, *KEYS.split(), *flags]
+        for key in (*KEYS, *keys):
+            command += ["--set", key if "." in key.partition("=")[0] else f"training.{key}"]
         if how is None:
             return command
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         return [*torchrun, "--nproc-per-node=2", str(INSTEAD), how, *command[2:]]
 
-    def train(self, name: str, *flags: str, how: str | None = None) -> None:
+    def train(self, name: str, *keys: str, how: str | None = None) -> None:
         """Train to the end."""
-        done = self.place.execute(self.command(name, *flags, how=how))
+        done = self.place.execute(self.command(name, *keys, how=how))
         assert done.returncode == 0, done.output
 
     def weights(self, name: str) -> dict[str, Tensor]:
@@ -76,8 +83,8 @@ def find_processes(words: str) -> list[int]:
 def student(finished: Place, tmp_path_factory: pytest.TempPathFactory) -> Student:
     place = finished.copy_to(tmp_path_factory.mktemp("ranks") / "project")
     one = Student(place, read_commands(place.as_it_is)["train both"])  # what is killed is real
-    one.train("one", "--gpus", "1")
-    one.train("two", "--gpus", "2")
+    one.train("one", "gpus=1")
+    one.train("two", "gpus=2")
     return one
 
 
@@ -92,32 +99,32 @@ def test_two_ranks_train_the_student_of_one(student: Student) -> None:
 
 
 def test_fsdp_trains_it_too_and_goes_on_where_it_stopped(student: Student) -> None:
-    student.train("fsdp", "--strategy", "fsdp", how="fsdp")
+    student.train("fsdp", "strategy=fsdp", how="fsdp")
     assert_close(student.weights("fsdp"), student.weights("one"), atol=1e-6)
     folder = student.place.path / "fsdp"
     whole = student.weights("fsdp")
     shutil.rmtree(folder / "final")
     shutil.rmtree(folder / f"checkpoint-{STEPS}")
-    student.train("fsdp", "--strategy", "fsdp", how="fsdp")
+    student.train("fsdp", "strategy=fsdp", how="fsdp")
     assert_close(student.weights("fsdp"), whole, atol=0)
-    done = student.place.execute(student.command("two", "--strategy", "fsdp", how="fsdp"))
+    done = student.place.execute(student.command("two", "strategy=fsdp", how="fsdp"))
     assert done.returncode != 0 and "was saved with training.strategy 'ddp'" in done.output
 
 
 def test_a_tied_student_is_the_same_by_ddp_and_by_fsdp(student: Student) -> None:
     tied = json.loads((student.place.path / "student.json").read_text())
     (student.place.path / "tied.json").write_text(json.dumps(tied | {"tie_word_embeddings": True}))
-    flags = ("--student-config", "tied.json", "--max-steps", "4")
-    student.train("tied 1", *flags)
-    student.train("tied 2", *flags, "--gpus", "2")
-    student.train("tied fsdp", *flags, "--strategy", "fsdp", how="fsdp")
+    keys = ("student.config=tied.json", "max_steps=4")
+    student.train("tied 1", *keys)
+    student.train("tied 2", *keys, "gpus=2")
+    student.train("tied fsdp", *keys, "strategy=fsdp", how="fsdp")
     assert "lm_head.weight" not in student.weights("tied 1")
     assert_close(student.weights("tied 2"), student.weights("tied 1"), atol=1e-6)
     assert_close(student.weights("tied fsdp"), student.weights("tied 1"), atol=1e-6)
 
 
 def test_each_rank_reads_its_share_of_every_step(student: Student) -> None:
-    student.train("counted", "--num-workers", "0", how="counted")
+    student.train("counted", "dataloader_num_workers=0", how="counted")
     assert_close(student.weights("counted"), student.weights("two"), atol=0)
     reads = [
         [int(line) for line in (student.place.path / f"reads_{r}.txt").read_text().split()]
@@ -134,7 +141,7 @@ def test_each_rank_reads_its_share_of_every_step(student: Student) -> None:
 
 def test_a_killed_launcher_leaves_no_rank_and_loses_no_step(student: Student) -> None:
     folder = student.place.path / "killed"
-    command = student.command("killed", "--gpus", "2")
+    command = student.command("killed", "gpus=2")
     for step in (6, 18):
         with (student.place.path / "killed.log").open("ab") as log:
             launcher = subprocess.Popen(
@@ -147,14 +154,14 @@ def test_a_killed_launcher_leaves_no_rank_and_loses_no_step(student: Student) ->
         launcher.wait()
         wait_until(lambda: not find_processes("--output killed/training.json"))
     assert not (folder / "final").exists()
-    student.train("killed", "--gpus", "2")
+    student.train("killed", "gpus=2")
     assert_close(student.weights("killed"), student.weights("two"), atol=0)
     for mine, theirs in zip(student.curve("killed"), student.curve("two"), strict=True):
         assert mine | {"tokens_per_second": ""} == theirs | {"tokens_per_second": ""}
 
 
 def test_sigterm_ends_all_ranks_in_one_sentence(student: Student) -> None:
-    command = student.command("ended", "--gpus", "2")
+    command = student.command("ended", "gpus=2")
     launcher = subprocess.Popen(
         command,
         cwd=student.place.path,
@@ -175,9 +182,9 @@ def test_a_student_with_parts_that_never_learn_trains_on_two_ranks_too(student: 
     bart = {"model_type": "bart", "d_model": 8, "decoder_layers": 1, "decoder_ffn_dim": 8}
     bart |= {"decoder_attention_heads": 2, "dropout": 0.0, "max_position_embeddings": 64}
     (student.place.path / "bart.json").write_text(json.dumps(bart))
-    flags = ("--student-config", "bart.json", "--max-steps", "3")
-    student.train("bart 1", *flags)
-    student.train("bart 2", *flags, "--gpus", "2")
+    keys = ("student.config=bart.json", "max_steps=3")
+    student.train("bart 1", *keys)
+    student.train("bart 2", *keys, "gpus=2")
     assert_close(student.weights("bart 2"), student.weights("bart 1"), atol=1e-6)
 
 
@@ -187,7 +194,7 @@ def test_ranks_that_do_not_share_their_gradients_are_found_out(student: Student)
 
 
 def test_a_loss_that_is_no_number_ends_all_ranks(student: Student) -> None:
-    command = student.command("wild", "--gpus", "2", "--learning-rate", "1e30")
+    command = student.command("wild", "gpus=2", "learning_rate=1e30")
     done = student.place.execute(command)
     assert done.returncode == 1
     assert re.search(
@@ -198,7 +205,7 @@ def test_a_loss_that_is_no_number_ends_all_ranks(student: Student) -> None:
 
 
 def test_ranks_need_a_batch_that_they_can_share(student: Student) -> None:
-    done = student.place.execute(student.command("odd", "--gpus", "5"))
+    done = student.place.execute(student.command("odd", "gpus=5"))
     assert done.returncode == 1
     assert "12 sequences a step, which 5 GPUs cannot share evenly" in done.output
     assert "Traceback" not in done.output
@@ -214,7 +221,7 @@ def test_several_nodes_without_slurm_are_refused_before_anything_starts(fresh: P
 
 
 def test_several_nodes_by_hand_need_srun(student: Student) -> None:
-    done = student.place.execute(student.command("nodes", "--nodes", "2"))
+    done = student.place.execute(student.command("nodes", "nodes=2"))
     assert done.returncode == 1
     assert "srun has not started this command once on each of 2 nodes" in done.output
     assert "Traceback" not in done.output

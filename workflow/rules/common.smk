@@ -1,17 +1,15 @@
-# Shared by the rules: the artifacts of the config, and get_* functions from wildcards to inputs and flags.
+# Shared by the rules: the artifacts of the config, and get_* functions from wildcards to inputs.
 # Every job parses this file again, so nothing here may import torch.
-import functools
 import json
 import shlex
 import sys
 from pathlib import Path
 
 from retort.artifacts.build import build_project
+from retort.artifacts.jobs import Jobs
 from retort.config.load import load_runs
 from retort.config.sweeps import prefer_command_line
-from retort.config.flags import section_flags
 from retort.corpus.sources import is_hub
-from retort.artifacts.responses import local_model
 from snakemake.exceptions import WorkflowError
 from snakemake.io import flag
 from snakemake.path_modifier import PATH_MODIFIER_FLAG
@@ -52,10 +50,16 @@ try:
 except ValueError as error:
     raise WorkflowError(f"Nothing was started. {error}") from None
 
+# With the names of the config files, which each result records.
+JOBS = Jobs(
+    PROJECT, source=", ".join(Path(file).name for file in workflow.configfiles)
+)
+WHOLE_CONFIG = json.dumps(config, sort_keys=True)
+
 OUTPUT = next(iter(PROJECT.runs.values())).config.output
 RESULTS = OUTPUT.results_dir
 CACHE = OUTPUT.cache_dir or RESULTS
-CHECK = f"{RESULTS}/checks/{PROJECT.check_id}.json"
+CHECK = f"{RESULTS}/checks/{PROJECT.check_id}/inputs.json"
 REPORT = f"{RESULTS}/reports/{PROJECT.report_id}/report.html"
 PYTHON = shlex.quote(sys.executable)
 # Relative to this file; workflow.basedir would be that of a Snakefile that uses this one as a module.
@@ -92,11 +96,14 @@ wildcard_constraints:
     worker="[0-9]+",
 
 
-def flags(*sections):
-    """Return the command-line flags of config sections, quoted for the shell."""
-    return " ".join(
-        shlex.quote(word) for section in sections for word in section_flags(section)
-    )
+def job(kind):
+    """Return a params function: the JSON of the job that makes an artifact of a kind, for a script's --config."""
+    return lambda wildcards: JOBS.format(kind, dict(wildcards.items()))
+
+
+def find(wildcards):
+    """Return the artifact that a job's wildcards name."""
+    return PROJECT.find(dict(wildcards.items()))
 
 
 def check_unless(output):
@@ -111,19 +118,6 @@ def check_unless(output):
     return get_check
 
 
-def get_corpus(wildcards):
-    """Return the records of the corpus of a demo_teacher or tokenize_shard job, if a rule makes that corpus.
-
-    If each shard has its own reader, the job waits for that reader only.
-    """
-    if "tokens" in wildcards.keys():
-        records = PROJECT.tokens[wildcards.tokens].corpus.records
-        if len(records) > 1:
-            return [str(records[int(wildcards.shard)])]
-        return map(str, records)
-    return map(str, PROJECT.teachers[wildcards.teacher].corpus.records)
-
-
 def get_staged(wildcards):
     """Return the inputs of `stage` that other rules make: records of teachers, and corpora that need a network."""
     teachers = [t.folder for t in PROJECT.teachers.values() if t.corpus is None]
@@ -136,227 +130,76 @@ def get_staged(wildcards):
     return [*(f"{folder}/fingerprint.json" for folder in teachers), *records]
 
 
-def get_synthesis_flags(wildcards):
-    """Return the flags of a synthesis, with those of the model if it runs here. API keys are in the environment."""
-    synthesis = PROJECT.syntheses[wildcards.synthesis]
-    words = [flags(synthesis.section), flags(synthesis.config.evaluation.of_problems())]
-    words.append(f"--stamp {synthesis.stamp}")
-    if synthesis.section.provider == "local":
-        model, revision = local_model(synthesis.config)
-        words.append(f"--local-model {shlex.quote(model)}")
-        words.append(f"--local-revision {shlex.quote(revision)}" if revision else "")
-        words.append(
-            flags(synthesis.config.teacher, synthesis.config.teacher.generation)
-        )
-    return " ".join(words)
+def get_corpus(wildcards):
+    """Return the records of the corpus of a demo_teacher or tokenize_shard job, if a rule makes that corpus.
 
-
-def get_draw_flags(wildcards):
-    corpus = PROJECT.corpora[wildcards.corpus]
-    reader = int(wildcards.reader.removeprefix("_") or 0)
-    return f"--reader {reader} --corpus-stamp {corpus.stamp} {flags(corpus.dataset)}"
-
-
-def get_tokenize_inputs(wildcards):
-    """Return the records of the corpus and of the tokenizer's teacher, and the check if nothing else depends on it.
-
-    The jobs that make these records wait for the check, so ten thousand jobs need not have it as an input too.
+    If each shard has its own reader, the job waits for that reader only.
     """
-    records = [*get_corpus(wildcards), *get_tokenizer(wildcards)]
-    shard = f"{CACHE}/tokens/{wildcards.tokens}/shard_{wildcards.shard}.h5"
-    is_checked = not all(Path(path).exists() for path in records)
-    return records if is_checked or Path(shard).exists() else [*records, CHECK]
+    records = [str(record) for record in find(wildcards).corpus.records]
+    has_readers = len(records) > 1 and "shard" in wildcards.keys()
+    return [records[int(wildcards.shard)]] if has_readers else records
 
 
-def get_tokenize_flags(wildcards):
-    return tokenize_flags(wildcards.tokens)
-
-
-@functools.cache
-def tokenize_flags(tokens_id):
-    tokens = PROJECT.tokens[tokens_id]
-    corpus = (
-        f" --corpus {shlex.quote(str(tokens.corpus.folder))}"
-        if tokens.corpus.needs_snapshot
-        else (
-            f" --synthesis {shlex.quote(str(tokens.corpus.synthesis.record))}"
-            if tokens.corpus.synthesis
-            else f" --corpus-stamp {tokens.corpus.stamp}"
-        )
-    )
-    expected = (
-        f" --expected-tokenizer {tokens.fingerprint}" if tokens.fingerprint else ""
-    )
-    section = tokens.teacher.section if tokens.teacher else None
-    trust = " --trust-remote-code" if section and section.trust_remote_code else ""
-    return f"{tokenizer_flags(tokens)} {flags(tokens.corpus.dataset)}{corpus}{expected}{trust}"
-
-
-def tokenizer_flags(tokens):
-    """Return the flags that say where a tokenizer is loaded from."""
-    words = ["--tokenizer", tokens.tokenizer]
-    if tokens.teacher and tokens.teacher.section.revision:
-        words += ["--tokenizer-revision", tokens.teacher.section.revision]
-    return shlex.join(words)
+def get_reader(wildcards):
+    return int(wildcards.reader.removeprefix("_") or 0)
 
 
 def get_tokenizer(wildcards):
-    """Return the record of the teacher whose tokenizer is used, if it is a teacher's."""
-    teacher = PROJECT.tokens[wildcards.tokens].teacher
-    return [f"{teacher.folder}/fingerprint.json"] if teacher else []
+    """Return the record of the teacher whose tokenizer is used, if any, and the check if nothing else depends on it.
+
+    The jobs that make records wait for the check, so ten thousand jobs need not have it as an input too.
+    """
+    tokens = find(wildcards)
+    record = [f"{tokens.teacher.folder}/fingerprint.json"] if tokens.teacher else []
+    shard = f"{tokens.folder}/shard_{wildcards.shard}.h5"
+    made = [*record, *get_corpus(wildcards)]
+    is_checked = not all(Path(path).exists() for path in made) or Path(shard).exists()
+    return record if is_checked else [*record, CHECK]
 
 
 def get_shards(wildcards):
-    num_shards = PROJECT.tokens[wildcards.tokens].corpus.dataset.num_shards
-    return [
-        f"{CACHE}/tokens/{wildcards.tokens}/shard_{s:05d}.h5" for s in range(num_shards)
-    ]
-
-
-def get_chunk_size(wildcards):
-    return PROJECT.tokens[wildcards.tokens].corpus.dataset.streaming_chunk_size
-
-
-def get_resolve_flags(wildcards):
-    return flags(PROJECT.teachers[wildcards.teacher].section)
-
-
-def get_demo_flags(wildcards):
-    teacher = PROJECT.teachers[wildcards.teacher]
-    return f"--corpus {shlex.quote(str(teacher.corpus.folder))} {flags(teacher.corpus.dataset)}"
+    tokens = find(wildcards)
+    num_shards = tokens.corpus.dataset.num_shards
+    return [f"{tokens.folder}/shard_{s:05d}.h5" for s in range(num_shards)]
 
 
 def get_index(wildcards):
-    return f"{artifact(wildcards).tokens.folder}/index.json"
+    return f"{find(wildcards).tokens.folder}/index.json"
 
 
 def get_fingerprint(wildcards):
-    return f"{artifact(wildcards).teacher.folder}/fingerprint.json"
-
-
-def artifact(wildcards):
-    """Return the cache, validation or run that a job's wildcards name."""
-    if "logits" in wildcards.keys():
-        return PROJECT.logits[wildcards.logits]
-    if "validation" in wildcards.keys():
-        return PROJECT.validations[wildcards.validation]
-    return PROJECT.runs[wildcards.run]
-
-
-def get_teacher_flags(wildcards):
-    found = artifact(wildcards)
-    path = shlex.quote(found.teacher.model_path)
-    return f"--teacher {path} {flags(found.config.teacher, found.config.teacher.generation)}"
-
-
-def get_cache_flags(wildcards):
-    return flags(PROJECT.logits[wildcards.logits].config.cache)
-
-
-def get_merge_flags(wildcards):
-    config = PROJECT.logits[wildcards.logits].config
-    return flags(config.cache, config.merge)
-
-
-def get_evaluation_flags(wildcards):
-    config = artifact(wildcards).config
-    threads = get_cpu_threads(wildcards)
-    words = [flags(config.evaluation.of_student()), gpu_flags(config)]
-    return " ".join(
-        [*words, f"--device {config.training.device} --cpu-threads {threads}"]
-    )
-
-
-def gpu_flags(config):
-    """Return the flag with the GPUs that the config lists, which students may use too."""
-    gpus = config.teacher.generation.gpus
-    if gpus is None:
-        return ""
-    return (
-        f"--among-gpus {shlex.quote(gpus if isinstance(gpus, str) else ','.join(gpus))}"
-    )
-
-
-def get_sample_flags(wildcards):
-    return flags(artifact(wildcards).config.evaluation.of_teacher())
-
-
-def get_benchmark(wildcards):
-    """Return the benchmark of a student or a teacher that a job's wildcards name."""
-    if "run" in wildcards.keys():
-        model = PROJECT.runs[wildcards.run].folder
-    else:
-        model = PROJECT.teachers[wildcards.teacher].folder
-    place = f"benchmarks/{wildcards.task}/{wildcards.benchmark}/benchmark.json"
-    return PROJECT.tasks[model / place]
-
-
-def get_benchmark_flags(wildcards):
-    found = get_benchmark(wildcards)
-    config = found.config
-    words = ["--benchmark", shlex.quote(found.name), flags(found.settings)]
-    if "run" in wildcards.keys():
-        words += [gpu_flags(config), f"--device {config.training.device}"]
-        words.append(f"--cpu-threads {get_cpu_threads(wildcards)}")
-    else:
-        path = PROJECT.teachers[wildcards.teacher].model_path
-        words += ["--teacher", shlex.quote(path)]
-        words.append(flags(config.teacher, config.teacher.generation))
-    return " ".join(words)
+    return f"{find(wildcards).teacher.folder}/fingerprint.json"
 
 
 def get_receipts(wildcards):
-    folder = f"{CACHE}/logits/{wildcards.logits}"
-    return [
-        f"{folder}/metadata_worker{w}.json" for w in range(get_num_workers(wildcards))
-    ]
+    workers = range(get_num_workers(wildcards))
+    return [f"{find(wildcards).folder}/metadata_worker{w}.json" for w in workers]
 
 
 def get_features(wildcards):
     """Return the teacher's exact distributions on held-out text, for the fidelity of a cache or the metrics of a run."""
-    if "logits" in wildcards.keys():
-        logits = PROJECT.logits[wildcards.logits]
-        pairs = (logits.tokens.id, logits.teacher.id)
-        found = [
+    found = find(wildcards)
+    if "run" in wildcards.keys():
+        validations = [found.validation] if found.validation else []
+    else:
+        pair = (found.tokens.id, found.teacher.id)
+        validations = [
             v
             for v in PROJECT.validations.values()
-            if (v.tokens.id, v.teacher.id) == pairs
-        ]
-        features = Path(found[0].folder) / "teacher_validation.safetensors"
+            if (v.tokens.id, v.teacher.id) == pair
+        ][:1]
         # An existing cache is not merged again when other positions are to be evaluated.
-        is_merged = Path(f"{logits.folder}/manifest.json").exists()
-        return [] if is_merged and not features.exists() else [str(features)]
-    validation = PROJECT.runs[wildcards.run].validation
-    return [f"{validation.folder}/teacher_validation.safetensors"] if validation else []
+        if Path(f"{found.folder}/manifest.json").exists():
+            validations = [v for v in validations if v.features.exists()]
+    return [str(v.features) for v in validations]
 
 
-def get_manifest(wildcards):
-    """Return what a run learns from: the manifest of the cache, or the record of a live teacher; [] for text only."""
-    run = PROJECT.runs[wildcards.run]
+def get_signal(wildcards):
+    """Return what a run learns from: the manifest of the cache, or the record of its teacher; [] without a teacher."""
+    run = find(wildcards)
     if run.logits:
         return [f"{run.logits.folder}/manifest.json"]
     return [f"{run.teacher.folder}/fingerprint.json"] if run.teacher else []
-
-
-def get_train_flags(wildcards):
-    run = PROJECT.runs[wildcards.run]
-    config = run.config
-    words = [flags(config.student, config.training, config.tracking), gpu_flags(config)]
-    words.append(tokenizer_flags(run.tokens))
-    words.append(f"--expected-student {run.student}")
-    if run.logits:
-        words.append(
-            f"--cache {shlex.quote(str(run.logits.folder / 'teacher_logits.h5'))}"
-        )
-    elif run.teacher and config.training.distillation_type != "output":
-        words.append(
-            f"--teacher {shlex.quote(run.teacher.model_path)} {flags(config.teacher)}"
-        )
-    if run.teacher:
-        words.append(
-            f"--fingerprint {shlex.quote(str(run.teacher.folder / 'fingerprint.json'))}"
-        )
-    return " ".join(words)
 
 
 def get_all_metrics(wildcards):

@@ -9,7 +9,7 @@ rule check_inputs:
     localrule: True
     params:
         script=SCRIPTS.format("check_inputs"),
-        config=lambda wildcards: json.dumps(config, sort_keys=True),
+        config=WHOLE_CONFIG,
     message:
         "Checking the inputs: models, vocabularies, corpora, folders"
     shell:
@@ -26,7 +26,7 @@ rule stage:
     localrule: True
     params:
         script=SCRIPTS.format("stage"),
-        config=lambda wildcards: json.dumps(config, sort_keys=True),
+        config=WHOLE_CONFIG,
     message:
         "Downloading models and datasets from the Hub"
     shell:
@@ -45,16 +45,16 @@ rule synthesize:
         "logs/synthesize/{answers}_{synthesis}.log",
     wildcard_constraints:
         answers="[0-9a-f]{12}",
-    threads: get_synthesis_threads
+    threads: get_cpu_threads
     resources:
-        gpu=get_synthesis_gpus,
+        gpu=get_teacher_gpus,
     params:
         script=SCRIPTS.format("synthesize"),
-        flags=get_synthesis_flags,
+        config=job("synthesis"),
     message:
         "A model writes responses: {wildcards.answers}"
     shell:
-        "{params.script} --output {output:q} {params.flags} >> {log:q} 2>&1"
+        "{params.script} --config {params.config:q} --output {output:q} >> {log:q} 2>&1"
 
 
 # With responses from a server. It needs no GPU but a network, which compute nodes often lack, so it is a local rule.
@@ -76,26 +76,29 @@ rule draw_corpus:
         "logs/draw_corpus/{corpus}{reader}.log",
     params:
         script=SCRIPTS.format("draw_corpus"),
-        flags=get_draw_flags,
+        config=job("corpus"),
+        reader=get_reader,
     message:
         "Reading the corpus {wildcards.corpus}{wildcards.reader}"
     shell:
-        "{params.script} --output {output:q} {params.flags} >> {log:q} 2>&1"
+        "{params.script} --config {params.config:q} --reader {params.reader} --output {output:q} >> {log:q} 2>&1"
 
 
 rule tokenize_shard:
     # There may be ten thousand of these jobs: everything here is evaluated and formatted for each.
     input:
-        ancient(get_tokenize_inputs),
+        corpus=ancient(get_corpus),
+        tokenizer=ancient(get_tokenizer),
     output:
         f"{CACHE}/tokens/{{tokens}}/shard_{{shard}}.h5",
     log:
         "logs/tokenize_shard/{tokens}_{shard}.log",
     params:
         script=SCRIPTS.format("tokenize_shard"),
-        flags=get_tokenize_flags,
+        config=job("tokens"),
     shell:
-        "{params.script} --shard {wildcards.shard} --output {output:q} {params.flags} >> {log:q} 2>&1"
+        "{params.script} --config {params.config:q} --corpus {input.corpus:q} --shard {wildcards.shard}"
+        " --output {output:q} >> {log:q} 2>&1"
 
 
 rule index_tokens:
@@ -108,9 +111,8 @@ rule index_tokens:
     localrule: True
     params:
         script=SCRIPTS.format("index_tokens"),
-        chunk_size=get_chunk_size,
+        config=job("tokens"),
     message:
         "Listing the parts of teacher work in {output}"
     shell:
-        "{params.script} --shards {input:q} --streaming-chunk-size {params.chunk_size}"
-        " --output {output:q} >> {log:q} 2>&1"
+        "{params.script} --config {params.config:q} --shards {input:q} --output {output:q} >> {log:q} 2>&1"

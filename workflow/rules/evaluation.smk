@@ -6,7 +6,7 @@ rule evaluate:
         training=ancient(rules.train.output[0]),
         index=ancient(get_index),
         features=ancient(get_features),
-        signal=ancient(get_manifest),
+        signal=ancient(get_signal),
     output:
         f"{RESULTS}/runs/{{run}}/{{id}}/evaluation/{{evaluation}}/metrics.json",
     log:
@@ -16,12 +16,12 @@ rule evaluate:
         gpu=get_evaluation_gpus,
     params:
         script=SCRIPTS.format("evaluate"),
-        flags=get_evaluation_flags,
+        config=job("evaluation"),
     message:
         "Evaluating the student {wildcards.run}"
     shell:
-        "{params.script} --index {input.index:q} --training {input.training:q}"
-        " --features {input.features:q} --signal {input.signal:q} --output {output:q} {params.flags} >> {log:q} 2>&1"
+        "{params.script} --config {params.config:q} --index {input.index:q} --training {input.training:q}"
+        " --features {input.features:q} --signal {input.signal:q} --output {output:q} >> {log:q} 2>&1"
 
 
 rule benchmark:
@@ -39,11 +39,12 @@ rule benchmark:
         gpu=get_evaluation_gpus,
     params:
         script=SCRIPTS.format("benchmark"),
-        flags=get_benchmark_flags,
+        config=job("task"),
     message:
         "Benchmark {wildcards.task} of the student {wildcards.run}"
     shell:
-        "{params.script} --record {input.record:q} --output {output:q} {params.flags} >> {log:q} 2>&1"
+        "{params.script} --config {params.config:q} --task {wildcards.task:q} --record {input.record:q}"
+        " --output {output:q} >> {log:q} 2>&1"
 
 
 use rule benchmark as benchmark_teacher with:
@@ -56,8 +57,8 @@ use rule benchmark as benchmark_teacher with:
         f"{CACHE}/teachers/{{teacher}}/benchmarks/{{task}}/{{benchmark}}/benchmark.json",
     log:
         "logs/benchmark/teacher_{teacher}_{task}_{benchmark}.log",
-    threads: get_benchmark_teacher_threads
+    threads: get_cpu_threads
     resources:
-        gpu=get_benchmark_teacher_gpus,
+        gpu=get_teacher_gpus,
     message:
         "Benchmark {wildcards.task} of the teacher"

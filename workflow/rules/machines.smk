@@ -1,52 +1,33 @@
 # Threads, GPUs and nodes of jobs, and the number of workers.
 import functools
 
-from retort.cluster.gpus import count_workers, detect_gpus
+from retort.cluster.gpus import count_threads, count_workers, detect_gpus
 
 
 def get_cpu_threads(wildcards):
     """Return the threads that the config sets, since another number changes results; Snakemake may schedule fewer."""
-    found = artifact(wildcards)
-    is_run = hasattr(found, "evaluation_id")
-    if not is_run:
-        return found.config.teacher.generation.cpu_threads
-    training = found.config.training
-    ranks = training.gpus if training.device == "cpu" else 1
-    return training.cpu_threads * ranks
+    config = find(wildcards).config
+    if "run" in wildcards.keys():
+        return count_threads(config.training)
+    return config.teacher.generation.cpu_threads
 
 
 def get_teacher_gpus(wildcards):
-    return teacher_gpus(artifact(wildcards).config.teacher)
+    return teacher_gpus(find(wildcards).config.teacher)
 
 
 def teacher_gpus(teacher):
     return 0 if teacher.device == "cpu" else teacher.generation.gpus_per_model
 
 
-def get_synthesis_gpus(wildcards):
-    return teacher_gpus(PROJECT.syntheses[wildcards.synthesis].config.teacher)
-
-
-def get_synthesis_threads(wildcards):
-    return PROJECT.syntheses[wildcards.synthesis].config.teacher.generation.cpu_threads
-
-
 def get_training_gpus(wildcards):
     """Return the number of GPUs of all nodes together."""
-    training = PROJECT.runs[wildcards.run].config.training
+    training = find(wildcards).config.training
     return 0 if training.device == "cpu" else training.gpus * training.nodes
 
 
 def get_evaluation_gpus(wildcards):
     return min(1, get_training_gpus(wildcards))
-
-
-def get_benchmark_teacher_gpus(wildcards):
-    return teacher_gpus(get_benchmark(wildcards).config.teacher)
-
-
-def get_benchmark_teacher_threads(wildcards):
-    return get_benchmark(wildcards).config.teacher.generation.cpu_threads
 
 
 @functools.cache
@@ -61,7 +42,7 @@ def detected_gpus():
 
 def get_num_workers(wildcards):
     """Return how many workers share a cache's parts. It changes no ids, so it may differ between machines and runs."""
-    generation = PROJECT.logits[wildcards.logits].config.teacher.generation
+    generation = find(wildcards).config.teacher.generation
     return count_workers(generation, detected=detected_gpus())
 
 
@@ -73,7 +54,7 @@ def several_nodes(resource):
     """
 
     def get_resource(wildcards, threads):
-        training = PROJECT.runs[wildcards.run].config.training
+        training = find(wildcards).config.training
         if training.nodes == 1:
             return 1 if resource == "nodes" else None
         on_cpu = training.device == "cpu"
@@ -96,7 +77,7 @@ SEVERAL_NODES = {
 
 def get_srun(wildcards):
     """Return the command that starts a training once on each of several nodes, "" for one node."""
-    training = PROJECT.runs[wildcards.run].config.training
+    training = find(wildcards).config.training
     if training.nodes == 1:
         return ""
     words = f"srun --nodes={training.nodes} --ntasks-per-node=1 --cpu-bind=none"

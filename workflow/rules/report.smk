@@ -14,8 +14,9 @@ rule report:
     localrule: True
     params:
         script=SCRIPTS.format("report"),
+        config=WHOLE_CONFIG,
     message:
         "Writing the report"
     shell:
-        "{params.script} --metrics {input.metrics:q} --benchmarks {input.benchmarks:q}"
-        " --output {output.html:q} >> {log:q} 2>&1"
+        "{params.script} --config {params.config:q} --metrics {input.metrics:q}"
+        " --benchmarks {input.benchmarks:q} --output {output.html:q} >> {log:q} 2>&1"

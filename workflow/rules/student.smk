@@ -4,7 +4,7 @@
 rule train:
     input:
         index=ancient(get_index),
-        signal=ancient(get_manifest),
+        signal=ancient(get_signal),
         check=check_unless(f"{RESULTS}/runs/{{run}}/{{id}}/training.json"),
     output:
         f"{RESULTS}/runs/{{run}}/{{id}}/training.json",
@@ -17,9 +17,9 @@ rule train:
     params:
         srun=get_srun,
         script=SCRIPTS.format("train"),
-        flags=get_train_flags,
+        config=job("run"),
     message:
         "Training the student {wildcards.run}"
     shell:
-        "{params.srun} {params.script} --name {wildcards.run} --index {input.index:q} --output {output:q}"
-        " {params.flags} >> {log:q} 2>&1"
+        "{params.srun} {params.script} --config {params.config:q} --index {input.index:q}"
+        " --signal {input.signal:q} --output {output:q} >> {log:q} 2>&1"

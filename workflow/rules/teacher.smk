@@ -15,11 +15,11 @@ rule resolve_teacher:
     localrule: True
     params:
         script=SCRIPTS.format("resolve_teacher"),
-        flags=get_resolve_flags,
+        config=job("teacher"),
     message:
         "Recording the fingerprint of teacher {wildcards.teacher}"
     shell:
-        "{params.script} --output {output:q} {params.flags} >> {log:q} 2>&1"
+        "{params.script} --config {params.config:q} --output {output:q} >> {log:q} 2>&1"
 
 
 rule demo_teacher:
@@ -37,11 +37,11 @@ rule demo_teacher:
         gpu=1,
     params:
         script=SCRIPTS.format("demo_teacher"),
-        flags=get_demo_flags,
+        config=job("demo_teacher"),
     message:
         "Training the demo's teacher and its tokenizer"
     shell:
-        "{params.script} --output {output:q} {params.flags} >> {log:q} 2>&1"
+        "{params.script} --config {params.config:q} --corpus {input.corpus:q} --output {output:q} >> {log:q} 2>&1"
 
 
 rule score_validation:
@@ -60,13 +60,12 @@ rule score_validation:
         gpu=get_teacher_gpus,
     params:
         script=SCRIPTS.format("score_validation"),
-        teacher=get_teacher_flags,
-        evaluation=get_sample_flags,
+        config=job("validation"),
     message:
         "The teacher scores the held-out text"
     shell:
-        "{params.script} --index {input.index:q} --fingerprint {input.fingerprint:q}"
-        " --output {output:q} {params.teacher} {params.evaluation} >> {log:q} 2>&1"
+        "{params.script} --config {params.config:q} --index {input.index:q}"
+        " --fingerprint {input.fingerprint:q} --output {output:q} >> {log:q} 2>&1"
 
 
 rule plan:
@@ -80,12 +79,12 @@ rule plan:
     localrule: True
     params:
         script=SCRIPTS.format("plan"),
-        cache=get_merge_flags,
+        config=job("logits"),
     message:
         "Estimating the size of the cache"
     shell:
-        "{params.script} --index {input.index:q} --fingerprint {input.fingerprint:q}"
-        " --output {output:q} {params.cache} >> {log:q} 2>&1"
+        "{params.script} --config {params.config:q} --index {input.index:q}"
+        " --fingerprint {input.fingerprint:q} --output {output:q} >> {log:q} 2>&1"
 
 
 rule generate_logits:
@@ -104,14 +103,13 @@ rule generate_logits:
     params:
         script=SCRIPTS.format("generate_logits"),
         num_workers=get_num_workers,
-        teacher=get_teacher_flags,
-        cache=get_cache_flags,
+        config=job("logits"),
     message:
         "The teacher scores the text: worker {wildcards.worker} of {params.num_workers}"
     shell:
-        "{params.script} --index {input.index:q} --fingerprint {input.fingerprint:q}"
-        " --worker {wildcards.worker} --num-workers {params.num_workers} --output {output:q}"
-        " {params.teacher} {params.cache} >> {log:q} 2>&1"
+        "{params.script} --config {params.config:q} --index {input.index:q}"
+        " --fingerprint {input.fingerprint:q} --worker {wildcards.worker} --num-workers {params.num_workers}"
+        " --output {output:q} >> {log:q} 2>&1"
 
 
 rule merge_h5:
@@ -126,9 +124,9 @@ rule merge_h5:
         "logs/merge_h5/{logits}.log",
     params:
         script=SCRIPTS.format("merge_h5"),
-        cache=get_merge_flags,
+        config=job("logits"),
     message:
         "Merging the parts of cache {wildcards.logits}"
     shell:
-        "{params.script} --index {input.index:q} --fingerprint {input.fingerprint:q}"
-        " --features {input.features:q} --output {output:q} {params.cache} >> {log:q} 2>&1"
+        "{params.script} --config {params.config:q} --index {input.index:q}"
+        " --fingerprint {input.fingerprint:q} --features {input.features:q} --output {output:q} >> {log:q} 2>&1"

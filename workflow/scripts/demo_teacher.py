@@ -1,21 +1,25 @@
 """Train the demo's teacher, a small causal LM with its own BPE tokenizer, on the corpus' training documents.
 
-    python workflow/scripts/demo_teacher.py --corpus results/corpora/mine --dataset-name demo \\
-        --output results/teachers/mine/fingerprint.json
+    python workflow/scripts/demo_teacher.py --config config/config.yaml \\
+        --corpus results/corpora/<id>/corpus.json --output results/teachers/mine/fingerprint.json
 """
 
 from pathlib import Path
 
-from retort.cli import run_script, script_parser
+from retort.cli import run_script
 from retort.cluster.leases import lease_training
-from retort.config.flags import add_section_flags, section_from_args
+from retort.config.handoff import job_parser, read_job
 
 
 def main() -> None:
     """Write model/ and fingerprint.json; an interrupted training resumes from its last checkpoint."""
-    parser = script_parser(__doc__)
+    parser = job_parser(__doc__, "demo_teacher")
     parser.add_argument(
-        "--corpus", type=Path, help="folder that draw_corpus wrote, if there is one"
+        "--corpus",
+        type=Path,
+        nargs="*",
+        default=[],
+        help="records that draw_corpus wrote, if it did",
     )
     parser.add_argument(
         "--output",
@@ -23,12 +27,14 @@ def main() -> None:
         type=Path,
         help="fingerprint.json; model/ goes to the same folder",
     )
-    add_section_flags(parser, "dataset")
     args = parser.parse_args()
+    job = read_job(args)
     with lease_training(1):
         from retort.pipeline.demo_teacher import make_demo_teacher
 
-        make_demo_teacher(args.output, section_from_args(args, "dataset"), snapshot=args.corpus)
+        snapshot = args.corpus[0].parent if args.corpus else None
+        make_demo_teacher(args.output, job, snapshot=snapshot)
+    job.write(args.output.parent, args.kind)
 
 
 if __name__ == "__main__":

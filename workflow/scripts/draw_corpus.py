@@ -1,18 +1,18 @@
 """Write a snapshot of a corpus that is not in local files: the demo's text, or the first documents of a stream.
 
-python workflow/scripts/draw_corpus.py --dataset-name demo --output results/corpora/mine/corpus.json
+python workflow/scripts/draw_corpus.py --config config/config.yaml --output results/corpora/mine/corpus.json
 """
 
 from pathlib import Path
 
-from retort.cli import run_script, script_parser
-from retort.config.flags import add_section_flags, section_from_args
+from retort.cli import run_script
+from retort.config.handoff import job_parser, read_job
 from retort.corpus.snapshot import write_snapshot
 
 
 def main() -> None:
     """Write documents_*.jsonl.gz and their record into the output's folder; an interrupted run is resumed."""
-    parser = script_parser(__doc__)
+    parser = job_parser(__doc__, "corpus")
     parser.add_argument(
         "--output",
         required=True,
@@ -20,17 +20,13 @@ def main() -> None:
         help="corpus.json, or a reader's corpus_<reader>.json; the documents are written to its folder",
     )
     parser.add_argument(
-        "--reader", type=int, default=0, help="with --dataset-sharding files: the shard to read"
+        "--reader", type=int, default=0, help="with dataset.sharding: files, the shard to read"
     )
-    parser.add_argument(
-        "--corpus-stamp",
-        help="fail if the digest of the local files' sizes and times is not this",
-    )
-    add_section_flags(parser, "dataset")
     args = parser.parse_args()
-    dataset = section_from_args(args, "dataset")
-    folder = args.output.parent
-    write_snapshot(dataset, folder, reader=args.reader, stamp=args.corpus_stamp)
+    job = read_job(args)
+    folder, stamp = args.output.parent, job.expected.get("corpus")
+    write_snapshot(job.config.dataset, folder, reader=args.reader, stamp=stamp)
+    job.write(folder, args.kind)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,23 @@
 """Run one worker of the teacher's pass: it does parts of the index until every part has a file.
 
-    python workflow/scripts/generate_logits.py --index results/tokens/mine/index.json --teacher models/teacher \\
-        --fingerprint results/teachers/mine/fingerprint.json --worker 0 --num-workers 1 \\
-        --output results/logits/mine/metadata_worker0.json
+    python workflow/scripts/generate_logits.py --config mine.yaml --index results/tokens/<id>/index.json \\
+        --fingerprint results/teachers/<id>/fingerprint.json --output mine/logits/metadata_worker0.json
 """
 
 from pathlib import Path
 
-from retort.cli import quiet_terminal, run_script, script_parser
+from retort.cli import quiet_terminal, run_script
 from retort.cluster.leases import lease_teacher
-from retort.config.flags import add_section_flags, section_from_args
+from retort.config.handoff import job_parser, read_job
 
 
 def main() -> None:
     """Lease one GPU group, do parts, write the receipt."""
-    parser = script_parser(__doc__)
+    parser = job_parser(__doc__, "logits")
     parser.add_argument("--index", required=True, type=Path, help="index.json of the tokens")
     parser.add_argument(
         "--fingerprint", required=True, type=Path, help="fingerprint.json of the teacher"
     )
-    parser.add_argument("--teacher", required=True, help="folder or Hub id of the teacher")
     parser.add_argument("--worker", type=int, default=0, help="which worker this is, from 0")
     parser.add_argument(
         "--num-workers", type=int, default=1, help="workers that share the parts; changes no result"
@@ -27,10 +25,9 @@ def main() -> None:
     parser.add_argument(
         "--output", required=True, type=Path, help="the receipt; parts/ is beside it"
     )
-    for section in ("teacher", "teacher.generation", "cache"):
-        add_section_flags(parser, section)
     args = parser.parse_args()
-    section = section_from_args(args, "teacher")
+    job = read_job(args)
+    section = job.config.teacher
     if args.worker > 0:
         quiet_terminal()  # the first one shows the progress of all
     with lease_teacher(section.generation, worker=args.worker, device=section.device):
@@ -38,14 +35,13 @@ def main() -> None:
 
         generate_logits(
             args.output,
+            job,
             index_path=args.index,
-            teacher_path=args.teacher,
             fingerprint_path=args.fingerprint,
-            section=section,
-            cache=section_from_args(args, "cache"),
             worker=args.worker,
             num_workers=args.num_workers,
         )
+    job.write(args.output.parent, args.kind)
 
 
 if __name__ == "__main__":

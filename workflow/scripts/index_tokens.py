@@ -1,28 +1,31 @@
 """Write index.json: all token shards of a corpus, their totals, and the parts of the teacher's work.
 
-    python workflow/scripts/index_tokens.py --shards results/tokens/mine/shard_*.h5 \\
-        --output results/tokens/mine/index.json
+    python workflow/scripts/index_tokens.py --config mine.yaml --shards mine/tokens/shard_*.h5 \\
+        --output mine/tokens/index.json
 """
 
 from pathlib import Path
 
-from retort.cli import logger, run_script, script_parser
+from retort.cli import logger, run_script
+from retort.config.handoff import job_parser, read_job
 from retort.tokens.index import describe_index, write_index
 
 
 def main() -> None:
     """Verify the shards, write the index, report the counts."""
-    parser = script_parser(__doc__)
+    parser = job_parser(__doc__, "tokens")
     parser.add_argument(
         "--shards", required=True, type=Path, nargs="+", help="all shards, in order"
     )
-    parser.add_argument("--streaming-chunk-size", type=int, default=1000, help="documents per part")
     parser.add_argument(
         "--output", required=True, type=Path, help="index.json, in the shards' folder"
     )
     args = parser.parse_args()
-    index = write_index(args.output, args.shards, streaming_chunk_size=args.streaming_chunk_size)
+    job = read_job(args)
+    chunk_size = job.config.dataset.streaming_chunk_size
+    index = write_index(args.output, args.shards, streaming_chunk_size=chunk_size)
     logger.info(describe_index(index))
+    job.write(args.output.parent, args.kind)
 
 
 if __name__ == "__main__":

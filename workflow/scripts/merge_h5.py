@@ -1,18 +1,18 @@
 """Merge the parts of a cache in the index's order, measure its fidelity, and remove the parts.
 
-    python workflow/scripts/merge_h5.py --index results/tokens/mine/index.json \\
-        --fingerprint results/teachers/mine/fingerprint.json --output results/logits/mine/manifest.json
+    python workflow/scripts/merge_h5.py --config mine.yaml --index results/tokens/<id>/index.json \\
+        --fingerprint results/teachers/<id>/fingerprint.json --output mine/logits/manifest.json
 """
 
 from pathlib import Path
 
-from retort.cli import logger, run_script, script_parser
-from retort.config.flags import add_section_flags, section_from_args
+from retort.cli import logger, run_script
+from retort.config.handoff import job_parser, read_job
 
 
 def main() -> None:
     """Write teacher_logits.h5 and manifest.json."""
-    parser = script_parser(__doc__)
+    parser = job_parser(__doc__, "logits")
     parser.add_argument("--index", required=True, type=Path, help="index.json of the tokens")
     parser.add_argument(
         "--fingerprint", required=True, type=Path, help="fingerprint.json of the teacher"
@@ -26,20 +26,19 @@ def main() -> None:
     parser.add_argument(
         "--output", required=True, type=Path, help="manifest.json; the cache is written beside it"
     )
-    add_section_flags(parser, "cache")
-    add_section_flags(parser, "merge")
     args = parser.parse_args()
+    job = read_job(args)
     from retort.teacher.merge import merge_h5
 
     line = merge_h5(
         args.output,
+        job,
         index_path=args.index,
         fingerprint_path=args.fingerprint,
         features_path=args.features,
-        cache=section_from_args(args, "cache"),
-        merge=section_from_args(args, "merge"),
     )
     logger.info(line)
+    job.write(args.output.parent, args.kind)
 
 
 if __name__ == "__main__":

@@ -1,38 +1,38 @@
 """Estimate the size of a cache before the teacher starts; fails if the disk cannot hold it.
 
-    python workflow/scripts/plan.py --index results/tokens/mine/index.json \\
-        --fingerprint results/teachers/mine/fingerprint.json --output results/logits/mine/plan.json
+    python workflow/scripts/plan.py --config mine.yaml --index results/tokens/<id>/index.json \\
+        --fingerprint results/teachers/<id>/fingerprint.json --output mine/logits/plan.json
 """
 
 from pathlib import Path
 
 from retort.cache.cost import describe_cost, estimate_cost
-from retort.cli import logger, run_script, script_parser
-from retort.config.flags import add_section_flags, section_from_args
+from retort.cli import logger, run_script
+from retort.config.handoff import job_parser, read_job
 from retort.io.fingerprints import TeacherRecord
 from retort.tokens.index import IndexRecord
 
 
 def main() -> None:
     """Write plan.json."""
-    parser = script_parser(__doc__)
+    parser = job_parser(__doc__, "logits")
     parser.add_argument("--index", required=True, type=Path, help="index.json of the tokens")
     parser.add_argument(
         "--fingerprint", required=True, type=Path, help="fingerprint.json of the teacher"
     )
     parser.add_argument("--output", required=True, type=Path, help="plan.json")
-    add_section_flags(parser, "cache")
-    add_section_flags(parser, "merge")
     args = parser.parse_args()
+    job = read_job(args)
     cost = estimate_cost(
         IndexRecord.read(args.index),
-        section_from_args(args, "cache"),
-        section_from_args(args, "merge"),
+        job.config.cache,
+        job.config.merge,
         vocabulary=TeacherRecord.read(args.fingerprint).vocabulary,
         folder=args.output.parent.resolve(),
     )
     logger.info(describe_cost(cost))
     cost.write(args.output)
+    job.write(args.output.parent, args.kind)
 
 
 if __name__ == "__main__":

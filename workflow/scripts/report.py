@@ -5,13 +5,14 @@ python workflow/scripts/report.py --metrics results/runs/*/*/evaluation/*/metric
 
 from pathlib import Path
 
-from retort.cli import logger, run_script, script_parser
+from retort.cli import logger, run_script
+from retort.config.handoff import config_parser, write_config
 from retort.report.page import make_report
 
 
 def main() -> None:
     """Write report.html, summary.csv and summary.txt, and print the table."""
-    parser = script_parser(__doc__)
+    parser = config_parser(__doc__, required=False)
     parser.add_argument(
         "--metrics", required=True, type=Path, nargs="+", help="metrics.json of every run"
     )
@@ -26,6 +27,8 @@ def main() -> None:
     )
     args = parser.parse_args()
     logger.info(make_report(args.metrics, args.output, benchmark_paths=args.benchmarks))
+    if args.config:
+        write_config(args.output.parent, args.config)
 
 
 if __name__ == "__main__":

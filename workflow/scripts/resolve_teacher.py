@@ -1,25 +1,25 @@
 """Record a teacher's fingerprint: the digest of a folder's weights, or the current commit of a Hub id.
 
-    python workflow/scripts/resolve_teacher.py --teacher-model-path models/teacher \\
-        --output results/teachers/mine/fingerprint.json
+    python workflow/scripts/resolve_teacher.py --set teacher.model_path=models/teacher \\
+        --output mine/teacher/fingerprint.json
 """
 
 from pathlib import Path
 
-from retort.cli import run_script, script_parser
-from retort.config.flags import add_section_flags, section_from_args
+from retort.cli import run_script
+from retort.config.handoff import job_parser, read_job
 
 
 def main() -> None:
     """Write fingerprint.json."""
-    parser = script_parser(__doc__)
+    parser = job_parser(__doc__, "teacher")
     parser.add_argument("--output", required=True, type=Path, help="fingerprint.json")
-    add_section_flags(parser, "teacher")
-    add_section_flags(parser, "teacher.generation")
     args = parser.parse_args()
+    job = read_job(args)
     from retort.models.load import record_teacher
 
-    record_teacher(args.output, section_from_args(args, "teacher"))
+    record_teacher(args.output, job.config.teacher)
+    job.write(args.output.parent, args.kind)
 
 
 if __name__ == "__main__":

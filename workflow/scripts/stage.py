@@ -3,23 +3,17 @@
 python workflow/scripts/stage.py --config mine.yaml
 """
 
-from pathlib import Path
-
-import yaml
-
-from retort.cli import logger, run_script, script_parser
-from retort.config.load import load_runs
+from retort.cli import logger, run_script
+from retort.config.handoff import config_parser, read_runs
 
 
 def main() -> None:
     """Download everything that the config names."""
-    parser = script_parser(__doc__)
-    parser.add_argument("--config", required=True, help="a YAML file, or the config itself as JSON")
-    args = parser.parse_args()
-    text = args.config if args.config.lstrip().startswith("{") else Path(args.config).read_text()
+    args = config_parser(__doc__, required=True).parse_args()
+    runs = read_runs(args.config)
     from retort.pipeline.staging import stage_project
 
-    for line in stage_project(load_runs(yaml.safe_load(text) or {})):
+    for line in stage_project(runs):
         logger.info(line)
 
 

@@ -184,7 +184,9 @@ def _build_teacher_tasks(run: Run) -> tuple[EvaluationTask, ...]:
     """Return the tasks of a run's teacher if evaluation.benchmarks.teacher is set; runs of one teacher share them."""
     if run.teacher is None or not run.config.evaluation.benchmarks.teacher:
         return ()
-    return build_tasks(run.config, run.teacher.folder, revision=REVISIONS["benchmark"])
+    teacher = run.config.teacher.model_copy(update={"model_path": run.teacher.model_path})
+    config = run.config.model_copy(update={"teacher": teacher})
+    return build_tasks(config, run.teacher.folder, revision=REVISIONS["benchmark"])
 
 
 def _build_corpus(config: Config) -> Corpus:

@@ -1,10 +1,13 @@
 """The artifacts of a config: one record per kind, with its id, its folder and what it is made from."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from retort.artifacts.responses import Responses
-from retort.artifacts.tasks import EvaluationTask
+from retort.artifacts.tasks import EvaluationTask, task_path
 from retort.config.sections import Config, Dataset, Teacher
 from retort.corpus.reading import count_readers, snapshot_record_path
 
@@ -85,6 +88,11 @@ class Validation:
     teacher: TeacherModel
     config: Config
 
+    @property
+    def features(self) -> Path:
+        """The output of `score_validation`."""
+        return self.folder / "teacher_validation.safetensors"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -123,8 +131,25 @@ class Project:
     validations: dict[str, Validation] = field(default_factory=dict)
     teacher_tasks: dict[Path, EvaluationTask] = field(default_factory=dict)  # by their path
 
-    @property
+    @cached_property
     def tasks(self) -> dict[Path, EvaluationTask]:
         """All evaluation tasks by their path, those of teachers first."""
         of_runs = {task.path: task for run in self.runs.values() for task in run.tasks}
         return self.teacher_tasks | of_runs
+
+    def find(self, names: Mapping[str, str]) -> Any:
+        """Return the artifact that a job's wildcards name."""
+        if "benchmark" in names:
+            model = self.runs[names["run"]] if "run" in names else self.teachers[names["teacher"]]
+            return self.tasks[task_path(model.folder, names["task"], names["benchmark"])]
+        artifacts: dict[str, Mapping[str, Any]] = {
+            "run": self.runs,
+            "validation": self.validations,
+            "logits": self.logits,
+            "tokens": self.tokens,
+            "teacher": self.teachers,
+            "corpus": self.corpora,
+            "synthesis": self.syntheses,
+        }
+        kind = next(kind for kind in artifacts if kind in names)
+        return artifacts[kind][names[kind]]

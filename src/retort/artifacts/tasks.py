@@ -22,7 +22,12 @@ class EvaluationTask:
     @property
     def path(self) -> Path:
         """The output of `benchmark`."""
-        return self.model_folder / "benchmarks" / self.name / self.id / "benchmark.json"
+        return task_path(self.model_folder, self.name, self.id)
+
+
+def task_path(model_folder: Path, name: str, task_id: str) -> Path:
+    """Return the output of `benchmark` for a task of the model in a folder."""
+    return model_folder / "benchmarks" / name / task_id / "benchmark.json"
 
 
 def build_tasks(config: Config, model_folder: Path, *, revision: int) -> tuple[EvaluationTask, ...]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
-from retort.config.sections import Generation
+from retort.config.sections import Generation, Training
 
 _GPU_ID = re.compile(r"\d+|(GPU|MIG)-[A-Za-z0-9/-]+")
 # Lines of nvidia-smi -L: "GPU 0: NVIDIA A100 (UUID: GPU-5c..)", and below it "  MIG 1g.5gb Device 0: (UUID: MIG-a1..)".
@@ -158,6 +158,12 @@ def count_workers(generation: Generation, *, detected: Sequence[str] | None = No
         generation.gpus, gpus_per_model=generation.gpus_per_model, detected=listed
     )
     return len(groups.groups)
+
+
+def count_threads(training: Training) -> int:
+    """Return the CPU threads of a training on this machine: of all its ranks if they run on the CPU, else of one."""
+    ranks = training.gpus if training.device == "cpu" else 1
+    return training.cpu_threads * ranks
 
 
 def listed_groups(gpus: str | Sequence[str]) -> list[tuple[str, ...]]:

@@ -129,8 +129,6 @@ def _describe_value(shown: _Path, path: _Path, value: Any) -> str:
     owner = section_at(key[:-1])
     assert owner is not None, path
     schema = key_schemas(owner)[key[-1]]
-    if value == "--":
-        return f"{dotted(shown)} is '--', which command lines cannot pass on. Write another value, for a path './--'."
     takes = schema
     if len(path) > len(key):
         takes = next(o["items"] for o in schema.get("anyOf", [schema]) if "items" in o)
@@ -176,19 +174,35 @@ def read_key(path: KeyPath, value: Any) -> Any:
     return owner
 
 
+def complete(values: Mapping[str, Any]) -> Config:
+    """Return the config of some sections' values, the rest at its defaults; without the checks across keys.
+
+    Raises ConfigError that lists all mistakes in single keys.
+    """
+    config, wrong = _read(values)
+    if wrong:
+        raise ConfigError(*(_describe(Run("", "", {}), *found) for found in wrong))
+    return _with_alpha(config)
+
+
 def identity(section: Section) -> dict[str, Any]:
     """Return the keys of a section that change ids and differ from their default, as JSON values.
 
     Defaults are left out so that a key that is added later does not change old ids.
     """
+    return differences(section, ids_only=True)
+
+
+def differences(section: Section, *, ids_only: bool = False) -> dict[str, Any]:
+    """Return the keys of a section that differ from their default, as JSON values; of these, those that change ids."""
     kind = type(section)
     found: dict[str, Any] = {}
     for key in kind.model_fields:
         value = getattr(section, key)
         if isinstance(value, Section):
-            if below := identity(value):
+            if below := differences(value, ids_only=ids_only):
                 found[key] = below
-        elif changes_id(kind, key) and not is_default(section, key):
+        elif not is_default(section, key) and not (ids_only and not changes_id(kind, key)):
             found[key] = list(value) if isinstance(value, tuple) else value
     return found
 

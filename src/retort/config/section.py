@@ -20,14 +20,6 @@ from retort.config.schema import Schema
 from retort.config.values import Types, parse_text, read_value, types_of
 
 
-def _refuse_dashes(text: str) -> str:
-    if text == "--":  # argparse drops it
-        raise ValueError(
-            "is '--', which command lines cannot pass on. Write another value, for a path './--'."
-        )
-    return text
-
-
 def _refuse_repeated(values: tuple[Any, ...]) -> tuple[Any, ...]:
     if len(set(values)) < len(values):
         raise ValueError("has a value twice")
@@ -35,7 +27,7 @@ def _refuse_repeated(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 # The types of keys. A key that is a section has that section's class.
-Text = Annotated[str, Field(min_length=1), AfterValidator(_refuse_dashes)]
+Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, le=4294967295)]

@@ -1,4 +1,4 @@
-"""Standalone comparison of any two models on any text: evaluate.py --model --teacher --data.
+"""Standalone comparison of any two models on any text: compare.py --model --teacher --data.
 
 Both models read the same whole documents. With one tokenizer they are compared as in a run. With two, each is measured
 on its own tokens, and only bits per byte, which does not depend on the tokens, tells which model is better.
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from retort.config.handoff import Job
 from retort.config.sections import Dataset, Evaluation, Teacher
 from retort.corpus.documents import Counts, Document
 from retort.corpus.reading import read_shard_documents
@@ -71,12 +72,6 @@ def choose_loader(paths: Sequence[str]) -> str:
     return loaders.pop()
 
 
-def choose_loading(*, device: str, dtype: str, trust_remote_code: bool) -> Teacher:
-    """Return the `teacher` section by which both models are loaded; all other keys keep their defaults."""
-    values = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    return Teacher.model_validate(values)
-
-
 @dataclass(frozen=True)
 class Side:
     """One of the models: its path or Hub id, its tokenizer, and the documents tokenized with it."""
@@ -93,22 +88,19 @@ class Side:
 
 
 def evaluate_models(
-    model_path: str,
-    teacher_path: str | None,
-    *,
-    dataset: Dataset,
-    evaluation: Evaluation,
-    loading: Teacher,
-    cpu_threads: int,
+    model_path: str, teacher_path: str | None, files: Sequence[str], job: Job
 ) -> Comparison:
-    """Return the scores of a model, beside a teacher's if given, on whole documents.
+    """Return the scores of a model, beside a teacher's if given, on the whole documents of files.
 
-    Documents are read until they have `evaluation.max_positions` positions in the model's tokens. `loading` gives
-    device, dtype and trust_remote_code of both models.
+    Documents are read until they have `evaluation.max_positions` positions in the model's tokens. The section `teacher`
+    gives device, dtype, threads and trust_remote_code of both models.
     Raises ValueError when a file or model cannot be read, and when the text has no position to predict.
     """
-    torch.set_num_threads(cpu_threads)
     started = time.monotonic()
+    evaluation, loading = job.config.evaluation, job.config.teacher
+    torch.set_num_threads(loading.generation.cpu_threads)
+    source = {"name": choose_loader(files), "data_files": tuple(files)}
+    dataset = job.config.dataset.model_copy(update=source)
     dataset = _fit_context(
         dataset, [model_path, *([teacher_path] if teacher_path else [])], loading
     )
@@ -180,7 +172,7 @@ def _read_documents(
     if positions == 0:
         raise ValueError(
             f"nothing to predict in {_name_files(dataset)}: none of its {len(documents):,} documents has two tokens. "
-            "Give a file with text; for JSON, --dataset-text-column names the column."
+            "Give a file with text; for JSON, --set dataset.text_column=NAME names the column."
         )
     return documents, _tokenize(path, documents, dataset, loading)
 

@@ -14,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from retort.cluster.gpus import count_threads
+from retort.config.handoff import Job
 from retort.config.sections import Evaluation
 from retort.evaluation.breakdowns import find_classes
 from retort.evaluation.intervals import DocumentSums
@@ -173,29 +175,29 @@ def _sample_student(
 
 def evaluate_run(
     out: Path,
+    job: Job,
     *,
     index_path: Path,
     training_path: Path,
     features_path: Path | None,
-    manifest_path: Path | None,
-    evaluation: Evaluation,
-    device: str,
-    cpu_threads: int,
-    fingerprint_path: Path | None = None,
+    signal_path: Path | None,
 ) -> str:
     """Evaluate the student in final/ beside training.json, write metrics.json, return a one-line summary.
 
     Samples of the student and its teacher go into samples.json beside it; the teacher's come from beside
-    `features_path`. `fingerprint_path`: the teacher's fingerprint.json, for a student that did not learn from a cache;
-    a teacher with another tokenizer is not compared with.
+    `features_path`. `signal_path`: manifest.json of the cache that it learned from, else fingerprint.json of its
+    teacher; a teacher with another tokenizer is not compared with.
     Raises ValueError when final/ is not what training wrote, or the features are of another teacher or other text.
     """
-    torch.set_num_threads(cpu_threads)
+    evaluation, training = job.config.evaluation, job.config.training
+    torch.set_num_threads(count_threads(training))
     index = TokenIndex.read(index_path)
     started = time.monotonic()
     folder, record = read_trained_student(training_path)
     table = index.read_split("val", max_positions=evaluation.max_positions)
     tokenizer, no_tokenizer = _load_own_tokenizer(str(folder))
+    is_cache = signal_path is not None and signal_path.name == "manifest.json"
+    manifest_path, fingerprint_path = (signal_path, None) if is_cache else (None, signal_path)
     is_foreign = not _shares_ids(fingerprint_path, index, tokenizer)
     weights = record.teacher
     if features_path is not None and weights is None:
@@ -205,7 +207,7 @@ def evaluate_run(
         teacher = _open_teacher(
             features_path, table, weights, made_from=fingerprint_path or training_path
         )
-    chosen = choose_device(device)
+    chosen = choose_device(training.device)
     model = load_pretrained(str(folder), dtype=torch.float32).to(chosen).eval()
     samples = {"student": Samples((), missing=no_tokenizer)}
     if tokenizer:

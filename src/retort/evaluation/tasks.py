@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from retort.cluster.gpus import count_threads
+from retort.config.handoff import Job
 from retort.config.load import identity
-from retort.config.sections import HUMANEVAL, Evaluation, Teacher
+from retort.config.sections import HUMANEVAL, Evaluation
 from retort.evaluation.harness import load_tasks, require_harness, run_harness_task
 from retort.evaluation.humaneval import (
     STOPS,
@@ -26,7 +28,7 @@ from retort.evaluation.humaneval import (
 from retort.evaluation.records import BenchmarkRecord, TaskResult
 from retort.evaluation.run import read_trained_student
 from retort.evaluation.sandbox import require_sandbox
-from retort.io.files import write_atomically
+from retort.io.files import read_json, write_atomically
 from retort.io.run_record import describe_run
 from retort.models.generate import Sampling, complete_prompts
 from retort.models.load import (
@@ -61,56 +63,39 @@ def check_tasks(evaluation: Evaluation) -> list[str]:
     return notes
 
 
-def run_task_on_student(
-    out: Path,
-    *,
-    name: str,
-    training_path: Path,
-    settings: Evaluation,
-    device: str,
-    cpu_threads: int,
-) -> str:
+def run_task_on_student(out: Path, job: Job, *, name: str, record_path: Path) -> str:
     """Run a task on the student in final/ beside training.json, write benchmark.json, return a one-line summary.
 
     Raises ValueError when final/ is not the student that training.json describes.
     """
-    torch.set_num_threads(cpu_threads)
-    folder, record = read_trained_student(training_path)
-    model = load_pretrained(str(folder), dtype=torch.float32).to(choose_device(device)).eval()
-    found = _run_task(out, name, model, load_tokenizer(str(folder)), settings=settings)
+    training = job.config.training
+    torch.set_num_threads(count_threads(training))
+    folder, record = read_trained_student(record_path)
+    device = choose_device(training.device)
+    model = load_pretrained(str(folder), dtype=torch.float32).to(device).eval()
+    found = _run_task(out, job, name, model, load_tokenizer(str(folder)))
     return _write(out, found, run=record.run, id=record.id)
 
 
-def run_task_on_teacher(
-    out: Path,
-    *,
-    name: str,
-    teacher_path: str,
-    fingerprint_path: Path,
-    section: Teacher,
-    settings: Evaluation,
-) -> str:
+def run_task_on_teacher(out: Path, job: Job, *, name: str, record_path: Path) -> str:
     """Run a task on a teacher, write benchmark.json, return a one-line summary.
 
     Raises ValueError when the teacher is not the one in fingerprint.json.
     """
+    section, teacher_path = job.config.teacher, job.teacher_path
     torch.set_num_threads(section.generation.cpu_threads)
-    teacher = load_recorded_teacher(teacher_path, section, record_path=fingerprint_path)
+    teacher = load_recorded_teacher(teacher_path, section, record_path=record_path)
     tokenizer = load_tokenizer(
         teacher_path, revision=section.revision, trust_remote_code=section.trust_remote_code
     )
-    found = _run_task(out, name, teacher.model, tokenizer, settings=settings)
-    return _write(out, found, teacher=section.model_path)
+    found = _run_task(out, job, name, teacher.model, tokenizer)
+    return _write(out, found, teacher=read_json(record_path)["name"])
 
 
 def _run_task(
-    out: Path,
-    name: str,
-    model: PreTrainedModel,
-    tokenizer: Any,
-    *,
-    settings: Evaluation,
+    out: Path, job: Job, name: str, model: PreTrainedModel, tokenizer: Any
 ) -> BenchmarkRecord:
+    settings = job.config.evaluation
     started = time.monotonic()
     out.parent.mkdir(parents=True, exist_ok=True)
     if name == HUMANEVAL:
@@ -160,9 +145,8 @@ def run_humaneval(
 def _require_consent(settings: Evaluation) -> None:
     if not settings.humaneval.allow_code_execution or settings.humaneval.file is None:
         raise ValueError(
-            f"{HUMANEVAL} runs code written by a model, on a local copy of the problems: give "
-            "--evaluation-humaneval-allow-code-execution and --evaluation-humaneval-file (in a config, "
-            "evaluation.humaneval.allow_code_execution and evaluation.humaneval.file)."
+            f"{HUMANEVAL} runs code written by a model, on a local copy of the problems: set "
+            "evaluation.humaneval.allow_code_execution and evaluation.humaneval.file."
         )
 
 

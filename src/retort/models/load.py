@@ -321,8 +321,7 @@ def refuse_short_context(
     if limit is not None and 0 < limit < length:
         raise ValueError(
             f"{what} is {length} tokens, but {name} has at most {limit} positions (max_position_embeddings). Set "
-            f"dataset.max_length: {limit} or less (tokenize_shard.py --dataset-max-length {limit}), or use a model "
-            "with a longer context."
+            f"dataset.max_length: {limit} or less, or use a model with a longer context."
         )
 
 

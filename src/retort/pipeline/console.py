@@ -34,7 +34,7 @@ GROUPS = {
         "merge_h5",
     ),
     "Student": ("train",),
-    "Evaluation and report": ("evaluate", "benchmark", "report"),
+    "Evaluation and report": ("evaluate", "benchmark", "report", "compare"),
 }
 _WORKFLOW = {
     "run": "Run the whole workflow for a config, with Snakemake.",

@@ -15,6 +15,7 @@ import filelock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from retort.config.handoff import Job
 from retort.config.sections import Dataset, Student, Tracking, Training
 from retort.corpus.documents import Counts, Document
 from retort.corpus.reading import read_shard_documents
@@ -70,7 +71,7 @@ class DemoTokenizer:
 
 def make_demo_teacher(
     record_path: Path,
-    dataset: Dataset,
+    job: Job,
     *,
     snapshot: Path | None,
     size: DemoTeacher = DEMO_TEACHER,
@@ -83,7 +84,7 @@ def make_demo_teacher(
     # Imported here: it takes seconds, and check_inputs needs this module's constants only.
     from retort.training.loop import TrainingJob, train_student
 
-    folder = record_path.parent
+    folder, dataset = record_path.parent, job.config.dataset
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / ".demo_teacher.lock"):
         tokenizer = train_tokenizer(_read_training_documents(dataset, snapshot), size)
@@ -99,9 +100,9 @@ def make_demo_teacher(
         logger.info(
             f"demo teacher: {len(table.ids):,} tokens to train on, vocabulary {len(tokenizer)}"
         )
-        config_path = folder / "config.json"
+        config_path = folder / "architecture.json"
         write_json(config_path, _model_config(size, dataset))
-        job = TrainingJob(
+        work = TrainingJob(
             name="demo teacher",
             identity=folder.name,
             source=table,
@@ -112,7 +113,7 @@ def make_demo_teacher(
             vocabulary=len(tokenizer),
             facts={"text": f"{dataset.name}, {table.num_positions:,} positions"},
         )
-        summary = train_student(folder, job)
+        summary = train_student(folder, work)
         model = folder / "model"
         if not model.exists():
             model.symlink_to("final")

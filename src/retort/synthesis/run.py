@@ -25,8 +25,9 @@ from retort.artifacts.responses import (
     list_prompt_files,
     local_model,
 )
+from retort.config.handoff import Job
 from retort.config.load import identity
-from retort.config.sections import Config, Evaluation, Synthesis, Teacher
+from retort.config.sections import Config, Synthesis
 from retort.io.digests import digest_file, digest_file_states
 from retort.io.files import file_lock, write_atomically
 from retort.io.run_record import describe_run
@@ -50,19 +51,6 @@ class Examples:
     rows: list[dict[str, Any]]
     num_asked: int
     num_dropped: dict[str, int]
-
-
-@dataclass(frozen=True)
-class SynthesisJob:
-    """The inputs of `synthesize`."""
-
-    section: Synthesis
-    evaluation: Evaluation  # its benchmarks' problems must not be in the responses
-    local_model: str | None = None  # folder or Hub id
-    loading: Teacher | None = None  # how to load the local model
-    files_digest: str | None = (
-        None  # of the prompt files' sizes and times, when the synthesis was planned
-    )
 
 
 def check_synthesis_inputs(config: Config) -> list[str]:
@@ -137,39 +125,41 @@ async def _check_provider(section: Synthesis) -> str:
         await provider.close()
 
 
-def synthesize(record_path: Path, job: SynthesisJob) -> str:
+def synthesize(record_path: Path, job: Job) -> str:
     """Write responses.jsonl beside the record, then the record; return a summary line.
 
-    The journal is one folder up, shared by all syntheses with the same answers. Raises ValueError when prompt files
-    changed since `files_digest`, the budget is used up, the server refuses, or too few answers pass the filters.
+    The journal is one folder up, shared by all syntheses with the same answers. Raises ValueError when prompt files are
+    not those that the job expects, the budget is used up, the server refuses, or too few answers pass the filters.
     """
     started = time.monotonic()
-    section = job.section
+    section = job.config.synthesis
     require_filters(section)
     _prepare_output(section)
     folder = record_path.parent
     folder.mkdir(parents=True, exist_ok=True)
     prompts = read_prompts(section)
     # After reading: a write before or during it changes the digest.
-    if job.files_digest not in (None, digest_file_states(list_prompt_files(section))):
+    if job.expected.get("prompts") not in (None, digest_file_states(list_prompt_files(section))):
         raise ValueError(
             "the prompt files changed since the plan was made: rerun the same command."
         )
     problems, missing = list[str](), list[str]()
     if section.decontaminate:
-        problems, missing = read_benchmarks(job.evaluation)
+        problems, missing = read_benchmarks(job.config.evaluation)
     answer_filter = AnswerFilter(
         section, ProblemNgrams(problems, length=section.decontamination_words)
     )
     busy = f"another process writes the answers in {folder.parent}: waiting for it"
     lock = file_lock(folder.parent / ".journal.lock", busy=busy, notify_after_s=_LOCK_TIMEOUT_S)
-    revision = job.loading.revision if job.loading else None
-    settings = digest_request(section, local_model=job.local_model, revision=revision)
+    model, revision = local_model(job.config) if section.provider == "local" else (None, None)
+    settings = digest_request(section, local_model=model, revision=revision)
     with lock, Journal(folder.parent / JOURNAL_FILE, prompts.prompts, settings) as journal:
         if journal.answers:
             usage = describe_usage(section, journal.usage)
             logger.info(f"{len(journal.answers):,} answers are in the journal: {usage}")
-        examples, device, dtype = _answer_prompts(job, prompts.prompts, journal, answer_filter)
+        examples, device, dtype = _answer_prompts(
+            job.config, prompts.prompts, journal, answer_filter
+        )
     _check_enough(section, examples)
     _write_responses(section, folder / RESPONSES_FILE, examples.rows)
     made = describe_run(
@@ -182,7 +172,7 @@ def synthesize(record_path: Path, job: SynthesisJob) -> str:
     prices = section.price_per_million_input, section.price_per_million_output
     record = SynthesisRecord(
         provider=str(section.provider),
-        model=job.local_model or section.model,
+        model=model or section.model,
         responses=ResponsesFile(
             file=RESPONSES_FILE,
             rows=len(examples.rows),
@@ -205,21 +195,23 @@ def synthesize(record_path: Path, job: SynthesisJob) -> str:
 
 
 def _answer_prompts(
-    job: SynthesisJob,
+    config: Config,
     prompts: Sequence[LabeledPrompt],
     journal: Journal,
     answer_filter: AnswerFilter,
 ) -> tuple[Examples, str, str | None]:
     """Return the examples of a server or of a local model, and the device and dtype that generated them."""
-    if job.section.provider != "local":
-        return _ask_server(job.section, prompts, journal, answer_filter), "server", None
-    assert job.local_model is not None and job.loading is not None
+    section = config.synthesis
+    if section.provider != "local":
+        return _ask_server(section, prompts, journal, answer_filter), "server", None
+    path, revision = local_model(config)
+    loading = config.teacher.model_copy(update={"revision": revision})
     from retort.synthesis.local import TransformersGenerator  # loads torch
     from retort.synthesis.local_vllm import VllmGenerator, uses_vllm
 
-    kind = VllmGenerator if uses_vllm(job.section, job.loading) else TransformersGenerator
-    generator = kind(job.section, prompts, journal, model_path=job.local_model, loading=job.loading)
-    examples = collect_examples(job.section, prompts, journal, answer_filter, generator.generate)
+    kind = VllmGenerator if uses_vllm(section, loading) else TransformersGenerator
+    generator = kind(section, prompts, journal, model_path=path, loading=loading)
+    examples = collect_examples(section, prompts, journal, answer_filter, generator.generate)
     return examples, generator.device, generator.dtype
 
 

@@ -19,7 +19,7 @@ from retort.cache.parts import (
     remove_parts,
 )
 from retort.cache.reader import CACHE_FILE, CacheHeader, LogitCache, cache_digest
-from retort.config.sections import Cache, Merge
+from retort.config.handoff import Job
 from retort.io.fingerprints import TeacherRecord
 from retort.io.run_record import RUN_FILE, describe_run
 from retort.teacher.features import TeacherFeatures, read_features
@@ -36,12 +36,11 @@ _LEAST_TAIL = -30.0
 
 def merge_h5(
     manifest_path: Path,
+    job: Job,
     *,
     index_path: Path,
     fingerprint_path: Path,
     features_path: Path | None,
-    cache: Cache,
-    merge: Merge,
 ) -> str:
     """Merge parts/ beside the manifest into teacher_logits.h5, measure it, write manifest.json; return a summary line.
 
@@ -51,6 +50,7 @@ def merge_h5(
     cache is far from the live teacher.
     """
     started = time.monotonic()
+    cache, merge = job.config.cache, job.config.merge
     index = TokenIndex.read(index_path)
     header = build_header(
         index, TeacherRecord.read(fingerprint_path), cache, source=fingerprint_path
@@ -64,7 +64,8 @@ def merge_h5(
     manifest = build_manifest(merged, index, read_fidelity(merged, features_path))
     _refuse_misaligned(out, manifest.fidelity)
     made = describe_run(
-        section={"cache": cache, "merge": merge}, seconds=time.monotonic() - started
+        section={"cache": cache, "merge": merge},
+        seconds=time.monotonic() - started,
     )
     CacheRun(**dict(made), workers=tuple(workers)).write(folder / RUN_FILE)
     manifest.write(manifest_path)

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from retort.config.sections import Evaluation, Teacher
+from retort.config.handoff import Job
 from retort.io.fingerprints import TeacherRecord
 from retort.io.run_record import RUN_FILE, describe_run
 from retort.models.generate import sample_model
@@ -32,15 +32,7 @@ from retort.tokens.tokenizer import load_tokenizer
 logger = logging.getLogger(__name__)
 
 
-def score_validation(
-    out: Path,
-    *,
-    index_path: Path,
-    teacher_path: str,
-    fingerprint_path: Path,
-    section: Teacher,
-    evaluation: Evaluation,
-) -> None:
+def score_validation(out: Path, job: Job, *, index_path: Path, fingerprint_path: Path) -> None:
     """Write the teacher's features of the held-out sequences and of an evenly spaced sample of the training sequences.
 
     samples.json beside them holds the teacher's continuations of some prompts, run.json how it was made. A student of
@@ -48,6 +40,7 @@ def score_validation(
     teacher does not know the features are empty too. Raises ValueError when no document is held out, or the teacher is
     not the recorded one or cannot read sequences that long.
     """
+    section, evaluation, teacher_path = job.config.teacher, job.config.evaluation, job.teacher_path
     torch.set_num_threads(section.generation.cpu_threads)
     started = time.monotonic()
     index = TokenIndex.read(index_path)
@@ -73,7 +66,7 @@ def score_validation(
             )
             prompts = choose_prompts(validation, tokenizer, evaluation.samples)
             samples = sample_model(teacher.model, tokenizer, prompts, evaluation.samples)
-        found = _score(teacher, record, index, validation, section, evaluation)
+        found = _score(teacher, job, record, index, validation)
     write_samples(out.with_name(SAMPLES_FILE), {"teacher": samples}, of=record.weights)
     describe_run(
         section={"teacher": section, "evaluation": evaluation},
@@ -86,14 +79,14 @@ def score_validation(
 
 def _score(
     teacher: CausalLM,
+    job: Job,
     record: TeacherRecord,
     index: TokenIndex,
     validation: SequenceTable,
-    section: Teacher,
-    evaluation: Evaluation,
 ) -> TeacherFeatures:
     """Return the features of the held-out sequences, and of a sample of the training sequences."""
-    train_sequences, training = index.read_sample(num_positions=evaluation.fidelity_positions)
+    num_positions = job.config.evaluation.fidelity_positions
+    train_sequences, training = index.read_sample(num_positions=num_positions)
     logger.info(
         f"{validation.num_positions:,} held-out positions, {training.num_positions:,} to measure the cache with"
     )
@@ -105,7 +98,7 @@ def _score(
         validation=validation,
         training=training,
         train_sequences=train_sequences,
-        batch_size=section.generation.batch_size,
+        batch_size=job.config.teacher.generation.batch_size,
     )
     teacher.require_unchanged()
     return found

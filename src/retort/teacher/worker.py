@@ -31,10 +31,10 @@ from retort.cache.parts import (
 from retort.cache.reader import CACHE_FILE, CacheHeader
 from retort.cli import RESUME, first_line, is_out_of_memory
 from retort.cluster.deadlines import OUT_OF_TIME, RESUMABLE, Deadline
-from retort.config.sections import Cache, Teacher
+from retort.config.handoff import Job
 from retort.io.fingerprints import TeacherRecord
 from retort.io.run_record import describe_run
-from retort.models.load import CausalLM, describe_device, load_recorded_teacher, name_dtype
+from retort.models.load import describe_device, load_recorded_teacher, name_dtype
 from retort.teacher.claims import Claims
 from retort.teacher.progress import Progress
 from retort.teacher.records import WorkerRecord
@@ -65,22 +65,20 @@ def run_worker(
     *,
     worker: int,
     num_workers: int,
-    batch_size: int,
-    load: Callable[[], CausalLM],
-    progress: Progress | None = None,
+    open_scorer: Callable[[], Scorer],
     deadline: Deadline | None = None,
     claims: Claims | None = None,
 ) -> WorkerReport:
     """Do parts into `folder` until every part of the index has a file, or the deadline leaves no time for another one.
 
-    `load` is called only when there is work to do. Raises ValueError for a logit that is NaN or infinite, where memory
-    runs out with a single sequence, and where the teacher's files change; the part at work is not saved.
+    `open_scorer` is called only when there is work to do. Raises ValueError for a logit that is NaN or infinite, where
+    memory runs out with a single sequence, and where the teacher's files change; the part at work is not saved.
     """
     started = time.monotonic()
     deadline = deadline or Deadline(ask=lambda: None)
     is_late = False
     scorer: Scorer | None = None
-    progress = progress or Progress(index.parts, part_files(index, folder, header))
+    progress = Progress(index.parts, part_files(index, folder, header))
     order = header.codec.order_tokens(index.read_token_counts())
     score = partial(
         score_part,
@@ -90,7 +88,7 @@ def run_worker(
         on_batch=progress.add,
     )
     writer = _Writer(folder, header, order, on_written=progress.end_part)
-    with claims or Claims(folder) as claims, writer:
+    with progress, claims or Claims(folder) as claims, writer:
         while missing := _find_work(index, folder, header):
             folder.mkdir(parents=True, exist_ok=True)
             part = claims.next_part(missing, worker=worker, num_workers=num_workers)
@@ -108,7 +106,7 @@ def run_worker(
                 is_claimed = claim.enter_context(claims.claim(part.name))
                 if not is_claimed or part_path(folder, part.name, header).exists():
                     continue
-                scorer = scorer or Scorer(load(), batch_size)
+                scorer = scorer or open_scorer()
                 table = index.read_part(part)
                 progress.start_part(part)
                 part_started = time.monotonic()
@@ -198,10 +196,12 @@ class _Writer:
         self.longest = max(self.longest, time.monotonic() - work.started)
 
 
-def _load(path: str, section: Teacher, record_path: Path, *, longest: int) -> CausalLM:
+def _open_scorer(job: Job, record_path: Path, *, longest: int) -> Scorer:
     """Load the teacher. Raises ValueError where there is not enough memory for it."""
+    path, section = job.teacher_path, job.config.teacher
     try:
-        return load_recorded_teacher(path, section, record_path=record_path, longest=longest)
+        teacher = load_recorded_teacher(path, section, record_path=record_path, longest=longest)
+        return Scorer(teacher, section.generation.batch_size)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -214,12 +214,10 @@ def _load(path: str, section: Teacher, record_path: Path, *, longest: int) -> Ca
 
 def generate_logits(
     receipt: Path,
+    job: Job,
     *,
     index_path: Path,
-    teacher_path: str,
     fingerprint_path: Path,
-    section: Teacher,
-    cache: Cache,
     worker: int,
     num_workers: int,
 ) -> None:
@@ -229,6 +227,7 @@ def generate_logits(
     cannot read sequences that long. Raises SystemExit(RESUMABLE), without a receipt, when the scheduler's time limit
     comes first.
     """
+    section, cache = job.config.teacher, job.config.cache
     # Fixed by the config: another number of threads changes bits.
     torch.set_num_threads(section.generation.cpu_threads)
     logger.info(
@@ -243,19 +242,15 @@ def generate_logits(
         logger.info("the merged cache already exists: nothing to do")
         report = WorkerReport([], 0, 0.0)
     else:
-        files = part_files(index, folder / "parts", header)
-        with Progress(index.parts, files) as progress:
-            report = run_worker(
-                index,
-                folder / "parts",
-                header,
-                worker=worker,
-                num_workers=num_workers,
-                batch_size=section.generation.batch_size,
-                load=lambda: _load(teacher_path, section, fingerprint_path, longest=index.longest),
-                progress=progress,
-                deadline=Deadline(),
-            )
+        report = run_worker(
+            index,
+            folder / "parts",
+            header,
+            worker=worker,
+            num_workers=num_workers,
+            open_scorer=lambda: _open_scorer(job, fingerprint_path, longest=index.longest),
+            deadline=Deadline(),
+        )
     if report.left:
         logger.info(
             f"{OUT_OF_TIME}: {report.left} of {len(index.parts)} parts are still missing, {len(report.parts)} were "

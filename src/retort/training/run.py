@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from retort.artifacts.build import REVISIONS, student_content
-from retort.cache.reader import LogitCache
+from retort.cache.reader import CACHE_FILE, LogitCache
 from retort.cluster.ranks import rank
+from retort.config.handoff import Job
 from retort.config.load import identity
-from retort.config.sections import Student, Teacher, Tracking, Training
-from retort.config.training import DEFAULT_ALPHA
+from retort.config.sections import Student, Training
 from retort.io.digests import digest, digest_folder
 from retort.io.fingerprints import TeacherRecord
-from retort.io.run_record import RUN_FILE, describe_run
+from retort.io.run_record import describe_run
 from retort.models.ends import list_ends_beside
 from retort.models.load import CausalLM, load_recorded_teacher, refuse_short_context
 from retort.models.students import name_student, student_config
@@ -25,92 +25,63 @@ from retort.training.record import TrainingRecord, TrainingSummary
 
 logger = logging.getLogger(__name__)
 
+# What a student learns from: a cache, or a teacher's fingerprint.json.
+Signal = LogitCache | TeacherRecord
 
-def train_run(
-    out: Path,
-    *,
-    name: str,
-    index_path: Path,
-    tokenizer_path: str,
-    tokenizer_revision: str | None,
-    cache_path: Path | None,
-    teacher_path: str | None,
-    fingerprint_path: Path | None,
-    student: Student,
-    training: Training,
-    tracking: Tracking,
-    teacher_section: Teacher,
-    expected_student: str | None = None,
-) -> None:
+
+def train_run(out: Path, job: Job, *, index_path: Path, signal_path: Path | None) -> None:
     """Train one student on the tokens, a cache or a live teacher, and write `out` (training.json) and its folder.
 
-    `expected_student`: the digest of the student's content when `out` was named.
+    `signal_path`: what it learns from: manifest.json or teacher_logits.h5 of a cache, or fingerprint.json of a teacher,
+    which is run live unless alpha is 1. `job`: of a run; it may expect the student's digest when `out` was named.
 
-    Raises ValueError when a teacher is needed and none is given, when the cache is of other tokens or of another
-    teacher than `fingerprint_path` records, when the student's files changed, when teacher, student and text use
-    different ids or sequences are too long for them, and where `train_student` does.
+    Raises ValueError when a teacher is needed and none is given, when the cache is of other tokens, when the student's
+    files changed, when teacher, student and text use different ids or sequences are too long for them, and where
+    `train_student` does.
     """
-    training = _fill_alpha(training, has_teacher=bool(cache_path or teacher_path))
+    student, training = job.config.student, job.config.training
     needs_teacher = training.alpha != 1.0
+    signal = _open_signal(signal_path)
+    if needs_teacher and signal is None:
+        raise ValueError(
+            f"distillation type {training.distillation_type!r} (alpha {training.alpha}) learns from a teacher: give "
+            "--signal (manifest.json of a cache, or fingerprint.json of the teacher), or --set "
+            "training.distillation_type=output."
+        )
     index = TokenIndex.read(index_path)
-    tokenizer = load_tokenizer(
-        tokenizer_path,
-        revision=tokenizer_revision,
-        trust_remote_code=teacher_section.trust_remote_code,
-    )
-    _require_same_tokenizer(index, tokenizer_path, tokenizer)
-    source = _open_source(index, cache_path if needs_teacher else None)
-    record = TeacherRecord.read(fingerprint_path) if fingerprint_path else None
-    if record is not None and isinstance(source, LogitCache):
-        _require_teacher_of_cache(source, record, fingerprint_path)
-    _require_same_student(student, expected_student)
+    path, revision = job.tokenizer
+    tokenizer = _load_tokenizer(job, index)
+    source = _choose_source(index, signal if needs_teacher else None)
+    _require_same_student(student, job.expected.get("student"))
     if student.model_path:
-        require_student_ids(tokenizer, source=tokenizer_path, student=student.model_path)
+        require_student_ids(tokenizer, source=path, student=student.model_path)
     # The width of the teacher's output layer, with text alone too: so all students of one config have the same size.
-    vocabulary = max(record.vocabulary if record else 0, len(tokenizer))
+    vocabulary = max(_width(signal), len(tokenizer))
     config = student_config(student, vocabulary=vocabulary, tokenizer=tokenizer)
     refuse_short_context(config, index.longest, name_student(student))
     teacher = None
-    if needs_teacher and cache_path is None:
-        teacher = _load_live_teacher(
-            str(teacher_path),
-            teacher_section,
-            record_path=fingerprint_path,
-            tokenizer=tokenizer,
-            source=tokenizer_path,
-            longest=index.longest,
-        )
-    facts = _describe_sources(index, source, record if needs_teacher else None)
-    job = TrainingJob(
-        name=name,
+    if needs_teacher and signal_path and isinstance(signal, TeacherRecord):
+        teacher = _load_live_teacher(job, signal_path, tokenizer=tokenizer, longest=index.longest)
+    facts = _describe_sources(index, signal if needs_teacher else None)
+    names = {"teacher": job.teacher_path} if needs_teacher else {}
+    work = TrainingJob(
+        name=job.run or "student",
         identity=digest([REVISIONS["run"], facts, student_content(student), _identity(training)]),
         source=source,
         student=student,
         training=training,
-        tracking=tracking,
+        tracking=job.config.tracking,
         tokenizer=tokenizer,
         vocabulary=vocabulary,
         teacher=teacher,
-        facts={"run": out.parent.name, **facts},
-        ends=tuple(list_ends_beside(tokenizer_path, tokenizer, revision=tokenizer_revision)),
+        facts={"run": out.parent.name, **names, **facts},
+        ends=tuple(list_ends_beside(path, tokenizer, revision=revision)),
     )
-    summary = train_student(out.parent, job)
-    _require_same_student(student, expected_student)
+    summary = train_student(out.parent, work)
+    _require_same_student(student, job.expected.get("student"))
     if rank() == 0:
-        _write_records(out, job, summary, record)
-        logger.info(f"train {name}  {summary.steps} steps in {summary.seconds:.0f} s")
-
-
-def _fill_alpha(training: Training, *, has_teacher: bool) -> Training:
-    """Return the section with alpha filled in; raises ValueError when it needs a teacher and none is given."""
-    kind = training.distillation_type
-    alpha = training.alpha if training.alpha is not None else DEFAULT_ALPHA[kind]
-    if alpha < 1.0 and not has_teacher:
-        raise ValueError(
-            f"distillation type {kind!r} (alpha {alpha}) learns from a teacher: give --cache teacher_logits.h5 or "
-            "--teacher, or use --distillation-type output."
-        )
-    return training.model_copy(update={"alpha": alpha})
+        _write_records(out, work, summary, teacher=_weights(signal))
+        logger.info(f"train {work.name}  {summary.steps} steps in {summary.seconds:.0f} s")
 
 
 def _identity(training: Training) -> dict[str, Any]:
@@ -118,44 +89,70 @@ def _identity(training: Training) -> dict[str, Any]:
     return identity(training) | {"alpha": training.alpha}
 
 
-def _describe_sources(
-    index: TokenIndex, source: SequenceTable | LogitCache, record: TeacherRecord | None
-) -> dict[str, str]:
-    """Return what a student is trained on, by name; `record`: the teacher's fingerprint.json, None without a teacher.
+def _open_signal(path: Path | None) -> Signal | None:
+    """Return the cache at or beside a path, or the record of a teacher.
 
-    The run's identity is a digest of this too, so its keys must stay.
+    Raises ValueError when the cache is missing.
     """
+    if path is None:
+        return None
+    if path.name == "fingerprint.json":
+        return TeacherRecord.read(path)
+    cache_path = path.with_name(CACHE_FILE) if path.suffix == ".json" else path
+    if not cache_path.exists():
+        raise ValueError(
+            f"{cache_path} does not exist. In a workflow its manifest.json, which remains, counts as the finished "
+            "cache: delete the manifest too and rerun the same command to make the cache again."
+        )
+    return LogitCache(cache_path)
+
+
+def _width(signal: Signal | None) -> int:
+    """Return the width of the teacher's output layer, 0 without a teacher."""
+    if isinstance(signal, LogitCache):
+        return signal.header.codec.vocabulary
+    return signal.vocabulary if signal else 0
+
+
+def _weights(signal: Signal | None) -> str | None:
+    """Return the fingerprint of the teacher's weights."""
+    if isinstance(signal, LogitCache):
+        return signal.header.teacher
+    return signal.weights if signal else None
+
+
+def _describe_sources(index: TokenIndex, signal: Signal | None) -> dict[str, str]:
+    """Return what a student is trained on, by name. The identity of its checkpoints is a digest of this too."""
     facts = {"tokens": index.record.content}
-    if record is not None:
-        facts |= {"teacher": record.name, "teacher's weights": record.weights}
-    if isinstance(source, LogitCache):
-        header = source.header
-        facts |= {"teacher's weights": header.teacher, "logit cache": digest(header.to_json())}
-        facts |= {"cache's method": header.codec.method}
+    if weights := _weights(signal):
+        facts |= {"teacher's weights": weights}
+    if isinstance(signal, LogitCache):
+        header = signal.header
+        facts |= {"logit cache": digest(header.to_json()), "cache's method": header.codec.method}
     return facts
 
 
 def _write_records(
-    out: Path, job: TrainingJob, summary: TrainingSummary, record: TeacherRecord | None
+    out: Path, work: TrainingJob, summary: TrainingSummary, *, teacher: str | None
 ) -> None:
     """Write run.json, then training.json, whose existence means that the run is finished."""
-    training = job.training
+    training = work.training
     made = describe_run(
-        section={"student": job.student, "training": training},
+        section={"student": work.student, "training": training},
         seed=training.seed,
         dtype=summary.dtype,
         device=summary.device,
         seconds=summary.seconds,
     )
-    made.write(out.with_name(RUN_FILE))
+    made.write(out.with_name("run.json"))
     TrainingRecord(
-        run=job.name,
+        run=work.name,
         id=out.parent.name,
         distillation_type=training.distillation_type,
         alpha=training.alpha,
         temperature=training.temperature,
         seed=training.seed,
-        teacher=record.weights if record else None,
+        teacher=teacher,
         summary=summary,
         final=digest_folder(out.parent / "final"),
     ).write(out)
@@ -170,8 +167,11 @@ def _require_same_student(student: Student, expected: str | None) -> None:
         )
 
 
-def _require_same_tokenizer(index: TokenIndex, path: str, tokenizer: Any) -> None:
-    """Raise ValueError when the tokenizer, which is saved in final/, is not the one that made the tokens."""
+def _load_tokenizer(job: Job, index: TokenIndex) -> Any:
+    """Load the tokenizer, which is saved in final/. Raises ValueError when it is not the one that made the tokens."""
+    path, revision = job.tokenizer
+    trust = job.config.teacher.trust_remote_code
+    tokenizer = load_tokenizer(path, revision=revision, trust_remote_code=trust)
     made_by = index.record.tokenizer.fingerprint
     found = identify_tokenizer(path, tokenizer).fingerprint
     if found != made_by:
@@ -180,39 +180,15 @@ def _require_same_tokenizer(index: TokenIndex, path: str, tokenizer: Any) -> Non
             f"{index.path} records {made_by}. The student would be saved with a tokenizer that it was not trained "
             f"with. Restore the old tokenizer, or delete {index.path.parent} to tokenize the corpus again."
         )
+    return tokenizer
 
 
-def _require_teacher_of_cache(
-    cache: LogitCache, record: TeacherRecord, fingerprint_path: Path | None
-) -> None:
-    """Raise ValueError when `record`, which goes into training.json, is not of the teacher that made the cache."""
-    if cache.header.teacher != record.weights:
-        raise ValueError(
-            f"{cache.path} holds the distributions of teacher {cache.header.teacher}, but {fingerprint_path} records "
-            f"{record.weights} ({record.name}). Give the fingerprint.json of the teacher that made the cache."
-        )
+def _load_live_teacher(job: Job, record_path: Path, *, tokenizer: Any, longest: int) -> CausalLM:
+    """Load a live teacher; `tokenizer`: of the text.
 
-
-def _load_live_teacher(
-    path: str,
-    section: Teacher,
-    *,
-    record_path: Path | None,
-    tokenizer: Any,
-    source: str,
-    longest: int,
-) -> CausalLM:
-    """Load a live teacher; `source`: where the text's `tokenizer` was loaded from.
-
-    Raises ValueError when it has no record or is not the recorded one, or its tokenizer gives other ids than the
-    text's.
+    Raises ValueError when it is not the recorded one, or its tokenizer gives other ids than the text's.
     """
-    if record_path is None:
-        raise ValueError(
-            f"--teacher {path} needs --fingerprint, the record of that teacher. Make it with python "
-            f"workflow/scripts/resolve_teacher.py --teacher-model-path {path} --output fingerprint.json, and give "
-            "--fingerprint fingerprint.json."
-        )
+    path, section = job.teacher_path, job.config.teacher
     record = TeacherRecord.read(record_path)
     teachers = load_tokenizer(
         path,
@@ -220,23 +196,21 @@ def _load_live_teacher(
         trust_remote_code=section.trust_remote_code,
     )
     width = record.vocabulary
-    require_teacher_ids(tokenizer, teachers, width=width, source=source, teacher=path)
+    require_teacher_ids(tokenizer, teachers, width=width, source=job.tokenizer[0], teacher=path)
     return load_recorded_teacher(path, section, record_path=record_path, longest=longest)
 
 
-def _open_source(index: TokenIndex, cache_path: Path | None) -> SequenceTable | LogitCache:
-    """Return the training split, or the cache; raises ValueError when it is missing or not of the index's tokens."""
-    if cache_path is None:
+def _choose_source(index: TokenIndex, signal: Signal | None) -> SequenceTable | LogitCache:
+    """Return the cache if that is the signal, else the training split.
+
+    Raises ValueError for a cache of other tokens.
+    """
+    if not isinstance(signal, LogitCache):
         return index.read_split("train")
-    if not cache_path.exists():
-        raise ValueError(
-            f"{cache_path} is gone. In a workflow its manifest.json, which remains, counts as the finished cache: "
-            "delete the manifest too and rerun the same command to make the cache again."
-        )
-    cache = LogitCache(cache_path)
+    cache = signal
     if cache.header.tokens != index.record.content:
         raise ValueError(
-            f"{cache_path} holds distributions for other tokens (content {cache.header.tokens}) than {index.path} "
+            f"{cache.path} holds distributions for other tokens (content {cache.header.tokens}) than {index.path} "
             f"lists ({index.record.content}). Give the cache that was made from this index."
         )
     return cache

@@ -213,14 +213,6 @@ def test_a_wrong_value_is_refused_with_what_is_expected(
         assert "leave the key out for its default" in message
 
 
-@pytest.mark.parametrize("key", ["output.cache_dir", "dataset.text_column"])
-def test_two_dashes_are_refused_since_argparse_would_drop_them(key: str) -> None:
-    assert "is '--', which command lines cannot pass on" in refusal(
-        merge(STUDENT, nested(key, "--"))
-    )
-    assert find(load(nested(key, "./--")), key) == "./--"
-
-
 @pytest.mark.parametrize(
     "raw, words",
     [

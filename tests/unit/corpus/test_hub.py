@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from retort.config.flags import section_flags
 from retort.corpus import hub
 from retort.corpus.hub import explain_hub_error, read_with_retries, without_retries
 from retort.corpus.snapshot import write_snapshot
 from support.corpora import DEFAULTS, contents, write_jsonl
 from support.hub import NAME, SHA, Fault, Hub, serve
+from support.jobs import config_words
 from support.sections import replace
 from support.tiny import tiny_dataset, tokenize
 
@@ -66,7 +66,7 @@ STREAM = replace(DEFAULTS, streaming=True, max_samples=FILES * ROWS, num_shards=
 
 def run_script(hub: Hub, folder: Path, *, reader: int = 0, **keys: Any) -> Finished:
     """Run draw_corpus.py on a stream of the server."""
-    flags = section_flags(replace(STREAM, name=NAME, **keys))
+    flags = config_words("corpus", dataset=replace(STREAM, name=NAME, **keys))
     words = ["--output", str(folder / "corpus.json"), "--reader", str(reader), *flags]
     environment = os.environ | hub.environment | {"HF_HOME": str(folder.parent / "home")}
     done = subprocess.run(
@@ -184,12 +184,13 @@ def test_a_dataset_that_is_not_streamed_gives_the_tokens_of_its_files_without_py
     shutil.copy(tiny_corpus, tmp_path / "data" / "train.jsonl")
     dataset = replace(tiny_dataset(tiny_corpus), name=NAME, data_files=None, num_proc=2)
     out = tmp_path / "shard.h5"
-    words = ["--shard", "1", "--tokenizer", str(tiny_teacher), "--output", str(out)]
+    dataset = replace(dataset, tokenizer=str(tiny_teacher))
+    words = ["--shard", "1", "--output", str(out), *config_words("tokens", dataset=dataset)]
     script = [sys.executable, "-X", "importtime", str(SCRIPTS / "tokenize_shard.py")]
     own = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DOWNLOAD_TIMEOUT": "60"}
     with serve(tmp_path / "data") as hub:
         done = subprocess.run(
-            [*script, *words, *section_flags(dataset)],
+            [*script, *words],
             capture_output=True,
             text=True,
             env=os.environ | hub.environment | own,

@@ -16,7 +16,6 @@ from typing import Any
 import filelock
 import pytest
 
-from retort.config.flags import section_flags
 from retort.config.sections import Dataset
 from retort.corpus.demo_text import PACKAGES
 from retort.corpus.documents import Counts, make_document
@@ -29,6 +28,7 @@ from support.corpora import (
     read_shards,
     write_numbered,
 )
+from support.jobs import config_words
 from support.sections import replace
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -155,7 +155,7 @@ def test_a_snapshot_that_fails_anywhere_is_resumed_and_ends_with_the_same_bytes(
 
 
 def snapshot_command(stream: Dataset, folder: Path) -> list[str]:
-    flags = section_flags(stream)
+    flags = config_words("corpus", dataset=stream)
     return [sys.executable, str(SCRIPT), "--output", str(folder / "corpus.json"), *flags]
 
 

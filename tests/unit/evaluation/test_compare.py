@@ -21,17 +21,17 @@ from transformers import (
 
 from retort.evaluation.compare import (
     choose_loader,
-    choose_loading,
     evaluate_models,
     render_comparison,
 )
 from retort.evaluation.records import Comparison
 from retort.evaluation.scores import METRICS, OF_BOTH
 from retort.tokens.tokenizer import load_tokenizer
+from support.jobs import make_job
 from support.sections import section
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-LOADING = choose_loading(device="cpu", dtype="auto", trust_remote_code=False)
+LOADING = section("teacher", device="cpu")
 
 
 def make_text(num_words: int, *, seed: int) -> str:
@@ -93,7 +93,7 @@ def data(tmp_path: Path, texts: list[str]) -> Path:
 
 
 def run_script(*words: Any) -> subprocess.CompletedProcess[str]:
-    script = REPOSITORY / "workflow" / "scripts" / "evaluate.py"
+    script = REPOSITORY / "workflow" / "scripts" / "compare.py"
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "src"), "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
         [sys.executable, str(script), *map(str, words)],
@@ -105,15 +105,8 @@ def run_script(*words: Any) -> subprocess.CompletedProcess[str]:
 
 
 def measure(model: Path, teacher: Path | None, data: Path, **values: Any) -> Comparison:
-    keys = {"name": choose_loader([str(data)]), "data_files": str(data)} | values
-    return evaluate_models(
-        str(model),
-        str(teacher) if teacher else None,
-        dataset=section("dataset", **keys),
-        evaluation=section("evaluation"),
-        loading=LOADING,
-        cpu_threads=1,
-    )
+    job = make_job(dataset=section("dataset", **values), teacher=LOADING)
+    return evaluate_models(str(model), str(teacher) if teacher else None, [str(data)], job)
 
 
 def own_loss(folder: Path, texts: list[str]) -> tuple[float, int, int]:
@@ -197,16 +190,9 @@ def test_a_model_alone_needs_no_teacher(student: Path, data: Path) -> None:
 def test_whole_documents_are_read_until_there_are_enough_positions(
     student: Path, tiny_teacher: Path, other_tokenizer: Path, data: Path, texts: list[str]
 ) -> None:
-    few = {"evaluation": section("evaluation", max_positions=100)}
+    few = make_job(evaluation=section("evaluation", max_positions=100), teacher=LOADING)
     for teacher in (tiny_teacher, other_tokenizer):
-        found = evaluate_models(
-            str(student),
-            str(teacher),
-            dataset=section("dataset", name="json", data_files=str(data)),
-            loading=LOADING,
-            cpu_threads=1,
-            **few,
-        )
+        found = evaluate_models(str(student), str(teacher), [str(data)], few)
         read = found.scores.student.documents
         assert 100 <= found.scores.student.positions < 300 and 1 < read < len(texts)
         if teacher is other_tokenizer:
@@ -250,20 +236,6 @@ def test_bad_files_and_models_are_refused(
         measure(narrow, None, data)
     with pytest.raises(ValueError, match="output layer has only 40 ids"):
         measure(student, narrow, data)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--model", "x"], "error: --model and --data go together"),
-        (["--data", "x.jsonl"], "error: --model and --data go together"),
-        ([], "error: --index, --training, --output missing"),
-        (["--model", "x", "--data", "y", "--index", "z"], "remove --index and --training"),
-    ],
-)
-def test_flags_that_do_not_go_together_are_refused(words: list[str], message: str) -> None:
-    done = run_script(*words)
-    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ def test_files_that_are_not_humaneval_are_refused(
 
 
 def test_code_of_a_model_is_not_run_without_consent(problems: Path) -> None:
-    with pytest.raises(ValueError, match="allow-code-execution"):
+    with pytest.raises(ValueError, match="allow_code_execution"):
         run_humaneval(None, None, settings=settings(problems, allow_code_execution=False))
 
 

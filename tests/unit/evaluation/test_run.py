@@ -23,6 +23,7 @@ from retort.tokens.index import TokenIndex
 from retort.tokens.sequences import SequenceTable, concatenate_tables
 from retort.tokens.tokenizer import load_tokenizer
 from retort.training.record import TrainingRecord
+from support.jobs import make_job
 from support.records import make_manifest, make_training_record
 from support.sections import section
 from support.tiny import NUM_TOKENS, WIDTH, score_held_out, swap_tokens
@@ -206,18 +207,18 @@ def run_rule(
     **values: Any,
 ) -> str:
     MANIFEST.write(trained.parent / "manifest.json")
-    if fingerprint is None and features_path is not None:
-        fingerprint = features_path.with_name("fingerprint.json")
+    if features_path and not fingerprint and TrainingRecord.read(trained).teacher is None:
+        record = TeacherRecord.read(features_path.with_name("fingerprint.json"))
+        change_record(trained, teacher=record.weights)  # it learned from the cache
+    manifest = trained.parent / "manifest.json" if features_path else None
+    training = section("training", device="cpu", cpu_threads=1)
     return evaluate_run(
         trained.parent / "evaluation" / "metrics.json",
+        make_job(evaluation=section("evaluation", **values), training=training),
         index_path=index.path,
         training_path=trained,
         features_path=features_path,
-        manifest_path=trained.parent / "manifest.json" if features_path else None,
-        evaluation=section("evaluation", **values),
-        device="cpu",
-        cpu_threads=1,
-        fingerprint_path=fingerprint,
+        signal_path=fingerprint or manifest,
     )
 
 
@@ -341,15 +342,16 @@ def test_a_student_without_a_teacher_is_compared_only_with_a_recorded_one(
     trained: Path, index: TokenIndex, features_path: Path, tmp_path: Path
 ) -> None:
     change_record(trained, teacher=None)
-    keys: dict[str, Any] = {"index_path": index.path, "features_path": features_path}
-    keys |= {"training_path": trained, "manifest_path": None, "device": "cpu", "cpu_threads": 1}
+    paths = {"index_path": index.path, "training_path": trained, "features_path": features_path}
     with pytest.raises(ValueError, match=r"does not say whose features these are. Give --signal"):
-        evaluate_run(tmp_path / "metrics.json", evaluation=section("evaluation"), **keys)
-    record = TeacherRecord.read(features_path.with_name("fingerprint.json"))
-    record.model_copy(update={"weights": "0123456789ab"}).write(tmp_path / "other.json")
+        evaluate_run(tmp_path / "metrics.json", make_job(), signal_path=None, **paths)
+    fingerprint = features_path.with_name("fingerprint.json")
+    TeacherRecord.read(fingerprint).model_copy(update={"weights": "0123456789ab"}).write(
+        tmp_path / "other.json"
+    )
     with pytest.raises(ValueError, match=r"scored by teacher .*0123456789ab"):
         run_rule(trained, index, features_path, fingerprint=tmp_path / "other.json")
-    run_rule(trained, index, features_path)
+    run_rule(trained, index, features_path, fingerprint=fingerprint)
     assert read_metrics(trained).scores.teacher is not None
 
 

@@ -12,6 +12,7 @@ from retort.teacher.validation import score_validation
 from retort.teacher.worker import generate_logits
 from retort.tokens.index import TokenIndex
 from retort.training.run import train_run
+from support.jobs import make_job
 from support.sections import section
 from support.tiny import WIDTH, record, tokenize
 
@@ -34,14 +35,16 @@ def make_teacher(folder: Path, tiny_teacher: Path, *, context: int) -> Path:
     return folder
 
 
+def load_as(teacher: Path) -> Any:
+    return section("teacher", model_path=str(teacher), device="cpu")
+
+
 def score_training(folder: Path, index_path: Path, teacher: Path) -> None:
     generate_logits(
         folder / "metadata_worker0.json",
+        make_job(teacher=load_as(teacher), cache=section("cache", top_k=4)),
         index_path=index_path,
-        teacher_path=str(teacher),
         fingerprint_path=record(folder, teacher),
-        section=section("teacher", device="cpu"),
-        cache=section("cache", top_k=4),
         worker=0,
         num_workers=1,
     )
@@ -50,29 +53,20 @@ def score_training(folder: Path, index_path: Path, teacher: Path) -> None:
 def score_held_out(folder: Path, index_path: Path, teacher: Path) -> None:
     score_validation(
         folder / "teacher_validation.safetensors",
+        make_job(teacher=load_as(teacher)),
         index_path=index_path,
-        teacher_path=str(teacher),
         fingerprint_path=record(folder, teacher),
-        section=section("teacher", device="cpu"),
-        evaluation=section("evaluation"),
     )
 
 
 def train(folder: Path, index_path: Path, teacher: Path, student: Path, **given: Any) -> None:
-    train_run(
-        folder / "abc" / "training.json",
-        name="mine",
-        index_path=index_path,
-        tokenizer_path=str(teacher),
-        tokenizer_revision=None,
-        cache_path=None,
+    job = make_job(
+        teacher=load_as(teacher),
         student=section("student", config=str(student)),
-        training=section("training", max_steps=1, device="cpu", **given),
-        tracking=section("tracking"),
-        teacher_path=str(teacher),
-        fingerprint_path=record(folder, teacher),
-        teacher_section=section("teacher", device="cpu"),
+        training=section("training", **({"max_steps": 1, "device": "cpu", "alpha": 0.5} | given)),
     )
+    signal = record(folder, teacher)
+    train_run(folder / "abc" / "training.json", job, index_path=index_path, signal_path=signal)
 
 
 def train_from_it(folder: Path, index_path: Path, teacher: Path) -> None:

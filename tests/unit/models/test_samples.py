@@ -23,6 +23,7 @@ from retort.teacher.validation import score_validation
 from retort.tokens.index import TokenIndex
 from retort.tokens.sequences import build_table
 from retort.tokens.tokenizer import load_tokenizer
+from support.jobs import make_job
 from support.sections import replace, section
 from support.tiny import record
 
@@ -183,11 +184,16 @@ def test_a_teacher_is_asked_nothing_about_tokens_of_another_tokenizer(
     changed.write(fingerprint)
     score_validation(
         tmp_path / "features.safetensors",
+        make_job(
+            teacher=section(
+                "teacher",
+                model_path="nowhere" if is_too_wide else str(tiny_teacher),
+                device="cpu",
+            ),
+            evaluation=section("evaluation"),
+        ),
         index_path=index.path,
-        teacher_path="nowhere" if is_too_wide else str(tiny_teacher),
         fingerprint_path=fingerprint,
-        section=section("teacher", device="cpu"),
-        evaluation=section("evaluation"),
     )
     samples = read_samples(tmp_path / "samples.json", of=changed.weights, whose="teacher")
     assert samples["teacher"].prompts == ()

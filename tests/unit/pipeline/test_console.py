@@ -42,7 +42,10 @@ def test_a_subcommand_is_the_script_with_its_flags() -> None:
     file = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
     assert typed.returncode == file.returncode == 0
     assert "usage: retort merge-h5 [-h]" in typed.stdout
-    assert "    retort merge-h5 --index" in typed.stdout and "workflow/scripts" not in typed.stdout
+    assert (
+        "    retort merge-h5 --config mine.yaml" in typed.stdout
+        and "workflow/scripts" not in typed.stdout
+    )
     options = file.stdout[file.stdout.index("\noptions:") :]
     assert typed.stdout.endswith(options)
 

@@ -23,6 +23,7 @@ from retort.pipeline.demo_teacher import (
     make_demo_teacher,
     train_tokenizer,
 )
+from support.jobs import make_job
 from support.tiny import tiny_dataset
 
 SMALL = replace(
@@ -45,7 +46,8 @@ def read_all(corpus: Path, **values: Any) -> list[Document]:
 
 def make(folder: Path, corpus: Path, **values: Any) -> Path:
     dataset = tiny_dataset(corpus, **values)
-    make_demo_teacher(folder / "fingerprint.json", dataset, snapshot=None, size=SMALL)
+    job = make_job(dataset=dataset)
+    make_demo_teacher(folder / "fingerprint.json", job, snapshot=None, size=SMALL)
     return folder
 
 

@@ -19,10 +19,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from retort.artifacts.responses import RESPONSES_FILE, SynthesisRecord
-from retort.config.flags import section_flags
 from retort.config.sections import Synthesis, Teacher
 from retort.synthesis.local_vllm import require_vllm, uses_vllm
 from retort.synthesis.run import JOURNAL_FILE
+from support.jobs import config_words
 from support.sections import replace
 from support.synthesis import PROMPTS, SCRIPT, synthesis_section, write_file
 
@@ -94,8 +94,9 @@ def start(section: Synthesis, model: Path, folder: Path) -> "subprocess.Popen[by
     log = (folder / "log").open("ab")
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
     record = folder / "answers" / "mine" / "synthesis.json"
-    words = [sys.executable, str(SCRIPT), "--output", str(record), "--local-model", str(model)]
-    words += [*section_flags(section), *section_flags(teacher_section(device="cpu"))]
+    section = replace(section, model=str(model))
+    words = [sys.executable, str(SCRIPT), "--output", str(record)]
+    words += config_words("synthesis", synthesis=section, teacher=teacher_section(device="cpu"))
     return subprocess.Popen(words, stdout=log, stderr=log, env=environment)
 
 

@@ -6,22 +6,22 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from retort.artifacts.responses import SynthesisRecord, refuse_other_responses
-from retort.config.flags import section_flags
-from retort.config.sections import Teacher
+from retort.config.handoff import Job
 from retort.synthesis.filters import AnswerFilter
 from retort.synthesis.journal import Journal
 from retort.synthesis.prompts import LabeledPrompt
-from retort.synthesis.run import SynthesisJob, collect_examples, synthesize
+from retort.synthesis.run import collect_examples, synthesize
 from support.hub import NAME, serve
+from support.jobs import config_words, make_job
 from support.sections import replace
 from support.synthesis import (
     NO_PROBLEMS,
     SCRIPT,
-    evaluation_section,
     make_answer,
     synthesis_section,
     write_file,
@@ -49,24 +49,28 @@ def test_each_round_asks_as_many_prompts_as_were_dropped(tmp_path: Path) -> None
 
 
 @pytest.fixture
-def local(tmp_path: Path, tiny_teacher: Path) -> SynthesisJob:
+def local(tmp_path: Path, tiny_teacher: Path) -> Job:
     prompts = write_file(tmp_path, "p.txt", "".join(f"Say {i} times that\n" for i in range(22)))
     section = synthesis_section(
         provider="local", model=str(tiny_teacher), prompts=prompts, batch_size=4, max_tokens=12,
         keep_truncated=True, check_language=False, near_duplicates=None,
     )  # fmt: skip
-    teacher = Teacher.model_validate({"device": "cpu"})
-    return SynthesisJob(section, evaluation_section(), str(tiny_teacher), teacher)
+    return make_job(synthesis=section, teacher=replace(make_job().config.teacher, device="cpu"))
 
 
-def run_local(folder: Path, job: SynthesisJob) -> tuple[bytes, SynthesisRecord]:
+def change(job: Job, **keys: Any) -> Job:
+    config = replace(job.config, synthesis=replace(job.config.synthesis, **keys))
+    return job.model_copy(update={"config": config})
+
+
+def run_local(folder: Path, job: Job) -> tuple[bytes, SynthesisRecord]:
     record = folder / "answers" / "mine" / "synthesis.json"
     synthesize(record, job)
     return record.with_name("responses.jsonl").read_bytes(), SynthesisRecord.read(record)
 
 
 def test_a_local_model_answers_the_same_wherever_it_was_interrupted(
-    tmp_path: Path, local: SynthesisJob
+    tmp_path: Path, local: Job
 ) -> None:
     whole, record = run_local(tmp_path / "whole", local)
     rows = [json.loads(line) for line in whole.splitlines()]
@@ -80,23 +84,20 @@ def test_a_local_model_answers_the_same_wherever_it_was_interrupted(
         (folder / "answers").mkdir(parents=True)
         (folder / "answers" / "journal.jsonl").write_bytes(b"".join(lines[:kept]) + lines[kept][:9])
         assert run_local(folder, local)[0] == whole
-    seven = replace(local, section=replace(local.section, num_examples=7))
+    seven = change(local, num_examples=7)
     fewer, _ = run_local(tmp_path / "whole", seven)
     assert whole.startswith(fewer) and fewer.count(b"\n") == 7
     assert journal.read_bytes() == b"".join(lines), "fewer examples ask nothing"
 
 
 @pytest.mark.slow
-def test_prompts_of_a_hub_are_asked_once_however_they_change(
-    tmp_path: Path, local: SynthesisJob
-) -> None:
+def test_prompts_of_a_hub_are_asked_once_however_they_change(tmp_path: Path, local: Job) -> None:
     """Answers stay with their prompts when rows of the dataset change, and only new prompts are asked."""
     data, record = tmp_path / "hub", tmp_path / "answers" / "mine" / "synthesis.json"
     data.mkdir()
-    section = replace(local.section, prompts=NAME, prompt_column="question", temperature=0.0)
+    asked = change(local, prompts=NAME, prompt_column="question", temperature=0.0).config
     command = [sys.executable, str(SCRIPT), "--output", str(record)]
-    command += ["--local-model", str(local.local_model), *section_flags(section)]
-    command += section_flags(local.loading)
+    command += config_words("synthesis", synthesis=asked.synthesis, teacher=asked.teacher)
 
     def run(prompts: list[str], cache: str) -> tuple[dict[str, str], int]:
         rows = "".join(json.dumps({"question": prompt}) + "\n" for prompt in prompts)
@@ -118,17 +119,15 @@ def test_prompts_of_a_hub_are_asked_once_however_they_change(
     assert all(second[prompt] == first[prompt] for prompt in first if prompt in second)
 
 
-def test_too_few_responses_are_refused_with_the_dropped_ones(
-    tmp_path: Path, local: SynthesisJob
-) -> None:
-    strict = replace(local, section=replace(local.section, min_characters=10_000, num_examples=5))
+def test_too_few_responses_are_refused_with_the_dropped_ones(tmp_path: Path, local: Job) -> None:
+    strict = change(local, min_characters=10_000, num_examples=5)
     with pytest.raises(
         ValueError, match=r"all 22 prompts are asked, and 0 responses of the 5 .*22 too_short"
     ):
         run_local(tmp_path, strict)
 
 
-def test_responses_that_were_edited_are_refused(tmp_path: Path, local: SynthesisJob) -> None:
+def test_responses_that_were_edited_are_refused(tmp_path: Path, local: Job) -> None:
     run_local(tmp_path, local)
     record = tmp_path / "answers" / "mine" / "synthesis.json"
     refuse_other_responses(record)
@@ -138,11 +137,9 @@ def test_responses_that_were_edited_are_refused(tmp_path: Path, local: Synthesis
         refuse_other_responses(record)
 
 
-def test_prompts_that_changed_since_the_plan_are_refused(
-    tmp_path: Path, local: SynthesisJob
-) -> None:
+def test_prompts_that_changed_since_the_plan_are_refused(tmp_path: Path, local: Job) -> None:
     with pytest.raises(ValueError, match="changed since the plan"):
-        run_local(tmp_path, replace(local, files_digest="0" * 12))
+        run_local(tmp_path, local.model_copy(update={"expected": {"prompts": "0" * 12}}))
 
 
 @pytest.mark.parametrize(
@@ -154,12 +151,11 @@ def test_prompts_that_changed_since_the_plan_are_refused(
     ],
 )
 def test_an_invalid_output_is_refused_before_anything_is_asked(
-    tmp_path: Path, local: SynthesisJob, output: str, message: str
+    tmp_path: Path, local: Job, output: str, message: str
 ) -> None:
     (tmp_path / "answers").mkdir()
-    section = replace(local.section, output=str(tmp_path / output))
     before = (tmp_path / "p.txt").read_bytes()
     with pytest.raises(ValueError, match=message):
-        run_local(tmp_path, replace(local, section=section))
+        run_local(tmp_path, change(local, output=str(tmp_path / output)))
     assert (tmp_path / "p.txt").read_bytes() == before
     assert not (tmp_path / "answers" / "journal.jsonl").exists()

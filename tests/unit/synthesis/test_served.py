@@ -16,17 +16,16 @@ from typing import Any
 import pytest
 
 from retort.artifacts.responses import RESPONSES_FILE, SynthesisRecord
-from retort.config.flags import section_flags
 from retort.config.sections import Synthesis
 from retort.synthesis.client import BudgetError
-from retort.synthesis.run import JOURNAL_FILE, SynthesisJob, synthesize
+from retort.synthesis.run import JOURNAL_FILE, synthesize
+from support.jobs import config_words, make_job
 from support.sections import replace
 from support.served import Proxy, copy_with_template, run_server
 from support.synthesis import (
     PROMPTS,
     SCRIPT,
     compute_spent,
-    evaluation_section,
     list_answered,
     synthesis_section,
     write_rows,
@@ -83,12 +82,13 @@ def configure(proxy: Proxy, model: Path, prompts: str, **over: Any) -> Synthesis
 def run(folder: Path, section: Synthesis) -> tuple[bytes, SynthesisRecord]:
     """Synthesize into a folder; return the responses and the record."""
     record = folder / "answers" / "mine" / "synthesis.json"
-    synthesize(record, SynthesisJob(section, evaluation_section()))
+    synthesize(record, make_job(synthesis=section))
     return record.with_name(RESPONSES_FILE).read_bytes(), SynthesisRecord.read(record)
 
 
 def write_command(record: Path, section: Synthesis) -> list[str]:
-    return [sys.executable, str(SCRIPT), "--output", str(record), *section_flags(section)]
+    words = config_words("synthesis", synthesis=section)
+    return [sys.executable, str(SCRIPT), "--output", str(record), *words]
 
 
 FAULTS = {

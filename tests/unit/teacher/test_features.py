@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma2Config
 
+from retort.config.handoff import Job
 from retort.io.fingerprints import TeacherRecord
 from retort.models.heads import Head
 from retort.models.load import CausalLM, load_teacher, split_model
@@ -22,8 +24,16 @@ from retort.teacher.features import (
 from retort.teacher.validation import score_tables, score_validation
 from retort.tokens.index import TokenIndex, build_index
 from retort.tokens.sequences import SequenceTable
+from support.jobs import make_job
 from support.sections import section
 from support.tiny import NUM_TOKENS, WIDTH, record, score_held_out, tiny_dataset, tokenize
+
+
+def job_of(teacher: Path, **evaluation: Any) -> Job:
+    return make_job(
+        teacher=section("teacher", model_path=str(teacher), device="cpu"),
+        evaluation=section("evaluation", **evaluation),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -86,11 +96,9 @@ def test_scoring_again_gives_the_same_bytes(
 ) -> None:
     score_validation(
         tmp_path / "again.safetensors",
+        job_of(tiny_teacher, fidelity_positions=500),
         index_path=index.path,
-        teacher_path=str(tiny_teacher),
         fingerprint_path=features_path.parent / "fingerprint.json",
-        section=section("teacher", device="cpu"),
-        evaluation=section("evaluation", fidelity_positions=500),
     )
     assert (tmp_path / "again.safetensors").read_bytes() == features_path.read_bytes()
 
@@ -198,11 +206,9 @@ def test_no_held_out_document_is_refused(
     with pytest.raises(ValueError, match=r"no document is held out.*validation_fraction"):
         score_validation(
             tmp_path / "features.safetensors",
+            job_of(tiny_teacher),
             index_path=index_path,
-            teacher_path=str(tiny_teacher),
             fingerprint_path=record(tmp_path, tiny_teacher),
-            section=section("teacher", device="cpu"),
-            evaluation=section("evaluation"),
         )
 
 

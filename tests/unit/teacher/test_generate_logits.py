@@ -19,6 +19,7 @@ from retort.io.fingerprints import TeacherRecord
 from retort.models.load import CausalLM
 from retort.teacher.records import WorkerRecord
 from retort.teacher.worker import generate_logits
+from support.jobs import make_job
 from support.sections import section
 from support.teacher_job import After, Job, read_parts
 from support.tiny import NUM_TOKENS, WIDTH
@@ -31,13 +32,14 @@ def run_rule(
     worker: int = 0,
     num_workers: int = 1,
 ) -> None:
+    teacher = section(
+        "teacher", model_path=job.teacher_path, device="cpu", generation={"batch_size": 4}
+    )
     generate_logits(
         receipt,
+        make_job(teacher=teacher, cache=job.cache),
         index_path=job.index_path,
-        teacher_path=job.teacher_path,
         fingerprint_path=job.fingerprint,
-        section=section("teacher", device="cpu", generation={"batch_size": 4}),
-        cache=job.cache,
         worker=worker,
         num_workers=num_workers,
     )

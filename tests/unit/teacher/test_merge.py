@@ -20,6 +20,7 @@ from retort.cache.merged import merge_parts
 from retort.cache.parts import build_header, part_path, write_part
 from retort.cache.reader import CACHE_FILE, CacheHeader, LogitCache
 from retort.cache.top_k_codec import TopKCodec
+from retort.config.sections import Merge
 from retort.io.files import read_json
 from retort.models.heads import Head
 from retort.teacher.features import TeacherFeatures, digest_keys, write_features
@@ -28,6 +29,7 @@ from retort.teacher.records import CacheRun, Manifest
 from retort.teacher.selection import select_top_k
 from retort.tokens.index import TokenIndex
 from retort.tokens.sequences import SequenceTable
+from support.jobs import make_job
 from support.records import make_teacher_record, make_worker_record
 from support.sections import section
 from support.synthetic import TOKENIZER, make_table, split_targets, write_tokens
@@ -59,15 +61,14 @@ class Place:
     header: CacheHeader
     sources: Path
 
-    def merge(self, **changes: Any) -> str:
-        arguments: dict[str, Any] = {
+    def merge(self, *, merge: Merge = section("merge"), **changes: Any) -> str:  # noqa: B008
+        paths: dict[str, Any] = {
             "index_path": self.index.path,
             "fingerprint_path": self.sources / "fingerprint.json",
             "features_path": self.sources / "features.safetensors",
-            "cache": CACHE,
-            "merge": section("merge"),
         }
-        return merge_h5(self.manifest, **(arguments | changes))
+        job = make_job(cache=CACHE, merge=merge)
+        return merge_h5(self.manifest, job, **(paths | changes))
 
     @property
     def manifest(self) -> Path:

@@ -16,9 +16,9 @@ from retort.artifacts.build import student_content
 from retort.cache.entropy_codec import EntropyCodec
 from retort.cache.reader import LogitCache
 from retort.config.schema import flatten
+from retort.config.training import DEFAULT_ALPHA
 from retort.io.digests import digest
 from retort.io.files import read_json, write_json
-from retort.io.fingerprints import TeacherRecord
 from retort.io.run_record import RunRecord
 from retort.tokens.tokenizer import load_tokenizer
 from retort.training.loop import LOG_COLUMNS, find_tail_column, write_log
@@ -26,7 +26,8 @@ from retort.training.record import TrainingRecord
 from retort.training.run import train_run
 from support.batches import take_order
 from support.bench import Bench, read_log, read_weights
-from support.sections import section
+from support.jobs import make_job
+from support.sections import replace, section
 from support.tiny import NUM_TOKENS, WIDTH, make_cache, swap_tokens, tokenize
 
 
@@ -226,23 +227,19 @@ def test_final_folder_loads_and_generates(bench: Bench, tmp_path: Path) -> None:
 def run_rule(bench: Bench, out: Path, **given: Any) -> TrainingRecord:
     keys: dict[str, Any] = {"max_steps": 2, "batch_size": 4, "temperature": 1.0, "device": "cpu"}
     training = section("training", **(keys | given.pop("training", {})))
-    options: dict[str, Any] = {
-        "cache_path": bench.cache.path,
-        "teacher_path": None,
-        "fingerprint_path": bench.fingerprint,
-        "tokenizer_path": str(bench.teacher_path),
-        "index_path": bench.index_path,
-        "student": section("student", config=str(bench.student_path)),
-    }
-    train_run(
-        out,
-        name="mine",
-        tokenizer_revision=None,
+    if training.alpha is None:
+        training = replace(training, alpha=DEFAULT_ALPHA[training.distillation_type])
+    tokenizer = given.pop("tokenizer_path", None)
+    job = make_job(
+        run="mine",
+        expected=given.pop("expected", {}),
+        dataset=section("dataset", tokenizer=tokenizer),
+        teacher=section("teacher", model_path=str(bench.teacher_path), device="cpu"),
+        student=given.pop("student", section("student", config=str(bench.student_path))),
         training=training,
-        tracking=section("tracking"),
-        teacher_section=section("teacher", device="cpu"),
-        **(options | given),
     )
+    paths = {"index_path": bench.index_path, "signal_path": bench.cache.path} | given
+    train_run(out, job, **paths)
     return TrainingRecord.read(out)
 
 
@@ -273,8 +270,7 @@ def test_final_folder_ends_where_template_and_generation_config_do(
         tmp_path / "run" / "training.json",
         index_path=tokenize(tmp_path / "tokens", corpus, chat, **keys),
         tokenizer_path=str(chat),
-        cache_path=None,
-        fingerprint_path=None,
+        signal_path=None,
         student=section("student", config=str(tmp_path / "student.json")),
         training={"distillation_type": "output", "max_steps": 150, "learning_rate": 0.01},
     )
@@ -293,9 +289,9 @@ def test_a_student_that_changed_since_the_run_was_named_is_refused(
     bench: Bench, tmp_path: Path
 ) -> None:
     named = digest(student_content(section("student", config=str(bench.student_path))))
-    run_rule(bench, tmp_path / "a" / "training.json", expected_student=named)
+    run_rule(bench, tmp_path / "a" / "training.json", expected={"student": named})
     with pytest.raises(ValueError, match="changed since the command began"):
-        run_rule(bench, tmp_path / "b" / "training.json", expected_student="0123456789ab")
+        run_rule(bench, tmp_path / "b" / "training.json", expected={"student": "0123456789ab"})
     assert not (tmp_path / "b" / "training.json").exists()
 
 
@@ -311,13 +307,14 @@ def test_a_student_of_text_alone_is_as_wide_as_those_with_a_teacher(
     bench: Bench, tmp_path: Path
 ) -> None:
     output = {"distillation_type": "output"}
-    run_rule(bench, tmp_path / "a" / "training.json", cache_path=None, training=output)
+    run_rule(
+        bench, tmp_path / "a" / "training.json", signal_path=bench.fingerprint, training=output
+    )
     assert read_json(tmp_path / "a" / "final" / "config.json")["vocab_size"] == WIDTH
     run_rule(
         bench,
         tmp_path / "b" / "training.json",
-        cache_path=None,
-        fingerprint_path=None,
+        signal_path=None,
         training=output,
     )
     assert read_json(tmp_path / "b" / "final" / "config.json")["vocab_size"] == NUM_TOKENS
@@ -327,22 +324,9 @@ def test_a_live_teacher_is_loaded_where_no_cache_is_given(bench: Bench, tmp_path
     found = run_rule(
         bench,
         tmp_path / "run" / "training.json",
-        cache_path=None,
-        teacher_path=str(bench.teacher_path),
-        training={"use_cached_logits": False},
+        signal_path=bench.fingerprint,
     )
     assert found.alpha == 0.5 and found.summary.steps == 2
-
-
-LIVE: dict[str, Any] = {"cache_path": None, "training": {"use_cached_logits": False}}
-
-
-def test_a_live_teacher_without_a_record_is_refused(bench: Bench, tmp_path: Path) -> None:
-    path = str(bench.teacher_path)
-    with pytest.raises(ValueError, match=rf"--teacher {path} needs --fingerprint.*resolve_teacher"):
-        run_rule(
-            bench, tmp_path / "training.json", teacher_path=path, fingerprint_path=None, **LIVE
-        )
 
 
 def test_a_live_teacher_of_another_tokenizer_of_the_same_size_is_refused(
@@ -352,11 +336,11 @@ def test_a_live_teacher_of_another_tokenizer_of_the_same_size_is_refused(
     given: dict[str, Any] = {
         "index_path": tokenize(tmp_path / "tokens", tiny_corpus, other),
         "tokenizer_path": str(other),
-        "teacher_path": str(bench.teacher_path),
+        "signal_path": bench.fingerprint,
     }
     message = rf"tokenizer '{other}' and that of the teacher '{bench.teacher_path}' give different ids: '[ab]', id"
     with pytest.raises(ValueError, match=message):
-        run_rule(bench, tmp_path / "run" / "training.json", **given, **LIVE)
+        run_rule(bench, tmp_path / "run" / "training.json", **given)
     assert not (tmp_path / "run").exists()
 
 
@@ -371,23 +355,9 @@ def test_a_live_teacher_with_another_chat_template_is_learned_from(
         tmp_path / "run" / "training.json",
         index_path=tokenize(tmp_path / "tokens", tiny_corpus, tmp_path / "chat"),
         tokenizer_path=str(tmp_path / "chat"),
-        teacher_path=str(bench.teacher_path),
-        **LIVE,
+        signal_path=bench.fingerprint,
     )
     assert found.summary.steps == 2
-
-
-def test_a_record_of_another_teacher_than_the_caches_is_refused(
-    bench: Bench, tmp_path: Path
-) -> None:
-    other = {"weights": "0123456789ab", "name": "another"}
-    record = TeacherRecord.read(bench.fingerprint).model_copy(update=other)
-    record.write(tmp_path / "fingerprint.json")
-    weights = bench.cache.header.teacher
-    with pytest.raises(
-        ValueError, match=rf"distributions of teacher {weights}, but .* records 0123456789ab"
-    ):
-        run_rule(bench, tmp_path / "training.json", fingerprint_path=tmp_path / "fingerprint.json")
 
 
 def test_a_student_that_means_other_tokens_is_refused(bench: Bench, tmp_path: Path) -> None:
@@ -402,9 +372,9 @@ def test_a_student_that_means_other_tokens_is_refused(bench: Bench, tmp_path: Pa
 
 def test_distilling_without_a_teacher_is_refused(bench: Bench, tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"'hybrid' \(alpha 0\.5\) learns from a teacher: give --cache"
+        ValueError, match=r"'hybrid' \(alpha 0\.5\) learns from a teacher: give --signal"
     ):
-        run_rule(bench, tmp_path / "training.json", cache_path=None)
+        run_rule(bench, tmp_path / "training.json", signal_path=None)
 
 
 def test_a_cache_of_other_tokens_is_refused(
@@ -413,12 +383,13 @@ def test_a_cache_of_other_tokens_is_refused(
     other = tokenize(tmp_path / "tokens", tiny_corpus, tiny_teacher, max_length=32)
     foreign = make_cache(tmp_path / "logits", other, tiny_teacher, top_k=4)
     with pytest.raises(ValueError, match=r"distributions for other tokens.*made from this index"):
-        run_rule(bench, tmp_path / "training.json", cache_path=foreign.path)
+        run_rule(bench, tmp_path / "training.json", signal_path=foreign.path)
 
 
 def test_a_cache_that_is_gone_is_reported(bench: Bench, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"none\.h5 is gone.*manifest"):
-        run_rule(bench, tmp_path / "training.json", cache_path=tmp_path / "none.h5")
+    for signal in ("teacher_logits.h5", "manifest.json"):
+        with pytest.raises(ValueError, match=r"teacher_logits\.h5 does not exist.*manifest"):
+            run_rule(bench, tmp_path / "training.json", signal_path=tmp_path / signal)
 
 
 def test_log_survives_numbers_that_json_cannot_hold(tmp_path: Path) -> None:

@@ -1,0 +1,126 @@
+"""From an artifact to the job that makes it: the sections that its script gets, with everything resolved.
+
+Resolved is what only the workflow knows, such as the folder of the demo's teacher or the file of a synthesis.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from retort.artifacts.project import Corpus, Logits, Project, Run, TeacherModel, Tokens, Validation
+from retort.artifacts.responses import Responses
+from retort.artifacts.tasks import EvaluationTask
+from retort.config.handoff import SECTIONS, Job
+from retort.config.sections import Config, Teacher
+
+Artifact = Responses | Corpus | TeacherModel | Tokens | Logits | Validation | Run | EvaluationTask
+
+
+class Jobs:
+    """The `--config` of every job of a project. Ten thousand jobs may ask for the same, so they are kept."""
+
+    def __init__(self, project: Project, *, source: str | None) -> None:
+        """`source`: name of the config file."""
+        self.project, self.source = project, source
+        self._kept: dict[tuple[str, ...], str] = {}
+
+    def format(self, kind: str, names: Mapping[str, str]) -> str:
+        """Return the JSON of the job of a kind (see `handoff.SECTIONS`) that these wildcards name."""
+        ids = tuple(names[name] for name in _IDS if name in names)
+        if (kind, *ids) not in self._kept:
+            job = build_job(kind, self.project.find(names), run=names.get("run"))
+            job = job.model_copy(update={"source": self.source})
+            self._kept[kind, *ids] = json.dumps(job.to_json(SECTIONS[kind]))
+        return self._kept[kind, *ids]
+
+
+# The wildcards that name an artifact, not one of its jobs.
+_IDS = (
+    "synthesis",
+    "corpus",
+    "teacher",
+    "tokens",
+    "logits",
+    "validation",
+    "run",
+    "task",
+    "benchmark",
+)
+
+
+def build_job(kind: str, artifact: Artifact, *, run: str | None = None) -> Job:
+    """Return the job of a kind that makes an artifact. A Run has jobs of two: "run", and "evaluation" of its student.
+
+    `run`: name of the run, None for what runs share.
+    """
+    config, expected = _find_sections(kind, artifact)
+    known = {name: digest for name, digest in expected.items() if digest}
+    return Job(run=run, config=config, expected=known)
+
+
+def _find_sections(kind: str, artifact: Artifact) -> tuple[Config, dict[str, str | None]]:
+    """Return (config, expected digests) of a job; sections that the kind does not have may be anything."""
+    match artifact:
+        case Responses():
+            return _describe_synthesis(artifact), {"prompts": artifact.stamp}
+        case Corpus():
+            return _fill(dataset=artifact.dataset), {"corpus": artifact.stamp}
+        case TeacherModel():
+            dataset = {"dataset": artifact.corpus.dataset} if artifact.corpus else {}
+            return _fill(teacher=artifact.section, **dataset), {}
+        case Tokens():
+            return _describe_tokens(artifact)
+        case Logits():
+            return _resolve(artifact.config, artifact.teacher), {}
+        case Validation():
+            config = _resolve(artifact.config, artifact.teacher)
+            return _with(config, evaluation=config.evaluation.of_teacher()), {}
+        case EvaluationTask():
+            return _with(artifact.config, evaluation=artifact.settings), {}
+        case Run():
+            config = _resolve(artifact.config, artifact.teacher)
+            if kind == "evaluation":
+                return _with(config, evaluation=config.evaluation.of_student()), {}
+            config = _with(config, dataset=artifact.tokens.corpus.dataset)
+            return config, {"student": artifact.student}
+
+
+def _fill(**sections: Any) -> Config:
+    """Return a config at its defaults, except for some sections."""
+    return _with(Config(), **sections)
+
+
+def _with(config: Config, **sections: Any) -> Config:
+    return config.model_copy(update=sections)
+
+
+def _resolve(config: Config, teacher: TeacherModel | None) -> Config:
+    """Return the config with the folder or Hub id that the teacher is loaded from."""
+    if teacher is None:
+        return config
+    section = config.teacher.model_copy(update={"model_path": teacher.model_path})
+    return _with(config, teacher=section)
+
+
+def _describe_synthesis(responses: Responses) -> Config:
+    config = responses.config
+    teacher = {} if responses.is_online else {"teacher": config.teacher}
+    return _fill(synthesis=config.synthesis, evaluation=config.evaluation.of_problems(), **teacher)
+
+
+def _describe_tokens(tokens: Tokens) -> tuple[Config, dict[str, str | None]]:
+    """The teacher is reduced to where its tokenizer is: runs with other settings of it share the tokens."""
+    corpus, teacher = tokens.corpus, Teacher()
+    is_read_directly = not (corpus.needs_snapshot or corpus.synthesis)
+    if tokens.teacher:
+        section = tokens.teacher.section
+        teacher = Teacher(
+            model_path=tokens.teacher.model_path,
+            revision=section.revision,
+            trust_remote_code=section.trust_remote_code,
+        )
+    expected = {
+        "tokenizer": tokens.fingerprint,
+        "corpus": corpus.stamp if is_read_directly else None,
+    }
+    return _fill(dataset=corpus.dataset, teacher=teacher), expected
