@@ -20,7 +20,8 @@ STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 class Entry(BaseModel):
     """A section of a record, immutable. (A dataclass can be one too; its `__pydantic_config__` is STRICT.)"""
 
-    model_config = ConfigDict(**STRICT, frozen=True)
+    # Built when first used: each job parses the Snakefile, which reads one kind of record.
+    model_config = ConfigDict(**STRICT, frozen=True, defer_build=True)
 
 
 class Record(Entry):
