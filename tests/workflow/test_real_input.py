@@ -100,7 +100,7 @@ def test_distilled_students_beat_those_that_learned_from_text_alone(
     print(losses)
     for seed in SEEDS:
         text, both = runs[f"text_{seed}"], runs[f"both_{seed}"]
-        for key in ("student_parameters", "steps", "trained_tokens", "seed"):
+        for key in ("student_parameters", "steps", "trained_positions", "seed"):
             assert getattr(text, key) == getattr(both, key), key
         assert both.loss < text.loss, losses
         assert both.kl_to_teacher < text.kl_to_teacher

@@ -190,7 +190,7 @@ class Figures:
         unit, size = ("seconds", 1) if seconds.max() < 120 else ("minutes", 60)
         panels = {f"training time, {unit}": seconds / size}
         if stored.any():
-            panels = {"stored teacher, bytes/token (0: text only)": stored} | panels
+            panels = {"stored teacher, bytes/position (0: text only)": stored} | panels
         return [
             self._render(
                 partial(self._draw_costs, costs=costs, label=label), f"held-out loss over {label}"

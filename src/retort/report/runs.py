@@ -88,7 +88,7 @@ def _describe(path: Path, found: Metrics) -> dict[str, Any]:
         "teacher": found.teacher,
         "teacher_parameters": found.teacher_parameters,
         "steps": training.summary.steps,
-        "trained_tokens": training.summary.trained_positions,
+        "trained_positions": training.summary.trained_positions,
         "training_seconds": training.summary.seconds,
         "device": training.summary.device,
         "positions": scores.student.positions,

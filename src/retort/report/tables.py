@@ -162,7 +162,7 @@ def format_seconds(value: float) -> str:
 def format_cache(cache: pd.Series) -> str:
     """Return a cache's size and quality in one line."""
     tail = "sampled mass" if cache.cache_method == "sampled" else "tail mass"
-    sizes = f"{cache.cache_method}, {cache.cache_dial}: {cache.cache_bytes_per_position:.1f} bytes/token"
+    sizes = f"{cache.cache_method}, {cache.cache_dial}: {cache.cache_bytes_per_position:.1f} bytes/position"
     positions = f"{cache.cache_positions:,} positions"
     if pd.isna(cache.cache_fidelity_kl):
         return f"{sizes}, {positions}"
@@ -323,11 +323,20 @@ def build_cache_table(caches: Sequence[tuple[list[str], pd.Series]]) -> Table:
 
 def build_provenance_table(runs: pd.DataFrame) -> Table:
     """Return the table of the runs' ids, lengths of training, devices and folders."""
-    heads = ("run", "id", "seed", "steps", "tokens trained on", "training time", "device", "folder")
+    heads = (
+        "run",
+        "id",
+        "seed",
+        "steps",
+        "positions trained on",
+        "training time",
+        "device",
+        "folder",
+    )
     rows = []
     for name, run in runs.iterrows():
         seconds = Cell(format_seconds(run.training_seconds), key=repr(run.training_seconds))
-        counts = (_number(run[key], ",d") for key in ("seed", "steps", "trained_tokens"))
+        counts = (_number(run[key], ",d") for key in ("seed", "steps", "trained_positions"))
         rows.append(
             (name, False, (_text(run.id), *counts, seconds, _text(run.device), _text(run.folder)))
         )
@@ -341,7 +350,7 @@ def describe_settings(found: Comparisons) -> tuple[dict[str, str], Table]:
     """
     rows = []
     for name, run in found.runs.iterrows():
-        row = {key: f"{run[key]:,}" for key in ("steps", "trained_tokens", "student_parameters")}
+        row = {key: f"{run[key]:,}" for key in ("steps", "trained_positions", "student_parameters")}
         row |= {"device": run.device}
         if made := found.results.metrics[name].trained:
             row |= {

@@ -24,7 +24,7 @@ def test_costs_are_drawn_for_two_or_more_runs_and_bytes_only_for_stored_teachers
 ) -> None:
     found = compare(write_demo(tmp_path))
     bytes_used, times = make_figures(found).draw_costs()
-    assert "stored teacher, bytes/token (0: text only)" in bytes_used
+    assert "stored teacher, bytes/position (0: text only)" in bytes_used
     assert "training time, seconds" in times
     assert replace(make_figures(found), group=found.settings[:1]).draw_costs() == []
     paths = [

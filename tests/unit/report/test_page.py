@@ -104,7 +104,7 @@ def test_summary_points_to_the_page_the_students_and_the_cache(tmp_path: Path) -
     assert "report: results/report.html" in summary
     assert all(f"{find_folder(path)}/" in summary for path in paths)
     text = " ".join(summary.split())
-    assert "cache of logit, hybrid: top_k, k = 64: 131.2 bytes/token, tail mass 0.0182" in text
+    assert "cache of logit, hybrid: top_k, k = 64: 131.2 bytes/position, tail mass 0.0182" in text
     assert "fidelity KL 3.1e-05 nats" in text
 
 
