@@ -229,7 +229,7 @@ def test_samples_of_another_run_are_refused_and_missing_ones_named(tmp_path: Pat
     page = render_page(tmp_path, paths)
     assert "No samples (no samples.json): hybrid." in page
     shutil.copy(paths[0].with_name("samples.json"), paths[1].with_name("samples.json"))
-    with pytest.raises(ValueError, match="it is of 000000000000, not of 000000000001"):
+    with pytest.raises(ValueError, match="is of 000000000000, not of 000000000001"):
         make_report(paths, tmp_path / "report.html")
 
 
