@@ -1,5 +1,6 @@
 """The section `dataset`: the corpus, and how its documents become sequences."""
 
+from datetime import date
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
@@ -41,6 +42,23 @@ class Dataset(Section):
         "loss; the tokenizer's chat template is used if it has one.",
     )
     response_column: Text | None = setting(None, "Column of the responses; see prompt_column.")
+    messages_column: Text | None = setting(
+        None,
+        "Column of chats, lists of messages with role and content (or from and value). Columns messages and "
+        "conversations, and lists in prompt and completion, are found without it if there is no column text.",
+    )
+    system_column: Text | None = setting(
+        None,
+        "Column of a system prompt, put before chats that have none, and before prompts.",
+    )
+    supervised_turns: Literal["all", "last"] = setting(
+        "all", "Which of the assistant's turns in a chat have a loss: all, or the last."
+    )
+    chat_date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] = setting(
+        "2026-01-01",
+        "The date that chat templates print where they print today's, so that tokens are the same on every day.",
+        accepts="a date such as 2026-01-01",
+    )
     category_column: Text | None = setting(
         "category", "Column for breakdowns by category, if present; null ignores it."
     )
@@ -55,7 +73,10 @@ class Dataset(Section):
     revision: Text | None = setting(
         None, "Commit, tag or branch of the Hub dataset; null means its newest."
     )
-    append_eos: bool = setting(True, "End every document with the tokenizer's end-of-text token.")
+    append_eos: bool = setting(
+        True,
+        "End every document with the tokenizer's end-of-text token; a chat, if the chat template ends it with nothing.",
+    )
     streaming: bool = setting(
         False,
         "Read the dataset as a stream in bounded memory, without downloading all of it. Requires max_samples.",
@@ -69,7 +90,7 @@ class Dataset(Section):
     long_documents: Literal["split", "truncate"] = setting(
         "split",
         "A document longer than max_length becomes consecutive sequences (split), or its end is dropped and counted "
-        "(truncate).",
+        "(truncate). The sequences of a long response each begin with the end of its prompt.",
     )
     shuffle: bool = setting(False, "Shuffle documents (by seed); false keeps the source's order.")
     streaming_buffer_size: Count = setting(
@@ -177,6 +198,31 @@ def check_columns(c: "Config") -> Found:
             f"{show(prompt)}: a document is either text, or prompt and response. Remove one of the "
             "two.",
         )
+    messages, text = c.dataset.messages_column, c.dataset.text_column
+    other = "prompt_column" if prompt is not None else "text_column"
+    if messages is not None and (prompt is not None or text != Dataset().text_column):
+        yield (
+            "dataset.messages_column",
+            f"dataset.messages_column is {show(messages)} and dataset.{other} is {show(prompt or text)}: a document "
+            "is a chat, or text, or prompt and response. Remove one of the two.",
+        )
+    if messages is not None and c.dataset.name == SYNTHESIS:
+        yield (
+            "dataset.messages_column",
+            f"dataset.messages_column is {show(messages)}, but dataset.name is 'synthesis', whose responses have no "
+            "such column. Remove it.",
+        )
+
+
+def check_chat_date(c: "Config") -> Found:
+    try:
+        date.fromisoformat(c.dataset.chat_date)
+    except ValueError:
+        yield (
+            "dataset.chat_date",
+            f"dataset.chat_date is {show(c.dataset.chat_date)}, which is no date: write year-month-day, for instance "
+            "2026-01-01.",
+        )
 
 
 def check_validation(c: "Config") -> Found:
@@ -214,5 +260,6 @@ CHECKS = (
     check_sharding_by_files,
     check_files,
     check_columns,
+    check_chat_date,
     check_validation,
 )

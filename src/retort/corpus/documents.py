@@ -3,23 +3,29 @@
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal, cast
 
 import xxhash
-from pydantic import PlainSerializer
+from pydantic import Field, PlainSerializer
 
 from retort.config.sections import Dataset
+from retort.corpus.chats import find_chat, find_tools, join_texts
 
 # With 5 expected held-out documents, 1 in 150 corpora would have none (Poisson: exp(-5)).
 _FEW_HELD_OUT = 5
 _UNLIMITED = 10**12
+MAX_ROWS = 3  # skipped rows that are named, by reason
 _LONE_SURROGATE = re.compile("[\\ud800-\\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One document. If it has a prompt, `text` is the response, and only the response carries loss."""
+    """One document. If it has a prompt, `text` is the response, and only the response carries loss.
+
+    Of a chat, `messages` are what is tokenized, and `tools` what they call; `text` is all that the assistant says, and
+    `prompt` all else.
+    """
 
     index: int  # in the corpus, from 0
     text: str
@@ -27,8 +33,16 @@ class Document:
     category: str | None
     language: str | None
     split: Literal["train", "val"]
+    messages: list[dict[str, Any]] | None = None
+    tools: list[Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the document as a JSON object; one that is no chat has no keys of chats."""
+        values = asdict(self)
+        return {k: v for k, v in values.items() if v is not None or k not in ("messages", "tools")}
 
 
+Rows = Annotated[dict[str, list[int]], Field(exclude_if=lambda rows: not rows)]
 # Sorted when written: in whatever order documents are read, equal counts give equal bytes.
 Reasons = Annotated[Counter[str], PlainSerializer(lambda found: dict(sorted(found.items())))]
 
@@ -37,7 +51,8 @@ Reasons = Annotated[Counter[str], PlainSerializer(lambda found: dict(sorted(foun
 class Counts:
     """Numbers of documents: read = used + skipped.
 
-    `skipped` is by reason. `cleaned` (by change) and `held_out` are subsets of `used`.
+    `skipped` is by reason, and `rows` are the numbers of the first that are skipped. `cleaned` (by change) and
+    `held_out` are subsets of `used`.
     """
 
     read: int = 0
@@ -45,6 +60,20 @@ class Counts:
     held_out: int = 0
     skipped: Reasons = field(default_factory=Counter)
     cleaned: Reasons = field(default_factory=Counter)
+    rows: Rows = field(default_factory=dict)
+
+    def skip(self, reason: str, row: int) -> None:
+        """Count a row that is skipped."""
+        self.skipped[reason] += 1
+        self._add_rows({reason: [row]})
+
+    def _add_rows(self, rows: Mapping[str, list[int]]) -> None:
+        for reason, numbers in rows.items():
+            self.rows[reason] = sorted([*self.rows.get(reason, []), *numbers])[:MAX_ROWS]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the counts as a JSON object, without rows if there are none."""
+        return {key: value for key, value in vars(self).items() if value or key != "rows"}
 
     def reconcile(self) -> None:
         """Assert that read = used + skipped."""
@@ -58,6 +87,7 @@ class Counts:
         self.held_out += other.held_out
         self.skipped.update(other.skipped)
         self.cleaned.update(other.cleaned)
+        self._add_rows(other.rows)
 
 
 def is_held_out(content: str, *, seed: int, fraction: float) -> bool:
@@ -82,18 +112,17 @@ def make_document(
     `split` is "train", "val", or None: then the content decides.
     """
     counts.read += 1
-    has_prompt = dataset.prompt_column is not None
-    text = values.get(str(dataset.response_column) if has_prompt else dataset.text_column)
-    prompt = values.get(str(dataset.prompt_column)) if has_prompt else ""
-    reason = _find_flaw(prompt, text)
-    if reason is not None:
-        counts.skipped[reason] += 1
+    found = _read_row(values, dataset)
+    if isinstance(found, str):
+        counts.skip(found, index)
         return None
+    prompt, text, chat = found
     changes: set[str] = set()
-    prompt, text = _clean(cast(str, prompt), changes), _clean(cast(str, text), changes)
+    text, chat = _clean(text, changes), _clean_all(chat, changes)
+    prompt = None if prompt is None else _clean(prompt, changes)
     if split is None:
-        fraction = dataset.validation_fraction
-        is_val = is_held_out(prompt + text, seed=dataset.seed, fraction=fraction)
+        content, fraction = (prompt or "") + text, dataset.validation_fraction
+        is_val = is_held_out(content, seed=dataset.seed, fraction=fraction)
         is_val = is_val or (index == 0 and is_small_trial(dataset))
         split = "val" if is_val else "train"
     counts.used += 1
@@ -102,11 +131,36 @@ def make_document(
     return Document(
         index=index,
         text=text,
-        prompt=prompt if has_prompt else None,
+        prompt=prompt,
         category=_read_label(values, dataset.category_column),
         language=_read_label(values, dataset.language_column),
         split=cast(Literal["train", "val"], split),
+        messages=chat,
+        tools=find_tools(values) if chat else None,
     )
+
+
+def _read_row(
+    values: Mapping[str, Any], dataset: Dataset
+) -> tuple[str | None, str, list[dict[str, Any]] | None] | str:
+    """Return (prompt, text, messages of a chat) of a row, or the reason why it is skipped."""
+    try:
+        chat = find_chat(values, dataset)
+    except ValueError as error:
+        return str(error)
+    text: Any
+    prompt: Any = None
+    if chat is not None:
+        prompt, text = (join_texts(chat, of_assistant=is_said) for is_said in (False, True))
+    elif dataset.prompt_column is not None:
+        prompt, text = values.get(dataset.prompt_column), values.get(str(dataset.response_column))
+    else:
+        text = values.get(dataset.text_column)
+    has_prompt = chat is not None or dataset.prompt_column is not None
+    if dataset.system_column is not None and not has_prompt:
+        return "not_a_chat"
+    reason = _find_flaw(prompt if has_prompt else "", text)
+    return reason or (prompt, text, chat)
 
 
 def _find_flaw(prompt: Any, text: Any) -> str | None:
@@ -127,6 +181,15 @@ def _clean(text: str, changes: set[str]) -> str:
         changes.add("lone_surrogate")
         text = _LONE_SURROGATE.sub("\ufffd", text)
     return text
+
+
+def _clean_all(value: Any, changes: set[str]) -> Any:
+    """Return a value with all its text cleaned."""
+    if isinstance(value, str):
+        return _clean(value, changes)
+    if isinstance(value, Mapping):
+        return {key: _clean_all(inner, changes) for key, inner in value.items()}
+    return [_clean_all(inner, changes) for inner in value] if isinstance(value, list) else value
 
 
 def _read_label(values: Mapping[str, Any], column: str | None) -> str | None:

@@ -231,7 +231,7 @@ def _select_columns(table: Any, dataset: Dataset, split: str) -> Any:
         return table
     columns = choose_columns(dataset)
     require_columns(columns, table.column_names, where=f"{dataset.name}, split {split!r}")
-    return table.select_columns([c for c in columns.both if c in table.column_names])
+    return table.select_columns(columns.select(table.column_names))
 
 
 def _disable_client_retries(is_stream: bool) -> None:

@@ -9,13 +9,14 @@ import difflib
 import io
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from retort.config.sections import Dataset
+from retort.corpus.chats import CHAT_COLUMNS, PAIR_COLUMNS, TOOLS_COLUMN
 from retort.io.text_files import explain_read_errors, open_utf8
 
 Row = Callable[[], Mapping[str, Any]]  # () -> {column: value}
@@ -27,28 +28,41 @@ _DELIMITERS = ",;\t|"
 
 
 class Columns(NamedTuple):
-    """The columns to read: required in every file, and read where present."""
+    """The columns to read: required in every file, read where present, and sets that serve instead of the required."""
 
     required: tuple[str, ...]
     optional: tuple[str, ...]
+    instead: tuple[tuple[str, ...], ...] = ()
 
-    @property
-    def both(self) -> tuple[str, ...]:
-        """Required columns, then optional ones."""
-        return self.required + self.optional
+    def find_required(self, found: Collection[str]) -> tuple[str, ...]:
+        """Return the required columns, or the first set of others that is there instead of them."""
+        ways = (self.required, *self.instead)
+        return next((way for way in ways if all(name in found for name in way)), self.required)
+
+    def select(self, found: Collection[str]) -> list[str]:
+        """Return the columns to read of those in `found`."""
+        return [name for name in (*self.find_required(found), *self.optional) if name in found]
 
 
 def choose_columns(dataset: Dataset) -> Columns:
     """Return the columns to read for a dataset section."""
-    if dataset.prompt_column is not None and dataset.response_column is not None:
+    instead: list[tuple[str, ...]] = []
+    if dataset.messages_column is not None:
+        required = [dataset.messages_column]
+    elif dataset.prompt_column is not None and dataset.response_column is not None:
         required = [dataset.prompt_column, dataset.response_column]
     else:
         required = [dataset.text_column]
+        if dataset.text_column == "text":
+            instead = [*((name,) for name in CHAT_COLUMNS), PAIR_COLUMNS]
     labels = {"category": dataset.category_column, "language": dataset.language_column}
     # A label column that the user named is required; one with the default name is optional.
-    required += [column for default, column in labels.items() if column not in (None, default)]
+    named = [column for default, column in labels.items() if column not in (None, default)]
+    named += [dataset.system_column] if dataset.system_column is not None else []
     optional = [column for default, column in labels.items() if column == default]
-    return Columns(tuple(required), tuple(optional))
+    return Columns(
+        (*required, *named), (*optional, TOOLS_COLUMN), tuple((*way, *named) for way in instead)
+    )
 
 
 def read_file(path: Path, loader: str, columns: Columns) -> Iterator[Row]:
@@ -68,15 +82,15 @@ def text_row(text: str) -> Mapping[str, str]:
 def require_columns(columns: Columns, found: Iterable[str], *, where: str) -> None:
     """Raise ValueError when a required column is not in `found`; `where` names the source."""
     found = list(found)
-    for column in columns.required:
+    for column in columns.find_required(found):
         if column not in found:
             near = difflib.get_close_matches(column, found, n=1, cutoff=0.5)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(
                 f"column {column!r} is not in {where}, which has "
                 f"{', '.join(map(repr, found)) or 'no columns'}.{hint} Set dataset.text_column, or "
-                "prompt_column and response_column (for prompts, synthesis.prompt_column), to a column that "
-                "is there."
+                "prompt_column and response_column, or messages_column (for prompts, synthesis.prompt_column), to a "
+                "column that is there."
             )
 
 
@@ -194,13 +208,13 @@ def _choose_delimiter(header: str, columns: Columns) -> str:
     """Return the delimiter with which a header line has the required columns, or else the most columns."""
     found = {d: next(csv.reader([header], delimiter=d), []) for d in _DELIMITERS}
     for delimiter, names in found.items():
-        if all(column in names for column in columns.required):
+        if all(column in names for column in columns.find_required(names)):
             return delimiter
     return max(found, key=lambda delimiter: len(found[delimiter]))
 
 
 def _refuse_doubled_columns(columns: Columns, header: list[str], path: Path) -> None:
-    for column in columns.both:
+    for column in columns.select(header):
         if header.count(column) > 1:
             raise ValueError(
                 f"the header of {path} names the column {column!r} {header.count(column)} times: rename all but the "
@@ -220,7 +234,7 @@ def _read_parquet(path: Path, columns: Columns) -> Iterator[Row]:
         with pyarrow.parquet.ParquetFile(path) as file:
             present = file.schema_arrow.names
             require_columns(columns, present, where=str(path))
-            wanted = [name for name in columns.both if name in present]
+            wanted = columns.select(present)
             for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS, columns=wanted):
                 for row in range(batch.num_rows):
                     yield partial(_take, batch, row)

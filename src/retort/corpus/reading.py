@@ -45,6 +45,8 @@ _SCANNED_DOCUMENTS = 1000
 TOKENIZING_KEYS = (
     "tokenizer",
     "append_eos",
+    "supervised_turns",
+    "chat_date",
     "max_length",
     "long_documents",
     "streaming_chunk_size",
@@ -350,9 +352,13 @@ def refuse_empty(dataset: Dataset, counts: Counts) -> None:
     counts.reconcile()
     if counts.used == 0:
         reasons = [f"{number} {reason}" for reason, number in sorted(counts.skipped.items())]
+        first = [
+            f"{reason}: {', '.join(map(str, rows))}" for reason, rows in sorted(counts.rows.items())
+        ]
+        numbers = f" (first documents {'; '.join(first)})" if first else ""
         files = "" if dataset.data_files is None else f" ({dataset.data_files})"
         raise ValueError(
             f"the corpus {dataset.name!r}{files} has no usable document: {counts.read} read, "
-            f"{', '.join(reasons) or 'none'} skipped. Expected at least one with text: check the "
-            "files, and dataset.text_column (or prompt_column and response_column)."
+            f"{', '.join(reasons) or 'none'} skipped{numbers}. Expected at least one with text: check the "
+            "files, and dataset.text_column (or prompt_column and response_column, or messages_column)."
         )

@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, ClassVar, cast
 
@@ -228,7 +228,7 @@ def _choose_step(dataset: Dataset, window: int, step_documents: int | None) -> i
 
 
 def _to_line(document: Document) -> bytes:
-    values = asdict(document)
+    values = document.to_json()
     return json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
 
 

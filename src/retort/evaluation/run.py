@@ -160,9 +160,10 @@ def _sample_student(
     *,
     features_path: Path | None,
     weights: str | None,
+    date: str,
 ) -> dict[str, Samples]:
     """Let the student continue the prompts that its teacher was given; return the samples of both."""
-    prompts = choose_prompts(table, tokenizer, evaluation.samples)
+    prompts = choose_prompts(table, tokenizer, evaluation.samples, date=date)
     found = {"student": sample_model(model, tokenizer, prompts, evaluation.samples)}
     if features_path is not None:
         teacher_path = features_path.with_name(SAMPLES_FILE)
@@ -218,6 +219,7 @@ def evaluate_run(
             evaluation,
             features_path=features_path,
             weights=weights,
+            date=index.chat_date,
         )
     scores, sums = evaluate_student(
         split_model(model),

@@ -6,6 +6,7 @@ one with the teacher's and a student's.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -14,6 +15,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from retort.config.evaluation import SampleSettings
 from retort.io.records import STRICT, Entry, Record
+from retort.tokens.chat import DEFAULT_DATE
 from retort.tokens.sequences import Sequence, SequenceTable
 from retort.tokens.tokenizer import encode_prefix, encode_prompt
 
@@ -81,16 +83,19 @@ class SamplesRecord(Record):
 
 
 def choose_prompts(
-    table: SequenceTable, tokenizer: Any, settings: SampleSettings
+    table: SequenceTable, tokenizer: Any, settings: SampleSettings, *, date: str = DEFAULT_DATE
 ) -> list[SamplePrompt]:
-    """Return prompts from evenly spaced held-out documents, then the user's own. Equal arguments give equal prompts."""
+    """Return prompts from evenly spaced held-out documents, then the user's own. Equal arguments give equal prompts.
+
+    date: what chat templates print that print today's (`TokenIndex.chat_date`).
+    """
     first_sequences = np.flatnonzero(np.diff(table.documents, prepend=-1) != 0)
     long_enough = [int(i) for i in first_sequences if table.lengths[i] >= 4]
     count = min(settings.num_samples, len(long_enough))
     chosen = [long_enough[n * len(long_enough) // count] for n in range(count)]
     found = [_cut_prompt(table[i], tokenizer, settings.max_new_tokens) for i in chosen]
     has_questions = len(table) > 0 and not table.loss_mask[table.offsets[:-1]].any()
-    encode = encode_prompt if has_questions else encode_prefix
+    encode = partial(encode_prompt, date=date) if has_questions else encode_prefix
     own = [(text, encode(text, tokenizer)) for text in settings.prompts]
     return found + [SamplePrompt(tuple(ids), text, None) for text, ids in own]
 

@@ -36,7 +36,7 @@ from retort.pipeline.demo_teacher import DEMO_TEACHER, DemoTokenizer
 from retort.pipeline.packages import require_packages
 from retort.synthesis.run import check_synthesis_inputs
 from retort.tokens.characters import find_lost_characters
-from retort.tokens.tokenize import TokenCounts, tokenize_documents
+from retort.tokens.tokenize import TokenCounts, require_template, tokenize_documents
 from retort.tokens.tokenizer import identify_tokenizer, load_tokenizer
 from retort.tokens.vocabularies import require_student_ids, require_teacher_ids
 from retort.training.checkpoints import require_start
@@ -172,6 +172,9 @@ def _check_tokens(config: Config, tokenizer: Any, sample: list[Document]) -> lis
 
     Raises ValueError when the tokenizer or its chat template cannot encode them.
     """
+    if isinstance(tokenizer, DemoTokenizer):
+        for document in sample:
+            require_template(document)
     if isinstance(tokenizer, DemoTokenizer) or not sample:
         return []
     sizes = accumulate(len(document.text) + len(document.prompt or "") for document in sample)

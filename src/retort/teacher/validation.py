@@ -64,7 +64,9 @@ def score_validation(out: Path, job: Job, *, index_path: Path, fingerprint_path:
             tokenizer = load_tokenizer(
                 teacher_path, revision=record.revision, trust_remote_code=section.trust_remote_code
             )
-            prompts = choose_prompts(validation, tokenizer, evaluation.samples)
+            prompts = choose_prompts(
+                validation, tokenizer, evaluation.samples, date=index.chat_date
+            )
             samples = sample_model(teacher.model, tokenizer, prompts, evaluation.samples)
         found = _score(teacher, job, record, index, validation)
     write_samples(out.with_name(SAMPLES_FILE), {"teacher": samples}, of=record.weights)

@@ -320,6 +320,12 @@ class ChatFormat:
         return ids + eos, mask
 
 
+def describe_date(tokenizer: Any, date: str) -> dict[str, str]:
+    """Return {"chat_date": date} if the tokenizer's chat template prints a date, else nothing: for a record."""
+    template = getattr(tokenizer, "chat_template", None)
+    return {"chat_date": date} if "strftime_now" in str(template) else {}
+
+
 def find_template_ends(tokenizer: Any) -> list[int]:
     """Return the ids of the token with which the tokenizer's chat template ends a turn; none without a template."""
     if not getattr(tokenizer, "chat_template", None):

@@ -26,6 +26,7 @@ from retort.io.files import write_atomically
 from retort.io.fingerprints import TokenizerIdentity
 from retort.io.records import Entry, Record
 from retort.io.run_record import RUN_FILE, describe_run
+from retort.tokens.chat import DEFAULT_DATE
 from retort.tokens.sequences import SequenceTable, concatenate_tables
 from retort.tokens.shards import (
     TOKENS_FORMAT,
@@ -69,7 +70,10 @@ class IndexCounts(Entry):
 
 
 class IndexRecord(Record):
-    """index.json. content: digest of the training sequences' content keys; token_counts: of token_counts.npy."""
+    """index.json. content: digest of the training sequences' content keys; token_counts: of token_counts.npy.
+
+    chat_date: the date that the chat template printed, if it prints one.
+    """
 
     format: ClassVar[str] = TOKENS_FORMAT
     version: ClassVar[int] = 3
@@ -82,6 +86,7 @@ class IndexRecord(Record):
     token_counts: str
     shards: tuple[str, ...]
     parts: tuple[Part, ...]
+    chat_date: str | None = None
 
 
 @dataclass
@@ -158,6 +163,7 @@ def build_index(
         token_counts=_digest_counts(train.token_counts),
         shards=tuple(path.name for path in shard_paths),
         parts=tuple(parts),
+        chat_date=metadata[0][1].chat_date,
     )
     return index, train.token_counts
 
@@ -285,6 +291,11 @@ class TokenIndex:
         return self.record.parts
 
     @property
+    def chat_date(self) -> str:
+        """The date that the chat template was given, if it prints one."""
+        return self.record.chat_date or DEFAULT_DATE
+
+    @property
     def longest(self) -> int:
         """Tokens in the longest sequence of both splits: the context length that a model needs."""
         return max(self.record.train.longest, self.record.val.longest)
@@ -386,7 +397,12 @@ def describe_index(index: IndexRecord) -> str:
         f"{words}: {found.documents:,} documents, {found.sequences:,} sequences, {found.positions:,} positions"
         for words, found in (("to train on", index.train), ("held out", index.val))
     ]
-    skipped = ", ".join(f"{n:,} {reason}" for reason, n in documents.skipped.items()) or "none"
+    first = {reason: ", ".join(map(str, rows)) for reason, rows in documents.rows.items()}
+    skipped = ", ".join(
+        f"{n:,} {reason}" + (f" (first: {first[reason]})" if reason in first else "")
+        for reason, n in documents.skipped.items()
+    )
+    skipped = skipped or "none"
     cleaned = ", ".join(f"{n:,} {reason}" for reason, n in documents.cleaned.items()) or "none"
     lines.append(
         f"documents: {documents.read:,} read = {documents.used:,} used + skipped ({skipped}); cleaned: {cleaned}"

@@ -26,6 +26,7 @@ from retort.io.files import remove_stale_temporaries
 from retort.io.fingerprints import TokenizerIdentity
 from retort.io.hdf5 import ColumnSource, open_h5, read_text, write_h5, write_text
 from retort.io.records import Entry
+from retort.tokens.chat import describe_date
 from retort.tokens.sequences import SPLITS, TABLE_COLUMNS, SequenceTable, build_table
 from retort.tokens.tokenize import TokenCounts, tokenize_batches
 
@@ -76,7 +77,8 @@ def tokenize_shard(
                 for split, table in tables.items():
                     spools[split].append(table)
         documents.reconcile()
-        counted: dict[str, Any] = {"documents": vars(documents), "tokens": counts.to_json()}
+        counted: dict[str, Any] = {"documents": documents.to_json(), "tokens": counts.to_json()}
+        counted |= describe_date(tokenizer, dataset.chat_date)
         if (
             assignment.number_of_all
         ):  # 0 if one reader wrote all shards of a snapshot: it cannot lose documents
@@ -217,12 +219,17 @@ def _read_back(file: BinaryIO) -> Iterator[memoryview]:
 
 
 class ShardCounts(Entry):
-    """What a shard counts; `dealt` and `sharding`: where each shard has a reader of its own, what it was assigned."""
+    """What a shard counts.
+
+    `dealt` and `sharding`: where each shard has a reader of its own, what it was assigned. chat_date: the date that the
+    chat template printed, if it prints one.
+    """
 
     documents: Counts = Counts()
     tokens: TokenCounts = TokenCounts()
     dealt: Assignment | None = None
     sharding: str | None = None
+    chat_date: str | None = None
 
 
 def read_shard_metadata(path: Path) -> tuple[TokenizerIdentity, ShardCounts]:

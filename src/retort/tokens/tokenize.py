@@ -1,7 +1,8 @@
 """Documents to sequences: encode, split, compute the loss mask, and count every token."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -77,15 +78,14 @@ def tokenize_batches(
     and for text that the tokenizer cannot encode.
     """
     changes_length = find_length_change(tokenizer)
-    template = getattr(tokenizer, "chat_template", None)
-    chat = ChatFormat(tokenizer) if dataset.prompt_column is not None and template else None
+    chats = _Chats(tokenizer, dataset)
     for batch in _cut_batches(documents):
         if changes_length:
             counts.held_out_normalized += sum(
                 document.split == "val" and changes_length(document.text) for document in batch
             )
         rows: dict[str, list[SequenceRow]] = {split: [] for split in SPLITS}
-        encoded = explain_encoding(_encode(batch, tokenizer, chat, dataset), batch, tokenizer)
+        encoded = explain_encoding(_encode(batch, tokenizer, chats, dataset), batch, tokenizer)
         for document, ids, said in encoded:
             counts.read += len(ids)
             if len(ids) < 2:
@@ -157,19 +157,27 @@ def _cut_windows(said: NDArray[np.bool_], length: int) -> Iterator[tuple[NDArray
 
 
 def _encode(
-    batch: list[Document], tokenizer: Any, chat: ChatFormat | None, dataset: Dataset
+    batch: list[Document], tokenizer: Any, chats: "_Chats", dataset: Dataset
 ) -> Iterator[tuple[Document, NDArray[np.int32], NDArray[np.bool_]]]:
     """Yield (document, its ids, which of them are to be predicted); a chat may have several renderings."""
-    if chat is not None:
-        for document in batch:
-            for tokens, said in _encode_chat(document, chat, dataset):
-                yield document, np.array(tokens, np.int32), np.array(said, np.bool_)
-        return
     has_end = dataset.append_eos and tokenizer.eos_token_id is not None
     end = [tokenizer.eos_token_id] if has_end else []
-    plain = dataset.prompt_column is None
-    bodies = tokenizer([d.text for d in batch], add_special_tokens=plain)["input_ids"]
-    for document, body in zip(batch, bodies, strict=True):
+    bodies: dict[int, list[int]] = {}
+    for is_plain in (True, False):
+        texts = {
+            i: d.text
+            for i, d in enumerate(batch)
+            if (d.prompt is None) == is_plain and not chats.is_rendered(d)
+        }
+        if texts:
+            found = tokenizer([*texts.values()], add_special_tokens=is_plain)["input_ids"]
+            bodies |= zip(texts, found, strict=True)
+    for i, document in enumerate(batch):
+        if i not in bodies:
+            for tokens, said in chats.encode(document):
+                yield document, np.array(tokens, np.int32), np.array(said, np.bool_)
+            continue
+        body = bodies[i]
         head = encode_prompt(document.prompt, tokenizer) if document.prompt is not None else []
         if end and body[-1:] == end:  # some tokenizers add it themselves
             body = body[:-1]
@@ -177,18 +185,52 @@ def _encode(
         yield document, ids, np.arange(len(ids)) >= len(head)
 
 
-def _encode_chat(
-    document: Document, chat: ChatFormat, dataset: Dataset
-) -> list[tuple[list[int], list[bool]]]:
-    """Return the renderings of a chat. Raises ValueError, with the document's number, when there are none."""
-    messages: list[Message] = [
-        {"role": "user", "content": document.prompt},
-        {"role": "assistant", "content": document.text},
-    ]
-    try:
-        return chat.encode(messages, append_eos=dataset.append_eos)
-    except ChatError as error:
+class _Chats:
+    """Encodes chats, and prompts with responses, by the tokenizer's chat template, if it has one."""
+
+    def __init__(self, tokenizer: Any, dataset: Dataset) -> None:
+        self.tokenizer, self.dataset = tokenizer, dataset
+
+    @cached_property
+    def _format(self) -> ChatFormat:
+        return ChatFormat(self.tokenizer, date=self.dataset.chat_date)
+
+    def is_rendered(self, document: Document) -> bool:
+        """Return whether the document is to be rendered by the template.
+
+        Raises ValueError for a chat of several turns without one.
+        """
+        if getattr(self.tokenizer, "chat_template", None):
+            return document.prompt is not None
+        require_template(document)
+        return False
+
+    def encode(self, document: Document) -> list[tuple[list[int], list[bool]]]:
+        """Return the renderings of a chat. Raises ValueError, with the document's number, when there are none."""
+        messages: Sequence[Message] = document.messages or [
+            {"role": "user", "content": document.prompt},
+            {"role": "assistant", "content": document.text},
+        ]
+        try:
+            return self._format.encode(
+                messages,
+                tools=document.tools,
+                turns=self.dataset.supervised_turns,
+                append_eos=self.dataset.append_eos,
+            )
+        except ChatError as error:
+            raise ValueError(
+                f"document {document.index} cannot be rendered: {error}. Remove it from the corpus, or use a "
+                "tokenizer (dataset.tokenizer) with another chat template."
+            ) from error
+
+
+def require_template(document: Document) -> None:
+    """Raise ValueError for a chat of several turns, which cannot be written without a chat template."""
+    roles = [m["role"] for m in document.messages or ()]
+    if roles and [role for role in roles if role != "system"] != ["user", "assistant"]:
         raise ValueError(
-            f"document {document.index} cannot be rendered: {error}. Remove it from the corpus, or use a tokenizer "
-            "(dataset.tokenizer) with another chat template."
-        ) from error
+            f"document {document.index} is a chat ({', '.join(roles[:5])}{', ...' * (len(roles) > 5)}), but the "
+            "tokenizer has no chat template to write it with. Use one that has (dataset.tokenizer), or put the "
+            "template as chat_template.jinja into the tokenizer's folder."
+        )

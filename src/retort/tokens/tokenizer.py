@@ -10,13 +10,16 @@ from retort.cli import first_line
 from retort.io.digests import digest
 from retort.io.files import is_path
 from retort.io.fingerprints import TokenizerIdentity, describe_model_file, fingerprint_tokenizer
-from retort.tokens.chat import ChatFormat
+from retort.tokens.chat import DEFAULT_DATE, ChatFormat
 
 
-def encode_prompt(prompt: str, tokenizer: Any) -> list[int]:
-    """Return the ids of a prompt, up to where the response begins: by the chat template, else as one line of text."""
+def encode_prompt(prompt: str, tokenizer: Any, *, date: str = DEFAULT_DATE) -> list[int]:
+    """Return the ids of a prompt, up to where the response begins: by the chat template, else as one line of text.
+
+    date: what a template prints that prints today's.
+    """
     if getattr(tokenizer, "chat_template", None):
-        return ChatFormat(tokenizer).encode_prompt([{"role": "user", "content": prompt}])
+        return ChatFormat(tokenizer, date=date).encode_prompt([{"role": "user", "content": prompt}])
     return encode_prefix(f"{prompt}\n", tokenizer)
 
 

@@ -84,6 +84,7 @@ def test_skipped_documents_are_counted_by_reason(tmp_path: Path) -> None:
         used=3,
         skipped=Counter({"empty_response": 1, "empty": 1, "not_text": 4}),
         cleaned=Counter({"nul": 1, "lone_surrogate": 1}),
+        rows={"empty_response": [1], "empty": [2], "not_text": [3, 4, 5]},
     )
     assert shards == [
         [

@@ -133,7 +133,10 @@ def test_the_config_knows_the_loaders_that_there_are() -> None:
         ('{"txt": "a", "id": 1}\n', "column 'text' is not in"),
         ('{"txt": "a", "id": 1}\n', "which has 'txt', 'id'. Did you mean 'txt'? Set"),
         ("", "has no usable document: 0 read, none skipped"),
-        ('{"text": ""}\n{"text": null}\n', "2 read, 1 empty, 1 not_text skipped. Expected"),
+        (
+            '{"text": ""}\n{"text": null}\n',
+            "2 read, 1 empty, 1 not_text skipped (first documents empty: 0; not_text: 1). Expected",
+        ),
         ("plain text\n", "it starts with 'plain text'. Expected one object per line"),
         ("[{}]", "which has no columns"),
     ],
