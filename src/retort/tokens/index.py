@@ -18,6 +18,7 @@ from typing import ClassVar
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
+from pydantic import Field
 
 from retort.corpus.documents import Counts
 from retort.corpus.sharding import check_assignments
@@ -86,7 +87,7 @@ class IndexRecord(Record):
     token_counts: str
     shards: tuple[str, ...]
     parts: tuple[Part, ...]
-    chat_date: str | None = None
+    chat_date: str | None = Field(default=None, exclude_if=lambda date: date is None)
 
 
 @dataclass
