@@ -82,7 +82,10 @@ def test_a_student_edited_before_it_is_built_is_not_trained_under_the_old_id(
 ) -> None:
     for folder in ("runs", "reports"):
         shutil.rmtree(done.results / folder)
-    for path in (*done.path.glob("logs/check_inputs/*.log"), *done.results.glob("checks/*.json")):
+    for path in (
+        *done.path.glob("logs/check_inputs/*.log"),
+        *done.results.glob("checks/*/inputs.json"),
+    ):
         path.unlink()
     said = edit_while_checking(done, done.path / "student.json", "8", "16")
     assert "student.json changed since the command began" in said

@@ -25,7 +25,7 @@ def main() -> None:
     args = parser.parse_args()
     job = read_job(args)
     folder, stamp = args.output.parent, job.expected.get("corpus")
-    write_snapshot(job.config.dataset, folder, reader=args.reader, stamp=stamp)
+    write_snapshot(job.dataset, folder, reader=args.reader, stamp=stamp)
     job.write(folder, args.kind)
 
 

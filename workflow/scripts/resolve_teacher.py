@@ -16,9 +16,10 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=Path, help="fingerprint.json")
     args = parser.parse_args()
     job = read_job(args)
+    section = job.config.teacher.model_copy(update={"model_path": job.teacher_path})
     from retort.models.load import record_teacher
 
-    record_teacher(args.output, job.config.teacher)
+    record_teacher(args.output, section)
     job.write(args.output.parent, args.kind)
 
 

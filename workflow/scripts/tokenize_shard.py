@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=Path, help="the token shard")
     args = parser.parse_args()
     job = read_job(args)
-    dataset, trust = job.config.dataset, job.config.teacher.trust_remote_code
+    dataset, trust = job.dataset, job.config.teacher.trust_remote_code
     os.environ["RAYON_NUM_THREADS"] = str(dataset.num_proc)
     is_synthesis = args.corpus is not None and args.corpus.name == "synthesis.json"
     if is_synthesis:

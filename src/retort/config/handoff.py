@@ -19,7 +19,7 @@ from retort.cli import script_parser
 from retort.config.dataset import SYNTHESIS
 from retort.config.load import complete, differences, load_runs
 from retort.config.schema import ConfigError, merge, show
-from retort.config.sections import Config
+from retort.config.sections import Config, Dataset
 from retort.config.sweeps import expand_runs, nest
 from retort.io.files import suggest_path, write_json
 from retort.io.run_record import set_origin
@@ -86,28 +86,34 @@ class Job(BaseModel):
     def tokenizer(self) -> tuple[str, str | None]:
         """The text's tokenizer, as (folder or Hub id, revision): dataset.tokenizer, else the teacher's.
 
-        Raises ValueError when neither is set.
+        Raises ValueError when neither is set, or the teacher is the demo's, which has no folder outside its workflow.
         """
-        dataset, teacher = self.config.dataset, self.config.teacher
-        if dataset.tokenizer is not None:
-            return dataset.tokenizer, None
-        if teacher.model_path is None:
-            raise ValueError(
-                "dataset.tokenizer and teacher.model_path are both null, so there is no tokenizer. Set one of them to "
-                "a folder or a Hub id, for instance --set teacher.model_path=gpt2."
-            )
-        return teacher.model_path, teacher.revision
+        if self.config.dataset.tokenizer is not None:
+            return self.config.dataset.tokenizer, None
+        return self.teacher_path, self.config.teacher.revision
 
     @property
     def teacher_path(self) -> str:
-        """Folder or Hub id of the teacher. Raises ValueError when there is none."""
+        """Folder or Hub id of the teacher. Raises ValueError when there is none, or it is the demo's."""
         path = self.config.teacher.model_path
-        if path is None:
+        if path in (None, "demo"):
+            why = "but a model is needed here" if path is None else "which the workflow trains"
             raise ValueError(
-                "teacher.model_path is null, but this needs a teacher. Set it to a folder or a Hub id, for instance "
-                "--set teacher.model_path=models/teacher."
+                f"teacher.model_path is {show(path)}, {why}. Give a folder or a Hub id, such as --set "
+                "teacher.model_path=models/teacher (the demo's: results/teachers/demo-<id>/model), or the config.json "
+                "beside a result."
             )
-        return path
+        return str(path)
+
+    @property
+    def dataset(self) -> Dataset:
+        """The section of the documents. Raises ValueError for a synthesis, whose file its workflow knows."""
+        if self.config.dataset.name == SYNTHESIS:
+            raise ValueError(
+                f"dataset.name is {SYNTHESIS!r}, which the workflow writes. Give its file, such as --set "
+                "dataset.name=json --set dataset.data_files=responses.jsonl, or the config.json beside a result."
+            )
+        return self.config.dataset
 
 
 def job_parser(docstring: str | None, kind: str) -> argparse.ArgumentParser:
@@ -159,9 +165,7 @@ def _find_job(args: argparse.Namespace) -> Job:
                 "one job only. Leave --run out, or give the config file itself."
             )
         return job
-    job = _choose_run(raw, args, changes)
-    _refuse_unresolved(job, args.kind)
-    return job
+    return _choose_run(raw, args, changes)
 
 
 def read_runs(text: str) -> dict[str, Config]:
@@ -247,18 +251,3 @@ def _choose_run(raw: dict[str, Any], args: argparse.Namespace, changes: dict[str
 
 def _is_json(text: str) -> bool:
     return text.lstrip().startswith("{")
-
-
-def _refuse_unresolved(job: Job, kind: str) -> None:
-    """Raise ValueError where the workflow would make a model or a corpus that a config only names."""
-    sections = SECTIONS[kind]
-    if "teacher" in sections and job.config.teacher.model_path == "demo":
-        raise ValueError(
-            "teacher.model_path is 'demo', which the workflow trains. Give its folder, such as --set "
-            "teacher.model_path=results/teachers/demo-<id>/model, or the config.json beside a result."
-        )
-    if "dataset" in sections and kind != "run" and job.config.dataset.name == SYNTHESIS:
-        raise ValueError(
-            f"dataset.name is {SYNTHESIS!r}, which the workflow writes. Give its file, such as --set "
-            "dataset.name=json --set dataset.data_files=responses.jsonl, or the config.json beside a result."
-        )

@@ -84,7 +84,7 @@ def make_demo_teacher(
     # Imported here: it takes seconds, and check_inputs needs this module's constants only.
     from retort.training.loop import TrainingJob, train_student
 
-    folder, dataset = record_path.parent, job.config.dataset
+    folder, dataset = record_path.parent, job.dataset
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / ".demo_teacher.lock"):
         tokenizer = train_tokenizer(_read_training_documents(dataset, snapshot), size)

@@ -63,7 +63,7 @@ def train_run(out: Path, job: Job, *, index_path: Path, signal_path: Path | None
     if needs_teacher and signal_path and isinstance(signal, TeacherRecord):
         teacher = _load_live_teacher(job, signal_path, tokenizer=tokenizer, longest=index.longest)
     facts = _describe_sources(index, signal if needs_teacher else None)
-    names = {"teacher": job.teacher_path} if needs_teacher else {}
+    names = {"teacher": str(job.config.teacher.model_path)} if needs_teacher else {}
     work = TrainingJob(
         name=job.run or "student",
         identity=digest([REVISIONS["run"], facts, student_content(student), _identity(training)]),
