@@ -57,9 +57,8 @@ def check_method_keys(c: "Config") -> Found:
         value = getattr(c.cache, key)
         if owner != method and value != getattr(Cache(), key):
             yield (
-                f"cache.{key}",
                 f"cache.{key} is {show(value)}, but cache.method is {method}, which uses "
-                f"cache.{_METHOD_KEYS[method]} instead. Remove cache.{key}, or set cache.method: {owner}.",
+                f"cache.{_METHOD_KEYS[method]} instead. Remove cache.{key}, or set cache.method: {owner}."
             )
 
 
@@ -67,18 +66,16 @@ def check_temperatures(c: "Config") -> Found:
     stored = list(c.cache.temperatures)
     if 1.0 not in stored:
         yield (
-            "cache.temperatures",
             f"cache.temperatures is {stored}, but 1.0 must be among them: the kept tokens are stored at 1.0, and the "
-            f"cache is measured there. Set cache.temperatures: {sorted([1.0, *stored])}.",
+            f"cache is measured there. Set cache.temperatures: {sorted([1.0, *stored])}."
         )
     elif c.cache.method == "sampled" and c.cache.temperatures not in (
         (1.0,),
         Cache().temperatures,
     ):
         yield (
-            "cache.temperatures",
             f"cache.temperatures is {stored}, but cache.method is 'sampled', whose samples are for temperature 1 only. "
-            "Leave cache.temperatures out, or use cache.method: top_p.",
+            "Leave cache.temperatures out, or use cache.method: top_p."
         )
 
 

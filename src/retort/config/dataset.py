@@ -130,17 +130,13 @@ class Dataset(Section):
 def check_streaming(c: "Config") -> Found:
     if c.dataset.streaming and c.dataset.max_samples is None:
         yield (
-            "dataset.streaming",
-            "dataset.streaming is true and dataset.max_samples is null, so the stream and the "
-            "teacher's work would never end. Set dataset.max_samples to the number of "
-            "documents to use, for instance 100000.",
+            "dataset.streaming is true and dataset.max_samples is null, so the stream and the teacher's work would "
+            "never end. Set dataset.max_samples to the number of documents to use, for instance 100000."
         )
     if c.dataset.streaming and c.dataset.sharding == "contiguous":
         yield (
-            "dataset.sharding",
-            "dataset.sharding is contiguous and dataset.streaming is true, but a stream has no "
-            "known size to divide. Use dataset.sharding: interleaved, or "
-            "dataset.streaming: false.",
+            "dataset.sharding is contiguous and dataset.streaming is true, but a stream has no known size to divide. "
+            "Use dataset.sharding: interleaved, or dataset.streaming: false."
         )
 
 
@@ -151,16 +147,14 @@ def check_sharding_by_files(c: "Config") -> Found:
         return
     if name == "demo":
         yield (
-            "dataset.sharding",
             "dataset.sharding is files, but dataset.name is 'demo', which is not a list of files. Use "
-            "dataset.sharding: interleaved.",
+            "dataset.sharding: interleaved."
         )
     elif not c.dataset.streaming:
         yield (
-            "dataset.sharding",
             f"dataset.sharding is files and dataset.name is {show(name)}, a Hub dataset that is downloaded "
             "(dataset.streaming is false) and has no files any more. Set dataset.streaming: true, or use "
-            "dataset.sharding: interleaved.",
+            "dataset.sharding: interleaved."
         )
 
 
@@ -168,16 +162,13 @@ def check_files(c: "Config") -> Found:
     name, files = c.dataset.name, c.dataset.data_files
     if name in LOADERS and files is None:
         yield (
-            "dataset.name",
             f"dataset.name is {show(name)}, a loader of local files, but dataset.data_files is "
-            "null. Set dataset.data_files to a path or glob, for instance data/train.jsonl.",
+            "null. Set dataset.data_files to a path or glob, for instance data/train.jsonl."
         )
     if name == "demo" and files is not None:
         yield (
-            "dataset.data_files",
-            f"dataset.data_files is {show(files)}, but dataset.name is 'demo', which reads no "
-            "local files. Set dataset.name to the loader of your files: one of "
-            f"{', '.join(LOADERS)}.",
+            f"dataset.data_files is {show(files)}, but dataset.name is 'demo', which reads no local files. Set "
+            f"dataset.name to the loader of your files: one of {', '.join(LOADERS)}."
         )
 
 
@@ -186,17 +177,13 @@ def check_columns(c: "Config") -> Found:
     if (prompt is None) != (response is None):
         given, missing = ("prompt", "response") if response is None else ("response", "prompt")
         yield (
-            f"dataset.{given}_column",
-            f"dataset.{given}_column is {show(prompt or response)}, but dataset.{missing}_column "
-            f"is null; the two go together. Set dataset.{missing}_column too, or use "
-            "dataset.text_column alone for plain text.",
+            f"dataset.{given}_column is {show(prompt or response)}, but dataset.{missing}_column is null; the two go "
+            f"together. Set dataset.{missing}_column too, or use dataset.text_column alone for plain text."
         )
     elif prompt is not None and c.dataset.text_column != Dataset().text_column:
         yield (
-            "dataset.text_column",
-            f"dataset.text_column is {show(c.dataset.text_column)} and dataset.prompt_column is "
-            f"{show(prompt)}: a document is either text, or prompt and response. Remove one of the "
-            "two.",
+            f"dataset.text_column is {show(c.dataset.text_column)} and dataset.prompt_column is {show(prompt)}: a "
+            "document is either text, or prompt and response. Remove one of the two."
         )
     messages, text = c.dataset.messages_column, c.dataset.text_column
     other = "prompt_column" if prompt is not None else "text_column"
@@ -230,28 +217,22 @@ def check_validation(c: "Config") -> Found:
     if split is None:
         if fraction == 0:
             yield (
-                "dataset.validation_fraction",
-                "dataset.validation_fraction is 0 and dataset.validation_split is null, so "
-                "no documents would be held out to evaluate students on. Set "
-                "dataset.validation_fraction above 0, for instance 0.01, or name a "
-                "dataset.validation_split.",
+                "dataset.validation_fraction is 0 and dataset.validation_split is null, so no documents would be "
+                "held out to evaluate students on. Set dataset.validation_fraction above 0, for instance 0.01, or "
+                "name a dataset.validation_split."
             )
         return
     if split == c.dataset.split:
         yield (
-            "dataset.validation_split",
-            f"dataset.validation_split is {show(split)}, the same as dataset.split: students would "
-            "be evaluated on their training data. Name another split, or set "
-            "dataset.validation_split: null to hold out dataset.validation_fraction of the "
-            "documents.",
+            f"dataset.validation_split is {show(split)}, the same as dataset.split: students would be evaluated on "
+            "their training data. Name another split, or set dataset.validation_split: null to hold out "
+            "dataset.validation_fraction of the documents."
         )
     if fraction not in (0, Dataset().validation_fraction):
         yield (
-            "dataset.validation_fraction",
-            f"dataset.validation_fraction is {show(fraction)} and dataset.validation_split is "
-            f"{show(split)}, but only one of them can set what is held out. Remove "
-            "dataset.validation_fraction to use the split, or dataset.validation_split to use the "
-            "fraction.",
+            f"dataset.validation_fraction is {show(fraction)} and dataset.validation_split is {show(split)}, but only "
+            "one of them can set what is held out. Remove dataset.validation_fraction to use the split, or "
+            "dataset.validation_split to use the fraction."
         )
 
 

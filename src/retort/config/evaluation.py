@@ -145,9 +145,8 @@ class Evaluation(Section):
 def check_benchmark_teacher(c: "Config") -> Found:
     if c.evaluation.benchmarks.teacher and c.teacher.model_path is None:
         yield (
-            "evaluation.benchmarks.teacher",
             "evaluation.benchmarks.teacher is true, but teacher.model_path is null: there is no teacher to run them "
-            "on. Set teacher.model_path, or evaluation.benchmarks.teacher: false.",
+            "on. Set teacher.model_path, or evaluation.benchmarks.teacher: false."
         )
 
 
@@ -157,17 +156,15 @@ def check_humaneval(c: "Config") -> Found:
         return
     if not c.evaluation.humaneval.allow_code_execution:
         yield (
-            "evaluation.benchmarks.tasks",
             f"evaluation.benchmarks.tasks is {names}, and humaneval runs the code that a student writes, but "
             "evaluation.humaneval.allow_code_execution is false. Set evaluation.humaneval.allow_code_execution: true "
-            "to allow it, inside bubblewrap (docs/guide.md), or remove humaneval.",
+            "to allow it, inside bubblewrap (docs/guide.md), or remove humaneval."
         )
     if c.evaluation.humaneval.file is None:
         yield (
-            "evaluation.benchmarks.tasks",
             f"evaluation.benchmarks.tasks is {names}, but evaluation.humaneval.file is null: it should be the path "
             "of its problems. Download data/HumanEval.jsonl.gz from https://github.com/openai/human-eval and set "
-            "its path.",
+            "its path."
         )
 
 
@@ -177,17 +174,15 @@ def check_completions(c: "Config") -> Found:
     completions, ks = c.evaluation.humaneval.completions, list(c.evaluation.humaneval.pass_at)
     if max(ks) > completions:
         yield (
-            "evaluation.humaneval.pass_at",
             f"evaluation.humaneval.pass_at is {ks}, but evaluation.humaneval.completions is {completions}: pass@k "
             f"needs at least k completions. Set evaluation.humaneval.completions to {max(ks)} or more (twice as many "
-            "estimate it better), or use a smaller k.",
+            "estimate it better), or use a smaller k."
         )
     if completions > 1 and c.evaluation.humaneval.temperature == 0:
         yield (
-            "evaluation.humaneval.temperature",
             f"evaluation.humaneval.completions is {completions}, but evaluation.humaneval.temperature is 0, which "
             "writes the same completion every time. Set evaluation.humaneval.temperature, for instance 0.2 for pass@1 "
-            "and 0.8 for pass@100, or evaluation.humaneval.completions: 1.",
+            "and 0.8 for pass@100, or evaluation.humaneval.completions: 1."
         )
 
 

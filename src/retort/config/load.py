@@ -8,7 +8,16 @@ from typing import Any
 from pydantic import ValidationError
 
 from retort.config.paths import UNSET_VARIABLE, explain_unset
-from retort.config.schema import ConfigError, KeyPath, Problem, dotted, expected, merge, show
+from retort.config.schema import (
+    ConfigError,
+    KeyPath,
+    Problem,
+    dotted,
+    expected,
+    find_key,
+    merge,
+    show,
+)
 from retort.config.section import Section, changes_id, key_schemas, subsection
 from retort.config.sections import CHECKS, Config, section_at
 from retort.config.suggestions import not_a_section, unknown_key
@@ -47,8 +56,8 @@ def find_problems(raw: Mapping[str, Any]) -> tuple[dict[str, Config], list[Probl
         for problem in (_describe(run, *wrong) for wrong in wrong_keys):
             if problem not in problems:
                 problems.append(problem)
-        for key, message in _check(configs[run.name], is_partial=bool(wrong_keys)):
-            place = run.place(tuple(key.split(".")))
+        for message in _check(configs[run.name], is_partial=bool(wrong_keys)):
+            place = run.place(find_key(message))
             across.setdefault(Problem(place, message), []).append(run.name if run.entry else "")
     for problem, names in across.items():
         problems.append(problem._replace(message=_name_runs(names) + problem.message))
@@ -98,7 +107,7 @@ def _without(values: Mapping[str, Any], keys: Mapping[_Path, Any], path: _Path =
     }
 
 
-def _check(config: Config, *, is_partial: bool) -> Iterator[tuple[str, str]]:
+def _check(config: Config, *, is_partial: bool) -> Iterator[str]:
     for check in CHECKS:
         if not is_partial:
             yield from check(config)

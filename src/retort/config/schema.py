@@ -1,12 +1,13 @@
 """Mistakes in a config, and how keys and values are written in messages."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 Schema = Mapping[str, Any]  # the JSON schema of one key
 KeyPath = tuple[str, ...]
-Found = Iterator[tuple[str, str]]  # of the checks across keys: dotted key, message
+Found = Iterator[str]  # messages of a check across keys; each begins with the key that it is about
 
 # Prefixes of API keys, which must not be in a config, nor be shown.
 KEY_PREFIXES = ("sk-", "hf_", "gsk_", "Bearer ")
@@ -20,6 +21,13 @@ class Problem(NamedTuple):
 
     path: KeyPath
     message: str
+
+
+def find_key(message: str) -> KeyPath:
+    """Return the key that a message of a check across keys begins with."""
+    key = re.match(r"[a-z_.]+\b", message)
+    assert key is not None, message
+    return tuple(key[0].split("."))
 
 
 class ConfigError(ValueError):

@@ -33,23 +33,19 @@ def check_student(c: "Config") -> Found:
     config, weights = c.student.config, c.student.model_path
     if config is None and weights is None:
         yield (
-            "student.config",
             "student.config and student.model_path are both null, so there is no student. Set "
             "student.config to a transformers config as JSON (config/students/ holds some), or "
-            "student.model_path to a model to start from.",
+            "student.model_path to a model to start from."
         )
     if config is not None and weights is not None:
         yield (
-            "student.model_path",
-            f"student.config is {show(config)} and student.model_path is {show(weights)}, but a "
-            "student starts either with random weights or with those of a model. Set one of the two "
-            "to null.",
+            f"student.config is {show(config)} and student.model_path is {show(weights)}, but a student starts either "
+            "with random weights or with those of a model. Set one of the two to null."
         )
     if c.student.grow_embedding and weights is None:
         yield (
-            "student.grow_embedding",
             "student.grow_embedding is true, but applies to a model of student.model_path, which is null. Leave "
-            "vocab_size out of the JSON of student.config: it is filled in.",
+            "vocab_size out of the JSON of student.config: it is filled in."
         )
 
 

@@ -23,10 +23,7 @@ _SET_BY_SYNTHESIS = (
     "revision",
     "validation_split",
 )
-_ADVICE = (
-    "Set an environment variable: export OPENAI_API_KEY=..., or the one that "
-    "synthesis.api_key_variable names."
-)
+_ADVICE = "Set an environment variable: export OPENAI_API_KEY=..., or the one that synthesis.api_key_variable names."
 
 
 class Synthesis(Section):
@@ -180,8 +177,7 @@ def check_secrets(c: "Config") -> Found:
     for key, value in vars(c.synthesis).items():
         if isinstance(value, str) and value.startswith(KEY_PREFIXES):
             yield (
-                f"synthesis.{key}",
-                f"synthesis.{key} looks like an API key, which does not belong in a config. {_ADVICE}",
+                f"synthesis.{key} looks like an API key, which does not belong in a config. {_ADVICE}"
             )
 
 
@@ -192,13 +188,11 @@ def check_url(c: "Config") -> Found:
     parts = urlsplit(url)
     if parts.username or parts.password or parts.query:
         yield (
-            "synthesis.base_url",
-            f"synthesis.base_url has a user name, password or query, which do not belong in a config. {_ADVICE}",
+            f"synthesis.base_url has a user name, password or query, which do not belong in a config. {_ADVICE}"
         )
     elif parts.scheme not in ("http", "https") or not parts.hostname:
         yield (
-            "synthesis.base_url",
-            f"synthesis.base_url is {show(url)}, but a URL is expected, such as http://localhost:8000/v1.",
+            f"synthesis.base_url is {show(url)}, but a URL is expected, such as http://localhost:8000/v1."
         )
 
 
@@ -209,9 +203,8 @@ def check_unused(c: "Config") -> Found:
     for key, value in vars(c.synthesis).items():
         if value != getattr(Synthesis(), key):
             yield (
-                f"synthesis.{key}",
                 f"synthesis.{key} is {show(value)}, but dataset.name is {show(c.dataset.name)}, so its responses "
-                f"would not be used. Set dataset.name: {SYNTHESIS}, or remove synthesis.",
+                f"would not be used. Set dataset.name: {SYNTHESIS}, or remove synthesis."
             )
             return
 
@@ -222,22 +215,19 @@ def check_provider(c: "Config") -> Found:
     provider, url, engine = c.synthesis.provider, c.synthesis.base_url, c.synthesis.engine
     if provider is None:
         yield (
-            "dataset.name",
             f"dataset.name is {SYNTHESIS!r}, but synthesis.provider is null. Set it to openai (any "
-            "OpenAI-compatible server), anthropic or local.",
+            "OpenAI-compatible server), anthropic or local."
         )
         return
     if provider == "local" and url is not None:
         yield (
-            "synthesis.base_url",
             f"synthesis.base_url is {show(url)}, but synthesis.provider is local, which uses no "
-            "server. Use synthesis.provider: openai, or remove synthesis.base_url.",
+            "server. Use synthesis.provider: openai, or remove synthesis.base_url."
         )
     if provider != "local" and engine != "auto":
         yield (
-            "synthesis.engine",
             f"synthesis.engine is {show(engine)}, but synthesis.provider is {provider}, whose server "
-            "chooses its engine. Use synthesis.provider: local, or remove synthesis.engine.",
+            "chooses its engine. Use synthesis.provider: local, or remove synthesis.engine."
         )
 
 
@@ -247,20 +237,17 @@ def check_model(c: "Config") -> Found:
         return
     if provider != "local" and model is None:
         yield (
-            "synthesis.provider",
-            f"synthesis.provider is {provider}, but synthesis.model is null. Set it to the provider's name of a model.",
+            f"synthesis.provider is {provider}, but synthesis.model is null. Set it to the provider's name of a model."
         )
     if provider == "local" and model is None and teacher is None:
         yield (
-            "synthesis.provider",
             "synthesis.provider is local, but synthesis.model and teacher.model_path are both null. Set one of them to "
-            "a folder or a Hub id.",
+            "a folder or a Hub id."
         )
     if "demo" in (teacher, model if provider == "local" else None):
         yield (
-            "teacher.model_path",
             "teacher.model_path or synthesis.model is 'demo', but the demo's teacher cannot answer prompts. Use "
-            "another model, or dataset.name: demo.",
+            "another model, or dataset.name: demo."
         )
 
 
@@ -271,18 +258,16 @@ def check_dataset(c: "Config") -> Found:
         value = getattr(c.dataset, key)
         if value is not None and value != COLUMNS.get(key):
             yield (
-                f"dataset.{key}",
                 f"dataset.{key} is {show(value)}, but dataset.name is {SYNTHESIS!r}, which sets its file and columns. "
-                f"Remove dataset.{key}.",
+                f"Remove dataset.{key}."
             )
     wrong = {"streaming": "false"} if c.dataset.streaming else {}
     if c.dataset.sharding == "files":
         wrong["sharding"] = "interleaved"
     for key, right in wrong.items():
         yield (
-            f"dataset.{key}",
             f"dataset.{key} is {show(getattr(c.dataset, key))}, but dataset.name is {SYNTHESIS!r}, which is one local "
-            f"file. Use dataset.{key}: {right}.",
+            f"file. Use dataset.{key}: {right}."
         )
 
 
@@ -293,15 +278,13 @@ def check_prompts(c: "Config") -> Found:
     if (prompts is None) == (templates is None):
         both = "both null" if prompts is None else "both set"
         yield (
-            "synthesis.prompts",
             f"synthesis.prompts and synthesis.templates are {both}, but exactly one of them is needed. Set "
-            "synthesis.prompts to a file of prompts, or synthesis.templates to a YAML file (docs/synthesis.md).",
+            "synthesis.prompts to a file of prompts, or synthesis.templates to a YAML file (docs/synthesis.md)."
         )
     elif templates is not None and c.synthesis.num_examples is None:
         yield (
-            "synthesis.templates",
             f"synthesis.templates is {show(templates)}, but synthesis.num_examples is null. Set it to the number of "
-            "responses to keep.",
+            "responses to keep."
         )
 
 
@@ -309,9 +292,8 @@ def check_characters(c: "Config") -> Found:
     least, most = c.synthesis.min_characters, c.synthesis.max_characters
     if c.dataset.name == SYNTHESIS and most is not None and most < least:
         yield (
-            "synthesis.max_characters",
             f"synthesis.max_characters is {most}, less than synthesis.min_characters, {least}: no response would be "
-            "kept. Raise it.",
+            "kept. Raise it."
         )
 
 
@@ -323,9 +305,8 @@ def check_limits(c: "Config") -> Found:
         limit = getattr(c.synthesis, key)
         if limit is not None and limit <= longest:
             yield (
-                f"synthesis.{key}",
                 f"synthesis.{key} is {limit}, but one response may have synthesis.max_tokens, {longest}: no request "
-                "would fit. Raise the first, or lower the second.",
+                "would fit. Raise the first, or lower the second."
             )
 
 
@@ -333,9 +314,8 @@ def check_prices(c: "Config") -> Found:
     prices = c.synthesis.price_per_million_input + c.synthesis.price_per_million_output
     if c.dataset.name == SYNTHESIS and c.synthesis.max_cost is not None and prices == 0:
         yield (
-            "synthesis.max_cost",
             f"synthesis.max_cost is {c.synthesis.max_cost}, but no price is known. Set "
-            "synthesis.price_per_million_input and price_per_million_output to the provider's.",
+            "synthesis.price_per_million_input and price_per_million_output to the provider's."
         )
 
 

@@ -87,10 +87,8 @@ def check_teacher(c: "Config") -> Found:
     teacher, kind = c.teacher.model_path, c.training.distillation_type
     if teacher is None and kind != "output":
         yield (
-            "teacher.model_path",
-            f"training.distillation_type is {kind}, which needs a teacher, but "
-            "teacher.model_path is null. Set teacher.model_path to a model, or use "
-            "training.distillation_type: output.",
+            f"training.distillation_type is {kind}, which needs a teacher, but teacher.model_path is null. Set "
+            "teacher.model_path to a model, or use training.distillation_type: output."
         )
 
 
@@ -98,17 +96,13 @@ def check_tokenizer(c: "Config") -> Found:
     teacher, tokenizer = c.teacher.model_path, c.dataset.tokenizer
     if teacher is None and tokenizer is None and c.training.distillation_type == "output":
         yield (
-            "teacher.model_path",
-            "teacher.model_path and dataset.tokenizer are both null, so there is no "
-            "tokenizer. Set dataset.tokenizer to a Hub id or a folder with a tokenizer, for "
-            "instance gpt2.",
+            "teacher.model_path and dataset.tokenizer are both null, so there is no tokenizer. Set dataset.tokenizer "
+            "to a Hub id or a folder with a tokenizer, for instance gpt2."
         )
     if teacher == "demo" and tokenizer is not None:
         yield (
-            "dataset.tokenizer",
-            f"dataset.tokenizer is {show(tokenizer)}, but teacher.model_path is 'demo', which "
-            "is trained with its own tokenizer. Set dataset.tokenizer: null, or name "
-            "another teacher.",
+            f"dataset.tokenizer is {show(tokenizer)}, but teacher.model_path is 'demo', which is trained with its own "
+            "tokenizer. Set dataset.tokenizer: null, or name another teacher."
         )
 
 
@@ -117,15 +111,13 @@ def check_gpus(c: "Config") -> Found:
     ids = _gpu_ids(gpus)
     if bad := [i for i in ids if not _GPU_ID.fullmatch(i)]:
         yield (
-            key,
             f"{key} is {show(gpus)}, where {show(bad[0])} is not a GPU id. Write ids as nvidia-smi "
-            'shows them, separated by commas, such as "0,1,2,3", or groups of them, such as ["0", "1", "2,3"].',
+            'shows them, separated by commas, such as "0,1,2,3", or groups of them, such as ["0", "1", "2,3"].'
         )
     elif twice := sorted({i for i in ids if ids.count(i) > 1}):
         yield (
-            key,
             f"{key} is {show(gpus)}, where GPU {', '.join(twice)} is listed more than once, but a GPU "
-            "holds at most one copy of the teacher. List every GPU once.",
+            "holds at most one copy of the teacher. List every GPU once."
         )
 
 
@@ -134,18 +126,14 @@ def check_gpus_per_model(c: "Config") -> Found:
     ids = _gpu_ids(gpus)
     if gpus is not None and not isinstance(gpus, str) and per_model != 1:
         yield (
-            "teacher.generation.gpus_per_model",
             f"teacher.generation.gpus_per_model is {per_model}, but teacher.generation.gpus is {show(gpus)}, a list "
-            "of groups, whose sizes are already given. Remove "
-            "teacher.generation.gpus_per_model, or "
-            f'write the GPUs as one text to divide: "{",".join(ids)}".',
+            "of groups, whose sizes are already given. Remove teacher.generation.gpus_per_model, or "
+            f'write the GPUs as one text to divide: "{",".join(ids)}".'
         )
     elif gpus is not None and per_model > len(ids):
         yield (
-            "teacher.generation.gpus_per_model",
             f"teacher.generation.gpus_per_model is {per_model}, but teacher.generation.gpus lists {len(ids)}: "
-            f"{','.join(ids)}. List at least {per_model} GPUs, or lower "
-            "teacher.generation.gpus_per_model.",
+            f"{','.join(ids)}. List at least {per_model} GPUs, or lower teacher.generation.gpus_per_model."
         )
 
 
@@ -153,9 +141,8 @@ def check_device(c: "Config") -> Found:
     gpus, key = c.teacher.generation.gpus, "teacher.generation.gpus"
     if gpus is not None and c.teacher.device == "cpu":
         yield (
-            "teacher.device",
             f"teacher.device is cpu, but {key} is {show(gpus)}. Remove {key} to run the teacher on "
-            "the CPU, or set teacher.device: auto.",
+            "the CPU, or set teacher.device: auto."
         )
 
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from retort.config.schema import ConfigError, Found, Problem
+from retort.config.schema import ConfigError, Found, Problem, find_key
 from retort.config.section import (
     Count,
     Fraction,
@@ -141,11 +141,9 @@ def check_alpha(c: "Config") -> Found:
         return
     learns = "the corpus" if kind == "output" else "the teacher"
     yield (
-        "training.alpha",
-        f"training.alpha is {alpha}, but training.distillation_type is {kind}, which learns from "
-        f"{learns} only: its alpha is {DEFAULT_ALPHA[kind]}. Set training.alpha: null, or "
-        "training.distillation_type: hybrid to learn from both (alpha is the weight of the hard "
-        "loss).",
+        f"training.alpha is {alpha}, but training.distillation_type is {kind}, which learns from {learns} only: its "
+        f"alpha is {DEFAULT_ALPHA[kind]}. Set training.alpha: null, or training.distillation_type: hybrid to learn "
+        "from both (alpha is the weight of the hard loss)."
     )
 
 
@@ -157,9 +155,8 @@ def check_several_gpus(c: "Config") -> Found:
 def check_strategy(c: "Config") -> Found:
     if c.training.strategy == "fsdp" and c.training.device == "cpu":
         yield (
-            "training.strategy",
             "training.strategy is 'fsdp' and training.device is 'cpu', but fsdp shards a student over GPUs. Use "
-            "training.strategy: ddp, or another device.",
+            "training.strategy: ddp, or another device."
         )
 
 
@@ -169,17 +166,15 @@ def check_sampled(c: "Config") -> Found:
         return
     if c.training.temperature != 1.0:
         yield (
-            "training.temperature",
             f"training.temperature is {c.training.temperature} (the default is {Training().temperature}), but "
             "cache.method is 'sampled': its samples are unbiased at temperature 1 only. Use training.temperature: 1.0, "
-            "or cache.method: top_p.",
+            "or cache.method: top_p."
         )
     if c.training.divergence != "forward_kl":
         yield (
-            "training.divergence",
             f"training.divergence is {c.training.divergence!r}, but cache.method is 'sampled': its samples are "
             "unbiased for forward_kl only, which is linear in the teacher's probabilities. Use training.divergence: "
-            "forward_kl, or cache.method: top_p.",
+            "forward_kl, or cache.method: top_p."
         )
 
 
@@ -189,27 +184,25 @@ def check_temperature(c: "Config") -> Found:
     temperature, stored = c.training.temperature, list(c.cache.temperatures)
     if 1.0 in stored and temperature not in stored:
         yield (
-            "training.temperature",
             f"training.temperature is {temperature}, but the cache stores the mass outside its "
             f"kept tokens at cache.temperatures {stored} only. Add it, cache.temperatures: "
-            f"{sorted([*stored, temperature])} (a new cache is made), or use one of {stored}.",
+            f"{sorted([*stored, temperature])} (a new cache is made), or use one of {stored}."
         )
 
 
 def require_even_share(batch_size: int, accumulation: int, gpus: int) -> None:
     """Raise ConfigError when a step's sequences, batch_size * accumulation, are not a multiple of `gpus`."""
-    for key, message in _find_uneven_share(batch_size, accumulation, gpus):
-        raise ConfigError(Problem(tuple(key.split(".")), message))
+    for message in _find_uneven_share(batch_size, accumulation, gpus):
+        raise ConfigError(Problem(find_key(message), message))
 
 
 def _find_uneven_share(batch_size: int, accumulation: int, gpus: int) -> Found:
     if (batch_size * accumulation) % gpus:
         yield (
-            "training.batch_size",
             f"training.gpus x training.nodes is {gpus}, but training.batch_size {batch_size} x "
             f"training.gradient_accumulation_steps {accumulation} is {batch_size * accumulation} sequences a step, "
             f"which {gpus} GPUs cannot share evenly. Make it a multiple of {gpus}, or use a number of GPUs that "
-            "divides it: each trains the same student.",
+            "divides it: each trains the same student."
         )
 
 

@@ -4,7 +4,9 @@ from typing import Any
 
 import pytest
 
+from retort.config.load import find_problems
 from retort.config.schema import merge
+from retort.config.sections import section_at
 from support.configs import LOGIT, OUTPUT, STUDENT, load, refusal
 
 STREAM = {"dataset": {"name": "org/corpus", "streaming": True}}
@@ -183,6 +185,9 @@ def test_keys_that_contradict_each_other_are_refused(
 ) -> None:
     message = refusal(merge(STUDENT, raw))
     assert found in message and advice in message, message
+    (problem,) = find_problems(merge(STUDENT, raw))[1]
+    section = section_at(problem.path[:-1])
+    assert section is not None and problem.path[-1] in section.model_fields
 
 
 @pytest.mark.parametrize(

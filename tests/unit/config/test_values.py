@@ -268,7 +268,7 @@ def test_all_mistakes_are_found_at_once_each_at_its_key() -> None:
         "runs.bad.dataset.streaming",
         "runs.sweep.training.batch_size",
         "runs.two words",
-        "student.model_path",
+        "student.config",
         "tracking",
         "training.alhpa",
         "training.alpha",
