@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from retort.config.schema import Found, show
-from retort.config.section import Count, NonEmptyUnique, Positive, Section, setting
+from retort.config.section import Count, NonEmptyUnique, Positive, Section
 
 if TYPE_CHECKING:
     from retort.config.sections import Config
@@ -17,27 +17,18 @@ _METHOD_KEYS = {"top_k": "top_k", "top_p": "min_probability", "sampled": "head_p
 class Cache(Section):
     """What is stored of the teacher's distribution at each position."""
 
-    method: Literal["top_k", "top_p", "sampled"] = setting(
-        "top_k",
-        "top_k keeps the k most probable tokens, top_p every token above min_probability, sampled an exact head and "
-        "an unbiased sample of the rest.",
-    )
-    top_k: Count | Literal["full"] = setting(
-        64, "With method top_k, tokens kept per position; full keeps the whole vocabulary."
-    )
-    min_probability: Annotated[float, Field(ge=1e-06, lt=1)] | None = setting(
-        None,
-        "With method top_p, the smallest probability of a token that is kept; null means 0.001.",
-    )
-    head_probability: Annotated[float, Field(ge=0.0001, lt=1)] | None = setting(
-        None,
-        "With method sampled, the smallest probability of a token that is stored exactly; null means 0.05.",
-    )
-    temperatures: NonEmptyUnique[Positive] = setting(
-        (1.0, 2.0),
-        "Temperatures at which the probability mass outside the kept tokens is stored (top_p and sampled round it to "
-        "1/65,535).",
-    )
+    method: Literal["top_k", "top_p", "sampled"] = "top_k"
+    """top_k keeps the k most probable tokens, top_p every token above min_probability, sampled an exact head and an
+    unbiased sample of the rest."""
+    top_k: Count | Literal["full"] = 64
+    """With method top_k, tokens kept per position; full keeps the whole vocabulary."""
+    min_probability: Annotated[float, Field(ge=1e-06, lt=1)] | None = None
+    """With method top_p, the smallest probability of a token that is kept; null means 0.001."""
+    head_probability: Annotated[float, Field(ge=0.0001, lt=1)] | None = None
+    """With method sampled, the smallest probability of a token that is stored exactly; null means 0.05."""
+    temperatures: NonEmptyUnique[Positive] = (1.0, 2.0)
+    """Temperatures at which the probability mass outside the kept tokens is stored (top_p and sampled round it to
+    1/65,535)."""
 
 
 class Merge(Section):
@@ -45,10 +36,8 @@ class Merge(Section):
 
     changes_ids: ClassVar[bool] = False
 
-    mode: Literal["copy", "virtual"] = setting(
-        "copy",
-        "copy makes one portable file and removes the parts; virtual refers to the parts and copies nothing.",
-    )
+    mode: Literal["copy", "virtual"] = "copy"
+    """copy makes one portable file and removes the parts; virtual refers to the parts and copies nothing."""
 
 
 def check_method_keys(c: "Config") -> Found:

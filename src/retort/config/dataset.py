@@ -19,112 +19,79 @@ SYNTHESIS = "synthesis"  # the name of a corpus that a model writes
 class Dataset(Section):
     """The corpus, and how its documents are split into sequences of tokens."""
 
-    name: Text = setting(
-        "demo",
-        "A Hub id such as wikitext, a loader (text, json, parquet or csv) used with data_files, demo (text found on "
-        "this machine, no download), or synthesis (responses that a model writes to your prompts).",
-        is_model=True,
-    )
-    config_name: Text | None = setting(
-        None, "The configuration of a Hub dataset, such as wikitext-103-raw-v1."
-    )
-    split: Text = setting("train", "The split to train on.")
-    data_files: Text | Texts | None = setting(
-        None,
-        "Path or glob, or a list of them, of local files for the loaders text, json, parquet and csv. Ids depend on "
-        "their content, not on their paths.",
-        is_path=True,
-    )
-    text_column: Text = setting("text", "The column with a document's text.")
-    prompt_column: Text | None = setting(
-        None,
-        "Column of the prompts, set together with response_column instead of text_column. Only the response has a "
-        "loss; the tokenizer's chat template is used if it has one.",
-    )
-    response_column: Text | None = setting(None, "Column of the responses; see prompt_column.")
-    messages_column: Text | None = setting(
-        None,
-        "Column of chats, lists of messages with role and content (or from and value). Columns messages and "
-        "conversations, and lists in prompt and completion, are found without it if there is no column text.",
-    )
-    system_column: Text | None = setting(
-        None,
-        "Column of a system prompt, put before chats that have none, and before prompts.",
-    )
-    supervised_turns: Literal["all", "last"] = setting(
-        "all", "Which of the assistant's turns in a chat have a loss: all, or the last."
-    )
+    name: Text = setting("demo", is_model=True)
+    """A Hub id such as wikitext, a loader (text, json, parquet or csv) used with data_files, demo (text found on this
+    machine, no download), or synthesis (responses that a model writes to your prompts)."""
+    config_name: Text | None = None
+    """The configuration of a Hub dataset, such as wikitext-103-raw-v1."""
+    split: Text = "train"
+    """The split to train on."""
+    data_files: Text | Texts | None = setting(None, is_path=True)
+    """Path or glob, or a list of them, of local files for the loaders text, json, parquet and csv. Ids depend on their
+    content, not on their paths."""
+    text_column: Text = "text"
+    """The column with a document's text."""
+    prompt_column: Text | None = None
+    """Column of the prompts, set together with response_column instead of text_column. Only the response has a loss;
+    the tokenizer's chat template is used if it has one."""
+    response_column: Text | None = None
+    """Column of the responses; see prompt_column."""
+    messages_column: Text | None = None
+    """Column of chats, lists of messages with role and content (or from and value). Columns messages and conversations,
+    and lists in prompt and completion, are found without it if there is no column text."""
+    system_column: Text | None = None
+    """Column of a system prompt, put before chats that have none, and before prompts."""
+    supervised_turns: Literal["all", "last"] = "all"
+    """Which of the assistant's turns in a chat have a loss: all, or the last."""
     chat_date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] = setting(
-        "2026-01-01",
-        "The date that chat templates print where they print today's, so that tokens are the same on every day.",
-        accepts="a date such as 2026-01-01",
+        "2026-01-01", accepts="a date such as 2026-01-01"
     )
-    category_column: Text | None = setting(
-        "category", "Column for breakdowns by category, if present; null ignores it."
-    )
-    language_column: Text | None = setting(
-        "language", "Column for breakdowns by language, if present; null ignores it."
-    )
-    tokenizer: Text | None = setting(
-        None,
-        "Hub id or folder of the tokenizer. null means the teacher's; required without a teacher.",
-        is_model=True,
-    )
-    revision: Text | None = setting(
-        None, "Commit, tag or branch of the Hub dataset; null means its newest."
-    )
-    append_eos: bool = setting(
-        True,
-        "End every document with the tokenizer's end-of-text token; a chat, if the chat template ends it with nothing.",
-    )
-    streaming: bool = setting(
-        False,
-        "Read the dataset as a stream in bounded memory, without downloading all of it. Requires max_samples.",
-    )
-    max_samples: Count | None = setting(
-        None, "Use only this many documents, the first ones; null means all."
-    )
-    max_length: Annotated[int, Field(ge=2)] = setting(
-        2048, "Tokens in one sequence, for teacher and student alike."
-    )
-    long_documents: Literal["split", "truncate"] = setting(
-        "split",
-        "A document longer than max_length becomes consecutive sequences (split), or its end is dropped and counted "
-        "(truncate). The sequences of a long response each begin with the end of its prompt.",
-    )
-    shuffle: bool = setting(False, "Shuffle documents (by seed); false keeps the source's order.")
-    streaming_buffer_size: Count = setting(
-        10000,
-        "Documents in a window of a stream, which is held in memory and shuffled by itself; used only with shuffle.",
-    )
-    streaming_chunk_size: Count = setting(
-        1000,
-        "Documents in one part, the unit of resumable teacher work: an interrupted worker loses at most one.",
-    )
-    num_proc: Count = setting(4, "Processes that read and tokenize the corpus.", changes_id=False)
-    num_shards: Count = setting(8, "Slices of the corpus that are tokenized independently.")
+    """The date that chat templates print where they print today's, so that tokens are the same on every day."""
+    category_column: Text | None = "category"
+    """Column for breakdowns by category, if present; null ignores it."""
+    language_column: Text | None = "language"
+    """Column for breakdowns by language, if present; null ignores it."""
+    tokenizer: Text | None = setting(None, is_model=True)
+    """Hub id or folder of the tokenizer. null means the teacher's; required without a teacher."""
+    revision: Text | None = None
+    """Commit, tag or branch of the Hub dataset; null means its newest."""
+    append_eos: bool = True
+    """End every document with the tokenizer's end-of-text token; a chat, if the chat template ends it with nothing."""
+    streaming: bool = False
+    """Read the dataset as a stream in bounded memory, without downloading all of it. Requires max_samples."""
+    max_samples: Count | None = None
+    """Use only this many documents, the first ones; null means all."""
+    max_length: Annotated[int, Field(ge=2)] = 2048
+    """Tokens in one sequence, for teacher and student alike."""
+    long_documents: Literal["split", "truncate"] = "split"
+    """A document longer than max_length becomes consecutive sequences (split), or its end is dropped and counted
+    (truncate). The sequences of a long response each begin with the end of its prompt."""
+    shuffle: bool = False
+    """Shuffle documents (by seed); false keeps the source's order."""
+    streaming_buffer_size: Count = 10000
+    """Documents in a window of a stream, which is held in memory and shuffled by itself; used only with shuffle."""
+    streaming_chunk_size: Count = 1000
+    """Documents in one part, the unit of resumable teacher work: an interrupted worker loses at most one."""
+    num_proc: Count = setting(4, changes_id=False)
+    """Processes that read and tokenize the corpus."""
+    num_shards: Count = 8
+    """Slices of the corpus that are tokenized independently."""
     sharding: Annotated[
         str,
         Field(
             pattern=r"^(interleaved|contiguous|files|[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*)$"
         ),
-    ] = setting(
-        "interleaved",
-        "How documents are assigned to shards. interleaved puts document i into shard i mod num_shards; contiguous "
-        "divides a corpus of known size into runs; files assigns whole source files, which are read in parallel; "
-        "module:function is your own function(document_index, num_shards) -> shard, imported from the folder in which "
-        "snakemake is started.",
-        accepts="interleaved, contiguous, files or module:function",
-    )
-    seed: Seed = setting(0, "Seed of the shuffle and of the choice of held-out documents.")
-    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = setting(
-        0.01,
-        "Fraction of the documents that is held out: never trained on, never in the training cache. 0 requires "
-        "validation_split.",
-    )
-    validation_split: Text | None = setting(
-        None, "A split of the dataset to evaluate on, instead of holding out validation_fraction."
-    )
+    ] = setting("interleaved", accepts="interleaved, contiguous, files or module:function")
+    """How documents are assigned to shards. interleaved puts document i into shard i mod num_shards; contiguous divides
+    a corpus of known size into runs; files assigns whole source files, which are read in parallel; module:function is
+    your own function(document_index, num_shards) -> shard, imported from the folder in which snakemake is started."""
+    seed: Seed = 0
+    """Seed of the shuffle and of the choice of held-out documents."""
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """Fraction of the documents that is held out: never trained on, never in the training cache. 0 requires
+    validation_split."""
+    validation_split: Text | None = None
+    """A split of the dataset to evaluate on, instead of holding out validation_fraction."""
 
 
 def check_streaming(c: "Config") -> Found:

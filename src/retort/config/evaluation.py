@@ -27,84 +27,63 @@ HUMANEVAL = "humaneval"
 class SampleSettings(Section):
     """Texts that the teacher and the students continue, side by side in the report."""
 
-    num_samples: Annotated[int, Field(ge=0, le=100)] = setting(
-        4, "Held-out texts whose beginnings are continued; 0 shows none."
-    )
-    prompts: Unique[Text] = setting(
-        (),
-        "Your own prompts to continue as well - questions if the corpus has prompts and responses, else beginnings of "
-        "texts.",
-    )
-    max_new_tokens: Count = setting(64, "Maximum number of tokens of a continuation.")
-    temperature: Positive = setting(
-        1.0, "Temperature of the sampled continuation (top_p 0.95); the other one is greedy."
-    )
-    seed: NonNegative = setting(0, "Seed of the sampled continuation.")
+    num_samples: Annotated[int, Field(ge=0, le=100)] = 4
+    """Held-out texts whose beginnings are continued; 0 shows none."""
+    prompts: Unique[Text] = ()
+    """Your own prompts to continue as well - questions if the corpus has prompts and responses, else beginnings of
+    texts."""
+    max_new_tokens: Count = 64
+    """Maximum number of tokens of a continuation."""
+    temperature: Positive = 1.0
+    """Temperature of the sampled continuation (top_p 0.95); the other one is greedy."""
+    seed: NonNegative = 0
+    """Seed of the sampled continuation."""
 
 
 class BenchmarkSettings(Section):
     """Benchmarks of every student: tasks of lm-evaluation-harness, and humaneval."""
 
-    tasks: Unique[Annotated[str, Field(pattern=r"^[^\s/{}*?.\[\]][^\s/{}*?\[\]]*$")]] = setting(
-        (),
-        "Tasks and groups of lm-evaluation-harness by name, tasks of tasks_dir, or humaneval.",
-    )
-    tasks_dir: Text | None = setting(
-        None,
-        "Folder with your own task files (YAML of lm-evaluation-harness), which need no network if their data is "
-        "local.",
-        is_path=True,
-    )
-    teacher: bool = setting(False, "Run the benchmarks on the teachers too.", changes_id=False)
-    limit: Count | None = setting(
-        None,
-        "Maximum number of examples of each benchmark, for a trial; null means all, which published numbers are for.",
-    )
-    seed: NonNegative = setting(
-        0,
-        "Seed of random choices in benchmarks - few-shot examples, completions at a temperature above 0.",
-    )
+    tasks: Unique[Annotated[str, Field(pattern=r"^[^\s/{}*?.\[\]][^\s/{}*?\[\]]*$")]] = ()
+    """Tasks and groups of lm-evaluation-harness by name, tasks of tasks_dir, or humaneval."""
+    tasks_dir: Text | None = setting(None, is_path=True)
+    """Folder with your own task files (YAML of lm-evaluation-harness), which need no network if their data is local."""
+    teacher: bool = setting(False, changes_id=False)
+    """Run the benchmarks on the teachers too."""
+    limit: Count | None = None
+    """Maximum number of examples of each benchmark, for a trial; null means all, which published numbers are for."""
+    seed: NonNegative = 0
+    """Seed of random choices in benchmarks - few-shot examples, completions at a temperature above 0."""
 
 
 class HumanevalSettings(Section):
     """The benchmark humaneval, which runs the code that a model writes."""
 
-    file: Text | None = setting(
-        None,
-        "The problems of HumanEval, as OpenAI publishes them (HumanEval.jsonl.gz).",
-        is_path=True,
-    )
-    completions: Count = setting(1, "Completions per problem.")
-    pass_at: NonEmptyUnique[Count] = setting(
-        (1,), "The k's of pass@k - the probability that one of k completions is correct."
-    )
-    temperature: Annotated[float, Field(ge=0)] = setting(
-        0.0, "Temperature of the completions (top_p 0.95); 0 is greedy."
-    )
-    max_new_tokens: Count = setting(512, "Maximum number of tokens of a completion.")
-    allow_code_execution: bool = setting(
-        False,
-        "Let benchmarks run the code that a model writes, on this machine, in bubblewrap - without network or home "
-        "folder, and with one empty folder to write to.",
-        changes_id=False,
-    )
-    code_timeout_s: Positive = setting(
-        10.0, "Time limit in seconds of a program that a model wrote."
-    )
+    file: Text | None = setting(None, is_path=True)
+    """The problems of HumanEval, as OpenAI publishes them (HumanEval.jsonl.gz)."""
+    completions: Count = 1
+    """Completions per problem."""
+    pass_at: NonEmptyUnique[Count] = (1,)
+    """The k's of pass@k - the probability that one of k completions is correct."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """Temperature of the completions (top_p 0.95); 0 is greedy."""
+    max_new_tokens: Count = 512
+    """Maximum number of tokens of a completion."""
+    allow_code_execution: bool = setting(False, changes_id=False)
+    """Let benchmarks run the code that a model writes, on this machine, in bubblewrap - without network or home folder,
+    and with one empty folder to write to."""
+    code_timeout_s: Positive = 10.0
+    """Time limit in seconds of a program that a model wrote."""
 
 
 class Evaluation(Section):
     """How students are evaluated on the held-out documents."""
 
-    batch_size: Count = setting(
-        8, "Sequences in one forward pass of the evaluation.", changes_id=False
-    )
-    max_positions: Count = setting(
-        65536, "Maximum number of held-out positions to evaluate, for student and teacher alike."
-    )
-    fidelity_positions: Count = setting(
-        4096, "Training positions that the teacher scores again to measure the cache's error."
-    )
+    batch_size: Count = setting(8, changes_id=False)
+    """Sequences in one forward pass of the evaluation."""
+    max_positions: Count = 65536
+    """Maximum number of held-out positions to evaluate, for student and teacher alike."""
+    fidelity_positions: Count = 4096
+    """Training positions that the teacher scores again to measure the cache's error."""
     samples: SampleSettings = Field(default_factory=SampleSettings)
     benchmarks: BenchmarkSettings = Field(default_factory=BenchmarkSettings)
     humaneval: HumanevalSettings = Field(default_factory=HumanevalSettings)

@@ -10,17 +10,11 @@ class Output(Section):
 
     changes_ids: ClassVar[bool] = False
 
-    results_dir: Text = setting(
-        "results",
-        "Folder of all results, relative to the folder in which snakemake runs.",
-        is_path=True,
-    )
-    cache_dir: Text | None = setting(
-        None,
-        "Folder of large intermediate results (tokens, logit caches), for instance on a scratch disk; null means "
-        "results_dir.",
-        is_path=True,
-    )
+    results_dir: Text = setting("results", is_path=True)
+    """Folder of all results, relative to the folder in which snakemake runs."""
+    cache_dir: Text | None = setting(None, is_path=True)
+    """Folder of large intermediate results (tokens, logit caches), for instance on a scratch disk; null means
+    results_dir."""
 
 
 class Tracking(Section):
@@ -28,9 +22,11 @@ class Tracking(Section):
 
     changes_ids: ClassVar[bool] = False
 
-    use_wandb: bool = setting(False, "Send metrics to Weights & Biases.")
-    wandb_project: Text | None = setting(None, "The project in Weights & Biases.")
-    wandb_run_name: Text | None = setting(
-        None, "The run's name in Weights & Biases; null means the name in runs."
-    )
-    use_tensorboard: bool = setting(False, "Write metrics for TensorBoard into the run's folder.")
+    use_wandb: bool = False
+    """Send metrics to Weights & Biases."""
+    wandb_project: Text | None = None
+    """The project in Weights & Biases."""
+    wandb_run_name: Text | None = None
+    """The run's name in Weights & Biases; null means the name in runs."""
+    use_tensorboard: bool = False
+    """Write metrics for TensorBoard into the run's folder."""

@@ -1,5 +1,8 @@
 """The base class of all sections: frozen records that read text by the type of the key, and know what changes ids."""
 
+import ast
+import inspect
+import itertools
 from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -42,14 +45,13 @@ NonEmptyUnique = Annotated[tuple[_T, ...], Field(min_length=1), *_UNIQUE]
 
 def setting(
     default: Any,
-    description: str,
     *,
     changes_id: bool = True,
     is_path: bool = False,
     is_model: bool = False,
     accepts: str | None = None,
 ) -> Any:
-    """Return the field of a key.
+    """Return the field of a key that is not like most.
 
     `changes_id`: another value changes the ids of results. `is_path`: it is a local file or folder.
     `is_model`: it may be one, or an id on the Hub or a word. `accepts`: in words, what a pattern takes.
@@ -57,13 +59,31 @@ def setting(
     marks = {"changes_id": changes_id, "is_path": is_path, "is_model": is_model, "accepts": accepts}
     usual = {"changes_id": True, "is_path": False, "is_model": False, "accepts": None}
     extra: dict[str, Any] = {k: v for k, v in marks.items() if v != usual[k]}
-    return Field(default=default, description=description, json_schema_extra=extra)
+    return Field(default=default, json_schema_extra=extra)
+
+
+def _add_descriptions(schema: dict[str, Any], section: type["Section"]) -> None:
+    """Add what is written below each key to the section's JSON schema."""
+    # pydantic's own use_attribute_docstrings would read the source whenever a Snakefile is parsed
+    (tree,) = ast.parse(inspect.getsource(section)).body
+    assert isinstance(tree, ast.ClassDef)
+    for key, below in itertools.pairwise(tree.body):
+        if isinstance(key, ast.AnnAssign) and isinstance(below, ast.Expr):
+            assert isinstance(key.target, ast.Name) and isinstance(below.value, ast.Constant)
+            text = " ".join(str(below.value.value).split())
+            schema["properties"][key.target.id]["description"] = text
 
 
 class Section(BaseModel):
-    """A section of the config; its docstring is the section's description."""
+    """A section of the config; its docstring is its description, and so is the text below each key."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        json_schema_extra=_add_descriptions,
+    )
     changes_ids: ClassVar[bool] = True
 
     @model_validator(mode="before")

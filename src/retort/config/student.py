@@ -12,21 +12,14 @@ if TYPE_CHECKING:
 class Student(Section):
     """The model to train. Set exactly one of config and model_path."""
 
-    config: Text | None = setting(
-        None,
-        "Path of a transformers config as JSON; the student starts from random weights. If it has no vocab_size, the "
-        "teacher's is used.",
-        is_path=True,
-    )
-    model_path: Text | None = setting(
-        None, "Hub id or folder of a model whose weights the student starts from.", is_model=True
-    )
-    grow_embedding: bool = setting(
-        False,
-        "Where the model of model_path has fewer ids than the tokenizer, add rows to its embedding and output layer, "
-        "drawn around the mean of the others; without it such a student is refused.",
-        changes_id=False,  # without it there is no such student
-    )
+    config: Text | None = setting(None, is_path=True)
+    """Path of a transformers config as JSON; the student starts from random weights. If it has no vocab_size, the
+    teacher's is used."""
+    model_path: Text | None = setting(None, is_model=True)
+    """Hub id or folder of a model whose weights the student starts from."""
+    grow_embedding: bool = setting(False, changes_id=False)
+    """Where the model of model_path has fewer ids than the tokenizer, add rows to its embedding and output layer, drawn
+    around the mean of the others; without it such a student is refused."""
 
 
 def check_student(c: "Config") -> Found:

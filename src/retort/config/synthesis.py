@@ -30,146 +30,97 @@ class Synthesis(Section):
     """A corpus of responses that a stronger model writes to prompts, for `dataset.name: synthesis`."""
 
     provider: Literal["openai", "anthropic", "local"] | None = setting(
-        None,
-        "What answers: openai (any OpenAI-compatible server, by base_url), anthropic, or local (a model that runs "
-        "here, on the teacher's device and GPUs).",
-        accepts="openai, anthropic or local",
+        None, accepts="openai, anthropic or local"
     )
-    model: Text | None = setting(
-        None,
-        "The provider's name of the model; for local, a folder (ids depend on its content) or Hub id, and null means "
-        "teacher.model_path.",
-        is_model=True,
-    )
-    revision: Text | None = setting(
-        None, "Commit, tag or branch of a local model on the Hub; null means its newest."
-    )
-    base_url: Text | None = setting(
-        None,
-        "URL of the API, such as http://localhost:8000/v1; null means the provider's.",
-        changes_id=False,
-    )
+    """What answers: openai (any OpenAI-compatible server, by base_url), anthropic, or local (a model that runs here, on
+    the teacher's device and GPUs)."""
+    model: Text | None = setting(None, is_model=True)
+    """The provider's name of the model; for local, a folder (ids depend on its content) or Hub id, and null means
+    teacher.model_path."""
+    revision: Text | None = None
+    """Commit, tag or branch of a local model on the Hub; null means its newest."""
+    base_url: Text | None = setting(None, changes_id=False)
+    """URL of the API, such as http://localhost:8000/v1; null means the provider's."""
     api_key_variable: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = setting(
-        None,
-        "The environment variable with the API key; null means OPENAI_API_KEY or ANTHROPIC_API_KEY. The key itself "
-        "does not belong in a config.",
-        changes_id=False,
-        accepts="the name of a variable",
+        None, changes_id=False, accepts="the name of a variable"
     )
-    prompts: Text | Texts | None = setting(
-        None,
-        "Path or glob, or a list of them, of prompts as .jsonl, .json, .csv, .parquet or .txt (one a line); or the id "
-        "of a dataset on the Hub. Ids depend on the files' content. Labels are read from the columns category and "
-        "language.",
-        is_model=True,
-    )
-    prompts_split: Text = setting("train", "The split of a Hub dataset of prompts.")
-    prompt_column: Text = setting("prompt", "The column with the prompts.")
-    templates: Text | None = setting(
-        None,
-        "Path of a YAML file of templates, topics, and proportions of categories and languages, from which prompts "
-        "are made (docs/synthesis.md), instead of prompts. Ids depend on its content.",
-        is_path=True,
-    )
-    num_examples: Count | None = setting(
-        None,
-        "Responses to keep. Prompts are used in order, and more of them for responses that a filter drops; null uses "
-        "each prompt once.",
-    )
-    system_prompt: Text | None = setting(
-        None, "The system prompt, which is not part of the corpus."
-    )
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = setting(
-        None,
-        "Sampling temperature: 0 is greedy; null is the provider's default, which newer models of Anthropic and "
-        "OpenAI require (0.7 for local).",
-    )
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = setting(
-        None, "Nucleus sampling; null is the provider's default (1 for local)."
-    )
-    max_tokens: Count = setting(1024, "Maximum length of a response, in the model's tokens.")
-    seed: NonNegative = setting(
-        0,
-        "Seed of sampling, if the provider takes one (anthropic does not), and of the order of templates.",
-    )
-    engine: Literal["auto", "transformers", "vllm"] = setting(
-        "auto",
-        "What runs a local model: transformers, vllm, or auto, which is vLLM if it is installed and the model is on "
-        "GPUs. The two sample different responses, so setting one changes ids.",
-    )
-    batch_size: Count = setting(
-        8,
-        "Prompts that a local model answers at a time with transformers, and the unit of resuming; vLLM makes its own "
-        "batches.",
-    )
-    min_characters: Count = setting(1, "Drop shorter responses.")
-    max_characters: Count | None = setting(None, "Drop longer responses; null means none.")
-    keep_truncated: bool = setting(False, "Keep responses that were truncated at max_tokens.")
-    keep_refusals: bool = setting(False, "Keep responses in which the model declines to answer.")
-    keep_duplicates: bool = setting(
-        False, "Keep responses that are equal to an earlier prompt's, as short ones may be."
-    )
-    near_duplicates: Annotated[float, Field(gt=0, le=1)] | None = setting(
-        0.8,
-        "Drop a prompt with its response if the Jaccard similarity of its five-word sequences to those of an earlier "
-        "one (by MinHash) is at least this; null keeps all.",
-    )
-    response_language: Annotated[str, Field(min_length=2)] | None = setting(
-        None,
-        "The natural language of responses, such as en or english; null uses a prompt's own label, if it is a "
-        "language.",
-    )
-    check_language: bool = setting(
-        True, "Drop responses in another natural language, if the wanted one is known."
-    )
-    check_code: bool = setting(
-        True,
-        "Drop responses with a code block that does not parse, in languages that can be parsed.",
-    )
-    decontaminate: bool = setting(
-        True,
-        "Drop prompts and responses that share a sequence of words with a problem of evaluation.benchmarks.",
-    )
-    decontamination_words: Annotated[int, Field(ge=3)] = setting(
-        13, "Length of such a sequence; shorter problems are matched as a whole."
-    )
-    concurrency: Count = setting(8, "Concurrent requests.", changes_id=False)
-    requests_per_minute: Count | None = setting(
-        None, "The provider's rate limit; null means none.", changes_id=False
-    )
-    tokens_per_minute: Count | None = setting(
-        None,
-        "The provider's rate limit, counting prompts and responses of max_tokens; null means none.",
-        changes_id=False,
-    )
-    timeout_s: Positive = setting(
-        120.0, "Seconds after which a request is retried.", changes_id=False
-    )
-    max_attempts: Count = setting(8, "Attempts per prompt before the job fails.", changes_id=False)
-    price_per_million_input: Annotated[float, Field(ge=0)] = setting(
-        0.0, "Price of a million tokens of prompts, in the currency of max_cost.", changes_id=False
-    )
-    price_per_million_output: Annotated[float, Field(ge=0)] = setting(
-        0.0,
-        "Price of a million tokens of responses, in the currency of max_cost.",
-        changes_id=False,
-    )
-    max_cost: Annotated[float, Field(ge=0)] | None = setting(
-        None,
-        "Budget of this set of answers, for all attempts together: no request that could exceed it is sent; null "
-        "means none.",
-        changes_id=False,
-    )
-    max_total_tokens: Count | None = setting(
-        None, "The same in tokens, prompts and responses together.", changes_id=False
-    )
-    output: Text | None = setting(
-        None,
-        "Path of a copy of the responses as JSONL. If it is set later, nothing is copied until synthesis.json is "
-        "removed.",
-        changes_id=False,
-        is_path=True,
-    )
+    """The environment variable with the API key; null means OPENAI_API_KEY or ANTHROPIC_API_KEY. The key itself does
+    not belong in a config."""
+    prompts: Text | Texts | None = setting(None, is_model=True)
+    """Path or glob, or a list of them, of prompts as .jsonl, .json, .csv, .parquet or .txt (one a line); or the id of a
+    dataset on the Hub. Ids depend on the files' content. Labels are read from the columns category and language."""
+    prompts_split: Text = "train"
+    """The split of a Hub dataset of prompts."""
+    prompt_column: Text = "prompt"
+    """The column with the prompts."""
+    templates: Text | None = setting(None, is_path=True)
+    """Path of a YAML file of templates, topics, and proportions of categories and languages, from which prompts are
+    made (docs/synthesis.md), instead of prompts. Ids depend on its content."""
+    num_examples: Count | None = None
+    """Responses to keep. Prompts are used in order, and more of them for responses that a filter drops; null uses each
+    prompt once."""
+    system_prompt: Text | None = None
+    """The system prompt, which is not part of the corpus."""
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    """Sampling temperature: 0 is greedy; null is the provider's default, which newer models of Anthropic and OpenAI
+    require (0.7 for local)."""
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Nucleus sampling; null is the provider's default (1 for local)."""
+    max_tokens: Count = 1024
+    """Maximum length of a response, in the model's tokens."""
+    seed: NonNegative = 0
+    """Seed of sampling, if the provider takes one (anthropic does not), and of the order of templates."""
+    engine: Literal["auto", "transformers", "vllm"] = "auto"
+    """What runs a local model: transformers, vllm, or auto, which is vLLM if it is installed and the model is on GPUs.
+    The two sample different responses, so setting one changes ids."""
+    batch_size: Count = 8
+    """Prompts that a local model answers at a time with transformers, and the unit of resuming; vLLM makes its own
+    batches."""
+    min_characters: Count = 1
+    """Drop shorter responses."""
+    max_characters: Count | None = None
+    """Drop longer responses; null means none."""
+    keep_truncated: bool = False
+    """Keep responses that were truncated at max_tokens."""
+    keep_refusals: bool = False
+    """Keep responses in which the model declines to answer."""
+    keep_duplicates: bool = False
+    """Keep responses that are equal to an earlier prompt's, as short ones may be."""
+    near_duplicates: Annotated[float, Field(gt=0, le=1)] | None = 0.8
+    """Drop a prompt with its response if the Jaccard similarity of its five-word sequences to those of an earlier one
+    (by MinHash) is at least this; null keeps all."""
+    response_language: Annotated[str, Field(min_length=2)] | None = None
+    """The natural language of responses, such as en or english; null uses a prompt's own label, if it is a language."""
+    check_language: bool = True
+    """Drop responses in another natural language, if the wanted one is known."""
+    check_code: bool = True
+    """Drop responses with a code block that does not parse, in languages that can be parsed."""
+    decontaminate: bool = True
+    """Drop prompts and responses that share a sequence of words with a problem of evaluation.benchmarks."""
+    decontamination_words: Annotated[int, Field(ge=3)] = 13
+    """Length of such a sequence; shorter problems are matched as a whole."""
+    concurrency: Count = setting(8, changes_id=False)
+    """Concurrent requests."""
+    requests_per_minute: Count | None = setting(None, changes_id=False)
+    """The provider's rate limit; null means none."""
+    tokens_per_minute: Count | None = setting(None, changes_id=False)
+    """The provider's rate limit, counting prompts and responses of max_tokens; null means none."""
+    timeout_s: Positive = setting(120.0, changes_id=False)
+    """Seconds after which a request is retried."""
+    max_attempts: Count = setting(8, changes_id=False)
+    """Attempts per prompt before the job fails."""
+    price_per_million_input: Annotated[float, Field(ge=0)] = setting(0.0, changes_id=False)
+    """Price of a million tokens of prompts, in the currency of max_cost."""
+    price_per_million_output: Annotated[float, Field(ge=0)] = setting(0.0, changes_id=False)
+    """Price of a million tokens of responses, in the currency of max_cost."""
+    max_cost: Annotated[float, Field(ge=0)] | None = setting(None, changes_id=False)
+    """Budget of this set of answers, for all attempts together: no request that could exceed it is sent; null means
+    none."""
+    max_total_tokens: Count | None = setting(None, changes_id=False)
+    """The same in tokens, prompts and responses together."""
+    output: Text | None = setting(None, changes_id=False, is_path=True)
+    """Path of a copy of the responses as JSONL. If it is set later, nothing is copied until synthesis.json
+    is removed."""
 
 
 def check_secrets(c: "Config") -> Found:

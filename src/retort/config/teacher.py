@@ -18,68 +18,44 @@ _GPU_ID = re.compile(r"\d+|(GPU|MIG)-[A-Za-z0-9/-]+")
 class Generation(Section):
     """How workers compute the teacher's logits."""
 
-    num_workers: Count | None = setting(
-        None,
-        "Jobs that share the teacher's work. null means one per GPU group (1 without GPUs). Any number makes the same "
-        "cache, and it may be changed between runs.",
-        changes_id=False,
-    )
-    batch_size: Count = setting(
-        4,
-        "Sequences in one forward pass of the teacher, if they are as long as the longest of their part; batches of "
-        "shorter ones have more, up to the same number of tokens. Lower it if memory runs out.",
-    )
-    packing: bool = setting(
-        False,
-        "Concatenate the sequences of a batch in one row instead of padding them. Faster with an attn_implementation "
-        "that does not attend across sequences (flash_attention_2). A teacher that mixes packed sequences is detected "
-        "when it is loaded, and pads.",
-    )
-    gpus_per_model: Count = setting(
-        1, "GPUs that together hold one copy of the teacher.", changes_id=False
-    )
-    gpus: Text | Texts | None = setting(
-        None,
-        'GPU ids to use, such as "0,1,2,3", divided into groups of gpus_per_model; or a list of groups, such as ["0", '
-        '"1", "2,3"]; null means all GPUs of the machine.',
-        changes_id=False,
-    )
-    force_regenerate: bool | int | float | Text = setting(
-        False,
-        "Any value other than false (a date, a number) becomes part of the cache's id, so a new value makes a new "
-        "cache and keeps the old one.",
-    )
-    cpu_threads: Count = setting(
-        1,
-        "CPU threads of a teacher on the CPU. Another number rounds differently, so it changes ids.",
-    )
+    num_workers: Count | None = setting(None, changes_id=False)
+    """Jobs that share the teacher's work. null means one per GPU group (1 without GPUs). Any number makes the same
+    cache, and it may be changed between runs."""
+    batch_size: Count = 4
+    """Sequences in one forward pass of the teacher, if they are as long as the longest of their part; batches of
+    shorter ones have more, up to the same number of tokens. Lower it if memory runs out."""
+    packing: bool = False
+    """Concatenate the sequences of a batch in one row instead of padding them. Faster with an attn_implementation that
+    does not attend across sequences (flash_attention_2). A teacher that mixes packed sequences is detected when it is
+    loaded, and pads."""
+    gpus_per_model: Count = setting(1, changes_id=False)
+    """GPUs that together hold one copy of the teacher."""
+    gpus: Text | Texts | None = setting(None, changes_id=False)
+    """GPU ids to use, such as "0,1,2,3", divided into groups of gpus_per_model; or a list of groups, such as ["0", "1",
+    "2,3"]; null means all GPUs of the machine."""
+    force_regenerate: bool | int | float | Text = False
+    """Any value other than false (a date, a number) becomes part of the cache's id, so a new value makes a new cache
+    and keeps the old one."""
+    cpu_threads: Count = 1
+    """CPU threads of a teacher on the CPU. Another number rounds differently, so it changes ids."""
 
 
 class Teacher(Section):
     """The model to learn from."""
 
-    model_path: Text | None = setting(
-        "demo",
-        "Hub id or folder of a causal language model; demo trains a small one on the corpus; null means none (for "
-        "distillation_type output only).",
-        is_model=True,
-    )
-    revision: Text | None = setting(
-        None, "Commit, tag or branch of the teacher on the Hub; null means its newest."
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        "auto", "Data type of the teacher's weights; auto is bfloat16 if the device supports it."
-    )
-    attn_implementation: Text | None = setting(
-        None,
-        "The attention implementation of transformers, such as sdpa or flash_attention_2; null lets it choose.",
-    )
-    trust_remote_code: bool = setting(
-        False, "Run Python code that comes with the model. Only for models whose authors you trust."
-    )
-    device: Literal["auto", "cpu", "cuda"] = setting(
-        "auto", "Where the teacher runs; auto uses GPUs if there are any.", changes_id=False
-    )
+    model_path: Text | None = setting("demo", is_model=True)
+    """Hub id or folder of a causal language model; demo trains a small one on the corpus; null means none (for
+    distillation_type output only)."""
+    revision: Text | None = None
+    """Commit, tag or branch of the teacher on the Hub; null means its newest."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Data type of the teacher's weights; auto is bfloat16 if the device supports it."""
+    attn_implementation: Text | None = None
+    """The attention implementation of transformers, such as sdpa or flash_attention_2; null lets it choose."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for models whose authors you trust."""
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", changes_id=False)
+    """Where the teacher runs; auto uses GPUs if there are any."""
     generation: Generation = Field(default_factory=Generation)
 
 

@@ -26,29 +26,21 @@ DEFAULT_ALPHA = {"output": 1.0, "logit": 0.0, "hybrid": 0.5}
 class Training(Section):
     """How a student is trained."""
 
-    distillation_type: Literal["output", "logit", "hybrid"] = setting(
-        "hybrid",
-        "output learns from the corpus only (cross-entropy), logit from the teacher only, hybrid from both.",
-    )
-    alpha: Fraction | None = setting(
-        None,
-        "Weight of the hard loss: total_loss = alpha * hard_loss + (1 - alpha) * soft_loss. null means 1.0 for "
-        "output, 0.0 for logit, 0.5 for hybrid. Papers often weigh the soft loss instead.",
-    )
-    temperature: Positive = setting(
-        2.0,
-        "Softens both distributions: soft_loss = T^2 * KL(teacher_T || student_T), in nats. With cached logits it "
-        "must be one of cache.temperatures.",
-    )
-    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = setting(
-        "forward_kl",
-        "The divergence in soft_loss, which is multiplied by T^2: forward_kl, KL(teacher || student), is "
-        "mode-covering; reverse_kl, KL(student || teacher), is mode-seeking; jensen_shannon is between them.",
-    )
-    use_cached_logits: bool = setting(
-        True, "Learn from the logit cache; false runs the teacher beside the student instead."
-    )
-    learning_rate: Positive = setting(0.0001, "Peak learning rate of AdamW.")
+    distillation_type: Literal["output", "logit", "hybrid"] = "hybrid"
+    """output learns from the corpus only (cross-entropy), logit from the teacher only, hybrid from both."""
+    alpha: Fraction | None = None
+    """Weight of the hard loss: total_loss = alpha * hard_loss + (1 - alpha) * soft_loss. null means 1.0 for output, 0.0
+    for logit, 0.5 for hybrid. Papers often weigh the soft loss instead."""
+    temperature: Positive = 2.0
+    """Softens both distributions: soft_loss = T^2 * KL(teacher_T || student_T), in nats. With cached logits it must be
+    one of cache.temperatures."""
+    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = "forward_kl"
+    """The divergence in soft_loss, which is multiplied by T^2: forward_kl, KL(teacher || student), is mode-covering;
+    reverse_kl, KL(student || teacher), is mode-seeking; jensen_shannon is between them."""
+    use_cached_logits: bool = True
+    """Learn from the logit cache; false runs the teacher beside the student instead."""
+    learning_rate: Positive = 0.0001
+    """Peak learning rate of AdamW."""
     lr_scheduler_type: Literal[
         "linear",
         "cosine",
@@ -57,82 +49,55 @@ class Training(Section):
         "constant",
         "constant_with_warmup",
         "inverse_sqrt",
-    ] = setting("cosine", "Learning rate schedule, by its name in transformers.")
-    warmup_steps: NonNegative = setting(
-        0, "Optimizer steps in which the learning rate rises from 0."
-    )
-    weight_decay: Annotated[float, Field(ge=0)] = setting(0.0, "Weight decay of AdamW.")
-    max_grad_norm: Annotated[float, Field(ge=0)] = setting(
-        1.0, "Gradients are clipped to this norm; 0 means never."
-    )
-    max_steps: Count | None = setting(
-        None, "Optimizer steps, instead of num_epochs; null means num_epochs."
-    )
-    num_epochs: Positive = setting(
-        1.0, "Passes over the corpus if max_steps is null; may be a fraction."
-    )
-    batch_size: Count = setting(
-        8,
-        "Sequences in one forward pass over all GPUs together. batch_size * gradient_accumulation_steps is the global "
-        "batch.",
-    )
-    gradient_accumulation_steps: Count = setting(1, "Forward passes per optimizer step.")
-    seed: Seed = setting(
-        0, "Seed of the student's initial weights and of the order of the sequences."
-    )
-    loss_chunk_size: Count | None = setting(
-        None,
-        "Positions in one pass through the student's output layer; fewer take less memory, more may be faster. null "
-        "chooses by vocabulary and device.",
-        changes_id=False,
-    )
-    dataloader_num_workers: NonNegative = setting(
-        1,
-        "Processes that read and decode the cache ahead of the steps; 0 does it between steps.",
-        changes_id=False,
-    )
-    use_gradient_checkpointing: bool = setting(
-        False, "Recompute activations in the backward pass, for less memory and more time."
-    )
-    use_mixed_precision: bool = setting(
-        True, "Train in mixed_precision_dtype if the device supports it."
-    )
-    mixed_precision_dtype: Literal["bf16", "fp16"] = setting(
-        "bf16", "Data type of mixed precision."
-    )
-    logging_steps: Count = setting(
-        10, "Optimizer steps between two lines of the log.", changes_id=False
-    )
-    save_steps: Count = setting(1000, "Optimizer steps between two checkpoints.", changes_id=False)
-    save_total_limit: Annotated[int, Field(ge=2)] = setting(
-        3,
-        "Checkpoints kept, at least 2: a kill can leave the newest one incomplete, and then the one before is used.",
-        changes_id=False,
-    )
-    resume_from_checkpoint: Text | None = setting(
-        None,
-        "Folder of a checkpoint with the weights, optimizer and schedule to start from. An interrupted run resumes "
-        "without it.",
-        is_path=True,
-    )
-    gpus: Count = setting(1, "GPUs per node that train one student together.", changes_id=False)
-    nodes: Count = setting(
-        1,
-        "Nodes of a SLURM cluster that train one student together, with `gpus` GPUs each.",
-        changes_id=False,
-    )
-    strategy: Literal["ddp", "fsdp"] = setting(
-        "ddp",
-        "How several GPUs share the training; with copies of the student (ddp) or shards of it (fsdp).",
-        changes_id=False,
-    )
-    device: Literal["auto", "cpu", "cuda"] = setting(
-        "auto", "Where the student is trained; auto uses a GPU if there is one.", changes_id=False
-    )
-    cpu_threads: Count = setting(
-        1,
-        "CPU threads of a training on the CPU. Another number rounds differently, so it changes ids.",
-    )
+    ] = "cosine"
+    """Learning rate schedule, by its name in transformers."""
+    warmup_steps: NonNegative = 0
+    """Optimizer steps in which the learning rate rises from 0."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Weight decay of AdamW."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Gradients are clipped to this norm; 0 means never."""
+    max_steps: Count | None = None
+    """Optimizer steps, instead of num_epochs; null means num_epochs."""
+    num_epochs: Positive = 1.0
+    """Passes over the corpus if max_steps is null; may be a fraction."""
+    batch_size: Count = 8
+    """Sequences in one forward pass over all GPUs together. batch_size * gradient_accumulation_steps is the global
+    batch."""
+    gradient_accumulation_steps: Count = 1
+    """Forward passes per optimizer step."""
+    seed: Seed = 0
+    """Seed of the student's initial weights and of the order of the sequences."""
+    loss_chunk_size: Count | None = setting(None, changes_id=False)
+    """Positions in one pass through the student's output layer; fewer take less memory, more may be faster. null
+    chooses by vocabulary and device."""
+    dataloader_num_workers: NonNegative = setting(1, changes_id=False)
+    """Processes that read and decode the cache ahead of the steps; 0 does it between steps."""
+    use_gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass, for less memory and more time."""
+    use_mixed_precision: bool = True
+    """Train in mixed_precision_dtype if the device supports it."""
+    mixed_precision_dtype: Literal["bf16", "fp16"] = "bf16"
+    """Data type of mixed precision."""
+    logging_steps: Count = setting(10, changes_id=False)
+    """Optimizer steps between two lines of the log."""
+    save_steps: Count = setting(1000, changes_id=False)
+    """Optimizer steps between two checkpoints."""
+    save_total_limit: Annotated[int, Field(ge=2)] = setting(3, changes_id=False)
+    """Checkpoints kept, at least 2: a kill can leave the newest one incomplete, and then the one before is used."""
+    resume_from_checkpoint: Text | None = setting(None, is_path=True)
+    """Folder of a checkpoint with the weights, optimizer and schedule to start from. An interrupted run resumes without
+    it."""
+    gpus: Count = setting(1, changes_id=False)
+    """GPUs per node that train one student together."""
+    nodes: Count = setting(1, changes_id=False)
+    """Nodes of a SLURM cluster that train one student together, with `gpus` GPUs each."""
+    strategy: Literal["ddp", "fsdp"] = setting("ddp", changes_id=False)
+    """How several GPUs share the training; with copies of the student (ddp) or shards of it (fsdp)."""
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", changes_id=False)
+    """Where the student is trained; auto uses a GPU if there is one."""
+    cpu_threads: Count = 1
+    """CPU threads of a training on the CPU. Another number rounds differently, so it changes ids."""
 
 
 def check_alpha(c: "Config") -> Found:
