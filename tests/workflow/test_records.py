@@ -19,7 +19,7 @@ from support.place import Place
 
 # By their place below results/.
 CLASSES: dict[str, type[Record]] = {
-    "checks/*.json": CheckRecord,
+    "checks/*/*.json": CheckRecord,
     "teachers/*/fingerprint.json": TeacherRecord,
     "teachers/*/run.json": RunRecord,
     "tokens/*/index.json": IndexRecord,
@@ -45,8 +45,9 @@ def read_records(place: Place) -> Iterator[tuple[Path, Record]]:
         found = path.relative_to(place.results)
         if path.name.startswith(".") or path.name == "config.json" or OTHERS.fullmatch(str(found)):
             continue
-        (kind,) = (kind for pattern, kind in CLASSES.items() if found.match(pattern))
-        yield found, kind.read(path)
+        kinds = [kind for pattern, kind in CLASSES.items() if found.match(pattern)]
+        assert len(kinds) == 1, f"{found} is of no class"
+        yield found, kinds[0].read(path)
 
 
 def find_made(records: dict[Path, Record]) -> Iterator[tuple[str, RunRecord]]:
