@@ -15,7 +15,7 @@ from retort.teacher.records import CacheRun, Manifest
 from retort.tokens.index import IndexRecord
 from retort.training.checkpoints import CheckpointRecord
 from retort.training.record import TrainingRecord
-from support.place import Place
+from support.place import CONFIG_FILE, Place
 
 # By their place below results/.
 CLASSES: dict[str, type[Record]] = {
@@ -87,6 +87,10 @@ def test_every_folder_says_how_it_was_made(done: Place) -> None:
         assert name_cpu() in made.device, kind
         assert {"torch", "transformers", "numpy"} <= made.versions.keys()
         assert made.python and made.finished and made.command[0].endswith(".py")
+        # The check is of a whole config, whose runs are in `made.config`.
+        assert made.source == (None if kind == "checks" else CONFIG_FILE), kind
+        of_runs = kind in ("runs", "evaluation")
+        assert made.run in (("both", "hard") if of_runs else (None,)), kind
         has_model = kind in ("validation", "runs", "evaluation", "worker")
         assert made.dtype == ("float32" if has_model else None), kind
 
