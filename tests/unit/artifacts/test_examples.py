@@ -29,6 +29,7 @@ SCENARIOS = {
     "unequal_gpus",
     "laptop_output",
     "live_teacher_one_gpu",
+    "chats",
     "code_student",
     "code_student_slurm",
     "code_student_from_prompts",
