@@ -156,15 +156,13 @@ def check_columns(c: "Config") -> Found:
     other = "prompt_column" if prompt is not None else "text_column"
     if messages is not None and (prompt is not None or text != Dataset().text_column):
         yield (
-            "dataset.messages_column",
             f"dataset.messages_column is {show(messages)} and dataset.{other} is {show(prompt or text)}: a document "
-            "is a chat, or text, or prompt and response. Remove one of the two.",
+            "is a chat, or text, or prompt and response. Remove one of the two."
         )
     if messages is not None and c.dataset.name == SYNTHESIS:
         yield (
-            "dataset.messages_column",
             f"dataset.messages_column is {show(messages)}, but dataset.name is 'synthesis', whose responses have no "
-            "such column. Remove it.",
+            "such column. Remove it."
         )
 
 
@@ -173,9 +171,8 @@ def check_chat_date(c: "Config") -> Found:
         date.fromisoformat(c.dataset.chat_date)
     except ValueError:
         yield (
-            "dataset.chat_date",
             f"dataset.chat_date is {show(c.dataset.chat_date)}, which is no date: write year-month-day, for instance "
-            "2026-01-01.",
+            "2026-01-01."
         )
 
 

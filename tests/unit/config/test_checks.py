@@ -57,6 +57,16 @@ STREAM = {"dataset": {"name": "org/corpus", "streaming": True}}
             "Remove one of the two",
         ),
         (
+            {"dataset": {"messages_column": "chat", "text_column": "body"}},
+            "dataset.messages_column is 'chat' and dataset.text_column is 'body'",
+            "Remove one of the two",
+        ),
+        (
+            {"dataset": {"chat_date": "2026-02-30"}},
+            "dataset.chat_date is '2026-02-30', which is no date",
+            "write year-month-day",
+        ),
+        (
             {"dataset": {"validation_fraction": 0}},
             "dataset.validation_fraction is 0",
             "Set dataset.validation_fraction above 0",
