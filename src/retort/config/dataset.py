@@ -55,6 +55,9 @@ class Dataset(Section):
     """Hub id or folder of the tokenizer. null means the teacher's; required without a teacher."""
     revision: Text | None = None
     """Commit, tag or branch of the Hub dataset; null means its newest."""
+    control_tokens: Literal["text", "tokens"] = "text"
+    """What control tokens written out in a document are, such as <|im_start|>: text like any other, or the tokens
+    themselves (for documents that were rendered by a chat template before)."""
     append_eos: bool = True
     """End every document with the tokenizer's end-of-text token; a chat, if the chat template ends it with nothing."""
     streaming: bool = False

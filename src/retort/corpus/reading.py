@@ -45,6 +45,7 @@ _SCANNED_DOCUMENTS = 1000
 TOKENIZING_KEYS = (
     "tokenizer",
     "append_eos",
+    "control_tokens",
     "supervised_turns",
     "chat_date",
     "max_length",

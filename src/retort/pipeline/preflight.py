@@ -180,14 +180,22 @@ def _check_tokens(config: Config, tokenizer: Any, sample: list[Document]) -> lis
     sizes = accumulate(len(document.text) + len(document.prompt or "") for document in sample)
     first = [d for d, size in zip(sample, sizes, strict=True) if size <= _SAMPLE_CHARACTERS]
     documents = first or [replace(sample[0], text=sample[0].text[:_SAMPLE_CHARACTERS])]
-    tokenize_documents(documents, tokenizer, config.dataset, counts=TokenCounts())
+    counts = TokenCounts()
+    tokenize_documents(documents, tokenizer, config.dataset, counts=counts)
+    notes = []
+    if counts.with_control_tokens:
+        notes.append(
+            f"control tokens are written out in {counts.with_control_tokens:,} of the first {len(documents):,} "
+            f"documents: dataset.control_tokens takes them as {config.dataset.control_tokens}"
+        )
     lost = find_lost_characters(documents, tokenizer)
     if not lost:
-        return []
+        return notes
     named = ", ".join(map(repr, lost[:5])) + (", ..." if len(lost) > 5 else "")
     return [
+        *notes,
         f"the tokenizer has no token for {len(lost):,} of the characters in the first {len(documents):,} documents "
-        f"({named}): they are left out, or are unknown tokens"
+        f"({named}): they are left out, or are unknown tokens",
     ]
 
 

@@ -19,6 +19,7 @@ from datetime import datetime
 from typing import Any
 
 from retort.cli import first_line
+from retort.tokens.controls import ControlTokens
 from retort.tokens.said import (
     ChatError,
     Message,
@@ -56,6 +57,7 @@ class ChatFormat:
         """Raises ValueError when the template renders no content of messages."""
         self.tokenizer = tokenizer
         self._date_macro = _define_date(date)
+        self._control_tokens = ControlTokens(tokenizer)
         names = {str(t) for t in tokenizer.added_tokens_decoder.values()} | {
             *tokenizer.all_special_tokens
         }
@@ -291,8 +293,7 @@ class ChatFormat:
         return shown
 
     def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+        return self._control_tokens.encode_rendered(text)
 
     def _encode_spans(
         self, text: str, spans: list[tuple[int, int]], eos: list[int]

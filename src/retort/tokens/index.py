@@ -413,4 +413,8 @@ def describe_index(index: IndexRecord) -> str:
         f"{tokens.without_loss:,} of prompts alone + {tokens.too_short:,} in documents of one token; "
         f"{tokens.documents_split:,} long documents split"
     )
+    if tokens.with_control_tokens:
+        lines.append(
+            f"control tokens: written out in {tokens.with_control_tokens:,} documents (see dataset.control_tokens)"
+        )
     return "\n".join(lines)

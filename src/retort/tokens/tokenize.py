@@ -3,15 +3,17 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from retort.config.sections import Dataset
 from retort.corpus.documents import Document
 from retort.tokens.characters import explain_encoding
 from retort.tokens.chat import ChatFormat
+from retort.tokens.controls import ControlTokens
 from retort.tokens.normalization import find_length_change
 from retort.tokens.said import ChatError, Message
 from retort.tokens.sequences import (
@@ -21,7 +23,7 @@ from retort.tokens.sequences import (
     build_table,
     concatenate_tables,
 )
-from retort.tokens.tokenizer import encode_prompt
+from retort.tokens.tokenizer import encode_prefix
 
 # Tokenizers need about 100 bytes per token of a batch.
 _DOCUMENTS_PER_BATCH = 256
@@ -47,13 +49,17 @@ class TokenCounts:
         0  # held-out documents whose length in bytes the tokenizer changes before it splits them
     )
 
+    # Documents in which control tokens are written out.
+    with_control_tokens: Annotated[int, Field(exclude_if=lambda number: not number)] = 0
+
     def reconcile(self) -> None:
         """Assert that the parts of `read` add up."""
         assert self.read == self.stored + self.truncated + self.without_loss + self.too_short, self
 
     def to_json(self) -> dict[str, int]:
-        """Return the counts as a JSON object; a tokenizer that never changes a text has no count of it."""
-        return {k: v for k, v in asdict(self).items() if v or k != "held_out_normalized"}
+        """Return the counts as a JSON object; what is rare is left out where it is 0."""
+        rare = ("held_out_normalized", "with_control_tokens")
+        return {k: v for k, v in asdict(self).items() if v or k not in rare}
 
     def __add__(self, other: "TokenCounts") -> "TokenCounts":
         return TokenCounts(
@@ -78,14 +84,18 @@ def tokenize_batches(
     and for text that the tokenizer cannot encode.
     """
     changes_length = find_length_change(tokenizer)
-    chats = _Chats(tokenizer, dataset)
+    controls = ControlTokens(tokenizer, as_text=dataset.control_tokens == "text")
+    chats = _Chats(tokenizer, dataset, controls)
     for batch in _cut_batches(documents):
         if changes_length:
             counts.held_out_normalized += sum(
                 document.split == "val" and changes_length(document.text) for document in batch
             )
+        counts.with_control_tokens += sum(
+            controls.are_in(f"{document.prompt or ''}\n{document.text}") for document in batch
+        )
         rows: dict[str, list[SequenceRow]] = {split: [] for split in SPLITS}
-        encoded = explain_encoding(_encode(batch, tokenizer, chats, dataset), batch, tokenizer)
+        encoded = explain_encoding(_encode(batch, chats, dataset), batch, tokenizer)
         for document, ids, said in encoded:
             counts.read += len(ids)
             if len(ids) < 2:
@@ -157,9 +167,10 @@ def _cut_windows(said: NDArray[np.bool_], length: int) -> Iterator[tuple[NDArray
 
 
 def _encode(
-    batch: list[Document], tokenizer: Any, chats: "_Chats", dataset: Dataset
+    batch: list[Document], chats: "_Chats", dataset: Dataset
 ) -> Iterator[tuple[Document, NDArray[np.int32], NDArray[np.bool_]]]:
     """Yield (document, its ids, which of them are to be predicted); a chat may have several renderings."""
+    tokenizer, controls = chats.tokenizer, chats.controls
     has_end = dataset.append_eos and tokenizer.eos_token_id is not None
     end = [tokenizer.eos_token_id] if has_end else []
     bodies: dict[int, list[int]] = {}
@@ -170,7 +181,7 @@ def _encode(
             if (d.prompt is None) == is_plain and not chats.is_rendered(d)
         }
         if texts:
-            found = tokenizer([*texts.values()], add_special_tokens=is_plain)["input_ids"]
+            found = controls.encode_texts([*texts.values()], add_special_tokens=is_plain)
             bodies |= zip(texts, found, strict=True)
     for i, document in enumerate(batch):
         if i not in bodies:
@@ -178,7 +189,9 @@ def _encode(
                 yield document, np.array(tokens, np.int32), np.array(said, np.bool_)
             continue
         body = bodies[i]
-        head = encode_prompt(document.prompt, tokenizer) if document.prompt is not None else []
+        head = []
+        if document.prompt is not None:
+            head = encode_prefix(f"{document.prompt}\n", tokenizer, controls=controls)
         if end and body[-1:] == end:  # some tokenizers add it themselves
             body = body[:-1]
         ids = np.array([*head, *body, *end], np.int32)
@@ -188,8 +201,8 @@ def _encode(
 class _Chats:
     """Encodes chats, and prompts with responses, by the tokenizer's chat template, if it has one."""
 
-    def __init__(self, tokenizer: Any, dataset: Dataset) -> None:
-        self.tokenizer, self.dataset = tokenizer, dataset
+    def __init__(self, tokenizer: Any, dataset: Dataset, controls: ControlTokens) -> None:
+        self.tokenizer, self.dataset, self.controls = tokenizer, dataset, controls
 
     @cached_property
     def _format(self) -> ChatFormat:
@@ -213,7 +226,7 @@ class _Chats:
         ]
         try:
             return self._format.encode(
-                messages,
+                self.controls.mark(messages),
                 tools=document.tools,
                 turns=self.dataset.supervised_turns,
                 append_eos=self.dataset.append_eos,

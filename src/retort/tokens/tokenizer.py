@@ -11,6 +11,7 @@ from retort.io.digests import digest
 from retort.io.files import is_path
 from retort.io.fingerprints import TokenizerIdentity, describe_model_file, fingerprint_tokenizer
 from retort.tokens.chat import DEFAULT_DATE, ChatFormat
+from retort.tokens.controls import ControlTokens
 
 
 def encode_prompt(prompt: str, tokenizer: Any, *, date: str = DEFAULT_DATE) -> list[int]:
@@ -23,9 +24,13 @@ def encode_prompt(prompt: str, tokenizer: Any, *, date: str = DEFAULT_DATE) -> l
     return encode_prefix(f"{prompt}\n", tokenizer)
 
 
-def encode_prefix(text: str, tokenizer: Any) -> list[int]:
-    """Return the ids of a text to be continued: with the tokenizer's special tokens, but no end-of-text token."""
-    ids: list[int] = tokenizer(text)["input_ids"]
+def encode_prefix(text: str, tokenizer: Any, *, controls: ControlTokens | None = None) -> list[int]:
+    """Return the ids of a text to be continued: with the tokenizer's special tokens, but no end-of-text token.
+
+    controls: what control tokens written out in the text are; without it, tokens.
+    """
+    controls = controls or ControlTokens(tokenizer, as_text=False)
+    ids = controls.encode_texts([text], add_special_tokens=True)[0]
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 
