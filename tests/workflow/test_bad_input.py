@@ -38,7 +38,7 @@ def over(**sections: Any) -> dict[str, Any]:
 SEEN_IN_THE_CONFIG = {
     "unknown key": (
         over(training={"alhpa": 0.5}),
-        ["Unknown config key training.alhpa", "training.alpha: 0.5"],
+        ["Unknown config key training.alhpa", "Did you mean training.alpha?"],
     ),
     "unknown section": (over(trainign={"alpha": 0.5}), ["trainign", "training"]),
     "old name": (over(teacher={"teacher_model_path": "x"}), ["teacher_model_path", "model_path"]),

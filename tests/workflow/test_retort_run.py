@@ -50,10 +50,14 @@ def test_a_wrong_config_is_one_sentence_before_snakemake_starts(fresh: Place) ->
     said = run(fresh, "tiny.yaml")
     assert said.returncode == 1
     assert said.output == (
-        "error: Unknown config key training.lr. Write it as training.learning_rate: 1.\n"
+        "error: tiny.yaml:26: Unknown config key training.lr. Write it as training.learning_rate: 1.\n"
     )
     changed = run(fresh, "tiny.yaml", "--config", "training={learning_rate: -1}")
-    assert changed.returncode == 1 and changed.output.count("\n") == 1, changed.output
+    assert changed.returncode == 1, changed.output
+    assert [line.split(" ")[0] for line in changed.output.splitlines()[1:]] == [
+        "tiny.yaml:26:",
+        "--config:",
+    ]
     missing = run(fresh, "other.yaml")
     assert missing.output.startswith("error: The config 'other.yaml' does not exist")
     unknown = run(fresh, "tiny.yaml", "--no-such-option")

@@ -7,13 +7,16 @@ from pathlib import Path
 
 from retort.artifacts.build import build_project
 from retort.artifacts.jobs import Jobs
-from retort.config.load import load_runs
+from retort.config.config_files import load_source, locate, read_files
 from retort.config.sweeps import prefer_command_line
+from retort.config.yaml_source import Source
 from retort.corpus.sources import is_hub
+from snakemake.common.configfile import load_configfile
 from snakemake.exceptions import WorkflowError
 from snakemake.io import flag
 from snakemake.path_modifier import PATH_MODIFIER_FLAG
 from snakemake.settings.enums import Quietness
+from snakemake.utils import update_config
 
 
 def place_outputs(config):
@@ -31,7 +34,7 @@ def place_outputs(config):
 
     output = config.get("output") or {}
     if not isinstance(output, dict):
-        return config  # load_runs will refuse it
+        return config  # load_source will refuse it
     output = dict(output)
     for key, default in {"results_dir": "results", "cache_dir": None}.items():
         if folder := output.get(key, default):
@@ -40,15 +43,34 @@ def place_outputs(config):
     return {**config, "output": output}
 
 
-if not workflow.modifier.is_main_snakefile():
-    config = place_outputs(config)
-else:
-    config = prefer_command_line(config, workflow.config_settings.config)
+def read_source():
+    """Return the config as it is written, with lines: the files and --config are read again, as Snakemake merges them.
 
+    Lines are not known of a module's config, nor of one that another Snakefile has changed.
+    """
+    if not workflow.modifier.is_main_snakefile():
+        return Source(place_outputs(config))
+    settings = workflow.config_settings
+    files = workflow.configfiles[len(settings.configfiles) :]  # of `configfile:`
+    merged = {}
+    for path in files:
+        update_config(merged, load_configfile(path))
+    update_config(merged, settings.overwrite_config)
+    if merged == config:
+        paths = [Path(path).absolute() for path in [*files, *settings.configfiles]]
+        if source := read_files(paths, settings.config):
+            return source
+    return Source(prefer_command_line(config, settings.config))
+
+
+SOURCE = Source({})
 try:
-    PROJECT = build_project(load_runs(config))
+    SOURCE = read_source()
+    PROJECT = build_project(load_source(SOURCE))
 except ValueError as error:
-    raise WorkflowError(f"Nothing was started. {error}") from None
+    raise WorkflowError(f"Nothing was started. {locate(error, SOURCE)}") from None
+
+config = SOURCE.values  # as written: a run may be named no, or 010
 
 # With the names of the config files, which each result records.
 JOBS = Jobs(

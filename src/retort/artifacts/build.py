@@ -24,6 +24,7 @@ from retort.artifacts.responses import build_responses
 from retort.artifacts.tasks import EvaluationTask, build_tasks
 from retort.config.dataset import SYNTHESIS
 from retort.config.load import identity
+from retort.config.schema import show
 from retort.config.sections import Config, Student
 from retort.corpus.reading import (
     TOKENIZING_KEYS,
@@ -63,8 +64,18 @@ def build_project(configs: Mapping[str, Config]) -> Project:
     """Return all artifacts of the runs' configs, by name of the run.
 
     Raises ValueError when a local corpus, model, tokenizer or student config is missing, when a file is at the path of
-    the results folder, or when the weights or tokenizer of a local teacher differ from those of its recorded results.
+    the results folder, when a path is too long or may not be read, or when the weights or tokenizer of a local teacher
+    differ from those of its recorded results.
     """
+    try:
+        return _build_project(configs)
+    except OSError as error:
+        raise ValueError(
+            f"The config has the path {show(str(error.filename))}, which cannot be read: {error.strerror}."
+        ) from None
+
+
+def _build_project(configs: Mapping[str, Config]) -> Project:
     for output in {config.output for config in configs.values()}:
         require_no_file_at(Path(output.results_dir))
         require_no_file_at(Path(output.cache_dir or output.results_dir))

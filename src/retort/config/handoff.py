@@ -9,18 +9,20 @@ import argparse
 import difflib
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from retort.cli import script_parser
+from retort.config.config_files import add_typed, load_source
 from retort.config.dataset import SYNTHESIS
-from retort.config.load import complete, differences, load_runs
-from retort.config.schema import ConfigError, merge, show
+from retort.config.load import complete, differences
+from retort.config.schema import merge, show
 from retort.config.sections import Config, Dataset
 from retort.config.sweeps import expand_runs, nest
+from retort.config.yaml_source import Place, Source, read_yaml
 from retort.io.files import suggest_path, write_json
 from retort.io.run_record import set_origin
 
@@ -156,7 +158,8 @@ def read_job(args: argparse.Namespace) -> Job:
 
 def _find_job(args: argparse.Namespace) -> Job:
     changes = _read_changes(args.set)
-    raw = {"config": {}} if args.config is None else read_config_argument(args.config)
+    source = Source({"config": {}}) if args.config is None else read_config_argument(args.config)
+    raw = source.values
     if "config" in raw and raw.keys() <= Job.model_fields.keys():
         job = Job.from_json({**raw, "config": merge(raw["config"], changes)})
         if args.run not in (None, job.run):
@@ -165,20 +168,20 @@ def _find_job(args: argparse.Namespace) -> Job:
                 "one job only. Leave --run out, or give the config file itself."
             )
         return job
-    return _choose_run(raw, args, changes)
+    return _choose_run(source, args, changes)
 
 
 def read_runs(text: str) -> dict[str, Config]:
     """Return all runs of a whole config, given as a YAML file or as JSON. Raises ValueError for mistakes."""
-    return load_runs(read_config_argument(text))
+    return load_source(read_config_argument(text))
 
 
 def write_config(folder: Path, text: str) -> None:
     """Write the whole config of a `--config` into a folder, as config.json."""
-    write_json(folder / CONFIG_FILE, read_config_argument(text))
+    write_json(folder / CONFIG_FILE, read_config_argument(text).values)
 
 
-def read_config_argument(text: str) -> dict[str, Any]:
+def read_config_argument(text: str) -> Source:
     """Return the content of a `--config`, which is JSON or the path of a YAML or JSON file, unchecked.
 
     Raises ValueError when there is no such file, or it is neither.
@@ -189,19 +192,18 @@ def read_config_argument(text: str) -> dict[str, Any]:
             f"--config {text!r} does not exist (looked in {Path.cwd()}).{suggest_path(path)} Give a YAML config, or "
             "the config.json beside a result."
         )
+    if not is_json and path.suffix != ".json":
+        return read_yaml(path)
     try:
-        content = text if is_json else path.read_text(encoding="utf-8")
-        raw = json.loads(content) if is_json or path.suffix == ".json" else yaml.safe_load(content)
-    except (ValueError, yaml.YAMLError) as error:
+        values = json.loads(text if is_json else path.read_text(encoding="utf-8"))
+    except ValueError as error:
         name = "" if is_json else f" {text!r}"
-        raise ValueError(
-            f"--config{name} cannot be read: {' '.join(str(error).split())}."
-        ) from None
-    if not isinstance(raw, dict | None):
+        raise ValueError(f"--config{name} cannot be read: {error}.") from None
+    if not isinstance(values, dict):
         raise ValueError(
             f"--config {text!r} is not a config: it should have sections, such as dataset and teacher."
         )
-    return raw or {}
+    return Source(values)
 
 
 def _read_changes(words: Iterable[str]) -> dict[str, Any]:
@@ -219,13 +221,13 @@ def _read_changes(words: Iterable[str]) -> dict[str, Any]:
     return changes
 
 
-def _choose_run(raw: dict[str, Any], args: argparse.Namespace, changes: dict[str, Any]) -> Job:
+def _choose_run(written: Source, args: argparse.Namespace, changes: dict[str, Any]) -> Job:
     """Return the job of the run that was asked for, or of all runs where their sections are the same."""
     source = None if _is_json(args.config) else Path(args.config).name
     name = source or "the config"
-    runs, problems = expand_runs(raw.get("runs"))
+    runs, problems = expand_runs(written.values.get("runs"))
     if problems:
-        raise ConfigError(*problems)
+        load_source(written)  # raises ConfigError
     if args.run is not None:
         names = [run.name for run in runs]
         runs = [run for run in runs if run.name == args.run]
@@ -237,7 +239,8 @@ def _choose_run(raw: dict[str, Any], args: argparse.Namespace, changes: dict[str
             )
     below = {section: values for section, values in changes.items() if section != "output"}
     chosen = {run.name: merge(run.overrides, below) for run in runs}
-    configs = load_runs(merge(raw, changes) | {"runs": chosen})
+    written = add_typed(written, changes, Place("--set"))
+    configs = load_source(replace(written, values=written.values | {"runs": chosen}))
     jobs = [Job(run=run, source=source, config=config) for run, config in configs.items()]
     found = [job.to_json(SECTIONS[args.kind])["config"] for job in jobs]
     differing = [s for s in SECTIONS[args.kind] if any(f.get(s) != found[0].get(s) for f in found)]

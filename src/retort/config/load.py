@@ -1,6 +1,5 @@
 """A whole config as one checked record per run, and the keys that ids of artifacts are made of."""
 
-import difflib
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
@@ -20,7 +19,12 @@ from retort.config.schema import (
 )
 from retort.config.section import Section, changes_id, key_schemas, subsection
 from retort.config.sections import CHECKS, Config, section_at
-from retort.config.suggestions import not_a_section, unknown_key
+from retort.config.suggestions import (
+    closest,
+    not_a_section,
+    suggest_value,
+    unknown_key,
+)
 from retort.config.sweeps import Run, expand_runs, parse_sections
 from retort.config.training import DEFAULT_ALPHA
 
@@ -45,10 +49,10 @@ def find_problems(raw: Mapping[str, Any]) -> tuple[dict[str, Config], list[Probl
     """
     base = {str(name): parse_sections(value, str(name)) for name, value in raw.items()}
     runs, problems = expand_runs(base.pop("runs", None))
-    everywhere = Run("", "", {})
-    problems += [_describe(everywhere, *wrong) for wrong in _read(base)[1]]
     if not runs and not problems:
         runs = [Run("student", "", {})]
+    everywhere = Run("", "", {})
+    problems += [_describe(everywhere, *wrong) for wrong in _read(base)[1]]
     configs: dict[str, Config] = {}
     across: dict[Problem, list[str]] = {}  # problems across keys, with the names of their runs
     for run in runs:
@@ -142,11 +146,15 @@ def _describe_value(shown: _Path, path: _Path, value: Any) -> str:
     if len(path) > len(key):
         takes = next(o["items"] for o in schema.get("anyOf", [schema]) if "items" in o)
     choices = [c for o in takes.get("anyOf", [takes]) for c in o.get("enum", [])]
-    close = difflib.get_close_matches(str(value), choices, n=1)
-    fix = f"Did you mean {close[0]}? Or" if close else "Correct the value, or"
+    if close := closest(str(value), choices):
+        hint = f"Did you mean {close}? Or"
+    elif meant := suggest_value(value, expected(takes)):
+        hint = f"{meant}, or"
+    else:  # the first sentence of the description says what the key is
+        hint = f"{schema['description'].split('. ')[0].rstrip('.')}. Correct the value, or"
     return (
-        f"{dotted(shown)} is {show(value)}, but {expected(takes)} is expected. {schema['description']} "
-        f"{fix} leave the key out for its default ({show(schema['default'])})."
+        f"{dotted(shown)} is {show(value)}, but {expected(takes)} is expected. {hint} leave the key out for its "
+        f"default ({show(schema['default'])})."
     )
 
 

@@ -36,8 +36,7 @@ class ConfigError(ValueError):
     def __init__(self, *problems: Problem) -> None:
         self.problems = problems
         messages = [problem.message for problem in problems]
-        lines = [f"\n  {number}. {message}" for number, message in enumerate(messages, 1)]
-        several = f"The config has {len(messages)} mistakes:{''.join(lines)}"
+        several = "\n".join([f"The config has {len(messages)} mistakes:", *messages])
         super().__init__(messages[0] if len(messages) == 1 else several)
 
 

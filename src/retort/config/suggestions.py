@@ -1,140 +1,198 @@
-"""Messages for unknown keys and for values in place of sections, with the key that was probably meant."""
+"""Messages for unknown keys, and for values in place of sections, with what was probably meant.
 
-import difflib
-from collections.abc import Mapping
+A key is suggested for a misspelling, for the same name in another section, or because other_names.yaml says so: never
+because two names look alike, as `eval_steps` and `max_steps` do.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from importlib.resources import files
+from itertools import chain
 from typing import Any
 
+import yaml
+
 from retort.config.schema import KEY_PREFIXES, KeyPath, dotted, show
-from retort.config.sections import Config, leaves, section_at
+from retort.config.sections import leaves, section_at, section_paths
 from retort.config.values import parse_text
 
-# Names from other tools and older versions, in any section, and the keys that replace them.
-MOVED = {
-    "bf16": ("training.mixed_precision_dtype",),
-    "benchmark": ("evaluation.benchmarks.tasks",),
-    "custom_shard": ("dataset.sharding",),
-    "dataset_config": ("dataset.config_name",),
-    "dataset_config_name": ("dataset.config_name",),
-    "dataset_name": ("dataset.name",),
-    "device": ("teacher.device", "training.device"),
-    "devices": ("teacher.generation.gpus",),
-    "epochs": ("training.num_epochs",),
-    "fp16": ("training.mixed_precision_dtype",),
-    "gpu_ids": ("teacher.generation.gpus",),
-    "gpu_list": ("teacher.generation.gpus",),
-    "gradient_checkpointing": ("training.use_gradient_checkpointing",),
-    "loss_type": ("training.distillation_type",),
-    "lr": ("training.learning_rate",),
-    "max_seq_length": ("dataset.max_length",),
-    "num_train_epochs": ("training.num_epochs",),
-    "output_dir": ("output.results_dir",),
-    "student_config": ("student.config",),
-    "student_model": ("student.model_path",),
-    "teacher_model": ("teacher.model_path",),
-    "teacher_model_path": ("teacher.model_path",),
-    "total_workers": ("teacher.generation.num_workers",),
-    "train_data": ("dataset.data_files",),
-    "train_file": ("dataset.data_files",),
-    "evaluation.allow_code_execution": ("evaluation.humaneval.allow_code_execution",),
-    "evaluation.benchmark_limit": ("evaluation.benchmarks.limit",),
-    "evaluation.benchmark_seed": ("evaluation.benchmarks.seed",),
-    "evaluation.benchmark_tasks_dir": ("evaluation.benchmarks.tasks_dir",),
-    "evaluation.benchmark_teacher": ("evaluation.benchmarks.teacher",),
-    "evaluation.code_timeout_s": ("evaluation.humaneval.code_timeout_s",),
-    "evaluation.humaneval_completions": ("evaluation.humaneval.completions",),
-    "evaluation.humaneval_file": ("evaluation.humaneval.file",),
-    "evaluation.humaneval_max_new_tokens": ("evaluation.humaneval.max_new_tokens",),
-    "evaluation.humaneval_pass_at": ("evaluation.humaneval.pass_at",),
-    "evaluation.humaneval_temperature": ("evaluation.humaneval.temperature",),
-    "evaluation.num_samples": ("evaluation.samples.num_samples",),
-    "evaluation.sample_max_new_tokens": ("evaluation.samples.max_new_tokens",),
-    "evaluation.sample_prompts": ("evaluation.samples.prompts",),
-    "evaluation.sample_seed": ("evaluation.samples.seed",),
-    "evaluation.sample_temperature": ("evaluation.samples.temperature",),
-    "distillation.type": ("training.distillation_type",),
-    "teacher_logits.model": ("teacher.model_path",),
-    "teacher_logits.output_dir": ("output.cache_dir",),
-    "training.num_workers": ("training.dataloader_num_workers",),
-}
+NAMES_FILE = "other_names.yaml"  # in the package
 # The key that was probably meant when a section is given one value.
 _SHORTHAND = {
     "dataset": "dataset.name",
+    "student": "student.config",
+    "teacher": "teacher.model_path",
     "evaluation.benchmarks": "evaluation.benchmarks.tasks",
     "evaluation.humaneval": "evaluation.humaneval.file",
     "evaluation.samples": "evaluation.samples.num_samples",
-    "student": "student.config",
-    "teacher": "teacher.model_path",
 }
+# Values by other names.
+_SAME = {
+    "bf16": "bfloat16",
+    "bfloat16": "bf16",
+    "fp16": "float16",
+    "half": "float16",
+    "float16": "fp16",
+    "fp32": "float32",
+    "float": "float32",
+    "gpu": "cuda",
+    "kl": "forward_kl",
+    "js": "jensen_shannon",
+    "jsd": "jensen_shannon",
+    "nucleus": "top_p",
+    "ce": "output",
+    "cross_entropy": "output",
+}
+_OTHER_BASE = re.compile(r"[-+]?0[\dxob][\da-fA-F_]*|\d+(:\d\d)+")  # octal, hexadecimal, base 60
+_ALL_KEYS = "config/README.md lists all keys."
+_SECRET = (
+    "API keys do not belong in a config, which is recorded and shared. Set an environment variable: export "
+    "OPENAI_API_KEY=..., or the one that synthesis.api_key_variable names."
+)
 
 
 def not_a_section(path: KeyPath, value: Any) -> str:
     """Return the message for a value that is given instead of a section."""
     prefix, inner = _split_run(path)
-    meant = _SHORTHAND.get(".".join(inner))
-    section = section_at(inner)
-    hint = f"It has the keys {', '.join(section.model_fields)}." if section else ""
-    if meant:
-        hint = f"Did you mean {prefix}{meant}: {value}?"
     if path == ("runs",):
         hint = "Write one entry per student, such as runs: {soft: {training: {alpha: 0.2}}}."
-    return (
-        f"{dotted(path)} is {show(value)}, but a section of 'key: value' lines is expected. {hint}"
-    )
+    elif meant := _SHORTHAND.get(".".join(inner)):
+        shown = show(value).strip("'")
+        hint = f"Did you mean {prefix}{meant}: {shown}?"
+    elif isinstance(value, str) and ":" in value.rstrip(":") and ": " not in value:
+        hint = f"A space is missing after the colon: write {value.replace(':', ': ', 1)!r}."
+    elif isinstance(value, list):
+        hint = "Write its keys without '- ' before them."
+    else:
+        section = section_at(inner)
+        keys = list(section.model_fields) if section else []
+        more = ", ..." if len(keys) > 5 else ""
+        hint = (
+            f"Its keys, {', '.join(keys[:5])}{more}, go in the lines below it, indented."
+            if keys
+            else ""
+        )
+    what = "a section of 'key: value' lines is expected"
+    return f"{dotted(path)} is {show(value)}, but {what}. {hint}".rstrip()
 
 
 def unknown_key(path: KeyPath, value: Any) -> str:
     """Return the message for an unknown key or section."""
     value = parse_text(value) if isinstance(value, str) else value
     prefix, inner = _split_run(path)
-    sections = [name for name in Config.model_fields if not prefix or name != "output"]
-    close = difflib.get_close_matches(inner[0], sections, n=1, cutoff=0.75)
-    is_section = value is None or isinstance(value, Mapping)
-    if inner[-1] == "api_key" or (isinstance(value, str) and value.startswith(KEY_PREFIXES)):
-        hint = (
-            "API keys do not belong in a config, which is recorded and shared. Set an environment variable: export "
-            "OPENAI_API_KEY=..., or the one that synthesis.api_key_variable names."
-        )
-    elif inner[-1] == "worker_id":
-        hint = (
-            "Workers are numbered automatically; set their number with "
-            "teacher.generation.num_workers, or leave that out too for one per GPU group."
-        )
-    elif len(inner) == 1 and close and (is_section or not _new_places(inner)):
-        hint = f"Did you mean {prefix}{close[0]}?"
-    elif len(inner) == 1 and isinstance(value, Mapping):
-        found = {str(key): _places((*inner, str(key)), prefix, sections) for key in value}
-        moves = [f"{key} -> {places}" for key, places in found.items() if places]
-        hint = f"Its keys have moved: {'; '.join(moves)}." if moves else ""
-    else:
-        places = _places(inner, prefix, sections)
-        is_plain = isinstance(value, str | int | float) and " or " not in places
-        hint = f"Write it as {places}{f': {show(value)}' if is_plain else ''}." if places else ""
-    return f"Unknown config key {dotted(path)}. {hint or 'config/README.md lists all keys.'}"
-
-
-def _places(inner: KeyPath, prefix: str, sections: list[str]) -> str:
-    """Return the keys to write instead of an unknown one: "a.b or c.d", with `prefix` if the run can have them."""
-    places = _new_places(inner)
-    return " or ".join((prefix if p.split(".")[0] in sections else "") + p for p in places)
-
-
-def _new_places(inner: KeyPath) -> list[str]:
-    """Return the keys that an unknown one probably means, as dotted paths: the best match only."""
     name = inner[-1]
-    if moved := MOVED.get(".".join(inner)) or MOVED.get(name):
-        return list(moved)
-    keys = [path for path, _ in leaves()]
-    same = [path for path in keys if path[-1] == name]
-    if near := [path for path in same if path[0] == inner[0]]:
-        same = near
-    if not same:
-        siblings = {path[-1]: path for path in keys if path[:-1] == inner[:-1]}
-        everywhere = {path[-1]: path for path in reversed(keys)}
-        close = difflib.get_close_matches(name, siblings, n=1) or difflib.get_close_matches(
-            name, everywhere, n=1, cutoff=0.75
+    hint: str | None
+    if name == "api_key" or (isinstance(value, str) and value.startswith(KEY_PREFIXES)):
+        hint = _SECRET
+    elif name == "runs":
+        hint = "Runs are listed once, at the top of the config."
+    else:
+        hint = (
+            _other_name(inner, value, prefix)
+            or _misspelling(inner, prefix)
+            or _same_name(inner, value, prefix)
+            or _keys_below(inner, value, prefix)
         )
-        same = [siblings.get(c) or everywhere[c] for c in close]
-    return [".".join(path) for path in same]
+    odd = next((f" (which has {c!r}, U+{ord(c):04X})" for c in name if not c.isascii()), "")
+    return f"Unknown config key {dotted(path)}{odd}. {hint or _ALL_KEYS}"
+
+
+def suggest_value(value: Any, takes: str) -> str | None:
+    """Return what to write instead of a value that was nearly right; `takes` is the phrase for the key's values."""
+    if takes.startswith("a list") and isinstance(value, str | int | float):
+        return f"Write it in brackets, [{value}]"
+    if not isinstance(value, str) or ("a number" not in takes and "an integer" not in takes):
+        return None
+    if _OTHER_BASE.fullmatch(value):
+        return "YAML's versions read it as different numbers. Write it in digits that do not begin with 0"
+    if found := re.fullmatch(r"([\d.]+) ?%", value):
+        return f"Write {float(found[1]) / 100:g}"
+    if re.fullmatch(r"\d+,\d+", value):
+        return f"Write {value.replace(',', '.')}, with a point" if "number" in takes else None
+    return (
+        "Write it in digits, without a unit" if re.fullmatch(r"[\d.]+ ?[A-Za-z]+", value) else None
+    )
+
+
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """Return the one of `known` that `word` is another name or a misspelling of, None if there is none."""
+    known = list(known)
+    if (same := _SAME.get(word.lower())) in known:
+        return same
+    found = [name for name in known if _is_misspelling(word, name)]
+    return min(found, key=lambda name: _distance(word, name)) if found else None
+
+
+def _other_name(inner: KeyPath, value: Any, prefix: str) -> str | None:
+    """Return the hint for a name of another tool."""
+    names = _other_names()
+    text = names.get(".".join(inner)) or names.get(inner[-1])
+    if text is None:
+        return None
+    keys, _, note = (part.strip() for part in text.partition("|"))
+    if not keys:
+        return f"There is no such setting. {note}"
+    places = [_with_prefix(key.strip(), prefix) for key in keys.split(",")]
+    return f"{_write_as(places, None if note else value)} {note}".rstrip()
+
+
+def _misspelling(inner: KeyPath, prefix: str) -> str | None:
+    """Return the hint for a key or section whose name is misspelled: in its own section, else anywhere."""
+    name, names = inner[-1], {path[-1] for path in _paths()}
+    meant = closest(name, [path[-1] for path in _paths() if path[:-1] == inner[:-1]])
+    places = [(*inner[:-1], meant)] if meant else []
+    if not places and name not in names and (meant := closest(name, names)):
+        places = [path for path in _paths() if path[-1] == meant]
+    shown = [_with_prefix(".".join(path), prefix) for path in places]
+    return f"Did you mean {' or '.join(shown)}?" if 0 < len(shown) <= 2 else None
+
+
+def _same_name(inner: KeyPath, value: Any, prefix: str) -> str | None:
+    """Return the hint for a key that is in another section, or is written with dots."""
+    name = inner[-1]
+    if "." in name and tuple(name.split(".")) in set(_paths()):
+        return f"Write it without the dot: {_nested((*inner[:-1], *name.split('.')), value)}."
+    places = [path for path in _paths() if path[-1] == name]
+    if near := [path for path in places if path[0] == inner[0]]:
+        places = near
+    shown = [_with_prefix(".".join(path), prefix) for path in places]
+    return _write_as(shown, value) if 0 < len(shown) <= 4 else None
+
+
+def _keys_below(inner: KeyPath, value: Any, prefix: str) -> str | None:
+    """Return the hint for an unknown section: where its keys are."""
+    if not isinstance(value, Mapping):
+        return None
+    if len(inner) == 1 and value and not prefix and all(section_at((str(key),)) for key in value):
+        return "If it is a run, indent it below runs."
+    known = {path[-1]: path for path in reversed(_paths())}
+    moves = []
+    for name in map(str, value):
+        if other := _other_names().get(".".join((*inner, name))) or _other_names().get(name):
+            places = other.partition("|")[0].strip()
+        else:
+            places = ".".join(known.get(name, ()))
+        moves += [f"{name} -> {_with_prefix(places, prefix)}"] if places else []
+    return f"Its keys have moved: {'; '.join(moves)}." if moves else None
+
+
+@cache
+def _other_names() -> dict[str, str]:
+    """Return what other_names.yaml says of each name."""
+    text = (files("retort.config") / NAMES_FILE).read_text(encoding="utf-8")
+    tools: dict[str, dict[str, str]] = yaml.safe_load(text)
+    return {name: text for names in tools.values() for name, text in names.items()}
+
+
+@cache
+def _paths() -> tuple[KeyPath, ...]:
+    return tuple(chain((path for path, _ in leaves()), section_paths(), [("runs",)]))
+
+
+def _with_prefix(key: str, prefix: str) -> str:
+    """Return a key with the prefix of the run that it is written in, if a run can have it."""
+    return key if key.split(".")[0] == "output" else prefix + key
 
 
 def _split_run(path: KeyPath) -> tuple[str, KeyPath]:
@@ -142,3 +200,68 @@ def _split_run(path: KeyPath) -> tuple[str, KeyPath]:
     if path[:1] == ("runs",) and len(path) > 2:
         return f"runs.{path[1]}.", path[2:]
     return "", path
+
+
+def _write_as(places: Sequence[str], value: Any) -> str:
+    is_plain = isinstance(value, str | int | float) and len(places) == 1
+    return f"Write it as {' or '.join(places)}{f': {show(value)}' if is_plain else ''}."
+
+
+def _nested(path: Sequence[str], value: Any) -> str:
+    """Return a key and its value as YAML in one line."""
+    text = show(value) if isinstance(value, str | int | float) else "..."
+    for name in reversed(path[1:]):
+        text = f"{{{name}: {text}}}"
+    return f"{path[0]}: {text}"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Misspellings
+
+
+def _is_misspelling(word: str, known: str) -> bool:
+    """Return whether one slip makes `word` of `known`: in capitals, in what divides words, or in a long word's letters.
+
+    Words of a name are compared one by one, so that min_steps is none of max_steps, nor top_p of top_k.
+    """
+    words, others = _words(word), _words(known)
+    if "".join(words) == "".join(others):
+        return True
+    if len(words) != len(others):
+        joined = "".join(words), "".join(others)
+        return min(map(len, joined)) >= 8 and _distance(*joined) == 1
+    wrong = [(a, b) for a, b in zip(words, others, strict=True) if a != b]
+    return len(wrong) == 1 and all(_is_slip(a, b) for a, b in wrong)
+
+
+def _words(name: str) -> list[str]:
+    """Return the words of a name: max_steps, max-steps and maxSteps have two."""
+    divided = "".join(f"_{c}" if c.isupper() else c for c in name) if not name.isupper() else name
+    return [w for w in divided.replace("-", "_").replace(" ", "_").lower().split("_") if w]
+
+
+def _is_slip(word: str, known: str) -> bool:
+    if {word, known} == {word.rstrip("s"), word.rstrip("s") + "s"}:  # a plural
+        return True
+    shorter = min(len(word), len(known))
+    return shorter >= 4 and _distance(word, known) <= (2 if shorter >= 8 else 1)
+
+
+def _distance(a: str, b: str) -> int:
+    """Return the optimal string alignment distance: letters inserted, deleted, replaced, or neighbours swapped.
+
+    Above 2 it is not computed.
+    """
+    if abs(len(a) - len(b)) > 2:
+        return 3
+    before: list[int] = []
+    last = list(range(len(b) + 1))
+    for i, x in enumerate(a, start=1):
+        row = [i]
+        for j, y in enumerate(b, start=1):
+            best = min(last[j] + 1, row[j - 1] + 1, last[j - 1] + (x != y))
+            if i > 1 and j > 1 and x == b[j - 2] and a[i - 2] == y:
+                best = min(best, before[j - 2] + 1)
+            row.append(best)
+        before, last = last, row
+    return last[-1]

@@ -7,14 +7,16 @@ takes one.
 import json
 import re
 import types
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 
-_INTEGER = re.compile(r"[-+]?\d+")
-_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
+# No leading zero: 010 is eight in YAML 1.1, ten in YAML 1.2.
+_INTEGER = re.compile(r"[-+]?(0|[1-9](_?\d)*)")
+_NUMBER = re.compile(r"[-+]?((0|[1-9](_?\d)*)(\.[\d_]*)?|\.\d[\d_]*)([eE][-+]?\d+)?")
 _NULLS = ("~", "null", "none")
 _BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
@@ -72,14 +74,14 @@ def _read_text(text: str, kinds: frozenset[type]) -> Any:
     is_null = word.lower() in _NULLS or (word == "" and types.NoneType in kinds)
     if is_null and (types.NoneType in kinds or str not in kinds):
         return None
-    if bool in kinds and word.lower() in ("true", "false"):
-        return word.lower() == "true"
-    if bool in kinds and str not in kinds and word.lower() in _BOOLEANS:
+    if bool in kinds and word.lower() in _BOOLEANS:
         return _BOOLEANS[word.lower()]
     if int in kinds and _INTEGER.fullmatch(word):
-        return int(word)
+        with suppress(ValueError):  # more digits than Python reads
+            return int(word)
     if kinds & {int, float} and _NUMBER.fullmatch(word):
-        return float(word)
+        with suppress(ValueError):  # 1.__
+            return float(word)
     if tuple in kinds and word.startswith("[") and word.endswith("]"):
         parsed = parse_text(word)
         return parsed if isinstance(parsed, list) else text

@@ -13,8 +13,9 @@ from typing import Any
 from retort.artifacts.build import build_project
 from retort.artifacts.project import Project
 from retort.cluster.gpus import detect_gpus
-from retort.config.load import load_runs
+from retort.config.config_files import load_source, locate, read_files
 from retort.config.sweeps import prefer_command_line
+from retort.config.yaml_source import Source
 from retort.pipeline.workflow_files import find_snakefile, find_workflow
 
 _USAGE = """usage: retort run CONFIG [--verbose] [snakemake options]
@@ -95,20 +96,32 @@ def resolve_profiles(options: Sequence[str]) -> list[str]:
 def check_config_of(args: Any) -> Project:
     """Return the plan of the config that Snakemake would read. Raises ValueError when it is wrong."""
     from snakemake.cli import parse_config
+
+    files = [path.absolute() for path in args.configfile]
+    given = parse_config(args.config)
+    source = read_files(files, given) or _fill_in(files, given)
+    with contextlib.chdir(args.directory or Path()):
+        configs = load_source(source)
+        try:
+            return build_project(configs)
+        except ValueError as error:
+            raise ValueError(locate(error, source)) from None
+
+
+def _fill_in(files: Sequence[Path], given: Mapping[str, Any]) -> Source:
+    """Return the values of files that are templates, as Snakemake fills them in. Lines are not known."""
     from snakemake.common.configfile import load_configfile
     from snakemake.exceptions import WorkflowError
     from snakemake.utils import update_config
 
     raw: dict[str, Any] = {}
     try:
-        for path in args.configfile:
-            update_config(raw, _require_mapping(path, load_configfile(path)))
-        given = parse_config(args.config)
-        update_config(raw, given)
+        for path in files:
+            update_config(raw, load_configfile(path))
     except WorkflowError as error:
         raise ValueError(f"The config cannot be read: {error}") from None
-    with contextlib.chdir(args.directory or Path()):
-        return build_project(load_runs(prefer_command_line(raw, given)))
+    update_config(raw, given)
+    return Source(prefer_command_line(raw, given))
 
 
 def choose_machine(args: Any) -> list[str]:
@@ -125,12 +138,6 @@ def summary_path(project: Project) -> Path:
     """Return where the table of this config's report is, or will be."""
     results = Path(next(iter(project.runs.values())).config.output.results_dir)
     return results / "reports" / project.report_id / "summary.txt"
-
-
-def _require_mapping(path: Path, content: Any) -> Mapping[str, Any]:
-    if not isinstance(content, Mapping):
-        raise ValueError(f"The config {str(path)!r} has no 'key: value' lines at its top.")
-    return content
 
 
 def _parse(command: Sequence[str], *, is_verbose: bool) -> tuple[Any, Any]:

@@ -12,10 +12,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from retort.artifacts.responses import choose_prompt_reader, list_prompt_files
 from retort.config.sections import Dataset, Synthesis
+from retort.config.values import read_value, types_of
+from retort.config.yaml_source import read_yaml
 from retort.corpus.readers import Columns, read_file, require_columns
 from retort.corpus.reading import read_rows
 from retort.corpus.sources import open_source
@@ -179,14 +179,14 @@ def _fill_cell(
 def _read_templates(path: Path) -> _Templates:
     """Return a checked file of templates. Raises ValueError, with the key, when its content is invalid."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        source = read_yaml(path)
+        source.refuse_problems()
+    except ValueError as error:
+        raise ValueError(f"synthesis.templates is {str(path)!r}: {error}") from None
+    raw = source.values
+    if not raw.get("templates") or not set(raw) <= set(_KEYS):
         raise ValueError(
-            f"synthesis.templates {str(path)!r} is not YAML: {error}. Correct the file."
-        ) from None
-    if not isinstance(raw, dict) or not raw.get("templates") or not set(raw) <= set(_KEYS):
-        raise ValueError(
-            f"synthesis.templates {str(path)!r} has the keys {', '.join(map(str, raw or ()))}, but expected are "
+            f"synthesis.templates {str(path)!r} has the keys {', '.join(raw)}, but expected are "
             f"templates and, optionally, {', '.join(_KEYS[1:])} (docs/synthesis.md)."
         )
     texts = _by_category(raw["templates"], "templates", path)
@@ -213,14 +213,16 @@ def _by_category(value: Any, key: str, path: Path) -> dict[str | None, list[str]
             raise ValueError(
                 f"synthesis.templates {str(path)!r}: {key} must be a list of texts, or one such list by category."
             )
-    return {None if name is None else str(name): texts for name, texts in groups.items()}
+    return groups
 
 
 def _read_weights(value: Any, key: str, path: Path) -> dict[str | None, float] | None:
     if value is None:
         return None
-    numbers = value.values() if isinstance(value, dict) else []
-    if not numbers or not all(isinstance(n, int | float) and n > 0 for n in numbers):
+    read = types_of(float)
+    weights = value if isinstance(value, dict) else {}
+    numbers = [read_value(number, read) for number in weights.values()]
+    if not numbers or not all(isinstance(n, float) and n > 0 for n in numbers):
         raise ValueError(
             f"synthesis.templates {str(path)!r}: {key} must give each name a proportion, such as "
             "{python: 0.7, bash: 0.3}."
@@ -230,7 +232,7 @@ def _read_weights(value: Any, key: str, path: Path) -> dict[str | None, float] |
             f"synthesis.templates {str(path)!r}: {key} sum to {sum(numbers):g}, but proportions must sum to 1. "
             "Correct them."
         )
-    return {str(name): float(number) for name, number in value.items()}
+    return dict(zip(weights, numbers, strict=True))
 
 
 def _check_texts(texts: Iterable[str], *, has_topics: bool, path: Path) -> None:

@@ -116,7 +116,7 @@ def test_set_decides_whether_runs_differ(config: Path) -> None:
     ("word", "message"),
     [
         ("training.alpha=2", "training.alpha is 2.0, but a number from 0 to 1"),
-        ("training.alhpa=0.3", "Unknown config key training.alhpa. Write it as training.alpha"),
+        ("training.alhpa=0.3", "Unknown config key training.alhpa. Did you mean training.alpha?"),
         ("alpha=0.3", "--set 'alpha=0.3' should be KEY=VALUE, with a key of a section"),
         ("training.alpha", "--set 'training.alpha' should be KEY=VALUE"),
         ("runs.soft.training.alpha=0.3", "should be KEY=VALUE, with a key of a section"),
@@ -155,9 +155,12 @@ def test_the_config_json_of_a_result_gives_its_job_back(config: Path, tmp_path: 
     ("content", "message"),
     [
         (None, "does not exist"),
-        ("a: [", "cannot be read"),
-        ("- a", "is not a config"),
-        ("teacher: {model: x}", "Unknown config key teacher.model"),
+        ("a: [", "wrong.yaml:1: the brackets of 'a: [' do not match"),
+        ("- a", "wrong.yaml is a list, but lines of 'key: value' are expected"),
+        (
+            "student: {config: s}\nteacher: {model: x}",
+            "wrong.yaml:2: Unknown config key teacher.model",
+        ),
     ],
 )
 def test_a_file_that_is_no_config_is_refused(

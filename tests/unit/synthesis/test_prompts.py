@@ -105,3 +105,23 @@ def test_invalid_templates_are_refused(tmp_path: Path, over: dict[str, Any], mes
     path = write_templates(tmp_path, **over)
     with pytest.raises(ValueError, match=message):
         read_prompts(synthesis_section(prompts=None, templates=path))
+
+
+def test_names_of_languages_and_texts_are_taken_as_written(tmp_path: Path) -> None:
+    text = (
+        "templates: {on: ['Say {topic} in {language}.', 2024_10]}\n"
+        "topics: [yes, 010]\nlanguages: {no: 0.5, en: 0.5}\ncategories: {on: 1}\n"
+    )
+    section = synthesis_section(prompts=None, templates=write_file(tmp_path, "t.yaml", text))
+    found = {(p.text, p.category, p.language) for p in read_prompts(section).prompts}
+    assert ("Say yes in no.", "on", "no") in found and ("Say 010 in en.", "on", "en") in found
+    assert ("2024_10", "on", "no") in found or ("2024_10", "on", "en") in found
+
+
+def test_a_template_that_is_not_yaml_is_refused_with_its_line(tmp_path: Path) -> None:
+    path = write_file(tmp_path, "t.yaml", "templates:\n\t- Do it.\ntemplates: [x]\n")
+    with pytest.raises(ValueError) as caught:
+        read_prompts(synthesis_section(prompts=None, templates=path))
+    message = str(caught.value)
+    assert "t.yaml:2: this line begins with a tab" in message
+    assert "t.yaml:3: templates is set in line 1 already" in message
