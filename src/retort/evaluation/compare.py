@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 
@@ -53,7 +54,6 @@ _LOADERS = {
     ".tsv": "csv",
     ".parquet": "parquet",
 }
-_COLUMN_WIDTH = 28
 
 
 def choose_loader(paths: Sequence[str]) -> str:
@@ -257,16 +257,14 @@ def render_comparison(found: Comparison) -> str:
     shown = {"model": (found.model, found.scores.student)}
     if found.teacher is not None and found.scores.teacher is not None:
         shown["teacher"] = (found.teacher, found.scores.teacher)
-    names = [name for name in METRICS if any(name in card.metrics for _, card in shown.values())]
-    titles = {name: name_metric(name) for name in names}
-    width = max(map(len, titles.values()))
+    rows = {
+        name_metric(name): [_cell(name, card) for _, card in shown.values()]
+        for name in METRICS
+        if any(name in card.metrics for _, card in shown.values())
+    }
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=[f"  {whose}" for whose in shown])
     lines = [f"{whose:<8} {path}" for whose, (path, _) in shown.items()]
-    lines += ["", " " * width + "".join(f"{whose:>{_COLUMN_WIDTH}}" for whose in shown)]
-    for name in names:
-        cells = [_cell(name, card) for _, card in shown.values()]
-        lines.append(
-            f"{titles[name]:<{width}}" + "".join(f"{cell:>{_COLUMN_WIDTH}}" for cell in cells)
-        )
+    lines += ["", *table.to_string().splitlines()]
     lines += ["", "In brackets: 95 % intervals, from resampling the documents."]
     reasons: dict[str, list[str]] = {}
     for name, reason in found.scores.not_defined.items():

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retort.evaluation.breakdowns import Classes
-from retort.evaluation.intervals import DocumentSums, Estimate, basic_interval, percentile_interval
+from retort.evaluation.intervals import DocumentSums, Estimate, basic_interval
 from retort.evaluation.records import Bin, ClassRow, Scorecard, Scores
 from retort.io.files import write_atomically
 
@@ -224,43 +224,3 @@ def write_document_sums(path: Path, sums: DocumentSums) -> None:
     columns = [sums.by_document(name).tolist() for name in names]
     writer.writerows(zip(sums.documents.tolist(), *columns, strict=True))
     write_atomically(path, text.getvalue().encode())
-
-
-def read_document_sums(path: Path) -> dict[str, NDArray[np.float64]]:
-    """Return the columns of documents.csv by name, [D] each. Raises ValueError when it is not such a file."""
-    try:
-        rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
-        columns = {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
-        _ = columns["document"], columns["positions"], columns["loss"]
-    except (OSError, KeyError, IndexError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is not what `evaluate` writes ({error!r}): evaluate the run again."
-        ) from None
-    return columns
-
-
-def compare_losses(
-    losses: Mapping[str, NDArray[np.float64]], positions: NDArray[np.float64]
-) -> dict[str, Estimate]:
-    """Compare runs on the same D documents by their sums of losses [D]: "run", "plain" and optionally "full".
-
-    margin: loss of "run" minus loss of "plain" (cross-entropy), nats/token.
-    gap_closed: (plain - run) / (plain - full), where "full" learned from the teacher's whole distributions; 1 if the
-    run is as good as that one. Left out if "full" is no better than "plain" in 2.5 % of the resamples: no clear gap.
-    """
-    sums = DocumentSums(np.arange(len(positions)))
-    for name, values in {**losses, "positions": positions}.items():
-        sums.add(name, values)
-    size = sums.total("positions")
-    gain = (sums.total("plain") - sums.total("run")) / size
-    margin = Estimate(-gain, None, None)
-    if len(positions) > 1:
-        gain_R = sums.resampled("plain") - sums.resampled("run")
-        margin = percentile_interval(-gain, -gain_R / sums.resampled("positions"))
-    found = {"margin": margin}
-    if "full" in losses and len(positions) > 1:
-        gap = sums.total("plain") - sums.total("full")
-        gap_R = sums.resampled("plain") - sums.resampled("full")
-        if gap > 0 and np.quantile(gap_R, 0.025) > 0:
-            found["gap_closed"] = percentile_interval(gain * size / gap, gain_R / gap_R)
-    return found

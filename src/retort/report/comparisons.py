@@ -81,7 +81,7 @@ def compare_runs(results: Results) -> Comparisons:
     runs, sums = results.runs.copy(), {}
     for group, names in runs.groupby("group").groups.items():
         if tables := {n: results.documents[n] for n in names if n in results.documents}:
-            sums[group] = _sum_documents(tables)
+            sums[group] = sum_documents(tables)
     key, is_distilled = _join(conditions), runs.distillation_type != "output"
     alike = _join(conditions, learning[["teacher", "training.temperature"]])
     runs["baseline"] = _match(runs, key, ~is_distilled).where(is_distilled)
@@ -203,7 +203,8 @@ def _name_settings(runs: pd.DataFrame, key: pd.Series) -> pd.Series:
     return pd.Series(found)[runs.index]
 
 
-def _sum_documents(tables: dict[str, pd.DataFrame]) -> DocumentSums:
+def sum_documents(tables: Mapping[str, pd.DataFrame]) -> DocumentSums:
+    """Return the sums of runs on the same documents, by name, so that they are resampled together."""
     first = next(iter(tables.values()))
     sums = DocumentSums(np.arange(len(first)))
     sums.add("positions", first.positions.to_numpy())
@@ -212,7 +213,7 @@ def _sum_documents(tables: dict[str, pd.DataFrame]) -> DocumentSums:
     return sums
 
 
-def _gain(sums: DocumentSums, one: str, other: str) -> tuple[float, Any]:
+def find_gain(sums: DocumentSums, one: str, other: str) -> tuple[float, Any]:
     """Return by how much the loss of one run is below another's, in nats/token, and the same in each resample [R]."""
     mine, theirs = f"loss of {one}", f"loss of {other}"
     gain = (sums.total(theirs) - sums.total(mine)) / sums.total("positions")
@@ -227,7 +228,7 @@ def _differ(runs: pd.DataFrame, sums: dict[int, DocumentSums], one: str, other: 
     known = sums.get(runs.group[one])
     if not (known and all(known.has(f"loss of {name}") for name in (one, other))):
         return Estimate(float(runs.loss[one] - runs.loss[other]), None, None)
-    gain, gain_R = _gain(known, one, other)
+    gain, gain_R = find_gain(known, one, other)
     return percentile_interval(-gain, -gain_R)
 
 
@@ -237,7 +238,7 @@ def _compute_share(run: pd.Series, sums: dict[int, DocumentSums]) -> Estimate | 
     names = (run.name, run["baseline"], run["full"])
     if not (known and all(known.has(f"loss of {name}") for name in names)):
         return None
-    (gain, gain_R), (gap, gap_R) = (_gain(known, one, names[1]) for one in (names[0], names[2]))
+    (gain, gain_R), (gap, gap_R) = (find_gain(known, one, names[1]) for one in (names[0], names[2]))
     if len(gain_R) == 0 or min(np.quantile(gain_R, 0.025), np.quantile(gap_R, 0.025)) <= 0:
         return None
     return percentile_interval(gain / gap, gain_R / gap_R)

@@ -76,8 +76,12 @@ def _name(setting: pd.Series, ties: Sequence[str] = ()) -> str:
 
 
 def find_ties(found: Comparisons, group: pd.DataFrame, name: str) -> list[str]:
-    """Return the settings of a group whose loss is not clearly different from that of `name`, but for its baseline."""
-    others = [other for other in group.index if other not in (name, group.baseline[name])]
+    """Return the settings of a group whose loss is not clearly different from that of `name`.
+
+    Without those between which there is a margin, which says so.
+    """
+    has_margin = (group.index == group.baseline[name]) | (group.baseline == name)
+    others = group.index[~has_margin & (group.index != name)]
     return [other for other in others if not is_clear(found.differ(other, name)[0])]
 
 
@@ -93,7 +97,7 @@ def describe_next_best(found: Comparisons, group: pd.DataFrame) -> str | None:
         tied = list_names([_describe_tie(found, name, best) for name in ties])
         these = "this difference" if len(ties) == 1 else "these differences"
         return f"{best} is tied with {tied}: {these} may be chance."
-    if group.baseline[best] == second:
+    if group.baseline[best] == second or group.baseline[second] == best:
         return None
     margin, basis = found.differ(best, second)
     return (

@@ -159,6 +159,10 @@ def format_seconds(value: float) -> str:
     return f"{minutes:.1f} min" if minutes < 100 else f"{hours:.1f} h"
 
 
+def _kl_pattern(value: float) -> str:
+    return ".1e" if 0 < value < 1e-3 else ".4f"
+
+
 def format_cache(cache: pd.Series) -> str:
     """Return a cache's size and quality in one line."""
     tail = "sampled mass" if cache.cache_method == "sampled" else "tail mass"
@@ -166,7 +170,7 @@ def format_cache(cache: pd.Series) -> str:
     positions = f"{cache.cache_positions:,} positions"
     if pd.isna(cache.cache_fidelity_kl):
         return f"{sizes}, {positions}"
-    kl = format(cache.cache_fidelity_kl, ".4f" if cache.cache_fidelity_kl >= 1e-3 else ".1e")
+    kl = format(cache.cache_fidelity_kl, _kl_pattern(cache.cache_fidelity_kl))
     return (
         f"{sizes}, {tail} {cache.cache_tail_mass:.4f}, fidelity KL {kl} nats, same top token "
         f"{100 * cache.cache_fidelity_agreement:.1f} %, {positions}"
@@ -310,9 +314,7 @@ def build_cache_table(caches: Sequence[tuple[list[str], pd.Series]]) -> Table:
                 _number(cache.cache_positions, ",d"),
                 _number(cache.cache_bytes_per_position, ",.1f"),
                 _number(cache.cache_tail_mass, ".4f"),
-                _number(
-                    cache.cache_fidelity_kl, ".4f" if cache.cache_fidelity_kl >= 1e-3 else ".1e"
-                ),
+                _number(cache.cache_fidelity_kl, _kl_pattern(cache.cache_fidelity_kl)),
                 _number(100 * cache.cache_fidelity_agreement, ".1f"),
             ),
         )

@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from retort.evaluation.records import Metrics
 from retort.evaluation.run import evaluate_run, evaluate_student
-from retort.evaluation.scores import METRICS, OF_BOTH, read_document_sums
+from retort.evaluation.scores import METRICS, OF_BOTH
 from retort.evaluation.text_bytes import count_next_bytes
 from retort.io.digests import digest_folder
 from retort.io.fingerprints import TeacherRecord
 from retort.models.load import CausalLM, load_pretrained, load_teacher, split_model
-from retort.report.runs import load_results
+from retort.report.runs import load_results, read_documents
 from retort.teacher.features import TeacherFeatures, digest_keys, read_features
 from retort.tokens.index import TokenIndex
 from retort.tokens.sequences import SequenceTable, concatenate_tables
@@ -247,7 +247,7 @@ def test_metrics_file_holds_what_the_report_reads(
     assert set(found.scores.breakdown) == {"place", "frequency"}  # every entropy is in one class
     metrics = found.scores.student.metrics
     assert metrics["bits_per_byte"].value > 1 and found.scores.not_defined == {}
-    by_document = read_document_sums(path.with_name("documents.csv"))
+    by_document = read_documents(path.with_name("documents.csv"))
     loss = by_document["loss"].sum() / by_document["positions"].sum()
     assert loss == pytest.approx(metrics["loss"].value)
     assert found.training == TrainingRecord.read(trained)

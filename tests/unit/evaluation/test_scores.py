@@ -16,11 +16,10 @@ from retort.evaluation.scores import (
     OF_BOTH,
     OF_MODEL,
     UNITS,
-    compare_losses,
-    read_document_sums,
     summarise,
     write_document_sums,
 )
+from retort.report.runs import read_documents
 
 
 def make_columns(size: int, *, seed: int = 0, has_teacher: bool = True) -> dict[str, Any]:
@@ -190,58 +189,9 @@ def test_one_document_has_values_but_no_intervals() -> None:
 def test_documents_are_read_as_they_were_written(tmp_path: Path) -> None:
     columns, documents, (_, sums) = make_scores()
     write_document_sums(tmp_path / "documents.csv", sums)
-    found = read_document_sums(tmp_path / "documents.csv")
+    found = read_documents(tmp_path / "documents.csv")
     for row, document in enumerate(found["document"]):
         is_inside = documents == document
         assert found["positions"][row] == is_inside.sum()
         for name in ("bytes", "loss", "kl_to_teacher", "teacher_loss"):
             assert found[name][row] == pytest.approx(columns[name][is_inside].sum(), rel=1e-12)
-
-
-@pytest.mark.parametrize(
-    "text", ["", "document,positions\n1,2\n", "document,positions,loss\n1,2,x\n"]
-)
-def test_a_foreign_file_of_documents_is_refused(tmp_path: Path, text: str) -> None:
-    (tmp_path / "documents.csv").write_text(text)
-    with pytest.raises(ValueError, match="is not what `evaluate` writes"):
-        read_document_sums(tmp_path / "documents.csv")
-
-
-def make_losses(margin: float, gap: float, *, noise: float = 0.02) -> tuple[dict[str, Any], Any]:
-    """Return sums of 60 documents: cross-entropy about 3 nats/token, "full" better by `gap`, the run by `margin`."""
-    rng = np.random.default_rng(1)
-    positions = rng.integers(20, 200, 60).astype(float)
-    own = rng.normal(3, 0.5, 60)
-    losses = {
-        name: positions * (own - less + rng.normal(0, noise, 60))
-        for name, less in {"plain": 0.0, "run": margin, "full": gap}.items()
-    }
-    return losses, positions
-
-
-def test_margin_and_share_of_the_gap_are_those_of_the_means() -> None:
-    losses, positions = make_losses(0.15, 0.2)
-    found = compare_losses(losses, positions)
-    mean = {name: values.sum() / positions.sum() for name, values in losses.items()}
-    margin, share = found["margin"], found["gap_closed"]
-    assert margin.value == pytest.approx(mean["run"] - mean["plain"])
-    expected = (mean["plain"] - mean["run"]) / (mean["plain"] - mean["full"])
-    assert share.value == pytest.approx(expected)
-    assert margin.low is not None and margin.high is not None
-    assert -0.17 < margin.low < margin.value < margin.high < -0.13
-    assert share.low is not None and share.high is not None
-    assert 0.65 < share.low < share.value < share.high < 0.85
-
-
-def test_without_a_clear_gap_there_is_no_share_of_it() -> None:
-    losses, positions = make_losses(0.1, 0.0)
-    assert set(compare_losses(losses, positions)) == {"margin"}
-    losses, positions = make_losses(0.1, 0.2)
-    assert set(compare_losses({k: losses[k] for k in ("plain", "run")}, positions)) == {"margin"}
-
-
-@pytest.mark.parametrize(("size", "seed"), [(2, 0), (30, 1)])
-def test_a_run_beside_itself_has_no_margin(size: int, seed: int) -> None:
-    losses = np.random.default_rng(seed).gamma(2, 2, size)
-    found = compare_losses({"plain": losses, "run": losses}, np.ones(size))["margin"]
-    assert (found.value, found.low, found.high) == (0.0, 0.0, 0.0)

@@ -32,6 +32,7 @@ def test_a_margin_has_the_interval_of_the_same_documents(tmp_path: Path) -> None
     margin = get_estimate(found.runs.loc["hybrid"], "margin")
     assert margin is not None and margin.ends is not None
     low, high = margin.ends
+    assert margin.value == pytest.approx(found.runs.loss["hybrid"] - found.runs.loss["output"])
     assert -0.11 < low < margin.value < high < -0.09  # although documents differ by 0.4
     assert re.fullmatch(r"-0\.\d{3}±0\.00\d", find_rows(paths)["hybrid"]["margin"])
     message = describe_outcome(found, found.settings)
@@ -53,6 +54,8 @@ def test_the_share_of_the_gap_to_full_distillation_is_shown(tmp_path: Path) -> N
     assert runs.full["hybrid"] == "full"
     share = get_estimate(runs.loc["hybrid"], "gap_closed")
     assert share is not None and share.ends is not None
+    gains = runs.loss["output"] - runs.loss
+    assert share.value == pytest.approx(gains["hybrid"] / gains["full"])
     assert 0.7 < share.ends[0] < 0.75 < share.ends[1] < 0.8
     summary = " ".join(summarise(paths).split())
     assert re.search(r"hybrid closes 7\d % \(95 % over documents: 7\d to 7\d\) of the gap", summary)

@@ -9,7 +9,7 @@ import pytest
 
 from retort.config.sections import Training
 from retort.report.findings import find_caches
-from retort.report.runs import find_folder, load_results
+from retort.report.runs import find_folder, load_results, read_documents
 from retort.report.tables import NO_BASELINE
 from support.reports import (
     LOG_HEAD,
@@ -177,3 +177,12 @@ def test_missing_and_repeated_metrics_are_refused(tmp_path: Path) -> None:
 def test_runs_of_one_name_are_told_apart_by_their_ids(tmp_path: Path) -> None:
     paths = [write_run(tmp_path, "same", id="aaaaaaaaaaaa"), write_run(tmp_path, "same")]
     assert list(load_results(paths).runs.index) == ["same aaaaaa", "same 000000"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "document,positions\n1,2\n", "document,positions,loss\n1,2,x\n"]
+)
+def test_a_foreign_file_of_documents_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "documents.csv").write_text(text)
+    with pytest.raises(ValueError, match="is not what `evaluate` writes"):
+        read_documents(tmp_path / "documents.csv")

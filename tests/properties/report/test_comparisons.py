@@ -1,14 +1,16 @@
 """Comparisons of runs, for any losses."""
 
 import numpy as np
+import pandas as pd
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retort.evaluation.scores import compare_losses
+from retort.report.comparisons import find_gain, sum_documents
 
 
 @given(st.integers(2, 30), st.integers(0, 99))
 def test_a_run_beside_itself_has_no_margin(size: int, seed: int) -> None:
     losses = np.random.default_rng(seed).gamma(2, 2, size)
-    found = compare_losses({"plain": losses, "run": losses}, np.ones(size))["margin"]
-    assert (found.value, found.low, found.high) == (0.0, 0.0, 0.0)
+    table = pd.DataFrame({"positions": np.ones(size), "loss": losses})
+    gain, gain_R = find_gain(sum_documents({"plain": table, "run": table}), "run", "plain")
+    assert gain == 0.0 and (gain_R == 0.0).all()
