@@ -48,7 +48,7 @@ class Student:
         if how is None:
             return command
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        return [*torchrun, "--nproc-per-node=2", str(INSTEAD), how, *command[2:]]
+        return [*torchrun, "--nproc-per-node=2", "--", str(INSTEAD), how, *command[2:]]
 
     def train(self, name: str, *keys: str, how: str | None = None) -> None:
         """Train to the end."""

@@ -1,6 +1,8 @@
 # Shared by the rules: the artifacts of the config, and get_* functions from wildcards to inputs.
 # Every job parses this file again, so nothing here may import torch.
+import inspect
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -118,9 +120,17 @@ wildcard_constraints:
     worker="[0-9]+",
 
 
+def for_many_jobs(function):
+    """Keep a function's signature: Snakemake asks for it several times for each of ten thousand jobs."""
+    function.__signature__ = inspect.signature(function)
+    return function
+
+
 def job(kind):
     """Return a params function: the JSON of the job that makes an artifact of a kind, for a script's --config."""
-    return lambda wildcards: JOBS.format(kind, dict(wildcards.items()))
+    return for_many_jobs(
+        lambda wildcards: JOBS.format(kind, dict(wildcards.items()))
+    )
 
 
 def find(wildcards):
@@ -152,6 +162,7 @@ def get_staged(wildcards):
     return [*(f"{folder}/fingerprint.json" for folder in teachers), *records]
 
 
+@for_many_jobs
 def get_corpus(wildcards):
     """Return the records of the corpus of a demo_teacher or tokenize_shard job, if a rule makes that corpus.
 
@@ -166,6 +177,7 @@ def get_reader(wildcards):
     return int(wildcards.reader.removeprefix("_") or 0)
 
 
+@for_many_jobs
 def get_tokenizer(wildcards):
     """Return the record of the teacher whose tokenizer is used, if any, and the check if nothing else depends on it.
 
@@ -175,7 +187,7 @@ def get_tokenizer(wildcards):
     record = [f"{tokens.teacher.folder}/fingerprint.json"] if tokens.teacher else []
     shard = f"{tokens.folder}/shard_{wildcards.shard}.h5"
     made = [*record, *get_corpus(wildcards)]
-    is_checked = not all(Path(path).exists() for path in made) or Path(shard).exists()
+    is_checked = not all(map(os.path.exists, made)) or os.path.exists(shard)
     return record if is_checked else [*record, CHECK]
 
 

@@ -142,14 +142,17 @@ class Project:
         if "benchmark" in names:
             model = self.runs[names["run"]] if "run" in names else self.teachers[names["teacher"]]
             return self.tasks[task_path(model.folder, names["task"], names["benchmark"])]
-        artifacts: dict[str, Mapping[str, Any]] = {
-            "run": self.runs,
-            "validation": self.validations,
-            "logits": self.logits,
-            "tokens": self.tokens,
-            "teacher": self.teachers,
-            "corpus": self.corpora,
-            "synthesis": self.syntheses,
-        }
-        kind = next(kind for kind in artifacts if kind in names)
-        return artifacts[kind][names[kind]]
+        kind = next(kind for kind in _FIELDS if kind in names)
+        return getattr(self, _FIELDS[kind])[names[kind]]
+
+
+# Where a project keeps the artifacts that a wildcard names.
+_FIELDS = {
+    "tokens": "tokens",
+    "run": "runs",
+    "validation": "validations",
+    "logits": "logits",
+    "teacher": "teachers",
+    "corpus": "corpora",
+    "synthesis": "syntheses",
+}

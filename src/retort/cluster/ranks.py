@@ -98,7 +98,8 @@ def launch_ranks(count: int, *, rendezvous: Sequence[str], threads: int) -> None
     script = str(sys.modules["__main__"].__file__)  # sys.argv[0] may be the name of a command
     os.environ[_LAUNCHER] = str(os.getpid())
     try:
-        torchrun([*rendezvous, f"--nproc-per-node={count}", script, *sys.argv[1:]])
+        # "--": else torchrun takes --signal for one of its own options.
+        torchrun([*rendezvous, f"--nproc-per-node={count}", "--", script, *sys.argv[1:]])
     except ChildFailedError:
         raise SystemExit(1) from None
     except SignalException as error:
