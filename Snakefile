@@ -18,6 +18,7 @@ if workflow.modifier.is_main_snakefile() and not workflow.overwrite_configfiles:
     configfile: "config/config.yaml"
 
 
+include: "workflow/rules/config.smk"
 include: "workflow/rules/common.smk"
 include: "workflow/rules/machines.smk"
 include: "workflow/rules/messages.smk"

@@ -15,7 +15,7 @@ import pytest
 from retort.cli import ATTEMPT, logger, run_script
 
 SCRIPT = "from retort.cli import logger, run_script\ndef main():\n    {body}\nrun_script(main)"
-PREFIX = "exec 3>&2; export RETORT_CONSOLE=/proc/$$/fd/3; "  # workflow/rules/common.smk
+PREFIX = "exec 3>&2; export RETORT_CONSOLE=/proc/$$/fd/3; "  # workflow/rules/messages.smk
 LINE_HEAD = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d -c\[\d+\] ")
 
 

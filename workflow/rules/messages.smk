@@ -13,6 +13,18 @@ from retort.cluster.slurm import (
     refuse_placeholders,
 )
 from retort.io.files import require_writable
+from snakemake.settings.enums import Quietness
+
+# A time limit or scancel sends SIGTERM to all processes of a job. The script exits cleanly on it, and bash (trap) waits
+# for that. A script's stdout and stderr are its log; messages for the terminal go to the shell's stderr, which
+# retort.cli finds by RETORT_CONSOLE. There are no progress bars with --quiet progress or all.
+IS_QUIET = {Quietness.ALL, Quietness.PROGRESS} & set(
+    workflow.output_settings.quiet or ()
+)
+shell.prefix(
+    "set -euo pipefail; trap : TERM; exec 3>&2;"
+    f" export RETORT_CONSOLE=/proc/$$/fd/3 RETORT_PROGRESS={int(not IS_QUIET)}; "
+)
 
 # A Snakefile that uses this one as a module may rename its rules.
 rule_name = workflow.modifier.modify_rulename

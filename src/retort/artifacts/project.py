@@ -10,6 +10,7 @@ from retort.artifacts.responses import Responses
 from retort.artifacts.tasks import EvaluationTask, task_path
 from retort.config.sections import Config, Dataset, Teacher
 from retort.corpus.reading import count_readers, snapshot_record_path
+from retort.corpus.sources import is_hub
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,13 @@ class Run:
         """The output of `evaluate`."""
         return self.folder / "evaluation" / self.evaluation_id / "metrics.json"
 
+    @property
+    def signal(self) -> Path | None:
+        """What it learns from: the manifest of the cache, or the record of its teacher; None without a teacher."""
+        if self.logits:
+            return self.logits.folder / "manifest.json"
+        return self.teacher.folder / "fingerprint.json" if self.teacher else None
+
 
 @dataclass(frozen=True)
 class Project:
@@ -136,6 +144,32 @@ class Project:
         """All evaluation tasks by their path, those of teachers first."""
         of_runs = {task.path: task for run in self.runs.values() for task in run.tasks}
         return self.teacher_tasks | of_runs
+
+    @property
+    def staged_records(self) -> list[Path]:
+        """Inputs of `stage` that other rules make: records of teachers, and of corpora that need a network."""
+        teachers = [teacher for teacher in self.teachers.values() if teacher.corpus is None]
+        corpora = [
+            corpus
+            for corpus in self.corpora.values()
+            if is_hub(corpus.dataset) or (corpus.synthesis and corpus.synthesis.is_online)
+        ]
+        records = [record for corpus in corpora for record in corpus.records]
+        return [*(teacher.folder / "fingerprint.json" for teacher in teachers), *records]
+
+    def find_features(self, found: Logits | Run) -> list[Path]:
+        """Return the teacher's held-out scores, for the fidelity of a cache or the metrics of a run, if there are any.
+
+        A cache that exists is not merged again when other positions are to be evaluated.
+        """
+        if isinstance(found, Run):
+            return [found.validation.features] if found.validation else []
+        pair = (found.tokens.id, found.teacher.id)
+        scores = [
+            v.features for v in self.validations.values() if (v.tokens.id, v.teacher.id) == pair
+        ]
+        is_merged = (found.folder / "manifest.json").exists()
+        return [path for path in scores[:1] if not is_merged or path.exists()]
 
     def find(self, names: Mapping[str, str]) -> Any:
         """Return the artifact that a job's wildcards name."""

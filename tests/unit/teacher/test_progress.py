@@ -51,7 +51,7 @@ def run_with_terminal(
     script = folder / "program.py"
     script.write_text(textwrap.dedent(PROGRAM))
     (folder / "parts").mkdir(exist_ok=True)
-    prefix = f"exec {console}; export RETORT_CONSOLE=/proc/$$/fd/3"  # workflow/rules/common.smk
+    prefix = f"exec {console}; export RETORT_CONSOLE=/proc/$$/fd/3"  # workflow/rules/messages.smk
     command = f"{prefix}; {sys.executable} {script} {folder / 'parts'} {pause_s} >> {log} 2>&1"
     process = subprocess.Popen(
         ["bash", "-c", command],
