@@ -136,9 +136,10 @@ def test_a_synthesized_corpus_is_read_from_its_file(folder: Path) -> None:
     (responses,), (tokens,) = project.syntheses.values(), project.tokens.values()
     found = read(project, "synthesis", answers=responses.answers_id, synthesis=responses.id)
     assert found == {"expected": {"prompts": responses.stamp}, "config": {"synthesis": synthesis}}
-    dataset = read(project, "tokens", tokens=tokens.id)["config"]["dataset"]
-    assert dataset["name"] == "json"
-    assert dataset["data_files"] == str(responses.folder / "responses.jsonl")
+    for kind, names in (("tokens", {"tokens": tokens.id}), ("run", {"run": "both"})):
+        dataset = read(project, kind, **names)["config"]["dataset"]
+        assert dataset["name"] == "json"
+        assert dataset["data_files"] == str(responses.folder / "responses.jsonl")
     local = build(
         dataset={"name": "synthesis", "data_files": None},
         synthesis={"provider": "local", "prompts": "prompts.txt"},

@@ -51,14 +51,15 @@ def test_json_has_only_the_sections_asked_for_and_what_differs_from_defaults() -
         expected={"student": "abc"},
         training=section("training", alpha=0.5, gpus=2),  # which changes no id
         dataset=section("dataset", max_length=64),
-        teacher=section("teacher", generation={"batch_size": 3}),
+        # 0 is not the default, which is false.
+        teacher=section("teacher", generation={"batch_size": 3, "force_regenerate": 0}),
     )
     assert job.to_json(("training", "teacher", "student")) == {
         "run": "soft",
         "expected": {"student": "abc"},
         "config": {
             "training": {"alpha": 0.5, "gpus": 2},
-            "teacher": {"generation": {"batch_size": 3}},
+            "teacher": {"generation": {"batch_size": 3, "force_regenerate": 0}},
         },
     }
 
