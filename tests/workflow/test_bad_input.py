@@ -259,5 +259,6 @@ def test_odd_documents_are_handled_counted_and_reported(fresh: Place) -> None:
     assert tokens.read == sum(getattr(tokens, key) for key in accounted)
     assert tokens.stored == index.train.tokens + index.val.tokens
     assert tokens.truncated > 1_000_000
-    line = rf"documents: {documents.read} read = {documents.used} used \+ skipped \(2 empty, 2 not_text\)"
+    line = rf"documents: {documents.read} read = {documents.used} used \+ skipped "
+    line += r"\(2 empty \(rows \d+, \d+\), 2 not_text \(rows \d+, \d+\)\)"
     assert re.search(line, said)

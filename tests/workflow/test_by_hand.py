@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from retort.config.load import load_runs
 from retort.evaluation.records import Metrics
 from retort.io.files import read_json
 from support.place import REPOSITORY, Place, sha256, tiny
@@ -125,7 +126,8 @@ def test_every_result_of_a_workflow_has_the_config_that_it_was_made_with(done: P
     expected = {"source": "tiny.yaml", "config": {"teacher": tiny()["teacher"], "cache": cache}}
     assert read_json(done.cache / "config.json") == expected
     (report,) = done.results.glob("reports/*/config.json")
-    assert read_json(report) == tiny(), "the whole config"
+    whole = read_json(report)  # its scalars as they are written
+    assert load_runs(whole) == load_runs(tiny()) and whole.keys() == tiny().keys()
 
 
 def test_a_live_teacher_is_run_by_hand(done: Place) -> None:

@@ -8,7 +8,7 @@ sequences that are returned.
 import io
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from operator import itemgetter
@@ -398,9 +398,8 @@ def describe_index(index: IndexRecord) -> str:
         f"{words}: {found.documents:,} documents, {found.sequences:,} sequences, {found.positions:,} positions"
         for words, found in (("to train on", index.train), ("held out", index.val))
     ]
-    first = {reason: ", ".join(map(str, rows)) for reason, rows in documents.rows.items()}
     skipped = ", ".join(
-        f"{n:,} {reason}" + (f" (first: {first[reason]})" if reason in first else "")
+        f"{n:,} {reason}{_name_rows(documents.rows.get(reason, ()), n)}"
         for reason, n in documents.skipped.items()
     )
     skipped = skipped or "none"
@@ -418,3 +417,9 @@ def describe_index(index: IndexRecord) -> str:
             f"control tokens: written out in {tokens.with_control_tokens:,} documents (see dataset.control_tokens)"
         )
     return "\n".join(lines)
+
+
+def _name_rows(rows: Sequence[int], number: int) -> str:
+    """Return the first rows of `number` that were skipped, " (rows 3, 17, ...)"; "" if they are not known."""
+    more = ", ..." if number > len(rows) else ""
+    return f" (rows {', '.join(map(str, rows))}{more})" if rows else ""
