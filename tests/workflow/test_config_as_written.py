@@ -18,6 +18,7 @@ dataset:
   validation_fraction: 0.15
 student: {config: student.json}
 training: {max_steps: 1_2, temperature: 1.0, learning_rate: 1e-2}
+tracking: {wandb_run_name: "{run} {0}"}
 runs:
   no: {training: {seed: 1}}
   on: {training: {seed: 2}}
@@ -32,7 +33,7 @@ RUNS = ["010", "1", "1e5-seed_6", "1e5-seed_7", "2026-01-01", "no", "on"]
 def test_what_yaml_would_change_is_taken_as_written(fresh: Place) -> None:
     (fresh.path / "mine.yaml").write_text(TRAPS)
     assert yaml.safe_load(TRAPS)["runs"].keys() & {False, True, 8}, "YAML 1.1 would change it"
-    outputs = fresh.outputs(config="mine.yaml")
+    outputs = fresh.outputs(config="mine.yaml")  # braces are no wildcards
     assert sorted({path.split("/")[2] for path in outputs if "/runs/" in path}) == RUNS
     said = fresh.snakemake("-n", "-p", "--until", "check_inputs", config="mine.yaml")
     assert re.search(r'revision\\?"?: \\?"?0123456', said), said

@@ -9,7 +9,7 @@ rule check_inputs:
     localrule: True
     params:
         script=SCRIPTS.format("check_inputs"),
-        config=WHOLE_CONFIG,
+        config=lambda wildcards: WHOLE_CONFIG,
     message:
         "Checking the inputs: models, vocabularies, corpora, folders"
     shell:
@@ -26,7 +26,7 @@ rule stage:
     localrule: True
     params:
         script=SCRIPTS.format("stage"),
-        config=WHOLE_CONFIG,
+        config=lambda wildcards: WHOLE_CONFIG,
     message:
         "Downloading models and datasets from the Hub"
     shell:

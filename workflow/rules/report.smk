@@ -14,7 +14,7 @@ rule report:
     localrule: True
     params:
         script=SCRIPTS.format("report"),
-        config=WHOLE_CONFIG,
+        config=lambda wildcards: WHOLE_CONFIG,
     message:
         "Writing the report"
     shell:

@@ -25,7 +25,7 @@ from retort.artifacts.tasks import EvaluationTask, build_tasks
 from retort.config.dataset import SYNTHESIS
 from retort.config.load import identity
 from retort.config.schema import show
-from retort.config.sections import Config, Student
+from retort.config.sections import Config, Dataset, Student, Training
 from retort.corpus.reading import (
     TOKENIZING_KEYS,
     corpus_keys,
@@ -157,16 +157,11 @@ def _build_run(name: str, config: Config) -> Run:
         else None
     )
     validation = _build_validation(config, tokens, teacher) if teacher else None
-    keys = identity(training) | {"alpha": training.alpha}
-    if training.distillation_type == "output":
-        keys = {
-            k: v
-            for k, v in keys.items()
-            if k not in ("temperature", "divergence", "use_cached_logits")
-        }
     supervision = logits.id if logits else teacher.id if teacher and needs_teacher else None
     student = student_content(config.student)
-    run_id = digest(["run", REVISIONS["run"], tokens.id, supervision, keys, student])
+    run_id = digest(
+        ["run", REVISIONS["run"], tokens.id, supervision, training_keys(training), student]
+    )
     evaluation_id = digest(
         [
             "evaluation",
@@ -239,11 +234,13 @@ def _build_teacher(config: Config) -> TeacherModel:
     if section.model_path == "demo":
         corpus = _build_corpus(config)
         prefix = "demo-"
-        trained = REVISIONS["demo_teacher"]
+        tokenizing = _tokenizing_keys(config.dataset)
+        tokenizing.pop("streaming_chunk_size", None)  # its sequences are in memory
         keys |= {
             "corpus": corpus.id,
             "max_length": config.dataset.max_length,
-            "trained": trained,
+            "tokenizing": tokenizing,
+            "trained": REVISIONS["demo_teacher"],
         }
     teacher_id = prefix + digest(["teacher", REVISIONS["teacher"], keys])
     # In the cache folder: all results folders with the same cache_dir share this record.
@@ -269,11 +266,16 @@ def _build_tokens(config: Config, teacher: TeacherModel | None) -> Tokens:
             [section.model_path, section.revision, section.generation.force_regenerate],
         )
     corpus = _build_corpus(config)
-    keys = {k: v for k, v in identity(dataset).items() if k in TOKENIZING_KEYS}
-    keys.pop("tokenizer", None)  # it is in `source`
+    keys = _tokenizing_keys(dataset)
     tokens_id = digest(["tokens", REVISIONS["tokens"], corpus.id, source, keys])
     folder = _cache_root(config) / "tokens" / tokens_id
     return Tokens(tokens_id, folder, corpus, owner, fingerprint)
+
+
+def _tokenizing_keys(dataset: Dataset) -> dict[str, Any]:
+    """Return the keys that decide how documents become sequences, without the tokenizer, which counts by content."""
+    keys = identity(dataset).items()
+    return {k: v for k, v in keys if k in TOKENIZING_KEYS and k != "tokenizer"}
 
 
 def _build_logits(config: Config, tokens: Tokens, teacher: TeacherModel) -> Logits:
@@ -292,6 +294,14 @@ def _build_validation(config: Config, tokens: Tokens, teacher: TeacherModel) -> 
     return Validation(
         validation_id, _cache_root(config) / "validation" / validation_id, tokens, teacher, config
     )
+
+
+def training_keys(training: Training) -> dict[str, Any]:
+    """Return the keys that a student's weights depend on; those of the teacher's loss only where there is one."""
+    keys = identity(training) | {"alpha": training.alpha}
+    unused = ("temperature", "divergence", "use_cached_logits")
+    is_text_only = training.distillation_type == "output"
+    return {k: v for k, v in keys.items() if not (is_text_only and k in unused)}
 
 
 def student_content(student: Student) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from retort.config.load import find_problems
-from retort.config.schema import ConfigError, Problem
+from retort.config.schema import ConfigError, Problem, is_empty
 from retort.config.sections import Config
 from retort.config.sweeps import prefer_command_line
 from retort.config.yaml_source import KeyPath, Place, Source, read_yaml
@@ -79,6 +79,8 @@ def _merge(
     for name, value in over.items():
         below = merged.get(name)
         key = (*path, str(name))
+        if isinstance(below, Mapping) and is_empty(value):
+            continue  # a section whose keys are all commented out
         if isinstance(value, Mapping) and isinstance(below, Mapping):
             value = _merge(below, value, key, places)
         else:

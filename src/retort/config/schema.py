@@ -41,14 +41,24 @@ class ConfigError(ValueError):
 
 
 def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `base` updated by `overrides`: sections are merged, lists and other values replaced."""
+    """Return `base` updated by `overrides`: sections are merged, lists and other values replaced.
+
+    An empty section, whose keys are all commented out, changes nothing.
+    """
     merged = dict(base)
     for name, value in overrides.items():
         below = merged.get(name)
+        if isinstance(below, Mapping) and is_empty(value):
+            continue
         if isinstance(value, Mapping) and isinstance(below, Mapping):
             value = merge(below, value)
         merged[name] = value
     return merged
+
+
+def is_empty(value: Any) -> bool:
+    """Return whether a value is null, as YAML or a text says it."""
+    return value is None or (isinstance(value, str) and value.strip().lower() in ("", "~", "null"))
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

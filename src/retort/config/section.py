@@ -19,7 +19,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from retort.config.paths import UNSET_VARIABLE, explain_unset, resolve_model, resolve_path
-from retort.config.schema import Schema
+from retort.config.schema import Schema, is_empty
 from retort.config.values import Types, parse_text, read_value, types_of
 
 
@@ -91,7 +91,7 @@ class Section(BaseModel):
     def _read(cls, values: Any) -> Any:
         """Read text that stands for the section or for values; null means a default."""
         values = parse_text(values) if isinstance(values, str) else values
-        if values is None or values == "":  # all keys of the section are commented out
+        if is_empty(values):  # all keys of the section are commented out
             return {}
         if not isinstance(values, Mapping):
             return values  # refused by pydantic

@@ -4,12 +4,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from retort.artifacts.build import REVISIONS, student_content
+from retort.artifacts.build import REVISIONS, student_content, training_keys
 from retort.cache.reader import CACHE_FILE, LogitCache
 from retort.cluster.ranks import rank
 from retort.config.handoff import Job
-from retort.config.load import identity
-from retort.config.sections import Student, Training
+from retort.config.sections import Student
 from retort.io.digests import digest, digest_folder
 from retort.io.fingerprints import TeacherRecord
 from retort.io.run_record import describe_run
@@ -66,7 +65,9 @@ def train_run(out: Path, job: Job, *, index_path: Path, signal_path: Path | None
     names = {"teacher": str(job.config.teacher.model_path)} if needs_teacher else {}
     work = TrainingJob(
         name=job.run or "student",
-        identity=digest([REVISIONS["run"], facts, student_content(student), _identity(training)]),
+        identity=digest(
+            [REVISIONS["run"], facts, student_content(student), training_keys(training)]
+        ),
         source=source,
         student=student,
         training=training,
@@ -82,11 +83,6 @@ def train_run(out: Path, job: Job, *, index_path: Path, signal_path: Path | None
     if rank() == 0:
         _write_records(out, work, summary, teacher=_weights(signal))
         logger.info(f"train {work.name}  {summary.steps} steps in {summary.seconds:.0f} s")
-
-
-def _identity(training: Training) -> dict[str, Any]:
-    """Return the keys of the section that the result depends on."""
-    return identity(training) | {"alpha": training.alpha}
 
 
 def _open_signal(path: Path | None) -> Signal | None:

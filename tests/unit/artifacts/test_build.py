@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import yaml
 
-from retort.artifacts.build import build_project
+from retort.artifacts.build import build_project, training_keys
 from retort.artifacts.project import Project
 from retort.config.load import load_runs
 from retort.config.schema import merge
-from retort.config.sections import Evaluation, leaves
+from retort.config.sections import Evaluation, Training, leaves
 from retort.config.sweeps import nest
 from retort.io.fingerprints import TokenizerIdentity, fingerprint_tokenizer, fingerprint_weights
 from support.records import make_teacher_record
@@ -310,7 +310,17 @@ def test_the_id_of_the_demo_teacher_covers_its_text(build: Build) -> None:
     assert teacher.id.startswith("demo-")
     assert teacher.model_path == str(teacher.folder / "model")
     assert changed(demo(), demo(max_samples=7)) == KINDS
+    for key, value in {"append_eos": False, "long_documents": "truncate"}.items():
+        assert "teachers" in changed(demo(), demo(**{key: value})), key
+    assert changed(demo(), demo(streaming_chunk_size=7)) == {*TEACHER} - {"teachers"}
     assert changed(demo(), demo(num_proc=1)) == set()
+
+
+def test_checkpoints_count_the_keys_that_the_id_of_a_run_counts() -> None:
+    output = Training(distillation_type="output", alpha=1.0, temperature=1.5)
+    assert training_keys(output) == training_keys(output.model_copy(update={"temperature": 2.0}))
+    logit = Training(distillation_type="logit", alpha=0.0, temperature=1.5)
+    assert training_keys(logit)["temperature"] == 1.5
 
 
 def record(project: Project) -> None:
@@ -419,7 +429,7 @@ def test_a_model_path_that_is_a_file_is_told_what_it_is(
 
 PRINT_IDS = """
 import json, sys
-from retort.artifacts.build import build_project
+from retort.artifacts.build import build_project, training_keys
 from retort.config.load import load_runs
 p = build_project(load_runs(json.loads(sys.argv[1])))
 runs = [[r.name, r.id, r.evaluation_id] for r in p.runs.values()]

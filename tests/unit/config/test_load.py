@@ -32,6 +32,14 @@ def test_a_run_may_set_what_the_base_lacks() -> None:
     assert (configs["a"].student.model_path, configs["b"].student.model_path) == (None, "x")
 
 
+@pytest.mark.parametrize("empty", [None, "", "~", "null"])
+def test_an_empty_section_of_a_run_changes_nothing(empty: str | None) -> None:
+    base = merge(STUDENT, {"training": {"seed": 3}, "teacher": {"model_path": "x"}})
+    run = {"training": empty, "teacher": {"generation": empty}, "dataset": empty}
+    (config,) = load_runs(base | {"runs": {"a": run}}).values()
+    assert config == load(base)
+
+
 def test_a_contradiction_in_a_run_names_the_run() -> None:
     runs = {"good": {}, "bad": {"training": {"temperature": 8}}}
     assert refusal(STUDENT | {"runs": runs}).startswith("In run 'bad': training.temperature is 8.0")
