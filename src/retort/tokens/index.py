@@ -332,8 +332,30 @@ class TokenIndex:
         return table
 
     def read_split(self, split: str, *, max_positions: int | None = None) -> SequenceTable:
-        """Return a split's sequences in index order, up to and including the one that reaches max_positions."""
-        return concatenate_tables(self._iterate_split(split, max_positions=max_positions))
+        """Return a split's sequences in index order, up to and including the one that reaches max_positions.
+
+        Raises ValueError when the shards are not those that the index lists, by all content keys and by size.
+        """
+        self._require_shards()
+        table = concatenate_tables(self._iterate_split(split, max_positions=max_positions))
+        totals: SplitTotals = getattr(self.record, split)
+        found, listed = (len(table), table.num_positions), (totals.sequences, totals.positions)
+        if found != listed and (max_positions is None or found[1] < min(max_positions, listed[1])):
+            raise self._other_shards(
+                f"{split} has {found[0]:,} sequences, {found[1]:,} positions, not {listed[0]:,}, {listed[1]:,}"
+            )
+        return table
+
+    def _require_shards(self) -> None:
+        """Compare the content keys of all training sequences, 16 bytes each, with the index; reads nothing else."""
+        shard_keys = []
+        for name in self.record.shards:
+            keys = xxhash.xxh3_128()
+            for block in iterate_keys(self.path.parent / name, "train"):
+                keys.update(np.ascontiguousarray(block).data)
+            shard_keys.append(keys.hexdigest())
+        if (found := digest(shard_keys)) != self.record.content:
+            raise self._other_shards(f"content {found}, not {self.record.content}")
 
     def _iterate_split(self, split: str, *, max_positions: int | None) -> Iterator[SequenceTable]:
         limit = sys.maxsize if max_positions is None else max_positions
@@ -382,6 +404,12 @@ class TokenIndex:
     def _read_train(self, shard: int, first: int, stop: int) -> SequenceTable:
         path = self.path.parent / self.record.shards[shard]
         return read_token_shard(path, "train", first=first, stop=stop)
+
+    def _other_shards(self, fault: str) -> ValueError:
+        return ValueError(
+            f"the token shards beside {self.path} are not those that it lists ({fault}): at least one was replaced. "
+            f"Delete {self.path.parent} and rerun the same command."
+        )
 
     def _not_listed(self, shard: int, what: str) -> ValueError:
         path = self.path.parent / self.record.shards[shard]

@@ -206,6 +206,31 @@ def test_a_shard_that_changed_after_it_was_listed_is_refused(copied: TokenIndex)
     assert str(copied.path) in str(caught.value)
 
 
+@pytest.mark.parametrize("limit", [None, 3])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_split_of_other_shards_is_refused(
+    copied: TokenIndex, split: str, limit: int | None, tmp_path: Path
+) -> None:
+    *_, last = (copied.path.parent / name for name in copied.record.shards)
+    *_, other = write_shards(tmp_path / "other", make_tables(5))
+    shutil.copy(other, last)
+    with pytest.raises(ValueError, match="are not those that it lists") as caught:
+        copied.read_split(split, max_positions=limit)
+    assert str(copied.path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("limit", [None, 10**9])
+def test_a_shard_with_fewer_held_out_sequences_is_refused(
+    copied: TokenIndex, limit: int | None
+) -> None:
+    path = copied.path.parent / copied.record.shards[0]
+    tables = {split: read_token_shard(path, split) for split in ("train", "val")}
+    fewer = tables["val"].slice(1, len(tables["val"]))
+    write_token_shard(path, tables | {"val": fewer}, counts={}, tokenizer=TOKENIZER)
+    with pytest.raises(ValueError, match=r"val has .* sequences"):
+        copied.read_split("val", max_positions=limit)
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
