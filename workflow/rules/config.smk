@@ -1,12 +1,11 @@
 # The config as it is written, the artifacts that it makes, and their folders.
 # Every job parses this file again, so nothing here may import torch.
-import json
 import shlex
 import sys
 from pathlib import Path
 
 from retort.artifacts.build import build_project
-from retort.artifacts.jobs import Jobs
+from retort.artifacts.jobs import Jobs, write_argument
 from retort.config.config_files import load_source, locate, read_files
 from retort.config.sweeps import prefer_command_line
 from retort.config.yaml_source import Source
@@ -70,13 +69,14 @@ except ValueError as error:
 
 config = SOURCE.values  # as written: a run may be named no, or 010
 
-# With the names of the config files, which each result records.
-JOBS = Jobs(PROJECT, source=", ".join(Path(file).name for file in workflow.configfiles))
-WHOLE_CONFIG = json.dumps(config, sort_keys=True)
-
 OUTPUT = next(iter(PROJECT.runs.values())).config.output
 RESULTS = OUTPUT.results_dir
 CACHE = OUTPUT.cache_dir or RESULTS
+# With the names of the config files, which each result records.
+SOURCES = ", ".join(Path(file).name for file in workflow.configfiles)
+LONG_CONFIGS = Path(RESULTS) / ".configs"
+JOBS = Jobs(PROJECT, source=SOURCES, folder=LONG_CONFIGS)
+WHOLE_CONFIG = write_argument(config, LONG_CONFIGS)
 CHECK = f"{RESULTS}/checks/{PROJECT.check_id}/inputs.json"
 REPORT = f"{RESULTS}/reports/{PROJECT.report_id}/report.html"
 PYTHON = shlex.quote(sys.executable)

@@ -4,7 +4,9 @@ Resolved is what only the workflow knows, such as the folder of the demo's teach
 """
 
 import json
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from retort.artifacts.project import Corpus, Logits, Project, Run, TeacherModel, Tokens, Validation
@@ -12,25 +14,49 @@ from retort.artifacts.responses import Responses
 from retort.artifacts.tasks import EvaluationTask
 from retort.config.handoff import SECTIONS, Job
 from retort.config.sections import Config, Teacher
+from retort.io.digests import digest
+from retort.io.files import write_atomically
 
 Artifact = Responses | Corpus | TeacherModel | Tokens | Logits | Validation | Run | EvaluationTask
+
+
+_MAX_ARGUMENT_BYTES = 60_000  # Linux takes 131,072 in one argument
+
+
+def write_argument(content: Mapping[str, Any], folder: Path) -> str:
+    """Return what `--config` gets: the JSON of `content`, or the path of a file in `folder` that has it if it is long.
+
+    The file is named by a digest of its content, and written when it is not there.
+    """
+    text = json.dumps(content, ensure_ascii=False, sort_keys=True)
+    try:
+        encoded = text.encode(sys.getfilesystemencoding())
+    except UnicodeEncodeError:  # a lone surrogate, or a locale with few characters
+        text = json.dumps(content, sort_keys=True)
+        encoded = text.encode()
+    if len(encoded) <= _MAX_ARGUMENT_BYTES:
+        return text
+    path = folder / f"{digest(text)}.json"
+    if not path.exists():
+        write_atomically(path, text.encode())
+    return str(path)
 
 
 class Jobs:
     """The `--config` of every job of a project. Ten thousand jobs may ask for the same, so they are kept."""
 
-    def __init__(self, project: Project, *, source: str | None) -> None:
-        """`source`: name of the config file."""
-        self.project, self.source = project, source
+    def __init__(self, project: Project, *, source: str | None, folder: Path) -> None:
+        """`source`: name of the config file; `folder`: for long configs (see `write_argument`)."""
+        self.project, self.source, self.folder = project, source, folder
         self._kept: dict[tuple[str, ...], str] = {}
 
     def format(self, kind: str, names: Mapping[str, str]) -> str:
-        """Return the JSON of the job of a kind (see `handoff.SECTIONS`) that these wildcards name."""
+        """Return the `--config` of the job of a kind (see `handoff.SECTIONS`) that these wildcards name."""
         ids = tuple(names[name] for name in _IDS if name in names)
         if (kind, *ids) not in self._kept:
             job = build_job(kind, self.project.find(names), run=names.get("run"))
             job = job.model_copy(update={"source": self.source})
-            self._kept[kind, *ids] = json.dumps(job.to_json(SECTIONS[kind]))
+            self._kept[kind, *ids] = write_argument(job.to_json(SECTIONS[kind]), self.folder)
         return self._kept[kind, *ids]
 
 

@@ -16,6 +16,7 @@ _ATTEMPT = re.compile(re.escape(ATTEMPT) + r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ")
 _LINE_HEAD = re.compile(
     r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \S+\[\d+\] ?"
 )  # written by retort.cli: time, job, process
+_TOO_LONG = "argument list too long"  # E2BIG, after which a shell exits with 126
 _RESUME = "finished work is kept: rerun the same command to resume."
 _LESS_MEMORY = {
     "generate_logits": "lower teacher.generation.batch_size, raise teacher.generation.gpus_per_model, or use a "
@@ -100,6 +101,11 @@ def _shorten(line: str) -> str:
 
 def _guess(rule: str, lines: Sequence[str]) -> str:
     text = "\n".join(lines[-200:])
+    if _TOO_LONG in text.lower():
+        return (
+            "Its command is longer than this system allows: shorten lists in the config, such as dataset.data_files "
+            f"(a folder or a pattern will do); {_RESUME}"
+        )
     if is_out_of_memory(text):
         less = _LESS_MEMORY.get(rule, "run fewer jobs at once (--cores)")
         return f"Memory ran out: {less}; {_RESUME}"

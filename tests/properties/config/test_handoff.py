@@ -1,6 +1,5 @@
 """Properties of what rules hand to scripts."""
 
-import json
 import subprocess
 from typing import Any
 
@@ -9,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from snakemake.utils import QuotedFormatter
 
+from retort.artifacts.jobs import write_argument
 from retort.config.handoff import SECTIONS, Job, job_parser, read_job
 from retort.config.load import complete, read_key
 from retort.config.schema import ConfigError, Schema, merge
@@ -62,17 +62,20 @@ def configs(draw: st.DrawFn, sections: tuple[str, ...]) -> Any:
 @pytest.mark.parametrize("kind", SECTIONS)
 @settings(max_examples=40)
 @given(data=st.data())
-def test_a_script_reads_the_job_that_a_rule_gave(kind: str, data: st.DataObject) -> None:
+def test_a_script_reads_the_job_that_a_rule_gave(
+    kind: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     job = Job(
         run=data.draw(st.none() | TEXTS),
         source=data.draw(st.none() | TEXTS),
         config=data.draw(configs(SECTIONS[kind])),
         expected=data.draw(st.dictionaries(st.sampled_from(["corpus", "student"]), TEXTS)),
     )
-    text = json.dumps(job.to_json(SECTIONS[kind]))
+    folder = tmp_path_factory.getbasetemp()
+    text = write_argument(job.to_json(SECTIONS[kind]), folder)
     command = QuotedFormatter().format("printf %s {config:q}", config=text)
     done = subprocess.run(["bash", "-c", command], capture_output=True, check=True)
     args = job_parser("", kind).parse_args(["--config", done.stdout.decode()])
     found = read_job(args)
     assert found == job
-    assert json.dumps(found.to_json(SECTIONS[kind])) == text, "0 is not false"
+    assert write_argument(found.to_json(SECTIONS[kind]), folder) == text, "0 is not false"

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from retort.artifacts.build import build_project
-from retort.artifacts.jobs import Jobs
+from retort.artifacts.jobs import Jobs, write_argument
 from retort.artifacts.project import Project
-from retort.config.handoff import SECTIONS
+from retort.config.handoff import SECTIONS, read_config_argument
 from retort.config.load import load_runs
 from support.place import REPOSITORY, tiny
 
@@ -34,8 +34,12 @@ def build(**over: Any) -> Project:
     return build_project(load_runs(tiny(**over)))
 
 
+def _jobs(project: Project) -> Jobs:
+    return Jobs(project, source="a.yaml", folder=Path("configs"))
+
+
 def read(project: Project, kind: str, **names: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(Jobs(project, source="a.yaml").format(kind, names))
+    found: dict[str, Any] = json.loads(_jobs(project).format(kind, names))
     assert set(found["config"]) <= set(SECTIONS[kind])
     assert found.pop("source") == "a.yaml"
     return found
@@ -59,9 +63,23 @@ def test_a_local_tokenizer_is_expected_to_stay_the_same(folder: Path) -> None:
     assert "teacher" not in found["config"]
 
 
+@pytest.mark.parametrize("word", ["a", "é東京", "\ud800"])
+def test_a_long_config_is_handed_over_in_a_file(word: str, tmp_path: Path) -> None:
+    short, long = ({"dataset": {"data_files": [word] * count}} for count in (9, 30_000))
+    assert json.loads(write_argument(short, tmp_path)) == short
+    assert list(tmp_path.iterdir()) == []
+    path = write_argument(long, tmp_path)
+    assert read_config_argument(path).values == long
+    assert write_argument(long, tmp_path) == path and list(tmp_path.iterdir()) == [Path(path)]
+
+
+def test_short_configs_stay_readable(tmp_path: Path) -> None:
+    assert write_argument({"run": "東京"}, tmp_path) == '{"run": "東京"}'
+
+
 def test_all_jobs_of_a_folder_get_one_text(folder: Path) -> None:
     project = build()
-    jobs, (tokens,) = Jobs(project, source=None), project.tokens.values()
+    jobs, (tokens,) = _jobs(project), project.tokens.values()
     first, second = (
         jobs.format("tokens", {"tokens": tokens.id, "shard": shard}) for shard in ("00000", "00001")
     )

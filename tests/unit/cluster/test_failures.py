@@ -49,6 +49,10 @@ def fail(log: Path, body: str) -> None:
             "The job reached its time limit before it was done: finished work is kept",
         ),
         ("1 / 0", "bug in Retort"),
+        (
+            "import subprocess; subprocess.run(['bash', '-c', 'x=$(printf %0200000d 0); env $x'])",
+            "longer than this system allows",
+        ),
     ],
 )
 def test_the_reason_is_one_sentence(body: str, reason: str, tmp_path: Path) -> None:
