@@ -76,7 +76,9 @@ def make_training_record(name: str, kind: str = "hybrid", **values: Any) -> Trai
         "alpha": ALPHA[kind],
         "temperature": 2.0,
         "seed": 0,
+        "tokens": "beef",
         "teacher": "c0ffee",
+        "cache": None,
         "summary": TrainingSummary(**summary),
         "final": {"model.safetensors": "0" * 32},
     }

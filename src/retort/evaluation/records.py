@@ -61,7 +61,7 @@ class Metrics(Record):
     """
 
     format: ClassVar[str] = "retort-metrics"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     remedy: ClassVar[str] = "evaluate the run again"
 
     training: TrainingRecord

@@ -29,7 +29,7 @@ from retort.evaluation.scores import (
     write_document_sums,
 )
 from retort.evaluation.text_bytes import count_next_bytes
-from retort.io.digests import compare_digests, digest_folder
+from retort.io.digests import compare_digests, digest, digest_folder
 from retort.io.fingerprints import TeacherRecord
 from retort.io.run_record import RUN_FILE, RunRecord, describe_run
 from retort.models.generate import sample_model
@@ -128,6 +128,49 @@ def read_trained_student(source: Path) -> tuple[Path, TrainingRecord]:
     return folder, record
 
 
+def _require_sources(
+    record: TrainingRecord,
+    *,
+    training_path: Path,
+    index: TokenIndex,
+    manifest_path: Path | None,
+) -> tuple[Manifest | None, RunRecord | None]:
+    """Return the manifest of the cache, and the run.json beside training.json; None for a file that there is not.
+
+    Raises ValueError when the index, the cache or run.json are not those of the training.
+    """
+    if record.tokens != index.record.content:
+        raise ValueError(
+            f"{index.path} is of other tokens (content {index.record.content}) than those that the student of "
+            f"{training_path} was trained on ({record.tokens}). Give --index, the index.json of its training."
+        )
+    manifest = Manifest.read(manifest_path) if manifest_path else None
+    if manifest:
+        codec = manifest.header.get("codec")
+        copied = {name: getattr(manifest, name) for name in ("method", "top_k", "min_probability")}
+        is_whole = isinstance(codec, dict) and copied.items() <= codec.items()
+        if not is_whole or digest(manifest.header) != record.cache:
+            raise ValueError(
+                f"{manifest_path} does not describe the cache that {training_path} records: it was changed, or is of "
+                "another cache. Give --signal, the manifest.json of its training, as it was written."
+            )
+    trained_path = training_path.with_name(RUN_FILE)
+    trained = RunRecord.read(trained_path) if trained_path.exists() else None
+    if trained:
+        section = trained.config.get("training")
+        settings = section if isinstance(section, dict) else {}
+        names = ("distillation_type", "alpha", "temperature", "seed")
+        differing = [name for name in names if settings.get(name) != getattr(record, name)]
+        if trained.run not in (None, record.run):
+            differing.insert(0, "run")
+        if differing:
+            raise ValueError(
+                f"{trained_path} is of another run than {training_path} ({', '.join(differing)} differ): restore the "
+                "run.json of this training, or delete it."
+            )
+    return manifest, trained
+
+
 def _open_teacher(
     path: Path, table: SequenceTable, weights: str | None, *, made_from: Path
 ) -> TeacherFeatures:
@@ -188,17 +231,21 @@ def evaluate_run(
     Samples of the student and its teacher go into samples.json beside it; the teacher's come from beside
     `features_path`. `signal_path`: manifest.json of the cache that it learned from, else fingerprint.json of its
     teacher; a teacher with another tokenizer is not compared with.
-    Raises ValueError when final/ is not what training wrote, or the features are of another teacher or other text.
+    Raises ValueError when final/ is not what training wrote, index, cache or run.json are not those of the training,
+    or the features are of another teacher or other text.
     """
     evaluation, training = job.config.evaluation, job.config.training
     torch.set_num_threads(count_threads(training))
     index = TokenIndex.read(index_path)
     started = time.monotonic()
     folder, record = read_trained_student(training_path)
-    table = index.read_split("val", max_positions=evaluation.max_positions)
-    tokenizer, no_tokenizer = _load_own_tokenizer(str(folder))
     is_cache = signal_path is not None and signal_path.name == "manifest.json"
     manifest_path, fingerprint_path = (signal_path, None) if is_cache else (None, signal_path)
+    manifest, trained = _require_sources(
+        record, training_path=training_path, index=index, manifest_path=manifest_path
+    )
+    table = index.read_split("val", max_positions=evaluation.max_positions)
+    tokenizer, no_tokenizer = _load_own_tokenizer(str(folder))
     is_foreign = not _shares_ids(fingerprint_path, index, tokenizer)
     weights = record.teacher
     if features_path is not None and weights is None:
@@ -231,8 +278,6 @@ def evaluate_run(
         token_counts=index.read_token_counts(),
     )
     reasons = dict.fromkeys(OF_BOTH, OTHER_TOKENIZER) if is_foreign else {}
-    manifest = Manifest.read(manifest_path) if manifest_path else None
-    trained_path = training_path.with_name(RUN_FILE)
     metrics = Metrics(
         training=record,
         teacher=teacher.name if teacher else None,
@@ -244,7 +289,7 @@ def evaluate_run(
         units=UNITS,
         scores=scores.model_copy(update={"not_defined": scores.not_defined | reasons}),
         cache=manifest,
-        trained=RunRecord.read(trained_path) if trained_path.exists() else None,
+        trained=trained,
         made=describe_run(
             section={"evaluation": evaluation},
             seed=evaluation.samples.seed,

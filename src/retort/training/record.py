@@ -18,10 +18,13 @@ class TrainingSummary(Entry):
 
 
 class TrainingRecord(Record):
-    """training.json: `id` is the run's, `teacher` the fingerprint of its weights, `final` has the digests of final/."""
+    """training.json: `id` is the run's, `teacher` the fingerprint of its weights, `final` has the digests of final/.
+
+    tokens, cache: content digest of the token index, and digest of the header of the cache that it was given.
+    """
 
     format: ClassVar[str] = "retort-training"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     remedy: ClassVar[str] = "train the run again"
 
     run: str
@@ -30,6 +33,8 @@ class TrainingRecord(Record):
     alpha: float | None
     temperature: float | None
     seed: int
+    tokens: str
     teacher: str | None
+    cache: str | None
     summary: TrainingSummary
     final: dict[str, str]

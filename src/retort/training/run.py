@@ -81,7 +81,7 @@ def train_run(out: Path, job: Job, *, index_path: Path, signal_path: Path | None
     summary = train_student(out.parent, work)
     _require_same_student(student, job.expected.get("student"))
     if rank() == 0:
-        _write_records(out, work, summary, teacher=_weights(signal))
+        _write_records(out, work, summary, signal=signal)
         logger.info(f"train {work.name}  {summary.steps} steps in {summary.seconds:.0f} s")
 
 
@@ -129,7 +129,7 @@ def _describe_sources(index: TokenIndex, signal: Signal | None) -> dict[str, str
 
 
 def _write_records(
-    out: Path, work: TrainingJob, summary: TrainingSummary, *, teacher: str | None
+    out: Path, work: TrainingJob, summary: TrainingSummary, *, signal: Signal | None
 ) -> None:
     """Write run.json, then training.json, whose existence means that the run is finished."""
     training = work.training
@@ -148,7 +148,9 @@ def _write_records(
         alpha=training.alpha,
         temperature=training.temperature,
         seed=training.seed,
-        teacher=teacher,
+        tokens=work.facts["tokens"],
+        teacher=_weights(signal),
+        cache=digest(signal.header.to_json()) if isinstance(signal, LogitCache) else None,
         summary=summary,
         final=digest_folder(out.parent / "final"),
     ).write(out)

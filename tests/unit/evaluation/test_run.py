@@ -14,7 +14,7 @@ from retort.evaluation.records import Metrics
 from retort.evaluation.run import evaluate_run, evaluate_student
 from retort.evaluation.scores import METRICS, OF_BOTH
 from retort.evaluation.text_bytes import count_next_bytes
-from retort.io.digests import digest_folder
+from retort.io.digests import digest, digest_folder
 from retort.io.fingerprints import TeacherRecord
 from retort.models.load import CausalLM, load_pretrained, load_teacher, split_model
 from retort.report.runs import load_results, read_documents
@@ -24,7 +24,7 @@ from retort.tokens.sequences import SequenceTable, concatenate_tables
 from retort.tokens.tokenizer import load_tokenizer
 from retort.training.record import TrainingRecord
 from support.jobs import make_job
-from support.records import make_manifest, make_training_record
+from support.records import make_manifest, make_run_record, make_training_record
 from support.sections import section
 from support.tiny import NUM_TOKENS, WIDTH, score_held_out, swap_tokens
 
@@ -177,15 +177,22 @@ def test_nothing_held_out_is_refused(index: TokenIndex) -> None:
 
 
 TRAINED = make_training_record("mine", "logit", trained_positions=400, seconds=1.5, teacher=None)
-MANIFEST = make_manifest(positions=400, bytes_per_position=50.0, top_k=8)
+CODEC = {"method": "top_k", "top_k": 8, "min_probability": None}
+HEADER = {"teacher": "c0ffee", "codec": CODEC}
+MANIFEST = make_manifest(positions=400, bytes_per_position=50.0, top_k=8, header=HEADER)
 
 
 @pytest.fixture
-def trained(tmp_path: Path, tiny_teacher: Path) -> Path:
+def trained(tmp_path: Path, tiny_teacher: Path, index: TokenIndex) -> Path:
     """training.json of a finished run, its student beside it."""
     make_student(WIDTH).model.save_pretrained(tmp_path / "final")
     load_tokenizer(str(tiny_teacher)).save_pretrained(tmp_path / "final")
-    change_record(tmp_path / "training.json", final=digest_folder(tmp_path / "final"))
+    change_record(
+        tmp_path / "training.json",
+        tokens=index.record.content,
+        cache=digest(HEADER),
+        final=digest_folder(tmp_path / "final"),
+    )
     return tmp_path / "training.json"
 
 
@@ -206,7 +213,8 @@ def run_rule(
     fingerprint: Path | None = None,
     **values: Any,
 ) -> str:
-    MANIFEST.write(trained.parent / "manifest.json")
+    if not (trained.parent / "manifest.json").exists():
+        MANIFEST.write(trained.parent / "manifest.json")
     if features_path and not fingerprint and TrainingRecord.read(trained).teacher is None:
         record = TeacherRecord.read(features_path.with_name("fingerprint.json"))
         change_record(trained, teacher=record.weights)  # it learned from the cache
@@ -353,6 +361,37 @@ def test_a_student_without_a_teacher_is_compared_only_with_a_recorded_one(
         run_rule(trained, index, features_path, fingerprint=tmp_path / "other.json")
     run_rule(trained, index, features_path, fingerprint=fingerprint)
     assert read_metrics(trained).scores.teacher is not None
+
+
+def test_an_index_of_other_tokens_is_refused(trained: Path, index: TokenIndex) -> None:
+    change_record(trained, tokens="0123456789ab")
+    with pytest.raises(ValueError, match=f"other tokens .*{index.record.content}.*0123456789ab"):
+        run_rule(trained, index, None)
+    assert not (trained.parent / "evaluation" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"method": "entropy"}, {"top_k": 9}, {"header": HEADER | {"codec": CODEC | {"top_k": 9}}}],
+)
+def test_a_manifest_of_another_cache_is_refused(
+    changes: dict[str, Any], trained: Path, index: TokenIndex, features_path: Path
+) -> None:
+    top_k = changes.get("header", HEADER)["codec"]["top_k"]
+    found = MANIFEST.model_copy(update={"top_k": top_k} | changes)
+    found.write(trained.parent / "manifest.json")
+    with pytest.raises(ValueError, match=r"manifest\.json does not describe the cache that"):
+        run_rule(trained, index, features_path)
+
+
+def test_the_run_record_of_another_run_is_refused(trained: Path, index: TokenIndex) -> None:
+    own = {"distillation_type": "logit", "alpha": 0.0, "temperature": 2.0, "seed": 0}
+    make_run_record({"training": own}, run="mine").write(trained.parent / "run.json")
+    run_rule(trained, index, None)
+    for settings, run in ((own, "other"), (own | {"distillation_type": "hybrid"}, "mine")):
+        make_run_record({"training": settings}, run=run).write(trained.parent / "run.json")
+        with pytest.raises(ValueError, match=r"run\.json is of another run"):
+            run_rule(trained, index, None)
 
 
 def test_held_out_sequences_that_are_trained_on_are_counted(

@@ -20,6 +20,8 @@ from retort.config.training import DEFAULT_ALPHA
 from retort.io.digests import digest
 from retort.io.files import read_json, write_json
 from retort.io.run_record import RunRecord
+from retort.teacher.merge import build_manifest
+from retort.teacher.records import Manifest
 from retort.tokens.tokenizer import load_tokenizer
 from retort.training.loop import LOG_COLUMNS, find_tail_column, write_log
 from retort.training.record import TrainingRecord
@@ -247,8 +249,14 @@ def test_record_of_a_run_holds_what_evaluate_needs(bench: Bench, tmp_path: Path)
 
     found = run_rule(bench, tmp_path / "abc" / "training.json")
     assert (found.run, found.id, found.alpha) == ("mine", "abc", 0.5)
+    assert found.tokens == bench.index.record.content
+    build_manifest(bench.cache, bench.index).write(tmp_path / "manifest.json")
+    assert found.cache == digest(Manifest.read(tmp_path / "manifest.json").header)
     made = RunRecord.read(tmp_path / "abc" / "run.json")
-    assert dict(flatten(made.config))["training.max_steps"] == 2
+    settings = dict(flatten(made.config))
+    assert settings["training.max_steps"] == 2
+    for name in ("distillation_type", "alpha", "temperature", "seed"):
+        assert settings[f"training.{name}"] == getattr(found, name)
 
 
 def test_final_folder_ends_where_template_and_generation_config_do(
