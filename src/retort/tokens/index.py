@@ -2,7 +2,7 @@
 
 A *part* is the training sequences of `streaming_chunk_size` documents of one shard: the unit of resumable teacher work,
 named by its content keys. Building the index reads every shard once, in blocks; reading through it reads only the
-sequences that are returned.
+sequences that are returned, and, for a split, the content keys of all (16 bytes each).
 """
 
 import io

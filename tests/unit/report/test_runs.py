@@ -133,7 +133,7 @@ def test_the_runs_folder_is_found_from_both_places_of_metrics(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"version": 3', '"version": 2', "was written by an older Retort (version 2)"),
+        ('"version": 4', '"version": 3', "was written by an older Retort (version 3)"),
         ('"value": 3.213', '"value": NaN', "has scores.student.metrics.loss.value = nan"),
         ('"kl": 3.1e-05', '"kl": Infinity', "has cache.fidelity.kl = inf"),
         ('"steps": 400', '"steps": true', "has training.summary.steps = True"),

@@ -204,7 +204,7 @@ def test_a_limited_split_and_a_sample_read_only_what_they_return(
     assert 1 < len(places) < index.record.train.sequences / 5
 
     monkeypatch.setattr(shards, "_BLOCK_SEQUENCES", 1)
-    (index.path.parent / index.record.shards[1]).unlink()
+    change_all_but(index, lambda sequence: False, shard=1)
     first = index.read_split("train", max_positions=1)
     assert len(first) == 1, "neither the next sequence, which was changed, nor the next shard"
 
