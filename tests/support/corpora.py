@@ -69,8 +69,9 @@ def make_stream(folder: Path, *, files: int, rows: int, **keys: Any) -> Dataset:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Return the bytes of a snapshot's files, without its progress record and its run.json, which hold times."""
-    return {p.name: p.read_bytes() for p in folder.iterdir() if not p.name.startswith((".", "run"))}
+    """Return the bytes of a snapshot's files, without its progress record, and what says how it was made."""
+    names = (".", "run.json", "config.json")
+    return {p.name: p.read_bytes() for p in folder.iterdir() if not p.name.startswith(names)}
 
 
 def refusal(dataset: Dataset) -> str:

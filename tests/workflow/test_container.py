@@ -125,7 +125,7 @@ def test_the_steps_of_the_dockerfile_make_a_project_in_which_the_command_runs(
     project.write_config(tiny(**one, runs=runs), "config/config.yaml")
     (command,) = [json.loads(rest) for name, rest in read_steps() if name == "CMD"]
     said = run(project, " ".join(command)).output
-    assert re.search(r"^both +hybrid ", said, re.MULTILINE), said
+    assert re.search(r"^both .* hybrid ", said, re.MULTILINE), said
     assert (project.path / "results" / "report.html").exists()
 
 
@@ -145,6 +145,6 @@ def test_the_image_is_built_and_the_demo_runs_in_it() -> None:
             check=True,
             timeout=_PATIENCE_S,
         )
-        assert re.search(r"^hybrid +hybrid ", done.stdout, re.MULTILINE), done.stdout
+        assert re.search(r"^hybrid .* hybrid ", done.stdout, re.MULTILINE), done.stdout
     finally:
         subprocess.run([engine, "image", "rm", tag], check=False, timeout=600)

@@ -136,7 +136,7 @@ def test_a_stream_that_never_recovers_ends_in_one_sentence_and_is_resumed(tmp_pa
     last = done.log.splitlines()[-1]
     assert last.startswith(f"error: dataset.name '{NAME}' could not be reached: check the network")
     assert "what was read is kept" in last and "6 of 6" in done.log and "7 of" not in done.log
-    assert json.loads((done.folder / ".draw_00000.json").read_text())["place"]["documents"] == 800
+    assert json.loads((done.folder / ".draw_00000.json").read_text())["cursor"]["documents"] == 800
     with serve(source) as hub:
         done = run_script(hub, tmp_path / "snapshot")
     assert done.log == "resuming after document 800\n"
