@@ -1,11 +1,12 @@
 """Chats in rows: lists of messages under the names of the common formats, made into one form.
 
 A message is a mapping: `role` (system, user, assistant or tool), `content` (text), and `reasoning_content`,
-`tool_calls`, `tool_call_id` and `name` where it has them.
+`tool_calls`, `tool_call_id` and `name` where it has them. The assistant's messages with `weight` 0 carry no loss.
 """
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from retort.config.sections import Dataset
@@ -35,6 +36,9 @@ def find_chat(values: Mapping[str, Any], dataset: Dataset) -> list[Message] | No
     chat = _read_named(values, dataset)
     if chat is None:
         return None
+    said = [m for m in chat if m["role"] == "assistant" and _says_something(m)]
+    if said and all(message.get("weight") == 0 for message in said):
+        raise ValueError("no_learned_turn")
     system = values.get(dataset.system_column) if dataset.system_column is not None else None
     if isinstance(system, str) and system.strip() and chat[0]["role"] != "system":
         return [{"role": "system", "content": system}, *chat]
@@ -54,7 +58,8 @@ def _read_named(values: Mapping[str, Any], dataset: Dataset) -> list[Message] | 
             isinstance(value, str) or _holds_messages(value) for value in (prompt, response)
         ):
             return None  # skipped as what it is
-        return [*_read_side(prompt, "user"), *_read_side(response, "assistant")]
+        before = [_without_loss(message) for message in _read_side(prompt, "user")]
+        return [*before, *_read_side(response, "assistant")]
     if _holds_messages(text := values.get(dataset.text_column)):
         return read_messages(text)
     if text is None and dataset.text_column == "text":
@@ -75,6 +80,16 @@ def _find_pair(values: Mapping[str, Any], dataset: Dataset) -> tuple[str, str] |
 
 def _holds_messages(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(message, Mapping) for message in value)
+
+
+def _without_loss(message: Message) -> Message:
+    return {**message, "weight": 0} if message["role"] == "assistant" else message
+
+
+def _says_something(message: Message) -> bool:
+    return bool(
+        message["content"].strip() or message.get("reasoning_content") or message.get("tool_calls")
+    )
 
 
 def _read_side(value: Any, role: str) -> list[Message]:
@@ -102,19 +117,60 @@ def _read_message(message: Any) -> Message:
         raise ValueError("unknown_role")
     found: Message = {"role": role, "content": _read_content(message)}
     reasoning = next((message[key] for key in _REASONING if message.get(key)), None)
-    if isinstance(reasoning, str):
+    if reasoning is not None:
+        if not isinstance(reasoning, str):
+            raise ValueError("not_text")
         found["reasoning_content"] = reasoning
-    if message.get("tool_calls"):
-        found["tool_calls"] = [_drop_empty(call) for call in message["tool_calls"]]
+    if calls := _read_calls(message):
+        found["tool_calls"] = calls
+    if role == "assistant" and message.get("weight") == 0:
+        found["weight"] = 0
     for key in ("tool_call_id", "name"):
         if isinstance(message.get(key), str):
             found[key] = message[key]
     return found
 
 
+def _read_calls(message: Mapping[str, Any]) -> list[Any]:
+    """Return the tool calls, OpenAI's older `function_call` too. Raises ValueError for what is no tool call."""
+    calls = _read_objects(message.get("tool_calls"), "bad_tool_calls")
+    for function in _read_objects(message.get("function_call"), "bad_tool_calls"):
+        calls.append({"type": "function", "function": function})
+    for call in calls:
+        function = call.get("function") or call
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise ValueError("bad_tool_calls")
+    return calls
+
+
+def _read_objects(value: Any, reason: str) -> list[Any]:
+    """Return a list of objects, of which there may be one alone or JSON text. Raises ValueError, with the reason."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise ValueError(reason) from None
+    if value is None or value == "" or (isinstance(value, str) and not value.strip()):
+        return []
+    values = [value] if isinstance(value, Mapping) and value else value
+    if isinstance(values, list):
+        values = [_load_text(inner) for inner in values]
+    if not isinstance(values, list | Mapping) or not all(isinstance(v, Mapping) for v in values):
+        raise ValueError(reason)
+    return [_drop_empty(inner) for inner in values]
+
+
+def _load_text(value: Any) -> Any:
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return json.loads(value)
+    return value
+
+
 def _read_content(message: Mapping[str, Any]) -> str:
     """Return the content as text; it may be a list of parts. Raises ValueError for parts that are not text."""
-    content = message.get("content", message.get("value"))
+    content = message.get("content")
+    content = message.get("value") if content is None else content
     parts = content if isinstance(content, list) else [content]
     texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
     if any(text is not None and not isinstance(text, str) for text in texts):
@@ -132,14 +188,8 @@ def _drop_empty(value: Any) -> Any:
 
 
 def find_tools(values: Mapping[str, Any]) -> list[Any] | None:
-    """Return the row's tools, as JSON schemas or JSON text; None without any."""
-    tools = values.get(TOOLS_COLUMN)
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except ValueError:
-            return None
-    return [_drop_empty(tool) for tool in tools] if isinstance(tools, list) and tools else None
+    """Return the row's tools, as JSON schemas or JSON text; None without any. Raises ValueError for others."""
+    return _read_objects(values.get(TOOLS_COLUMN), "bad_tools") or None
 
 
 def join_texts(messages: list[Message], *, of_assistant: bool) -> str:

@@ -116,7 +116,7 @@ def make_document(
     if isinstance(found, str):
         counts.skip(found, index)
         return None
-    prompt, text, chat = found
+    prompt, text, chat, tools = found
     changes: set[str] = set()
     text, chat = _clean(text, changes), _clean_all(chat, changes)
     prompt = None if prompt is None else _clean(prompt, changes)
@@ -136,16 +136,17 @@ def make_document(
         language=_read_label(values, dataset.language_column),
         split=cast(Literal["train", "val"], split),
         messages=chat,
-        tools=find_tools(values) if chat else None,
+        tools=tools,
     )
 
 
 def _read_row(
     values: Mapping[str, Any], dataset: Dataset
-) -> tuple[str | None, str, list[dict[str, Any]] | None] | str:
-    """Return (prompt, text, messages of a chat) of a row, or the reason why it is skipped."""
+) -> tuple[str | None, str, list[dict[str, Any]] | None, list[Any] | None] | str:
+    """Return (prompt, text, messages of a chat, its tools) of a row, or the reason why it is skipped."""
     try:
         chat = find_chat(values, dataset)
+        tools = find_tools(values) if chat else None
     except ValueError as error:
         return str(error)
     text: Any
@@ -160,7 +161,7 @@ def _read_row(
     if dataset.system_column is not None and not has_prompt:
         return "not_a_chat"
     reason = _find_flaw(prompt if has_prompt else "", text)
-    return reason or (prompt, text, chat)
+    return reason or (prompt, text, chat, tools)
 
 
 def _find_flaw(prompt: Any, text: Any) -> str | None:

@@ -37,7 +37,12 @@ class Columns(NamedTuple):
     def find_required(self, found: Collection[str]) -> tuple[str, ...]:
         """Return the required columns, or the first set of others that is there instead of them."""
         ways = (self.required, *self.instead)
-        return next((way for way in ways if all(name in found for name in way)), self.required)
+        shared = set(self.required).intersection(*ways)  # labels, which the user named
+        for needed in (set(), shared):
+            for way in ways:
+                if all(name in found or name in needed for name in way):
+                    return way
+        return self.required
 
     def select(self, found: Collection[str]) -> list[str]:
         """Return the columns to read of those in `found`."""

@@ -27,12 +27,14 @@ from retort.tokens.said import (
     find_missing,
     list_said,
     require_context,
+    require_tools,
     split_reasoning,
 )
 
 # Templates that print today's date print this one, so that tokens do not depend on the day.
 DEFAULT_DATE = "2026-01-01"
 _PROBE = "retort0probe"
+_REPR = re.compile(r"['\"]type['\"]:\s*['\"]text['\"]")
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _OPENED_THINK = re.compile(r"<think>\s*\Z")
 _EMPTY_THINK = re.compile(r"\s*<think>\s*</think>\s*")
@@ -82,6 +84,8 @@ class ChatFormat:
             except ChatError as found:
                 error = error or found
                 continue
+            if _REPR.search(text):  # the parts themselves, printed as Python or JSON
+                continue
             if all(message["content"] in text for message in probe):
                 return text.rpartition(f"{_PROBE}assistant")[2]
         reason = f": {error}" if error else ""
@@ -107,28 +111,35 @@ class ChatFormat:
         turns: "all" or "last". append_eos: end a turn that the template leaves open. What follows the last turn is left
         out. Raises ChatError when the template raises, or when what a message says is not in what is rendered.
         """
-        said = [i for i, m in enumerate(messages) if m["role"] == "assistant" and list_said(m)]
+        said = [
+            i
+            for i, m in enumerate(messages)
+            if m["role"] == "assistant" and list_said(m) and m.get("weight") != 0
+        ]
         if not said:
             raise ChatError("it has no assistant's turn with content")
         chat = messages[: said[-1] + 1]
         wanted = said if turns == "all" else said[-1:]
         has_end = append_eos and self.tokenizer.eos_token_id is not None
         eos = [self.tokenizer.eos_token_id] if has_end else []
+        if tools:
+            require_tools(tools, self._render(chat, tools), self._render(chat))
         found = [
             self._encode_spans(text, spans, eos if is_open else [])
-            for text, spans, is_open in self._list_renderings(chat, wanted, tools, turns)
+            for text, spans, is_open in self._list_renderings(chat, wanted, tools)
         ]
         assert any(any(mask) for _, mask in found), messages
         return found
 
     def _list_renderings(
-        self, chat: Sequence[Message], wanted: list[int], tools: list[Any] | None, turns: str
+        self, chat: Sequence[Message], wanted: list[int], tools: list[Any] | None
     ) -> Iterator[tuple[str, list[tuple[int, int]], bool]]:
         """Yield (text, spans of its turns by characters, whether nothing ends the last) that hold all wanted turns."""
         if _MARKS.search(self.tokenizer.get_chat_template(tools=tools)):
             full, spans = self._render_marks(chat, tools)
+            spans = _select_spans(chat, spans, wanted)
             if spans and not find_missing(chat, full):
-                yield full, spans if turns == "all" else spans[-1:], not self.end_ids
+                yield full, spans, not self.end_ids
                 return
         full = self._render(chat, tools)
         spans, others, is_open = [], [], False
@@ -283,7 +294,9 @@ class ChatFormat:
 
     def _show(self, message: Message, has_text_arguments: bool) -> dict[str, Any]:
         """Return a message as the template wants it."""
-        shown = {key: value for key, value in message.items() if value is not None}
+        shown = {
+            key: value for key, value in message.items() if value is not None and key != "weight"
+        }
         if self._has_parts:
             shown["content"] = [{"type": "text", "text": message["content"]}]
         if "reasoning_content" in shown:  # gpt-oss reads the other name
@@ -319,6 +332,20 @@ class ChatFormat:
         for start, end in spans:
             mask[counts[start] : counts[end]] = [True] * (counts[end] - counts[start])
         return ids + eos, mask
+
+
+def _select_spans(
+    chat: Sequence[Message], spans: list[tuple[int, int]], wanted: list[int]
+) -> list[tuple[int, int]]:
+    """Return the marked spans of the wanted turns; none if it cannot be told of which turn each span is."""
+    assistant = [i for i, m in enumerate(chat) if m["role"] == "assistant"]
+    said = [i for i in assistant if list_said(chat[i])]
+    if wanted == said:
+        return spans
+    for turns in (assistant, said):
+        if len(turns) == len(spans):
+            return [span for i, span in zip(turns, spans, strict=True) if i in wanted]
+    return []
 
 
 def describe_date(tokenizer: Any, date: str) -> dict[str, str]:

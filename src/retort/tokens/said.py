@@ -59,10 +59,27 @@ def _list_forms(said: str) -> Iterator[str]:
 
 
 def require_context(messages: Sequence[Message], text: str) -> None:
-    """Raise ChatError when the text of a message is missing in what is rendered."""
+    """Raise ChatError when the text of a message is missing in what is rendered, or out of order."""
+    squeezed, begin = " ".join(text.split()), 0
     for message in messages:
-        if (missing := find_missing([message], text)) is not None:
-            raise ChatError(describe_missing(message, missing))
+        if message["role"] == "system":  # some templates move it
+            if (missing := find_missing([message], text)) is not None:
+                raise ChatError(describe_missing(message, missing))
+            continue
+        for said in list_said(message):
+            forms = [" ".join(form.split()) for form in _list_forms(said)]
+            ends = [at + len(f) for f in forms if (at := squeezed.find(f, begin)) >= 0]
+            if not ends:
+                raise ChatError(describe_missing(message, said))
+            begin = min(ends)
+
+
+def require_tools(tools: Sequence[Any], text: str, without: str) -> None:
+    """Raise ChatError when a tool is missing in `text`, or nothing differs from the chat rendered without tools."""
+    for tool in tools:
+        name = str((tool.get("function") or tool).get("name") or "")
+        if name not in text or text == without:
+            raise ChatError(f"the chat template leaves out the tool {name!r}")
 
 
 def describe_missing(message: Message, missing: str | None) -> str:

@@ -29,6 +29,10 @@ def read_one(folder: Path, row: dict[str, Any], **keys: Any) -> Document:
     return document
 
 
+def without_weights(document: Document) -> list[dict[str, Any]]:
+    return [{k: v for k, v in m.items() if k != "weight"} for m in document.messages or ()]
+
+
 def share(chat: list[dict[str, str]]) -> list[dict[str, str]]:
     names = {"user": "human", "assistant": "gpt", "system": "system"}
     return [{"from": names[m["role"]], "value": m["content"]} for m in chat]
@@ -55,7 +59,7 @@ def test_a_chat_is_found_in_every_format(
     tmp_path: Path, row: dict[str, Any], keys: dict[str, Any]
 ) -> None:
     document = read_one(tmp_path, row, **keys)
-    assert document.messages == CHAT
+    assert without_weights(document) == CHAT
     assert (document.prompt, document.text) == ("which?\nand?", "bird\nfox")
     assert document.tools is None
 
@@ -83,7 +87,8 @@ def test_prompt_and_completion_of_text_are_found(tmp_path: Path) -> None:
 def test_a_system_column_comes_first_where_the_chat_has_none(
     tmp_path: Path, row: dict[str, Any], keys: dict[str, Any]
 ) -> None:
-    assert read_one(tmp_path, row, system_column="sys", **keys).messages == [SYSTEM, *CHAT]
+    document = read_one(tmp_path, row, system_column="sys", **keys)
+    assert without_weights(document) == [SYSTEM, *CHAT]
 
 
 def test_a_system_column_goes_before_prompts_too(tmp_path: Path) -> None:
@@ -174,3 +179,66 @@ def test_characters_that_tokenizers_refuse_are_cleaned_in_chats() -> None:
     assert found is not None and found.messages is not None
     assert found.messages[1]["content"] == "bird \ufffd"
     assert counts.cleaned == {"nul": 1, "lone_surrogate": 1}
+
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": "1"}}}
+
+
+def row_with(**keys: Any) -> dict[str, Any]:
+    return {"messages": [ASK, {"role": "assistant", "content": None, **keys}]}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"tool_calls": json.dumps([CALL])},
+        {"tool_calls": CALL},
+        {"tool_calls": [json.dumps(CALL)]},
+        {"function_call": CALL["function"]},
+    ],
+)
+def test_tool_calls_are_read_in_other_forms(tmp_path: Path, keys: dict[str, Any]) -> None:
+    messages = read_one(tmp_path, row_with(**keys)).messages
+    assert messages is not None
+    assert messages[1]["tool_calls"] == [CALL]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (row_with(tool_calls=7), "bad_tool_calls"),
+        (row_with(tool_calls=["f"]), "bad_tool_calls"),
+        (row_with(tool_calls=[{"function": "f"}]), "bad_tool_calls"),
+        (row_with(function_call="f"), "bad_tool_calls"),
+        ({"messages": CHAT, "tools": "f(x)"}, "bad_tools"),
+        ({"messages": [ASK, {**SAY, "reasoning_content": ["a"]}]}, "not_text"),
+        ({"messages": [ASK, {**SAY, "weight": 0}]}, "no_learned_turn"),
+    ],
+)
+def test_what_is_no_chat_is_skipped_by_reason(row: dict[str, Any], reason: str) -> None:
+    counts = Counts()
+    assert make_document(row, DEFAULTS, index=4, split=None, counts=counts) is None
+    assert counts.rows == {reason: [4]}
+
+
+def test_one_tool_weight_and_value_are_read(tmp_path: Path) -> None:
+    tool = {"name": "f"}
+    chat = [ASK, {**SAY, "weight": 0}, ASK, {"role": "assistant", "content": None, "value": "fox"}]
+    document = read_one(tmp_path, {"messages": chat, "tools": tool})
+    assert document.tools == [tool]
+    assert document.messages == [
+        ASK,
+        {**SAY, "weight": 0},
+        ASK,
+        {"role": "assistant", "content": "fox"},
+    ]
+
+
+def test_turns_of_a_prompt_carry_no_loss(tmp_path: Path) -> None:
+    messages = read_one(tmp_path, {"prompt": CHAT[:3], "completion": CHAT[3:]}).messages
+    assert messages == [ASK, {**SAY, "weight": 0}, *CHAT[2:]]
+
+
+def test_a_wrong_system_column_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="column 'nope' is not in"):
+        read_one(tmp_path, {"messages": CHAT}, system_column="nope")

@@ -341,3 +341,43 @@ def test_the_date_is_the_given_one() -> None:
 def test_the_token_that_ends_a_turn_is_known(name: str, end: str | None) -> None:
     chat = chat_format(getattr(published, name))
     assert chat.tokenizer.convert_ids_to_tokens(chat.end_ids) == ([end] if end else [])
+
+
+def said_by(chat: ChatFormat, messages: list[Any], **keys: Any) -> list[str]:
+    (rendering,) = chat.encode(messages, **keys)
+    ids, mask = rendering
+    return [chat.tokenizer.decode([t for t, is_said in zip(ids, mask, strict=True) if is_said])]
+
+
+def test_a_turn_marked_in_two_blocks_is_learned_whole() -> None:
+    marked = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+        "{% generation %}{{ m['content'] }}{% endgeneration %}{% generation %}<|im_end|>{% endgeneration %}"
+        "{% else %}{{ m['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    chat = chat_format(replace(published.QWEN_25, template=marked))
+    assert said_by(chat, CHAT, turns="last") == [A3 + "<|im_end|>"]
+
+
+def test_a_turn_of_weight_0_carries_no_loss() -> None:
+    chat = chat_format(published.QWEN_25)
+    weighted = [{**m, "weight": 0} if m["content"] == A1 else m for m in CHAT]
+    assert said_by(chat, weighted) == [f"{A2}<|im_end|>{A3}<|im_end|>"]
+
+
+def test_dropped_tools_repeated_turns_and_printed_parts_are_refused() -> None:
+    no_tools = chat_format(replace(published.QWEN_25, template=HEADERS))
+    with pytest.raises(ChatError, match="leaves out the tool 'add'"):
+        no_tools.encode(CHAT, tools=[{"type": "function", "function": {"name": "add"}}])
+    first = HEADERS.replace(
+        "in messages", "in (messages if messages[0] != messages[1] else messages[1:])"
+    )
+    twice = [CHAT[1], CHAT[1], CHAT[2]]
+    with pytest.raises(ChatError, match="leaves out what the user says"):
+        chat_format(replace(published.QWEN_25, template=first)).encode(twice)
+    parts = HEADERS.replace(
+        "m['content']", "(m['content'] | string if m['content'] is not string else '')"
+    )
+    with pytest.raises(ValueError, match="renders neither"):
+        chat_format(replace(published.QWEN_25, template=parts))
