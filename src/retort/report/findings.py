@@ -60,10 +60,11 @@ def _describe_margins(
         return f"{name}: held-out loss {first.loss:.3f}, {distance}" + (
             worse if others[False] else ""
         )
+    beat = "beat" if is_clear(margin) else "clearly beat"
     lost = (
         "Not every distilled run improved"
         if others[True]
-        else "Distillation did not beat cross-entropy"
+        else f"Distillation did not {beat} cross-entropy"
     )
     outcome = f"{lost}: of the distilled runs, {name} has the lowest held-out loss, {first.loss:.3f}, {distance}"
     return outcome + (f" But {list_names(others[True])}." if others[True] else "")

@@ -44,7 +44,7 @@ def test_a_margin_whose_interval_contains_zero_is_no_gain(tmp_path: Path) -> Non
     paths = write_measured(tmp_path, {"output": 0.0, "hybrid": 0.004}, noise=0.05)
     found = compare(paths)
     message = describe_outcome(found, found.settings)
-    assert "did not beat cross-entropy" in message and "not clearly different" in message
+    assert "did not clearly beat cross-entropy" in message and "not clearly different" in message
     assert 'class="better"' not in render_page(tmp_path, paths)
 
 

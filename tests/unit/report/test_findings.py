@@ -40,8 +40,8 @@ def test_outcome_says_by_how_much_the_best_run_won(tmp_path: Path) -> None:
         (
             3.4,
             3.2936,
-            "did not beat cross-entropy: of the distilled runs, hybrid (one seed) has the lowest held-out loss, 3.294, "
-            "not different (to 0.001) from cross-entropy",
+            "did not clearly beat cross-entropy: of the distilled runs, hybrid (one seed) has the lowest held-out "
+            "loss, 3.294, not different (to 0.001) from cross-entropy",
         ),
         (3.4, 3.2, "Not every distilled run improved: logit is 0.106 above it."),
     ],

@@ -72,7 +72,7 @@ def test_the_outcome_is_of_means_over_seeds_and_says_so(tmp_path: Path) -> None:
     found = compare(paths)
     outcome = describe_outcome(found, found.settings)
     assert outcome.startswith(
-        "Distillation did not beat cross-entropy: of the distilled runs, soft (mean of 3 seeds) has the lowest "
+        "Distillation did not clearly beat cross-entropy: of the distilled runs, soft (mean of 3 seeds) has the lowest "
         "held-out loss, 3.353, not clearly different (-0.147; 95 % over seeds: -1.405 to +1.112) from cross-entropy "
         "(hard, 3.500)"
     )

@@ -192,9 +192,7 @@ def test_seconds_and_positions_add_up_over_attempts(
 
 
 @pytest.mark.parametrize("limit", [2, 3])
-def test_old_checkpoints_are_removed(
-    limit: int, bench: Bench, tmp_path: Path
-) -> None:
+def test_old_checkpoints_are_removed(limit: int, bench: Bench, tmp_path: Path) -> None:
     bench.train(tmp_path, bench.cache, max_steps=5, save_steps=1, save_total_limit=limit)
     names = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
     assert names == [f"checkpoint-{n}" for n in (3, 4, 5)][-limit:]
