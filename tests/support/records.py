@@ -79,6 +79,7 @@ def make_training_record(name: str, kind: str = "hybrid", **values: Any) -> Trai
         "tokens": "beef",
         "teacher": "c0ffee",
         "cache": None,
+        "student": "5eed",
         "summary": TrainingSummary(**summary),
         "final": {"model.safetensors": "0" * 32},
     }

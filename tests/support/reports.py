@@ -50,7 +50,7 @@ def make_run(name: str, kind: str = "hybrid", *, number: int = 0, **changes: Any
     if (trained := changes.pop("trained", None)) is not None:
         commit = {"commit": trained.pop("commit")} if "commit" in trained else {}
         of_file["trained"] = make_run_record(trained, **commit) if trained or commit else None
-    given = {"training_seconds": "seconds"}
+    given = {"training_seconds": "seconds", "teacher_weights": "teacher"}
     training = {given.get(key, key): value for key, value in changes.items()}
     record = make_training_record(name, kind, **({"id": f"{number:012x}"} | training))
     has_teacher = of_file.get("teacher", "") is not None

@@ -225,6 +225,7 @@ def _evaluate(
         teacher=teacher.to(model.device) if teacher else None,
         batch_size=evaluation.batch_size,
         next_bytes=side.next_bytes,
+        name=repr(side.path),
     )
     return scores
 

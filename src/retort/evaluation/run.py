@@ -19,7 +19,7 @@ from retort.config.handoff import Job
 from retort.config.sections import Evaluation
 from retort.evaluation.breakdowns import find_classes
 from retort.evaluation.intervals import DocumentSums
-from retort.evaluation.metrics import measure_positions
+from retort.evaluation.metrics import Columns, measure_positions
 from retort.evaluation.records import Metrics, Scores
 from retort.evaluation.scores import (
     DOCUMENTS_FILE,
@@ -66,24 +66,39 @@ def evaluate_student(
     batch_size: int,
     next_bytes: NDArray[np.int64] | str | None = None,
     token_counts: NDArray[np.int64] | None = None,
+    name: str = "the model",
 ) -> tuple[Scores, DocumentSums]:
     """Return the scores of a student on held-out sequences, and the sums of each document.
 
     `next_bytes` [P]: bytes of text of the token that each counted position predicts, or why that is not defined;
     without it, no bits per byte.
     `token_counts` [V]: how often each token occurs in the training text; without it, no classes by frequency.
-    Raises ValueError when there are no held-out positions.
+    Raises ValueError when there are no held-out positions, or outputs of the student, which errors call `name`, are not
+    finite.
     """
     if table.num_positions == 0:
         raise ValueError(
             "no held-out position to evaluate on: raise dataset.validation_fraction, or add documents."
         )
     columns = measure_positions(student, table, teacher=teacher, batch_size=batch_size)
+    _require_finite(columns, name)
     classes = find_classes(
         table, token_counts=token_counts, teacher_entropy=columns.get("teacher_entropy")
     )
     documents_P = np.repeat(table.documents, np.diff(table.position_offsets))
     return summarise(columns, documents_P, bytes_P=next_bytes, classes=classes)
+
+
+def _require_finite(columns: Columns, name: str) -> None:
+    """Raise ValueError when a model's own metrics are not finite: weights that are may be too large to compute with."""
+    own = np.stack([columns[key] for key in ("loss", "entropy", "confidence")])
+    bad_P: NDArray[np.bool_] = np.asarray(~np.isfinite(own).all(axis=0))
+    if bad_P.any():
+        raise ValueError(
+            f"{name} diverged in training: its loss or probabilities are not finite at {bad_P.sum():,} of "
+            f"{bad_P.size:,} held-out positions. Lower training.learning_rate, or raise training.warmup_steps, and "
+            "train it again."
+        )
 
 
 def _load_own_tokenizer(path: str) -> tuple[Any, str | None]:
@@ -257,6 +272,16 @@ def evaluate_run(
         )
     chosen = choose_device(training.device)
     model = load_pretrained(str(folder), dtype=torch.float32).to(chosen).eval()
+    scores, sums = evaluate_student(
+        split_model(model),
+        table,
+        teacher=teacher.to(chosen) if teacher else None,
+        batch_size=evaluation.batch_size,
+        next_bytes=no_tokenizer
+        or count_next_bytes(table, tokenizer, changed=index.held_out_normalized),
+        token_counts=index.read_token_counts(),
+        name=f"run {record.run!r}",
+    )
     samples = {"student": Samples((), missing=no_tokenizer)}
     if tokenizer:
         samples = _sample_student(
@@ -268,15 +293,6 @@ def evaluate_run(
             weights=weights,
             date=index.chat_date,
         )
-    scores, sums = evaluate_student(
-        split_model(model),
-        table,
-        teacher=teacher.to(chosen) if teacher else None,
-        batch_size=evaluation.batch_size,
-        next_bytes=no_tokenizer
-        or count_next_bytes(table, tokenizer, changed=index.held_out_normalized),
-        token_counts=index.read_token_counts(),
-    )
     reasons = dict.fromkeys(OF_BOTH, OTHER_TOKENIZER) if is_foreign else {}
     metrics = Metrics(
         training=record,

@@ -1,13 +1,15 @@
 """Which runs can be compared, and their differences with 95 % intervals.
 
 The *conditions* of a run are what its result depends on besides the way of learning: the training text, the held-out
-text, the student, and all settings of `student` and `training` but those of the loss. The *baseline* of a distilled run
-is the cross-entropy run (`output`) of equal conditions; its *margin* is its held-out loss minus the baseline's. The
-*gap* is what training on the teacher's full distributions (FullKD: `logit` from a live teacher, or from a cache that
-keeps every token) gains over cross-entropy; a run closes a share of it.
+text, the student (its size and a digest of its config or weights), and all settings of `student` and `training` but
+those of the loss. The *baseline* of a distilled run is the cross-entropy run (`output`) of equal conditions; its
+*margin* is its held-out loss minus the baseline's. The *gap* is what training on the teacher's full distributions
+(FullKD: `logit` from a live teacher, or from a cache that keeps every token) gains over cross-entropy; a run closes a
+share of it.
 
-A *setting* is the runs that differ only in their seed. Intervals of a single run resample the held-out documents, of
-all runs together (`intervals`); those of a mean over several seeds are Student's (`seeds`).
+A *setting* is the runs that differ only in their seed. Teachers are the same if their weights, revision, dtype and
+attention implementation are. Intervals of a single run resample the held-out documents, of all runs together
+(`intervals`); those of a mean over several seeds are Student's (`seeds`).
 """
 
 import json
@@ -29,7 +31,9 @@ from retort.report.runs import ENDS, Results, get_estimate
 from retort.report.seeds import compare_means, compute_share, student_quantile
 
 SEED, SIZE, HELD_OUT, TEXT = "training.seed", "student parameters", "held-out text", "training text"
-UNKNOWN = "settings"
+UNKNOWN, STUDENT, WEIGHTS = "settings", "student content", "teacher weights"
+# The teacher of a run: `training.teacher`, and how its run.json says that it was loaded.
+_TEACHER = (WEIGHTS, "teacher.revision", "teacher.dtype", "teacher.attn_implementation")
 _LEARNING = ("distillation_type", "alpha", "temperature", "divergence", "use_cached_logits")
 # Settings that change a run's id but are no condition: the way of learning, what changes only the rounding, and what
 # sets the number of steps, which is compared itself.
@@ -83,7 +87,7 @@ def compare_runs(results: Results) -> Comparisons:
         if tables := {n: results.documents[n] for n in names if n in results.documents}:
             sums[group] = sum_documents(tables)
     key, is_distilled = _join(conditions), runs.distillation_type != "output"
-    alike = _join(conditions, learning[["teacher", "training.temperature"]])
+    alike = _join(conditions, learning[["teacher", *_TEACHER, "training.temperature"]])
     runs["baseline"] = _match(runs, key, ~is_distilled).where(is_distilled)
     runs["full"] = _match(runs, alike, _is_full(runs, learning))
     runs.loc[~is_distilled | (runs.full == runs.index), "full"] = np.nan
@@ -140,6 +144,7 @@ def _describe_conditions(results: Results) -> pd.DataFrame:
         rows.append(
             {HELD_OUT: f"{run['content']} {run['positions']} {run['documents']}"}
             | {TEXT: run["tokens"], SIZE: run["student_parameters"]}
+            | {STUDENT: results.metrics[name].training.student}
             | {key: known.get(key, d) for key, d in _defaults().items() if key not in left_out}
             | {SEED: run["seed"], "training.max_steps": run["steps"]}
             | {UNKNOWN: "known" if known else f"those of {run['id']} are not"}
@@ -156,6 +161,8 @@ def _describe_learning(results: Results) -> pd.DataFrame:
             key: known.get(key, _defaults()[key]) for key in (f"training.{k}" for k in _LEARNING)
         }
         row |= {f"training.{k}": run[k] for k in _LEARNING[:3]} | {"teacher": run["teacher"]}
+        row |= {key: np.nan if (v := known.get(key)) is None else v for key in _TEACHER}
+        row[WEIGHTS] = results.metrics[name].training.teacher or np.nan
         for key in ("method", "top_k", "min_probability"):
             row[f"cache.{key}"] = getattr(cache, key) if cache else np.nan
         if run["distillation_type"] == "output":

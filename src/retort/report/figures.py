@@ -16,7 +16,16 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from retort.evaluation.records import Scorecard
-from retort.report.comparisons import HELD_OUT, SEED, SIZE, TEXT, UNKNOWN, Comparisons
+from retort.report.comparisons import (
+    HELD_OUT,
+    SEED,
+    SIZE,
+    STUDENT,
+    TEXT,
+    UNKNOWN,
+    WEIGHTS,
+    Comparisons,
+)
 from retort.report.runs import find_teachers, get_estimate
 from retort.report.svg import (
     INKS,
@@ -321,9 +330,9 @@ def find_sweeps(found: Comparisons, group: pd.DataFrame) -> list[tuple[str, pd.D
         texts.set_axis(first.setting).drop(columns=[SEED, HELD_OUT, TEXT, UNKNOWN]).loc[group.index]
     )
     sweeps = []
-    for key in texts.columns.drop("teacher"):
+    for key in texts.columns.drop(["teacher", STUDENT, WEIGHTS]):  # a digest may look like a number
         # The size of a student is a number, the config that it follows from is none.
-        follows = [c for c in texts if c == key or (key == SIZE and c.startswith("student."))]
+        follows = [c for c in texts if c == key or (key == SIZE and c.startswith("student"))]
         rest = texts.drop(columns=follows)
         x = pd.to_numeric(texts[key], errors="coerce")
         points = group.assign(x=x, line=rest.agg("\n".join, axis=1))[x.notna()]
@@ -338,6 +347,9 @@ def _name_lines(rest: pd.DataFrame) -> pd.Series:
     kind = "training.distillation_type"
     used = rest.drop(columns=kind).mask(lambda texts: texts == "-")
     names = rest[kind]
+    plain = rest.drop(columns=[STUDENT, WEIGHTS], errors="ignore")
+    if len(plain.drop_duplicates()) == len(rest.drop_duplicates()):
+        used = used.drop(columns=[STUDENT, WEIGHTS], errors="ignore")  # they tell nothing more
     for key in used.columns[used.nunique() > 1]:
         label = f", {key.rpartition('.')[2]} {{}}".format
         names += used[key].map(label, na_action="ignore").fillna("")

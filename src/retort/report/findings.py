@@ -7,7 +7,16 @@ import pandas as pd
 from retort.evaluation.formatting import format_signed
 from retort.evaluation.intervals import Estimate
 from retort.evaluation.scores import DOCUMENTS_FILE
-from retort.report.comparisons import HELD_OUT, SIZE, TEXT, UNKNOWN, Comparisons, is_clear, is_gain
+from retort.report.comparisons import (
+    HELD_OUT,
+    SIZE,
+    STUDENT,
+    TEXT,
+    UNKNOWN,
+    Comparisons,
+    is_clear,
+    is_gain,
+)
 from retort.report.runs import find_teachers, get_estimate
 
 HIGH_TAIL_MASS = 0.2
@@ -261,7 +270,9 @@ def _describe_need(found: Comparisons, name: str) -> str:
     same = [f"the same {key}" for key in keys if key in (HELD_OUT, TEXT)]
     hidden = {HELD_OUT, TEXT}
     if any(key.startswith("student.") for key in keys):
-        hidden.add(SIZE)
+        hidden |= {SIZE, STUDENT}
+    elif STUDENT in keys:
+        same, hidden = [*same, "the same student"], hidden | {SIZE, STUDENT}
     values = [
         f"{k}: {mine[k]} ({nearest}: {plain.loc[nearest, k]})" for k in keys if k not in hidden
     ]

@@ -21,6 +21,7 @@ class TrainingRecord(Record):
     """training.json: `id` is the run's, `teacher` the fingerprint of its weights, `final` has the digests of final/.
 
     tokens, cache: content digest of the token index, and digest of the header of the cache that it was given.
+    student: digest of what it began from, `student_content`.
     """
 
     format: ClassVar[str] = "retort-training"
@@ -36,5 +37,6 @@ class TrainingRecord(Record):
     tokens: str
     teacher: str | None
     cache: str | None
+    student: str
     summary: TrainingSummary
     final: dict[str, str]

@@ -4,6 +4,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from pydantic import JsonValue
+
 from retort.artifacts.build import REVISIONS, student_content, training_keys
 from retort.cache.reader import CACHE_FILE, LogitCache
 from retort.cluster.ranks import rank
@@ -11,10 +13,16 @@ from retort.config.handoff import Job
 from retort.config.sections import Student
 from retort.io.digests import digest, digest_folder
 from retort.io.fingerprints import TeacherRecord
-from retort.io.run_record import describe_run
+from retort.io.run_record import RUN_FILE, describe_run
 from retort.models.ends import list_ends_beside
-from retort.models.load import CausalLM, load_recorded_teacher, refuse_short_context
+from retort.models.load import (
+    CausalLM,
+    load_recorded_teacher,
+    name_dtype,
+    refuse_short_context,
+)
 from retort.models.students import name_student, student_config
+from retort.teacher.records import CacheRun
 from retort.tokens.index import TokenIndex
 from retort.tokens.sequences import SequenceTable
 from retort.tokens.tokenizer import identify_tokenizer, load_tokenizer
@@ -61,13 +69,13 @@ def train_run(out: Path, job: Job, *, index_path: Path, signal_path: Path | None
     teacher = None
     if needs_teacher and signal_path and isinstance(signal, TeacherRecord):
         teacher = _load_live_teacher(job, signal_path, tokenizer=tokenizer, longest=index.longest)
+    content = student_content(student)
+    about = _describe_teacher(job, signal_path, teacher) if needs_teacher and signal_path else None
     facts = _describe_sources(index, signal if needs_teacher else None)
     names = {"teacher": str(job.config.teacher.model_path)} if needs_teacher else {}
     work = TrainingJob(
         name=job.run or "student",
-        identity=digest(
-            [REVISIONS["run"], facts, student_content(student), training_keys(training)]
-        ),
+        identity=digest([REVISIONS["run"], facts, content, training_keys(training)]),
         source=source,
         student=student,
         training=training,
@@ -81,7 +89,7 @@ def train_run(out: Path, job: Job, *, index_path: Path, signal_path: Path | None
     summary = train_student(out.parent, work)
     _require_same_student(student, job.expected.get("student"))
     if rank() == 0:
-        _write_records(out, work, summary, signal=signal)
+        _write_records(out, work, summary, signal=signal, student=digest(content), teacher=about)
         logger.info(f"train {work.name}  {summary.steps} steps in {summary.seconds:.0f} s")
 
 
@@ -128,13 +136,38 @@ def _describe_sources(index: TokenIndex, signal: Signal | None) -> dict[str, str
     return facts
 
 
+def _describe_teacher(
+    job: Job, signal_path: Path, teacher: CausalLM | None
+) -> dict[str, JsonValue]:
+    """Return the settings of the live teacher, or of the one that made a cache, with the dtype that it had."""
+    settings: dict[str, JsonValue] = job.config.teacher.model_dump(mode="json")
+    dtype = name_dtype(teacher.model.dtype) if teacher else None
+    made_path = signal_path.with_name(RUN_FILE)
+    if signal_path.name == "manifest.json" and made_path.exists():
+        for made in (worker.made for worker in CacheRun.read(made_path).workers):
+            if made.dtype and isinstance(own := made.config.get("teacher"), dict):
+                settings, dtype = own, made.dtype
+    settings = {key: value for key, value in settings.items() if key != "generation"}
+    return settings | {"dtype": dtype or settings["dtype"]}
+
+
 def _write_records(
-    out: Path, work: TrainingJob, summary: TrainingSummary, *, signal: Signal | None
+    out: Path,
+    work: TrainingJob,
+    summary: TrainingSummary,
+    *,
+    signal: Signal | None,
+    student: str,
+    teacher: dict[str, JsonValue] | None,
 ) -> None:
-    """Write run.json, then training.json, whose existence means that the run is finished."""
+    """Write run.json, then training.json, whose existence means that the run is finished.
+
+    `teacher`: its settings, None for a run without one; `student`: its digest.
+    """
     training = work.training
     made = describe_run(
-        section={"student": work.student, "training": training},
+        section={"student": work.student, "training": training}
+        | ({"teacher": teacher} if teacher else {}),
         seed=training.seed,
         dtype=summary.dtype,
         device=summary.device,
@@ -151,6 +184,7 @@ def _write_records(
         tokens=work.facts["tokens"],
         teacher=_weights(signal),
         cache=digest(signal.header.to_json()) if isinstance(signal, LogitCache) else None,
+        student=student,
         summary=summary,
         final=digest_folder(out.parent / "final"),
     ).write(out)

@@ -1,5 +1,6 @@
 """Held-out metrics against a numpy implementation that scores each position alone."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -273,6 +274,20 @@ def test_a_run_without_a_teacher_has_metrics_too(trained: Path, index: TokenInde
     assert found.teacher is None and found.cache is None and "KL" not in line
     runs = load_results([trained.parent / "evaluation" / "metrics.json"]).runs
     assert runs.kl_to_teacher.isna().all()
+
+
+@pytest.mark.parametrize("weight", [math.nan, 1e38])
+def test_a_run_that_diverged_is_named(
+    weight: float, trained: Path, index: TokenIndex, features_path: Path
+) -> None:
+    student = make_student(WIDTH).model
+    with torch.no_grad():
+        student.get_output_embeddings().weight.fill_(weight)
+    student.save_pretrained(trained.parent / "final")
+    change_record(trained, final=digest_folder(trained.parent / "final"))
+    with pytest.raises(ValueError, match=r"run 'mine' diverged .*not finite at .*learning_rate"):
+        run_rule(trained, index, features_path)
+    assert not (trained.parent / "evaluation" / "metrics.json").exists()
 
 
 def test_without_a_loadable_tokenizer_only_bits_per_byte_is_missing(

@@ -89,6 +89,50 @@ def test_full_distillation_is_under_the_same_conditions(
     assert pd.isna(compare(paths).runs.full["hybrid"])
 
 
+OTHER_TEACHERS = [
+    {"teacher_weights": "beef"},
+    {"trained": {"training": {"alpha": 0.5}, "teacher": {"revision": "v2"}}},
+    {"trained": {"training": {"alpha": 0.5}, "teacher": {"dtype": "bfloat16"}}},
+    {"trained": {"training": {"alpha": 0.5}, "teacher": {"attn_implementation": "eager"}}},
+]
+
+
+@pytest.mark.parametrize("changes", OTHER_TEACHERS)
+def test_teachers_of_one_name_that_differ_are_not_one(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    full: dict[str, Any] = {"cache__tail_mass": 0.0, "kind": "logit"}
+    paths = [
+        write_run(tmp_path, "hybrid"),
+        write_run(tmp_path, "again", seed=1, **changes),
+        write_run(tmp_path, "full", **(full | changes)),
+        write_run(tmp_path, "output", "output"),
+    ]
+    found = compare(paths)
+    assert found.settings.seeds.max() == 1
+    assert pd.isna(found.runs.full["hybrid"])
+    assert found.runs.baseline["hybrid"] == found.runs.baseline["full"] == "output"
+    paths = [
+        write_run(tmp_path / "same", name, seed=seed, **changes)
+        for seed, name in enumerate(("hybrid-seed_0", "hybrid-seed_1"))
+    ]
+    assert compare(paths).settings.seeds["hybrid"] == 2
+
+
+def test_a_student_with_other_content_is_another_one(tmp_path: Path) -> None:
+    paths = [
+        write_run(tmp_path, "output", "output", student="0123456789ab"),
+        write_run(tmp_path, "hybrid"),
+        write_run(tmp_path, "again", seed=1, student="0123456789ab"),
+    ]
+    found = compare(paths)
+    assert found.runs.baseline.isna().all() and found.settings.seeds.max() == 1
+    assert "one with the same student." in find_all_warnings(paths[:2])
+    assert (
+        compare([*paths, write_run(tmp_path, "plain", "output")]).runs.baseline["hybrid"] == "plain"
+    )
+
+
 def test_a_share_is_shown_only_where_both_gains_are_clear(tmp_path: Path) -> None:
     for number, gains in enumerate([(0.15, 0.002), (-0.4, 0.2), (0.002, 0.2)]):
         gains_of = dict(

@@ -21,7 +21,7 @@ from retort.io.digests import digest
 from retort.io.files import read_json, write_json
 from retort.io.run_record import RunRecord
 from retort.teacher.merge import build_manifest
-from retort.teacher.records import Manifest
+from retort.teacher.records import CacheRun, Manifest
 from retort.tokens.tokenizer import load_tokenizer
 from retort.training.loop import LOG_COLUMNS, find_tail_column, write_log
 from retort.training.record import TrainingRecord
@@ -29,8 +29,9 @@ from retort.training.run import train_run
 from support.batches import take_order
 from support.bench import Bench, read_log, read_weights
 from support.jobs import make_job
+from support.records import make_run_record, make_worker_record
 from support.sections import replace, section
-from support.tiny import NUM_TOKENS, WIDTH, make_cache, swap_tokens, tokenize
+from support.tiny import NUM_TOKENS, WIDTH, make_cache, record, swap_tokens, tokenize
 
 
 def compute_by_hand(
@@ -257,6 +258,28 @@ def test_record_of_a_run_holds_what_evaluate_needs(bench: Bench, tmp_path: Path)
     assert settings["training.max_steps"] == 2
     for name in ("distillation_type", "alpha", "temperature", "seed"):
         assert settings[f"training.{name}"] == getattr(found, name)
+    assert found.student == digest(
+        student_content(section("student", config=str(bench.student_path)))
+    )
+
+
+def test_record_of_a_run_holds_how_its_teacher_was_loaded(bench: Bench, tmp_path: Path) -> None:
+    def find_teacher(signal_path: Path | None, **training: Any) -> Any:
+        out = tmp_path / str(training or "cached") / "training.json"
+        run_rule(bench, out, signal_path=signal_path, training=training)
+        return RunRecord.read(out.with_name("run.json")).config.get("teacher")
+
+    live = find_teacher(record(tmp_path, bench.teacher_path), use_cached_logits=False)
+    assert live["dtype"] == "float32" and "attn_implementation" in live and "generation" not in live
+    assert find_teacher(None, distillation_type="output") is None
+    # Another config than the cache was made with.
+    cache_path = tmp_path / "cache" / "manifest.json"
+    shutil.copytree(bench.cache.path.parent, cache_path.parent)
+    loaded = {"teacher": {"dtype": "auto", "attn_implementation": "eager"}}
+    made = make_run_record(loaded, dtype="bfloat16")
+    worker = make_worker_record(made=made)
+    CacheRun(**dict(made), workers=(worker,)).write(cache_path.with_name("run.json"))
+    assert find_teacher(cache_path) == {"dtype": "bfloat16", "attn_implementation": "eager"}
 
 
 def test_final_folder_ends_where_template_and_generation_config_do(
