@@ -100,8 +100,21 @@ def _find_spelled_spaces(
     is_part = np.isin(beside(-2), parts)
     begins = (ids == first) & (beside(1) == second) & np.isin(beside(2), [third, -1])
     continues = (ids == second) & (beside(-1) == first) & np.isin(beside(1), [third, -1])
-    continues |= (ids == third) & (beside(-1) == second) & ((beside(-2) == first) | ~is_part)
+    is_rest = ~is_part & _find_cuts_after(table, (first, second))[sequences]
+    continues |= (ids == third) & (beside(-1) == second) & ((beside(-2) == first) | is_rest)
     return begins, continues
+
+
+def _find_cuts_after(table: SequenceTable, tokens: tuple[int, int]) -> NDArray[np.bool_]:
+    """Return which sequences continue a document whose earlier sequence ends with two tokens, [S].
+
+    Other characters than a space end with the same bytes.
+    """
+    ids, begins = np.asarray(table.ids), table.offsets[:-1]
+    before = np.stack([ids[np.maximum(begins - 2, 0)], ids[np.maximum(begins - 1, 0)]])
+    goes_on = np.diff(table.documents, prepend=-1) == 0
+    found: NDArray[np.bool_] = goes_on & (before == np.array(tokens)[:, None]).all(axis=0)
+    return found
 
 
 def _count_piece(token: str) -> int:

@@ -4,7 +4,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from support.pieces import KINDS, measure_text
@@ -25,6 +25,7 @@ def make(kind: str) -> Any:
 
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=150)
+@example(text="00\U00018581", prompt="why?")  # ends with the bytes of the sign for a space
 @given(text=TEXTS, prompt=st.none() | st.sampled_from(["why?", " ", "\u6771\n"]))
 def test_bytes_of_all_tokens_are_those_of_any_text_or_not_defined(
     kind: str, text: str, prompt: str | None
