@@ -34,7 +34,7 @@ def read_commands(place: Place) -> dict[str, list[str]]:
     for line in re.findall(r"^Shell command: (.* >> .*)$", said, flags=re.MULTILINE):
         words = shlex.split(line.rpartition(" >> ")[0])
         shard = [words[words.index("--shard") + 1]] if "--shard" in words else []
-        run = re.findall(r'^{"run": "(\w+)"', words[words.index("--config") + 1])
+        run = re.findall(r'"run": "(\w+)"', words[words.index("--config") + 1])
         commands[" ".join([Path(words[1]).stem, *shard, *run])] = words
     return commands
 
