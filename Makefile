@@ -126,7 +126,7 @@ $(READY): requirements.lock pyproject.toml
 
 docs: $(READY)
 	$(BIN)/python -m retort.config.reference > config/README.md
-	$(BIN)/python -m retort.config.reference --schema | tee workflow/schemas/config.schema.json > src/retort/config/config.schema.json
+	$(BIN)/python -m retort.config.reference --schema > workflow/schemas/config.schema.json
 	$(BIN)/python docs/architecture.py > docs/architecture.md
 
 clean:

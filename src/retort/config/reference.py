@@ -6,14 +6,11 @@
 import json
 import re
 import sys
-from pathlib import Path
 from typing import Any
 
 from retort.config.schema import Schema, expected, show
 from retort.config.section import changes_id, key_schemas, key_types
 from retort.config.sections import Config, section_at, section_paths
-
-SCHEMA_FILE = Path(__file__).with_name("config.schema.json")
 
 
 def readme() -> str:
@@ -94,8 +91,10 @@ def _without_titles(schema: Any) -> Any:
 
 
 def write_schema(schema: dict[str, Any]) -> str:
-    """Return a schema as JSON with one line for each key."""
-    return re.sub(r"\n( {5,}| {4}(?=[]}]))", " ", json.dumps(schema, indent=1))
+    """Return a schema as JSON: a line for each key, and one for each section of a run, which has the same keys."""
+    text = re.sub(r"\n( {5,}| {4}(?=[]}]))", " ", json.dumps(schema, indent=1))
+    one_line = r'(?ms)^  "(\w+InRun|[a-z]+)": \{.*?^  \}'
+    return re.sub(one_line, lambda found: re.sub(r"\n *", " ", found[0]), text)
 
 
 _README_HEAD = """# The config
