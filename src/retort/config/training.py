@@ -73,8 +73,8 @@ class Training(Section):
     chooses by vocabulary and device."""
     dataloader_num_workers: NonNegative = setting(1, changes_id=False)
     """Processes that read and decode the cache ahead of the steps; 0 does it between steps."""
-    use_gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass, for less memory and more time."""
+    use_gradient_checkpointing: bool | Literal["auto"] = setting("auto", changes_id=False)
+    """Recompute activations in the backward pass, for less memory and more time; auto does so on a GPU."""
     use_mixed_precision: bool = True
     """Train in mixed_precision_dtype if the device supports it."""
     mixed_precision_dtype: Literal["bf16", "fp16"] = "bf16"

@@ -32,6 +32,7 @@ from retort.io.records import Record
 from retort.io.run_record import RunRecord, describe_run
 from retort.models.load import load_model_config, output_width, refuse_short_context
 from retort.models.students import describe_ids, name_student, student_config
+from retort.pipeline.costly_defaults import find_costly_defaults
 from retort.pipeline.demo_teacher import DEMO_TEACHER, DemoTokenizer
 from retort.pipeline.packages import require_packages
 from retort.synthesis.run import check_synthesis_inputs
@@ -74,8 +75,8 @@ def check_project(configs: Mapping[str, Config]) -> CheckRecord:
                 notes += _check_tokens(config, tokenizer, sample)
             with mistakes:
                 found, *others = _check_student(config, tokenizer, width)
-                notes += [f"run {name}: {found}", *others]
-                notes += _check_students_tokenizer(config, tokenizer)
+                notes += [f"run {name}: {found}", *_check_students_tokenizer(config, tokenizer)]
+                notes += others
             notes += _find_same_teachers(config)
         with mistakes:
             _check_start(config.training)
@@ -300,7 +301,7 @@ def _causal_classes() -> set[str]:
 
 
 def _check_student(config: Config, tokenizer: Any, width: int) -> list[str]:
-    """Return notes about the student, the first of its size and loss."""
+    """Return notes about the student, the first of its size and loss; the last about defaults that cost much."""
     model = student_config(config.student, vocabulary=width, tokenizer=tokenizer)
     refuse_short_context(
         model,
@@ -315,6 +316,7 @@ def _check_student(config: Config, tokenizer: Any, width: int) -> list[str]:
     return [
         f"student of {parameters:,} parameters, {training.distillation_type}, alpha {training.alpha}",
         *([ids] if ids else []),
+        *find_costly_defaults(config, vocabulary=width, num_parameters=parameters),
     ]
 
 

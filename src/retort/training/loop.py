@@ -144,7 +144,7 @@ def training_arguments(folder: Path, job: TrainingJob) -> TrainingArguments:
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         fsdp=True if is_sharded else None,
-        **{_CHECKPOINTING: training.use_gradient_checkpointing},
+        **{_CHECKPOINTING: training.use_gradient_checkpointing is True},
         logging_steps=training.logging_steps,
         logging_first_step=True,  # a run shorter than logging_steps has a curve too
         logging_nan_inf_filter=False,  # it would log 0.0 for a NaN and train on
@@ -253,6 +253,9 @@ def build_trainer(arguments: TrainingArguments, job: TrainingJob) -> Distillatio
     )
     split = split_model(model)
     attach_loss(split, job.loss_settings)
+    if job.training.use_gradient_checkpointing == "auto":
+        recomputes = arguments.device.type == "cuda" and model.supports_gradient_checkpointing
+        setattr(arguments, _CHECKPOINTING, recomputes)
     source, collator = job.source, Collator()
     if isinstance(source, LogitCache):
         codec = source.header.codec

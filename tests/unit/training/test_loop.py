@@ -23,7 +23,14 @@ from retort.io.run_record import RunRecord
 from retort.teacher.merge import build_manifest
 from retort.teacher.records import CacheRun, Manifest
 from retort.tokens.tokenizer import load_tokenizer
-from retort.training.loop import LOG_COLUMNS, find_tail_column, write_log
+from retort.training import loop
+from retort.training.loop import (
+    LOG_COLUMNS,
+    build_trainer,
+    find_tail_column,
+    training_arguments,
+    write_log,
+)
 from retort.training.record import TrainingRecord
 from retort.training.run import train_run
 from support.batches import take_order
@@ -132,6 +139,17 @@ def test_a_live_teacher_gives_the_losses_of_a_full_cache(
     for mine, theirs in zip(cached, live, strict=True):
         for name in ("total_loss", "hard_loss", "soft_loss"):
             assert float(mine[name]) == pytest.approx(float(theirs[name]), abs=1e-3)
+
+
+@pytest.mark.parametrize(("written", "is_on"), [(None, False), (False, False), (True, True)])
+def test_activations_are_recomputed_where_the_config_says_and_change_no_id(
+    bench: Bench, tmp_path: Path, written: bool | None, is_on: bool
+) -> None:
+    keys: dict[str, Any] = {} if written is None else {"use_gradient_checkpointing": written}
+    job = bench.job(bench.full, device="cpu", temperature=1.0, **keys)
+    trainer = build_trainer(training_arguments(tmp_path, job), job)
+    assert getattr(trainer.args, loop._CHECKPOINTING) is is_on
+    assert job.identity == bench.job(bench.full, device="cpu", temperature=1.0).identity
 
 
 def test_learning_from_text_alone_has_no_soft_loss(bench: Bench, tmp_path: Path) -> None:
