@@ -32,7 +32,7 @@ from retort.corpus.reading import (
     list_corpus_files,
     needs_snapshot,
 )
-from retort.corpus.sources import list_files
+from retort.corpus.sources import list_files, list_validation_files
 from retort.io.digests import digest, digest_file, digest_file_states
 from retort.io.files import is_path, require_no_file_at, suggest_path
 from retort.io.fingerprints import (
@@ -210,6 +210,8 @@ def _build_corpus(config: Config) -> Corpus:
         files
     )  # before the digests, to detect edits while these are computed
     content = [digest_file(path, memo=memo) for path in files]
+    if held_out := list_validation_files(dataset):
+        keys["validation_files"] = len(held_out)  # of `content`, the last but a sharding function
     corpus_id = digest(["corpus", REVISIONS["corpus"], keys, content])
     folder = _cache_root(config) / "corpora" / corpus_id
     return Corpus(corpus_id, folder, dataset, needs_snapshot(dataset), stamp)

@@ -92,9 +92,12 @@ class Dataset(Section):
     """Seed of the shuffle and of the choice of held-out documents."""
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """Fraction of the documents that is held out: never trained on, never in the training cache. 0 requires
-    validation_split."""
+    validation_split or validation_files."""
     validation_split: Text | None = None
-    """A split of the dataset to evaluate on, instead of holding out validation_fraction."""
+    """A split of a Hub dataset to evaluate on, instead of holding out validation_fraction."""
+    validation_files: Text | Texts | None = setting(None, is_path=True)
+    """Path or glob, or a list of them, of local files to evaluate on, instead of holding out validation_fraction; read
+    as data_files are."""
 
 
 def check_streaming(c: "Config") -> Found:
@@ -180,13 +183,17 @@ def check_chat_date(c: "Config") -> Found:
 
 
 def check_validation(c: "Config") -> Found:
-    fraction, split = c.dataset.validation_fraction, c.dataset.validation_split
-    if split is None:
+    fraction, split, files = (
+        c.dataset.validation_fraction,
+        c.dataset.validation_split,
+        c.dataset.validation_files,
+    )
+    if split is None and files is None:
         if fraction == 0:
             yield (
-                "dataset.validation_fraction is 0 and dataset.validation_split is null, so no documents would be "
-                "held out to evaluate students on. Set dataset.validation_fraction above 0, for instance 0.01, or "
-                "name a dataset.validation_split."
+                "dataset.validation_fraction is 0, and neither dataset.validation_split nor dataset.validation_files "
+                "is set, so no documents would be held out to evaluate students on. Set dataset.validation_fraction "
+                "above 0, for instance 0.01, or name what to hold out."
             )
         return
     if split == c.dataset.split:
@@ -195,11 +202,20 @@ def check_validation(c: "Config") -> Found:
             "their training data. Name another split, or set dataset.validation_split: null to hold out "
             "dataset.validation_fraction of the documents."
         )
+    if files is not None and c.dataset.name not in LOADERS:
+        of_hub = (
+            "" if c.dataset.name in ("demo", SYNTHESIS) else ", or name a dataset.validation_split"
+        )
+        yield (
+            f"dataset.validation_files is {show(files)}, but dataset.name is {show(c.dataset.name)}, and they are read "
+            f"by the loaders of local files ({', '.join(LOADERS)}). Remove it{of_hub}."
+        )
+    key = "validation_split" if files is None else "validation_files"
     if fraction not in (0, Dataset().validation_fraction):
         yield (
-            f"dataset.validation_fraction is {show(fraction)} and dataset.validation_split is {show(split)}, but only "
-            "one of them can set what is held out. Remove dataset.validation_fraction to use the split, or "
-            "dataset.validation_split to use the fraction."
+            f"dataset.validation_fraction is {show(fraction)} and dataset.{key} is {show(files or split)}, but only "
+            f"one of them can set what is held out. Remove dataset.validation_fraction to use dataset.{key}, or "
+            f"dataset.{key} to use the fraction."
         )
 
 

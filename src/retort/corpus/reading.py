@@ -35,7 +35,14 @@ from retort.corpus.sharding import (
     require_enough_files,
     select_files,
 )
-from retort.corpus.sources import Source, is_hub, list_files, open_source
+from retort.corpus.sources import (
+    VALIDATION,
+    Source,
+    is_hub,
+    list_files,
+    list_validation_files,
+    open_source,
+)
 from retort.io.digests import digest_file_states
 
 T = TypeVar("T")
@@ -58,13 +65,13 @@ def list_corpus_files(dataset: Dataset) -> list[Path]:
     """Return the local files that a corpus is made from, in reading order; none for the demo and for the Hub.
 
     The file of a user's sharding function is the last. Raises ValueError when a path, glob or module does not exist,
-    or when sharding is `files` and there are fewer files than shards.
+    when a file is both trained on and held out, or when sharding is `files` and there are fewer files than shards.
     """
     files = list_files(dataset)
     if files and not is_hub(dataset):
         require_enough_files(dataset, len(files))
     code = [find_module(dataset.sharding.partition(":")[0])] if is_custom(dataset) else []
-    return files + code
+    return files + list_validation_files(dataset) + code
 
 
 def corpus_keys(dataset: Dataset) -> dict[str, Any]:
@@ -97,7 +104,7 @@ def read_shard_documents(
 ) -> Iterator[Document]:
     """Yield one shard's usable documents by rising index; add to `counts` and `assignment` what was read.
 
-    `max_samples` limits the corpus to its first documents (and `validation_split`, if set, to as many). `shuffle`
+    `max_samples` limits the corpus to its first documents (and what is held out by name to as many). `shuffle`
     without streaming holds one shard's unparsed rows in memory. Raises ValueError for anything that cannot be read.
     """
     assert 0 <= shard < num_shards, (shard, num_shards)
@@ -250,9 +257,10 @@ def shuffle_by_hash(items: Sequence[T], *, seed: int, first: int = 0) -> list[T]
 
 def list_splits(dataset: Dataset) -> list[tuple[str, str | None]]:
     """Return (name in the source, "train"/"val", or None if the content decides) of the splits to read, in order."""
-    if dataset.validation_split is None:
+    held_out = VALIDATION if dataset.validation_files else dataset.validation_split
+    if held_out is None:
         return [(dataset.split, None)]
-    return [(dataset.split, "train"), (dataset.validation_split, "val")]
+    return [(dataset.split, "train"), (held_out, "val")]
 
 
 def count_rows(dataset: Dataset) -> int:
@@ -278,7 +286,7 @@ def check_corpus(dataset: Dataset, *, sample: list[Document] | None = None) -> d
     added to `sample`. Raises ValueError for anything missing, unreadable or empty, and for a user's sharding function
     that is not deterministic.
     """
-    files = list_files(dataset)
+    files = list_files(dataset) + list_validation_files(dataset)
     if not is_hub(dataset):
         for path in files:
             next(read_file(path, dataset.name, choose_columns(dataset)), None)
@@ -315,11 +323,13 @@ def refuse_changed_files(dataset: Dataset, stamp: str | None) -> Iterator[None]:
     None, for a script run without the workflow: nothing is compared.
     """
 
+    held_out = f" and validation_files {f!r}" if (f := dataset.validation_files) else ""
+
     def compare() -> None:
         if stamp not in (None, digest_file_states(list_corpus_files(dataset))):
             raise ValueError(
-                f"the files of dataset.data_files {dataset.data_files or dataset.name!r} changed while Retort read "
-                "them; nothing was saved. Rerun the same command to use the files as they are now."
+                f"the files of dataset.data_files {dataset.data_files or dataset.name!r}{held_out} changed while "
+                "Retort read them; nothing was saved. Rerun the same command to use the files as they are now."
             )
 
     compare()
@@ -344,6 +354,8 @@ def _scan(dataset: Dataset, sample: list[Document] | None) -> tuple[Counts, list
             is_enough = seen.read >= _SCANNED_DOCUMENTS and (seen.used or is_hub(dataset))
             if is_enough or seen.read == dataset.max_samples:
                 break
+        if name == VALIDATION:
+            refuse_empty(dataset.model_copy(update={"data_files": dataset.validation_files}), seen)
         counts.merge(seen)
     return counts, columns
 

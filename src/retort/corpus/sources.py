@@ -4,8 +4,9 @@ Rows are ordered by file, as listed (globs sorted), then by row. Reading may sta
 snapshot does, and with `sharding: files` each shard.
 """
 
+import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -23,6 +24,11 @@ _OUTPUT = re.compile(
     r"(^|/)((corpora|tokens|logits|validation|teachers|syntheses|reports|checks)/(api-|demo-)?|runs/[^/]+/)"
     r"[0-9a-f]{12}[/.]"
 )
+# As `datasets` finds splits by the names of files and folders.
+_FOR_EVALUATION = re.compile(
+    r"(?<![a-z0-9])(validation|valid|val|dev|testing|test|evaluation|eval)(?![a-z0-9])"
+)
+VALIDATION = "validation"  # the split of local files that are held out
 
 
 def is_hub(dataset: Dataset) -> bool:
@@ -40,20 +46,45 @@ def list_files(dataset: Dataset) -> list[Path]:
     _refuse_hub_keys(dataset)
     if dataset.name == "demo":
         return []
-    files = dataset.data_files
-    patterns = [files] if isinstance(files, str) else list(files or [])
-    if not patterns:
+    if not dataset.data_files:
         raise ValueError(
             f"dataset.name is {dataset.name!r}, which reads local files, but dataset.data_files is "
             "not set: give paths or globs, for example data_files: data/*.jsonl."
         )
-    return list(
-        dict.fromkeys(
-            path
-            for pattern in patterns
-            for path in expand_pattern(pattern, key="dataset.data_files")
-        )
-    )
+    return _expand_all(dataset.data_files, key="dataset.data_files")
+
+
+def list_validation_files(dataset: Dataset) -> list[Path]:
+    """Return the local files that are held out, in reading order; none without `validation_files`.
+
+    Raises ValueError when nothing is found, and for a file that is to be trained on as well.
+    """
+    if not dataset.validation_files:
+        return []
+    files = _expand_all(dataset.validation_files, key="dataset.validation_files")
+    trained = {path.resolve() for path in list_files(dataset)}
+    for path in files:
+        if path.resolve() in trained:
+            raise ValueError(
+                f"dataset.validation_files has '{path}', which is in dataset.data_files too: students would be "
+                "evaluated on their training data. Take it out of one of the two, for instance by a narrower glob."
+            )
+    return files
+
+
+def find_named_for_evaluation(files: Sequence[Path]) -> list[Path]:
+    """Return those of several files that are named as a validation or test split; none if all are."""
+    if len(files) < 2:
+        return []
+    root = os.path.commonpath(files)
+    found = [path for path in files if _FOR_EVALUATION.search(os.path.relpath(path, root).lower())]
+    return found if len(found) < len(files) else []
+
+
+def _expand_all(patterns: str | tuple[str, ...], *, key: str) -> list[Path]:
+    """Return the files that match one path or glob, or several, each file once."""
+    patterns = (patterns,) if isinstance(patterns, str) else patterns
+    return list(dict.fromkeys(p for pattern in patterns for p in expand_pattern(pattern, key=key)))
 
 
 @dataclass(frozen=True)
@@ -68,7 +99,7 @@ class Source:
 
 
 def open_source(dataset: Dataset, split: str) -> Source:
-    """Return the source of one split.
+    """Return the source of one split; VALIDATION is that of the local files that are held out.
 
     Raises ValueError, here or while rows are read, with file and line, for anything that cannot be read.
     """
@@ -81,7 +112,7 @@ def open_source(dataset: Dataset, split: str) -> Source:
     if dataset.name == "demo":
         require_columns(columns, ["text"], where="the demo's text")
         return Source(1, lambda _, row: islice(_read_demo(dataset), row, None))
-    files = list_files(dataset)
+    files = list_validation_files(dataset) if split == VALIDATION else list_files(dataset)
     return Source(
         len(files),
         lambda file, row: islice(read_file(files[file], dataset.name, columns), row, None),
@@ -104,7 +135,8 @@ def _refuse_hub_keys(dataset: Dataset) -> None:
         "config_name": "Remove it, or name the dataset on the Hub as dataset.name",
         "revision": "Remove it, or name the dataset on the Hub as dataset.name",
         "split": "Remove it (it is 'train'), and name the files to train on as dataset.data_files",
-        "validation_split": "Remove it; dataset.validation_fraction sets how much is held out",
+        "validation_split": "Remove it; dataset.validation_files names files to hold out, and without them "
+        "dataset.validation_fraction sets how much is held out",
     }
     for key, next_step in advice.items():
         found = getattr(dataset, key)

@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from retort.config.dataset import SYNTHESIS
-from retort.config.sections import Config, Teacher, Tracking, Training
+from retort.config.sections import Config, Dataset, Teacher, Tracking, Training
 from retort.corpus.documents import Document
 from retort.corpus.reading import check_corpus
-from retort.corpus.sources import is_hub
+from retort.corpus.sources import find_named_for_evaluation, is_hub, list_files
 from retort.evaluation.tasks import check_tasks
 from retort.io.files import require_writable
 from retort.io.fingerprints import TeacherRecord, fingerprint_tokenizer, fingerprint_weights
@@ -154,7 +154,18 @@ def _check_corpus(config: Config, sample: list[Document]) -> list[str]:
     found = check_corpus(config.dataset, sample=sample)
     files = found.get("files") or []
     size = f", {len(files)} files, {found['bytes'] / 1e6:,.1f} MB" if files else ""
-    return [f"corpus: {config.dataset.name}{size}"]
+    return [f"corpus: {config.dataset.name}{size}", *_name_evaluation_files(config.dataset)]
+
+
+def _name_evaluation_files(dataset: Dataset) -> list[str]:
+    """Return a note where files that are named as a validation or test split are trained on."""
+    if is_hub(dataset) or not (found := find_named_for_evaluation(list_files(dataset))):
+        return []
+    names = ", ".join(map(str, found[:3])) + ", ..." * (len(found) > 3)
+    return [
+        f"students train on {names}, matched by dataset.data_files: to evaluate on such files instead, name them as "
+        "dataset.validation_files, and match the others alone by dataset.data_files"
+    ]
 
 
 def _refuse_results_in_dataset(config: Config) -> None:

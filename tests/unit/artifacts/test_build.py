@@ -191,6 +191,25 @@ def test_a_corpus_counts_by_its_bytes_not_by_its_path_or_date(build: Build, tmp_
     assert changed(before, after) == KINDS - {"teachers"}
 
 
+def test_held_out_files_count_by_their_bytes(build: Build, tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("held-a.jsonl", "held-b.jsonl")]
+    for path in paths:
+        path.write_text(json.dumps({"text": path.name}) + "\n")
+    trained = str(tmp_path / "corpus.jsonl")
+
+    def hold_out(*files: Path, train: tuple[Path, ...] = ()) -> Project:
+        named = {"data_files": [trained, *map(str, train)], "validation_files": [*map(str, files)]}
+        return build(dataset=named)
+
+    before = hold_out(*paths)
+    assert changed(build(), before) == KINDS - {"teachers"}
+    assert changed(hold_out(paths[1], train=(paths[0],)), before) == KINDS - {"teachers"}
+    moved = paths[1].rename(tmp_path / "moved.jsonl")
+    assert changed(before, hold_out(paths[0], moved)) == set()
+    moved.write_text(json.dumps({"text": "edited"}) + "\n")
+    assert changed(before, hold_out(paths[0], moved)) == KINDS - {"teachers"}
+
+
 def test_the_order_of_a_corpuss_files_counts(build: Build, tmp_path: Path) -> None:
     paths = [str(tmp_path / name) for name in ("one.jsonl", "other.jsonl")]
     for path in paths:

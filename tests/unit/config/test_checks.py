@@ -82,6 +82,23 @@ STREAM = {"dataset": {"name": "org/corpus", "streaming": True}}
             "Remove dataset.validation_fraction",
         ),
         (
+            {
+                "dataset": {
+                    "name": "json",
+                    "data_files": "a.jsonl",
+                    "validation_files": "b.jsonl",
+                    "validation_fraction": 0.2,
+                }
+            },
+            "dataset.validation_fraction is 0.2 and dataset.validation_files is 'b.jsonl'",
+            "Remove dataset.validation_fraction",
+        ),
+        (
+            {"dataset": {"name": "owner/texts", "validation_files": ["b.jsonl"]}},
+            "dataset.validation_files is [\"b.jsonl\"], but dataset.name is 'owner/texts'",
+            "Remove it, or name a dataset.validation_split",
+        ),
+        (
             merge(LOGIT, {"teacher": {"model_path": None}}),
             "training.distillation_type is logit",
             "Set teacher.model_path to a model",
@@ -210,6 +227,7 @@ def test_keys_that_contradict_each_other_are_refused(
         merge(LOGIT, {"training": {"alpha": 0.0}}),
         {"dataset": {"validation_split": "test", "validation_fraction": 0}},
         {"dataset": {"name": "org/corpus", "data_files": "en/*.parquet"}},
+        {"dataset": {"name": "json", "data_files": "a.jsonl", "validation_files": "b.jsonl"}},
         {"teacher": {"generation": {"gpus": "1, 3,5", "gpus_per_model": 2}}},
         {"teacher": {"generation": {"gpus": "GPU-8f2c,MIG-GPU-8f2c/1/0"}}},
         {"training": {"max_steps": 5, "num_epochs": 2}},

@@ -41,6 +41,20 @@ def test_results_inside_a_folder_that_is_read_whole_are_refused(setting: Setting
     )
 
 
+def test_the_check_says_that_such_files_are_trained_on(setting: Setting) -> None:
+    for name in ("train", "dev"):
+        write_jsonl(setting.folder / f"{name}.jsonl", [{"text": f"the {name} text"}] * 9)
+    said = setting.check(dataset={"data_files": str(setting.folder / "*.jsonl")})
+    (note,) = (note for note in said if "students train on" in note)
+    assert f"{setting.folder}/dev.jsonl, matched by dataset.data_files" in note
+    assert "name them as dataset.validation_files" in note
+    apart = {
+        "data_files": str(setting.folder / "train.jsonl"),
+        "validation_files": str(setting.folder / "dev.jsonl"),
+    }
+    assert not [note for note in setting.check(dataset=apart) if "students train on" in note]
+
+
 def test_a_copy_of_a_teacher_with_results_is_said_to_be_the_same(
     setting: Setting, tmp_path: Path, tiny_teacher: Path
 ) -> None:
