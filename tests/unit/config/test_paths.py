@@ -43,6 +43,7 @@ def test_the_keys_that_are_paths_are_known() -> None:
         "dataset.name",
         "dataset.data_files",
         "dataset.tokenizer",
+        "dataset.validation_files",
         "teacher.model_path",
         "student.config",
         "student.model_path",
