@@ -17,7 +17,7 @@ from retort.report.findings import find_warnings
 from retort.report.page import WIDTH, make_report, render_summary
 from retort.report.runs import load_results
 from retort.report.scoreboard import read_scoreboard
-from retort.report.tables import COLUMNS, build_main_table
+from retort.report.tables import MAIN, build_main_table
 from support.records import (
     LOSS,
     make_manifest,
@@ -151,7 +151,7 @@ def find_rows(paths: Sequence[Path]) -> dict[str, dict[str, str]]:
     found = compare(paths)
     rows = build_main_table(found, found.settings).rows
     return {
-        name: dict(zip(COLUMNS, [cell.text for cell in cells], strict=True))
+        name: dict(zip([c.key for c in MAIN], [cell.text for cell in cells], strict=True))
         for name, _, cells in rows
     }
 

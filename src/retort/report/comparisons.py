@@ -5,7 +5,7 @@ text, the student (its size and a digest of its config or weights), and all sett
 those of the loss. The *baseline* of a distilled run is the cross-entropy run (`output`) of equal conditions; its
 *margin* is its held-out loss minus the baseline's. The *gap* is what training on the teacher's full distributions
 (FullKD: `logit` from a live teacher, or from a cache that keeps every token) gains over cross-entropy; a run closes a
-share of it.
+share of it. Its *distance* to the teacher is what its baseline's held-out loss is above the teacher's.
 
 A *setting* is the runs that differ only in their seed. Teachers are the same if their weights, revision, dtype and
 attention implementation are. Intervals of a single run resample the held-out documents, of all runs together
@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from retort.config.schema import flatten
 from retort.config.section import Section, changes_id
 from retort.config.sections import Student, Training
 from retort.evaluation.intervals import DocumentSums, Estimate, percentile_interval
@@ -37,10 +38,11 @@ _TEACHER = (WEIGHTS, "teacher.revision", "teacher.dtype", "teacher.attn_implemen
 _LEARNING = ("distillation_type", "alpha", "temperature", "divergence", "use_cached_logits")
 # Settings that change a run's id but are no condition: the way of learning, what changes only the rounding, and what
 # sets the number of steps, which is compared itself.
-_NO_CONDITION = (
-    *_LEARNING,
-    *("cpu_threads", "use_gradient_checkpointing", "max_steps", "num_epochs"),
-)
+_NO_CONDITION = [
+    f"training.{key}"
+    for key in ("cpu_threads", "use_gradient_checkpointing", "max_steps", "num_epochs")
+]
+_OF = "teacher of "  # in the names of sums
 _LOSS_METRICS = ("loss", "perplexity", "bits_per_byte")  # monotone in each other on the same text
 _COSTS = ("training_seconds", "cache_bytes_per_position")
 
@@ -49,9 +51,9 @@ _COSTS = ("training_seconds", "cache_bytes_per_position")
 class Comparisons:
     """Runs with their baselines and margins, and settings in the order of their mean held-out loss.
 
-    runs: those of `Results` with `setting`, `baseline`, `full`, `margin` and `gap_closed`. settings: means under the
-    names of the runs' columns, `seeds`, their number, and `basis`: whether their intervals are over "seeds" or
-    "documents". conditions, learning: of each run, as texts, by key of the config.
+    runs: those of `Results` with `setting`, `baseline`, `full`, `margin`, and the shares `gap_closed` and
+    `distance_closed`. settings: means under the names of the runs' columns, `seeds`, their number, and `basis`: whether
+    their intervals are over "seeds" or "documents". conditions, learning: of each run, as texts, by key of the config.
     """
 
     results: Results
@@ -81,24 +83,27 @@ class Comparisons:
 
 def compare_runs(results: Results) -> Comparisons:
     """Find the baselines, margins and settings of all runs; the order of the runs changes none of them."""
-    conditions, learning = _describe_conditions(results), _describe_learning(results)
     runs, sums = results.runs.copy(), {}
     for group, names in runs.groupby("group").groups.items():
         if tables := {n: results.documents[n] for n in names if n in results.documents}:
             sums[group] = sum_documents(tables)
+    described = [_describe(run, results.metrics[name]) for name, run in runs.iterrows()]
+    conditions, learning = (
+        pd.DataFrame(rows, index=runs.index, dtype=object).map(_show)
+        for rows in zip(*described, strict=True)
+    )
     key, is_distilled = _join(conditions), runs.distillation_type != "output"
     alike = _join(conditions, learning[["teacher", *_TEACHER, "training.temperature"]])
     runs["baseline"] = _match(runs, key, ~is_distilled).where(is_distilled)
     runs["full"] = _match(runs, alike, _is_full(runs, learning))
     runs.loc[~is_distilled | (runs.full == runs.index), "full"] = np.nan
     runs["setting"] = _name_settings(runs, _join(conditions.drop(columns=SEED), learning))
-    margins = {n: _differ(runs, sums, n, b) for n, b in runs.baseline.dropna().items()}
-    _set_estimates(runs, "margin", margins)
-    shares = {
-        n: _compute_share(row, sums)
-        for n, row in runs.dropna(subset=["baseline", "full"]).iterrows()
-    }
-    _set_estimates(runs, "gap_closed", shares)
+    pairs = list(runs.baseline.dropna().items())
+    _set_estimates(runs, "margin", {n: _differ(runs, sums, n, b) for n, b in pairs})
+    for share, targets in {"gap_closed": runs.full, "distance_closed": _OF + runs.index}.items():
+        target = pd.Series(targets, runs.index)
+        shares = {n: _find_share(sums.get(runs.group[n]), n, b, target[n]) for n, b in pairs}
+        _set_estimates(runs, share, shares)
     return Comparisons(results, runs, _average_settings(runs), conditions, learning, sums)
 
 
@@ -121,54 +126,38 @@ def _show(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def _frame(rows: list[dict[str, Any]], runs: pd.DataFrame) -> pd.DataFrame:
-    return pd.DataFrame(rows, index=runs.index, dtype=object).map(_show)
-
-
-def _read_config(metrics: Metrics) -> dict[str, Any]:
+def read_config(metrics: Metrics) -> dict[str, Any]:
     """Return the settings that a run was trained with, by dotted key; an empty dictionary without run.json."""
-    config = metrics.trained.config if metrics.trained else {}
-    found: dict[str, Any] = pd.json_normalize(config).to_dict("records")[0] if config else {}
-    return found
+    return dict(flatten(metrics.trained.config)) if metrics.trained else {}
 
 
-def _describe_conditions(results: Results) -> pd.DataFrame:
-    """Return the conditions of each run; a setting that run.json does not have is at its default.
+def _describe(run: pd.Series, metrics: Metrics) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a run's conditions, and how it learns: the loss, the teacher and the parameters of its cache.
 
-    Without run.json, a run's conditions equal no other's.
+    A setting that run.json does not have is at its default. Without run.json, the conditions equal no other run's.
     """
-    left_out = {f"training.{key}" for key in _NO_CONDITION}
-    rows = []
-    for name, run in results.runs.iterrows():
-        known = _read_config(results.metrics[name])
-        rows.append(
-            {HELD_OUT: f"{run['content']} {run['positions']} {run['documents']}"}
-            | {TEXT: run["tokens"], SIZE: run["student_parameters"]}
-            | {STUDENT: results.metrics[name].training.student}
-            | {key: known.get(key, d) for key, d in _defaults().items() if key not in left_out}
-            | {SEED: run["seed"], "training.max_steps": run["steps"]}
-            | {UNKNOWN: "known" if known else f"those of {run['id']} are not"}
-        )
-    return _frame(rows, results.runs)
-
-
-def _describe_learning(results: Results) -> pd.DataFrame:
-    """Return how each run learns: the loss, the teacher and the parameters of its cache."""
-    rows = []
-    for name, run in results.runs.iterrows():
-        cache, known = results.metrics[name].cache, _read_config(results.metrics[name])
-        row = {
-            key: known.get(key, _defaults()[key]) for key in (f"training.{k}" for k in _LEARNING)
-        }
-        row |= {f"training.{k}": run[k] for k in _LEARNING[:3]} | {"teacher": run["teacher"]}
-        row |= {key: np.nan if (v := known.get(key)) is None else v for key in _TEACHER}
-        row[WEIGHTS] = results.metrics[name].training.teacher or np.nan
-        for key in ("method", "top_k", "min_probability"):
-            row[f"cache.{key}"] = getattr(cache, key) if cache else np.nan
-        if run["distillation_type"] == "output":
-            row = dict.fromkeys(row, "-") | {"training.distillation_type": "output"}
-        rows.append(row)
-    return _frame(rows, results.runs)
+    known, cached, training = read_config(metrics), metrics.cache, metrics.training
+    settings = _defaults() | {key: known[key] for key in _defaults() if key in known}
+    of_loss = {key: settings.pop(f"training.{key}") for key in _LEARNING}
+    conditions = {
+        HELD_OUT: f"{metrics.content} {run.positions} {run.documents}",
+        TEXT: metrics.tokens,
+        SIZE: run.student_parameters,
+        STUDENT: training.student,
+        **{key: value for key, value in settings.items() if key not in _NO_CONDITION},
+        SEED: training.seed,
+        "training.max_steps": run.steps,
+        UNKNOWN: "known" if known else f"those of {run.id} are not",
+    }
+    of_loss |= {key: getattr(training, key) for key in _LEARNING[:3]}
+    learning = {f"training.{key}": value for key, value in of_loss.items()}
+    learning |= {"teacher": metrics.teacher} | {key: known.get(key) for key in _TEACHER}
+    learning |= {WEIGHTS: training.teacher}
+    for key in ("method", "top_k", "min_probability"):
+        learning[f"cache.{key}"] = getattr(cached, key, None)
+    if training.distillation_type == "output":
+        learning = dict.fromkeys(learning, "-") | {"training.distillation_type": "output"}
+    return conditions, {k: "-" if v is None else v for k, v in learning.items()}
 
 
 def _join(*frames: pd.DataFrame) -> pd.Series:
@@ -217,6 +206,8 @@ def sum_documents(tables: Mapping[str, pd.DataFrame]) -> DocumentSums:
     sums.add("positions", first.positions.to_numpy())
     for name, table in tables.items():
         sums.add(f"loss of {name}", table.loss.to_numpy())
+        if "teacher_loss" in table:
+            sums.add(f"loss of {_OF}{name}", table.teacher_loss.to_numpy())
     return sums
 
 
@@ -239,13 +230,14 @@ def _differ(runs: pd.DataFrame, sums: dict[int, DocumentSums], one: str, other: 
     return percentile_interval(-gain, -gain_R)
 
 
-def _compute_share(run: pd.Series, sums: dict[int, DocumentSums]) -> Estimate | None:
-    """Return the share of the gap that a run closes; None unless both its gain and the gap are clearly positive."""
-    known = sums.get(run["group"])
-    names = (run.name, run["baseline"], run["full"])
-    if not (known and all(known.has(f"loss of {name}") for name in names)):
+def _find_share(sums: DocumentSums | None, run: str, baseline: str, target: str) -> Estimate | None:
+    """Return the share of the way from a baseline's loss to a target's that a run covers.
+
+    None unless both its gain and the gain of the target are clearly positive.
+    """
+    if not (sums and all(sums.has(f"loss of {name}") for name in (run, baseline, target))):
         return None
-    (gain, gain_R), (gap, gap_R) = (find_gain(known, one, names[1]) for one in (names[0], names[2]))
+    (gain, gain_R), (gap, gap_R) = (find_gain(sums, one, baseline) for one in (run, target))
     if len(gain_R) == 0 or min(np.quantile(gain_R, 0.025), np.quantile(gap_R, 0.025)) <= 0:
         return None
     return percentile_interval(gain / gap, gain_R / gap_R)
@@ -275,21 +267,20 @@ def _average_settings(runs: pd.DataFrame) -> pd.DataFrame:
     for end, table in zip(ENDS, (means, means - halves, means + halves), strict=True):
         table = table.drop(columns=list(_COSTS)).assign(perplexity=np.exp(table.loss))
         settings.loc[several, [f"{name}{end}" for name in table]] = table.to_numpy()
-    shares = {name: _share_over_seeds(runs, by_setting.get_group(name)) for name in several}
-    shares |= {
-        name: get_estimate(row, "gap_closed")
-        for name, row in settings.iterrows()
-        if name not in shares
-    }
-    _set_estimates(settings, "gap_closed", shares)
+    for share in ("gap_closed", "distance_closed"):
+        found = {name: get_estimate(row, share) for name, row in settings.iterrows()}
+        found |= {
+            name: _share_over_seeds(runs, by_setting.get_group(name), share) for name in several
+        }
+        _set_estimates(settings, share, found)
     return settings.sort_values(["group", "loss"], kind="stable")
 
 
-def _share_over_seeds(runs: pd.DataFrame, members: pd.DataFrame) -> Estimate | None:
-    gaps = members.full.map(-runs.margin)
-    if members.margin.isna().any() or gaps.isna().any():
-        return None
-    return compute_share(-members.margin, gaps)
+def _share_over_seeds(runs: pd.DataFrame, members: pd.DataFrame, share: str) -> Estimate | None:
+    targets = members.teacher_loss if share == "distance_closed" else members.full.map(runs.loss)
+    gaps = members.baseline.map(runs.loss) - targets
+    is_known = members.margin.notna().all() and gaps.notna().all()
+    return compute_share(-members.margin, gaps) if is_known else None
 
 
 # Judgements ----------------------------------------------------------------------------------------

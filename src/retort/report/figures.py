@@ -101,7 +101,7 @@ class Figures:
         return low - 0.06 * span, high + 0.06 * span
 
     def _teacher_losses(self) -> list[float]:
-        return list(find_teachers(self.group).teacher_loss.dropna())
+        return list(find_teachers(self.group).loss.dropna())
 
     def draw_comparison(self) -> list[str]:
         """Return the held-out loss of the settings, and their KL to the teacher if defined, an SVG each."""

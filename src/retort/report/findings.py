@@ -28,7 +28,7 @@ _MAX_NEEDS = 3  # sentences on runs without a margin, of which a sweep may have 
 
 def describe_outcome(found: Comparisons, group: pd.DataFrame) -> str:
     """Return the main result of one group of settings: whether distillation helped, and by how much."""
-    losses = find_teachers(group).teacher_loss.dropna()
+    losses = find_teachers(group).loss.dropna()
     teacher = f"; teacher {losses.min():.3f}" if len(losses) else ""
     compared = group[group.margin.notna()]
     best = group.iloc[0]
@@ -169,8 +169,8 @@ def find_warnings(found: Comparisons) -> list[str]:
             f"A teacher's held-out loss is worse than its student's: {list_names(pairs)}. Check that the teacher suits "
             "this text."
         )
-    for names, cache in find_caches(runs):
-        warnings += _warn_of_cache(list_names(names), cache)
+    for names, cache in find_caches(runs).iterrows():
+        warnings += _warn_of_cache(str(names), cache)
     warnings += _warn_of_baselines(found)
     if single := list(found.settings.index[found.settings.seeds == 1]):
         whose = "" if len(single) == len(found.settings) else f" of {list_names(single)}"
@@ -188,12 +188,13 @@ def find_warnings(found: Comparisons) -> list[str]:
     return warnings
 
 
-def find_caches(runs: pd.DataFrame) -> list[tuple[list[str], pd.Series]]:
-    """Return the columns of each cache once, with the names of the settings that learned from it."""
+def find_caches(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the columns of each cache once; the index names the settings that learned from it."""
     users = runs[runs.cache_method.notna() & (runs.distillation_type != "output")]
     keys = [column for column in runs if str(column).startswith("cache_")]
-    groups = users.groupby(keys, sort=False, dropna=False).groups.values()
-    return [(list(users.setting[names].unique()), users.loc[names[0]]) for names in groups]
+    caches = users.drop_duplicates(keys)
+    groups = users.groupby(keys, sort=False, dropna=False).setting.unique()
+    return caches[keys].set_axis(map(list_names, groups), axis=0)
 
 
 def _warn_of_text(run: pd.Series) -> list[str]:

@@ -38,8 +38,8 @@ from retort.report.tables import (
     build_provenance_table,
     build_task_table,
     describe_settings,
-    format_cache,
     render_table,
+    write_kl,
 )
 
 WIDTH = 80  # characters of a line, where the terminal's width is not known
@@ -94,9 +94,8 @@ def render_summary(
             "\n".join(table),
             wrap([text for text in outcome if text]),
         ]
-    facts = [
-        f"cache of {list_names(n)}: {format_cache(cache)}" for n, cache in find_caches(found.runs)
-    ]
+    caches = find_caches(found.runs).iterrows()
+    facts = [f"cache of {names}: {describe_cache(cache)}" for names, cache in caches]
     facts.append(
         "margin: held-out loss minus that of the cross-entropy run of the same text, student and settings of training "
         "except for the loss; negative is better. Losses and KL are in nats/token. After \u00b1: distance to the "
@@ -117,6 +116,21 @@ def render_summary(
     return "\n\n".join(
         [*parts, wrap(facts + render_scoreboard(board)), wrap(notes), "\n".join(paths)]
     )
+
+
+def describe_cache(cache: pd.Series) -> str:
+    """Return a cache's size and quality in one line."""
+    tail = "sampled mass" if cache.cache_method == "sampled" else "tail mass"
+    parts = [
+        f"{cache.cache_method}, {cache.cache_dial}: {cache.cache_bytes_per_position:.1f} bytes/position"
+    ]
+    if pd.notna(cache.cache_fidelity_kl):
+        parts += [
+            f"{tail} {cache.cache_tail_mass:.4f}",
+            f"fidelity KL {write_kl(cache.cache_fidelity_kl)} nats",
+            f"same top token {100 * cache.cache_fidelity_agreement:.1f} %",
+        ]
+    return ", ".join([*parts, f"{cache.cache_positions:,} positions"])
 
 
 def _percent(row: pd.Series) -> str:
@@ -193,7 +207,7 @@ def _page_group(
         "is_large": group.positions.iloc[0] >= FEW_POSITIONS,
         "about": describe_group(group),
         "table": build_main_table(found, group),
-        "has_teacher_line": bool(find_teachers(group).teacher_loss.notna().any()),
+        "has_teacher_line": bool(find_teachers(group).loss.notna().any()),
         "panels": figures.draw_comparison(),
         "sweeps": figures.draw_sweeps(),
         "metrics": build_metric_table(found, group),

@@ -76,47 +76,35 @@ def load_results(paths: Sequence[Path]) -> Results:
 def _describe(path: Path, found: Metrics) -> dict[str, Any]:
     """Return a run's row of the table."""
     training, scores, cache = found.training, found.scores, found.cache
-    fidelity = cache.fidelity if cache else None
+    of_text = ("content", "tokens", "sequences", "leaked_sequences")
     return {
         "folder": str(find_folder(path)),
-        "id": training.id,
-        "distillation_type": training.distillation_type,
-        "alpha": training.alpha,
-        "temperature": training.temperature,
-        "seed": training.seed,
-        "student_parameters": training.summary.student_parameters,
-        "teacher": found.teacher,
-        "teacher_parameters": found.teacher_parameters,
-        "steps": training.summary.steps,
-        "trained_positions": training.summary.trained_positions,
+        **_pick(training, "id", "distillation_type", "alpha", "temperature", "seed"),
+        **_pick(training.summary, "student_parameters", "steps", "trained_positions", "device"),
         "training_seconds": training.summary.seconds,
-        "device": training.summary.device,
-        "positions": scores.student.positions,
-        "documents": scores.student.documents,
-        "content": found.content,
-        "tokens": found.tokens,
-        "sequences": found.sequences,
-        "leaked_sequences": found.leaked_sequences,
+        **_pick(found, "teacher", "teacher_parameters", *of_text),
+        **_pick(scores.student, "positions", "documents"),
         **_metric_columns("", scores.student),
         **_metric_columns("teacher_", scores.teacher),
-        "cache_method": cache.method if cache else None,
+        **_pick(cache, "method", "positions", "bytes_per_position", prefix="cache_"),
         # The column keeps its name for scripts that read summary.csv.
         "cache_dial": _describe_setting(cache.top_k, cache.min_probability) if cache else None,
-        "cache_positions": cache.positions if cache else None,
-        "cache_bytes_per_position": cache.bytes_per_position if cache else np.nan,
-        "cache_tail_mass": fidelity.tail_mass if fidelity else np.nan,
-        "cache_fidelity_kl": fidelity.kl if fidelity else np.nan,
-        "cache_fidelity_agreement": fidelity.agreement if fidelity else np.nan,
+        **_pick(cache and cache.fidelity, "tail_mass", prefix="cache_"),
+        **_pick(cache and cache.fidelity, "kl", "agreement", prefix="cache_fidelity_"),
     }
 
 
+def _pick(record: Any, *names: str, prefix: str = "") -> dict[str, Any]:
+    """Return values of a record, all missing if there is none."""
+    return {f"{prefix}{name}": getattr(record, name, np.nan) for name in names}
+
+
 def _metric_columns(whose: str, card: Scorecard | None) -> dict[str, float]:
-    known = card.metrics if card else {}
-    none = Estimate(np.nan, None, None)
+    none = Estimate(np.nan, np.nan, np.nan)
+    known = {name: card.metrics.get(name, none) if card else none for name in METRICS}
     return {
         f"{whose}{name}{end}": np.nan if value is None else value
-        for name in METRICS
-        for e in [known.get(name, none)]
+        for name, e in known.items()
         for end, value in zip(ENDS, (e.value, e.low, e.high), strict=True)
     }
 
@@ -214,15 +202,18 @@ def _read_samples(path: Path, metrics: Metrics) -> dict[str, Samples]:
 
 
 def find_teachers(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return a row for each teacher of a group, by the name it has in tables: "teacher" if there is only one.
+    """Return a row for each teacher of a group, under the names of a student's columns; `teacher` is its own name.
 
-    Teachers that differ only by rounding are one.
+    The index is the name in tables: "teacher" if there is only one. Teachers that differ only by rounding are one.
     """
-    known = runs[runs.teacher.notna()].sort_values("teacher_loss", kind="stable")
-    keys = ["teacher", "teacher_parameters"]
-    known["step"] = known.groupby(keys, dropna=False).teacher_loss.diff() > 1e-3
-    known["step"] = known.groupby(keys, dropna=False).step.cumsum()
-    known = known.drop_duplicates([*keys, "step"])
+    columns = {f"teacher_{name}{end}": f"{name}{end}" for name in METRICS for end in ENDS}
+    columns |= {"teacher_parameters": "student_parameters", "teacher": "teacher"}
+    known = runs.loc[runs.teacher.notna(), list(columns)].rename(columns=columns)
+    known = known.sort_values("loss", kind="stable")
+    keys = ["teacher", "student_parameters"]
+    is_other = known.groupby(keys, dropna=False).loss.diff() > 1e-3
+    known["step"] = is_other.groupby([known[key] for key in keys], dropna=False).cumsum()
+    known = known.drop_duplicates([*keys, "step"]).drop(columns="step")
     known = known.loc[[name for name in runs.index if name in known.index]]
     names = ["teacher"] if len(known) == 1 else [f"teacher {name}" for name in known.teacher]
     return known.set_axis(names, axis=0)

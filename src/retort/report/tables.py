@@ -1,45 +1,26 @@
-"""Tables of the summary and the page. What is not defined is a dash."""
+"""Tables of the summary and the page: rows of a data frame, and columns that say how they are shown.
+
+What is not defined is a dash.
+"""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from retort.evaluation.formatting import (
-    format_estimate,
-    format_metric,
-    format_plus_minus,
-    name_metric,
-)
-from retort.evaluation.intervals import Estimate
-from retort.report.comparisons import Comparisons, find_best, is_gain
-from retort.report.findings import list_names
-from retort.report.runs import find_teachers, get_estimate
+from retort.evaluation.formatting import format_signed, name_metric
+from retort.evaluation.scores import METRICS
+from retort.report.comparisons import Comparisons, find_best, is_gain, read_config
+from retort.report.runs import ENDS, find_teachers, get_estimate
 
-# Columns of the main table: key, head in the terminal, head on the page.
-COLUMNS = {
-    "loss": ("loss", "held-out loss"),
-    "margin": ("margin", "margin vs cross-entropy"),
-    "seeds": ("seeds", "seeds"),
-    "perplexity": ("perplexity", "perplexity"),
-    "kl_to_teacher": ("KL", "KL to teacher"),
-    "agreement": ("agree %", "agreement, %"),
-    "distillation_type": ("type", "type"),
-    "alpha": ("alpha", "alpha"),
-    "temperature": ("T", "T"),
-    "student_parameters": ("params", "parameters"),
-}
-# Left out of a terminal's table, in this order, until names have room.
-_OPTIONAL = ("params", "perplexity", "agree %", "T", "alpha", "type", "KL")
-_NAME_ROOM = 24  # characters
 NO_BASELINE = "no match"
 
 
 class Cell(NamedTuple):
-    """A cell: its text, a smaller text below it (the interval), what it is sorted by, and whether it stands out."""
+    """A cell: its text, a smaller text below it, what it is sorted by, and whether it stands out."""
 
     text: str
     below: str = ""
@@ -48,90 +29,280 @@ class Cell(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Column:
+    """How a column of a frame is shown, in HTML and, if it has a `short` head, in a terminal.
+
+    write: the format of its numbers times `scale`, or a function; "" for texts. interval: where that of a number is
+    shown. note: the column of the frame with a text that is shown below.
+    """
+
+    key: str
+    head: str
+    write: str | Callable[[float], str] = ""
+    short: str = ""
+    scale: float = 1.0
+    interval: Literal["none", "beside", "below"] = "none"
+    note: str = ""
+
+    def make_cell(self, row: pd.Series, *, is_bold: bool = False) -> Cell:
+        """Return the cell of a row."""
+        value, low, high = (row.get(f"{self.key}{end}", np.nan) for end in ENDS)
+        if pd.isna(value):
+            return Cell("-")
+        if isinstance(value, str):
+            return Cell(value, key="" if self.write else value)
+        text, below = self._write(value), row.get(self.note, "")
+        if self.interval == "beside" and pd.notna(low):
+            text += f"\N{PLUS-MINUS SIGN}{max(high - value, value - low):.3f}"
+        elif self.interval == "below" and pd.notna(low):
+            below = f"{self._write(low)} to {self._write(high)}"
+        return Cell(text, below, repr(float(value)), is_bold)
+
+    def _write(self, value: float) -> str:
+        scaled = float(self.scale * value)
+        return format(scaled, self.write) if isinstance(self.write, str) else self.write(scaled)
+
+
+@dataclass(frozen=True)
 class Table:
-    """A table. The first of `heads` is that of the rows' names."""
+    """The rows of a frame by name, and the columns that are shown of them; `is_teacher` in the frame marks teachers.
 
-    heads: tuple[str, ...]
-    rows: tuple[tuple[str, bool, tuple[Cell, ...]], ...]  # name, is it a teacher, cells
+    names: the head of the rows' names. bold: the cells that stand out, by row and key.
+    """
+
+    frame: pd.DataFrame
+    columns: Sequence[Column]
+    names: str = "setting"
     title: str = ""
+    bold: Collection[tuple[str | None, str]] = ()
+
+    @property
+    def heads(self) -> list[str]:
+        """The heads on the page."""
+        return [self.names, *(column.head for column in self.columns)]
+
+    @property
+    def rows(self) -> list[tuple[str, bool, list[Cell]]]:
+        """Of each row its name, whether it is a teacher, and its cells."""
+        return [
+            (
+                str(name),
+                bool(row.get("is_teacher", False)),
+                [c.make_cell(row, is_bold=(name, c.key) in self.bold) for c in self.columns],
+            )
+            for name, row in self.frame.iterrows()
+        ]
 
 
-_DASH = Cell("-")
+# The columns --------------------------------------------------------------------------------------
 
 
-def _text(text: str | None) -> Cell:
-    return _DASH if text is None else Cell(text, key=text)
+def _write_size(count: float) -> str:
+    """Return a count in at most 7 characters: 54,272 as it is, 1,234,567 as 1.235M."""
+    for bound, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if count >= bound:
+            return f"{count / bound:.4g}{unit}"
+    return f"{count:,.0f}"
 
 
-def _number(value: float | None, pattern: str) -> Cell:
-    return (
-        _DASH
-        if value is None or pd.isna(value)
-        else Cell(format(value, pattern), key=repr(float(value)))
-    )
+def _write_perplexity(value: float) -> str:
+    return format(value, ",.2f" if value < 99_999 else ".2e")
+
+
+def _write_duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def write_kl(value: float) -> str:
+    """Return the KL of a cache to its teacher."""
+    return format(value, ".1e" if 0 < value < 1e-3 else ".4f")
+
+
+MAIN = (
+    Column("loss", "held-out loss", ".3f", "loss", interval="beside"),
+    Column("margin", "margin vs cross-entropy", format_signed, "margin", interval="beside"),
+    Column("seeds", "seeds", ".0f", "seeds"),
+    Column("perplexity", "perplexity", _write_perplexity, "perplexity"),
+    Column("kl_to_teacher", "KL to teacher", ".3f", "KL"),
+    Column("agreement", "agreement, %", ".1f", "agree %", scale=100),
+    Column("distillation_type", "type", short="type"),
+    Column("alpha", "alpha", ".3g", "alpha"),
+    Column("temperature", "T", ".3g", "T"),
+    Column("student_parameters", "parameters", _write_size, "params"),
+)
+# Left out of a terminal's table, in this order, until names have room.
+_OPTIONAL = ("params", "perplexity", "agree %", "T", "alpha", "type", "KL")
+_NAME_ROOM = 24  # characters
+_ALL_METRICS = (
+    *("loss", "bits_per_byte", "kl_to_teacher", "reverse_kl", "agreement", "overlap"),
+    *("acceptance", "accuracy", "calibration_error"),
+)
+_METRICS = [
+    Column(name, name_metric(name), ",.3f", interval="below")
+    if METRICS[name].unit
+    else Column(name, name_metric(name), ".1f", scale=100, interval="below")
+    for name in _ALL_METRICS
+]
+_GAP = Column("gap_closed", "gap closed, %", ".0f", scale=100, interval="below")
+_OF_RUN = (
+    Column("margin", "margin, nats/token", ".3f", interval="below"),
+    Column("baseline", "baseline"),
+)
+_CACHE = (
+    Column("cache_method", "method"),
+    Column("cache_dial", "keeps"),
+    Column("cache_positions", "positions", ",.0f"),
+    Column("cache_bytes_per_position", "bytes per token", ",.1f"),
+    Column("cache_tail_mass", "tail mass", ".4f"),
+    Column("cache_fidelity_kl", "fidelity KL, nats", write_kl),
+    Column("cache_fidelity_agreement", "same top token, %", ".1f", scale=100),
+)
+_PROVENANCE = (
+    Column("id", "id"),
+    Column("seed", "seed", ".0f"),
+    Column("steps", "steps", ",.0f"),
+    Column("trained_positions", "positions trained on", ",.0f"),
+    Column("training_seconds", "training time", _write_duration),
+    Column("device", "device"),
+    Column("folder", "folder"),
+)
+_CLASSES = {
+    "frequency": "By frequency of the next token: its rank in the training text",
+    "place": "By place in the document: number of tokens before the next one",
+    "entropy": "By entropy of the teacher's distribution, nats",
+    "category": "By category of the document",
+    "language": "By language of the document",
+}
+
+# Tables -------------------------------------------------------------------------------------------
+
+
+def _with_teachers(group: pd.DataFrame) -> pd.DataFrame:
+    teachers = find_teachers(group).assign(is_teacher=True)
+    return pd.concat([teachers, group.assign(is_teacher=False)])
+
+
+def _find_bold(
+    found: Comparisons, group: pd.DataFrame, metrics: Sequence[str]
+) -> set[tuple[str | None, str]]:
+    """Return the cells of clear gains, and those of the settings that are clearly best."""
+    gains = [name for name, row in group.iterrows() if is_gain(get_estimate(row, "margin"))]
+    best = {(find_best(found, group, metric), metric) for metric in metrics}
+    return best | {(name, "margin") for name in gains}
 
 
 def build_main_table(found: Comparisons, group: pd.DataFrame) -> Table:
-    """Return the main table of one group of settings, with a cell for each of COLUMNS: its teachers, then settings."""
+    """Return the main table of one group of settings: its teachers, then the settings."""
+    is_distilled = group.distillation_type != "output"
+    is_lacking = is_distilled & group.margin.isna()
+    frame = group.assign(
+        temperature=group.temperature.where(is_distilled),
+        margin=group.margin.astype(object).mask(is_lacking, NO_BASELINE),
+    )
+    return Table(_with_teachers(frame), MAIN, bold=_find_bold(found, group, ["loss"]))
+
+
+def build_metric_table(found: Comparisons, group: pd.DataFrame, *, of: str = "setting") -> Table:
+    """Return all metrics of one group with their intervals, teachers first; shares in percent.
+
+    of: whether the group's rows are settings, of which the clearly best are bold, or a "run" each, with its baseline.
+    """
+    columns = [column for column in (*_METRICS, _GAP) if group[column.key].notna().any()]
+    if of == "run":
+        return Table(group, [*columns, *_OF_RUN], of, bold=_find_bold(found, group, []))
+    shown = [column.key for column in columns if column.key in METRICS]
+    return Table(_with_teachers(group), columns, bold=_find_bold(found, group, shown))
+
+
+def build_breakdowns(found: Comparisons, group: pd.DataFrame) -> list[Table]:
+    """Return a table for each partition of the positions: the loss of each setting, and its KL below, by class."""
+    rows: list[dict[str, Any]] = [
+        {"setting": setting, "kind": kind, "class": row.name}
+        | {"positions": row.positions, "documents": row.documents}
+        | {metric: estimate.value for metric, estimate in row.metrics.items()}
+        for name, setting in found.runs.setting.items()
+        if setting in group.index
+        for kind, classes in found.results.metrics[name].scores.breakdown.items()
+        for row in classes
+    ]
+    if not rows:
+        return []
+    long = pd.DataFrame(rows)
+    long = long.reindex(columns=long.columns.union(["teacher_loss", "kl_to_teacher"], sort=False))
+    return [
+        _build_breakdown(long[long.kind == kind], list(group.index), title)
+        for kind, title in _CLASSES.items()
+        if (long.kind == kind).any()
+    ]
+
+
+def _build_breakdown(long: pd.DataFrame, settings: list[str], title: str) -> Table:
+    frame = long.groupby("class", sort=False).first()  # of the values that are defined
+    means = long.groupby(["class", "setting"])[["loss", "kl_to_teacher"]].mean().unstack()
+    documents = frame.documents.map("{:,.0f} document".format)
+    frame["documents"] = documents.where(frame.documents == 1, documents + "s")
+    columns = [Column("positions", "positions", ",.0f", note="documents")]
+    if frame.teacher_loss.notna().any():
+        columns.append(Column("teacher_loss", "teacher", ".3f"))
+    for number, setting in enumerate(settings):
+        loss, kl = f"loss {number}", f"kl {number}"
+        frame[loss] = means["loss"].get(setting)
+        known = means["kl_to_teacher"].get(setting)
+        frame[kl] = None if known is None else known.map("KL {:.3f}".format, na_action="ignore")
+        columns.append(Column(loss, setting, ".3f", note=kl))
+    return Table(frame, columns, "class", title)
+
+
+def build_task_table(board: pd.DataFrame) -> Table:
+    """Return the table of every model's score in every task, with its interval."""
+    values = {"value": "", "value_low": "_low", "value_high": "_high"}
+    frame = board.pivot(index="model", columns="metric", values=list(values))
+    frame.columns = [f"{metric}{values[value]}" for value, metric in frame.columns]
+    models = board.drop_duplicates("model").set_index("model")
+    columns = [Column(m, m, ",.3f", interval="below") for m in board.sort_index().metric.unique()]
+    return Table(models[["is_teacher"]].join(frame), columns, "model")
+
+
+def build_cache_table(caches: pd.DataFrame) -> Table:
+    """Return the table of the caches that runs learned from: size and quality."""
+    return Table(caches, _CACHE, "runs")
+
+
+def build_provenance_table(runs: pd.DataFrame) -> Table:
+    """Return the table of the runs' ids, lengths of training, devices and folders."""
+    return Table(runs, _PROVENANCE, "run")
+
+
+def describe_settings(found: Comparisons) -> tuple[dict[str, str], Table]:
+    """Return what all runs share, by name, and a table of what differs: settings, code, packages and device.
+
+    Keys of the config that all runs share are left out.
+    """
     rows = []
-    for name, row in find_teachers(group).iterrows():
-        loss = get_estimate(row, "teacher_loss")
-        known = {
-            "student_parameters": _size(row.teacher_parameters),
-            "loss": Cell(format_plus_minus(loss), key=repr(loss.value)) if loss else _DASH,
-            "perplexity": _perplexity(row.teacher_perplexity),
-        }
-        rows.append((name, True, tuple(known.get(key, _DASH) for key in COLUMNS)))
-    best = find_best(found, group, "loss")
-    for name, row in group.iterrows():
-        rows.append((name, False, tuple(_main_cell(key, row, name == best) for key in COLUMNS)))
-    return Table(("setting", *(page for _, page in COLUMNS.values())), tuple(rows))
-
-
-def _main_cell(key: str, row: pd.Series, is_best: bool) -> Cell:
-    is_distilled = row.distillation_type != "output"
-    if key == "distillation_type":
-        return _text(row[key])
-    if key == "temperature" and not is_distilled:
-        return _DASH
-    if key == "student_parameters":
-        return _size(row[key])
-    if key == "perplexity":
-        return _perplexity(row[key])
-    if key == "agreement":
-        return _number(100 * row[key], ".1f")
-    if key in ("loss", "margin"):
-        return _estimate_cell(get_estimate(row, key), key, is_distilled, is_best)
-    return _number(row[key], {"seeds": "d", "kl_to_teacher": ".3f"}.get(key, ".3g"))
-
-
-def _estimate_cell(found: Estimate | None, key: str, is_distilled: bool, is_best: bool) -> Cell:
-    if found is None:
-        return Cell(NO_BASELINE) if is_distilled else _DASH
-    text = format_plus_minus(found, is_signed=key == "margin")
-    return Cell(text, key=repr(found.value), is_bold=is_gain(found) if key == "margin" else is_best)
-
-
-def _perplexity(value: float) -> Cell:
-    return _number(value, ",.2f" if value < 99_999 else ".2e")
-
-
-def _size(count: float) -> Cell:
-    """Return a count in at most 7 characters: 54,272 as it is, 1,234,567 as 1.235M."""
-    if pd.isna(count):
-        return _DASH
-    for bound, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
-        if count >= bound:
-            return Cell(f"{count / bound:.4g}{unit}", key=repr(float(count)))
-    return _number(count, ",d")
+    for name, run in found.runs.iterrows():
+        row = {key: f"{run[key]:,}" for key in ("steps", "trained_positions", "student_parameters")}
+        row |= {"device": run.device}
+        if made := found.results.metrics[name].trained:
+            of_code = ("source", "commit", "uncommitted_changes", "dtype", "python")
+            row |= {k: getattr(made, k) for k in of_code} | made.versions
+            row |= read_config(found.results.metrics[name])
+        rows.append({k.replace("_", " ") if "." not in k else k: v for k, v in row.items()})
+    facts = pd.DataFrame(rows, index=found.runs.index, dtype=object)
+    facts = found.learning.join(facts[facts.columns.difference(found.learning.columns, sort=False)])
+    # A key that some runs do not use differs if it does between those that use it.
+    used = facts.mask(facts.isna() | (facts == "-")).map(str, na_action="ignore")
+    differing = used.loc[:, used.nunique() > 1]
+    shared = used.drop(columns=differing.columns).bfill().iloc[0].dropna()
+    shared = shared[[k in found.learning or "." not in k for k in shared.index]]
+    return dict(shared), Table(differing, [Column(k, k) for k in differing], "run")
 
 
 def render_table(table: Table, width: int) -> list[str]:
-    """Return the main table as lines of at most `width` characters: wrapped names, and fewer columns."""
-    heads = ["setting", *(head for head, _ in COLUMNS.values())]
-    frame = pd.DataFrame(
-        [[name, *(c.text for c in cells)] for name, _, cells in table.rows], columns=heads
-    )
+    """Return a table as lines of at most `width` characters: wrapped names, and fewer columns."""
+    cells = [[name, *(cell.text for cell in cells)] for name, _, cells in table.rows]
+    frame = pd.DataFrame(cells, columns=["setting", *(c.short for c in table.columns)])
     longest = max(map(len, frame.setting))
     for head in ("", *_OPTIONAL):
         frame = frame.drop(columns=head) if head else frame
@@ -149,228 +320,3 @@ def render_table(table: Table, width: int) -> list[str]:
         frame = frame.rename(columns={head: head.ljust(size)})
     lines = [line.rstrip() for line in frame.to_string(index=False).splitlines()]
     return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
-
-
-def format_seconds(value: float) -> str:
-    """Return a duration in seconds, minutes or hours."""
-    if value < 100:
-        return f"{value:.1f} s"
-    minutes, hours = value / 60, value / 3600
-    return f"{minutes:.1f} min" if minutes < 100 else f"{hours:.1f} h"
-
-
-def _kl_pattern(value: float) -> str:
-    return ".1e" if 0 < value < 1e-3 else ".4f"
-
-
-def format_cache(cache: pd.Series) -> str:
-    """Return a cache's size and quality in one line."""
-    tail = "sampled mass" if cache.cache_method == "sampled" else "tail mass"
-    sizes = f"{cache.cache_method}, {cache.cache_dial}: {cache.cache_bytes_per_position:.1f} bytes/position"
-    positions = f"{cache.cache_positions:,} positions"
-    if pd.isna(cache.cache_fidelity_kl):
-        return f"{sizes}, {positions}"
-    kl = format(cache.cache_fidelity_kl, _kl_pattern(cache.cache_fidelity_kl))
-    return (
-        f"{sizes}, {tail} {cache.cache_tail_mass:.4f}, fidelity KL {kl} nats, same top token "
-        f"{100 * cache.cache_fidelity_agreement:.1f} %, {positions}"
-    )
-
-
-# The page's tables ---------------------------------------------------------------------------------
-
-_PAGE_METRICS = (
-    *("loss", "bits_per_byte", "kl_to_teacher", "reverse_kl", "agreement", "overlap"),
-    *("acceptance", "accuracy", "calibration_error"),
-)
-_KINDS = {
-    "frequency": "By frequency of the next token: its rank in the training text",
-    "place": "By place in the document: number of tokens before the next one",
-    "entropy": "By entropy of the teacher's distribution, nats",
-    "category": "By category of the document",
-    "language": "By language of the document",
-}
-
-
-def build_metric_table(found: Comparisons, group: pd.DataFrame, *, of: str = "setting") -> Table:
-    """Return all metrics of one group with their intervals, teachers first; shares in percent.
-
-    of: whether the group's rows are settings, of which the clearly best are bold, or a "run" each, with its baseline.
-    """
-    shown = [name for name in _PAGE_METRICS if group[name].notna().any()]
-    heads = [of, *map(name_metric, shown)]
-    rows: list[tuple[str, bool, tuple[Cell, ...]]] = []
-    best = {name: find_best(found, group, name) for name in shown} if of == "setting" else {}
-    gaps = [_estimate(get_estimate(row, "gap_closed"), 100.0, 0) for _, row in group.iterrows()]
-    has_gaps = any(gap != _DASH for gap in gaps)
-    if has_gaps:
-        heads.append("gap closed, %")
-    if of == "run":
-        heads += ["margin, nats/token", "baseline"]
-    for name, row in find_teachers(group).iterrows() if of == "setting" else ():
-        cells = [_metric(n, row, f"teacher_{n}") for n in shown]
-        rows.append((name, True, (*cells, *[_DASH] * (len(heads) - 1 - len(cells)))))
-    for (name, row), gap in zip(group.iterrows(), gaps, strict=True):
-        cells = [_metric(n, row, n, is_bold=best.get(n) == name) for n in shown]
-        cells += [gap] if has_gaps else []
-        if of == "run":
-            margin = get_estimate(row, "margin")
-            cells += [_estimate(margin, 1.0, 3, is_bold=is_gain(margin))]
-            cells += [_DASH if pd.isna(row.baseline) else _text(row.baseline)]
-        rows.append((name, False, tuple(cells)))
-    return Table(tuple(heads), tuple(rows))
-
-
-def _metric(name: str, row: pd.Series, column: str, *, is_bold: bool = False) -> Cell:
-    found = get_estimate(row, column) if column in row else None
-    if found is None:
-        return _DASH
-    return Cell(*format_metric(name, found), repr(found.value), is_bold)
-
-
-def _estimate(found: Estimate | None, scale: float, digits: int, *, is_bold: bool = False) -> Cell:
-    if found is None:
-        return _DASH
-    return Cell(*format_estimate(found, scale, digits), repr(found.value), is_bold)
-
-
-def build_breakdowns(found: Comparisons, group: pd.DataFrame) -> list[Table]:
-    """Return a table for each partition of the positions: the loss of each setting, and its KL below, by class."""
-    rows = [
-        {
-            "setting": setting,
-            "kind": kind,
-            "class": row.name,
-            "positions": row.positions,
-            "documents": row.documents,
-        }
-        | {name: estimate.value for name, estimate in row.metrics.items()}
-        for name, setting in found.runs.setting.items()
-        if setting in group.index
-        for kind, classes in found.results.metrics[name].scores.breakdown.items()
-        for row in classes
-    ]
-    if not rows:
-        return []
-    long = pd.DataFrame(rows).reindex(columns=[*rows[0], "teacher_loss", "kl_to_teacher"])
-    long = long.loc[:, ~long.columns.duplicated()]
-    return [
-        _build_breakdown(long[long.kind == kind], list(group.index), title)
-        for kind, title in _KINDS.items()
-        if (long.kind == kind).any()
-    ]
-
-
-def _build_breakdown(long: pd.DataFrame, settings: list[str], title: str) -> Table:
-    by_class = long.groupby("class", sort=False)
-    first = by_class.first()  # of the values that are defined
-    means = long.groupby(["class", "setting"])[["loss", "kl_to_teacher"]].mean()
-    has_teacher = first.teacher_loss.notna().any()
-    rows = []
-    for name, row in first.iterrows():
-        several = "" if row.documents == 1 else "s"
-        cells = [Cell(f"{row.positions:,.0f}", f"{row.documents:,.0f} document{several}")]
-        cells += [_number(row.teacher_loss, ".3f")] if has_teacher else []
-        for setting in settings:
-            if (name, setting) not in means.index:
-                cells.append(_DASH)
-                continue
-            loss, kl = means.loc[(name, setting)]
-            cells.append(Cell(f"{loss:.3f}", "" if pd.isna(kl) else f"KL {kl:.3f}"))
-        rows.append((str(name), False, tuple(cells)))
-    heads = ("class", "positions", *(("teacher",) if has_teacher else ()), *settings)
-    return Table(heads, tuple(rows), title)
-
-
-def build_task_table(board: pd.DataFrame) -> Table:
-    """Return the table of every model's score in every task, with its interval."""
-    metrics = list(dict.fromkeys(board.sort_index().metric))
-    rows = []
-    for (name, is_teacher), scores in board.groupby(["model", "is_teacher"], sort=False):
-        known = {row.metric: get_estimate(row, "value") for _, row in scores.iterrows()}
-        rows.append((name, is_teacher, tuple(_estimate(known.get(m), 1.0, 3) for m in metrics)))
-    return Table(("model", *metrics), tuple(rows))
-
-
-def build_cache_table(caches: Sequence[tuple[list[str], pd.Series]]) -> Table:
-    """Return the table of the caches that runs learned from: size and quality."""
-    heads = (
-        "runs",
-        "method",
-        "keeps",
-        "positions",
-        "bytes per token",
-        "tail mass",
-        "fidelity KL, nats",
-        "same top token, %",
-    )
-    rows = [
-        (
-            list_names(names),
-            False,
-            (
-                _text(cache.cache_method),
-                _text(cache.cache_dial),
-                _number(cache.cache_positions, ",d"),
-                _number(cache.cache_bytes_per_position, ",.1f"),
-                _number(cache.cache_tail_mass, ".4f"),
-                _number(cache.cache_fidelity_kl, _kl_pattern(cache.cache_fidelity_kl)),
-                _number(100 * cache.cache_fidelity_agreement, ".1f"),
-            ),
-        )
-        for names, cache in caches
-    ]
-    return Table(heads, tuple(rows))
-
-
-def build_provenance_table(runs: pd.DataFrame) -> Table:
-    """Return the table of the runs' ids, lengths of training, devices and folders."""
-    heads = (
-        "run",
-        "id",
-        "seed",
-        "steps",
-        "positions trained on",
-        "training time",
-        "device",
-        "folder",
-    )
-    rows = []
-    for name, run in runs.iterrows():
-        seconds = Cell(format_seconds(run.training_seconds), key=repr(run.training_seconds))
-        counts = (_number(run[key], ",d") for key in ("seed", "steps", "trained_positions"))
-        rows.append(
-            (name, False, (_text(run.id), *counts, seconds, _text(run.device), _text(run.folder)))
-        )
-    return Table(heads, tuple(rows))
-
-
-def describe_settings(found: Comparisons) -> tuple[dict[str, str], Table]:
-    """Return what all runs share, by name, and a table of what differs: settings, code, packages and device.
-
-    Keys of the config that all runs share are left out.
-    """
-    rows = []
-    for name, run in found.runs.iterrows():
-        row = {key: f"{run[key]:,}" for key in ("steps", "trained_positions", "student_parameters")}
-        row |= {"device": run.device}
-        if made := found.results.metrics[name].trained:
-            row |= {
-                k: getattr(made, k)
-                for k in ("source", "commit", "uncommitted_changes", "dtype", "python")
-            }
-            row |= made.versions
-            keys = pd.json_normalize(made.config).to_dict("records")[0] if made.config else {}
-            row |= {k: v for k, v in keys.items() if k not in found.learning}
-        rows.append({k.replace("_", " ") if "." not in k else k: v for k, v in row.items()})
-    facts = pd.concat(
-        [found.learning, pd.DataFrame(rows, index=found.runs.index, dtype=object)], axis=1
-    )
-    facts = facts.map(lambda v: "-" if v is None or v is np.nan else str(v))
-    # A key that some runs do not use differs if it does between those that use it.
-    used = facts.mask(facts == "-")
-    differing = facts.loc[:, used.nunique() > 1]
-    shared = used.drop(columns=differing.columns).bfill().iloc[0].dropna()
-    shared = shared[[k in found.learning or "." not in k for k in shared.index]]
-    table = [(name, False, tuple(map(_text, row))) for name, row in differing.iterrows()]
-    return dict(shared), Table(("run", *differing.columns), tuple(table))

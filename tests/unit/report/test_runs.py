@@ -121,7 +121,7 @@ def test_a_run_trained_on_text_only_uses_no_cache(tmp_path: Path) -> None:
         write_run(tmp_path, "hybrid"),
         write_run(tmp_path, "other", distillation_type="output"),
     ]
-    assert [names for names, _ in find_caches(compare(paths).runs)] == [["hybrid"]]
+    assert list(find_caches(compare(paths).runs).index) == ["hybrid"]
 
 
 def test_the_runs_folder_is_found_from_both_places_of_metrics(tmp_path: Path) -> None:

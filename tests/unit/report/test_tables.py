@@ -52,7 +52,7 @@ def test_each_class_has_a_row_with_every_runs_loss(tmp_path: Path) -> None:
     found = compare(write_demo(tmp_path))
     place, language = build_breakdowns(found, found.settings)
     assert place.title.startswith("By place in the document")
-    assert language.heads == ("class", "positions", "teacher", "hybrid", "logit", "output")
+    assert language.heads == ["class", "positions", "teacher", "hybrid", "logit", "output"]
     name, _, cells = language.rows[1]
     assert (name, [cell.text for cell in cells]) == ("en", ["32,768", "2.900", *["3.400"] * 3])
     assert cells[-1].below == "KL 0.400"
