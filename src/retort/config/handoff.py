@@ -157,7 +157,7 @@ def read_job(args: argparse.Namespace) -> Job:
 
 
 def _find_job(args: argparse.Namespace) -> Job:
-    changes = _read_changes(args.set)
+    changes = read_changes(args.set)
     source = Source({"config": {}}) if args.config is None else read_config_argument(args.config)
     raw = source.values
     if "config" in raw and raw.keys() <= Job.model_fields.keys():
@@ -206,7 +206,7 @@ def read_config_argument(text: str) -> Source:
     return Source(values)
 
 
-def _read_changes(words: Iterable[str]) -> dict[str, Any]:
+def read_changes(words: Iterable[str]) -> dict[str, Any]:
     """Return the values of `--set` as nested sections, which `load` will read by the types of their keys."""
     changes: dict[str, Any] = {}
     for word in words:

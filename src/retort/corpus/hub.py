@@ -71,6 +71,19 @@ def open_stream(dataset: Dataset, split: str) -> tuple[int, Callable[[int, int],
     return table.num_shards, read
 
 
+def count_split_rows(dataset: Dataset) -> dict[str, int]:
+    """Return the number of rows of each split of a Hub dataset; nothing where the Hub does not know."""
+    import datasets
+
+    try:
+        found = datasets.load_dataset_builder(
+            dataset.name, dataset.config_name, revision=dataset.revision
+        ).info.splits
+    except Exception:  # of a cache, a file format or the HTTP client
+        return {}
+    return {name: split.num_examples for name, split in (found or {}).items() if split.num_examples}
+
+
 def pin_revision(dataset: Dataset) -> Dataset:
     """Return the section with `revision` resolved to a commit, so that a whole snapshot reads one version.
 

@@ -362,6 +362,12 @@ def record_teacher(path: Path, section: Teacher) -> None:
     ).write(path)
 
 
+def count_parameters(config: PretrainedConfig) -> int:
+    """Return the number of a causal LM's parameters, tied ones counted once, without loading any."""
+    with torch.device("meta"):
+        return int(AutoModelForCausalLM.from_config(config).num_parameters())
+
+
 def output_width(config: PretrainedConfig) -> int:
     """Return V, the width of a causal LM's output layer; often more than the number of its tokens."""
     return int(config.get_text_config().vocab_size)

@@ -38,7 +38,7 @@ GROUPS = {
 }
 _WORKFLOW = {
     "run": "Run the whole workflow for a config, with Snakemake.",
-    "init": "Copy config/ (examples, students, prompts) and profiles/slurm/ to this folder.",
+    "init": "Write a config for your corpus and teacher; --examples copies config/ and profiles/slurm/.",
 }
 
 
@@ -104,11 +104,18 @@ def _row(name: str, text: str) -> str:
 
 
 def _run_init(words: Sequence[str]) -> None:
-    if words:
-        print(f"usage: retort init\n\n{_WORKFLOW['init']} Existing files are left alone.")
-        raise SystemExit(0 if words[0] in ("-h", "--help") else 2)
-    written = copy_configs(Path())
-    print(f"{len(written)} files written. Try: retort run config/config.yaml -n")
+    if list(words) == ["--examples"]:
+        written = copy_configs(Path())
+        print(f"{len(written)} files written. Try: retort run config/config.yaml -n")
+        return
+    from retort.cli import run_script
+
+    def write() -> None:
+        from retort.pipeline.init_command import write_first_config
+
+        write_first_config(words)
+
+    run_script(write)
 
 
 def _run_script(command: str, words: Sequence[str]) -> None:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
-import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -30,7 +29,12 @@ from retort.io.files import require_writable
 from retort.io.fingerprints import TeacherRecord, fingerprint_tokenizer, fingerprint_weights
 from retort.io.records import Record
 from retort.io.run_record import RunRecord, describe_run
-from retort.models.load import load_model_config, output_width, refuse_short_context
+from retort.models.load import (
+    count_parameters,
+    load_model_config,
+    output_width,
+    refuse_short_context,
+)
 from retort.models.students import describe_ids, name_student, student_config
 from retort.pipeline.costly_defaults import find_costly_defaults
 from retort.pipeline.demo_teacher import DEMO_TEACHER, DemoTokenizer
@@ -224,7 +228,7 @@ def _check_teacher(config: Config) -> tuple[Any, int, str]:
     )
     if Path(section.model_path).is_dir():
         fingerprint_weights(Path(section.model_path))
-    _check_causal(model, section)
+    check_causal(model, section)
     name = f"teacher.model_path {section.model_path!r}"
     require_packages(model, section.attn_implementation, name=name)
     tokenizer = load_tokenizer(
@@ -293,7 +297,7 @@ def _check_teachers_tokenizer(config: Config, tokenizer: Any, width: int) -> Non
         )
 
 
-def _check_causal(model: PretrainedConfig, section: Teacher) -> None:
+def check_causal(model: PretrainedConfig, section: Teacher) -> None:
     """Raise ValueError for a model that is not a causal LM, or was saved with another head (as a masked LM, say)."""
     architectures = model.architectures or []
     has_class = type(model) in AutoModelForCausalLM._model_mapping
@@ -320,8 +324,7 @@ def _check_student(config: Config, tokenizer: Any, width: int) -> list[str]:
         name_student(config.student),
         what="dataset.max_length",
     )
-    with torch.device("meta"):
-        parameters = AutoModelForCausalLM.from_config(model).num_parameters()
+    parameters = count_parameters(model)
     training = config.training
     ids = describe_ids(config.student, model, vocabulary=width)
     return [
