@@ -114,7 +114,7 @@ def test_an_installed_retort_runs_a_workflow_to_its_report(fresh: Place, install
     assert where.startswith(str(installed.parent)), where
     assert run("retort", "--version") == "retort 0.2.0\n"
     assert "usage: retort train" in run("retort", "train", "--help")
-    run("retort", "init")
+    run("retort", "init", "--examples")
     assert "demo_teacher" in run("retort", "run", "config/config.yaml", "-n")
     place.write_config(SHORT)
     said = run("retort", "run", "tiny.yaml", "--cores", "2")

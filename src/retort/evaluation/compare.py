@@ -47,12 +47,13 @@ from retort.tokens.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
-_LOADERS = {
+LOADERS = {
     ".jsonl": "json",
     ".json": "json",
     ".csv": "csv",
     ".tsv": "csv",
     ".parquet": "parquet",
+    ".txt": "text",
 }
 
 
@@ -64,7 +65,7 @@ def choose_loader(paths: Sequence[str]) -> str:
     extensions = [
         [s for s in Path(path).suffixes if s not in COMPRESSED_SUFFIXES][-1:] for path in paths
     ]
-    loaders = {_LOADERS.get("".join(extension), "text") for extension in extensions}
+    loaders = {LOADERS.get("".join(extension), "text") for extension in extensions}
     if len(loaders) > 1:
         raise ValueError(
             f"--data has files of different kinds ({', '.join(sorted(loaders))}): give files of one kind."

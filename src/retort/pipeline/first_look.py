@@ -1,6 +1,7 @@
 """What `retort init` finds out: files and columns of a corpus, its tokens, a teacher's size, a student's shape."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
@@ -15,19 +16,12 @@ from retort.corpus.chats import CHAT_COLUMNS
 from retort.corpus.documents import Document
 from retort.corpus.hub import count_split_rows
 from retort.corpus.reading import check_corpus, count_rows
-from retort.corpus.sources import expand_pattern, is_hub
+from retort.corpus.sources import expand_pattern, find_named_for_evaluation, is_hub
+from retort.evaluation.compare import LOADERS
+from retort.io.files import is_path
+from retort.io.text_files import COMPRESSED_SUFFIXES
 from retort.tokens.tokenize import TokenCounts, tokenize_documents
 
-_LOADERS = {
-    ".jsonl": "json",
-    ".json": "json",
-    ".ndjson": "json",
-    ".parquet": "parquet",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".txt": "text",
-}
-_PACKED = (".gz", ".zst", ".bz2", ".xz", ".zip")
 # Columns that are tried in this order; chats, and prompt with completion, are found without a name.
 _COLUMNS: tuple[dict[str, str], ...] = (
     {},
@@ -39,10 +33,10 @@ _COLUMNS: tuple[dict[str, str], ...] = (
 )
 _SAMPLE_CHARACTERS = 2_000_000
 _COUNTED_BYTES = 1_000_000_000  # of files; the documents of larger corpora are estimated
-_STREAMED_ROWS, _STREAMED = (
+_LARGE, _STREAMED = (
     1_000_000,
     100_000,
-)  # a Hub dataset that is larger is streamed, so much of it
+)  # rows of a Hub dataset that is streamed, and how many of them
 _LONGEST = 10**9  # longer than any document
 
 
@@ -81,7 +75,7 @@ def look_at_corpus(corpus: str, given: Mapping[str, Any], tokenizer: Any) -> Cor
     if is_hub(dataset) and not given.keys() & {"streaming", "max_samples"}:
         rows = count_split_rows(dataset)
         num_documents = rows.get(dataset.split, _STREAMED)
-        if num_documents > _STREAMED_ROWS or dataset.split not in rows:
+        if num_documents > _LARGE or dataset.split not in rows:
             num_documents = min(num_documents, _STREAMED)
             named |= {"streaming": True, "max_samples": _STREAMED}
         if "validation" in rows:
@@ -95,48 +89,40 @@ def look_at_corpus(corpus: str, given: Mapping[str, Any], tokenizer: Any) -> Cor
     return Corpus(
         named,
         "chats" if first.messages else kind,
-        np.diff(table.offsets).tolist(),
+        np.diff(table.offsets).tolist() or [1],
         num_documents,
     )
 
 
 def _find_files(corpus: str) -> dict[str, Any]:
-    """Return the keys of `dataset` that name the files of a corpus, or its Hub id."""
-    folder = Path(corpus).expanduser()
-    if folder.is_dir():
-        sizes: dict[str, dict[str, int]] = {}  # by loader and pattern
-        for path in sorted(p for p in folder.rglob("*.*") if p.is_file()):
-            if (loader := _find_loader(path)) and not path.name.startswith("."):
-                suffix = "".join(
-                    path.suffixes[-2:] if path.suffix in _PACKED else path.suffixes[-1:]
-                )
-                pattern = f"{corpus.rstrip('/')}/{'' if path.parent == folder else '**/'}*{suffix}"
-                of_loader = sizes.setdefault(loader, {})
-                of_loader[pattern] = of_loader.get(pattern, 0) + path.stat().st_size
-        if not sizes:
-            raise ValueError(f"--corpus {corpus!r} is a folder without files to read: {_known()}.")
-        loader = max(sizes, key=lambda name: sum(sizes[name].values()))
-        patterns = [*sizes[loader]]
-        return {"name": loader, "data_files": patterns[0] if len(patterns) == 1 else patterns}
-    loader = _find_loader(folder)
-    if not loader and not folder.is_file():
+    """Return the keys of `dataset` that name the files of a corpus, or its Hub id.
+
+    Of a folder, the kind of files with the most bytes; files named as a validation split are held out.
+    """
+    path = Path(corpus).expanduser()
+    is_local = path.exists() or is_path(corpus) or path.suffix in LOADERS or "*" in corpus
+    if not is_local:
         return {"name": corpus}
+    if path.is_dir():
+        sizes: Counter[str] = Counter()
+        for file in expand_pattern(f"{corpus}/**/*", key="--corpus"):
+            if (kind := _find_kind(file)) in LOADERS:
+                sizes["".join(file.suffixes[file.suffixes.index(kind) :])] += file.stat().st_size
+        if not sizes:
+            raise ValueError(f"--corpus {corpus!r} has no file that ends in {', '.join(LOADERS)}.")
+        corpus = f"{corpus.rstrip('/')}/**/*{sizes.most_common(1)[0][0]}"
     files = expand_pattern(corpus, key="--corpus")
-    if not loader:
-        raise ValueError(
-            f"--corpus {corpus!r}: {files[0].suffix or files[0].name!r} is no known kind of file: {_known()}. "
-            "Rename it, or name the loader: --set dataset.name=text."
-        )
-    return {"name": loader, "data_files": corpus}
+    loader = LOADERS.get(_find_kind(files[0]), "text")
+    if not (named := find_named_for_evaluation(files)):
+        return {"name": loader, "data_files": corpus}
+    held_out = [file for file in named if re.search("val|dev", file.name.lower())] or named
+    texts = [str(file) for file in files if file not in named]
+    return {"name": loader, "data_files": texts, "validation_files": [*map(str, held_out)]}
 
 
-def _find_loader(path: Path) -> str | None:
-    inner = path.with_suffix("") if path.suffix in _PACKED else path
-    return _LOADERS.get(inner.suffix.lower())
-
-
-def _known() -> str:
-    return f"{', '.join(_LOADERS)} are known, also compressed ({', '.join(_PACKED)})"
+def _find_kind(file: Path) -> str:
+    """Return the last ending of a file's name that is not of a compression."""
+    return "".join([s for s in file.suffixes if s not in COMPRESSED_SUFFIXES][-1:])
 
 
 def _find_columns(

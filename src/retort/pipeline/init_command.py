@@ -48,7 +48,7 @@ teacher:
 {teacher}
   generation:
     gpus_per_model: {gpus}  # {memory}
-    batch_size: {teacher_batch}  # sequences in one forward pass; any GPU that runs out of memory needs fewer
+    batch_size: {teacher_batch}  # sequences in one forward pass; fewer if memory runs out
 cache:
   method: {cache.method}  # keeps every token whose probability is at least
   min_probability: {cache.min_probability}  # and the sum of all others: some {cache_size} for this corpus
@@ -58,12 +58,12 @@ student:
 training:
   temperature: {temperature}
   num_epochs: {epochs}  # about {steps:,} steps
-  batch_size: {batch}  # sequences in a step
+  batch_size: {batch}  # sequences in a step; with fewer and gradient_accumulation_steps less memory
   learning_rate: {rate}  # for {start} weights of this size
   warmup_steps: {warmup}  # in which it rises
 runs:
   text: {{training: {{distillation_type: output}}}}  # learns the text alone, to compare with
-  soft: {{training: {{distillation_type: hybrid, alpha: {alpha}}}}}  # {alpha} of the text's loss, the rest the teacher's
+  soft: {{training: {{distillation_type: hybrid, alpha: {alpha}}}}}  # alpha is the weight of the text
 """
 
 
@@ -81,7 +81,10 @@ def write_first_config(words: Sequence[str]) -> None:
         )
     keys["teacher"] = {"model_path": args.teacher} | keys.get("teacher", {})
     section = complete({"teacher": keys["teacher"]}).teacher
-    options = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
+    options: dict[str, Any] = {
+        "revision": section.revision,
+        "trust_remote_code": section.trust_remote_code,
+    }
     teacher = load_model_config(args.teacher, **options)
     check_causal(teacher, section)
     tokenizer = load_tokenizer(args.teacher, **options)
@@ -101,7 +104,7 @@ def write_first_config(words: Sequence[str]) -> None:
             shape = shape_student(num, vocabulary=output_width(teacher))
             shaped.write_text(json.dumps(shape, indent=2) + "\n", encoding="utf-8")
             student = str(shaped)
-        trial = f'retort run {output} --config dataset="{{max_samples: 10, num_shards: 1}}" training="{{max_steps: 10}}"'
+        trial = f'retort run {output} --config dataset="{{max_samples: 10}}" training="{{max_steps: 10}}"'
         values = _choose_values(corpus, keys["teacher"], teacher, tokenizer, student)
         about = {"output": output, "trial": trial, "schema": _find_schema(output)}
         output.write_text(_TEMPLATE.format(**values, **about), encoding="utf-8")
@@ -119,7 +122,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     for name, text in {
         "--corpus": "a file, a glob in quotes, a folder, or a dataset on the Hub",
         "--teacher": "a model: a folder or a Hub id",
-        "--student": "a size such as 100M, a config (.json), or a model to start from (default: a tenth of the teacher)",
+        "--student": "a size such as 100M (default: a tenth of the teacher), a config (.json) or a model",
         "--output": "the config to write (default: mine.yaml); never overwritten",
     }.items():
         parser.add_argument(name, help=text, default="mine.yaml" if name == "--output" else None)
@@ -172,8 +175,8 @@ def _choose_values(
     cache_size = corpus.num_tokens * codec.bytes_per_position / (1 if codec.is_bound else 3)
     template = "a" if getattr(tokenizer, "chat_template", None) else "no"
     return {
-        "about": f"{corpus.num_documents:,} documents ({corpus.kind}), about {describe_number(corpus.num_tokens)} tokens, "
-        f"for a teacher of {describe_number(teacher_size)} parameters and {width:,} ids, with {template} chat template",
+        "about": f"{corpus.num_documents:,} documents ({corpus.kind}), about {describe_number(corpus.num_tokens)} "
+        f"tokens; a teacher of {describe_number(teacher_size)} parameters, {width:,} ids, {template} chat template",
         "dataset": _render(_choose_dataset(corpus, length)),
         "teacher": _render({name: (value, "") for name, value in keys.items()}),
         "gpus": gpus,
@@ -199,19 +202,20 @@ def _choose_dataset(corpus: Corpus, length: int) -> dict[str, tuple[Any, str]]:
     """Return the keys of `dataset` with their values and comments; what the user set stays."""
     within = sum(n <= length for n in corpus.lengths) / len(corpus.lengths)
     chosen: dict[str, tuple[Any, str]] = {
+        **{key: (value, "") for key, value in corpus.keys.items()},
         "max_length": (length, f"tokens in a sequence; {within:.0%} of the documents fit into one"),
         "num_shards": (
             min(8, 1 + corpus.num_tokens // 5_000_000),
             "slices, tokenized side by side",
         ),
     }
-    if "validation_split" not in corpus.keys:
-        share = round(min(0.2, max(0.01, _HELD_OUT / corpus.num_documents)), 2)
+    if not {"validation_split", "validation_files"} & corpus.keys.keys():
+        share = round(min(0.2, max(0.01, _HELD_OUT / corpus.num_documents)), 3)
         chosen["validation_fraction"] = (
             share,
             f"held out: about {share * corpus.num_documents:,.0f} documents",
         )
-    return {**chosen, **{key: (value, "") for key, value in corpus.keys.items()}}
+    return {**chosen, **{key: (corpus.keys[key], "") for key in corpus.keys}}
 
 
 def _choose_length(corpus: Corpus, models: Sequence[Any]) -> int:
