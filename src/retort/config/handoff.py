@@ -207,7 +207,10 @@ def read_config_argument(text: str) -> Source:
 
 
 def read_changes(words: Iterable[str]) -> dict[str, Any]:
-    """Return the values of `--set` as nested sections, which `load` will read by the types of their keys."""
+    """Return the values of `--set` as nested sections, which `load` will read by the types of their keys.
+
+    Raises ValueError for what is no KEY=VALUE, and for a key or value that is wrong.
+    """
     changes: dict[str, Any] = {}
     for word in words:
         key, is_pair, value = word.partition("=")

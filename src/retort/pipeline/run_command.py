@@ -48,7 +48,7 @@ def run_workflow(words: Sequence[str]) -> None:
     try:
         if not config.is_file():
             raise ValueError(
-                f"The config {str(config)!r} does not exist (looked in {Path.cwd()}). `retort init` writes examples."
+                f"The config {str(config)!r} does not exist (looked in {Path.cwd()}). `retort init` writes one."
             )
         parser, args = _parse(command, is_verbose=is_verbose)
         project = check_config_of(args)

@@ -11,6 +11,7 @@ import yaml
 from snakemake.cli import parse_config
 
 from retort.config.load import load_runs
+from retort.config.recommended import ALPHA, CACHE, TEMPERATURE, choose_learning_rate
 from retort.config.schema import merge as merge_configs
 from retort.config.section import Section
 from retort.config.sections import Config
@@ -36,6 +37,16 @@ SCENARIOS = {
     "sweep_alpha_temperature",
     "two_teachers",
     "benchmarks",
+}
+# What an example is about, where that is another value than the recommended one.
+SUBJECTS = {"sweep_alpha_temperature": {"temperatures", "temperature", "alpha"}}
+# Parameters of the students, with any common vocabulary on the same side of each limit.
+SIZES = {
+    "llama_demo.json": 1e5,
+    "llama_100m.json": 124e6,
+    "llama_350m.json": 360e6,
+    "llama_1b.json": 1.07e9,
+    "mine.student.json": 100e6,
 }
 each_example = pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
 
@@ -91,6 +102,38 @@ def test_an_example_gives_its_command_and_a_trial(path: Path) -> None:
 def test_an_examples_student_exists(path: Path) -> None:
     for config in load_runs(read(path)).values():
         assert config.student.model_path or (REPOSITORY / str(config.student.config)).exists()
+
+
+def find_other_values(config: Config) -> set[str]:
+    """Return the keys of a run that have other values than the recommended ones, where they matter."""
+    training, found = config.training, set()
+    if training.distillation_type != "output" and training.use_cached_logits:
+        keys = ("method", "min_probability", "temperatures")
+        found = {key for key in keys if getattr(config.cache, key) != getattr(CACHE, key)}
+    if training.distillation_type != "output" and training.temperature != TEMPERATURE:
+        found.add("temperature")
+    if training.distillation_type == "hybrid" and training.alpha != ALPHA:
+        found.add("alpha")
+    name = Path(config.student.config or "").name
+    size = SIZES[name] if name else 500e6  # the pretrained ones are below 1B
+    if training.learning_rate != choose_learning_rate(int(size), is_pretrained=not name):
+        found.add("learning_rate")
+    return found
+
+
+@each_example
+def test_an_example_has_the_recommended_values_but_for_its_subject(path: Path) -> None:
+    found = set[str]().union(*map(find_other_values, load_runs(read(path)).values()))
+    assert found == SUBJECTS.get(path.stem, set())
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
+def test_the_configs_of_the_pages_have_the_recommended_values(page: str) -> None:
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    (config,) = re.findall(r"^```yaml\n(# mine.yaml.*?)^```", text, re.MULTILINE | re.DOTALL)
+    runs = load_runs(yaml.safe_load(config))
+    assert set(runs) == {"text", "soft"}
+    assert {name: find_other_values(run) for name, run in runs.items()} == {n: set() for n in runs}
 
 
 def test_slurm_changes_nothing_but_the_number_of_workers() -> None:
