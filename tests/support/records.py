@@ -19,6 +19,7 @@ from retort.evaluation.records import (
     Scorecard,
     Scores,
     TaskResult,
+    TextCounts,
 )
 from retort.evaluation.scores import METRICS, NO_TEACHER, OF_BOTH, UNITS
 from retort.io.fingerprints import TeacherRecord, TokenizerIdentity
@@ -196,6 +197,10 @@ def make_metrics(training: TrainingRecord, **values: Any) -> Metrics:
         "tokens": "beef",
         "sequences": 500,
         "leaked_sequences": 0,
+        "text": TextCounts(
+            documents=Counts(read=100, used=99, skipped=Counter(empty=1), rows={"empty": [4]}),
+            train=make_totals(819_200),
+        ),
         "units": UNITS,
         "scores": make_scores(LOSS[training.distillation_type]),
         "cache": None if training.distillation_type == "output" else make_manifest(),
@@ -234,11 +239,16 @@ def make_teacher_record(**values: Any) -> TeacherRecord:
     return TeacherRecord(**(about | {"tokenizer": tokenizer, "vocabulary": 300} | values))
 
 
-def make_index_record(positions: int, *, num_parts: int = 1) -> IndexRecord:
-    """Return the index of a training split of this size, in sequences of 100 positions."""
-    totals = SplitTotals(
+def make_totals(positions: int) -> SplitTotals:
+    """Return the totals of a split of this size, in sequences of 100 positions."""
+    return SplitTotals(
         documents=9, sequences=positions // 100, tokens=positions, positions=positions, longest=101
     )
+
+
+def make_index_record(positions: int, *, num_parts: int = 1) -> IndexRecord:
+    """Return the index of a training split of this size."""
+    totals = make_totals(positions)
     part = Part(name="c0ffee", shard=0, first=0, sequences=9, tokens=900, positions=891)
     return IndexRecord(
         tokenizer=TokenizerIdentity(fingerprint="0123456789ab", size=290),

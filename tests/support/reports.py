@@ -17,7 +17,7 @@ from retort.report.findings import find_warnings
 from retort.report.page import WIDTH, make_report, render_summary
 from retort.report.runs import load_results
 from retort.report.scoreboard import read_scoreboard
-from retort.report.tables import MAIN, build_main_table
+from retort.report.tables import build_main_table
 from support.records import (
     LOSS,
     make_manifest,
@@ -149,10 +149,11 @@ def find_all_warnings(paths: Sequence[Path]) -> str:
 def find_rows(paths: Sequence[Path]) -> dict[str, dict[str, str]]:
     """Return the texts of the main table's cells by name and key, in the order of the rows."""
     found = compare(paths)
-    rows = build_main_table(found, found.settings).rows
+    table = build_main_table(found, found.settings)
+    keys = [column.key for column in table.columns]
     return {
-        name: dict(zip([c.key for c in MAIN], [cell.text for cell in cells], strict=True))
-        for name, _, cells in rows
+        name: dict(zip(keys, [cell.text for cell in cells], strict=True))
+        for name, _, cells in table.rows
     }
 
 

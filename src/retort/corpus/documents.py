@@ -71,6 +71,16 @@ class Counts:
         for reason, numbers in rows.items():
             self.rows[reason] = sorted([*self.rows.get(reason, []), *numbers])[:MAX_ROWS]
 
+    def describe_skipped(self) -> str:
+        """Return the skipped rows by reason, and the first of them, "7 empty (rows 2, 3, 5, ...)"; "" if none is."""
+        parts = []
+        for reason, number in sorted(self.skipped.items()):
+            rows = self.rows.get(reason, [])
+            more = ", ..." if number > len(rows) else ""
+            named = f" (rows {', '.join(map(str, rows))}{more})" if rows else ""
+            parts.append(f"{number:,} {reason}{named}")
+        return ", ".join(parts)
+
     def to_json(self) -> dict[str, Any]:
         """Return the counts as a JSON object, without rows if there are none."""
         return {key: value for key, value in vars(self).items() if value or key != "rows"}

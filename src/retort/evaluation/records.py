@@ -2,10 +2,12 @@
 
 from typing import ClassVar
 
+from retort.corpus.documents import Counts
 from retort.evaluation.intervals import Estimate
-from retort.io.records import Entry, Record
+from retort.io.records import Entry, JsonObject, Record
 from retort.io.run_record import RunRecord
 from retort.teacher.records import Manifest
+from retort.tokens.index import SplitTotals
 from retort.training.record import TrainingRecord
 
 
@@ -53,15 +55,22 @@ class Scores(Entry):
     breakdown: dict[str, tuple[ClassRow, ...]]
 
 
+class TextCounts(Entry):
+    """The corpus's documents, read, used and skipped, and the totals of its training sequences."""
+
+    documents: Counts
+    train: SplitTotals
+
+
 class Metrics(Record):
     """metrics.json of a run, on held-out sequences.
 
     content, tokens: digests of the held-out and of the training sequences; leaked_sequences: how many of the former are
-    also training sequences; teacher: its name; trained: the run.json of the training.
+    also training sequences; teacher: its name; trained: the run.json of the training; text: None in files of version 4.
     """
 
     format: ClassVar[str] = "retort-metrics"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     remedy: ClassVar[str] = "evaluate the run again"
 
     training: TrainingRecord
@@ -71,11 +80,17 @@ class Metrics(Record):
     tokens: str
     sequences: int
     leaked_sequences: int
+    text: TextCounts | None
     units: dict[str, str]
     scores: Scores
     cache: Manifest | None
     trained: RunRecord | None
     made: RunRecord
+
+    @classmethod
+    def upgrade(cls, content: JsonObject, version: int) -> JsonObject | None:
+        """Version 4 had no `text`."""
+        return content | {"text": None} if version == 4 else None
 
 
 class Comparison(Record):

@@ -20,7 +20,7 @@ from retort.config.sections import Evaluation
 from retort.evaluation.breakdowns import find_classes
 from retort.evaluation.intervals import DocumentSums
 from retort.evaluation.metrics import Columns, measure_positions
-from retort.evaluation.records import Metrics, Scores
+from retort.evaluation.records import Metrics, Scores, TextCounts
 from retort.evaluation.scores import (
     DOCUMENTS_FILE,
     OF_BOTH,
@@ -302,6 +302,7 @@ def evaluate_run(
         tokens=index.record.content,
         sequences=len(table),
         leaked_sequences=index.count_leaked(table),
+        text=TextCounts(documents=index.record.counts.documents, train=index.record.train),
         units=UNITS,
         scores=scores.model_copy(update={"not_defined": scores.not_defined | reasons}),
         cache=manifest,

@@ -29,7 +29,12 @@ from retort.evaluation.intervals import DocumentSums, Estimate, percentile_inter
 from retort.evaluation.records import Metrics
 from retort.evaluation.scores import METRICS
 from retort.report.runs import ENDS, Results, get_estimate
-from retort.report.seeds import compare_means, compute_share, student_quantile
+from retort.report.seeds import (
+    compare_means,
+    compute_share,
+    find_last_change,
+    student_quantile,
+)
 
 SEED, SIZE, HELD_OUT, TEXT = "training.seed", "student parameters", "held-out text", "training text"
 UNKNOWN, STUDENT, WEIGHTS = "settings", "student content", "teacher weights"
@@ -51,9 +56,10 @@ _COSTS = ("training_seconds", "cache_bytes_per_position")
 class Comparisons:
     """Runs with their baselines and margins, and settings in the order of their mean held-out loss.
 
-    runs: those of `Results` with `setting`, `baseline`, `full`, `margin`, and the shares `gap_closed` and
-    `distance_closed`. settings: means under the names of the runs' columns, `seeds`, their number, and `basis`: whether
-    their intervals are over "seeds" or "documents". conditions, learning: of each run, as texts, by key of the config.
+    runs: those of `Results` with `setting`, `baseline`, `full`, `margin`, `last_change` (see `seeds`), and the shares
+    `gap_closed` and `distance_closed`. settings: means under the names of the runs' columns, `seeds`, their number,
+    and `basis`: whether their intervals are over "seeds" or "documents". conditions, learning: of each run, as texts,
+    by key of the config.
     """
 
     results: Results
@@ -98,6 +104,8 @@ def compare_runs(results: Results) -> Comparisons:
     runs["full"] = _match(runs, alike, _is_full(runs, learning))
     runs.loc[~is_distilled | (runs.full == runs.index), "full"] = np.nan
     runs["setting"] = _name_settings(runs, _join(conditions.drop(columns=SEED), learning))
+    ends = {name: find_last_change(log) for name, log in results.logs.items()}
+    _set_estimates(runs, "last_change", ends)
     pairs = list(runs.baseline.dropna().items())
     _set_estimates(runs, "margin", {n: _differ(runs, sums, n, b) for n, b in pairs})
     for share, targets in {"gap_closed": runs.full, "distance_closed": _OF + runs.index}.items():

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from retort.corpus.documents import Counts
 from retort.evaluation.formatting import format_signed
 from retort.evaluation.intervals import Estimate
 from retort.evaluation.scores import DOCUMENTS_FILE
@@ -19,6 +20,7 @@ from retort.report.comparisons import (
 )
 from retort.report.runs import find_teachers, get_estimate
 
+HIGH_SKIPPED = 0.05  # of the corpus's rows
 HIGH_TAIL_MASS = 0.2
 HIGH_FIDELITY_KL = 0.05  # nats
 FEW_POSITIONS = 1000
@@ -169,6 +171,13 @@ def find_warnings(found: Comparisons) -> list[str]:
             f"A teacher's held-out loss is worse than its student's: {list_names(pairs)}. Check that the teacher suits "
             "this text."
         )
+    for names, documents, _ in find_texts(found):
+        if documents.read - documents.used > HIGH_SKIPPED * documents.read:
+            warnings.append(
+                f"{1 - documents.used / documents.read:.0%} of the corpus's rows were skipped, so {names} learned "
+                f"nothing from them: {documents.read - documents.used:,} of {documents.read:,}, by reason: "
+                f"{documents.describe_skipped()}. Look at these rows, and at the columns that dataset names."
+            )
     for names, cache in find_caches(runs).iterrows():
         warnings += _warn_of_cache(str(names), cache)
     warnings += _warn_of_baselines(found)
@@ -178,6 +187,12 @@ def find_warnings(found: Comparisons) -> list[str]:
             f"With one seed, the intervals{whose} account for the choice of held-out documents, not for the seed: a "
             "small difference may be chance. Add seeds to find out."
         )
+    if len(falling := runs[runs.last_change_high < 0]):
+        warnings.append(
+            f"Still improving at the end of training: {list_names(list(falling.setting.unique()))}. The loss on "
+            f"training text fell by {-falling.last_change.mean():.3f} nats/token in the last fifth of the log, more "
+            "than its noise. Raise training.max_steps or training.num_epochs to learn more."
+        )
     if without := [name for name in runs.index if name not in found.results.documents]:
         warnings.append(
             f"No {DOCUMENTS_FILE} beside the metrics of {list_names(without)}: their margins have no intervals. "
@@ -186,6 +201,30 @@ def find_warnings(found: Comparisons) -> list[str]:
     if without := [name for name in runs.index if name not in found.results.logs]:
         warnings.append(f"No training log, so no learning curve: {list_names(without)}.")
     return warnings
+
+
+def find_texts(found: Comparisons) -> list[tuple[str, Counts, pd.Series]]:
+    """Return for each training text the names of its settings, its documents, and how many epochs its runs saw."""
+    texts = []
+    for _, runs in found.runs[found.runs.rows_read.notna()].groupby("tokens", sort=False):
+        text = found.results.metrics[runs.index[0]].text
+        assert text is not None
+        texts.append((list_names(list(runs.setting.unique())), text.documents, runs.epochs))
+    return texts
+
+
+def describe_texts(found: Comparisons) -> list[str]:
+    """Return a sentence for each training text: rows read, used and skipped by reason, and epochs."""
+    sentences = []
+    for names, documents, epochs in find_texts(found):
+        skipped = documents.describe_skipped()
+        low, high = f"{epochs.min():.2f}", f"{epochs.max():.2f}"
+        sentences.append(
+            f"corpus of {names}: {documents.read:,} rows read = {documents.used:,} used + "
+            f"{documents.read - documents.used:,} skipped{f': {skipped}' if skipped else ''}; trained for "
+            f"{low if low == high else f'{low} to {high}'} epochs"
+        )
+    return sentences
 
 
 def find_caches(runs: pd.DataFrame) -> pd.DataFrame:

@@ -22,6 +22,7 @@ from retort.report.findings import (
     FEW_POSITIONS,
     describe_next_best,
     describe_outcome,
+    describe_texts,
     find_caches,
     find_warnings,
     list_names,
@@ -95,13 +96,19 @@ def render_summary(
             wrap([text for text in outcome if text]),
         ]
     caches = find_caches(found.runs).iterrows()
-    facts = [f"cache of {names}: {describe_cache(cache)}" for names, cache in caches]
+    facts = describe_texts(found)
+    facts += [f"cache of {names}: {describe_cache(cache)}" for names, cache in caches]
     facts.append(
         "margin: held-out loss minus that of the cross-entropy run of the same text, student and settings of training "
         "except for the loss; negative is better. Losses and KL are in nats/token. After \u00b1: distance to the "
         "farther end of the 95 % interval: with one seed over held-out documents, with more over the seeds. "
         "summary.csv has every run and all columns."
     )
+    if found.settings.distance_closed.notna().any():
+        facts.append(
+            "closed %: share of the distance from the loss of the cross-entropy run to the teacher's that distillation "
+            "closed; a dash where the gain is not clear."
+        )
     facts += [
         f"{name} closes {_percent(row)} of the gap between cross-entropy and training on the teacher's full "
         "distributions."
@@ -180,6 +187,7 @@ def render_page(found: Comparisons, board: pd.DataFrame) -> str:
         samples=samples,
         without_samples=[name for name, known in found.results.samples.items() if not known],
         script=_script("page.js"),
+        texts=describe_texts(found),
         caches=build_cache_table(find_caches(found.runs)),
         warnings=find_warnings(found),
         benchmarks=build_task_table(board),

@@ -75,12 +75,14 @@ def load_results(paths: Sequence[Path]) -> Results:
 
 def _describe(path: Path, found: Metrics) -> dict[str, Any]:
     """Return a run's row of the table."""
-    training, scores, cache = found.training, found.scores, found.cache
+    training, scores, cache, text = found.training, found.scores, found.cache, found.text
     of_text = ("content", "tokens", "sequences", "leaked_sequences")
     return {
         "folder": str(find_folder(path)),
         **_pick(training, "id", "distillation_type", "alpha", "temperature", "seed"),
         **_pick(training.summary, "student_parameters", "steps", "trained_positions", "device"),
+        "epochs": training.summary.trained_positions / text.train.positions if text else np.nan,
+        **_pick(text and text.documents, "read", "used", prefix="rows_"),
         "training_seconds": training.summary.seconds,
         **_pick(found, "teacher", "teacher_parameters", *of_text),
         **_pick(scores.student, "positions", "documents"),

@@ -1,4 +1,4 @@
-"""Means over seeds and their differences, with 95 % intervals.
+"""Means over seeds, and over the logged losses of a run, and their differences, with 95 % intervals.
 
 The intervals are Student's: mean +- t s / sqrt(n), with t the quantile of n - 1 degrees of freedom (Student: The
 probable error of a mean, 1908). They account for the choice of seeds, those of single runs for the choice of documents.
@@ -59,6 +59,20 @@ def compare_means(one: pd.Series, other: pd.Series) -> Estimate:
         return _centre(value, 0.0)
     freedom = total**2 / (variances**2 / [len(one) - 1, len(other) - 1]).sum()
     return _centre(value, student_quantile(int(freedom)) * math.sqrt(total))
+
+
+def find_last_change(log: pd.DataFrame) -> Estimate | None:
+    """Return the change of the hard loss at the end of a training log, None for fewer than 8 logged losses.
+
+    Of the last fifth of them, 8 at least, the mean of the second half minus that of the first, with Welch's interval:
+    below zero, the loss still fell by more than its noise from batch to batch.
+    """
+    last = log.hard_loss.reset_index(drop=True).iloc[-max(8, len(log) // 5) :]
+    return (
+        compare_means(last.iloc[len(last) // 2 :], last.iloc[: len(last) // 2])
+        if len(last) >= 8
+        else None
+    )
 
 
 def compute_share(gains: pd.Series, gaps: pd.Series) -> Estimate | None:

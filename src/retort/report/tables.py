@@ -124,6 +124,7 @@ MAIN = (
     Column("loss", "held-out loss", ".3f", "loss", interval="beside"),
     Column("margin", "margin vs cross-entropy", format_signed, "margin", interval="beside"),
     Column("seeds", "seeds", ".0f", "seeds"),
+    Column("distance_closed", "distance to teacher closed, %", ".0f", "closed %", scale=100),
     Column("perplexity", "perplexity", _write_perplexity, "perplexity"),
     Column("kl_to_teacher", "KL to teacher", ".3f", "KL"),
     Column("agreement", "agreement, %", ".1f", "agree %", scale=100),
@@ -133,7 +134,7 @@ MAIN = (
     Column("student_parameters", "parameters", _write_size, "params"),
 )
 # Left out of a terminal's table, in this order, until names have room.
-_OPTIONAL = ("params", "perplexity", "agree %", "T", "alpha", "type", "KL")
+_OPTIONAL = ("params", "perplexity", "agree %", "T", "alpha", "type", "KL", "closed %")
 _NAME_ROOM = 24  # characters
 _ALL_METRICS = (
     *("loss", "bits_per_byte", "kl_to_teacher", "reverse_kl", "agreement", "overlap"),
@@ -145,7 +146,10 @@ _METRICS = [
     else Column(name, name_metric(name), ".1f", scale=100, interval="below")
     for name in _ALL_METRICS
 ]
-_GAP = Column("gap_closed", "gap closed, %", ".0f", scale=100, interval="below")
+_SHARES = (
+    Column("distance_closed", "distance closed, %", ".0f", scale=100, interval="below"),
+    Column("gap_closed", "gap closed, %", ".0f", scale=100, interval="below"),
+)
 _OF_RUN = (
     Column("margin", "margin, nats/token", ".3f", interval="below"),
     Column("baseline", "baseline"),
@@ -164,6 +168,8 @@ _PROVENANCE = (
     Column("seed", "seed", ".0f"),
     Column("steps", "steps", ",.0f"),
     Column("trained_positions", "positions trained on", ",.0f"),
+    Column("epochs", "epochs", ".2f"),
+    Column("last_change", "change of loss at the end", format_signed, interval="below"),
     Column("training_seconds", "training time", _write_duration),
     Column("device", "device"),
     Column("folder", "folder"),
@@ -201,7 +207,8 @@ def build_main_table(found: Comparisons, group: pd.DataFrame) -> Table:
         temperature=group.temperature.where(is_distilled),
         margin=group.margin.astype(object).mask(is_lacking, NO_BASELINE),
     )
-    return Table(_with_teachers(frame), MAIN, bold=_find_bold(found, group, ["loss"]))
+    columns = [c for c in MAIN if c.key != "distance_closed" or group[c.key].notna().any()]
+    return Table(_with_teachers(frame), columns, bold=_find_bold(found, group, ["loss"]))
 
 
 def build_metric_table(found: Comparisons, group: pd.DataFrame, *, of: str = "setting") -> Table:
@@ -209,7 +216,7 @@ def build_metric_table(found: Comparisons, group: pd.DataFrame, *, of: str = "se
 
     of: whether the group's rows are settings, of which the clearly best are bold, or a "run" each, with its baseline.
     """
-    columns = [column for column in (*_METRICS, _GAP) if group[column.key].notna().any()]
+    columns = [column for column in (*_METRICS, *_SHARES) if group[column.key].notna().any()]
     if of == "run":
         return Table(group, [*columns, *_OF_RUN], of, bold=_find_bold(found, group, []))
     shown = [column.key for column in columns if column.key in METRICS]

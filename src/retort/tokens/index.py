@@ -8,7 +8,7 @@ sequences that are returned, and, for a split, the content keys of all (16 bytes
 import io
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from operator import itemgetter
@@ -426,11 +426,7 @@ def describe_index(index: IndexRecord) -> str:
         f"{words}: {found.documents:,} documents, {found.sequences:,} sequences, {found.positions:,} positions"
         for words, found in (("to train on", index.train), ("held out", index.val))
     ]
-    skipped = ", ".join(
-        f"{n:,} {reason}{_name_rows(documents.rows.get(reason, ()), n)}"
-        for reason, n in documents.skipped.items()
-    )
-    skipped = skipped or "none"
+    skipped = documents.describe_skipped() or "none"
     cleaned = ", ".join(f"{n:,} {reason}" for reason, n in documents.cleaned.items()) or "none"
     lines.append(
         f"documents: {documents.read:,} read = {documents.used:,} used + skipped ({skipped}); cleaned: {cleaned}"
@@ -445,9 +441,3 @@ def describe_index(index: IndexRecord) -> str:
             f"control tokens: written out in {tokens.with_control_tokens:,} documents (see dataset.control_tokens)"
         )
     return "\n".join(lines)
-
-
-def _name_rows(rows: Sequence[int], number: int) -> str:
-    """Return the first rows of `number` that were skipped, " (rows 3, 17, ...)"; "" if they are not known."""
-    more = ", ..." if number > len(rows) else ""
-    return f" (rows {', '.join(map(str, rows))}{more})" if rows else ""

@@ -133,6 +133,26 @@ def test_a_student_with_other_content_is_another_one(tmp_path: Path) -> None:
     )
 
 
+def test_the_share_of_the_distance_to_the_teacher_is_shown(tmp_path: Path) -> None:
+    paths = write_measured(tmp_path, {"output": 0.2, "hybrid": 0.35, "worse": 0.1})
+    for path in paths:  # a teacher that is 0.3 below cross-entropy on every document
+        file = path.with_name("documents.csv")
+        table, plain = pd.read_csv(file), pd.read_csv(paths[0].with_name("documents.csv"))
+        table["teacher_loss"] = plain.loss - 0.3 * plain.positions
+        table.to_csv(file, index=False)
+    runs = compare(paths).runs
+    share = get_estimate(runs.loc["hybrid"], "distance_closed")
+    assert share is not None and share.ends is not None
+    assert share.value == pytest.approx((runs.loss["output"] - runs.loss["hybrid"]) / 0.3)
+    assert share.ends[0] < share.value < share.ends[1]
+    assert pd.isna(runs.distance_closed["worse"])  # a loss is no share
+    assert find_rows(paths)["hybrid"]["distance_closed"] == "50"
+    summary = summarise(paths, 120)
+    assert "closed %" in summary and "share of the distance" in summary
+    assert "distance to teacher closed, %" in render_page(tmp_path, paths)
+    assert "closed %" not in summarise(write_demo(tmp_path / "single"))
+
+
 def test_a_share_is_shown_only_where_both_gains_are_clear(tmp_path: Path) -> None:
     for number, gains in enumerate([(0.15, 0.002), (-0.4, 0.2), (0.002, 0.2)]):
         gains_of = dict(

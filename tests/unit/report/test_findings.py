@@ -1,15 +1,24 @@
 """Sentences on the outcome, and warnings."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from retort.corpus.documents import Counts
+from retort.evaluation.records import TextCounts
 from retort.report.findings import describe_next_best, describe_outcome
 from retort.report.page import make_report
+from retort.report.runs import find_folder
+from support.records import make_totals
 from support.reports import (
+    LOG_HEAD,
     compare,
     find_all_warnings,
+    render_page,
+    summarise,
     write_demo,
     write_measured,
     write_run,
@@ -134,6 +143,46 @@ def test_one_seed_and_another_training_text_are_warned_of(tmp_path: Path) -> Non
     assert f"No margin for longer: no matching cross-entropy run; {need}" in find_all_warnings(
         paths
     )
+
+
+def write_skipped(folder: Path, used: int) -> Path:
+    """Write a run whose corpus had 100 rows, of which some had empty responses and the rest numbers."""
+    skipped = Counter(empty_response=(100 - used) // 2, not_text=100 - used - (100 - used) // 2)
+    documents = Counts(read=100, used=used, skipped=+skipped, rows={"empty_response": [1, 3, 5]})
+    text = TextCounts(documents=documents, train=make_totals(409_600))
+    return write_run(folder, f"of_{used}", validation__text=text)
+
+
+def test_skipped_rows_are_counted_by_reason_and_many_are_warned_of(tmp_path: Path) -> None:
+    few, half = write_skipped(tmp_path, 95), write_skipped(tmp_path, 50)
+    counted = (
+        "corpus of of_50: 100 rows read = 50 used + 50 skipped: 25 empty_response (rows 1, 3, 5, ...), 25 not_text; "
+        "trained for 4.00 epochs"
+    )
+    assert counted in " ".join(summarise([half]).split())
+    assert counted in render_page(tmp_path, [half])
+    message = find_all_warnings([half])
+    assert (
+        "50% of the corpus's rows were skipped, so of_50 learned nothing from them: 50 of 100"
+        in message
+    )
+    assert "rows were skipped" not in find_all_warnings([few])
+
+
+@pytest.mark.parametrize(("slope", "is_falling"), [(-0.004, True), (0.0, False), (0.004, False)])
+def test_a_run_whose_loss_still_fell_is_said_to_be_improving(
+    tmp_path: Path, slope: float, is_falling: bool
+) -> None:
+    path = write_run(tmp_path, "run")
+    noise = np.random.default_rng(3).normal(0, 0.01, 100)
+    rows = [f"{i},1,{3 + slope * i + noise[i - 1]},,2,1e-4,9" for i in range(1, 101)]
+    log = find_folder(path) / "training_log.csv"
+    log.write_text("\n".join([LOG_HEAD, *rows]) + "\n")
+    message = "Still improving at the end of training: run. The loss on training text fell by 0.0"
+    assert (message in find_all_warnings([path])) is is_falling
+    assert compare([path]).runs.last_change["run"] == pytest.approx(10 * slope, abs=0.02)
+    log.write_text("\n".join([LOG_HEAD, *rows[:7]]) + "\n")
+    assert np.isnan(compare([path]).runs.last_change["run"])  # too few to tell
 
 
 def test_few_documents_are_warned_of(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Runs and their files: which runs can be compared, and what is refused."""
 
 import itertools
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from support.reports import (
     compare,
     find_all_warnings,
     find_rows,
+    summarise,
     write_run,
     write_trained,
 )
@@ -133,7 +135,7 @@ def test_the_runs_folder_is_found_from_both_places_of_metrics(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"version": 4', '"version": 3', "was written by an older Retort (version 3)"),
+        ('"version": 5', '"version": 3', "was written by an older Retort (version 3)"),
         ('"value": 3.213', '"value": NaN', "has scores.student.metrics.loss.value = nan"),
         ('"kl": 3.1e-05', '"kl": Infinity', "has cache.fidelity.kl = inf"),
         ('"steps": 400', '"steps": true', "has training.summary.steps = True"),
@@ -151,6 +153,15 @@ def test_metrics_that_are_old_or_damaged_are_refused_by_key(
     with pytest.raises(ValueError, match=re.escape(f"{path} {message}")) as caught:
         load_results([path])
     assert str(caught.value).endswith(": evaluate the run again.")
+
+
+def test_metrics_of_version_4_are_read_without_the_counts_of_the_text(tmp_path: Path) -> None:
+    path = write_run(tmp_path, "run")
+    old = json.loads(path.read_text()) | {"version": 4}
+    del old["text"]
+    path.write_text(json.dumps(old))
+    assert load_results([path]).metrics["run"].text is None
+    assert "corpus of" not in summarise([path]) and "rows were skipped" not in summarise([path])
 
 
 def test_a_log_that_diverged_is_refused(tmp_path: Path) -> None:

@@ -46,6 +46,9 @@ def test_runs_that_differ_in_their_seed_alone_are_averaged(tmp_path: Path) -> No
         assert [margin.value, margin.low] == pytest.approx([-0.31, -0.31 - half])
         assert settings.perplexity["soft-temperature_2"] == pytest.approx(np.exp(3.21))
         assert pd.isna(settings.margin["hard"])
+        share = get_estimate(settings.loc["soft-temperature_2"], "distance_closed")
+        assert share and share.low and share.low > 0.3  # the teacher's loss is 2.752
+        assert share.value == pytest.approx(0.31 / (3.52 - 2.752))
 
 
 def test_a_mean_over_seeds_has_a_margin_only_if_each_seed_has_a_baseline(tmp_path: Path) -> None:
