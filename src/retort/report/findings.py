@@ -189,8 +189,8 @@ def find_warnings(found: Comparisons) -> list[str]:
         )
     if len(falling := runs[runs.last_change_high < 0]):
         warnings.append(
-            f"Still improving at the end of training: {list_names(list(falling.setting.unique()))}. The loss on "
-            f"training text fell by {-falling.last_change.mean():.3f} nats/token in the last fifth of the log, more "
+            f"Still improving at the end of training: {list_names(list(falling.setting.unique()))}. Their training "
+            f"loss fell by {-falling.last_change.mean():.3f} nats/token in the last fifth of the log, more "
             "than its noise. Raise training.max_steps or training.num_epochs to learn more."
         )
     if without := [name for name in runs.index if name not in found.results.documents]:

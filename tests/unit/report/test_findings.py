@@ -178,7 +178,7 @@ def test_a_run_whose_loss_still_fell_is_said_to_be_improving(
     rows = [f"{i},1,{3 + slope * i + noise[i - 1]},,2,1e-4,9" for i in range(1, 101)]
     log = find_folder(path) / "training_log.csv"
     log.write_text("\n".join([LOG_HEAD, *rows]) + "\n")
-    message = "Still improving at the end of training: run. The loss on training text fell by 0.0"
+    message = "Still improving at the end of training: run. Their training loss fell by 0.0"
     assert (message in find_all_warnings([path])) is is_falling
     assert compare([path]).runs.last_change["run"] == pytest.approx(10 * slope, abs=0.02)
     log.write_text("\n".join([LOG_HEAD, *rows[:7]]) + "\n")
