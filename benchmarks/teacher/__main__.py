@@ -17,7 +17,7 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,8 +33,9 @@ from retort.cache.methods import build_codec
 from retort.cache.parts import write_part
 from retort.cache.reader import CacheHeader
 from retort.config.sections import Cache
-from retort.models.load import CausalLM, split_model
-from retort.teacher.scoring import Scorer, batch_by_length, pad_batch, score_part
+from retort.models.causal_lm import CausalLM, split_model
+from retort.teacher.batches import Batch, batch_by_length, pad_batch
+from retort.teacher.scoring import Scorer, score_part
 from retort.tokens.sequences import SequenceTable, build_table
 
 # hidden, intermediate, layers, heads, key-value heads
@@ -106,29 +107,29 @@ class TeacherPass:
         )
         return cls(teacher, table, codec, codec.order_tokens(counts), batch_size)
 
-    def _batches(self, groups: Iterator[Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for indices in groups:
-            rows = [self.table[int(i)] for i in indices]
-            ids_BT, attention_BT, _ = pad_batch(rows, device=self.teacher.device)
-            yield ids_BT, attention_BT
+    def _read(self, batches: Iterable[Batch]) -> Iterator[torch.Tensor]:
+        """Yield the model's own logits [B, T, V], with the mask that most scripts give."""
+        for batch in batches:
+            inputs = pad_batch(batch.rows, device=self.teacher.device)
+            ids_BT, attention_BT = inputs.ids, inputs.attention
+            yield self.teacher.model(
+                input_ids=ids_BT, attention_mask=attention_BT, use_cache=False
+            ).logits
 
     @torch.inference_mode()
     def bare(self) -> None:
         """The model's own forward on our batches."""
-        for ids_BT, attention_BT in self._batches(batch_by_length(self.table, self.batch_size)):
-            self.teacher.model(input_ids=ids_BT, attention_mask=attention_BT, use_cache=False)
+        for _ in self._read(batch_by_length(self.table, self.batch_size)):
+            pass
 
     @torch.inference_mode()
     def plain(self) -> None:
         """The loop that most scripts have, in the corpus' order."""
         starts = range(0, len(self.table), self.batch_size)
-        groups = (range(s, min(s + self.batch_size, len(self.table))) for s in starts)
+        order = np.arange(len(self.table))
+        batches = (Batch(self.table, order[s : s + self.batch_size]) for s in starts)
         with tempfile.TemporaryFile() as file:
-            for ids_BT, attention_BT in self._batches(groups):
-                model = self.teacher.model
-                logits_BTV = model(
-                    input_ids=ids_BT, attention_mask=attention_BT, use_cache=False
-                ).logits
+            for logits_BTV in self._read(batches):
                 top = logits_BTV.float().log_softmax(dim=-1).topk(64, dim=-1)
                 file.write(top.values.half().cpu().numpy().tobytes())
                 file.write(top.indices.int().cpu().numpy().tobytes())
@@ -236,7 +237,7 @@ def print_lengths(flags: argparse.Namespace, dtype: torch.dtype) -> None:
     )
     faster = sorted(1 / ratio for ratio in ratios)
     batches = list(batch_by_length(table, 8))
-    padded = sum(len(b) * int(table.lengths[b].max()) for b in batches)
+    padded = sum(batch.padded_size for batch in batches)
     order = [table.lengths[s : s + 8] for s in range(0, len(table), 8)]
     plain = sum(len(b) * int(b.max()) for b in order)
     print(

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.common import import_opponent
 from benchmarks.training.student import BATCH, COUNT, LENGTH, Inputs
-from retort.models.load import split_model
+from retort.models.causal_lm import split_model
 from retort.training.batches import IGNORE_INDEX
 from retort.training.losses import LossSettings, LossTerms, compute_dense_divergence
 from retort.training.model_loss import LossTargets, attach_loss

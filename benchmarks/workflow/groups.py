@@ -30,8 +30,8 @@ from retort.cache.reader import CacheHeader
 from retort.cache.top_k_codec import TopKCodec
 from retort.cluster.leases import lease
 from retort.io.fingerprints import TokenizerIdentity
+from retort.models.causal_lm import CausalLM
 from retort.models.heads import Head
-from retort.models.load import CausalLM
 from retort.teacher.scoring import Scorer
 from retort.teacher.worker import run_worker
 from retort.tokens.index import TokenIndex, write_index

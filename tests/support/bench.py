@@ -12,7 +12,8 @@ from retort.cache.reader import LogitCache
 from retort.config.load import identity
 from retort.config.training import DEFAULT_ALPHA
 from retort.io.digests import digest
-from retort.models.load import CausalLM, load_teacher
+from retort.models.causal_lm import CausalLM
+from retort.models.load import load_teacher
 from retort.tokens.index import TokenIndex
 from retort.tokens.sequences import SequenceTable
 from retort.tokens.tokenizer import load_tokenizer

@@ -10,8 +10,9 @@ from retort.cache.codec import Codec, SparseTargets
 from retort.cache.entropy_codec import EntropyCodec
 from retort.cache.sparse_streams import TAIL_UNIT
 from retort.cache.top_k_codec import TopKCodec
-from retort.models.load import CausalLM
-from retort.teacher.scoring import Scorer, batch_by_length, score_part
+from retort.models.causal_lm import CausalLM
+from retort.teacher.batches import batch_by_length
+from retort.teacher.scoring import Scorer, score_part
 from retort.teacher.selection import select_probable, select_top_k
 from retort.tokens.sequences import SequenceTable, build_table
 from support.tiny import NUM_TOKENS
@@ -69,7 +70,7 @@ class Small(CausalLM):
 def check_batches(lengths: list[int], batch_size: int) -> None:
     """Batches cover every sequence once, longest first, are full, and pad at most an eighth."""
     table = random_table(lengths)
-    batches = list(batch_by_length(table, batch_size))
+    batches = [batch.indices for batch in batch_by_length(table, batch_size)]
     indices = np.concatenate([np.empty(0, np.int64), *batches])
     assert sorted(indices.tolist()) == list(range(len(lengths)))
     in_order = table.lengths[indices]

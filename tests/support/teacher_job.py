@@ -11,7 +11,8 @@ from retort.cache.parts import (
 )
 from retort.cluster.deadlines import Deadline
 from retort.io.fingerprints import TeacherRecord
-from retort.models.load import CausalLM, load_recorded_teacher
+from retort.models.causal_lm import CausalLM
+from retort.models.load import load_recorded_teacher
 from retort.teacher.claims import Claims
 from retort.teacher.scoring import Scorer
 from retort.teacher.worker import WorkerReport, run_worker

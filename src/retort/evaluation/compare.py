@@ -27,8 +27,8 @@ from retort.evaluation.scores import METRICS, OF_BOTH, UNITS
 from retort.evaluation.text_bytes import count_next_bytes
 from retort.io.run_record import describe_run
 from retort.io.text_files import COMPRESSED_SUFFIXES
+from retort.models.causal_lm import CausalLM, require_causal, split_model
 from retort.models.load import (
-    CausalLM,
     choose_device,
     choose_dtype,
     describe_device,
@@ -36,8 +36,6 @@ from retort.models.load import (
     load_pretrained,
     load_teacher,
     name_dtype,
-    require_causal,
-    split_model,
 )
 from retort.teacher.features import OTHER_TOKENIZER, TeacherFeatures, digest_keys
 from retort.teacher.validation import collect_features

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from retort.models.load import CausalLM
+from retort.models.causal_lm import CausalLM
 from retort.teacher.features import TeacherFeatures, iterate_rows
 from retort.teacher.scoring import Scorer, score_features
 from retort.tokens.sequences import SequenceTable

@@ -32,14 +32,9 @@ from retort.evaluation.text_bytes import count_next_bytes
 from retort.io.digests import compare_digests, digest, digest_folder
 from retort.io.fingerprints import TeacherRecord
 from retort.io.run_record import RUN_FILE, RunRecord, describe_run
+from retort.models.causal_lm import CausalLM, split_model
 from retort.models.generate import sample_model
-from retort.models.load import (
-    CausalLM,
-    choose_device,
-    describe_device,
-    load_pretrained,
-    split_model,
-)
+from retort.models.load import choose_device, describe_device, load_pretrained
 from retort.models.samples import (
     SAMPLES_FILE,
     Samples,

@@ -10,12 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from retort.config.sections import Student
 from retort.models.attention import keep_softcap
-from retort.models.load import (
-    load_model_config,
-    load_pretrained,
-    output_width,
-    require_causal,
-)
+from retort.models.causal_lm import require_causal
+from retort.models.load import load_model_config, load_pretrained, output_width
 from retort.tokens.vocabularies import min_output_width
 
 logger = logging.getLogger(__name__)

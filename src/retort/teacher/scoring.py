@@ -1,7 +1,6 @@
 """The teacher reads sequences, in batches of similar length, and returns distributions at every counted position.
 
-Legend: B sequences in a batch, T positions, P counted positions, D width, V vocabulary, W the vocabulary in whole
-blocks, N tokens of a packed batch, R rows of logits at once.
+Legend: P counted positions, D width, V vocabulary, W the vocabulary in whole blocks, R rows of logits at once.
 
 Batches follow from a part's content and the config alone. Only if the device runs out of memory is a batch halved, and
 parts that were scored that way are counted.
@@ -9,68 +8,31 @@ parts that were scored that way are counted.
 
 import gc
 import logging
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Many
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from retort.cache.codec import NO_ORDER, Codec, Selected, TokenOrder
 from retort.cache.entropy_codec import hash_to_uniform
 from retort.cli import is_out_of_memory
-from retort.models.load import CausalLM
+from retort.models.causal_lm import CausalLM
+from retort.teacher.batches import Batch, batch_by_length, pack_batch, pad_batch
 from retort.teacher.selection import NotFiniteError, pad_width, select
-from retort.tokens.sequences import Sequence, SequenceTable
+from retort.teacher.streams import Queued, SideStreams
+from retort.tokens.sequences import SequenceTable
 
 logger = logging.getLogger(__name__)
 
 # Rows of logits at once, by device. On a CPU a product of 64 rows takes a quarter longer per row than one of 128 or
 # more; a GPU needs more.
 _HEAD_ROWS = {"cpu": 256, "cuda": 2048}
-_MAX_PADDING = 0.125  # of a row
-
-
-def batch_by_length(table: SequenceTable, batch_size: int) -> Iterator[NDArray[np.int64]]:
-    """Yield indices of sequences, int64 [B], in batches of similar length, longest first.
-
-    A batch has at most as many tokens, padding included, as `batch_size` of the longest sequences (so there are more of
-    shorter ones), and no sequence more than an eighth shorter than its longest. Padding is 5.6 % of 1,000 documents of
-    log-normal lengths (mean 294, batch_size 8), in 40 batches; without the eighth 7.7 % in 23, of 150 documents 32 %.
-    """
-    lengths = table.lengths
-    order = np.argsort(-lengths, kind="stable")
-    descending = lengths[order]
-    max_tokens = batch_size * int(lengths.max(initial=0))
-    start = 0
-    while start < len(order):
-        longest = int(descending[start])
-        similar = int(np.searchsorted(-descending, -longest * (1 - _MAX_PADDING), side="right"))
-        stop = min(start + max_tokens // longest, similar)
-        yield order[start:stop]
-        start = stop
-
-
-def pad_batch(rows: Many[Sequence], *, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return input ids and attention mask, int64, and loss mask, bool, each [B, T], padded on the right."""
-    ids = [torch.from_numpy(row.ids.astype(np.int64)) for row in rows]
-    loss = [torch.from_numpy(np.array(row.loss_mask)) for row in rows]
-    columns = ids, [torch.ones_like(row) for row in ids], loss
-    ids_BT, attention_BT, loss_BT = (pad_sequence(c, batch_first=True).to(device) for c in columns)
-    return ids_BT, attention_BT, loss_BT
-
-
-def pack_batch(rows: Many[Sequence], *, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return input ids and position ids, int64, and loss mask, bool, each [1, N]: all rows in one, without padding."""
-    ids_N = torch.from_numpy(np.concatenate([row.ids for row in rows]).astype(np.int64))
-    positions_N = torch.cat([torch.arange(len(row.ids)) for row in rows])
-    loss_N = torch.from_numpy(np.concatenate([row.loss_mask for row in rows]))
-    return ids_N[None].to(device), positions_N[None].to(device), loss_N[None].to(device)
 
 
 @dataclass
@@ -80,62 +42,94 @@ class Scorer:
     teacher: CausalLM
     batch_size: int
     failed_size: int | None = None  # tokens of a batch, with padding, that ran out of memory
-    num_halved: int = field(default=0, init=False)  # batches
 
     @torch.inference_mode()
-    def read(self, table: SequenceTable) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
-        """Yield (indices of sequences [B], features [P, D] at all their counted positions) batch by batch.
+    def read(
+        self, batches: Iterable[Batch | None], *, ahead: int = 0
+    ) -> Iterator[tuple[Batch, Queued]]:
+        """Yield each batch, or in order the pieces of one that is halved, and its features [P, D] at counted positions.
 
-        Raises ValueError where memory runs out with a single sequence.
+        ahead: batches that are queued before the first is yielded. None among the batches: no other is known for now,
+        so all that are queued are yielded. Raises ValueError where memory runs out with a single sequence.
         """
-        for indices in batch_by_length(table, self.batch_size):
-            yield from self._read_batch(table, indices)
+        queued: deque[tuple[Batch, Queued]] = deque()
+        for given in batches:
+            waiting = [given] if given else []
+            while waiting:
+                batch = waiting.pop(0)
+                if self._is_too_large(batch):
+                    waiting[:0] = batch.halve()
+                    continue
+                features = self._try(batch)
+                if features is None and queued:  # with their memory free it may succeed
+                    yield from _drain(queued)
+                    features = self._try(batch)
+                if features is None:
+                    waiting[:0] = self._halve(batch)
+                    continue
+                queued.append((batch, Queued.mark(features)))
+                del features
+                if len(queued) > ahead:
+                    yield queued.popleft()
+            if given is None:
+                yield from _drain(queued)
+        yield from _drain(queued)
 
-    def _read_batch(
-        self, table: SequenceTable, indices: NDArray[np.int64]
-    ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
-        """Yield one batch, in halves if the device runs out of memory."""
-        size = len(indices) * int(table.lengths[indices[0]])
-        if self.failed_size is None or size < self.failed_size or len(indices) == 1:
-            try:
-                features_PD = self._run(table, indices)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                if len(indices) == 1:
-                    raise ValueError(
-                        f"out of memory with one sequence of {size:,} tokens: spread the teacher over more GPUs "
-                        "(teacher.generation.gpus_per_model), use a smaller teacher.dtype, or lower "
-                        "dataset.max_length (which tokenizes the corpus again)."
-                    ) from None
-                self._remember(size, len(indices))
-            else:
-                yield indices, features_PD
-                return
-        self.num_halved += 1
-        middle = (len(indices) + 1) // 2
-        for half in (indices[:middle], indices[middle:]):
-            yield from self._read_batch(table, half)
+    def _is_too_large(self, batch: Batch) -> bool:
+        if self.failed_size is None or len(batch.indices) == 1:
+            return False
+        return batch.padded_size >= self.failed_size
 
-    def _run(self, table: SequenceTable, indices: NDArray[np.int64]) -> Tensor:
-        rows = [table[int(i)] for i in indices]
+    def _try(self, batch: Batch) -> Tensor | None:
+        """Return the features [P, D], or None where memory runs out."""
+        try:
+            return self._run(batch)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        # Only here, after the exception is gone, are the activations free that its traceback held.
+        free_memory()
+        return None
+
+    def _run(self, batch: Batch) -> Tensor:
+        device = self.teacher.device
         if self.teacher.packs_sequences:
-            ids_1N, positions_1N, loss_1N = pack_batch(rows, device=self.teacher.device)
-            features_1ND = self.teacher.features(ids_1N, None, position_ids_BT=positions_1N)
-            return features_1ND[loss_1N.to(features_1ND.device)]
-        ids_BT, attention_BT, loss_BT = pad_batch(rows, device=self.teacher.device)
-        features_BTD = self.teacher.features(ids_BT, attention_BT)
-        return features_BTD[loss_BT.to(features_BTD.device)]
+            inputs = pack_batch(batch.rows, device=device)
+        else:
+            inputs = pad_batch(batch.rows, device=device, needs_mask=self.teacher.needs_mask)
+        features_BTD = self.teacher.features(
+            inputs.ids, inputs.attention, position_ids_BT=inputs.positions
+        )
+        counted_P = inputs.counted.to(features_BTD.device, non_blocking=True)
+        return features_BTD.flatten(0, 1).index_select(0, counted_P)
 
-    def _remember(self, size: int, num_sequences: int) -> None:
+    def _halve(self, batch: Batch) -> list[Batch]:
+        """Return the halves of a batch for which memory ran out. Raises ValueError if it has one sequence."""
+        size = batch.padded_size
+        if len(batch.indices) == 1:
+            raise ValueError(
+                f"out of memory with one sequence of {size:,} tokens: spread the teacher over more GPUs "
+                "(teacher.generation.gpus_per_model), use a smaller teacher.dtype, or lower "
+                "dataset.max_length (which tokenizes the corpus again)."
+            )
         self.failed_size = size
         logger.info(
-            f"out of memory with {num_sequences} sequences ({size:,} tokens) at once: such batches are halved from now "
-            "on. A lower teacher.generation.batch_size avoids this."
+            f"out of memory with {len(batch.indices)} sequences ({size:,} tokens) at once: such batches are halved "
+            "from now on. A lower teacher.generation.batch_size avoids this."
         )
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        return batch.halve()
+
+
+def _drain(queued: deque[Any]) -> Iterator[Any]:
+    while queued:
+        yield queued.popleft()
+
+
+def free_memory() -> None:
+    """Give what PyTorch keeps for later back to the GPUs."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def score_features(
@@ -145,11 +139,10 @@ def score_features(
 
     on_batch: called with the number of tokens of each batch. Raises ValueError as `Scorer.read` does.
     """
-    counts = np.diff(table.position_offsets)
-    for indices, features_PD in scorer.read(table):
-        pieces = torch.split(features_PD, counts[indices].tolist())
-        yield from zip(indices.tolist(), pieces, strict=True)
-        on_batch(int(table.lengths[indices].sum()))
+    for batch, features in scorer.read(batch_by_length(table, scorer.batch_size)):
+        pieces = torch.split(features.values, batch.counts.tolist())
+        yield from zip(batch.indices.tolist(), pieces, strict=True)
+        on_batch(batch.num_tokens)
 
 
 class PartTargets:
@@ -158,13 +151,33 @@ class PartTargets:
     With an executor, sequences are prepared in the background while the teacher reads on; `sequences` waits for them.
     """
 
-    def __init__(self, num_sequences: int, executor: Executor | None) -> None:
-        self._found: list[Any] = [None] * num_sequences
-        self._executor = executor
-        self.num_halved = 0  # batches that were halved because memory ran out
+    def __init__(
+        self, table: SequenceTable, codec: Codec, order: TokenOrder, executor: Executor | None
+    ) -> None:
+        self.table, self.codec, self.order, self._executor = table, codec, order, executor
+        self._found: list[Any] = [None] * len(table)
+        self._left = len(table)
+        self.is_halved = False  # whether memory ran out
 
-    def put(self, index: int, work: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """Set a sequence's targets to what `work` returns."""
+    @property
+    def is_complete(self) -> bool:
+        """Whether all sequences were added."""
+        return self._left == 0
+
+    def add(self, batch: Batch, selected: Selected, *, is_halved: bool = False) -> None:
+        """Add a batch of this part's sequences. is_halved: memory ran out for it."""
+        assert batch.table is self.table
+        ends = np.cumsum(batch.counts)
+        for row, index, first, stop in zip(
+            batch.rows, batch.indices.tolist(), ends - batch.counts, ends, strict=True
+        ):
+            piece = selected[int(first) : int(stop)]
+            keys = {"next_ids": row.next_ids, "key": row.key}
+            self._put(index, self.codec.prepare, piece, self.order, **keys)
+        self._left -= len(batch.indices)
+        self.is_halved |= is_halved
+
+    def _put(self, index: int, work: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         if self._executor is None:
             self._found[index] = work(*args, **kwargs)
         else:
@@ -177,6 +190,26 @@ class PartTargets:
 
 
 @torch.inference_mode()
+def select_batches(
+    scorer: Scorer, batches: Iterable[Batch | None], codec: Codec, *, num_tokens: int
+) -> Iterator[tuple[Batch, Selected, bool]]:
+    """Yield (batch, what the codec keeps at all its counted positions, whether memory ran out for it).
+
+    The batches may be of several tables; see `Scorer.read` for None and for pieces. num_tokens: size of the tokenizer;
+    ids from there on get probability zero. Raises ValueError naming the position of a logit that is NaN or infinite,
+    and as `Scorer.read` does.
+    """
+    selector = _Selector(scorer.teacher, codec, num_tokens=num_tokens)
+    side = SideStreams(selector.devices)
+    for batch, features in scorer.read(batches, ahead=scorer.teacher.num_gpus):
+        try:
+            with side.after(features) as features_PD:
+                selected = selector.select(features_PD, _compute_uniform(batch))
+        except NotFiniteError as error:
+            raise _explain(error, batch) from None
+        yield batch, selected, batch.is_halved or selector.is_halved
+
+
 def score_part(
     scorer: Scorer,
     table: SequenceTable,
@@ -185,41 +218,30 @@ def score_part(
     num_tokens: int,
     order: TokenOrder = NO_ORDER,
     executor: Executor | None = None,
-    on_batch: Callable[[int], None] = lambda _: None,
 ) -> PartTargets:
     """Return the teacher's distributions at every counted position of the table.
 
-    num_tokens: size of the tokenizer; ids from there on get probability zero. order: `codec.order_tokens`.
-    executor, on_batch: see `PartTargets`, `score_features`. Raises ValueError naming the position of a logit that is
-    NaN or infinite, and as `Scorer.read` does.
+    order: `codec.order_tokens`. executor: see `PartTargets`. Otherwise as `select_batches`.
     """
-    scored = PartTargets(len(table), executor)
-    counts = np.diff(table.position_offsets)
-    num_halved = scorer.num_halved
-    selector = _Selector(scorer.teacher, codec, num_tokens=num_tokens)
-    for indices, features_PD in scorer.read(table):
-        try:
-            selected = selector.select(features_PD, _compute_uniform(table, indices))
-        except NotFiniteError as error:
-            raise _explain(error, table, indices) from None
-        ends = np.cumsum(counts[indices])
-        for index, first, stop in zip(indices.tolist(), ends - counts[indices], ends, strict=True):
-            row, piece = table[index], selected[int(first) : int(stop)]
-            scored.put(index, codec.prepare, piece, order, next_ids=row.next_ids, key=row.key)
-        on_batch(int(table.lengths[indices].sum()))
-    scored.num_halved = scorer.num_halved - num_halved
+    scored = PartTargets(table, codec, order, executor)
+    batches = batch_by_length(table, scorer.batch_size)
+    for batch, selected, is_halved in select_batches(scorer, batches, codec, num_tokens=num_tokens):
+        scored.add(batch, selected, is_halved=is_halved)
     return scored
 
 
-def _compute_uniform(table: SequenceTable, indices: NDArray[np.int64]) -> NDArray[np.float64]:
+def _compute_uniform(batch: Batch) -> NDArray[np.float64]:
     """Return a number in [0, 1) for each counted position, from its sequence's content key and its index in it."""
-    rows = [table[int(i)] for i in indices]
-    return np.concatenate([hash_to_uniform(row.key, np.arange(row.num_positions)) for row in rows])
+    rows = [hash_to_uniform(row.key, np.arange(row.num_positions)) for row in batch.rows]
+    return np.concatenate(rows)
 
 
-def _explain(error: NotFiniteError, table: SequenceTable, indices: NDArray[np.int64]) -> ValueError:
+def _explain(error: NotFiniteError, batch: Batch) -> ValueError:
     """Return the error that names the position of a logit that is NaN or infinite."""
-    positions = [(int(i), t) for i in indices for t in np.flatnonzero(table[int(i)].loss_mask)]
+    table = batch.table
+    positions = [
+        (int(i), t) for i in batch.indices for t in np.flatnonzero(table[int(i)].loss_mask)
+    ]
     index, position = positions[error.row]
     return ValueError(
         f"the teacher's logit of token {error.token} is {error.value} at position {position} of a sequence of document "
@@ -238,19 +260,44 @@ class _Selector:
     def __init__(self, teacher: CausalLM, codec: Codec, *, num_tokens: int) -> None:
         self.head, self.codec, self.num_tokens = teacher.head, codec, num_tokens
         self.width = teacher.vocabulary
+        self.devices = set(teacher.devices)
+        self.num_rows = _HEAD_ROWS[teacher.device.type]
+        self.is_halved = False  # whether memory ran out with so many rows as usual
         self.logits_RW = torch.empty(0)
 
     def select(self, features_PD: Tensor, uniform_P: NDArray[np.float64]) -> Selected:
-        """Return what the codec keeps of all P rows, in order; uniform_P: see `select_probable`."""
-        at_once = _HEAD_ROWS[features_PD.device.type]
-        if len(self.logits_RW) < min(at_once, len(features_PD)):
-            shape = (min(at_once, len(features_PD)), pad_width(self.width))
+        """Return what the codec keeps of all P rows, in order; uniform_P: see `select_probable`.
+
+        Where memory runs out, fewer rows are done at once from then on.
+        """
+        while (selected := self._try(features_PD, uniform_P)) is None:
+            self.logits_RW = torch.empty(0)
+            free_memory()
+            self.num_rows, self.is_halved = self.num_rows // 2, True
+            logger.info(
+                f"out of memory in the teacher's head: {self.num_rows} rows at once from now on."
+            )
+        return selected
+
+    def _try(self, features_PD: Tensor, uniform_P: NDArray[np.float64]) -> Selected | None:
+        """Return None where memory runs out with more than one row."""
+        try:
+            return self._select(features_PD, uniform_P)
+        except Exception as error:
+            if not is_out_of_memory(error) or self.num_rows == 1:
+                raise
+        return None
+
+    def _select(self, features_PD: Tensor, uniform_P: NDArray[np.float64]) -> Selected:
+        at_once = min(self.num_rows, len(features_PD))
+        if len(self.logits_RW) < at_once:
             weight = self.head.weight  # may be on another GPU of the group than the features
             device = features_PD.device if weight is None else weight.device
+            shape = (at_once, pad_width(self.width))
             self.logits_RW = torch.empty(shape, dtype=torch.float32, device=device)
         pieces = []
-        for start in range(0, len(features_PD), at_once):
-            stop = min(start + at_once, len(features_PD))
+        for start in range(0, len(features_PD), self.num_rows):
+            stop = min(start + self.num_rows, len(features_PD))
             logits_RW = self.logits_RW[: stop - start]
             self.head.logits(features_PD[start:stop], out=logits_RW[:, : self.width])
             uniform = uniform_P[start:stop]

@@ -13,15 +13,10 @@ from torch import Tensor
 from retort.config.handoff import Job
 from retort.io.fingerprints import TeacherRecord
 from retort.io.run_record import RUN_FILE, describe_run
+from retort.models.causal_lm import CausalLM
 from retort.models.generate import sample_model
 from retort.models.heads import Head
-from retort.models.load import (
-    CausalLM,
-    choose_device,
-    describe_device,
-    load_recorded_teacher,
-    name_dtype,
-)
+from retort.models.load import choose_device, describe_device, load_recorded_teacher, name_dtype
 from retort.models.samples import SAMPLES_FILE, Samples, choose_prompts, write_samples
 from retort.teacher.features import OTHER_TOKENIZER, TeacherFeatures, digest_keys, write_features
 from retort.teacher.scoring import Scorer, score_features

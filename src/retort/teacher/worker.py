@@ -8,25 +8,18 @@ config, so the bytes of a part do not depend on which worker did it, or when.
 import logging
 import os
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from retort.cache.codec import TokenOrder
 from retort.cache.parts import (
     build_header,
-    discard_if_merged,
     find_missing_parts,
     is_merged,
     part_files,
-    part_path,
-    write_part,
 )
 from retort.cache.reader import CACHE_FILE, CacheHeader
 from retort.cli import RESUME, first_line, is_out_of_memory
@@ -35,16 +28,15 @@ from retort.config.handoff import Job
 from retort.io.fingerprints import TeacherRecord
 from retort.io.run_record import describe_run
 from retort.models.load import describe_device, load_recorded_teacher, name_dtype
+from retort.teacher.batches import Batch, batch_by_length
 from retort.teacher.claims import Claims
+from retort.teacher.part_queue import ClaimedPart, PartQueue, PartWriter
 from retort.teacher.progress import Progress
 from retort.teacher.records import WorkerRecord
-from retort.teacher.scoring import PartTargets, Scorer, score_part
-from retort.tokens.index import Part, TokenIndex
-from retort.tokens.sequences import SequenceTable
+from retort.teacher.scoring import Scorer, select_batches
+from retort.tokens.index import TokenIndex
 
 logger = logging.getLogger(__name__)
-
-_POLL_INTERVAL_S = 0.25  # listing the folder takes a few milliseconds
 
 
 @dataclass(frozen=True)
@@ -75,125 +67,48 @@ def run_worker(
     memory runs out with a single sequence, and where the teacher's files change; the part at work is not saved.
     """
     started = time.monotonic()
-    deadline = deadline or Deadline(ask=lambda: None)
-    is_late = False
     scorer: Scorer | None = None
     progress = Progress(index.parts, part_files(index, folder, header))
     order = header.codec.order_tokens(index.read_token_counts())
-    score = partial(
-        score_part,
-        codec=header.codec,
-        num_tokens=index.record.tokenizer.size,
-        order=order,
-        on_batch=progress.add,
-    )
-    writer = _Writer(folder, header, order, on_written=progress.end_part)
+    writer = PartWriter(folder, header, order, on_written=progress.end_part)
     with progress, claims or Claims(folder) as claims, writer:
-        while missing := _find_work(index, folder, header):
-            folder.mkdir(parents=True, exist_ok=True)
-            part = claims.next_part(missing, worker=worker, num_workers=num_workers)
-            # One part is tried in any case: else a time limit that is hardly long enough would never allow any.
-            is_first = part is not None and writer.longest == 0.0
-            if is_late := not is_first and deadline.forbids(writer.longest if part else 0.0):
-                break
-            if part is None:
-                # Every missing part is claimed, by this worker while it writes or by others, of which one may die.
-                writer.wait()
-                progress.refresh()
-                time.sleep(_POLL_INTERVAL_S)
-                continue
-            with ExitStack() as claim:
-                is_claimed = claim.enter_context(claims.claim(part.name))
-                if not is_claimed or part_path(folder, part.name, header).exists():
-                    continue
-                scorer = scorer or open_scorer()
-                table = index.read_part(part)
-                progress.start_part(part)
-                part_started = time.monotonic()
-                scored = score(scorer, table, executor=writer.thread)
-                scorer.teacher.require_unchanged()
-                writer.write(_PartToWrite(part, table, scored, claim.pop_all(), part_started))
-    left = len(find_missing_parts(index, folder, header)) if is_late else 0
+        queue = PartQueue(index, claims, writer, deadline or Deadline(ask=lambda: None))
+        with queue:
+            parts = queue.claim_parts(worker, num_workers, on_idle=progress.refresh)
+            first = next((part for part in parts if part), None)
+            if first:
+                scorer = open_scorer()
+                todo = _batch(chain([first], parts), scorer.batch_size)
+                _score(scorer, todo, queue, progress)
+    left = len(find_missing_parts(index, folder, header)) if queue.is_late else 0
     seconds = time.monotonic() - started
     dtype = name_dtype(scorer.teacher.model.dtype) if scorer else None
     return WorkerReport(writer.done, progress.tokens, seconds, left, dtype)
 
 
-def _find_work(index: TokenIndex, folder: Path, header: CacheHeader) -> list[tuple[int, Part]]:
-    """Return (index, part) of every missing part, none where all are merged.
-
-    A worker that was suspended for long may resume after the others finished, merged and removed all parts.
-    """
-    if is_merged(folder.parent / CACHE_FILE, header):
-        return []
-    return find_missing_parts(index, folder, header)
+def _batch(parts: Iterable[ClaimedPart | None], batch_size: int) -> Iterator[Batch | None]:
+    for part in parts:
+        if part:
+            yield from batch_by_length(part.scored.table, batch_size)
+        else:
+            yield None
 
 
-@dataclass(frozen=True)
-class _PartToWrite:
-    """A scored part; closing `claim`, once its file exists, releases its claim."""
-
-    part: Part
-    table: SequenceTable
-    scored: PartTargets
-    claim: ExitStack
-    started: float  # time.monotonic() before its first batch
-
-
-class _Writer:
-    """Writes one part, in a thread of its own, while the teacher reads the next one.
-
-    The part stays claimed until its file exists. One part is written at a time, so a worker that is killed loses at
-    most the part that it writes and the one that it reads.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        header: CacheHeader,
-        order: TokenOrder,
-        *,
-        on_written: Callable[[Part, Path], None],
-    ) -> None:
-        self.folder, self.header, self.order, self.on_written = folder, header, order, on_written
-        self.thread = ThreadPoolExecutor(max_workers=1)
-        self.done: list[str] = []
-        self.longest = 0.0  # seconds from a part's first batch to its file
-        self._writing: Future[None] | None = None
-
-    def __enter__(self) -> "_Writer":
-        return self
-
-    def __exit__(self, *raised: Any) -> None:
-        try:
-            self.wait()  # also when the next part failed, or the worker is terminated: this part is scored
-        finally:
-            self.thread.shutdown(cancel_futures=True)
-
-    def wait(self) -> None:
-        """Wait for the part that is being written, if any, and raise its error."""
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
-
-    def write(self, work: _PartToWrite) -> None:
-        """Queue a part for writing, then wait for the part before and raise its error; this part is written anyway."""
-        self.longest = max(self.longest, time.monotonic() - work.started)
-        before = self._writing
-        self._writing = self.thread.submit(self._write, work)
-        if before is not None:
-            before.result()
-
-    def _write(self, work: _PartToWrite) -> None:
-        with work.claim:
-            path = part_path(self.folder, work.part.name, self.header)
-            halved = work.scored.num_halved > 0
-            sequences = work.scored.sequences
-            write_part(path, work.table, sequences, self.header, self.order, halved=halved)
-            self.done.append(work.part.name)
-            self.on_written(work.part, path)
-            discard_if_merged(path, self.folder.parent / CACHE_FILE, self.header)
-        self.longest = max(self.longest, time.monotonic() - work.started)
+def _score(
+    scorer: Scorer, batches: Iterator[Batch | None], queue: PartQueue, progress: Progress
+) -> None:
+    """Score the batches of the parts in the queue, and write each part that is complete."""
+    codec, num_tokens = queue.writer.header.codec, queue.index.record.tokenizer.size
+    current: ClaimedPart | None = None
+    for batch, selected, is_halved in select_batches(scorer, batches, codec, num_tokens=num_tokens):
+        if current is not queue.parts[0]:
+            current = queue.parts[0]
+            progress.start_part(current.part)
+        current.scored.add(batch, selected, is_halved=is_halved)
+        progress.add(batch.num_tokens)
+        if current.scored.is_complete:
+            scorer.teacher.require_unchanged()
+            queue.writer.write(queue.parts.popleft())
 
 
 def _open_scorer(job: Job, record_path: Path, *, longest: int) -> Scorer:

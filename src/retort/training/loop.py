@@ -32,8 +32,9 @@ from retort.cache.reader import LogitCache
 from retort.cluster.ranks import clear_launcher_environment, rank, split_global_batch, world_size
 from retort.config.sections import Student, Tracking, Training
 from retort.io.files import file_lock, write_atomically
+from retort.models.causal_lm import CausalLM, split_model
 from retort.models.ends import list_eos_ids, set_special_ids
-from retort.models.load import CausalLM, choose_device, describe_device, split_model
+from retort.models.load import choose_device, describe_device
 from retort.models.students import build_student
 from retort.tokens.sequences import SequenceTable
 from retort.training.batches import Collator, TrainingData, count_steps

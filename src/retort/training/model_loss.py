@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from retort.models.load import CausalLM
+from retort.models.causal_lm import CausalLM
 from retort.training.batches import IGNORE_INDEX
 from retort.training.fused_loss import compute_fused_loss, compute_loss_of_logits
 from retort.training.losses import LossSettings, LossTerms

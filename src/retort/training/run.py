@@ -14,13 +14,9 @@ from retort.config.sections import Student
 from retort.io.digests import digest, digest_folder
 from retort.io.fingerprints import TeacherRecord
 from retort.io.run_record import RUN_FILE, describe_run
+from retort.models.causal_lm import CausalLM
 from retort.models.ends import list_ends_beside
-from retort.models.load import (
-    CausalLM,
-    load_recorded_teacher,
-    name_dtype,
-    refuse_short_context,
-)
+from retort.models.load import load_recorded_teacher, name_dtype, refuse_short_context
 from retort.models.students import name_student, student_config
 from retort.teacher.records import CacheRun
 from retort.tokens.index import TokenIndex

@@ -27,7 +27,7 @@ from transformers import (
 
 from retort.cluster.ranks import rank, world_size
 from retort.io.progress import Meter
-from retort.models.load import CausalLM
+from retort.models.causal_lm import CausalLM
 from retort.training.batches import IGNORE_INDEX, ShuffledStream
 from retort.training.checkpoints import CheckpointId, Progress, write_marker
 from retort.training.loss_window import LossWindow

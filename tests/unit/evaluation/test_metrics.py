@@ -75,7 +75,7 @@ import sys, torch
 from retort.teacher.features import TeacherFeatures
 from retort.evaluation.metrics import measure_positions
 from retort.models.heads import Head
-from retort.models.load import CausalLM
+from retort.models.causal_lm import CausalLM
 from retort.tokens.sequences import build_table
 import numpy as np
 from types import SimpleNamespace

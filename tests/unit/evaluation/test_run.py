@@ -17,7 +17,8 @@ from retort.evaluation.scores import METRICS, OF_BOTH
 from retort.evaluation.text_bytes import count_next_bytes
 from retort.io.digests import digest, digest_folder
 from retort.io.fingerprints import TeacherRecord
-from retort.models.load import CausalLM, load_pretrained, load_teacher, split_model
+from retort.models.causal_lm import CausalLM, split_model
+from retort.models.load import load_pretrained, load_teacher
 from retort.report.runs import load_results, read_documents
 from retort.teacher.features import TeacherFeatures, digest_keys, read_features
 from retort.tokens.index import TokenIndex

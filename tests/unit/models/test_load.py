@@ -27,6 +27,7 @@ from transformers import (
 
 from retort.io.files import read_json
 from retort.io.fingerprints import TeacherRecord
+from retort.models.causal_lm import require_causal, split_model
 from retort.models.heads import Head
 from retort.models.load import (
     choose_device,
@@ -38,9 +39,7 @@ from retort.models.load import (
     load_teacher,
     output_width,
     record_teacher,
-    require_causal,
     require_weights,
-    split_model,
 )
 from retort.tokens.tokenizer import identify_tokenizer, load_tokenizer
 from support.sections import section

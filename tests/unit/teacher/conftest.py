@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from retort.models.load import CausalLM, load_teacher
+from retort.models.causal_lm import CausalLM
+from retort.models.load import load_teacher
 from support.sections import section
 from support.teacher_job import Job, read_parts
 

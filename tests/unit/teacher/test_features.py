@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, Gemma2Config
 
 from retort.config.handoff import Job
 from retort.io.fingerprints import TeacherRecord
+from retort.models.causal_lm import CausalLM, split_model
 from retort.models.heads import Head
-from retort.models.load import CausalLM, load_teacher, split_model
+from retort.models.load import load_teacher
 from retort.teacher.features import (
     TeacherFeatures,
     digest_keys,

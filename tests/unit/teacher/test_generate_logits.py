@@ -16,7 +16,7 @@ from retort.cache.reader import CacheHeader
 from retort.cluster.deadlines import RESUMABLE
 from retort.config.schema import flatten
 from retort.io.fingerprints import TeacherRecord
-from retort.models.load import CausalLM
+from retort.models.causal_lm import CausalLM
 from retort.teacher.records import WorkerRecord
 from retort.teacher.worker import generate_logits
 from support.jobs import make_job

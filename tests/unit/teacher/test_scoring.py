@@ -12,10 +12,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from retort.cache.codec import SparseTargets
+from retort.models.causal_lm import CausalLM
 from retort.models.heads import Head
-from retort.models.load import CausalLM, _refuse_offloaded, load_teacher
+from retort.models.load import _refuse_offloaded, load_teacher
 from retort.teacher import scoring
-from retort.teacher.scoring import Scorer, pad_batch, score_features, score_part
+from retort.teacher.batches import pad_batch
+from retort.teacher.scoring import Scorer, score_features, score_part
 from support.scoring import Small, check_batches, log_softmax, make_codec, random_table, score_top_k
 from support.sections import section
 from support.tiny import NUM_TOKENS, WIDTH
@@ -34,10 +36,16 @@ def test_batches_cover_every_sequence_once_in_order_of_length(
 
 def test_padding_is_on_the_right_and_masked() -> None:
     table = random_table([5, 3])
-    ids_BT, attention_BT, loss_BT = pad_batch([table[0], table[1]], device=torch.device("cpu"))
-    assert attention_BT.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
-    assert ids_BT[1, :3].tolist() == table[1].ids.tolist()
-    assert loss_BT[1].tolist() == [*table[1].loss_mask.tolist(), False, False]
+    rows, cpu = [table[0], table[1]], torch.device("cpu")
+    inputs = pad_batch(rows, device=cpu)
+    assert inputs.attention is not None
+    assert inputs.attention.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
+    assert inputs.ids[1, :3].tolist() == table[1].ids.tolist()
+    counts = torch.zeros(2, 5, dtype=torch.bool)
+    counts.view(-1)[inputs.counted] = True
+    assert counts[0].tolist() == table[0].loss_mask.tolist()
+    assert counts[1].tolist() == [*table[1].loss_mask.tolist(), False, False]
+    assert pad_batch(rows, device=cpu, needs_mask=False).attention is None
 
 
 def whole(teacher: CausalLM) -> CausalLM:
@@ -107,7 +115,7 @@ def test_out_of_memory_halves_batches_once_and_says_so(
     part = score_part(scorer, table, codec, num_tokens=NUM_TOKENS)
     # 8 fail, then 4; no further batch of these sizes is tried.
     assert small.__dict__["tried"] == [320, 160] + [80] * 8
-    assert part.num_halved == 6
+    assert part.is_halved
     said = caplog.messages[0]
     assert "out of memory with 8 sequences (320 tokens) at once" in said and "batch_size" in said
     found = SparseTargets.concatenate(part.sequences)
@@ -129,7 +137,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from retort.cache.codec import SparseTargets
 from retort.cache.top_k_codec import TopKCodec
 from retort.cli import configure_logging
-from retort.models.load import split_model
+from retort.models.causal_lm import split_model
 from retort.teacher.scoring import Scorer, score_part
 from retort.tokens.sequences import build_table
 configure_logging()
@@ -144,8 +152,8 @@ size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (size + (60 << 20), resource.RLIM_INFINITY))
 found = score_part(Scorer(teacher, 64), table, codec, num_tokens=64)
 logprobs = [SparseTargets.concatenate(part.sequences).logprobs for part in (whole, found)]
-assert whole.num_halved == 0 and np.allclose(*logprobs, atol=1e-4)
-print(found.num_halved)
+assert not whole.is_halved and np.allclose(*logprobs, atol=1e-4)
+print(int(found.is_halved))
 """
 
 

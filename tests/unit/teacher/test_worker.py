@@ -29,10 +29,11 @@ from retort.cache.parts import (
 )
 from retort.cache.reader import LogitCache
 from retort.cluster.deadlines import Deadline
-from retort.models.load import CausalLM
+from retort.models.causal_lm import CausalLM
+from retort.teacher.batches import batch_by_length
 from retort.teacher.claims import Claims
 from retort.teacher.merge import build_manifest
-from retort.teacher.scoring import Scorer, batch_by_length
+from retort.teacher.scoring import Scorer
 from retort.tokens.index import Part, TokenIndex
 from support.scoring import Small, score_top_k
 from support.teacher_job import After, Job, read_parts
@@ -332,7 +333,7 @@ def test_a_write_that_fails_costs_no_part_but_its_own(
             raise OSError(errno.EIO, "the disk failed for a moment")
         real(path, *args, **kwargs)
 
-    monkeypatch.setattr("retort.teacher.worker.write_part", write_or_fail)
+    monkeypatch.setattr("retort.teacher.part_queue.write_part", write_or_fail)
     with pytest.raises(OSError, match="for a moment"):
         job.work(tmp_path, load=lambda: teacher)
     assert sorted(tmp_path.iterdir()) == sorted(calls[::2]) and len(calls) == 3

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from retort.models.causal_lm import split_model
 from retort.models.heads import Head
-from retort.models.load import split_model
 from retort.training.batches import IGNORE_INDEX
 from retort.training.losses import LossSettings, compute_dense_divergence
 from retort.training.model_loss import LossTargets, attach_loss

@@ -1,0 +1,170 @@
+"""The parts that a worker has claimed, and the thread that writes those that are complete."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from retort.cache.codec import TokenOrder
+from retort.cache.parts import (
+    discard_if_merged,
+    find_missing_parts,
+    is_merged,
+    part_path,
+    write_part,
+)
+from retort.cache.reader import CACHE_FILE, CacheHeader
+from retort.cluster.deadlines import Deadline
+from retort.teacher.claims import Claims
+from retort.teacher.scoring import PartTargets
+from retort.tokens.index import Part, TokenIndex
+
+_POLL_INTERVAL_S = 0.25  # listing the folder takes a few milliseconds
+
+
+def _find_work(index: TokenIndex, folder: Path, header: CacheHeader) -> list[tuple[int, Part]]:
+    """Return (index, part) of every missing part, none where all are merged.
+
+    A worker that was suspended for long may resume after the others finished, merged and removed all parts.
+    """
+    if is_merged(folder.parent / CACHE_FILE, header):
+        return []
+    return find_missing_parts(index, folder, header)
+
+
+@dataclass(frozen=True)
+class ClaimedPart:
+    """A part at work; closing `claim`, once its file exists, releases its claim."""
+
+    part: Part
+    scored: PartTargets
+    claim: ExitStack
+    started: float  # time.monotonic() before its first batch
+
+
+class PartWriter:
+    """Writes one part, in a thread of its own, while the teacher reads the next one.
+
+    The part stays claimed until its file exists. One part is written at a time, so a worker that is killed loses at
+    most the part that it writes and the one that it reads.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        header: CacheHeader,
+        order: TokenOrder,
+        *,
+        on_written: Callable[[Part, Path], None],
+    ) -> None:
+        self.folder, self.header, self.order, self.on_written = folder, header, order, on_written
+        self.thread = ThreadPoolExecutor(max_workers=1)
+        self.done: list[str] = []
+        self.longest = 0.0  # seconds from a part's first batch to its file
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> "PartWriter":
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        try:
+            self.wait()  # also when the next part failed, or the worker is terminated: this part is scored
+        finally:
+            self.thread.shutdown(cancel_futures=True)
+
+    def wait(self) -> None:
+        """Wait for the part that is being written, if any, and raise its error."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def write(self, work: ClaimedPart) -> None:
+        """Queue a part for writing, then wait for the part before and raise its error; this part is written anyway."""
+        self.longest = max(self.longest, time.monotonic() - work.started)
+        before = self._writing
+        self._writing = self.thread.submit(self._write, work)
+        if before is not None:
+            before.result()
+
+    def _write(self, work: ClaimedPart) -> None:
+        with work.claim:
+            path = part_path(self.folder, work.part.name, self.header)
+            table, sequences = work.scored.table, work.scored.sequences
+            halved = work.scored.is_halved
+            write_part(path, table, sequences, self.header, self.order, halved=halved)
+            self.done.append(work.part.name)
+            self.on_written(work.part, path)
+            discard_if_merged(path, self.folder.parent / CACHE_FILE, self.header)
+        self.longest = max(self.longest, time.monotonic() - work.started)
+
+
+class PartQueue:
+    """The claimed parts that are not complete, oldest first; the block releases those that are left.
+
+    Batches of the next part are read before those of the one before are complete.
+    """
+
+    def __init__(
+        self, index: TokenIndex, claims: Claims, writer: PartWriter, deadline: Deadline
+    ) -> None:
+        self.index, self.claims, self.writer, self.deadline = index, claims, writer, deadline
+        self.parts: deque[ClaimedPart] = deque()
+        self.is_late = False  # there was no time for another part
+        self._has_started = False
+
+    def __enter__(self) -> "PartQueue":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for part in self.parts:
+            part.claim.close()
+
+    def claim_parts(
+        self, worker: int, num_workers: int, *, on_idle: Callable[[], None]
+    ) -> Iterator[ClaimedPart | None]:
+        """Claim and yield parts until none is missing, or the deadline leaves no time for another one.
+
+        None: every missing part is claimed, by this worker or by others, of which one may die.
+        """
+        folder, header = self.writer.folder, self.writer.header
+        while missing := _find_work(self.index, folder, header):
+            folder.mkdir(parents=True, exist_ok=True)
+            part = self.claims.next_part(missing, worker=worker, num_workers=num_workers)
+            if self._forbids(part):
+                self.is_late = True
+                return
+            if part is None:
+                yield None
+                self.writer.wait()
+                on_idle()
+                time.sleep(_POLL_INTERVAL_S)
+            elif claimed := self._claim(part):
+                self.parts.append(claimed)
+                yield claimed
+
+    def _forbids(self, part: Part | None) -> bool:
+        """Say whether there is no time for a part, or without one to wait for others."""
+        if part is None:
+            return self.deadline.forbids(0.0)
+        # One part is tried in any case: else a time limit that is hardly long enough would never allow any.
+        if not self._has_started:
+            return False
+        at_work = [time.monotonic() - part.started for part in self.parts]
+        return self.deadline.forbids(max([self.writer.longest, *at_work]))
+
+    def _claim(self, part: Part) -> ClaimedPart | None:
+        """Return None when another worker was faster."""
+        writer = self.writer
+        with ExitStack() as claim:
+            is_own = claim.enter_context(self.claims.claim(part.name))
+            if not is_own or part_path(writer.folder, part.name, writer.header).exists():
+                return None
+            table = self.index.read_part(part)
+            assert len(table) > 0
+            self._has_started = True
+            scored = PartTargets(table, writer.header.codec, writer.order, writer.thread)
+            return ClaimedPart(part, scored, claim.pop_all(), time.monotonic())
