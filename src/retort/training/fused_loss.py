@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from retort.models.heads import multiply
 from retort.training.chunk_loss import compute_chunk
 from retort.training.losses import LossSettings, LossTerms, combine
 from retort.training.teacher_rows import ChunkRows, TeacherRows, split_rows, temper_rows
@@ -114,7 +115,10 @@ class _FusedLoss(torch.autograd.Function):
         )
         needs = ctx.needs_input_grad
         needs = needs[0], needs[1] or weight_grad_buffer is not None, needs[2]
-        grads = _Gradients((features_PD, weight_VD, bias_V), needs, dtype=dtype)
+        # float16 has nothing below 6e-8: divided by a step's positions before GradScaler's factor, a third of the
+        # weight's gradient would be zero.
+        late = normalizer if dtype == torch.float16 else None
+        grads = _Gradients((features_PD, weight_VD, bias_V), needs, dtype=dtype, divisor=late)
         chunk = settings.chunk_size or choose_chunk_size(len(weight_VD), device)
         hard = torch.zeros((), device=features_PD.device)
         divergence = torch.zeros((), device=features_PD.device)
@@ -138,7 +142,9 @@ class _FusedLoss(torch.autograd.Function):
                 )
                 hard += chunk_hard
                 divergence += chunk_divergence
-                grads.add(rows, grad_CV.div_(normalizer), features_CD, weight_VD)
+                if grads.divisor is None:
+                    grad_CV.div_(normalizer)
+                grads.add(rows, grad_CV, features_CD, weight_VD)
         ctx.grads, ctx.weight_grad_buffer = grads, weight_grad_buffer
         return _finish(ctx, hard, None if tempered is None else divergence, settings, normalizer)
 
@@ -202,12 +208,19 @@ def _finish(
 class _Gradients:
     """Gradients of features [P, D], weight [V, D] and bias [V], filled chunk by chunk; None where not needed.
 
-    The features' are in their own dtype, the sums of weight and bias in float32 at least.
+    The features' are in their own dtype, the sums of weight and bias in float32 at least. divisor: what `release`
+    divides them by, if they were not before.
     """
 
     def __init__(
-        self, inputs: tuple[Tensor | None, ...], needs: tuple[bool, ...], *, dtype: torch.dtype
+        self,
+        inputs: tuple[Tensor | None, ...],
+        needs: tuple[bool, ...],
+        *,
+        dtype: torch.dtype,
+        divisor: Tensor | float | None = None,
     ) -> None:
+        self.divisor = divisor
         features, weight, bias = (
             t if is_needed else None for t, is_needed in zip(inputs, needs, strict=True)
         )
@@ -227,13 +240,15 @@ class _Gradients:
         if self.weight is not None and grad_CV.dtype == self.weight.dtype:
             self.weight.addmm_(grad_CV.t(), features_CD)
         elif self.weight is not None:
-            self.weight += grad_CV.t() @ features_CD
+            self.weight += multiply(grad_CV.t(), features_CD)
 
     def release(self, factor: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients times `factor`, in their parameters' dtypes, and drop the references to them: autograd
         takes a tensor that nothing else refers to without a copy."""
         features, weight, bias = self.features, self.weight, self.bias
         self.features = self.weight = self.bias = None
+        if self.divisor is not None:
+            factor = factor / self.divisor
         for tensor in (features, weight, bias):
             if tensor is not None:
                 tensor.mul_(factor)
@@ -249,10 +264,7 @@ def _compute_logits(
     out: Tensor,
 ) -> Tensor:
     """Return a chunk's logits [C, V], in `out` (float32 at least), after the model's own scale and softcap."""
-    if out.dtype == features_CD.dtype:
-        logits_CV = torch.mm(features_CD, weight_VD.t(), out=out)
-    else:
-        logits_CV = out.copy_(features_CD @ weight_VD.t())
+    logits_CV = multiply(features_CD, weight_VD.t(), out=out)
     if bias_V is not None:
         logits_CV += bias_V
     if settings.scale != 1.0:

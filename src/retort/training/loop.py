@@ -165,7 +165,9 @@ def choose_precision(training: Training, device: torch.device) -> str:
     if not training.use_mixed_precision or device.type != "cuda":
         return "no"
     wants_bf16 = training.mixed_precision_dtype == "bf16"
-    return "bf16" if wants_bf16 and torch.cuda.is_bf16_supported() else "fp16"
+    return (
+        "bf16" if wants_bf16 and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    )
 
 
 @contextmanager

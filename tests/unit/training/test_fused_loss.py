@@ -173,3 +173,25 @@ def test_no_more_than_one_chunk_of_logits_is_ever_in_memory() -> None:
 
 def test_chunks_are_chosen_by_the_vocabulary() -> None:
     assert [choose_chunk_size(v) for v in (512, 32_768, 131_072, 262_144)] == [4096, 64, 64, 64]
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float16, 5e-3), (torch.bfloat16, 2e-2)])
+def test_half_precision_gradients_of_large_steps_do_not_vanish(
+    dtype: torch.dtype, error: float
+) -> None:
+    """As GradScaler does with float16: the loss of a step of 262,144 positions is multiplied by 65,536."""
+    weights, labels = make_weights(64, 32, 2000, seed=5), torch.arange(64)
+    teacher, how = make_teacher(64, 2000, seed=6, most=20), LossSettings(0.1)
+    found = list[Tensor]()
+    for is_half in (False, True):
+        features, weight = (w.float().clone().requires_grad_() for w in weights[:2])
+        with torch.autocast("cpu", dtype=dtype, enabled=is_half):
+            terms = compute_fused_loss(
+                features, weight, labels, in_float32(teacher), how, normalizer=262_144.0
+            )
+        (terms.total * 65_536.0).backward()
+        assert weight.grad is not None
+        found.append(weight.grad)
+    exact, half = found
+    assert float((half - exact).norm() / exact.norm()) < error
+    assert int((half == 0).sum()) <= 0.01 * exact.numel() + int((exact == 0).sum())
