@@ -1,6 +1,7 @@
 """`retort init`, typed by a user: the config that it writes runs to the report as it is."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import yaml
 
 from retort.evaluation.records import Metrics
 from retort.tokens.index import IndexRecord
-from support.place import Finished, Place
+from support.hub import MODEL, NAME, serve
+from support.place import Finished, Place, tiny
 from support.tiny import CHAT_TEMPLATE
 
 
@@ -66,6 +68,33 @@ def test_chats_and_a_pretrained_student_become_a_config_that_runs_to_the_report(
     assert 0 < index.train.positions < index.train.tokens / 2, (
         "what the assistant says, and no more"
     )
+
+
+def test_a_dataset_and_a_teacher_of_the_hub_become_a_config_that_passes_the_check(
+    fresh: Place, tmp_path: Path
+) -> None:
+    stories, model = tmp_path / "stories", tmp_path / "model"
+    stories.mkdir()
+    shutil.move(fresh.path / "documents.jsonl", stories / "train.jsonl")
+    shutil.move(fresh.path / "teacher", model)
+    with serve(stories, model=model) as hub:
+        fresh.env.update(hub.environment | {"HF_HOME": str(tmp_path / "home")})
+        said = init(fresh, "--corpus", NAME, "--teacher", MODEL, "--student", "16k")
+    assert said.returncode == 0, said.output
+    assert hub.requests["model.safetensors"] == 0, "weights are not needed to look"
+    text = (fresh.path / "mine.yaml").read_text()
+    assert "# 120 documents (text)" in text
+    dataset = yaml.safe_load(text)["dataset"]
+    assert dataset["name"] == NAME and "streaming" not in dataset, "it is small"
+
+
+def test_a_costly_default_is_named_on_the_terminal_once(fresh: Place) -> None:
+    fresh.write_config(tiny(cache=None, runs=None, training={"temperature": 1.0}))
+    command = [sys.executable, "-m", "retort", "run", "tiny.yaml", "--cores", "2"]
+    said = fresh.execute([*command, "--until", "check_inputs"])
+    assert said.returncode == 0, said.output
+    assert said.output.count("costly default: cache.method is left at its default") == 1
+    assert said.output.count("costly default") == 1
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 python workflow/scripts/check_inputs.py --config config/config.yaml --output results/checks/mine/inputs.json
 """
 
+import logging
 from pathlib import Path
 
 from retort.cli import logger, run_script
@@ -15,11 +16,12 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=Path, help="JSON file for what was found")
     args = parser.parse_args()
     runs = read_runs(args.config)
+    from retort.pipeline.costly_defaults import COSTLY
     from retort.pipeline.preflight import check_project
 
     found = check_project(runs)
     for line in found.notes:
-        logger.info(line)
+        logger.log(logging.WARNING if line.startswith(COSTLY) else logging.INFO, line)
     found.write(args.output)
     write_config(args.output.parent, args.config)
 

@@ -4,6 +4,8 @@ from retort.cache.methods import build_codec
 from retort.config.recommended import CACHE, TEMPERATURE, choose_learning_rate
 from retort.config.sections import Config
 
+COSTLY = "costly default"  # how these notes begin
+
 
 def find_costly_defaults(config: Config, *, vocabulary: int, num_parameters: int) -> list[str]:
     """Return a note for each costly default of a run whose key was left out; none for what was written.
@@ -33,4 +35,4 @@ def find_costly_defaults(config: Config, *, vocabulary: int, num_parameters: int
             f"student; one with random weights learns faster at {rate:g} (a small one ended at 5.27 nats instead of "
             "2.97 after 300 steps)"
         )
-    return [f"costly default: {note}" for note in notes]
+    return [f"{COSTLY}: {note}" for note in notes]

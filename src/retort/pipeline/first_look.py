@@ -33,6 +33,7 @@ _COLUMNS: tuple[dict[str, str], ...] = (
 )
 _SAMPLE_CHARACTERS = 2_000_000
 _COUNTED_BYTES = 1_000_000_000  # of files; the documents of larger corpora are estimated
+_READ = 1000  # documents that `check_corpus` reads, if there are as many
 _LARGE, _STREAMED = (
     1_000_000,
     100_000,
@@ -73,10 +74,10 @@ def look_at_corpus(corpus: str, given: Mapping[str, Any], tokenizer: Any) -> Cor
     dataset = complete({"dataset": named}).dataset
     num_documents = _count_documents(dataset, found["bytes"], sample)
     if is_hub(dataset) and not given.keys() & {"streaming", "max_samples"}:
-        rows = count_split_rows(dataset)
-        num_documents = rows.get(dataset.split, _STREAMED)
-        if num_documents > _LARGE or dataset.split not in rows:
-            num_documents = min(num_documents, _STREAMED)
+        rows, read = count_split_rows(dataset), found["scanned"]["read"]
+        num_documents = rows.get(dataset.split, read if read < _READ else _LARGE)
+        if num_documents >= _LARGE:
+            num_documents = _STREAMED
             named |= {"streaming": True, "max_samples": _STREAMED}
         if "validation" in rows:
             named.setdefault("validation_split", "validation")

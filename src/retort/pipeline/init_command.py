@@ -38,7 +38,7 @@ _MAX_LENGTH = 2048
 _TEMPLATE = """\
 # yaml-language-server: $schema={schema}
 # {about}.
-# Written by retort init. All keys and their defaults: config/README.md; why these values: config/recommended.py.
+# Written by retort init. All keys: config/README.md; why these values: the module retort.config.recommended.
 #
 #   {trial}  # ten documents and steps
 #   retort run {output}
@@ -162,7 +162,9 @@ def _choose_values(
     length = _choose_length(corpus, [teacher, config])
     per_step = 1 << (12 if size < 10e6 else 14 if size < 100e6 else 15)  # tokens
     batch = max(4, min(64, per_step // length))
-    per_epoch = max(1, round(corpus.count_sequences(length) / batch))
+    dataset = _choose_dataset(corpus, length)
+    held_out, _ = dataset.get("validation_fraction", (0.0, ""))
+    per_epoch = max(1, round(corpus.count_sequences(length) * (1 - held_out) / batch))
     epochs = max(1, min(3 if key == "model_path" else 10, -(-1000 // per_epoch)))
     weights = _count_bytes(teacher, teacher_size)
     per_gpu = (
@@ -177,10 +179,10 @@ def _choose_values(
     return {
         "about": f"{corpus.num_documents:,} documents ({corpus.kind}), about {describe_number(corpus.num_tokens)} "
         f"tokens; a teacher of {describe_number(teacher_size)} parameters, {width:,} ids, {template} chat template",
-        "dataset": _render(_choose_dataset(corpus, length)),
+        "dataset": _render(dataset),
         "teacher": _render({name: (value, "") for name, value in keys.items()}),
         "gpus": gpus,
-        "memory": f"{format_bytes(round(weights))} of weights, on GPUs of {format_bytes(round(per_gpu))}",
+        "memory": f"{format_bytes(round(weights))} of weights; GPUs of {format_bytes(round(per_gpu))}",
         "teacher_batch": max(1, min(64, (1 << 14 if gpus == 1 else 1 << 12) // length)),
         "cache": CACHE,
         "cache_size": format_bytes(round(cache_size)),

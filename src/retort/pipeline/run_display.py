@@ -125,8 +125,10 @@ class RunDisplay:
             self._jobs[info["jobid"]] = _Job(info["rule_name"], _name_job(info), logs)
 
     def _take_end(self, record: LogRecord) -> None:
-        if self._jobs.pop(record.__dict__["job_id"], None):
+        if job := self._jobs.pop(record.__dict__["job_id"], None):
             self._done += 1
+            for warning in _read_warnings(job) if job.rule == "check_inputs" else ():
+                self._say(warning)
             self._show()
 
     def _take_failure(self, record: LogRecord) -> None:
@@ -238,6 +240,12 @@ def latest_line(jobs: Sequence[_Job]) -> str:
     if written:
         return max(written)[1]
     return jobs[0].label if jobs else ""
+
+
+def _read_warnings(job: _Job) -> list[str]:
+    """Return the warnings of a job's last attempt."""
+    texts = [log.read_text(encoding="utf-8", errors="replace") for log in job.logs if log.exists()]
+    return re.findall("warning: .*", "".join(texts).rpartition(ATTEMPT)[2])
 
 
 def _last_line(log: Path) -> str:
