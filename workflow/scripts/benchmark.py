@@ -15,7 +15,7 @@ from retort.config.handoff import job_parser, read_job
 
 def main() -> None:
     """Write benchmark.json; a student uses one GPU, a teacher a GPU group."""
-    parser = job_parser(__doc__, "task")
+    parser = job_parser(__doc__, "task", output="benchmark.json")
     parser.add_argument("--task", required=True, help="name of the task")
     parser.add_argument(
         "--record",
@@ -23,7 +23,6 @@ def main() -> None:
         type=Path,
         help="training.json of a run, with final/ beside it, or fingerprint.json of the teacher",
     )
-    parser.add_argument("--output", required=True, type=Path, help="benchmark.json")
     args = parser.parse_args()
     job = read_job(args)
     teacher, training = job.config.teacher, job.config.training

@@ -13,19 +13,15 @@ from retort.config.handoff import job_parser, read_job
 
 def main() -> None:
     """Write model/ and fingerprint.json; an interrupted training resumes from its last checkpoint."""
-    parser = job_parser(__doc__, "demo_teacher")
+    parser = job_parser(
+        __doc__, "demo_teacher", output="fingerprint.json; model/ goes to the same folder"
+    )
     parser.add_argument(
         "--corpus",
         type=Path,
         nargs="*",
         default=[],
         help="records that draw_corpus wrote, if it did",
-    )
-    parser.add_argument(
-        "--output",
-        required=True,
-        type=Path,
-        help="fingerprint.json; model/ goes to the same folder",
     )
     args = parser.parse_args()
     job = read_job(args)

@@ -3,8 +3,6 @@
 python workflow/scripts/draw_corpus.py --config config/config.yaml --output results/corpora/mine/corpus.json
 """
 
-from pathlib import Path
-
 from retort.cli import run_script
 from retort.config.handoff import job_parser, read_job
 from retort.corpus.snapshot import write_snapshot
@@ -12,12 +10,10 @@ from retort.corpus.snapshot import write_snapshot
 
 def main() -> None:
     """Write documents_*.jsonl.gz and their record into the output's folder; an interrupted run is resumed."""
-    parser = job_parser(__doc__, "corpus")
-    parser.add_argument(
-        "--output",
-        required=True,
-        type=Path,
-        help="corpus.json, or a reader's corpus_<reader>.json; the documents are written to its folder",
+    parser = job_parser(
+        __doc__,
+        "corpus",
+        output="corpus.json, or a reader's corpus_<reader>.json; the documents are written to its folder",
     )
     parser.add_argument(
         "--reader", type=int, default=0, help="with dataset.sharding: files, the shard to read"

@@ -16,8 +16,7 @@ from retort.config.handoff import job_parser, read_job
 
 def main() -> None:
     """Write the metrics.json of a run's student."""
-    parser = job_parser(__doc__, "evaluation")
-    parser.add_argument("--index", required=True, type=Path, help="index.json of the tokens")
+    parser = job_parser(__doc__, "evaluation", "index", output="metrics.json")
     parser.add_argument(
         "--training", required=True, type=Path, help="training.json, with final/ beside it"
     )
@@ -28,7 +27,6 @@ def main() -> None:
         nargs="?",
         help="manifest.json of the run's cache, or fingerprint.json of its teacher",
     )
-    parser.add_argument("--output", required=True, type=Path, help="metrics.json")
     args = parser.parse_args()
     job = read_job(args)
     config = job.config

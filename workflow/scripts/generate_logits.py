@@ -4,8 +4,6 @@
         --fingerprint results/teachers/<id>/fingerprint.json --output mine/logits/metadata_worker0.json
 """
 
-from pathlib import Path
-
 from retort.cli import quiet_terminal, run_script
 from retort.cluster.leases import lease_teacher
 from retort.config.handoff import job_parser, read_job
@@ -13,17 +11,12 @@ from retort.config.handoff import job_parser, read_job
 
 def main() -> None:
     """Lease one GPU group, do parts, write the receipt."""
-    parser = job_parser(__doc__, "logits")
-    parser.add_argument("--index", required=True, type=Path, help="index.json of the tokens")
-    parser.add_argument(
-        "--fingerprint", required=True, type=Path, help="fingerprint.json of the teacher"
+    parser = job_parser(
+        __doc__, "logits", "index", "fingerprint", output="the receipt; parts/ is beside it"
     )
     parser.add_argument("--worker", type=int, default=0, help="which worker this is, from 0")
     parser.add_argument(
         "--num-workers", type=int, default=1, help="workers that share the parts; changes no result"
-    )
-    parser.add_argument(
-        "--output", required=True, type=Path, help="the receipt; parts/ is beside it"
     )
     args = parser.parse_args()
     job = read_job(args)

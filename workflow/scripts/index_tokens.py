@@ -13,12 +13,9 @@ from retort.tokens.index import describe_index, write_index
 
 def main() -> None:
     """Verify the shards, write the index, report the counts."""
-    parser = job_parser(__doc__, "tokens")
+    parser = job_parser(__doc__, "tokens", output="index.json, in the shards' folder")
     parser.add_argument(
         "--shards", required=True, type=Path, nargs="+", help="all shards, in order"
-    )
-    parser.add_argument(
-        "--output", required=True, type=Path, help="index.json, in the shards' folder"
     )
     args = parser.parse_args()
     job = read_job(args)

@@ -12,19 +12,18 @@ from retort.config.handoff import job_parser, read_job
 
 def main() -> None:
     """Write teacher_logits.h5 and manifest.json."""
-    parser = job_parser(__doc__, "logits")
-    parser.add_argument("--index", required=True, type=Path, help="index.json of the tokens")
-    parser.add_argument(
-        "--fingerprint", required=True, type=Path, help="fingerprint.json of the teacher"
+    parser = job_parser(
+        __doc__,
+        "logits",
+        "index",
+        "fingerprint",
+        output="manifest.json; the cache is written beside it",
     )
     parser.add_argument(
         "--features",
         type=Path,
         nargs="?",
         help="teacher_validation.safetensors, to measure the fidelity",
-    )
-    parser.add_argument(
-        "--output", required=True, type=Path, help="manifest.json; the cache is written beside it"
     )
     args = parser.parse_args()
     job = read_job(args)

@@ -4,8 +4,6 @@
         --fingerprint results/teachers/<id>/fingerprint.json --output mine/logits/plan.json
 """
 
-from pathlib import Path
-
 from retort.cache.cost import describe_cost, estimate_cost
 from retort.cli import logger, run_script
 from retort.config.handoff import job_parser, read_job
@@ -15,12 +13,7 @@ from retort.tokens.index import IndexRecord
 
 def main() -> None:
     """Write plan.json."""
-    parser = job_parser(__doc__, "logits")
-    parser.add_argument("--index", required=True, type=Path, help="index.json of the tokens")
-    parser.add_argument(
-        "--fingerprint", required=True, type=Path, help="fingerprint.json of the teacher"
-    )
-    parser.add_argument("--output", required=True, type=Path, help="plan.json")
+    parser = job_parser(__doc__, "logits", "index", "fingerprint", output="plan.json")
     args = parser.parse_args()
     job = read_job(args)
     cost = estimate_cost(

@@ -4,16 +4,13 @@
         --output mine/teacher/fingerprint.json
 """
 
-from pathlib import Path
-
 from retort.cli import run_script
 from retort.config.handoff import job_parser, read_job
 
 
 def main() -> None:
     """Write fingerprint.json."""
-    parser = job_parser(__doc__, "teacher")
-    parser.add_argument("--output", required=True, type=Path, help="fingerprint.json")
+    parser = job_parser(__doc__, "teacher", output="fingerprint.json")
     args = parser.parse_args()
     job = read_job(args)
     section = job.config.teacher.model_copy(update={"model_path": job.teacher_path})

@@ -6,8 +6,6 @@
 The teacher's continuations of some prompts are written to samples.json beside the output.
 """
 
-from pathlib import Path
-
 from retort.cli import run_script
 from retort.cluster.leases import lease_teacher
 from retort.config.handoff import job_parser, read_job
@@ -15,12 +13,9 @@ from retort.config.handoff import job_parser, read_job
 
 def main() -> None:
     """Write the teacher's exact distributions as hidden states and head."""
-    parser = job_parser(__doc__, "validation")
-    parser.add_argument("--index", required=True, type=Path, help="index.json of the tokens")
-    parser.add_argument(
-        "--fingerprint", required=True, type=Path, help="fingerprint.json of the teacher"
+    parser = job_parser(
+        __doc__, "validation", "index", "fingerprint", output="teacher_validation.safetensors"
     )
-    parser.add_argument("--output", required=True, type=Path, help="teacher_validation.safetensors")
     args = parser.parse_args()
     job = read_job(args)
     section = job.config.teacher

@@ -4,7 +4,6 @@ python workflow/scripts/synthesize.py --config config/examples/synthesis.yaml --
 """
 
 from contextlib import nullcontext
-from pathlib import Path
 
 from retort.cli import logger, run_script
 from retort.cluster.leases import lease_teacher
@@ -13,12 +12,10 @@ from retort.config.handoff import job_parser, read_job
 
 def main() -> None:
     """Request the missing answers (a local model leases a GPU group), and write the responses and their record."""
-    parser = job_parser(__doc__, "synthesis")
-    parser.add_argument(
-        "--output",
-        required=True,
-        type=Path,
-        help="synthesis.json; responses.jsonl is written beside it, the journal one folder up",
+    parser = job_parser(
+        __doc__,
+        "synthesis",
+        output="synthesis.json; responses.jsonl is written beside it, the journal one folder up",
     )
     args = parser.parse_args()
     job = read_job(args)

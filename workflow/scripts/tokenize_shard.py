@@ -14,7 +14,7 @@ from retort.config.handoff import job_parser, read_job
 
 def main() -> None:
     """Read the shard's documents, tokenize them, write the shard, report the counts."""
-    parser = job_parser(__doc__, "tokens")
+    parser = job_parser(__doc__, "tokens", output="the token shard")
     parser.add_argument("--shard", required=True, type=int, help="which shard, from 0")
     parser.add_argument(
         "--corpus",
@@ -22,7 +22,6 @@ def main() -> None:
         nargs="?",
         help="record of the corpus, if a rule made it: of draw_corpus, or synthesis.json",
     )
-    parser.add_argument("--output", required=True, type=Path, help="the token shard")
     args = parser.parse_args()
     job = read_job(args)
     dataset, trust = job.dataset, job.config.teacher.trust_remote_code

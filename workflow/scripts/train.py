@@ -16,20 +16,15 @@ from retort.config.handoff import Job, job_parser, read_job
 
 def read_command_line() -> argparse.Namespace:
     """Return the parsed flags."""
-    parser = job_parser(__doc__, "run")
-    parser.add_argument("--index", required=True, type=Path, help="index.json of the tokens")
+    parser = job_parser(
+        __doc__, "run", "index", output="training.json; the student goes to the same folder"
+    )
     parser.add_argument(
         "--signal",
         type=Path,
         nargs="?",
         help="what it learns from: manifest.json or teacher_logits.h5 of a cache, fingerprint.json of a live teacher "
         "(an output run takes only the width of its output layer from it)",
-    )
-    parser.add_argument(
-        "--output",
-        required=True,
-        type=Path,
-        help="training.json; the student goes to the same folder",
     )
     return parser.parse_args()
 

@@ -7,7 +7,7 @@ paid for once. That of the *synthesis* adds the filters and the number of exampl
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from retort.artifacts.tasks import build_tasks
 from retort.config.load import identity
@@ -77,14 +77,11 @@ class Paid(Entry):
     cost: float
 
 
-class SynthesisRecord(Record):
+class SynthesisRecord(Record, format="retort synthesis", version=2):
     """synthesis.json: the responses, and how many were dropped by which filter.
 
     code_parsed_in: languages whose code was parsed. not_compared_with: benchmarks whose problems could not be read.
     """
-
-    format: ClassVar[str] = "retort synthesis"
-    version: ClassVar[int] = 2
 
     provider: str
     model: str | None

@@ -3,7 +3,6 @@
 import math
 import shutil
 from pathlib import Path
-from typing import ClassVar
 
 from retort.cache.methods import build_codec
 from retort.config.sections import Cache, Merge
@@ -16,15 +15,12 @@ _BYTES_PER_SEQUENCE = 64 + 40
 _BYTES_PER_PART = 32 << 10
 
 
-class CacheCost(Record):
+class CacheCost(Record, format="retort-plan", version=2):
     """plan.json: the estimated size of one cache.
 
     record_bytes: an upper bound if `is_bound`, else three times the bytes of a usual teacher's records. total_bytes:
     while its parts are merged, parts included.
     """
-
-    format: ClassVar[str] = "retort-plan"
-    version: ClassVar[int] = 2
 
     positions: int
     parts: int

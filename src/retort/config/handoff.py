@@ -42,6 +42,11 @@ SECTIONS = {
     "task": ("evaluation", "teacher", "training"),
     "comparison": ("dataset", "evaluation", "teacher"),
 }
+# Files that several scripts read.
+_INPUTS = {
+    "index": "index.json of the tokens",
+    "fingerprint": "fingerprint.json of the teacher",
+}
 
 
 class Job(BaseModel):
@@ -118,10 +123,13 @@ class Job(BaseModel):
         return self.config.dataset
 
 
-def job_parser(docstring: str | None, kind: str) -> argparse.ArgumentParser:
-    """Return the parser of a script whose jobs are of `kind`, one of SECTIONS; the script adds its paths.
+def job_parser(
+    docstring: str | None, kind: str, *inputs: str, output: str | None = None
+) -> argparse.ArgumentParser:
+    """Return the parser of a script whose jobs are of `kind`, one of SECTIONS.
 
-    `--help` begins with the script's docstring as it is written.
+    `--help` begins with the script's docstring as it is written. `inputs`: some of _INPUTS, for which it has flags;
+    `output`: what `--output` is; a script adds flags of its own.
     """
     parser = script_parser(docstring)
     parser.set_defaults(kind=kind)
@@ -136,6 +144,10 @@ def job_parser(docstring: str | None, kind: str) -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="another value of a key, such as training.alpha=0.3; may be repeated",
     )
+    for name in inputs:
+        parser.add_argument(f"--{name}", required=True, type=Path, help=_INPUTS[name])
+    if output:
+        parser.add_argument("--output", required=True, type=Path, help=output)
     return parser
 
 

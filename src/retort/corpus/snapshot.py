@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, ClassVar, cast
+from typing import BinaryIO, cast
 
 from retort.config.sections import Dataset
 from retort.corpus.demo_text import describe_demo
@@ -38,7 +38,7 @@ from retort.corpus.sources import is_hub
 from retort.io.digests import digest, digest_file_states
 from retort.io.files import file_lock
 from retort.io.progress import Meter
-from retort.io.records import JsonObject, Record
+from retort.io.records import Record
 from retort.io.run_record import describe_run
 from retort.io.text_files import explain_read_errors, open_utf8
 
@@ -51,16 +51,14 @@ _PROGRESS_INTERVAL_S = 10.0
 _LOCK_NOTICE_S = 3.0  # how long to wait for the lock before saying so
 
 
-class CorpusRecord(Record):
+class CorpusRecord(
+    Record, format="retort corpus", version=2, remedy="delete its folder and rerun the same command"
+):
     """corpus.json of a snapshot, or corpus_<shard>.json of one reader, which has one of the `shards`.
 
     packages: versions of those whose text the demo's corpus is. bytes: of text. assignment: what the reader's shard was
     assigned; counts: of all documents that were read, and by shard.
     """
-
-    format: ClassVar[str] = "retort corpus"
-    version: ClassVar[int] = 2
-    remedy: ClassVar[str] = "delete its folder and rerun the same command"
 
     name: str
     revision: str | None
@@ -72,17 +70,9 @@ class CorpusRecord(Record):
     assignment: Assignment | None
     shards: tuple[Counts, ...]
 
-    @classmethod
-    def upgrade(cls, content: JsonObject, version: int) -> JsonObject | None:
-        """Read version 1, which has two keys only where each shard has a reader."""
-        of_reader: JsonObject = {"shard": None, "assignment": content.pop("dealt", None)}
-        return of_reader | content if version == 1 else None
 
-
-class _ProgressRecord(Record):
+class _ProgressRecord(Record, format="retort snapshot progress"):
     """Progress of a snapshot, as of its last step. `sizes`: bytes of each shard's file."""
-
-    format: ClassVar[str] = "retort snapshot progress"
 
     key: str
     revision: str | None

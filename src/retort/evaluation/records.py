@@ -1,7 +1,5 @@
 """metrics.json and benchmark.json: what a model scored on held-out text, and on an evaluation task."""
 
-from typing import ClassVar
-
 from retort.corpus.documents import Counts
 from retort.evaluation.intervals import Estimate
 from retort.io.records import Entry, JsonObject, Record
@@ -62,16 +60,12 @@ class TextCounts(Entry):
     train: SplitTotals
 
 
-class Metrics(Record):
+class Metrics(Record, format="retort-metrics", version=5, remedy="evaluate the run again"):
     """metrics.json of a run, on held-out sequences.
 
     content, tokens: digests of the held-out and of the training sequences; leaked_sequences: how many of the former are
     also training sequences; teacher: its name; trained: the run.json of the training; text: None in files of version 4.
     """
-
-    format: ClassVar[str] = "retort-metrics"
-    version: ClassVar[int] = 5
-    remedy: ClassVar[str] = "evaluate the run again"
 
     training: TrainingRecord
     teacher: str | None
@@ -93,11 +87,8 @@ class Metrics(Record):
         return content | {"text": None} if version == 4 else None
 
 
-class Comparison(Record):
+class Comparison(Record, format="retort-comparison", remedy="compare the models again"):
     """metrics.json of a standalone comparison of a model and its teacher, each a path or Hub id."""
-
-    format: ClassVar[str] = "retort-comparison"
-    remedy: ClassVar[str] = "compare the models again"
 
     model: str
     teacher: str | None
@@ -125,12 +116,10 @@ class TaskResult(Entry):
     versions: dict[str, str]
 
 
-class BenchmarkRecord(Record):
+class BenchmarkRecord(
+    Record, format="retort-benchmark", version=2, remedy="run the benchmark again"
+):
     """benchmark.json: a task's scores of the student of `run` and its `id`, or of a `teacher`, a path or Hub id."""
-
-    format: ClassVar[str] = "retort-benchmark"
-    version: ClassVar[int] = 2
-    remedy: ClassVar[str] = "run the benchmark again"
 
     task: str
     run: str | None

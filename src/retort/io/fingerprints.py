@@ -5,7 +5,6 @@ A fingerprint is recorded in each artifact that a model makes, and compared when
 
 import os
 from pathlib import Path
-from typing import ClassVar
 
 from retort.io.digests import digest, digest_file, hash_file
 from retort.io.records import Entry, Record
@@ -48,14 +47,11 @@ class TokenizerIdentity(Entry):
     size: int
 
 
-class TeacherRecord(Record):
+class TeacherRecord(Record, format="retort-teacher", version=2):
     """fingerprint.json of a teacher: a folder, or a Hub id (`name`) at the commit `revision`.
 
     weights: their fingerprint. vocabulary: width of the output layer.
     """
-
-    format: ClassVar[str] = "retort-teacher"
-    version: ClassVar[int] = 2
 
     weights: str
     revision: str | None

@@ -5,7 +5,7 @@ A file begins with its `format` and `version`. Raise a class's version when a ke
 
 import json
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 from pydantic_core import ErrorDetails, from_json
@@ -25,11 +25,22 @@ class Entry(BaseModel):
 
 
 class Record(Entry):
-    """A JSON file. A class sets its `format` and `version`, and `remedy`: what to do about a file that is refused."""
+    """A JSON file. A class gives its `format` and `version`, and `remedy`: what to do about a file that is refused."""
 
     format: ClassVar[str]
-    version: ClassVar[int] = 1
-    remedy: ClassVar[str] = "delete it and rerun the same command"
+    version: ClassVar[int]
+    remedy: ClassVar[str]
+
+    def __init_subclass__(
+        cls,
+        *,
+        format: str,
+        version: int = 1,
+        remedy: str = "delete it and rerun the same command",
+        **config: Any,
+    ) -> None:
+        super().__init_subclass__(**config)
+        cls.format, cls.version, cls.remedy = format, version, remedy
 
     @classmethod
     def read(cls, path: Path) -> Self:

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from pydantic_core import to_jsonable_python
 
@@ -19,15 +19,12 @@ RUN_FILE = "run.json"
 _PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "h5py", "snakemake")
 
 
-class RunRecord(Record):
+class RunRecord(Record, format="retort-run", version=2):
     """How an output was made.
 
     run, source: name of the run in the config, and of the config file, where they are known (see `set_origin`). config:
     the sections that the output was made from. dtype: of the model's weights, None where there is no model.
     """
-
-    format: ClassVar[str] = "retort-run"
-    version: ClassVar[int] = 2
 
     command: tuple[str, ...]
     source: str | None

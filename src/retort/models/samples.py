@@ -60,14 +60,13 @@ class ModelSamples(Entry):
     continued: tuple[Sample, ...]
 
 
-class SamplesRecord(Record):
+class SamplesRecord(
+    Record, format="retort-samples", remedy="delete its folder and rerun the same command"
+):
     """samples.json: prompts, and the continuations by model ("teacher", "student").
 
     of: the run's id, or in the teacher's own file the fingerprint of its weights.
     """
-
-    format: ClassVar[str] = "retort-samples"
-    remedy: ClassVar[str] = "delete its folder and rerun the same command"
 
     of: str
     prompts: tuple[SamplePrompt, ...]

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from itertools import accumulate
 from netrc import NetrcParseError, netrc
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 from urllib.parse import urlsplit
 
 from transformers import AutoModelForCausalLM, PretrainedConfig
@@ -49,11 +49,8 @@ from retort.training.checkpoints import require_start
 _SAMPLE_CHARACTERS = 300_000  # tokenized in about a second
 
 
-class CheckRecord(Record):
+class CheckRecord(Record, format="retort-check", version=2):
     """checks/<id>.json: the names of the runs whose inputs are usable, and lines about what was found."""
-
-    format: ClassVar[str] = "retort-check"
-    version: ClassVar[int] = 2
 
     runs: tuple[str, ...]
     notes: tuple[str, ...]

@@ -1,7 +1,5 @@
 """What workers did, and manifest.json: size and content of a merged cache, and how far it is from the live teacher."""
 
-from typing import ClassVar
-
 from retort.io.records import Entry, JsonObject, Record
 from retort.io.run_record import RunRecord
 
@@ -20,14 +18,11 @@ class Fidelity(Entry):
     tail_mass: float
 
 
-class Manifest(Record):
+class Manifest(Record, format="retort-manifest", version=2):
     """manifest.json of a merged cache: `sha256` is of its content, `header` that of the file.
 
     fidelity: None where it was not measured.
     """
-
-    format: ClassVar[str] = "retort-manifest"
-    version: ClassVar[int] = 2
 
     file: str
     mode: str
@@ -45,10 +40,8 @@ class Manifest(Record):
     fidelity: Fidelity | None
 
 
-class WorkerRecord(Record):
+class WorkerRecord(Record, format="retort-worker"):
     """metadata_worker<w>.json, the receipt of a worker: the names of the parts that it did."""
-
-    format: ClassVar[str] = "retort-worker"
 
     worker: int
     num_workers: int
@@ -57,9 +50,7 @@ class WorkerRecord(Record):
     made: RunRecord
 
 
-class CacheRun(RunRecord):
+class CacheRun(RunRecord, format="retort-cache-run"):
     """run.json beside a merged cache, with the receipts of the workers that made its parts."""
-
-    format: ClassVar[str] = "retort-cache-run"
 
     workers: tuple[WorkerRecord, ...]

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from operator import itemgetter
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import xxhash
@@ -70,14 +69,11 @@ class IndexCounts(Entry):
     tokens: TokenCounts
 
 
-class IndexRecord(Record):
+class IndexRecord(Record, format=TOKENS_FORMAT, version=3):
     """index.json. content: digest of the training sequences' content keys; token_counts: of token_counts.npy.
 
     chat_date: the date that the chat template printed, if it prints one.
     """
-
-    format: ClassVar[str] = TOKENS_FORMAT
-    version: ClassVar[int] = 3
 
     tokenizer: TokenizerIdentity
     content: str

@@ -5,7 +5,6 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from retort.io.digests import compare_digests, digest_folder
 from retort.io.files import read_json
@@ -36,11 +35,8 @@ class Progress(Entry):
     window: dict[str, float]
 
 
-class CheckpointRecord(Record):
+class CheckpointRecord(Record, format="retort-checkpoint", version=2):
     """complete.json of a checkpoint: which run it is of (see `CheckpointId`), and the digests of its files."""
-
-    format: ClassVar[str] = "retort-checkpoint"
-    version: ClassVar[int] = 2
 
     run: str
     strategy: str

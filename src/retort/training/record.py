@@ -1,7 +1,5 @@
 """training.json: a finished student, how long it was trained, and the digests of its files."""
 
-from typing import ClassVar
-
 from retort.io.records import Entry, Record
 
 
@@ -17,16 +15,12 @@ class TrainingSummary(Entry):
     dtype: str
 
 
-class TrainingRecord(Record):
+class TrainingRecord(Record, format="retort-training", version=3, remedy="train the run again"):
     """training.json: `id` is the run's, `teacher` the fingerprint of its weights, `final` has the digests of final/.
 
     tokens, cache: content digest of the token index, and digest of the header of the cache that it was given.
     student: digest of what it began from, `student_content`.
     """
-
-    format: ClassVar[str] = "retort-training"
-    version: ClassVar[int] = 3
-    remedy: ClassVar[str] = "train the run again"
 
     run: str
     id: str

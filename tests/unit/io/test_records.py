@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 
@@ -123,11 +123,8 @@ def test_numbers_must_be_finite_and_of_their_type(tmp_path: Path) -> None:
             make_run_record(seconds=value)
 
 
-class _Renamed(Record):
+class _Renamed(Record, format="retort-test", version=2):
     """A record whose key was named otherwise in version 1."""
-
-    format: ClassVar[str] = "retort-test"
-    version: ClassVar[int] = 2
 
     dropped: int
 
