@@ -66,6 +66,3 @@ def check_temperatures(c: "Config") -> Found:
             f"cache.temperatures is {stored}, but cache.method is 'sampled', whose samples are for temperature 1 only. "
             "Leave cache.temperatures out, or use cache.method: top_p."
         )
-
-
-CHECKS = (check_method_keys, check_temperatures)

@@ -217,13 +217,3 @@ def check_validation(c: "Config") -> Found:
             f"one of them can set what is held out. Remove dataset.validation_fraction to use dataset.{key}, or "
             f"dataset.{key} to use the fraction."
         )
-
-
-CHECKS = (
-    check_streaming,
-    check_sharding_by_files,
-    check_files,
-    check_columns,
-    check_chat_date,
-    check_validation,
-)

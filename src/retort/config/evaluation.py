@@ -163,6 +163,3 @@ def check_completions(c: "Config") -> Found:
             "writes the same completion every time. Set evaluation.humaneval.temperature, for instance 0.2 for pass@1 "
             "and 0.8 for pass@100, or evaluation.humaneval.completions: 1."
         )
-
-
-CHECKS = (check_benchmark_teacher, check_humaneval, check_completions)

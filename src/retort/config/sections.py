@@ -48,14 +48,12 @@ class Config(Section):
     tracking: Tracking = Field(default_factory=Tracking)
 
 
-CHECKS: tuple[Callable[[Config], Found], ...] = (
-    *dataset.CHECKS,
-    *teacher.CHECKS,
-    *cache.CHECKS,
-    *student.CHECKS,
-    *training.CHECKS,
-    *evaluation.CHECKS,
-    *synthesis.CHECKS,
+# Checks across keys, in the order of the sections: the functions check_... beside them.
+CHECKS: tuple[Callable[[Config], Found], ...] = tuple(
+    check
+    for module in (dataset, teacher, cache, student, training, evaluation, synthesis)
+    for name, check in vars(module).items()
+    if name.startswith("check_")
 )
 
 

@@ -40,6 +40,3 @@ def check_student(c: "Config") -> Found:
             "student.grow_embedding is true, but applies to a model of student.model_path, which is null. Leave "
             "vocab_size out of the JSON of student.config: it is filled in."
         )
-
-
-CHECKS = (check_student,)

@@ -1,5 +1,6 @@
 """The section `synthesis`: a corpus of responses that a model writes."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Literal
 from urllib.parse import urlsplit
 
@@ -123,6 +124,11 @@ class Synthesis(Section):
     is removed."""
 
 
+def _of_synthesis(check: Callable[["Config"], Found]) -> Callable[["Config"], Found]:
+    """Return the check for configs whose corpus is a synthesis."""
+    return lambda c: check(c) if c.dataset.name == SYNTHESIS else iter(())
+
+
 def check_secrets(c: "Config") -> Found:
     """Refuse an API key, without showing it: configs are recorded and shared."""
     for key, value in vars(c.synthesis).items():
@@ -160,9 +166,8 @@ def check_unused(c: "Config") -> Found:
             return
 
 
+@_of_synthesis
 def check_provider(c: "Config") -> Found:
-    if c.dataset.name != SYNTHESIS:
-        return
     provider, url, engine = c.synthesis.provider, c.synthesis.base_url, c.synthesis.engine
     if provider is None:
         yield (
@@ -182,9 +187,10 @@ def check_provider(c: "Config") -> Found:
         )
 
 
+@_of_synthesis
 def check_model(c: "Config") -> Found:
     provider, model, teacher = c.synthesis.provider, c.synthesis.model, c.teacher.model_path
-    if c.dataset.name != SYNTHESIS or provider is None:
+    if provider is None:
         return
     if provider != "local" and model is None:
         yield (
@@ -202,9 +208,8 @@ def check_model(c: "Config") -> Found:
         )
 
 
+@_of_synthesis
 def check_dataset(c: "Config") -> Found:
-    if c.dataset.name != SYNTHESIS:
-        return
     for key in _SET_BY_SYNTHESIS:
         value = getattr(c.dataset, key)
         if value is not None and value != COLUMNS.get(key):
@@ -222,10 +227,9 @@ def check_dataset(c: "Config") -> Found:
         )
 
 
+@_of_synthesis
 def check_prompts(c: "Config") -> Found:
     prompts, templates = c.synthesis.prompts, c.synthesis.templates
-    if c.dataset.name != SYNTHESIS:
-        return
     if (prompts is None) == (templates is None):
         both = "both null" if prompts is None else "both set"
         yield (
@@ -239,18 +243,18 @@ def check_prompts(c: "Config") -> Found:
         )
 
 
+@_of_synthesis
 def check_characters(c: "Config") -> Found:
     least, most = c.synthesis.min_characters, c.synthesis.max_characters
-    if c.dataset.name == SYNTHESIS and most is not None and most < least:
+    if most is not None and most < least:
         yield (
             f"synthesis.max_characters is {most}, less than synthesis.min_characters, {least}: no response would be "
             "kept. Raise it."
         )
 
 
+@_of_synthesis
 def check_limits(c: "Config") -> Found:
-    if c.dataset.name != SYNTHESIS:
-        return
     longest = c.synthesis.max_tokens
     for key in ("tokens_per_minute", "max_total_tokens"):
         limit = getattr(c.synthesis, key)
@@ -261,24 +265,11 @@ def check_limits(c: "Config") -> Found:
             )
 
 
+@_of_synthesis
 def check_prices(c: "Config") -> Found:
     prices = c.synthesis.price_per_million_input + c.synthesis.price_per_million_output
-    if c.dataset.name == SYNTHESIS and c.synthesis.max_cost is not None and prices == 0:
+    if c.synthesis.max_cost is not None and prices == 0:
         yield (
             f"synthesis.max_cost is {c.synthesis.max_cost}, but no price is known. Set "
             "synthesis.price_per_million_input and price_per_million_output to the provider's."
         )
-
-
-CHECKS = (
-    check_secrets,
-    check_url,
-    check_unused,
-    check_provider,
-    check_model,
-    check_dataset,
-    check_prompts,
-    check_characters,
-    check_limits,
-    check_prices,
-)

@@ -125,6 +125,3 @@ def check_device(c: "Config") -> Found:
 def _gpu_ids(gpus: str | tuple[str, ...] | None) -> list[str]:
     groups = [gpus] if isinstance(gpus, str) else gpus or ()
     return [part.strip() for group in groups for part in group.split(",")]
-
-
-CHECKS = (check_teacher, check_tokenizer, check_gpus, check_gpus_per_model, check_device)

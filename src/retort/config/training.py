@@ -173,6 +173,3 @@ def _find_uneven_share(batch_size: int, accumulation: int, gpus: int) -> Found:
 
 def _uses_cache(c: "Config") -> bool:
     return c.training.use_cached_logits and c.training.distillation_type != "output"
-
-
-CHECKS = (check_alpha, check_several_gpus, check_strategy, check_sampled, check_temperature)
