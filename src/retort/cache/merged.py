@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +21,7 @@ from retort.cache.reader import (
 from retort.io.files import replacing, write_pieces
 from retort.io.hdf5 import reserve
 from retort.tokens.index import TokenIndex, name_part
+from retort.tokens.sequences import Labels, join_columns, merge_names
 
 _OVERHEAD_BYTES = 1 << 20  # of HDF5's own structures
 
@@ -34,7 +35,7 @@ class _Part:
 
     path: Path
     columns: dict[str, NDArray[Any]]
-    label_names: tuple[tuple[str, str], ...]
+    label_names: Labels
     byte_ranges: dict[str, tuple[int, int]]
     halved_parts: int
 
@@ -49,10 +50,14 @@ def merge_parts(
     """
     parts = _read_parts(index, [part_path(folder, p.name, header) for p in index.parts], header)
     copied = tuple(LARGE_COLUMNS) if mode == "copy" else tuple(LARGE_COLUMNS)[:-1]
-    names = sorted({n for part in parts for n in part.label_names} | {("", "")})
+    label_names = [part.label_names for part in parts]
+    names = merge_names(label_names)
     columns = {
-        name: _join_column(parts, name, names) for name in COLUMN_TYPES if name not in LARGE_COLUMNS
+        name: join_columns(name, [part.columns[name] for part in parts], label_names, names)
+        for name in COLUMN_TYPES
+        if name not in (*LARGE_COLUMNS, "token_order")
     }
+    columns["token_order"] = parts[0].columns["token_order"]  # the same in all parts
     num_bytes = sum(part.byte_ranges[name][1] for part in parts for name in copied)
     _require_free_space(out, num_bytes + sum(c.nbytes for c in columns.values()) + _OVERHEAD_BYTES)
     with replacing(out) as temporary:
@@ -149,31 +154,6 @@ def _require_free_space(path: Path, num_bytes: int) -> None:
             f"{path} takes {num_bytes / 1e6:,.1f} MB, but its disk has only {free / 1e6:,.1f} MB free: free space and "
             "rerun the same command; nothing is lost."
         )
-
-
-def _join_column(parts: list[_Part], name: str, label_names: list[tuple[str, str]]) -> NDArray[Any]:
-    """Return one small column of the merged file: offsets shifted, labels renumbered, the order of tokens once."""
-    if name == "token_order":
-        return parts[0].columns[name]
-    return np.concatenate(list(_shift_columns(parts, name, label_names)))
-
-
-def _shift_columns(
-    parts: list[_Part], name: str, label_names: list[tuple[str, str]]
-) -> Iterator[NDArray[Any]]:
-    shift = 0
-    if name.endswith("offsets"):
-        yield np.zeros(1, np.int64)
-    for part in parts:
-        column = part.columns[name]
-        if name.endswith("offsets"):
-            yield column[1:] + shift
-            shift += int(column[-1])
-        elif name == "labels":
-            numbers = [label_names.index(n) for n in part.label_names]
-            yield np.array(numbers, np.int32)[column]
-        else:
-            yield column
 
 
 def _refer_to_records(file: h5py.File, name: str, parts: list[_Part], *, beside: Path) -> None:

@@ -14,7 +14,7 @@ _KEY = re.compile(
 )
 _NO_SPACE = re.compile(r"\s*(?:- +)?(?P<key>[A-Za-z_][\w.-]*):(?P<value>[^\s/].*)$")
 
-Explained = tuple[int, str, str | None]  # line number, sentence, repaired text
+Explained = tuple[int, str, str | None]  # index of the line, sentence, repaired text
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def split_lines(text: str) -> list[str]:
 
 
 def explain(text: str) -> Explained:
-    """Return the line, what is wrong with it, and the text without that, or None where no repair is clear.
+    """Return the line, from 0, what is wrong with it, and the text without that, or None where no repair is clear.
 
     `text` must not be YAML.
     """
@@ -48,12 +48,12 @@ def explain(text: str) -> Explained:
     except yaml.reader.ReaderError as error:
         number = len(split_lines(text[: error.position])) - 1
         shown = f"the character U+{ord(text[error.position]):04X}, which YAML does not allow. Delete it."
-        return number + 1, shown, text[: error.position] + " " + text[error.position + 1 :]
+        return number, shown, text[: error.position] + " " + text[error.position + 1 :]
     except yaml.MarkedYAMLError as error:
         return _explain(lines, error)
     except RecursionError:
-        return 1, "its values are nested too deeply.", None
-    return 1, "it is not YAML. Check the indentation of its lines.", None
+        return 0, "its values are nested too deeply.", None
+    return 0, "it is not YAML. Check the indentation of its lines.", None
 
 
 def _explain(lines: list[str], error: yaml.MarkedYAMLError) -> Explained:
@@ -65,11 +65,10 @@ def _explain(lines: list[str], error: yaml.MarkedYAMLError) -> Explained:
     if any("\t" in _margin(line) for line in (lines[number], lines[begin])):
         return _replace_tabs(lines)
     if "another document" in problem or "document separator" in problem:
-        return (
-            number + 1,
-            "'---' begins a second document. A config is one: give two files, or remove this.",
-            None,
+        sentence = (
+            "'---' begins a second document. A config is one: give two files, or remove this."
         )
+        return number, sentence, None
     if "flow" in context:
         return _explain_brackets(lines, error)
     if "quoted scalar" in context or "double-quoted" in context:
@@ -83,7 +82,7 @@ def _explain(lines: list[str], error: yaml.MarkedYAMLError) -> Explained:
     if "sequence entries" in problem:
         shown = lines[number][column:].removeprefix("-").strip()
         sentence = f"a list begins in the next line, or is written in brackets: [{shown}]."
-        return number + 1, sentence, _replace(lines, number, f"{lines[number][:column]}[{shown}]")
+        return number, sentence, _replace(lines, number, f"{lines[number][:column]}[{shown}]")
     return _explain_first_character(lines, number, problem)
 
 
@@ -100,7 +99,7 @@ def _replace_tabs(lines: list[str]) -> Explained:
     ]
     more = f", as {len(wrong) - 1} more do" if wrong[1:] else ""
     sentence = f"this line begins with a tab{more}. YAML indents with spaces only: replace each tab by spaces."
-    return wrong[0] + 1, sentence, "\n".join(fixed)
+    return wrong[0], sentence, "\n".join(fixed)
 
 
 def _explain_colon(lines: list[str], number: int, column: int) -> Explained:
@@ -110,19 +109,16 @@ def _explain_colon(lines: list[str], number: int, column: int) -> Explained:
         value = (here.rest or "").strip()
         if re.match(r"[a-z_]+: ", value) and here.key.isalpha():  # a section and its key
             sentence = f"a key follows another in this line. Begin a new line after '{here.key}:', indented further."
-            return (
-                number + 1,
-                sentence,
-                _replace(lines, number, lines[number].replace(value, f"{{{value}}}", 1)),
-            )
+            line = lines[number].replace(value, f"{{{value}}}", 1)
+            return number, sentence, _replace(lines, number, line)
         written = _cut(f"{here.key}: {_quote(value)}")
         sentence = (
             f"the value {_show(value)} has a colon and a space in it. Put it in quotes: {written}"
         )
-        return number + 1, sentence, _requote(lines, number, value)
+        return number, sentence, _requote(lines, number, value)
     if above is not None and lines[above.number].lstrip().startswith("- "):
         sentence = f"{here.key!r} is indented as a part of line {above.number + 1}, {_show(above.key)}. Indent it less."
-        return number + 1, sentence, None
+        return number, sentence, None
     if above is not None and above.rest is None:
         return _explain_no_colon(lines, above.number)
     if above is not None and above.has_value and here.indent > above.indent == 0:
@@ -130,19 +126,16 @@ def _explain_colon(lines: list[str], number: int, column: int) -> Explained:
             f"{here.key!r} is below {above.key!r} (line {above.number + 1}), which has the value "
             f"{_show(_value(above))}. Remove that value: a section's keys are in the lines below it."
         )
-        return number + 1, sentence, _replace(lines, above.number, f"{above.key}:")
+        return number, sentence, _replace(lines, above.number, f"{above.key}:")
     if above is not None and above.has_value and here.indent > above.indent:
         owner = ".".join(line.key for line in [*_around(lines, above.number), above])
         sentence = (
             f"{here.key!r} is indented as a key of {owner!r} (line {above.number + 1}), which has the value "
             f"{_show(_value(above))}. Indent it by {_spaces(above.indent)}, like {above.key!r}."
         )
-        return number + 1, sentence, _indent(lines, here, above.indent)
-    return (
-        number + 1,
-        f"a key cannot be here: {_show(lines[number].strip())}. Check the lines around it.",
-        None,
-    )
+        return number, sentence, _indent(lines, here, above.indent)
+    sentence = f"a key cannot be here: {_show(lines[number].strip())}. Check the lines around it."
+    return number, sentence, None
 
 
 def _explain_no_colon(lines: list[str], number: int) -> Explained:
@@ -152,11 +145,11 @@ def _explain_no_colon(lines: list[str], number: int) -> Explained:
         written = f"{found['key']}: {found['value']}"
         sentence = f"{_show(line.strip())} has no space after the colon. Write {_cut(written)}"
         at = found.end("key") + 1
-        return number + 1, sentence, _replace(lines, number, f"{line[:at]} {line[at:]}")
+        return number, sentence, _replace(lines, number, f"{line[:at]} {line[at:]}")
     sentence = (
         f"{_show(line.strip())} is not 'key: value'. Add the colon and a value, or remove the line."
     )
-    return number + 1, sentence, _replace(lines, number, "")
+    return number, sentence, _replace(lines, number, "")
 
 
 def _explain_indentation(lines: list[str], number: int, column: int) -> Explained:
@@ -164,17 +157,15 @@ def _explain_indentation(lines: list[str], number: int, column: int) -> Explaine
     here = _parse(lines, number)
     rest = lines[number][column:]
     if rest[:1] in "]})" and rest:
-        return (
-            number + 1,
-            f"'{rest[0]}' closes a bracket that was not opened. Remove it.",
-            _drop(lines, number, column),
-        )
+        sentence = f"'{rest[0]}' closes a bracket that was not opened. Remove it."
+        line = lines[number][:column] + " " + lines[number][column + 1 :]
+        return number, sentence, _replace(lines, number, line)
     if lines[number][:column].rstrip()[-1:] in ("'", '"'):
         sentence = f"text follows a closing quote: {_show(lines[number].strip())}. Put the whole value in quotes"
         if "'" in lines[number]:
             sentence += "; an apostrophe in single quotes is written twice, ''"
         value = (here.rest or "").strip().strip("'\"")
-        return number + 1, sentence + ".", _requote(lines, number, (here.rest or "").strip(), value)
+        return number, sentence + ".", _requote(lines, number, (here.rest or "").strip(), value)
     around = [
         line
         for line in [*_around(lines, number, here.indent), _above(lines, number)]
@@ -182,11 +173,11 @@ def _explain_indentation(lines: list[str], number: int, column: int) -> Explaine
     ]
     if rest and (above := _above(lines, number)) and lines[above.number].lstrip().startswith("- "):
         sentence = f"{_show(lines[number].strip())} is beside items of a list, which begin with '- '. Indent it less."
-        return number + 1, sentence, None
+        return number, sentence, None
     options = {line.indent: line for line in around if line.rest is not None}
     if here.indent in options or not options or rest.startswith("- "):
         sentence = f"{_show(lines[number].strip())} does not continue the lines above it. Check its indentation."
-        return number + 1, sentence, None
+        return number, sentence, None
     known = ", ".join(
         f"{line.key!r} (line {line.number + 1}) by {_spaces(indent)}"
         for indent, line in sorted(options.items())
@@ -198,7 +189,7 @@ def _explain_indentation(lines: list[str], number: int, column: int) -> Explaine
     nearest = min(
         options, key=lambda n: (abs(n - here.indent), options[n].has_value != here.has_value, -n)
     )
-    return number + 1, sentence, _indent(lines, here, nearest)
+    return number, sentence, _indent(lines, here, nearest)
 
 
 def _explain_brackets(lines: list[str], error: yaml.MarkedYAMLError) -> Explained:
@@ -208,21 +199,18 @@ def _explain_brackets(lines: list[str], error: yaml.MarkedYAMLError) -> Explaine
     bracket = lines[number][column : column + 1]
     if bracket not in ("[", "{"):
         sentence = f"the brackets of {_show(lines[end].strip())} do not match. Close each of them, in their order."
-        return end + 1, sentence, None
+        return end, sentence, None
     close = {"[": "]", "{": "}"}[bracket]
     before = f" before line {end + 1}" if end > number else ""
     is_closed = close in lines[number][column:] and end == number
-    sentence = (
-        f"in {_show(lines[number][column:].strip())} a comma is missing, or a value that has one, a colon or a "
-        "bracket needs quotes."
-        if is_closed
-        else f"'{bracket}' is not closed{before}. Add '{close}'."
-    )
-    return (
-        number + 1,
-        sentence,
-        None if is_closed else _replace(lines, number, lines[number] + close),
-    )
+    if is_closed:
+        sentence = (
+            f"in {_show(lines[number][column:].strip())} a comma is missing, or a value that has one, a colon or a "
+            "bracket needs quotes."
+        )
+        return number, sentence, None
+    sentence = f"'{bracket}' is not closed{before}. Add '{close}'."
+    return number, sentence, _replace(lines, number, lines[number] + close)
 
 
 def _explain_quotes(lines: list[str], begin: int, number: int, problem: str) -> Explained:
@@ -233,16 +221,13 @@ def _explain_quotes(lines: list[str], begin: int, number: int, problem: str) -> 
             f"in double quotes a backslash begins an escape such as \\n: {_show(line.strip())}. Use single quotes, or "
             "write the backslash twice."
         )
-        return number + 1, sentence, _replace(lines, number, line.replace('"', "'"))
+        return number, sentence, _replace(lines, number, line.replace('"', "'"))
     quote = "'" if line.count("'") % 2 else '"'
     sentence = (
         f"the quote that begins here is not closed: {_show(line.strip())}. Add the closing {quote}"
     )
-    return (
-        begin + 1,
-        sentence,
-        _replace(lines, begin, line + quote) if line.count(quote) % 2 else None,
-    )
+    is_odd = line.count(quote) % 2
+    return begin, sentence, _replace(lines, begin, line + quote) if is_odd else None
 
 
 def _explain_first_character(lines: list[str], number: int, problem: str) -> Explained:
@@ -250,9 +235,9 @@ def _explain_first_character(lines: list[str], number: int, problem: str) -> Exp
     value = (here.rest or "").strip()
     if value and value[0] in "@`%*&!|>}],":
         sentence = f"a text that begins with '{value[0]}' needs quotes: {_cut(f'{here.key}: {_quote(value)}')}"
-        return number + 1, sentence, _requote(lines, number, value)
+        return number, sentence, _requote(lines, number, value)
     return (
-        number + 1,
+        number,
         f"{_show(lines[number].strip())} is not YAML ({problem}). Correct the line.",
         None,
     )
@@ -305,15 +290,10 @@ def _replace(lines: list[str], number: int, line: str) -> str:
     return "\n".join([*lines[:number], line, *lines[number + 1 :]])
 
 
-def _drop(lines: list[str], number: int, column: int) -> str:
-    return _replace(lines, number, lines[number][:column] + " " + lines[number][column + 1 :])
-
-
 def _requote(lines: list[str], number: int, value: str, content: str | None = None) -> str | None:
     begin, found, end = lines[number].rpartition(value or " ")
-    return (
-        _replace(lines, number, begin + _quote(content or value) + end) if found and value else None
-    )
+    line = begin + _quote(content or value) + end
+    return _replace(lines, number, line) if found and value else None
 
 
 def _indent(lines: list[str], line: _Line, indent: int) -> str:

@@ -131,8 +131,8 @@ def _compose(text: str, name: str) -> tuple[yaml.Node | None, list[tuple[Place, 
                 return yaml.compose(text, Loader=loader), problems
         line, message, repaired = explain(text)
         # A line that a repair has moved is not what the user wrote.
-        if repaired is None or split_lines(text)[line - 1] == written[line - 1]:
-            problems.append((Place(name, line), message))
+        if repaired is None or split_lines(text)[line] == written[line]:
+            problems.append((Place(name, line + 1), message))
         if repaired is None:
             break
         text = repaired

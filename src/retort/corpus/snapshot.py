@@ -14,9 +14,11 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
+
+from pydantic import Field
 
 from retort.config.sections import Dataset
 from retort.corpus.demo_text import describe_demo
@@ -29,6 +31,7 @@ from retort.corpus.reading import (
     count_readers,
     count_rows,
     list_corpus_files,
+    read_shard_documents,
     refuse_changed_files,
     refuse_empty,
     snapshot_record_path,
@@ -71,24 +74,36 @@ class CorpusRecord(
     shards: tuple[Counts, ...]
 
 
-class _ProgressRecord(Record, format="retort snapshot progress"):
-    """Progress of a snapshot, as of its last step. `sizes`: bytes of each shard's file."""
+class _Progress(Record, format="retort snapshot progress", frozen=False):
+    """What a snapshot contains so far; it is written after each step.
+
+    key: digest of what the documents depend on. counts: by shard. sizes: bytes of each shard's file. bytes: of text.
+    content: digest of all steps' lines.
+    """
 
     key: str
-    revision: str | None
-    cursor: Cursor
-    assignment: Assignment
+    revision: str | None = None
+    cursor: Cursor = Field(default_factory=Cursor)
+    assignment: Assignment = Field(default_factory=Assignment)
     counts: dict[int, Counts]
-    sizes: dict[int, int]
-    bytes: int
-    content: str
-    is_complete: bool
-    digest: str  # of all other keys: empty until it is computed
+    sizes: dict[int, int] = Field(default_factory=dict)
+    bytes: int = 0
+    content: str = ""
+    is_complete: bool = False
+    digest: str = ""  # of all other keys: empty until it is computed
 
-    def sealed(self) -> "_ProgressRecord":
+    def sealed(self) -> "_Progress":
         """Return the record with its digest."""
         found = digest(self.model_dump(mode="json", exclude={"digest"}))
         return self.model_copy(update={"digest": found})
+
+    @property
+    def total(self) -> Counts:
+        """Counts of all shards together."""
+        total = Counts()
+        for counts in self.counts.values():
+            total.merge(counts)
+        return total
 
 
 def write_snapshot(
@@ -122,7 +137,7 @@ def write_snapshot(
         lock = out_dir / f".draw_{reader:05d}.lock"
         stack.enter_context(file_lock(lock, busy=busy, notify_after_s=lock_notice_s))
         snapshot = _Snapshot.resume(dataset, out_dir, reader)
-        if not snapshot.is_complete:
+        if not snapshot.progress.is_complete:
             with refuse_changed_files(dataset, stamp):
                 _read_corpus(snapshot, step_documents, progress_interval_s)
             snapshot.commit(is_complete=True)
@@ -167,24 +182,39 @@ def read_snapshot(
     counts.merge(expected)
 
 
+def read_documents(
+    dataset: Dataset,
+    *,
+    shard: int,
+    snapshot: Path | None,
+    counts: Counts,
+    assignment: Assignment | None = None,
+) -> Iterator[Document]:
+    """Yield one shard's documents, from the corpus's snapshot if it has one (see `read_snapshot`), else directly."""
+    if snapshot:
+        return read_snapshot(snapshot, shard=shard, counts=counts, assignment=assignment)
+    num_shards = dataset.num_shards
+    return read_shard_documents(
+        dataset, shard=shard, num_shards=num_shards, counts=counts, assignment=assignment
+    )
+
+
 def _documents_path(out_dir: Path, shard: int) -> Path:
     return out_dir / f"documents_{shard:05d}.jsonl.gz"
 
 
 def _read_corpus(snapshot: "_Snapshot", step_documents: int | None, interval_s: float) -> None:
     """Read from the snapshot's cursor to the end of the corpus, with a commit after each step."""
-    dataset = snapshot.dataset
-    assignment = None if snapshot.shard is None else snapshot.assignment
-    reader = CorpusReader(
-        dataset, shard=snapshot.shard, cursor=snapshot.cursor, assignment=assignment
-    )
+    dataset, state = snapshot.dataset, snapshot.progress
+    assignment = None if snapshot.shard is None else state.assignment
+    reader = CorpusReader(dataset, shard=snapshot.shard, cursor=state.cursor, assignment=assignment)
     shard_of = build_shard_function(dataset, lambda: count_rows(dataset))
     step = _choose_step(dataset, reader.window, step_documents)
-    before, started = snapshot.total.read, time.monotonic()
+    before, started = state.total.read, time.monotonic()
 
     def describe() -> str:
         rate = (progress.done - before) / (time.monotonic() - started)
-        size = f"{snapshot.num_bytes / 1e6:,.1f} MB of text"
+        size = f"{state.bytes / 1e6:,.1f} MB of text"
         return f"{progress.done:,} documents read, {size}, {rate:,.0f}/s"
 
     progress = Meter(
@@ -193,22 +223,21 @@ def _read_corpus(snapshot: "_Snapshot", step_documents: int | None, interval_s: 
     with _Files(snapshot) as files:
         for index, split, row in reader:
             shard = shard_of(index)
-            counts = snapshot.counts[shard]
+            counts = state.counts[shard]
             document = make_document(row(), dataset, index=index, split=split, counts=counts)
             if document is not None:
                 files.write(shard, _to_line(document))
-                snapshot.num_bytes += len(document.text.encode())
-                snapshot.num_bytes += len((document.prompt or "").encode())
+                state.bytes += len(document.text.encode()) + len((document.prompt or "").encode())
             if reader.cursor.documents % step == 0:
                 files.flush()
-                snapshot.cursor = reader.cursor
+                state.cursor = reader.cursor
                 snapshot.commit()
             if progress.is_due:
-                progress.done = snapshot.total.read
+                progress.done = state.total.read
                 progress.show()
         files.flush()
     if snapshot.shard is None:
-        refuse_empty(dataset, snapshot.total)
+        refuse_empty(dataset, state.total)
 
 
 def _choose_step(dataset: Dataset, window: int, step_documents: int | None) -> int:
@@ -224,19 +253,12 @@ def _to_line(document: Document) -> bytes:
 
 @dataclass
 class _Snapshot:
-    """What a snapshot contains so far, and its progress record."""
+    """A snapshot that is being written to `out_dir`; the `revision` of `dataset` is the commit that is read."""
 
-    dataset: Dataset  # `revision` is the commit that is read
+    dataset: Dataset
     out_dir: Path
     reader: int
-    key: str  # digest of what the documents depend on
-    counts: dict[int, Counts]  # by shard
-    sizes: dict[int, int]  # bytes of each shard's file
-    cursor: Cursor = field(default_factory=Cursor)
-    assignment: Assignment = field(default_factory=Assignment)
-    num_bytes: int = 0  # of text
-    content: str = ""  # digest of all steps' lines
-    is_complete: bool = False
+    progress: _Progress
 
     @classmethod
     def resume(cls, dataset: Dataset, out_dir: Path, reader: int) -> "_Snapshot":
@@ -246,10 +268,11 @@ class _Snapshot:
         key = digest(
             [corpus_keys(dataset), digest_file_states(list_corpus_files(dataset)), packages]
         )
-        snapshot = cls(dataset, out_dir, reader, key, {s: Counts() for s in shards}, {})
+        progress = _Progress(key=key, counts={shard: Counts() for shard in shards})
+        snapshot = cls(dataset, out_dir, reader, progress)
         if snapshot._load():
-            if not snapshot.is_complete:
-                logger.info(f"resuming after document {snapshot.total.read:,}")
+            if not snapshot.progress.is_complete:
+                logger.info(f"resuming after document {snapshot.progress.total.read:,}")
         elif dataset.streaming and is_hub(dataset):
             snapshot.dataset = pin_revision(dataset)
         return snapshot
@@ -260,53 +283,31 @@ class _Snapshot:
         return None if count_readers(self.dataset) == 1 else self.reader
 
     @property
-    def total(self) -> Counts:
-        """Counts of all shards together."""
-        total = Counts()
-        for counts in self.counts.values():
-            total.merge(counts)
-        return total
-
-    @property
     def _record(self) -> Path:
         return self.out_dir / f".draw_{self.reader:05d}.json"
 
     def commit(self, *, is_complete: bool = False) -> None:
         """Write the progress record; the files must be on the disk."""
-        self.is_complete = is_complete
-        record = _ProgressRecord(
-            key=self.key,
-            revision=self.dataset.revision,
-            cursor=self.cursor,
-            assignment=self.assignment,
-            counts=self.counts,
-            sizes=self.sizes,
-            bytes=self.num_bytes,
-            content=self.content,
-            is_complete=is_complete,
-            digest="",
-        )
-        record.sealed().write(self._record)
+        self.progress.is_complete, self.progress.revision = is_complete, self.dataset.revision
+        self.progress.sealed().write(self._record)
 
     def _load(self) -> bool:
         """Load the progress record and truncate the files to its sizes; False if this corpus has no valid one."""
         try:
-            record = _ProgressRecord.read(self._record)
+            found = _Progress.read(self._record)
         except ValueError:
             return False
-        if record.key != self.key or record != record.sealed():  # of another corpus, or edited
+        if (
+            found.key != self.progress.key or found != found.sealed()
+        ):  # of another corpus, or edited
             return False
-        sizes = record.sizes
-        paths = {shard: _documents_path(self.out_dir, shard) for shard in sizes}
-        if any(not p.exists() or p.stat().st_size < sizes[s] for s, p in paths.items()):
+        paths = {shard: _documents_path(self.out_dir, shard) for shard in found.sizes}
+        if any(not p.exists() or p.stat().st_size < found.sizes[s] for s, p in paths.items()):
             return False
         for shard, path in paths.items():
-            os.truncate(path, sizes[shard])
-        self.dataset = self.dataset.model_copy(update={"revision": record.revision})
-        self.sizes, self.cursor = sizes, record.cursor
-        self.assignment, self.counts = record.assignment, record.counts
-        self.num_bytes, self.content = record.bytes, record.content
-        self.is_complete = record.is_complete
+            os.truncate(path, found.sizes[shard])
+        self.dataset = self.dataset.model_copy(update={"revision": found.revision})
+        self.progress = found
         return True
 
     def describe(self) -> CorpusRecord:
@@ -316,12 +317,12 @@ class _Snapshot:
             name=self.dataset.name,
             revision=self.dataset.revision if is_stream else None,
             packages=describe_demo() if self.dataset.name == "demo" else {},
-            bytes=self.num_bytes,
-            sha256_of_steps=self.content,
-            counts=self.total,
+            bytes=self.progress.bytes,
+            sha256_of_steps=self.progress.content,
+            counts=self.progress.total,
             shard=self.shard,
-            assignment=None if self.shard is None else self.assignment,
-            shards=tuple(self.counts.values()),
+            assignment=None if self.shard is None else self.progress.assignment,
+            shards=tuple(self.progress.counts.values()),
         )
 
 
@@ -345,11 +346,12 @@ class _Files:
 
     def _prepare(self) -> list[int]:
         """Create missing files, and truncate all to the committed sizes; return the shards."""
-        for shard in self.snapshot.counts:
+        sizes = self.snapshot.progress.sizes
+        for shard in self.snapshot.progress.counts:
             path = _documents_path(self.snapshot.out_dir, shard)
             path.touch()
-            os.truncate(path, self.snapshot.sizes.setdefault(shard, 0))
-        return list(self.snapshot.counts)
+            os.truncate(path, sizes.setdefault(shard, 0))
+        return list(self.snapshot.progress.counts)
 
     def __exit__(self, *_: object) -> None:
         self.stack.close()
@@ -372,9 +374,8 @@ class _Files:
             file = self.files[shard]
             file.flush()
             os.fsync(file.fileno())
-            self.snapshot.sizes[shard] = file.tell()
+            self.snapshot.progress.sizes[shard] = file.tell()
         if self.packed:
-            self.snapshot.content = hashlib.sha256(
-                (self.snapshot.content + self.lines.hexdigest()).encode()
-            ).hexdigest()
+            text = self.snapshot.progress.content + self.lines.hexdigest()
+            self.snapshot.progress.content = hashlib.sha256(text.encode()).hexdigest()
         self.packed, self.lines = {}, hashlib.sha256()

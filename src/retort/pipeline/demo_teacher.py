@@ -18,8 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from retort.config.handoff import Job
 from retort.config.sections import Dataset, Student, Tracking, Training
 from retort.corpus.documents import Counts, Document
-from retort.corpus.reading import read_shard_documents
-from retort.corpus.snapshot import read_snapshot
+from retort.corpus.snapshot import read_documents
 from retort.io.files import write_json
 from retort.io.fingerprints import TeacherRecord
 from retort.io.run_record import RUN_FILE, describe_run
@@ -139,13 +138,7 @@ def make_demo_teacher(
 def _read_training_documents(dataset: Dataset, snapshot: Path | None) -> Iterator[Document]:
     """Yield the corpus' documents that are not held out, shard by shard."""
     for shard in range(dataset.num_shards):
-        documents = (
-            read_snapshot(snapshot, shard=shard, counts=Counts())
-            if snapshot
-            else read_shard_documents(
-                dataset, shard=shard, num_shards=dataset.num_shards, counts=Counts()
-            )
-        )
+        documents = read_documents(dataset, shard=shard, snapshot=snapshot, counts=Counts())
         yield from (document for document in documents if document.split == "train")
 
 

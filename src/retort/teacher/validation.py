@@ -63,7 +63,21 @@ def score_validation(out: Path, job: Job, *, index_path: Path, fingerprint_path:
                 validation, tokenizer, evaluation.samples, date=index.chat_date
             )
             samples = sample_model(teacher.model, tokenizer, prompts, evaluation.samples)
-        found = _score(teacher, job, record, index, validation)
+        train_sequences, training = index.read_sample(num_positions=evaluation.fidelity_positions)
+        logger.info(
+            f"{validation.num_positions:,} held-out positions, {training.num_positions:,} to measure the cache with"
+        )
+        found = score_tables(
+            teacher,
+            fingerprint=record.weights,
+            name=record.name,
+            num_tokens=index.record.tokenizer.size,
+            validation=validation,
+            training=training,
+            train_sequences=train_sequences,
+            batch_size=section.generation.batch_size,
+        )
+        teacher.require_unchanged()
     write_samples(out.with_name(SAMPLES_FILE), {"teacher": samples}, of=record.weights)
     describe_run(
         section={"teacher": section, "evaluation": evaluation},
@@ -72,33 +86,6 @@ def score_validation(out: Path, job: Job, *, index_path: Path, fingerprint_path:
         seconds=time.monotonic() - started,
     ).write(out.with_name(RUN_FILE))
     write_features(out, found)
-
-
-def _score(
-    teacher: CausalLM,
-    job: Job,
-    record: TeacherRecord,
-    index: TokenIndex,
-    validation: SequenceTable,
-) -> TeacherFeatures:
-    """Return the features of the held-out sequences, and of a sample of the training sequences."""
-    num_positions = job.config.evaluation.fidelity_positions
-    train_sequences, training = index.read_sample(num_positions=num_positions)
-    logger.info(
-        f"{validation.num_positions:,} held-out positions, {training.num_positions:,} to measure the cache with"
-    )
-    found = score_tables(
-        teacher,
-        fingerprint=record.weights,
-        name=record.name,
-        num_tokens=index.record.tokenizer.size,
-        validation=validation,
-        training=training,
-        train_sequences=train_sequences,
-        batch_size=job.config.teacher.generation.batch_size,
-    )
-    teacher.require_unchanged()
-    return found
 
 
 def has_tokenizer(record: TeacherRecord, index: TokenIndex) -> bool:

@@ -10,6 +10,7 @@ sequence (a teacher's distributions) compares keys first.
 """
 
 from collections.abc import Iterable
+from collections.abc import Sequence as List
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -18,6 +19,7 @@ import xxhash
 from numpy.typing import ArrayLike, NDArray
 
 SPLITS = ("train", "val")
+Labels = tuple[tuple[str, str], ...]  # (category, language), by number
 KEY_BYTES = 16
 
 
@@ -64,7 +66,7 @@ class SequenceTable:
     keys: NDArray[np.uint8]  # [S, 16]
     documents: NDArray[np.int64]  # [S], index of the document in the corpus
     labels: NDArray[np.int32]  # [S], index into label_names
-    label_names: tuple[tuple[str, str], ...] = (("", ""),)  # (category, language)
+    label_names: Labels = (("", ""),)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -137,33 +139,34 @@ TABLE_COLUMNS = tuple(f.name for f in fields(SequenceTable) if f.name != "label_
 
 def concatenate_tables(tables: Iterable[SequenceTable]) -> SequenceTable:
     """Return one table of all sequences, in order; label names are merged."""
-    tables = list(tables)
-    names = sorted({name for t in tables for name in t.label_names} | {("", "")})
-    labels = {name: label for label, name in enumerate(names)}
-    relabel = [np.array([labels[n] for n in t.label_names], dtype=np.int32) for t in tables]
+    tables = [build_table([]), *tables]
+    label_names = [table.label_names for table in tables]
+    names = merge_names(label_names)
+    columns = {
+        name: join_columns(name, [getattr(t, name) for t in tables], label_names, names)
+        for name in TABLE_COLUMNS
+    }
+    return SequenceTable(**columns, label_names=names)
 
-    def join_offsets(name: str) -> NDArray[np.int64]:
-        counts = [np.diff(getattr(t, name)) for t in tables]
-        return np.concatenate(
-            [[0], np.cumsum(np.concatenate([[], *counts]), dtype=np.int64)]
-        ).astype(np.int64)
 
-    def join(name: str, empty: NDArray[Any]) -> NDArray[Any]:
-        return np.concatenate([empty, *(getattr(t, name) for t in tables)])
+def merge_names(label_names: Iterable[Iterable[tuple[str, str]]]) -> Labels:
+    """Return the label names of several tables in their order in a table of all."""
+    return tuple(sorted({name for names in label_names for name in names} | {("", "")}))
 
-    return SequenceTable(
-        ids=join("ids", np.empty(0, np.int32)),
-        loss_mask=join("loss_mask", np.empty(0, np.bool_)),
-        offsets=join_offsets("offsets"),
-        segment_starts=join("segment_starts", np.empty(0, np.int32)),
-        segment_offsets=join_offsets("segment_offsets"),
-        keys=join("keys", np.empty((0, KEY_BYTES), np.uint8)),
-        documents=join("documents", np.empty(0, np.int64)),
-        labels=np.concatenate(
-            [np.empty(0, np.int32), *(r[t.labels] for r, t in zip(relabel, tables, strict=True))]
-        ),
-        label_names=tuple(names),
-    )
+
+def join_columns(
+    name: str, columns: List[NDArray[Any]], label_names: List[Labels], merged: Labels
+) -> NDArray[Any]:
+    """Return a column of several tables as one: offsets are shifted, labels numbered by the `merged` names."""
+    if name.endswith("offsets"):
+        starts = np.cumsum([0, *(column[-1] for column in columns)], dtype=np.int64)
+        shifted = (c[1:] + start for c, start in zip(columns, starts, strict=False))
+        return np.concatenate([np.zeros(1, np.int64), *shifted])
+    if name == "labels":
+        numbers = {label: number for number, label in enumerate(merged)}
+        own = [np.array([numbers[label] for label in labels], np.int32) for labels in label_names]
+        columns = [numbers[column] for numbers, column in zip(own, columns, strict=True)]
+    return np.concatenate(columns)
 
 
 # (ids, loss mask, document, (category, language)) of a sequence with one segment
@@ -173,7 +176,7 @@ SequenceRow = tuple[ArrayLike, ArrayLike, int, tuple[str, str]]
 def build_table(rows: Iterable[SequenceRow]) -> SequenceTable:
     """Return a table of rows with one segment each."""
     rows = list(rows)
-    names = sorted({name for *_, name in rows} | {("", "")})
+    names = merge_names([name] for *_, name in rows)
     labels = {name: label for label, name in enumerate(names)}
     ids = [np.array(row[0], dtype=np.int32) for row in rows]
     masks = [np.array(row[1], dtype=np.bool_) for row in rows]
@@ -193,5 +196,5 @@ def build_table(rows: Iterable[SequenceRow]) -> SequenceTable:
         keys=np.stack(keys) if keys else np.empty((0, KEY_BYTES), np.uint8),
         documents=np.array([row[2] for row in rows], dtype=np.int64),
         labels=np.array([labels[row[3]] for row in rows], dtype=np.int32),
-        label_names=tuple(names),
+        label_names=names,
     )

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from retort.config.sections import Dataset
 from retort.corpus.documents import Counts
-from retort.corpus.reading import read_shard_documents, refuse_changed_files
+from retort.corpus.reading import refuse_changed_files
 from retort.corpus.sharding import Assignment
-from retort.corpus.snapshot import read_snapshot
+from retort.corpus.snapshot import read_documents
 from retort.io.files import remove_stale_temporaries
 from retort.io.fingerprints import TokenizerIdentity
 from retort.io.hdf5 import ColumnSource, open_h5, read_text, write_h5, write_text
@@ -57,16 +57,8 @@ def tokenize_shard(
     """
     started = time.monotonic()
     documents, counts, assignment = Counts(), TokenCounts(), Assignment()
-    source = (
-        read_snapshot(snapshot, shard=shard, counts=documents, assignment=assignment)
-        if snapshot
-        else read_shard_documents(
-            dataset,
-            shard=shard,
-            num_shards=dataset.num_shards,
-            counts=documents,
-            assignment=assignment,
-        )
+    source = read_documents(
+        dataset, shard=shard, snapshot=snapshot, counts=documents, assignment=assignment
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     remove_stale_temporaries(out.parent)
