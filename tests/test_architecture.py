@@ -73,7 +73,7 @@ def test_there_is_one_script_per_rule_and_one_rule_per_script() -> None:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_rule_script_and_log_folder_have_one_name(rule: str) -> None:
-    assert set(re.findall(r'SCRIPTS\.format\("(\w+)"\)', RULES[rule])) == {rule}
+    assert set(re.findall(r'\*\*command\("(\w+)"', RULES[rule])) == {rule}
     assert set(re.findall(r"\blogs/(\w+)/", RULES[rule])) == {rule}
 
 

@@ -1,4 +1,4 @@
-# Shared by the rules: get_* functions from wildcards to inputs, and the job of an artifact.
+# Shared by the rules: get_* functions from wildcards to inputs, and the command of a job.
 import inspect
 import os
 
@@ -27,9 +27,13 @@ def for_many_jobs(function):
     return function
 
 
-def job(kind):
-    """Return a params function: the JSON of the job that makes an artifact of a kind, for a script's --config."""
-    return for_many_jobs(lambda w: JOBS.format(kind, dict(w.items())))
+def command(script, kind=None):
+    """Return a rule's params: its script and its --config, of the job that makes an artifact of a kind, or the whole."""
+
+    def get_config(wildcards):
+        return JOBS.format(kind, dict(wildcards.items())) if kind else WHOLE_CONFIG
+
+    return {"script": SCRIPTS.format(script), "config": for_many_jobs(get_config)}
 
 
 def find(wildcards):

@@ -8,8 +8,7 @@ rule check_inputs:
         f"logs/check_inputs/{PROJECT.check_id}.log",
     localrule: True
     params:
-        script=SCRIPTS.format("check_inputs"),
-        config=lambda wildcards: WHOLE_CONFIG,
+        **command("check_inputs"),
     message:
         "Checking the inputs: models, vocabularies, corpora, folders"
     shell:
@@ -25,8 +24,7 @@ rule stage:
         f"logs/stage/{PROJECT.check_id}.log",
     localrule: True
     params:
-        script=SCRIPTS.format("stage"),
-        config=lambda wildcards: WHOLE_CONFIG,
+        **command("stage"),
     message:
         "Downloading models and datasets from the Hub"
     shell:
@@ -49,8 +47,7 @@ rule synthesize:
     resources:
         gpu=get_teacher_gpus,
     params:
-        script=SCRIPTS.format("synthesize"),
-        config=job("synthesis"),
+        **command("synthesize", "synthesis"),
     message:
         "A model writes responses: {wildcards.answers}"
     shell:
@@ -75,8 +72,7 @@ rule draw_corpus:
     log:
         "logs/draw_corpus/{corpus}{reader}.log",
     params:
-        script=SCRIPTS.format("draw_corpus"),
-        config=job("corpus"),
+        **command("draw_corpus", "corpus"),
         reader=get_reader,
     message:
         "Reading the corpus {wildcards.corpus}{wildcards.reader}"
@@ -94,8 +90,7 @@ rule tokenize_shard:
     log:
         "logs/tokenize_shard/{tokens}_{shard}.log",
     params:
-        script=SCRIPTS.format("tokenize_shard"),
-        config=job("tokens"),
+        **command("tokenize_shard", "tokens"),
     shell:
         "{params.script} --config {params.config:q} --corpus {input.corpus:q} --shard {wildcards.shard}"
         " --output {output:q} >> {log:q} 2>&1"
@@ -110,8 +105,7 @@ rule index_tokens:
         "logs/index_tokens/{tokens}.log",
     localrule: True
     params:
-        script=SCRIPTS.format("index_tokens"),
-        config=job("tokens"),
+        **command("index_tokens", "tokens"),
     message:
         "Listing the parts of teacher work in {output}"
     shell:

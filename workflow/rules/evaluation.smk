@@ -15,8 +15,7 @@ rule evaluate:
     resources:
         gpu=get_evaluation_gpus,
     params:
-        script=SCRIPTS.format("evaluate"),
-        config=job("evaluation"),
+        **command("evaluate", "evaluation"),
     message:
         "Evaluating the student {wildcards.run}"
     shell:
@@ -38,8 +37,7 @@ rule benchmark:
     resources:
         gpu=get_evaluation_gpus,
     params:
-        script=SCRIPTS.format("benchmark"),
-        config=job("task"),
+        **command("benchmark", "task"),
     message:
         "Benchmark {wildcards.task} of the student {wildcards.run}"
     shell:

@@ -13,8 +13,7 @@ rule report:
         f"logs/report/{PROJECT.report_id}.log",
     localrule: True
     params:
-        script=SCRIPTS.format("report"),
-        config=lambda wildcards: WHOLE_CONFIG,
+        **command("report"),
     message:
         "Writing the report"
     shell:

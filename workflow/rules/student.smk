@@ -15,9 +15,8 @@ rule train:
         **SEVERAL_NODES,
         gpu=get_training_gpus,
     params:
+        **command("train", "run"),
         srun=get_srun,
-        script=SCRIPTS.format("train"),
-        config=job("run"),
     message:
         "Training the student {wildcards.run}"
     shell:

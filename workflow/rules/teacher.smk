@@ -14,8 +14,7 @@ rule resolve_teacher:
         teacher="[0-9a-f]{12}",
     localrule: True
     params:
-        script=SCRIPTS.format("resolve_teacher"),
-        config=job("teacher"),
+        **command("resolve_teacher", "teacher"),
     message:
         "Recording the fingerprint of teacher {wildcards.teacher}"
     shell:
@@ -36,8 +35,7 @@ rule demo_teacher:
     resources:
         gpu=1,
     params:
-        script=SCRIPTS.format("demo_teacher"),
-        config=job("demo_teacher"),
+        **command("demo_teacher", "demo_teacher"),
     message:
         "Training the demo's teacher and its tokenizer"
     shell:
@@ -59,8 +57,7 @@ rule score_validation:
     resources:
         gpu=get_teacher_gpus,
     params:
-        script=SCRIPTS.format("score_validation"),
-        config=job("validation"),
+        **command("score_validation", "validation"),
     message:
         "The teacher scores the held-out text"
     shell:
@@ -78,8 +75,7 @@ rule plan:
         "logs/plan/{logits}.log",
     localrule: True
     params:
-        script=SCRIPTS.format("plan"),
-        config=job("logits"),
+        **command("plan", "logits"),
     message:
         "Estimating the size of the cache"
     shell:
@@ -101,9 +97,8 @@ rule generate_logits:
     resources:
         gpu=get_teacher_gpus,
     params:
-        script=SCRIPTS.format("generate_logits"),
+        **command("generate_logits", "logits"),
         num_workers=get_num_workers,
-        config=job("logits"),
     message:
         "The teacher scores the text: worker {wildcards.worker} of {params.num_workers}"
     shell:
@@ -123,8 +118,7 @@ rule merge_h5:
     log:
         "logs/merge_h5/{logits}.log",
     params:
-        script=SCRIPTS.format("merge_h5"),
-        config=job("logits"),
+        **command("merge_h5", "logits"),
     message:
         "Merging the parts of cache {wildcards.logits}"
     shell:

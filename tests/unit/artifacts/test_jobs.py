@@ -171,10 +171,7 @@ def test_a_synthesized_corpus_is_read_from_its_file(folder: Path) -> None:
 def test_a_rule_and_its_script_name_the_same_kind() -> None:
     texts = "".join(p.read_text() for p in (REPOSITORY / "workflow" / "rules").glob("*.smk"))
     kinds = {"compare": "comparison"}
-    for block in texts.split("script=SCRIPTS.format(")[1:]:
-        head = block.split("shell:")[0]
-        if 'job("' in head:
-            kinds[head.split('"')[1]] = head.split('job("')[1].split('"')[0]
+    kinds |= re.findall(r'\*\*command\("(\w+)", "(\w+)"\)', texts)
     assert len(kinds) == 14
     for script, kind in kinds.items():
         text = (REPOSITORY / "workflow" / "scripts" / f"{script}.py").read_text()
