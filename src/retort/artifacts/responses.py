@@ -19,16 +19,9 @@ from retort.io.files import is_path, suggest_path
 from retort.io.fingerprints import describe_model_file, fingerprint_tokenizer, fingerprint_weights
 from retort.io.records import Entry, Record
 from retort.io.run_record import RunRecord
-from retort.io.text_files import COMPRESSED_SUFFIXES
+from retort.io.text_files import COMPRESSED_SUFFIXES, LOADER_OF, find_ending
 
-PROMPT_SUFFIXES = {
-    ".jsonl": "json",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".parquet": "parquet",
-    ".txt": "lines",
-}
+PROMPT_SUFFIXES = LOADER_OF | {".txt": "lines"}
 RESPONSES_FILE = "responses.jsonl"
 _SHARED_KEYS = (
     "provider",
@@ -203,8 +196,7 @@ def is_hub_id(name: str) -> bool:
 
 def choose_prompt_reader(path: Path) -> str | None:
     """Return the reader of a prompt file by its ending, one of PROMPT_SUFFIXES' values; None if unknown."""
-    endings = [ending for ending in path.suffixes if ending not in COMPRESSED_SUFFIXES]
-    return PROMPT_SUFFIXES.get(endings[-1]) if endings else None
+    return PROMPT_SUFFIXES.get(find_ending(path))
 
 
 def _expand(pattern: str) -> list[Path]:

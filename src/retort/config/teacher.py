@@ -1,7 +1,7 @@
 """The section `teacher`: the model to learn from, and how it is run."""
 
 import re
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -57,6 +57,11 @@ class Teacher(Section):
     device: Literal["auto", "cpu", "cuda"] = setting("auto", changes_id=False)
     """Where the teacher runs; auto uses GPUs if there are any."""
     generation: Generation = Field(default_factory=Generation)
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """What transformers is told beside the path of the model, its config or its tokenizer."""
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
 
 def check_teacher(c: "Config") -> Found:

@@ -26,8 +26,9 @@ from retort.evaluation.run import evaluate_student
 from retort.evaluation.scores import METRICS, OF_BOTH, UNITS
 from retort.evaluation.text_bytes import count_next_bytes
 from retort.io.run_record import describe_run
-from retort.io.text_files import COMPRESSED_SUFFIXES
+from retort.io.text_files import LOADER_OF, find_ending
 from retort.models.causal_lm import CausalLM, require_causal, split_model
+from retort.models.generate import find_context_length
 from retort.models.load import (
     choose_device,
     choose_dtype,
@@ -45,25 +46,13 @@ from retort.tokens.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
-LOADERS = {
-    ".jsonl": "json",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".parquet": "parquet",
-    ".txt": "text",
-}
-
 
 def choose_loader(paths: Sequence[str]) -> str:
     """Return the loader for the files by their extension: json, csv, parquet, else text.
 
     Raises ValueError when the files need different loaders.
     """
-    extensions = [
-        [s for s in Path(path).suffixes if s not in COMPRESSED_SUFFIXES][-1:] for path in paths
-    ]
-    loaders = {LOADERS.get("".join(extension), "text") for extension in extensions}
+    loaders = {LOADER_OF.get(find_ending(Path(path)), "text") for path in paths}
     if len(loaders) > 1:
         raise ValueError(
             f"--data has files of different kinds ({', '.join(sorted(loaders))}): give files of one kind."
@@ -140,8 +129,7 @@ def _compare(model: Side, teacher: Side | None, evaluation: Evaluation, loading:
 def _fit_context(dataset: Dataset, paths: Sequence[str], loading: Teacher) -> Dataset:
     """Return the dataset with sequences that fit every model's context, one shard, and all documents held out."""
     configs = [load_model_config(p, trust_remote_code=loading.trust_remote_code) for p in paths]
-    limits = [getattr(c.get_text_config(), "max_position_embeddings", None) for c in configs]
-    length = min([dataset.max_length, *(limit for limit in limits if limit and limit > 1)])
+    length = min([dataset.max_length, *filter(None, map(find_context_length, configs))])
     if length < dataset.max_length:
         logger.info(f"sequences of at most {length:,} tokens: the shortest context of the models")
     return dataset.model_copy(

@@ -85,9 +85,7 @@ def run_task_on_teacher(out: Path, job: Job, *, name: str, record_path: Path) ->
     section, teacher_path = job.config.teacher, job.teacher_path
     torch.set_num_threads(section.generation.cpu_threads)
     teacher = load_recorded_teacher(teacher_path, section, record_path=record_path)
-    tokenizer = load_tokenizer(
-        teacher_path, revision=section.revision, trust_remote_code=section.trust_remote_code
-    )
+    tokenizer = load_tokenizer(teacher_path, **section.source)
     found = _run_task(out, job, name, teacher.model, tokenizer)
     return _write(out, found, teacher=read_json(record_path)["name"])
 

@@ -16,6 +16,15 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 COMPRESSED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz", ".zip")
+# Loaders by a file's ending.
+LOADER_OF = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
 
 _CHUNK_BYTES = 1 << 17
 _ENCODINGS = {  # UTF-32 first: its mark begins with that of UTF-16
@@ -24,6 +33,12 @@ _ENCODINGS = {  # UTF-32 first: its mark begins with that of UTF-16
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+
+
+def find_ending(path: Path) -> str:
+    """Return a path's last ending that is not of a compression, "" without one."""
+    endings = [ending for ending in path.suffixes if ending not in COMPRESSED_SUFFIXES]
+    return endings[-1] if endings else ""
 
 
 @contextmanager

@@ -99,11 +99,7 @@ def load_teacher(path: str, section: Teacher) -> CausalLM:
     Raises ValueError when it cannot be loaded, does not fit the GPUs, or is not causal.
     """
     device = choose_device(section.device)
-    options: dict[str, Any] = {
-        "revision": section.revision,
-        "dtype": choose_dtype(section.dtype, device),
-        "trust_remote_code": section.trust_remote_code,
-    }
+    options = section.source | {"dtype": choose_dtype(section.dtype, device)}
     if section.attn_implementation is not None:
         options["attn_implementation"] = section.attn_implementation
     if device.type == "cuda":
@@ -176,12 +172,8 @@ def record_teacher(path: Path, section: Teacher) -> None:
     Raises ValueError when its tokenizer or config cannot be loaded.
     """
     started, source = time.monotonic(), str(section.model_path)
-    tokenizer = load_tokenizer(
-        source, revision=section.revision, trust_remote_code=section.trust_remote_code
-    )
-    config = load_model_config(
-        source, revision=section.revision, trust_remote_code=section.trust_remote_code
-    )
+    tokenizer = load_tokenizer(source, **section.source)
+    config = load_model_config(source, **section.source)
     weights, commit = fingerprint_model(source, revision=section.revision)
     made = describe_run(section={"teacher": section}, seconds=time.monotonic() - started)
     made.write(path.with_name(RUN_FILE))
@@ -233,9 +225,7 @@ def load_recorded_teacher(
     require_weights(record, path, source=record_path)
     if source is None:
         section = section.model_copy(update={"revision": record.revision})
-    config = load_model_config(
-        path, revision=section.revision, trust_remote_code=section.trust_remote_code
-    )
+    config = load_model_config(path, **section.source)
     refuse_short_context(config, longest, f"teacher {path!r}")
     teacher = replace(load_teacher(path, section), source=source, file_states=file_states)
     assert teacher.vocabulary == record.vocabulary, (teacher.vocabulary, record.vocabulary)

@@ -17,9 +17,8 @@ from retort.corpus.documents import Document
 from retort.corpus.hub import count_split_rows
 from retort.corpus.reading import check_corpus, count_rows
 from retort.corpus.sources import expand_pattern, find_named_for_evaluation, is_hub
-from retort.evaluation.compare import LOADERS
 from retort.io.files import is_path
-from retort.io.text_files import COMPRESSED_SUFFIXES
+from retort.io.text_files import LOADER_OF, find_ending
 from retort.tokens.tokenize import TokenCounts, tokenize_documents
 
 # Columns that are tried in this order; chats, and prompt with completion, are found without a name.
@@ -101,29 +100,26 @@ def _find_files(corpus: str) -> dict[str, Any]:
     Of a folder, the kind of files with the most bytes; files named as a validation split are held out.
     """
     path = Path(corpus).expanduser()
-    is_local = path.exists() or is_path(corpus) or path.suffix in LOADERS or "*" in corpus
+    is_local = path.exists() or is_path(corpus) or path.suffix in LOADER_OF or "*" in corpus
     if not is_local:
         return {"name": corpus}
     if path.is_dir():
         sizes: Counter[str] = Counter()
         for file in expand_pattern(f"{corpus}/**/*", key="--corpus"):
-            if (kind := _find_kind(file)) in LOADERS:
+            if (kind := find_ending(file)) in LOADER_OF:
                 sizes["".join(file.suffixes[file.suffixes.index(kind) :])] += file.stat().st_size
         if not sizes:
-            raise ValueError(f"--corpus {corpus!r} has no file that ends in {', '.join(LOADERS)}.")
+            raise ValueError(
+                f"--corpus {corpus!r} has no file that ends in {', '.join(LOADER_OF)}."
+            )
         corpus = f"{corpus.rstrip('/')}/**/*{sizes.most_common(1)[0][0]}"
     files = expand_pattern(corpus, key="--corpus")
-    loader = LOADERS.get(_find_kind(files[0]), "text")
+    loader = LOADER_OF.get(find_ending(files[0]), "text")
     if not (named := find_named_for_evaluation(files)):
         return {"name": loader, "data_files": corpus}
     held_out = [file for file in named if re.search("val|dev", file.name.lower())] or named
     texts = [str(file) for file in files if file not in named]
     return {"name": loader, "data_files": texts, "validation_files": [*map(str, held_out)]}
-
-
-def _find_kind(file: Path) -> str:
-    """Return the last ending of a file's name that is not of a compression."""
-    return "".join([s for s in file.suffixes if s not in COMPRESSED_SUFFIXES][-1:])
 
 
 def _find_columns(

@@ -62,11 +62,7 @@ class LocalGenerator(ABC):
     @cached_property
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
-        return load_tokenizer(
-            self.model_path,
-            revision=self.loading.revision,
-            trust_remote_code=self.loading.trust_remote_code,
-        )
+        return load_tokenizer(self.model_path, **self.loading.source)
 
     @property
     def _sampling(self) -> Sampling:

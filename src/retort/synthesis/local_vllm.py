@@ -13,11 +13,10 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
 
 from retort.cli import first_line
 from retort.config.sections import Synthesis, Teacher
-from retort.models.ends import list_eos_ids
+from retort.models.ends import list_ends_beside
 from retort.models.generate import (
     clip_prompt,
     describe_completion,
@@ -110,11 +109,7 @@ class VllmGenerator(LocalGenerator):
 
     @cached_property
     def _context(self) -> int | None:
-        loading = self.loading
-        trust = loading.trust_remote_code
-        return find_context_length(
-            load_model_config(self.model_path, revision=loading.revision, trust_remote_code=trust)
-        )
+        return find_context_length(load_model_config(self.model_path, **self.loading.source))
 
     @property
     def _max_new_tokens(self) -> int:
@@ -122,11 +117,7 @@ class VllmGenerator(LocalGenerator):
 
     @cached_property
     def _ends(self) -> list[int]:
-        try:
-            own = GenerationConfig.from_pretrained(self.model_path, revision=self.loading.revision)
-        except OSError:  # some models have none
-            own = None
-        return list_eos_ids(own, self.tokenizer)
+        return list_ends_beside(self.model_path, self.tokenizer, revision=self.loading.revision)
 
     @cached_property
     def _model(self) -> Any:
@@ -140,9 +131,8 @@ class VllmGenerator(LocalGenerator):
         try:
             model = vllm.LLM(
                 self.model_path,
-                revision=self.loading.revision,
                 tokenizer_revision=self.loading.revision,
-                trust_remote_code=self.loading.trust_remote_code,
+                **self.loading.source,
                 dtype=dtype,
                 max_model_len=max(map(len, self._ids)) + self._max_new_tokens,
                 tensor_parallel_size=torch.cuda.device_count() if device.type == "cuda" else 1,

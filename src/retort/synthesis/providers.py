@@ -15,7 +15,7 @@ from email.utils import parsedate_to_datetime
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, Protocol
+from typing import Any, ClassVar, NoReturn
 
 from retort.cli import first_line
 from retort.config.sections import Synthesis
@@ -64,23 +64,6 @@ class RejectedPromptError(Exception):
     """The server will never answer this prompt (too long, for example): free."""
 
 
-class Provider(Protocol):
-    """A service that answers one prompt at a time."""
-
-    async def answer(self, prompt: str) -> Answer:
-        """Return the answer to a prompt.
-
-        Raises UnavailableError, LostAnswerError or RejectedPromptError for this request, and ValueError when no
-        request can succeed.
-        """
-
-    async def check(self) -> str:
-        """Return a note on the server. Raises ValueError when it does not answer or does not serve the model."""
-
-    async def close(self) -> None:
-        """Close all connections."""
-
-
 def bound_tokens(section: Synthesis, prompt: str) -> tuple[int, int]:
     """Return upper bounds of the (input, output) tokens of a request: each token covers at least one byte."""
     text = prompt + (section.system_prompt or "")
@@ -123,18 +106,21 @@ def require_client(section: Synthesis) -> None:
             )
 
 
-def open_provider(section: Synthesis) -> Provider:
+def open_provider(section: Synthesis) -> "Provider":
     """Return the provider of a section; nothing is sent yet.
 
     Raises ValueError when its client or its key is missing.
     """
     require_client(section)
-    providers: dict[str, type[_ServerProvider]] = {"openai": _OpenAI, "anthropic": _Anthropic}
+    providers: dict[str, type[Provider]] = {"openai": _OpenAI, "anthropic": _Anthropic}
     return providers[str(section.provider)](section, read_key(section))
 
 
-class _ServerProvider(ABC):
-    """What both providers share: one generator writes both client libraries, so their errors have the same names."""
+class Provider(ABC):
+    """A service that answers one prompt at a time.
+
+    One generator writes the client libraries of both services, so their errors have the same names.
+    """
 
     client_class: ClassVar[str]
 
@@ -162,6 +148,11 @@ class _ServerProvider(ABC):
         """
 
     async def answer(self, prompt: str) -> Answer:
+        """Return the answer to a prompt.
+
+        Raises UnavailableError, LostAnswerError or RejectedPromptError for this request, and ValueError when no
+        request can succeed.
+        """
         library = self.library
         try:
             # The client's own timeout applies to each read: a body that trickles in would never end.
@@ -208,6 +199,7 @@ class _ServerProvider(ABC):
         raise RejectedPromptError(reason) from None
 
     async def check(self) -> str:
+        """Return a note on the server. Raises ValueError when it does not answer or does not serve the model."""
         where = self.section.base_url or self.section.provider
         try:
             async with asyncio.timeout(min(self.section.timeout_s, 30)):
@@ -232,6 +224,7 @@ class _ServerProvider(ABC):
         return f"{where} serves {model}"
 
     async def close(self) -> None:
+        """Close all connections."""
         await self.client.close()
 
     def _redact(self, text: str) -> str:
@@ -254,7 +247,7 @@ class _MalformedAnswerError(Exception):
     """The body is JSON, but not an answer."""
 
 
-class _OpenAI(_ServerProvider):
+class _OpenAI(Provider):
     """Chat completions of any OpenAI-compatible server."""
 
     client_class = "AsyncOpenAI"
@@ -292,7 +285,7 @@ class _OpenAI(_ServerProvider):
             raise _MalformedAnswerError(first_line(error)) from None
 
 
-class _Anthropic(_ServerProvider):
+class _Anthropic(Provider):
     """The Messages API of Anthropic."""
 
     client_class = "AsyncAnthropic"
