@@ -26,7 +26,13 @@ class LogHandlerSettings(LogHandlerSettingsBase):
 
 
 class LogHandler(LogHandlerBase):
-    """Passes Snakemake's log records to the display."""
+    """Passes Snakemake's log records to the display, which takes the place of Snakemake's own output."""
+
+    writes_to_stream = True
+    writes_to_file = False  # Snakemake writes its own
+    has_filter = True  # the display chooses what is shown, and formats it
+    has_formatter = True
+    needs_rulegraph = False
 
     def __post_init__(self) -> None:
         """Open the display, which from now on is the only one to write to the terminal."""
@@ -50,28 +56,3 @@ class LogHandler(LogHandlerBase):
         """Close the display, which shows the summary."""
         self._display.close()
         super().close()
-
-    @property
-    def writes_to_stream(self) -> bool:
-        """Return True: it replaces Snakemake's own output."""
-        return True
-
-    @property
-    def writes_to_file(self) -> bool:
-        """Return False: Snakemake writes its own log file."""
-        return False
-
-    @property
-    def has_filter(self) -> bool:
-        """Return True: the display chooses what is shown."""
-        return True
-
-    @property
-    def has_formatter(self) -> bool:
-        """Return True: the display formats the messages."""
-        return True
-
-    @property
-    def needs_rulegraph(self) -> bool:
-        """Return False: it shows no graph."""
-        return False
