@@ -18,7 +18,7 @@ def test_keys_that_were_left_out_are_named_with_their_cost_once(setting: Setting
     (cache,) = (note for note in notes if "cache.method" in note)
     # 64 ids and logprobs of two bytes each, two tails of four.
     assert "top_k 64: up to 264 bytes a position" in cache and "min_probability: 0.001" in cache
-    assert any("learns faster at 0.003 " in note for note in notes)
+    assert any("of this size try 0.003 " in note for note in notes)
 
 
 def test_what_was_written_is_not_named_even_at_its_default(setting: Setting) -> None:
