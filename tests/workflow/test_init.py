@@ -1,7 +1,10 @@
 """`retort init`, typed by a user: the config that it writes runs to the report as it is."""
 
 import json
+import os
+import pty
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -123,6 +126,20 @@ def test_what_cannot_be_used_is_one_sentence_and_leaves_no_file(
     (line,) = said.output.splitlines()
     assert line.startswith("error: ") and reason in line
     assert not [*Path(fresh.path).glob("mine*")]
+
+
+def test_on_a_terminal_it_asks_for_what_no_flag_gives(fresh: Place) -> None:
+    words = [sys.executable, "-m", "retort", "init", "--output", "asked.yaml"]
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        words, cwd=fresh.path, env=fresh.environment(), stdin=theirs, stdout=subprocess.PIPE
+    )
+    os.write(ours, b"documents.jsonl\nteacher\n16k\n")
+    said, _ = process.communicate(timeout=600)
+    assert process.returncode == 0 and said.decode().count("a model [") == 1
+    config = yaml.safe_load((fresh.path / "asked.yaml").read_text())
+    assert config["teacher"]["model_path"] == "teacher"
+    assert config["student"] == {"config": "asked.student.json"}
 
 
 def test_a_column_can_be_named_and_files_named_for_validation_are_held_out(fresh: Place) -> None:
