@@ -14,6 +14,7 @@ import fcntl
 import io
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -32,6 +33,8 @@ _PROGRESS = "RETORT_PROGRESS"  # 0: no progress bars
 _TERMINAL_ONLY = "is_terminal_only"
 _TIME = "%Y-%m-%d %H:%M:%S"
 ATTEMPT = "=== "  # prefix of the first line of an attempt: each attempt appends to the log
+# What begins each line of a log: time, job, process.
+LINE_HEAD = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \S+\[\d+\] ?")
 RESUME = "Finished work is kept: rerun the same command to resume."
 # Errors that say nothing about a file's content: no permission, too many open files, no memory, a failing disk or
 # network.

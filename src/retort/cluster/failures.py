@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from retort.cli import ATTEMPT, is_out_of_memory
+from retort.cli import ATTEMPT, LINE_HEAD, is_out_of_memory
 from retort.cluster.deadlines import OUT_OF_TIME
 
 _TAIL_BYTES = 1 << 18
@@ -13,9 +13,6 @@ _SHOWN_LINES = 10
 _SHOWN_CHARACTERS = 500  # of a line
 _TRACEBACK = "Traceback (most recent call last)"
 _ATTEMPT = re.compile(re.escape(ATTEMPT) + r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ")
-_LINE_HEAD = re.compile(
-    r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \S+\[\d+\] ?"
-)  # written by retort.cli: time, job, process
 _TOO_LONG = "argument list too long"  # E2BIG, after which a shell exits with 126
 _RESUME = "finished work is kept: rerun the same command to resume."
 _LESS_MEMORY = {
@@ -86,7 +83,7 @@ def read_last_attempt(log: Path) -> list[str]:
     lines = text.splitlines()
     starts = [place for place, line in enumerate(lines) if _ATTEMPT.match(line)]
     last = lines[starts[-1] + 1 :] if starts else lines
-    plain = [line[found.end() :] if (found := _LINE_HEAD.match(line)) else line for line in last]
+    plain = [line[found.end() :] if (found := LINE_HEAD.match(line)) else line for line in last]
     return [_shorten(line) for line in plain if line.strip()]
 
 

@@ -18,7 +18,7 @@ from logging import INFO, WARNING, LogRecord
 from pathlib import Path
 from typing import Any, TextIO
 
-from retort.cli import ATTEMPT
+from retort.cli import ATTEMPT, LINE_HEAD
 
 _WIDTH = 100
 _TERMINAL_S = 0.5  # between two looks at the logs
@@ -198,8 +198,8 @@ class RunDisplay:
                     self._show(is_alive_only=not self._is_terminal)
 
     def _show(self, *, is_alive_only: bool = False) -> None:
-        if not self._total or self.is_quiet or self.is_dry_run:
-            return
+        if self._done == self._total or self.is_quiet or self.is_dry_run:
+            return  # `close` says that all is done
         if self._is_terminal:
             width = shutil.get_terminal_size().columns - 1
             self._out.write(f"\r{self._describe()[:width]}\x1b[K")
@@ -236,6 +236,7 @@ def latest_line(jobs: Sequence[_Job]) -> str:
                 time_written, line = log.stat().st_mtime, _last_line(log)
             except OSError:  # it has not begun
                 continue
+            line = line.removeprefix(job.label).lstrip()  # some messages begin with it
             written.append((time_written, f"{job.label}: {line}" if line else job.label))
     if written:
         return max(written)[1]
@@ -253,7 +254,7 @@ def _last_line(log: Path) -> str:
         file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
         text = file.read().decode(errors="replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    last = lines[-1] if lines else ""
+    last = LINE_HEAD.sub("", lines[-1], count=1) if lines else ""
     return "" if last.startswith(ATTEMPT) else "".join(c if c.isprintable() else " " for c in last)
 
 

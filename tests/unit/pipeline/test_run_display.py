@@ -70,7 +70,8 @@ def test_progress_says_what_the_job_that_wrote_last_is_at(
     monkeypatch.setattr("retort.pipeline.run_display._LINE_S", 0.0)
     old, new = tmp_path / "old.log", tmp_path / "new.log"
     old.write_text("long ago\n")
-    new.write_text("=== 2026-01-01 00:00:00  train.py\nstep 3/9\n\n")
+    head = "2026-01-01 00:00:07 train[4711] "
+    new.write_text(f"=== 2026-01-01 00:00:00  train.py\n{head}train b  step 3/9\n\n")
     os.utime(old, (1, 1))
     display = RunDisplay()
     display.take(plan(train=2, evaluate=1))
@@ -123,8 +124,9 @@ def test_jobs_that_an_interrupt_ended_have_not_failed(capfd: pytest.CaptureFixtu
 
 
 def test_the_table_ends_a_run_that_went_well(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("retort.pipeline.run_display._LINE_S", 0.0)
     table = tmp_path / "summary.txt"
     display = RunDisplay(summary=table)
     display.take(plan(report=1))
@@ -132,7 +134,8 @@ def test_the_table_ends_a_run_that_went_well(
     table.write_text("the table\n")
     display.take(record(event="job_finished", job_id=1))
     display.close()
-    assert capfd.readouterr().err.endswith("\n1 job done, 0:00\n\nthe table\n")
+    said = capfd.readouterr().err
+    assert said.endswith("\n1 job done, 0:00\n\nthe table\n") and said.count("1 job done") == 1
 
 
 def test_on_a_terminal_progress_is_one_line_that_is_written_over() -> None:
