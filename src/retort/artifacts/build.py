@@ -7,7 +7,9 @@ existence, changing a setting and back costs nothing, and no setting resumes the
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from retort.artifacts.responses import build_responses
 from retort.artifacts.tasks import EvaluationTask, build_tasks
 from retort.config.dataset import SYNTHESIS
 from retort.config.load import identity
-from retort.config.schema import show
+from retort.config.schema import ConfigError, Problem, show
 from retort.config.sections import Config, Dataset, Student, Training
 from retort.corpus.reading import (
     TOKENIZING_KEYS,
@@ -65,10 +67,13 @@ def build_project(configs: Mapping[str, Config]) -> Project:
 
     Raises ValueError when a local corpus, model, tokenizer or student config is missing, when a file is at the path of
     the results folder, when a path is too long or may not be read, or when the weights or tokenizer of a local teacher
-    differ from those of its recorded results.
+    differ from those of its recorded results. The error of one missing file names all others that are missing.
     """
     try:
         return _build_project(configs)
+    except ValueError as error:
+        messages = dict.fromkeys([str(error), *_find_mistakes(configs)])
+        raise ConfigError(*(Problem((), message) for message in messages)) from None
     except OSError as error:
         raise ValueError(
             f"The config has the path {show(str(error.filename))}, which cannot be read: {error.strerror}."
@@ -80,7 +85,8 @@ def _build_project(configs: Mapping[str, Config]) -> Project:
         require_no_file_at(Path(output.results_dir))
         require_no_file_at(Path(output.cache_dir or output.results_dir))
     for config in configs.values():
-        _refuse_missing_folders(config)
+        for key, value in _named_folders(config).items():
+            _refuse_missing_folder(key, value)
     runs = {name: _build_run(name, config) for name, config in configs.items()}
     everything = list(runs.values())
     teachers = [r.teacher for r in everything if r.teacher] + [
@@ -107,21 +113,43 @@ def _build_project(configs: Mapping[str, Config]) -> Project:
     )
 
 
-def _refuse_missing_folders(config: Config) -> None:
-    """Raise ValueError for a model or tokenizer that is given as a path and does not exist."""
-    named = {
+def _find_mistakes(configs: Mapping[str, Config]) -> Iterator[str]:
+    """Yield the messages of build_project's errors in single keys of the configs, once it has ended with one."""
+    for config in configs.values():
+        steps: list[Callable[[], Any]] = [
+            partial(_refuse_missing_folder, *named) for named in _named_folders(config).items()
+        ]
+        steps += [
+            partial(_build_corpus, config),
+            partial(list_validation_files, config.dataset),
+            partial(student_content, config.student),
+            partial(build_tasks, config, Path(), revision=REVISIONS["benchmark"]),
+        ]
+        for step in steps:
+            with suppress(OSError):  # one that cannot be read is told when no other is wrong
+                try:
+                    step()
+                except ValueError as error:
+                    yield str(error)
+
+
+def _named_folders(config: Config) -> dict[str, str | None]:
+    return {
         "teacher.model_path": config.teacher.model_path,
         "dataset.tokenizer": config.dataset.tokenizer,
         "student.model_path": config.student.model_path,
     }
-    for key, value in named.items():
-        if value is not None and Path(value).is_file():
-            raise ValueError(f"{key} {value!r} is {describe_model_file(Path(value))}")
-        if value is not None and is_path(value) and not Path(value).is_dir():
-            raise ValueError(
-                f"{key} {value!r} does not exist (looked in {Path.cwd()}).{suggest_path(Path(value))} Give a "
-                "folder that save_pretrained() wrote, or the id of a model on the Hub."
-            )
+
+
+def _refuse_missing_folder(key: str, value: str | None) -> None:
+    """Raise ValueError for a model or tokenizer that is given as a path and does not exist."""
+    if value is not None and Path(value).is_file():
+        raise ValueError(f"{key} {value!r} is {describe_model_file(Path(value))}")
+    if value is not None and is_path(value) and not Path(value).is_dir():
+        raise ValueError(
+            f"{key} {value!r} does not exist (looked in {Path.cwd()}).{suggest_path(Path(value))} Give a "
+            "folder that save_pretrained() wrote, or the id of a model on the Hub."
+        )
 
 
 def refuse_other_teacher(teacher: TeacherModel) -> None:

@@ -53,8 +53,11 @@ def load_source(source: Source) -> dict[str, Config]:
 
 
 def locate(error: ValueError, source: Source) -> str:
-    """Return an error's message, with the place of the key that it begins with if that is written."""
-    message = str(error)
+    """Return an error's message; before each mistake, the place of the key that it begins with if that is written."""
+    return "\n".join(_locate(line, source) for line in str(error).splitlines())
+
+
+def _locate(message: str, source: Source) -> str:
     if found := re.match(r"[a-z_]+(\.[a-z_]+)+(?= )", message):
         path = tuple(found[0].split("."))
         if path in source.places:

@@ -134,10 +134,12 @@ def is_path(name: str) -> bool:
 
 
 def suggest_path(path: Path) -> str:
-    """Return " Did you mean 'x'?" with the most similar path in the folder of a missing one, or ""."""
-    names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, names, n=1)
-    return f" Did you mean {str(path.parent / close[0])!r}?" if close else ""
+    """Return " Did you mean 'x'?" with the path most like a missing one, of which one name is misspelt, or ""."""
+    missing = next(part for part in (*reversed(path.parents), path) if not part.exists())
+    names = [p.name for p in missing.parent.iterdir()] if missing.parent.is_dir() else []
+    close = difflib.get_close_matches(missing.name, names, n=1)
+    found = [missing.parent / name / path.relative_to(missing) for name in close]
+    return f" Did you mean {str(found[0])!r}?" if found and found[0].exists() else ""
 
 
 def require_no_file_at(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import yaml
 
 from retort.artifacts.build import build_project, training_keys
 from retort.artifacts.project import Project
+from retort.config.config_files import locate, read_files
 from retort.config.load import load_runs
 from retort.config.schema import merge
 from retort.config.sections import Evaluation, Training, leaves
@@ -270,6 +272,33 @@ def test_a_file_that_is_not_a_student_config_is_refused_by_path(
     with pytest.raises(ValueError, match=says) as caught:
         build(student={"config": str(path)})
     assert str(path) in str(caught.value)
+
+
+def test_all_missing_files_are_told_at_once_each_with_its_line(
+    build: Build, tmp_path: Path, raw: dict[str, Any]
+) -> None:
+    path = tmp_path / "mine.yaml"
+    missing = {
+        "dataset": {"data_files": str(tmp_path / "corpsu.jsonl"), "tokenizer": "./words"},
+        "teacher": {"model_path": str(tmp_path / "techer")},
+        "student": {"config": str(tmp_path / "none.json")},
+        "runs": {"a": {"training": {"seed": 1}}, "b": {"evaluation": {"max_positions": 9}}},
+    }
+    path.write_text(yaml.safe_dump(merge(raw, missing), sort_keys=False))
+    source = read_files([path], {})
+    assert source is not None
+    with pytest.raises(ValueError) as caught:
+        build(**missing)
+    head, *lines = locate(caught.value, source).splitlines()
+    assert head == "The config has 4 mistakes:"
+    told = sorted(line.split(" ")[1] for line in lines)
+    assert told == [
+        "dataset.data_files",
+        "dataset.tokenizer",
+        "student.config",
+        "teacher.model_path",
+    ]
+    assert all(re.match(rf"{re.escape(str(path))}:\d+: ", line) for line in lines), lines
 
 
 RUNS = {
