@@ -102,6 +102,8 @@ def suggest_value(value: Any, takes: str) -> str | None:
     """Return what to write instead of a value that was nearly right; `takes` is the phrase for the key's values."""
     if takes.startswith("a list") and isinstance(value, str | int | float):
         return f"Write it in brackets, [{value}]"
+    if isinstance(value, list) and "a list" not in takes:
+        return "Write it under runs, where each value of a list makes a run of its own"
     if not isinstance(value, str) or ("a number" not in takes and "an integer" not in takes):
         return None
     if _OTHER_BASE.fullmatch(value):
