@@ -232,8 +232,14 @@ class _Chats:
                 append_eos=self.dataset.append_eos,
             )
         except ChatError as error:
+            refuses_system = "system" in str(error).lower()  # as templates of Gemma 2 do
+            advice = (
+                "Write system prompts into the first question"
+                if refuses_system
+                else "Remove it from the corpus"
+            )
             raise ValueError(
-                f"document {document.index} cannot be rendered: {error}. Remove it from the corpus, or use a "
+                f"document {document.index} cannot be rendered: {error}. {advice}, or use a "
                 "tokenizer (dataset.tokenizer) with another chat template."
             ) from error
 
