@@ -21,6 +21,7 @@ from retort.config.sections import Dataset, Evaluation, Teacher
 from retort.corpus.documents import Counts, Document
 from retort.corpus.reading import read_shard_documents
 from retort.evaluation.formatting import format_metric, name_metric
+from retort.evaluation.intervals import FEW_DOCUMENTS
 from retort.evaluation.records import Comparison, Scorecard, Scores
 from retort.evaluation.run import evaluate_student
 from retort.evaluation.scores import METRICS, OF_BOTH, UNITS
@@ -254,6 +255,8 @@ def render_comparison(found: Comparison) -> str:
     lines = [f"{whose:<8} {path}" for whose, (path, _) in shown.items()]
     lines += ["", *table.to_string().splitlines()]
     lines += ["", "In brackets: 95 % intervals, from resampling the documents."]
+    if (count := found.scores.student.documents) < FEW_DOCUMENTS:
+        lines += [f"They are too narrow: {count} documents are too few to resample."]
     reasons: dict[str, list[str]] = {}
     for name, reason in found.scores.not_defined.items():
         reasons.setdefault(reason, []).append(METRICS[name].title)

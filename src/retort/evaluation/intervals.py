@@ -20,6 +20,7 @@ from retort.io.records import STRICT
 
 RESAMPLES = 1000
 LEVEL = 0.95
+FEW_DOCUMENTS = 10  # with fewer, intervals from resampling them are too narrow
 _MAX_CELLS = 1 << 22  # resamples x documents in one block: 32 MB
 
 Numbers = NDArray[np.float64]

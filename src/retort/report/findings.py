@@ -6,7 +6,7 @@ import pandas as pd
 
 from retort.corpus.documents import Counts
 from retort.evaluation.formatting import format_signed
-from retort.evaluation.intervals import Estimate
+from retort.evaluation.intervals import FEW_DOCUMENTS, Estimate
 from retort.evaluation.scores import DOCUMENTS_FILE
 from retort.report.comparisons import (
     HELD_OUT,
@@ -24,7 +24,6 @@ HIGH_SKIPPED = 0.05  # of the corpus's rows
 HIGH_TAIL_MASS = 0.2
 HIGH_FIDELITY_KL = 0.05  # nats
 FEW_POSITIONS = 1000
-FEW_DOCUMENTS = 10
 _MAX_NEEDS = 3  # sentences on runs without a margin, of which a sweep may have a hundred
 
 

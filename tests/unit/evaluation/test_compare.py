@@ -24,6 +24,7 @@ from retort.evaluation.compare import (
     evaluate_models,
     render_comparison,
 )
+from retort.evaluation.intervals import FEW_DOCUMENTS
 from retort.evaluation.records import Comparison
 from retort.evaluation.scores import METRICS, OF_BOTH
 from retort.tokens.tokenizer import load_tokenizer
@@ -184,6 +185,7 @@ def test_a_model_alone_needs_no_teacher(student: Path, data: Path) -> None:
     found = measure(student, None, data)
     assert found.teacher is None and found.scores.teacher is None
     text = render_comparison(found)
+    assert found.scores.student.documents >= FEW_DOCUMENTS and "too narrow" not in text
     assert "perplexity" in text and "KL" not in text and "Not defined" not in text
 
 
@@ -195,6 +197,8 @@ def test_whole_documents_are_read_until_there_are_enough_positions(
         found = evaluate_models(str(student), str(teacher), [str(data)], few)
         read = found.scores.student.documents
         assert 100 <= found.scores.student.positions < 300 and 1 < read < len(texts)
+        warning = f"They are too narrow: {read} documents are too few to resample."
+        assert (warning in render_comparison(found)) == (read < FEW_DOCUMENTS)
         if teacher is other_tokenizer:
             assert found.scores.teacher is not None and found.scores.teacher.documents == read
 
