@@ -65,8 +65,9 @@ def find_failure(rule: str, log: Path) -> Failure:
         reason = f"It left no log: see Snakemake's message about it, above; {_RESUME}"
     elif log.stat().st_size == 0:  # a script writes a line first
         reason = (
-            "It never began: SLURM refused it (the reason is above, after `message:`), or ended it before its script "
-            f"started (see logs/slurm/); {_RESUME}"
+            "It never began. Without SLURM: it was killed (SIGKILL) while its script started, most often because the "
+            "machine ran out of memory (see `dmesg`). With SLURM: SLURM refused it (the reason is above, after "
+            f"`message:`), or ended it before its script started (see logs/slurm/). {_RESUME.capitalize()}"
         )
     shown = [line for line in lines if line != sentence]  # the reason, which is shown below them
     return Failure(rule, log, tuple(shown[-_SHOWN_LINES:]), reason)

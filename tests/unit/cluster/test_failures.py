@@ -94,10 +94,13 @@ def test_a_missing_log_is_no_error(tmp_path: Path) -> None:
     assert "killed" in find_failure("train", tmp_path / "log").reason
 
 
-def test_a_job_that_never_began_is_not_called_killed(tmp_path: Path) -> None:
-    (tmp_path / "log").touch()  # Snakemake leaves it empty when sbatch refuses the job
+def test_a_job_that_never_began_was_killed_or_refused_by_slurm(tmp_path: Path) -> None:
+    (
+        tmp_path / "log"
+    ).touch()  # so it is after a kill while Python starts, and when sbatch refuses the job
     reason = find_failure("train", tmp_path / "log").reason
-    assert "It never began" in reason and "SLURM refused it" in reason and "killed" not in reason
+    assert reason.startswith("It never began. Without SLURM: it was killed (SIGKILL)")
+    assert "With SLURM: SLURM refused it" in reason
 
 
 def test_a_librarys_error_line_before_a_traceback_is_not_the_reason(tmp_path: Path) -> None:

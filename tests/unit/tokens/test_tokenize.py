@@ -120,7 +120,7 @@ def test_a_template_that_raises_is_one_sentence_with_the_document(tiny_teacher: 
     tokenize([document("bird", prompt="which")], tokenizer, CHAT)
     with pytest.raises(ValueError, match=r"document 7 cannot be rendered: .*TemplateError: no x"):
         tokenize([document("fox", prompt="which", index=7)], tokenizer, CHAT)
-    tokenizer.chat_template = raises.replace("no x", "System role not supported")
+    tokenizer.chat_template = tokenizer.chat_template.replace("no x", "System role not supported")
     with pytest.raises(ValueError, match="Write system prompts into the first question, or use a"):
         tokenize([document("fox", prompt="which", index=7)], tokenizer, CHAT)
 
