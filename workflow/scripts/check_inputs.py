@@ -22,8 +22,8 @@ def main() -> None:
     found = check_project(runs)
     for line in found.notes:
         logger.log(logging.WARNING if line.startswith(COSTLY) else logging.INFO, line)
-    found.write(args.output)
     write_config(args.output.parent, args.config)
+    found.write(args.output)
 
 
 if __name__ == "__main__":

@@ -26,9 +26,9 @@ def main() -> None:
         help="report.html; the summaries are written beside it",
     )
     args = parser.parse_args()
-    logger.info(make_report(args.metrics, args.output, benchmark_paths=args.benchmarks))
     if args.config:
         write_config(args.output.parent, args.config)
+    logger.info(make_report(args.metrics, args.output, benchmark_paths=args.benchmarks))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from retort.artifacts.agreement import require_agreement
 from retort.artifacts.project import (
     Corpus,
     Logits,
@@ -40,6 +41,7 @@ from retort.io.files import is_path, require_no_file_at, suggest_path
 from retort.io.fingerprints import (
     TeacherRecord,
     describe_model_file,
+    fingerprint_checkpoint,
     fingerprint_tokenizer,
     fingerprint_weights,
 )
@@ -65,9 +67,10 @@ REVISIONS = {
 def build_project(configs: Mapping[str, Config]) -> Project:
     """Return all artifacts of the runs' configs, by name of the run.
 
-    Raises ValueError when a local corpus, model, tokenizer or student config is missing, when a file is at the path of
-    the results folder, when a path is too long or may not be read, or when the weights or tokenizer of a local teacher
-    differ from those of its recorded results. The error of one missing file names all others that are missing.
+    Raises ValueError when runs disagree on what they share, a local corpus, model, tokenizer or student config is
+    missing, a file is at the path of the results folder, a path is too long or may not be read, or the weights or
+    tokenizer of a local teacher differ from those of its recorded results. The error of one missing file names all
+    others that are missing.
     """
     try:
         return _build_project(configs)
@@ -89,6 +92,7 @@ def _build_project(configs: Mapping[str, Config]) -> Project:
             _refuse_missing_folder(key, value)
     runs = {name: _build_run(name, config) for name, config in configs.items()}
     everything = list(runs.values())
+    require_agreement(everything)
     teachers = [r.teacher for r in everything if r.teacher] + [
         r.tokens.teacher for r in everything if r.tokens.teacher
     ]
@@ -186,7 +190,7 @@ def _build_run(name: str, config: Config) -> Run:
     )
     validation = _build_validation(config, tokens, teacher) if teacher else None
     supervision = logits.id if logits else teacher.id if teacher and needs_teacher else None
-    student = student_content(config.student)
+    student = starting_point(config)
     run_id = digest(
         ["run", REVISIONS["run"], tokens.id, supervision, training_keys(training), student]
     )
@@ -329,9 +333,22 @@ def _build_validation(config: Config, tokens: Tokens, teacher: TeacherModel) -> 
 def training_keys(training: Training) -> dict[str, Any]:
     """Return the keys that a student's weights depend on; those of the teacher's loss only where there is one."""
     keys = identity(training) | {"alpha": training.alpha}
-    unused = ("temperature", "divergence", "use_cached_logits")
-    is_text_only = training.distillation_type == "output"
-    return {k: v for k, v in keys.items() if not (is_text_only and k in unused)}
+    unused = ["resume_from_checkpoint"]  # it counts by content, in `starting_point`
+    if training.distillation_type == "output":
+        unused += ["temperature", "divergence", "use_cached_logits"]
+    return {k: v for k, v in keys.items() if k not in unused}
+
+
+def starting_point(config: Config) -> Any:
+    """Return `student_content`, with the fingerprint of training.resume_from_checkpoint where there is one.
+
+    Raises ValueError as `student_content` does; of a checkpoint that is missing, this is its path.
+    """
+    content = student_content(config.student)
+    if config.training.resume_from_checkpoint is None:
+        return content
+    folder = Path(config.training.resume_from_checkpoint)
+    return [content, fingerprint_checkpoint(folder) if folder.is_dir() else str(folder)]
 
 
 def student_content(student: Student) -> Any:

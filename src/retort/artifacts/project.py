@@ -104,7 +104,7 @@ class Run:
     evaluation_id: str
     folder: Path
     config: Config
-    student: str  # digest of `student_content` when the id was computed
+    student: str  # digest of `starting_point` when the id was computed
     tokens: Tokens
     teacher: TeacherModel | None
     logits: Logits | None

@@ -159,12 +159,17 @@ def config_parser(docstring: str | None, *, required: bool) -> argparse.Argument
 
 
 def read_job(args: argparse.Namespace) -> Job:
-    """Return the job of parsed arguments (see `job_parser`).
+    """Return the job of parsed arguments (see `job_parser`), and write its config.json beside --output.
+
+    An --output that exists keeps its config.json, until the script has replaced both.
 
     Raises ValueError, in one sentence, when the config cannot be read or is wrong, and when several runs would do.
     """
     job = _find_job(args)
     set_origin(run=job.run, source=job.source)
+    output: Path | None = getattr(args, "output", None)
+    if output is not None and not output.exists():
+        job.write(output.parent, args.kind)  # now: a kill must not leave the output without it
     return job
 
 

@@ -76,7 +76,10 @@ def list_corpus_files(dataset: Dataset) -> list[Path]:
 
 def corpus_keys(dataset: Dataset) -> dict[str, Any]:
     """Return {key: value} of the section's keys that affect the documents and differ from their defaults."""
-    return {k: v for k, v in identity(dataset).items() if k not in TOKENIZING_KEYS}
+    keys = {k: v for k, v in identity(dataset).items() if k not in TOKENIZING_KEYS}
+    if not (dataset.shuffle and dataset.streaming):
+        keys.pop("streaming_buffer_size", None)
+    return keys
 
 
 def needs_snapshot(dataset: Dataset) -> bool:

@@ -107,6 +107,13 @@ def fingerprint_weights(folder: Path) -> str:
     return digest([[p.name, digest_file(p, memo=_weights_memo())] for p in files])
 
 
+def fingerprint_checkpoint(folder: Path) -> str:
+    """Return the fingerprint (12 hex digits) of all files of a training's checkpoint."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    memo = _weights_memo()
+    return digest([[p.relative_to(folder).as_posix(), digest_file(p, memo=memo)] for p in files])
+
+
 def list_tokenizer_files(folder: Path) -> list[Path]:
     """Return the files in a model folder that decide a tokenizer's ids or how it renders chats."""
     found = [p for name in TOKENIZER_FILES for p in sorted(folder.glob(name)) if p.is_file()]

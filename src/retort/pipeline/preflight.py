@@ -112,10 +112,9 @@ class _Mistakes(AbstractContextManager["_Mistakes"]):
 
 
 def _check_start(training: Training) -> None:
-    """Raise ValueError when the checkpoint that training starts from is missing, damaged or too late."""
+    """Raise ValueError when the checkpoint that training starts from cannot be used."""
     if training.resume_from_checkpoint is not None:
-        last = training.max_steps or sys.maxsize
-        require_start(Path(training.resume_from_checkpoint), max_steps=last)
+        require_start(training, max_steps=training.max_steps or sys.maxsize)
 
 
 def _check_trackers(tracking: Tracking) -> None:

@@ -5,7 +5,11 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
+import torch
+
+from retort.config.sections import Training
 from retort.io.digests import compare_digests, digest_folder
 from retort.io.files import read_json
 from retort.io.records import Entry, Record
@@ -16,6 +20,8 @@ logger = logging.getLogger(__name__)
 MARKER = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")  # not a user's checkpoint-8.bak
 _STATE = "trainer_state.json"
+_OPTIMIZERS = ("optimizer.pt", "optimizer.bin")
+_WEIGHTS_ALONE = "to use its weights alone, name it in student.model_path"
 
 
 @dataclass(frozen=True)
@@ -102,16 +108,19 @@ def _require_same_run(checkpoint: Path, expected: CheckpointId) -> None:
         )
 
 
-def require_start(checkpoint: Path, *, max_steps: int) -> None:
+def require_start(training: Training, *, max_steps: int) -> None:
     """Check the checkpoint that training.resume_from_checkpoint names.
 
-    Raises ValueError when its files are missing or damaged, or it is not before the last of `max_steps` steps.
+    Raises ValueError when its files are missing or damaged, it is not before the last of `max_steps` steps, or its
+    optimizer has another learning rate or weight decay, which would silently be those of the training.
     """
+    checkpoint = Path(str(training.resume_from_checkpoint))
     what = f"training.resume_from_checkpoint is {str(checkpoint)!r}"
     advice = "Name a complete folder checkpoint-N of an unfinished training, or leave the key out."
     needed = (_STATE, "scheduler.pt")
     missing = [name for name in needed if not (checkpoint / name).is_file()]
-    if not any((checkpoint / name).is_file() for name in ("optimizer.pt", "optimizer.bin")):
+    optimizers = [p for p in map(checkpoint.joinpath, _OPTIMIZERS) if p.is_file()]
+    if not optimizers:
         missing.append("optimizer.pt")
     fault = f"lacks {', '.join(missing)}" if missing else None
     if fault is None and (checkpoint / MARKER).exists():
@@ -122,8 +131,19 @@ def require_start(checkpoint: Path, *, max_steps: int) -> None:
     if step >= max_steps:
         raise ValueError(
             f"{what}, which is of step {step}, but this run ends at step {max_steps}. Raise training.max_steps or "
-            "training.num_epochs, or, to use its weights alone, name it in student.model_path."
+            f"training.num_epochs, or, {_WEIGHTS_ALONE}."
         )
+    try:
+        groups = torch.load(optimizers[0], mmap=True, weights_only=True)["param_groups"]
+    except (RuntimeError, UnpicklingError, EOFError, KeyError) as error:
+        raise ValueError(f"{what}, whose {optimizers[0].name} cannot be read. {advice}") from error
+    for key, name in {"learning_rate": "initial_lr", "weight_decay": "weight_decay"}.items():
+        found, expected = max(group.get(name, 0.0) for group in groups), getattr(training, key)
+        if found != expected:
+            raise ValueError(
+                f"{what}, whose optimizer has {key} {found} and goes on with it, but training.{key} is {expected}. "
+                f"Set training.{key}: {found}, or, {_WEIGHTS_ALONE}."
+            )
 
 
 def read_progress(checkpoint: Path | None) -> Progress:

@@ -303,7 +303,7 @@ def _train(
         return
     named = job.training.resume_from_checkpoint
     if checkpoint is None and named is not None:
-        require_start(Path(named), max_steps=trainer.args.max_steps)
+        require_start(job.training, max_steps=trainer.args.max_steps)
     start = str(checkpoint or named or "")
     trainer.train(resume_from_checkpoint=start or None)
 

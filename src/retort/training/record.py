@@ -19,7 +19,7 @@ class TrainingRecord(Record, format="retort-training", version=3, remedy="train 
     """training.json: `id` is the run's, `teacher` the fingerprint of its weights, `final` has the digests of final/.
 
     tokens, cache: content digest of the token index, and digest of the header of the cache that it was given.
-    student: digest of what it began from, `student_content`.
+    student: digest of what it began from, `starting_point`.
     """
 
     run: str

@@ -6,11 +6,10 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from retort.artifacts.build import REVISIONS, student_content, training_keys
+from retort.artifacts.build import REVISIONS, starting_point, training_keys
 from retort.cache.reader import CACHE_FILE, LogitCache
 from retort.cluster.ranks import rank
 from retort.config.handoff import Job
-from retort.config.sections import Student
 from retort.io.digests import digest, digest_folder
 from retort.io.fingerprints import TeacherRecord
 from retort.io.run_record import RUN_FILE, describe_run
@@ -55,7 +54,7 @@ def train_run(out: Path, job: Job, *, index_path: Path, signal_path: Path | None
     path, revision = job.tokenizer
     tokenizer = _load_tokenizer(job, index)
     source = _choose_source(index, signal if needs_teacher else None)
-    _require_same_student(student, job.expected.get("student"))
+    _require_same_start(job)
     if student.model_path:
         require_student_ids(tokenizer, source=path, student=student.model_path)
     # The width of the teacher's output layer, with text alone too: so all students of one config have the same size.
@@ -65,7 +64,7 @@ def train_run(out: Path, job: Job, *, index_path: Path, signal_path: Path | None
     teacher = None
     if needs_teacher and signal_path and isinstance(signal, TeacherRecord):
         teacher = _load_live_teacher(job, signal_path, tokenizer=tokenizer, longest=index.longest)
-    content = student_content(student)
+    content = starting_point(job.config)
     about = _describe_teacher(job, signal_path, teacher) if needs_teacher and signal_path else None
     facts = _describe_sources(index, signal if needs_teacher else None)
     names = {"teacher": str(job.config.teacher.model_path)} if needs_teacher else {}
@@ -83,7 +82,7 @@ def train_run(out: Path, job: Job, *, index_path: Path, signal_path: Path | None
         ends=tuple(list_ends_beside(path, tokenizer, revision=revision)),
     )
     summary = train_student(out.parent, work)
-    _require_same_student(student, job.expected.get("student"))
+    _require_same_start(job)
     if rank() == 0:
         _write_records(out, work, summary, signal=signal, student=digest(content), teacher=about)
         logger.info(f"train {work.name}  {summary.steps} steps in {summary.seconds:.0f} s")
@@ -186,12 +185,14 @@ def _write_records(
     ).write(out)
 
 
-def _require_same_student(student: Student, expected: str | None) -> None:
-    """Raise ValueError when the student's config or weights are not those that the run's id was made from."""
-    if expected not in (None, digest(student_content(student))):
+def _require_same_start(job: Job) -> None:
+    """Raise ValueError when what the student starts from is not what the run's id was made from."""
+    if job.expected.get("student") not in (None, digest(starting_point(job.config))):
+        student, start = job.config.student, job.config.training.resume_from_checkpoint
+        files = f"{student.config or student.model_path}{f' or {start}' if start else ''}"
         raise ValueError(
-            f"{student.config or student.model_path} changed since the command began, and the run's id was made from "
-            "its old content. Rerun the same command: it trains the new student, as another run."
+            f"{files} changed since the command began, and the run's id was made from the old content. Rerun the same "
+            "command: it trains the new student, as another run."
         )
 
 

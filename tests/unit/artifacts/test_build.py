@@ -141,6 +141,7 @@ def test_each_key_of_evaluation_changes_what_its_section_is_about(
         {"teacher": {"generation": {"gpus": "0,1", "gpus_per_model": 2}}},
         {"teacher": {"device": "cpu"}},
         {"dataset": {"num_proc": 1}},
+        {"dataset": {"streaming_buffer_size": 7, "shuffle": False}},
         {"training": {"save_steps": 3, "save_total_limit": 9, "logging_steps": 2}},
         {"training": {"device": "cpu", "dataloader_num_workers": 2}},
         {"evaluation": {"batch_size": 3}},
@@ -250,6 +251,26 @@ def test_a_student_checkpoint_counts_by_its_weights(build: Build, tmp_path: Path
     ]
     assert changed(projects[0], projects[1]) == set()
     assert changed(projects[0], projects[2]) == {"run"}
+
+
+def test_a_checkpoint_to_start_from_counts_by_its_files(build: Build, tmp_path: Path) -> None:
+    """Another checkpoint at the same path is another start; the same one at another path is not."""
+    one, copy = tmp_path / "checkpoint-4", tmp_path / "copy"
+    one.mkdir()
+    for name in ("model.safetensors", "optimizer.pt", "trainer_state.json"):
+        (one / name).write_text(name)
+    shutil.copytree(one, copy)
+
+    def start(folder: Path) -> Project:
+        return build(training={"resume_from_checkpoint": str(folder)})
+
+    before = start(one)
+    assert changed(build(), before) == {"run"}
+    assert changed(before, start(copy)) == set()
+    (one / "optimizer.pt").write_text("another")
+    assert changed(before, start(one)) == {"run"}
+    (run,), (other,) = before.runs.values(), start(one).runs.values()
+    assert run.student != other.student, "so that a job started before the change refuses it"
 
 
 def flip_a_weight(folder: Path) -> None:
@@ -506,6 +527,42 @@ def test_the_order_of_keys_changes_no_id(raw: dict[str, Any]) -> None:
     other = yaml.safe_load(text)
     reverse = {key: dict(reversed(other[key].items())) for key in reversed(other)}
     assert changed(build_project(load_runs(other)), build_project(load_runs(reverse))) == set()
+
+
+SHARED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("merge.mode", {}, {"merge": {"mode": "virtual"}}),
+    ("teacher.device", {}, {"teacher": {"device": "cpu"}}),
+    ("teacher.generation.num_workers", {}, {"teacher": {"generation": {"num_workers": 2}}}),
+    ("teacher.generation.gpus_per_model", {}, {"teacher": {"generation": {"gpus_per_model": 2}}}),
+    ("dataset.num_proc", {}, {"dataset": {"num_proc": 1}}),
+    (
+        "evaluation.batch_size",
+        {"tasks": ["piqa"], "teacher": True},
+        {"evaluation": {"batch_size": 2}},
+    ),
+]
+
+
+@pytest.mark.parametrize(("key", "benchmarks", "overrides"), SHARED, ids=[s[0] for s in SHARED])
+def test_runs_that_share_an_artifact_agree_on_the_keys_that_its_id_leaves_out(
+    build: Build, key: str, benchmarks: dict[str, Any], overrides: dict[str, Any]
+) -> None:
+    def share(**runs: Any) -> Project:
+        return build(runs=runs, evaluation={"benchmarks": benchmarks})
+
+    other = {"training": {"seed": 1}}
+    with pytest.raises(
+        ValueError, match=f"^runs 'a' and 'b' share a.*, but {key} is .* in 'a' and"
+    ):
+        share(a={}, b=merge(other, overrides))
+    share(a=overrides, b=merge(other, overrides))
+    apart = {"dataset": {"seed": 1}, "teacher": {"generation": {"force_regenerate": 1}}}
+    share(a={}, b=merge(apart, overrides))
+
+
+def test_keys_of_one_run_alone_may_differ(build: Build) -> None:
+    training = {"save_steps": 3, "device": "cpu", "gpus": 2, "seed": 1}
+    build(runs={"a": {}, "b": {"training": training, "evaluation": {"batch_size": 2}}})
 
 
 def test_report_and_check_ids_cover_all_runs(build: Build) -> None:

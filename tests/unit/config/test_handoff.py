@@ -152,6 +152,25 @@ def test_the_config_json_of_a_result_gives_its_job_back(config: Path, tmp_path: 
     assert "is of run 'soft'" in refusal("run", "--config", tmp_path / CONFIG_FILE, "--run", "hard")
 
 
+def test_config_json_is_there_before_the_output_and_replaced_after_it(
+    config: Path, tmp_path: Path
+) -> None:
+    parser = job_parser("", "run")
+    parser.add_argument("--output", type=Path)
+    kept = tmp_path / "result" / CONFIG_FILE
+
+    def read_alpha(*words: str) -> float:
+        command = ["--config", str(config), "--output", str(kept.with_name("training.json"))]
+        read_job(parser.parse_args([*command, *words]))
+        found: float = read_json(kept)["config"]["training"]["alpha"]
+        return found
+
+    assert read_alpha("--run", "soft", "--set", "training.alpha=0.3") == 0.3
+    assert read_alpha("--run", "soft", "--set", "training.alpha=0.4") == 0.4
+    kept.with_name("training.json").touch()
+    assert read_alpha("--run", "soft", "--set", "training.alpha=0.6") == 0.4
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

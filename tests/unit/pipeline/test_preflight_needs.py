@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -59,16 +60,25 @@ def test_an_attention_that_is_not_installed_or_unknown_is_refused(
         setting.check(teacher={"attn_implementation": name})
 
 
-def test_a_checkpoint_to_start_from_must_be_there_and_before_the_end(setting: Setting) -> None:
+def test_a_checkpoint_to_start_from_must_be_there_before_the_end_and_of_its_rate(
+    setting: Setting,
+) -> None:
     folder = setting.folder / "checkpoint-7"
-    start = {"resume_from_checkpoint": str(folder)}
+    start: dict[str, Any] = {"resume_from_checkpoint": str(folder)}
     setting.refuse("checkpoint-7', which lacks trainer_state.json, scheduler.pt", training=start)
     folder.mkdir()
-    for name in ("scheduler.pt", "optimizer.pt"):
-        (folder / name).write_bytes(b"x")
+    (folder / "scheduler.pt").write_bytes(b"x")
+    (folder / "optimizer.pt").write_bytes(b"x")
     write_json(folder / "trainer_state.json", {"global_step": 7})
     late = start | {"max_steps": 7}
     setting.refuse("which is of step 7, but this run ends at step 7", training=late)
+    start |= {"learning_rate": 0.01, "weight_decay": 0.1}
+    setting.refuse("whose optimizer.pt cannot be read", training=start)
+    groups = [{"initial_lr": 0.01, "weight_decay": decay} for decay in (0.1, 0.0)]
+    torch.save({"state": {}, "param_groups": groups}, folder / "optimizer.pt")
+    said = "whose optimizer has {0} {1} and goes on with it, but training.{0} is {2}"
+    for key, mine, own in (("learning_rate", 0.02, 0.01), ("weight_decay", 0.0, 0.1)):
+        setting.refuse(said.format(key, own, mine), training=start | {key: mine})
     setting.check(training=start | {"max_steps": 8})
     setting.check(training=start | {"max_steps": None, "num_epochs": 1})
 

@@ -293,6 +293,16 @@ def test_a_named_checkpoint_must_be_complete_and_before_the_end(
     refuse("lacks optimizer.pt", half)
 
 
+def test_a_named_checkpoint_goes_on_with_its_learning_rate_and_no_other(
+    bench: Bench, dropout_student: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    start = {"resume_from_checkpoint": str(uninterrupted / "checkpoint-33")}
+    for key, value in {"learning_rate": 0.02, "weight_decay": 0.1}.items():
+        keys = LONG | start | {key: value}
+        with pytest.raises(ValueError, match=rf"whose optimizer has {key} .* is {value}\. Set"):
+            bench.train(tmp_path, bench.cache, student=dropout_student, **keys)
+
+
 def test_folders_of_the_users_own_are_left_alone(
     bench: Bench, dropout_student: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:

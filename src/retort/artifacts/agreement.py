@@ -1,0 +1,57 @@
+"""Runs that share an artifact agree on the keys that make it and are not in its id: else the last would decide."""
+
+from collections.abc import Iterable, Iterator
+from functools import cache, reduce
+from typing import Any
+
+from retort.artifacts.project import Run
+from retort.config.schema import KeyPath, dotted, show
+from retort.config.section import Section, changes_id
+from retort.config.sections import leaves, section_at
+
+
+def require_agreement(runs: Iterable[Run]) -> None:
+    """Raise ValueError when two runs share an artifact, and give different values to a key that its id leaves out."""
+    known: dict[tuple[str, str, KeyPath], tuple[str, Any]] = {}
+    for run in runs:
+        for what, artifact, sections in _list_shared(run):
+            for key, value in _list_free_keys(run, sections):
+                first, expected = known.setdefault((what, artifact, key), (run.name, value))
+                if value != expected:
+                    raise ValueError(
+                        f"runs {first!r} and {run.name!r} share {what}, but {dotted(key)} is {show(expected)} in "
+                        f"{first!r} and {show(value)} in {run.name!r}, and it can be made in one way only. Set "
+                        f"{dotted(key)} for all runs alike, outside of runs."
+                    )
+
+
+def _list_shared(run: Run) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """Yield (in words, id, sections that make it) of what other runs may share with a run."""
+    corpus = run.tokens.corpus
+    yield "a corpus", corpus.id, ("dataset",)
+    if corpus.synthesis:
+        yield (
+            "the responses of a synthesis",
+            corpus.synthesis.id,
+            ("synthesis",) if corpus.synthesis.is_online else ("synthesis", "teacher"),
+        )
+    if run.validation:
+        yield "a teacher's scores", run.validation.id, ("teacher",)
+    if run.logits:
+        yield "a logit cache", run.logits.id, ("teacher", "merge")
+    if run.teacher and run.config.evaluation.benchmarks.teacher:
+        yield "a teacher's benchmarks", run.teacher.id, ("teacher", "evaluation")
+
+
+def _list_free_keys(run: Run, sections: tuple[str, ...]) -> Iterator[tuple[KeyPath, Any]]:
+    """Yield (key, value) of the keys in sections of a run's config that are in no id."""
+    for path in _free_keys():
+        if path[0] in sections:
+            yield path, reduce(getattr, path, run.config)
+
+
+@cache
+def _free_keys() -> tuple[KeyPath, ...]:
+    paths = [path for path, _ in leaves()]
+    owners = [section_at(path[:-1]) or Section for path in paths]
+    return tuple(p for p, owner in zip(paths, owners, strict=True) if not changes_id(owner, p[-1]))
