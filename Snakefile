@@ -45,6 +45,7 @@ onstart:
 
 onsuccess:
     point_to_report()
+    remove_long_configs()
 
 
 onerror:

@@ -65,6 +65,26 @@ def test_a_missing_file_is_told_with_the_line_that_names_it(fresh: Place) -> Non
     assert f"Nothing was started. mine.yaml:{line}: student.config 'nobody.json'" in done.output
 
 
+def test_a_long_config_is_in_a_file_while_its_jobs_run(fresh: Place) -> None:
+    fresh.write_config(tiny(tracking={"wandb_run_name": "x" * 70_000}))
+    folder = fresh.results / ".configs"
+    check = ("-p", "--until", "check_inputs")
+    assert "--config results/.configs/" in fresh.snakemake("-n", *check)
+    assert not folder.exists(), "a dry run writes nothing"
+    folder.mkdir(parents=True)
+    (folder / "0123456789ab.json").write_text("{}")  # of a run that was killed
+    assert "--config results/.configs/" in fresh.snakemake(*check)
+    assert not folder.exists()
+
+
+def test_braces_in_a_folder_of_results_are_refused(fresh: Place) -> None:
+    for key in ("results_dir", "cache_dir"):
+        fresh.write_config(tiny(output={key: "res {run}"}))
+        done = fresh.try_snakemake("-n")
+        assert "Nothing was started. tiny.yaml:" in done.output, done.output
+        assert f"output.{key} is 'res {{run}}', but Snakemake takes braces" in done.output
+
+
 def test_a_template_is_filled_in_by_snakemake(fresh: Place) -> None:
     config = {"__use_yte__": True, **tiny(training={"seed": "?1 + 2"}, runs={"three": {}})}
     fresh.write_config(config, "mine.yaml")

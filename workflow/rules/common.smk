@@ -31,7 +31,9 @@ def command(script, kind=None):
     """Return a rule's params: its script and its --config, of the job that makes an artifact of a kind, or the whole."""
 
     def get_config(wildcards):
-        return JOBS.format(kind, dict(wildcards.items())) if kind else WHOLE_CONFIG
+        if kind is None:
+            return write_config(WHOLE_CONFIG)
+        return JOBS.format(kind, dict(wildcards.items()))
 
     return {"script": SCRIPTS.format(script), "config": for_many_jobs(get_config)}
 

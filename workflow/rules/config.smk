@@ -67,7 +67,7 @@ try:
 except ValueError as error:
     raise WorkflowError(f"Nothing was started. {locate(error, SOURCE)}") from None
 
-config = SOURCE.values  # as written: a run may be named no, or 010
+WHOLE_CONFIG = config = SOURCE.values  # as written: a run may be named no, or 010
 
 OUTPUT = next(iter(PROJECT.runs.values())).config.output
 RESULTS = OUTPUT.results_dir
@@ -75,8 +75,14 @@ CACHE = OUTPUT.cache_dir or RESULTS
 # With the names of the config files, which each result records.
 SOURCES = ", ".join(Path(file).name for file in workflow.configfiles)
 LONG_CONFIGS = Path(RESULTS) / ".configs"
-JOBS = Jobs(PROJECT, source=SOURCES, folder=LONG_CONFIGS)
-WHOLE_CONFIG = write_argument(config, LONG_CONFIGS)
+
+
+def write_config(content):
+    """Return a `--config` for the command line; only now it is known whether this is a dry run."""
+    return write_argument(content, LONG_CONFIGS, is_dry_run=workflow.dryrun)
+
+
+JOBS = Jobs(PROJECT, source=SOURCES, write=write_config)
 CHECK = f"{RESULTS}/checks/{PROJECT.check_id}/inputs.json"
 REPORT = f"{RESULTS}/reports/{PROJECT.report_id}/report.html"
 PYTHON = shlex.quote(sys.executable)

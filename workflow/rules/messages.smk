@@ -2,6 +2,7 @@
 import contextlib
 import functools
 import os
+import shutil
 import time
 
 from retort.cluster.failures import describe_failures
@@ -125,6 +126,11 @@ def point_to_report():
             with contextlib.suppress(OSError):  # another user's results, read only
                 link.unlink(missing_ok=True)
                 link.symlink_to(target)
+
+
+def remove_long_configs():
+    """Remove the configs that were handed over in files: their jobs are done, and each result has its config.json."""
+    shutil.rmtree(LONG_CONFIGS, ignore_errors=True)
 
 
 def explain_failures():

@@ -5,7 +5,7 @@ Resolved is what only the workflow knows, such as the folder of the demo's teach
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ Artifact = Responses | Corpus | TeacherModel | Tokens | Logits | Validation | Ru
 _MAX_ARGUMENT_BYTES = 60_000  # Linux takes 131,072 in one argument
 
 
-def write_argument(content: Mapping[str, Any], folder: Path) -> str:
+def write_argument(content: Mapping[str, Any], folder: Path, *, is_dry_run: bool = False) -> str:
     """Return what `--config` gets: the JSON of `content`, or the path of a file in `folder` that has it if it is long.
 
-    The file is named by a digest of its content, and written when it is not there.
+    The file is named by a digest of its content, and written when it is not there, but not by a dry run.
     """
     text = json.dumps(content, ensure_ascii=False, sort_keys=True)
     try:
@@ -37,7 +37,7 @@ def write_argument(content: Mapping[str, Any], folder: Path) -> str:
     if len(encoded) <= _MAX_ARGUMENT_BYTES:
         return text
     path = folder / f"{digest(text)}.json"
-    if not path.exists():
+    if not (is_dry_run or path.exists()):
         write_atomically(path, text.encode())
     return str(path)
 
@@ -45,9 +45,11 @@ def write_argument(content: Mapping[str, Any], folder: Path) -> str:
 class Jobs:
     """The `--config` of every job of a project. Ten thousand jobs may ask for the same, so they are kept."""
 
-    def __init__(self, project: Project, *, source: str | None, folder: Path) -> None:
-        """`source`: name of the config file; `folder`: for long configs (see `write_argument`)."""
-        self.project, self.source, self.folder = project, source, folder
+    def __init__(
+        self, project: Project, *, source: str | None, write: Callable[[Mapping[str, Any]], str]
+    ) -> None:
+        """`source`: name of the config file; `write`: from JSON to an argument (see `write_argument`)."""
+        self.project, self.source, self.write = project, source, write
         self._kept: dict[tuple[str, ...], str] = {}
 
     def format(self, kind: str, names: Mapping[str, str]) -> str:
@@ -56,7 +58,7 @@ class Jobs:
         if (kind, *ids) not in self._kept:
             job = build_job(kind, self.project.find(names), run=names.get("run"))
             job = job.model_copy(update={"source": self.source})
-            self._kept[kind, *ids] = write_argument(job.to_json(SECTIONS[kind]), self.folder)
+            self._kept[kind, *ids] = self.write(job.to_json(SECTIONS[kind]))
         return self._kept[kind, *ids]
 
 

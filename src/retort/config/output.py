@@ -1,8 +1,12 @@
 """The sections `output` and `tracking`: where results are, and what shows them during training."""
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
+from retort.config.schema import Found, show
 from retort.config.section import Section, Text, setting
+
+if TYPE_CHECKING:
+    from retort.config.sections import Config
 
 
 class Output(Section):
@@ -30,3 +34,13 @@ class Tracking(Section):
     """The run's name in Weights & Biases; null means the name in runs."""
     use_tensorboard: bool = False
     """Write metrics for TensorBoard into the run's folder."""
+
+
+def check_folders(c: "Config") -> Found:
+    for key in ("results_dir", "cache_dir"):
+        folder = getattr(c.output, key)
+        if folder is not None and ("{" in folder or "}" in folder):
+            yield (
+                f"output.{key} is {show(folder)}, but Snakemake takes braces in its paths for wildcards. Use a folder "
+                "without { and }."
+            )

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 from pydantic import Field
 
-from retort.config import cache, dataset, evaluation, student, synthesis, teacher, training
+from retort.config import cache, dataset, evaluation, output, student, synthesis, teacher, training
 from retort.config.cache import Cache, Merge
 from retort.config.dataset import Dataset
 from retort.config.evaluation import HUMANEVAL, Evaluation
@@ -51,7 +51,7 @@ class Config(Section):
 # Checks across keys, in the order of the sections: the functions check_... beside them.
 CHECKS: tuple[Callable[[Config], Found], ...] = tuple(
     check
-    for module in (dataset, teacher, cache, student, training, evaluation, synthesis)
+    for module in (dataset, teacher, cache, student, training, evaluation, synthesis, output)
     for name, check in vars(module).items()
     if name.startswith("check_")
 )

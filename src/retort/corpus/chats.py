@@ -17,11 +17,13 @@ Message = dict[str, Any]
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
 PAIR_COLUMNS = ("prompt", "completion")
 TOOLS_COLUMN = "tools"
+# In ShareGPT's form a role, whose value is the JSON of a call or of a list of them; in OpenAI's older one a key.
+CALL = "function_call"
 # Names of roles in chats of OpenAI's form, ShareGPT's and of other collections.
 _ROLES = {
     "system": ("system", "developer"),
     "user": ("user", "human", "prompter"),
-    "assistant": ("assistant", "gpt", "model", "bot", "chatgpt", "function_call"),
+    "assistant": ("assistant", "gpt", "model", "bot", "chatgpt", CALL),
     "tool": ("tool", "function", "observation", "function_response", "ipython"),
 }
 _ROLE_OF = {name: role for role, names in _ROLES.items() for name in names}
@@ -111,10 +113,14 @@ def read_messages(value: Any) -> list[Message]:
 def _read_message(message: Any) -> Message:
     if not isinstance(message, Mapping):
         raise ValueError("not_a_chat")
-    name = message.get("role", message.get("from"))
-    role = _ROLE_OF.get(str(name).strip().lower())
+    name = str(message.get("role", message.get("from"))).strip().lower()
+    role = _ROLE_OF.get(name)
     if role is None:
         raise ValueError("unknown_role")
+    if name == CALL:
+        if not (text := _read_content(message)).strip():
+            raise ValueError("bad_tool_calls")
+        message = {"role": role, CALL: text}
     found: Message = {"role": role, "content": _read_content(message)}
     reasoning = next((message[key] for key in _REASONING if message.get(key)), None)
     if reasoning is not None:
@@ -134,7 +140,7 @@ def _read_message(message: Any) -> Message:
 def _read_calls(message: Mapping[str, Any]) -> list[Any]:
     """Return the tool calls, OpenAI's older `function_call` too. Raises ValueError for what is no tool call."""
     calls = _read_objects(message.get("tool_calls"), "bad_tool_calls")
-    for function in _read_objects(message.get("function_call"), "bad_tool_calls"):
+    for function in _read_objects(message.get(CALL), "bad_tool_calls"):
         calls.append({"type": "function", "function": function})
     for call in calls:
         function = call.get("function") or call

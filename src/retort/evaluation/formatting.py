@@ -1,7 +1,7 @@
 """Metrics as text: titles, rounding, intervals."""
 
 from retort.evaluation.intervals import Estimate
-from retort.evaluation.scores import METRICS
+from retort.evaluation.scores import MAX_PERPLEXITY, METRICS
 
 
 def name_metric(name: str) -> str:
@@ -18,11 +18,18 @@ def format_metric(name: str, found: Estimate) -> tuple[str, str]:
 
 def format_estimate(found: Estimate, scale: float, digits: int) -> tuple[str, str]:
     """Return (value, interval) times `scale`, rounded to `digits`; the interval is "" without one."""
-    text = f"{found.value * scale:,.{digits}f}"
+    text = format_number(found.value * scale, digits)
     if found.ends is None:
         return text, ""
-    low, high = (f"{end * scale:,.{digits}f}" for end in found.ends)
+    low, high = (format_number(end * scale, digits) for end in found.ends)
     return text, f"{low} to {high}"
+
+
+def format_number(value: float, digits: int) -> str:
+    """Return a number with so many digits, a large one by its power of ten; "> 1e304" is the end of perplexity."""
+    if value >= MAX_PERPLEXITY:
+        return "> 1e304"
+    return f"{value:.2e}" if abs(value) >= 1e9 else f"{value:,.{digits}f}"
 
 
 def format_plus_minus(found: Estimate | None, *, is_signed: bool = False) -> str:

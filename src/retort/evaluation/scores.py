@@ -50,6 +50,8 @@ METRICS = {
 OF_BOTH = ("kl_to_teacher", "reverse_kl", "agreement", "overlap", "acceptance")
 OF_MODEL = tuple(name for name in METRICS if name not in OF_BOTH)
 UNITS = {name: metric.unit for name, metric in METRICS.items()}
+MAX_LOSS = 700.0  # exp(710) overflows
+MAX_PERPLEXITY = math.exp(MAX_LOSS)
 NO_TEACHER = "there is no teacher to compare with"
 NO_BYTES = "the predicted tokens are not text"
 
@@ -66,7 +68,7 @@ def summarise(
     `documents_P`: the document of each position. `bytes_P`: bytes of text of each predicted token, or why
     they are not defined.
     loss, accuracy, entropy and the metrics that compare teacher and student: means over positions.
-    perplexity: exp(loss).
+    perplexity: exp(loss), at most MAX_PERPLEXITY, which tables show as "> 1e304".
     bits_per_byte: sum of losses / (ln 2 x sum of bytes); independent of the tokenizer, so models with different
     tokenizers can be compared (Gao et al.: The Pile, 2020, section 3.1).
     calibration_error: expected calibration error of the most probable token in 15 bins of equal width, sum_b n_b / n
@@ -159,7 +161,7 @@ def _bits_per_byte(sums: DocumentSums, loss: str, num_bytes: str) -> Estimate:
 
 
 def _exp(loss: float) -> float:
-    return math.exp(min(loss, 700.0))  # exp(710) overflows
+    return math.exp(min(loss, MAX_LOSS))
 
 
 def _calibration_error(sums: DocumentSums, whose: str) -> Estimate:

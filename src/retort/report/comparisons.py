@@ -27,7 +27,7 @@ from retort.config.section import Section, changes_id
 from retort.config.sections import Student, Training
 from retort.evaluation.intervals import DocumentSums, Estimate, percentile_interval
 from retort.evaluation.records import Metrics
-from retort.evaluation.scores import METRICS
+from retort.evaluation.scores import MAX_LOSS, METRICS
 from retort.report.runs import ENDS, Results, get_estimate
 from retort.report.seeds import (
     compare_means,
@@ -273,7 +273,9 @@ def _average_settings(runs: pd.DataFrame) -> pd.DataFrame:
     halves = values.sem().loc[several].mul(quantiles, axis=0)
     settings.loc[several, list(_COSTS)] = means[list(_COSTS)]
     for end, table in zip(ENDS, (means, means - halves, means + halves), strict=True):
-        table = table.drop(columns=list(_COSTS)).assign(perplexity=np.exp(table.loss))
+        table = table.drop(columns=list(_COSTS)).assign(
+            perplexity=np.exp(table.loss.clip(upper=MAX_LOSS))
+        )
         settings.loc[several, [f"{name}{end}" for name in table]] = table.to_numpy()
     for share in ("gap_closed", "distance_closed"):
         found = {name: get_estimate(row, share) for name, row in settings.iterrows()}

@@ -11,8 +11,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
-from retort.evaluation.formatting import format_signed, name_metric
-from retort.evaluation.scores import METRICS
+from retort.evaluation.formatting import format_number, format_signed, name_metric
+from retort.evaluation.scores import MAX_PERPLEXITY, METRICS
 from retort.report.comparisons import Comparisons, find_best, is_gain, read_config
 from retort.report.runs import ENDS, find_teachers, get_estimate
 
@@ -106,6 +106,8 @@ def _write_size(count: float) -> str:
 
 
 def _write_perplexity(value: float) -> str:
+    if value >= MAX_PERPLEXITY:
+        return format_number(value, 2)
     return format(value, ",.2f" if value < 99_999 else ".2e")
 
 

@@ -1,20 +1,23 @@
 """Control tokens written out in a document, such as <|im_start|>: text like any other, unless the config says not.
 
-In a chat, only the template makes control tokens. What a message says is marked before it is rendered, and the mark is
-removed when the rendered text is tokenized.
+In a chat, only the template makes control tokens. Those in a message get a mark after their first character before it
+is rendered, which is removed when the rendered text is tokenized. A mark anywhere else is text.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_MARK = "\ufdd0"  # a noncharacter of Unicode: it is in no text
+_MARK = "\ufdd0"  # a noncharacter of Unicode
 _REASONING = ("<think>", "</think>")  # written by people too, and read by chat templates
 
 
-def _compile(names: set[str]) -> re.Pattern[str]:
-    """Return a pattern of any of the names, the longest where several match."""
-    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+def _compile(names: set[str], *, marks: str = "") -> re.Pattern[str]:
+    """Return a pattern of any of the names, the longest where several match, with `marks` after the first character."""
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile(
+        "|".join(re.escape(n[0]) + marks + re.escape(n[1:]) for n in longest_first) or "(?!)"
+    )
 
 
 class ControlTokens:
@@ -27,7 +30,9 @@ class ControlTokens:
         names |= set(getattr(tokenizer, "all_special_tokens", ()))
         names = {name for name in names if len(name) > 1}
         self._all = _compile(names)
-        self._pattern = _compile(names - {*_REASONING})
+        texts = names - {*_REASONING}
+        self._pattern = _compile(texts)
+        self._unmarked, self._marked = (_compile(texts, marks=f"{_MARK}{n}") for n in "*+")
 
     def are_in(self, text: str) -> bool:
         """Return whether a control token is written out in a text."""
@@ -50,22 +55,22 @@ class ControlTokens:
         if not self.as_text:
             return value
         if isinstance(value, str):
-            return self._pattern.sub(lambda m: m.group()[0] + _MARK + m.group()[1:], value)
+            return self._unmarked.sub(lambda m: m.group()[0] + _MARK + m.group()[1:], value)
         if isinstance(value, Mapping):
             return {key: self.mark(inner) for key, inner in value.items()}
         return [self.mark(inner) for inner in value] if isinstance(value, list | tuple) else value
 
     def encode_rendered(self, text: str) -> list[int]:
         """Return the ids of a rendered chat: control tokens are tokens where they are not marked."""
-        if _MARK not in text:
+        if not self._marked.search(text):
             ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             return ids
         found: list[int] = []
         done = 0
         # A stretch between two tokens of the template is tokenized by itself where it has a mark.
         for begin, end in self._list_stretches(text):
-            if _MARK in text[begin:end]:
-                plain = text[begin:end].replace(_MARK, "")
+            if self._marked.search(text, begin, end):
+                plain = self._marked.sub(lambda m: m.group()[0] + m.group()[2:], text[begin:end])
                 found += self.encode_rendered(text[done:begin]) if done < begin else []
                 found += self.tokenizer(plain, add_special_tokens=False, split_special_tokens=True)[
                     "input_ids"

@@ -36,7 +36,7 @@ def build(**over: Any) -> Project:
 
 
 def _jobs(project: Project) -> Jobs:
-    return Jobs(project, source="a.yaml", folder=Path("configs"))
+    return Jobs(project, source="a.yaml", write=lambda content: json.dumps(content))
 
 
 def read(project: Project, kind: str, **names: str) -> dict[str, Any]:
@@ -69,7 +69,10 @@ def test_a_long_config_is_handed_over_in_a_file(word: str, tmp_path: Path) -> No
     short, long = ({"dataset": {"data_files": [word] * count}} for count in (9, 30_000))
     assert json.loads(write_argument(short, tmp_path)) == short
     assert list(tmp_path.iterdir()) == []
+    planned = write_argument(long, tmp_path, is_dry_run=True)
+    assert list(tmp_path.iterdir()) == []
     path = write_argument(long, tmp_path)
+    assert path == planned
     assert read_config_argument(path).values == long
     assert write_argument(long, tmp_path) == path and list(tmp_path.iterdir()) == [Path(path)]
 

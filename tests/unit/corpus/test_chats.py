@@ -116,9 +116,38 @@ def test_tools_reasoning_and_calls_are_kept(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["observation", "tool"])
+def test_calls_and_results_in_sharegpts_form_are_calls_and_results(
+    tmp_path: Path, name: str
+) -> None:
+    """A row as in the examples of LLaMA-Factory, with two calls at once in the second message."""
+    call = {"name": "get_weather", "arguments": {"city": "Jinan"}}
+    chat = [
+        {"from": "human", "value": "which?"},
+        {"from": "function_call", "value": json.dumps(call)},
+        {"from": name, "value": '{"temperature": 20}'},
+        {"from": "function_call", "value": json.dumps([call, call])},
+        {"from": name, "value": "[20, 20]"},
+        {"from": "gpt", "value": "bird"},
+    ]
+    wrapped = {"type": "function", "function": call}
+    assert read_one(tmp_path, {"conversations": chat}).messages == [
+        ASK,
+        {"role": "assistant", "content": "", "tool_calls": [wrapped]},
+        {"role": "tool", "content": '{"temperature": 20}'},
+        {"role": "assistant", "content": "", "tool_calls": [wrapped, wrapped]},
+        {"role": "tool", "content": "[20, 20]"},
+        SAY,
+    ]
+
+
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
+        *(
+            ([{"from": "function_call", "value": text}, SAY], "bad_tool_calls")
+            for text in ("get_weather(Jinan)", " ", '{"city": "Jinan"}', "[7]")
+        ),
         ([], "not_a_chat"),
         ("no JSON", "not_a_chat"),
         (["which?"], "not_a_chat"),

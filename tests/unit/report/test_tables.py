@@ -4,6 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from retort.evaluation.formatting import format_metric
+from retort.evaluation.intervals import Estimate
+from retort.evaluation.scores import MAX_PERPLEXITY
 from retort.models.samples import Sample, SamplePrompt, Samples
 from retort.report.runs import find_teachers
 from retort.report.samples import REFERENCE, build_samples, mark_lines
@@ -93,6 +96,17 @@ def test_samples_are_grouped_by_prompt_text_then_teacher_then_runs(tmp_path: Pat
 )
 def test_empty_lines_become_signs(text: str, shown: str) -> None:
     assert mark_lines(text) == shown
+
+
+def test_a_perplexity_beyond_all_numbers_says_so(tmp_path: Path) -> None:
+    path = write_run(tmp_path, "output", "output", validation__perplexity=MAX_PERPLEXITY)
+    found = compare([path])
+    texts = {
+        cell.text for _, _, cells in build_main_table(found, found.settings).rows for cell in cells
+    }
+    assert "> 1e304" in texts
+    shown = format_metric("perplexity", Estimate(1e12, 3.0, MAX_PERPLEXITY))
+    assert shown == ("1.00e+12", "3.000 to > 1e304")
 
 
 def test_cells_are_sorted_by_their_numbers(tmp_path: Path) -> None:

@@ -80,6 +80,16 @@ def test_in_a_chat_only_the_template_makes_them(tokenizer: Any) -> None:
     assert special_in(tokenizer, table).count("<|im_start|>") == 2
 
 
+@pytest.mark.parametrize("mark", ["\ufdd0", "\ufdd0\ufdd0"])
+def test_a_character_that_marks_them_is_text_elsewhere(tokenizer: Any, mark: str) -> None:
+    tokenizer.chat_template = CHAT_TEMPLATE
+    said = f"{mark}a {mark}<s>{mark}b <{mark}s> <|im_start|> <{mark}{mark}|im_start|> c{mark}"
+    for text in (f"only {mark} here", said):
+        table, _ = tokenize(tokenizer, text, text)
+        assert special_in(tokenizer, table) == ["<s>", "</s>", "<s>", "</s>"]
+        assert tokenizer.decode(table.ids) == f"<s>user: {text}</s><s>assistant: {text}</s>"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_text_without_them_has_the_tokens_that_it_had(kind: str) -> None:
     tokenizer = KINDS[kind]()
