@@ -225,9 +225,7 @@ class Figures:
         runs, metrics = self.found.runs, self.found.results.metrics
         drawn: list[tuple[str, int | None, list[Scorecard | None]]] = []
         for name, row in find_teachers(self.group).iterrows():
-            first = runs.index[(runs.teacher == row.teacher) & runs.setting.isin(self.group.index)][
-                0
-            ]
+            first = runs.index[runs.setting == row.of][0]
             drawn.append((name, None, [metrics[first].scores.teacher]))
         for name in self.group.index:
             cards = [metrics[run].scores.student for run in runs.index[runs.setting == name]]

@@ -27,7 +27,7 @@ from retort.report.findings import (
     find_warnings,
     list_names,
 )
-from retort.report.runs import find_teachers, load_results
+from retort.report.runs import find_teachers, label_teachers, load_results
 from retort.report.samples import build_samples, mark_lines
 from retort.report.scoreboard import find_trials, read_scoreboard, render_scoreboard
 from retort.report.svg import INKS, SERIES
@@ -177,7 +177,7 @@ def render_page(found: Comparisons, board: pd.DataFrame) -> str:
     figures = Figures(found, found.settings, styles, key="c")
     shared, differing = describe_settings(found)
     with_log = found.runs.setting[list(found.results.logs)].unique()
-    samples = build_samples(found.results.samples, dict(found.runs.teacher))
+    samples = build_samples(found.results.samples, dict(label_teachers(found.runs)))
     page: str = environment.from_string(_read_resource("page.html.j2")).render(
         groups=groups,
         has_seeds=bool((found.settings.seeds > 1).any()),

@@ -203,19 +203,32 @@ def _read_samples(path: Path, metrics: Metrics) -> dict[str, Samples]:
     return read_samples(file, of=metrics.training.id, whose="student") if file.exists() else {}
 
 
+def label_teachers(runs: pd.DataFrame) -> pd.Series:
+    """Return the label of the teacher of each run, or setting, that has one: "teacher", path or Hub id, unique.
+
+    Teachers that differ only by rounding are one. Of several with one path (at two revisions, say), each is labelled by
+    the first that has it too.
+    """
+    keys = ["group", "teacher", "teacher_parameters"]
+    known = runs[runs.teacher.notna()].sort_values("teacher_loss", kind="stable")
+    step = known.groupby(keys, dropna=False).teacher_loss.diff() > 1e-3
+    known["step"] = step.groupby([known[key] for key in keys], dropna=False).cumsum()
+    known = known.loc[[name for name in runs.index if name in known.index]]
+    first = known.index.to_series().groupby([known[k] for k in (*keys, "step")], dropna=False)
+    several = known.groupby(["group", "teacher"])[["teacher_parameters", "step"]].transform(
+        "nunique"
+    )
+    suffix = (" of " + first.transform("first")).where(several.gt(1).any(axis=1), "")
+    return "teacher " + known.teacher + suffix
+
+
 def find_teachers(runs: pd.DataFrame) -> pd.DataFrame:
     """Return a row for each teacher of a group, under the names of a student's columns; `teacher` is its own name.
 
-    The index is the name in tables: "teacher" if there is only one. Teachers that differ only by rounding are one.
+    The index is its label, or "teacher" if there is only one; `of` is the first of `runs` that has it.
     """
     columns = {f"teacher_{name}{end}": f"{name}{end}" for name in METRICS for end in ENDS}
     columns |= {"teacher_parameters": "student_parameters", "teacher": "teacher"}
-    known = runs.loc[runs.teacher.notna(), list(columns)].rename(columns=columns)
-    known = known.sort_values("loss", kind="stable")
-    keys = ["teacher", "student_parameters"]
-    is_other = known.groupby(keys, dropna=False).loss.diff() > 1e-3
-    known["step"] = is_other.groupby([known[key] for key in keys], dropna=False).cumsum()
-    known = known.drop_duplicates([*keys, "step"]).drop(columns="step")
-    known = known.loc[[name for name in runs.index if name in known.index]]
-    names = ["teacher"] if len(known) == 1 else [f"teacher {name}" for name in known.teacher]
-    return known.set_axis(names, axis=0)
+    labels = label_teachers(runs).drop_duplicates()
+    found = runs.loc[labels.index, list(columns)].rename(columns=columns).assign(of=labels.index)
+    return found.set_axis(list(labels) if len(labels) > 1 else ["teacher"] * len(labels), axis=0)

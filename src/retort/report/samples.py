@@ -28,17 +28,17 @@ class SampleBlock:
 
 
 def build_samples(
-    found: Mapping[str, Mapping[str, Samples]], teachers: Mapping[str, str | None]
+    found: Mapping[str, Mapping[str, Samples]], teachers: Mapping[str, str]
 ) -> list[SampleBlock]:
     """Return a block for each prompt, in the order given: the held-out text first, then teachers, then runs.
 
-    `found`: the samples by run, then by "teacher" or "student"; `teachers`: the name of each run's teacher.
+    `found`: the samples by run, then by "teacher" or "student"; `teachers`: the label of each run's teacher.
     """
-    has_several = len(set(filter(None, teachers.values()))) > 1
+    has_several = len(set(teachers.values())) > 1
     prompts: dict[tuple[int, ...], SamplePrompt] = {}
     lines: dict[tuple[int, ...], dict[tuple[int, Continuation], None]] = {}  # a set in order
     for run, samples in found.items():
-        teacher = f"teacher {teachers[run]}" if has_several else "teacher"
+        teacher = teachers.get(run, "teacher") if has_several else "teacher"
         for rank, (whose, name) in enumerate((("teacher", teacher), ("student", run))):
             for prompt, continuation in _pair(samples.get(whose), name):
                 prompts.setdefault(prompt.ids, prompt)

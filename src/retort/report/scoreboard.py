@@ -1,5 +1,6 @@
 """benchmark.json of students and teachers -> a row for each model and metric of a task, teachers first."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,8 +21,13 @@ def read_scoreboard(paths: Sequence[Path]) -> pd.DataFrame:
     Raises ValueError when a file is missing or is something else.
     """
     rows = []
-    for path in map(Path, paths):
-        record = BenchmarkRecord.read(path)
+    records = {path: BenchmarkRecord.read(path) for path in map(Path, paths)}
+    teachers = {(r.teacher, _find_id(path)) for path, r in records.items()}
+    counts = Counter(name for name, _ in teachers)
+    for path, record in records.items():
+        model = record.run or f"teacher {record.teacher}"
+        if record.run is None and counts[record.teacher] > 1:
+            model += f" {_find_id(path)[:6]}"
         result = record.result
         trial = f"{result.examples:,} of {result.examples_in_all:,} examples"
         trial = "" if result.examples == result.examples_in_all else trial
@@ -30,7 +36,7 @@ def read_scoreboard(paths: Sequence[Path]) -> pd.DataFrame:
             half = float("nan") if score.standard_error is None else _Z * score.standard_error
             rows.append(
                 {
-                    "model": record.run or f"teacher {record.teacher}",
+                    "model": model,
                     "is_teacher": record.run is None,
                     "metric": f"{score.task}, {score.metric}{direction}" + (trial and f", {trial}"),
                     "trial": trial and f"{record.task}: {trial}",
@@ -41,6 +47,11 @@ def read_scoreboard(paths: Sequence[Path]) -> pd.DataFrame:
             )
     board = pd.DataFrame(rows, columns=_COLUMNS).astype({"is_teacher": bool})
     return board.sort_values("is_teacher", ascending=False, kind="stable")
+
+
+def _find_id(path: Path) -> str:
+    """Return the id of the teacher of teachers/<id>/benchmarks/<task>/<id>/benchmark.json."""
+    return "/".join(path.parts[-5:-4])
 
 
 def find_trials(board: pd.DataFrame) -> list[str]:

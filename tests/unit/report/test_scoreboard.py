@@ -16,6 +16,18 @@ def write(path: Path, task: str, scores: list[Score], **values: Any) -> Path:
     return path
 
 
+def test_two_teachers_of_one_path_are_two_models(tmp_path: Path) -> None:
+    folders = [
+        tmp_path / "teachers" / f"{n}123456789ab" / "benchmarks" / "arc" / "id" for n in "05"
+    ]
+    paths = [
+        write(folder / "benchmark.json", "arc", [make_score("arc", score)], teacher="big")
+        for folder, score in zip(folders, (0.5, 0.75), strict=True)
+    ]
+    rows = build_task_table(read_scoreboard(paths)).rows
+    assert [name for name, _, _ in rows] == ["teacher big 012345", "teacher big 512345"]
+
+
 def test_models_are_rows_with_teachers_first(tmp_path: Path) -> None:
     paths = [
         write(tmp_path / "a", "arc", [make_score("arc", 0.5)], run="small"),

@@ -8,7 +8,8 @@ from retort.evaluation.formatting import format_metric
 from retort.evaluation.intervals import Estimate
 from retort.evaluation.scores import MAX_PERPLEXITY
 from retort.models.samples import Sample, SamplePrompt, Samples
-from retort.report.runs import find_teachers
+from retort.report.figures import Figures
+from retort.report.runs import find_teachers, label_teachers
 from retort.report.samples import REFERENCE, build_samples, mark_lines
 from retort.report.tables import build_breakdowns, build_main_table
 from support.reports import compare, find_rows, without_teacher, write_demo, write_run
@@ -49,6 +50,35 @@ def test_teachers_that_differ_by_rounding_are_one_row(tmp_path: Path) -> None:
     paths.append(write_run(tmp_path, "big", teacher="models/big", teacher_validation__loss=2.5))
     names = ["teacher demo", "teacher models/big"]
     assert sorted(name for name in find_rows(paths) if "teacher" in name) == names
+
+
+def test_two_teachers_of_one_path_have_a_row_and_a_curve_each(tmp_path: Path) -> None:
+    """At two revisions, say; the second is the better one."""
+    paths = write_demo(tmp_path)
+    better = {
+        "teacher": "demo",
+        "teacher_validation__loss": 2.5,
+    }
+    paths.append(write_run(tmp_path, "newer", **better))
+    found = compare(paths)
+    names = [
+        f"teacher demo of {name}" for name in found.settings.index if name in ("newer", "hybrid")
+    ]
+    assert list(find_teachers(found.settings).index) == names
+    figures = Figures(
+        found, found.settings, {n: i for i, n in enumerate(found.settings.index)}, key="g"
+    )
+    assert [name for name, _ in figures.draw_reliability()][:2] == names
+    labels = label_teachers(found.runs)
+    assert (
+        labels["newer"] == "teacher demo of newer" and labels["hybrid"] == "teacher demo of output"
+    )
+    sample = Samples(
+        (SamplePrompt(ids=(1,), text="once", reference=None),), continued=(Sample("a", "b"),)
+    )
+    samples = {run: {"teacher": sample} for run in ("newer", "hybrid")}
+    (block,) = build_samples(samples, dict(labels))
+    assert [line.name for line in block.lines] == [labels["newer"], labels["hybrid"]]
 
 
 def test_each_class_has_a_row_with_every_runs_loss(tmp_path: Path) -> None:
