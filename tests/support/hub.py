@@ -35,6 +35,7 @@ class Hub:
     sent: Counter[str] = field(default_factory=Counter)  # bytes of content, by file
     endpoint: str = ""
     model: Path | None = None
+    sha: str = SHA  # of the newest commit
 
     @property
     def environment(self) -> dict[str, str]:
@@ -82,7 +83,13 @@ class _Handler(BaseHTTPRequestHandler):
             is_top = path.removeprefix(f"{api}/tree/").count("/") == 0
             self.answer(self.describe(sorted(folder.iterdir())) if is_top else [])
         elif path == api or path.startswith(f"{api}/revision/"):
-            about = {"id": name, "sha": SHA, "private": False, "gated": False, "disabled": False}
+            about = {
+                "id": name,
+                "sha": self.hub.sha,
+                "private": False,
+                "gated": False,
+                "disabled": False,
+            }
             names = [{"rfilename": p.name} for p in sorted(folder.iterdir())]
             self.answer(about | {"downloads": 0, "likes": 0, "tags": [], "siblings": names})
         elif path.startswith(content):
@@ -137,8 +144,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("content-length", str(len(piece)))
         self.send_header("content-range", f"bytes {first}-{last}/{len(content)}")
         self.send_header("accept-ranges", "bytes")
-        self.send_header("etag", f'"{name}"')
-        self.send_header("x-repo-commit", SHA)
+        self.send_header("etag", f'"{name}{self.hub.sha}"')
+        self.send_header("x-repo-commit", self.hub.sha)
         self.end_headers()
         if self.command == "HEAD":
             return

@@ -2,7 +2,9 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
+from retort.io.files import read_json
 from support.hub import MODEL, NAME, serve
 from support.place import Place, sha256, tiny
 
@@ -29,3 +31,41 @@ def test_a_dataset_of_the_hub_makes_the_same_student_streamed_or_not(
     assert hub.requests["model.safetensors"] == 1
     students = [sha256(path) for path in fresh.results.glob("runs/*/*/final/model.safetensors")]
     assert len(students) == 2 and len(set(students)) == 1
+
+
+def test_a_student_of_the_hub_stays_at_the_commit_of_its_first_start(
+    fresh: Place, tmp_path: Path
+) -> None:
+    """A newer commit is another student, for a run that starts then, and not for one that is started again."""
+    model, newer = tmp_path / "model", "f" * 40
+    shutil.copytree(fresh.path / "teacher", model)
+    training = {"max_steps": 2, "distillation_type": "output"}
+    student = {"config": None, "model_path": MODEL}
+    teacher = {"model_path": None}
+    dataset = {"tokenizer": "teacher", "num_shards": 1}
+    with serve(tmp_path, model=model) as hub:
+        home = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DOWNLOAD_TIMEOUT": "60"}
+        fresh.env.update(hub.environment | home)
+
+        def train(run: str, seed: int) -> dict[str, Any]:
+            runs = {run: {"training": {"seed": seed}}}
+            sections = {"dataset": dataset, "teacher": teacher, "student": student}
+            fresh.write_config(tiny(**sections, training=training, runs=runs))
+            fresh.snakemake("--until", "train")
+            (path,) = fresh.results.glob(f"runs/{run}/*/training.json")
+            found: dict[str, Any] = read_json(path)
+            assert (
+                read_json(path.with_name("run.json"))["config"]["student"]["revision"]
+                == (read_json(path.with_name("student.json"))["commit"])
+            )
+            path.unlink()
+            return found
+
+        first = train("one", 0)
+        hub.sha = newer
+        weights = model / "model.safetensors"
+        content = bytearray(weights.read_bytes())
+        content[-2] ^= 1
+        weights.write_bytes(content)
+        assert train("one", 0)["student"] == first["student"], "it is started again"
+        assert train("other", 1)["student"] != first["student"]

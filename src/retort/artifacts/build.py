@@ -358,7 +358,8 @@ def student_content(student: Student) -> Any:
     """
     if student.model_path is not None:
         folder = Path(student.model_path)
-        return fingerprint_weights(folder) if folder.is_dir() else student.model_path
+        on_hub = [student.model_path, student.revision] if student.revision else student.model_path
+        return fingerprint_weights(folder) if folder.is_dir() else on_hub
     path = Path(str(student.config))
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))

@@ -17,6 +17,8 @@ class Student(Section):
     teacher's is used."""
     model_path: Text | None = setting(None, is_model=True)
     """Hub id or folder of a model whose weights the student starts from."""
+    revision: Text | None = None
+    """Commit, tag or branch of the student on the Hub; null means its newest when the run first starts."""
     grow_embedding: bool = setting(False, changes_id=False)
     """Where the model of model_path has fewer ids than the tokenizer, add rows to its embedding and output layer, drawn
     around the mean of the others; without it such a student is refused."""

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 from pydantic_core import ErrorDetails, from_json
 
+from retort.io.digests import digest
 from retort.io.files import write_json
 
 JsonObject = dict[str, JsonValue]
@@ -25,11 +26,15 @@ class Entry(BaseModel):
 
 
 class Record(Entry):
-    """A JSON file. A class gives its `format` and `version`, and `remedy`: what to do about a file that is refused."""
+    """A JSON file. A class gives its `format` and `version`, and `remedy`: what to do about a file that is refused.
+
+    has_digest: the file has a digest of its content, and one that was edited is refused.
+    """
 
     format: ClassVar[str]
     version: ClassVar[int]
     remedy: ClassVar[str]
+    has_digest: ClassVar[bool] = False
 
     def __init_subclass__(
         cls,
@@ -58,6 +63,10 @@ class Record(Entry):
             raise cls._refusal(path, f"is another kind of file{has}")
         version = number if isinstance(number := found.get("version"), int) else 0
         content = {key: found[key] for key in found.keys() - {"format", "version"}}
+        recorded = (
+            content.pop("digest", None) if cls.has_digest else None
+        )  # earlier, there was none
+        is_edited = recorded not in (None, digest(content))
         if version != cls.version:
             age = "a newer" if version > cls.version else "an older"
             upgraded = cls.upgrade(content, version) if version < cls.version else None
@@ -65,9 +74,12 @@ class Record(Entry):
                 raise cls._refusal(path, f"was written by {age} Retort (version {version})")
             content = upgraded
         try:
-            return cls.model_validate_json(json.dumps(content))
+            record = cls.model_validate_json(json.dumps(content))
         except ValidationError as error:
             raise cls._refusal(path, _describe(error.errors()[0])) from None
+        if is_edited:
+            raise cls._refusal(path, f"was edited: its content does not have the digest {recorded}")
+        return record
 
     @classmethod
     def upgrade(cls, content: JsonObject, version: int) -> JsonObject | None:
@@ -77,8 +89,10 @@ class Record(Entry):
     def write(self, path: Path) -> None:
         """Write the file atomically, and its folder: equal records give equal bytes."""
         path.parent.mkdir(parents=True, exist_ok=True)
+        content = self.model_dump(mode="json")
         header = {"format": self.format, "version": self.version}
-        write_json(path, header | self.model_dump(mode="json"))
+        seal = {"digest": digest(content)} if self.has_digest else {}
+        write_json(path, header | content | seal)
 
     @classmethod
     def _refusal(cls, path: Path, fault: str) -> ValueError:

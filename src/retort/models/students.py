@@ -27,7 +27,7 @@ def student_config(section: Student, *, vocabulary: int, tokenizer: Any) -> Pret
     tokenizer's are padding, of probability zero.
     """
     if section.model_path is not None:
-        config = load_model_config(section.model_path)
+        config = load_model_config(section.model_path, revision=section.revision)
     else:
         path = Path(str(section.config))
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -88,7 +88,7 @@ def describe_ids(section: Student, config: PretrainedConfig, *, vocabulary: int)
     """
     width, name = output_width(config), name_student(section)
     if section.model_path is not None:
-        own = output_width(load_model_config(section.model_path))
+        own = output_width(load_model_config(section.model_path, revision=section.revision))
         if own < width:
             return f"{name} grows from {own:,} ids to the {width:,} of the tokenizer"
     if width > _WIDE * vocabulary:
@@ -118,7 +118,7 @@ def build_student(
         model: PreTrainedModel = (
             AutoModelForCausalLM.from_config(config, dtype=torch.float32)
             if section.model_path is None
-            else load_pretrained(section.model_path, dtype=torch.float32)
+            else load_pretrained(section.model_path, revision=section.revision, dtype=torch.float32)
         )
         keep_softcap(model)
         width = output_width(config)

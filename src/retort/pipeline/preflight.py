@@ -339,5 +339,7 @@ def _check_students_tokenizer(config: Config, tokenizer: Any) -> list[str]:
     if path is None or isinstance(tokenizer, DemoTokenizer):  # which does not exist yet
         return []
     source = str(config.dataset.tokenizer or config.teacher.model_path)
-    note = require_student_ids(tokenizer, source=source, student=path)
+    note = require_student_ids(
+        tokenizer, source=source, student=path, revision=config.student.revision
+    )
     return [note] if note else []

@@ -29,7 +29,7 @@ def stage_project(configs: Mapping[str, Config]) -> list[str]:
         if _is_hub_id(teacher.model_path) and teacher.model_path != "demo":
             models[str(teacher.model_path), teacher.revision] = None
         if _is_hub_id(config.student.model_path):
-            models[str(config.student.model_path), None] = None
+            models[str(config.student.model_path), config.student.revision] = None
         if _is_hub_id(config.dataset.tokenizer):
             tokenizers[str(config.dataset.tokenizer)] = None
         if config.dataset.name == SYNTHESIS:

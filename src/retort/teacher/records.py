@@ -1,5 +1,7 @@
 """What workers did, and manifest.json: size and content of a merged cache, and how far it is from the live teacher."""
 
+from typing import ClassVar
+
 from retort.io.records import Entry, JsonObject, Record
 from retort.io.run_record import RunRecord
 
@@ -23,6 +25,8 @@ class Manifest(Record, format="retort-manifest", version=2):
 
     fidelity: None where it was not measured.
     """
+
+    has_digest: ClassVar[bool] = True
 
     file: str
     mode: str

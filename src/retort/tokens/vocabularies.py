@@ -60,14 +60,16 @@ def require_teacher_ids(
         )
 
 
-def require_student_ids(tokenizer: Any, *, source: str, student: str) -> str | None:
+def require_student_ids(
+    tokenizer: Any, *, source: str, student: str, revision: str | None = None
+) -> str | None:
     """Raise ValueError when an id of the text's tokenizer means another token in the student's own.
 
     Ids unused in the student's tokenizer are accepted: they are learned, and a base model's layer often has spare rows
     for the tokens of its instruct variant. Returns why the two could not be compared, or None if they were.
     """
     try:
-        own = load_tokenizer(student)
+        own = load_tokenizer(student, revision=revision)
     except ValueError as error:
         return f"the student's own tokenizer was not compared with the text's: {error}"
     difference = find_difference(tokenizer, own, may_lack=True)

@@ -15,11 +15,19 @@ class TrainingSummary(Entry):
     dtype: str
 
 
+class StartRecord(Record, format="retort-student"):
+    """student.json in a run's folder: the `commit` of a student on the Hub, kept for all restarts of the run."""
+
+    name: str
+    revision: str | None
+    commit: str | None
+
+
 class TrainingRecord(Record, format="retort-training", version=3, remedy="train the run again"):
     """training.json: `id` is the run's, `teacher` the fingerprint of its weights, `final` has the digests of final/.
 
     tokens, cache: content digest of the token index, and digest of the header of the cache that it was given.
-    student: digest of what it began from, `starting_point`.
+    student: digest of what it began from, `starting_point`, with its commit if it is on the Hub.
     """
 
     run: str

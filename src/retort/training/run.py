@@ -10,12 +10,18 @@ from retort.artifacts.build import REVISIONS, starting_point, training_keys
 from retort.cache.reader import CACHE_FILE, LogitCache
 from retort.cluster.ranks import rank
 from retort.config.handoff import Job
+from retort.config.sections import Student
 from retort.io.digests import digest, digest_folder
 from retort.io.fingerprints import TeacherRecord
 from retort.io.run_record import RUN_FILE, describe_run
 from retort.models.causal_lm import CausalLM
 from retort.models.ends import list_ends_beside
-from retort.models.load import load_recorded_teacher, name_dtype, refuse_short_context
+from retort.models.load import (
+    fingerprint_model,
+    load_recorded_teacher,
+    name_dtype,
+    refuse_short_context,
+)
 from retort.models.students import name_student, student_config
 from retort.teacher.records import CacheRun
 from retort.tokens.index import TokenIndex
@@ -23,7 +29,7 @@ from retort.tokens.sequences import SequenceTable
 from retort.tokens.tokenizer import identify_tokenizer, load_tokenizer
 from retort.tokens.vocabularies import require_student_ids, require_teacher_ids
 from retort.training.loop import TrainingJob, train_student
-from retort.training.record import TrainingRecord, TrainingSummary
+from retort.training.record import StartRecord, TrainingRecord, TrainingSummary
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +47,7 @@ def train_run(out: Path, job: Job, *, index_path: Path, signal_path: Path | None
     files changed, when teacher, student and text use different ids or sequences are too long for them, and where
     `train_student` does.
     """
-    student, training = job.config.student, job.config.training
+    student, training = _pin_student(job.config.student, out.parent), job.config.training
     needs_teacher = training.alpha != 1.0
     signal = _open_signal(signal_path)
     if needs_teacher and signal is None:
@@ -56,7 +62,9 @@ def train_run(out: Path, job: Job, *, index_path: Path, signal_path: Path | None
     source = _choose_source(index, signal if needs_teacher else None)
     _require_same_start(job)
     if student.model_path:
-        require_student_ids(tokenizer, source=path, student=student.model_path)
+        require_student_ids(
+            tokenizer, source=path, student=student.model_path, revision=student.revision
+        )
     # The width of the teacher's output layer, with text alone too: so all students of one config have the same size.
     vocabulary = max(_width(signal), len(tokenizer))
     config = student_config(student, vocabulary=vocabulary, tokenizer=tokenizer)
@@ -64,7 +72,7 @@ def train_run(out: Path, job: Job, *, index_path: Path, signal_path: Path | None
     teacher = None
     if needs_teacher and signal_path and isinstance(signal, TeacherRecord):
         teacher = _load_live_teacher(job, signal_path, tokenizer=tokenizer, longest=index.longest)
-    content = starting_point(job.config)
+    content = starting_point(job.config.model_copy(update={"student": student}))
     about = _describe_teacher(job, signal_path, teacher) if needs_teacher and signal_path else None
     facts = _describe_sources(index, signal if needs_teacher else None)
     names = {"teacher": str(job.config.teacher.model_path)} if needs_teacher else {}
@@ -183,6 +191,20 @@ def _write_records(
         summary=summary,
         final=digest_folder(out.parent / "final"),
     ).write(out)
+
+
+def _pin_student(student: Student, folder: Path) -> Student:
+    """Return the section with the commit of a student on the Hub: its newest when the run in `folder` first started."""
+    if student.model_path is None or Path(student.model_path).is_dir():
+        return student
+    path = folder / "student.json"
+    known = StartRecord.read(path) if path.exists() else None
+    if known is None or (known.name, known.revision) != (student.model_path, student.revision):
+        _, commit = fingerprint_model(student.model_path, revision=student.revision)
+        known = StartRecord(name=student.model_path, revision=student.revision, commit=commit)
+        if rank() == 0:
+            known.write(path)
+    return student.model_copy(update={"revision": known.commit})
 
 
 def _require_same_start(job: Job) -> None:

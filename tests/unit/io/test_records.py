@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from retort.io.records import JsonObject, Record
+from retort.teacher.records import Manifest
 from support.records import (
     make_benchmark,
     make_check_record,
@@ -115,6 +116,18 @@ def test_a_missing_file_and_a_folder_are_refused_alike(record: Record, tmp_path:
     for path, reason in ((tmp_path / "no.json", "does not exist;"), (tmp_path, "cannot be read (")):
         with pytest.raises(ValueError, match=re.escape(f"{path} {reason}")):
             type(record).read(path)
+
+
+def test_an_edited_manifest_is_refused(tmp_path: Path) -> None:
+    path, record = tmp_path / "manifest.json", make_manifest(bytes_per_position=10.5)
+    record.write(path)
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"bytes_per_position": 9.5}))
+    with pytest.raises(ValueError, match="was edited: its content does not have the digest"):
+        Manifest.read(path)
+    del content["digest"]  # of an earlier version
+    path.write_text(json.dumps(content))
+    assert Manifest.read(path) == record
 
 
 def test_numbers_must_be_finite_and_of_their_type(tmp_path: Path) -> None:
