@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from retort.io.files import read_json
-from support.hub import MODEL, NAME, serve
+from support.hub import MODEL, NAME, SHA, serve
 from support.place import Place, sha256, tiny
 
 RUN = {"hybrid": {"training": {"distillation_type": "hybrid", "alpha": 0.5}}}
@@ -29,6 +29,8 @@ def test_a_dataset_of_the_hub_makes_the_same_student_streamed_or_not(
             fresh.snakemake()
             assert "hybrid" in (fresh.results / "summary.txt").read_text()
     assert hub.requests["model.safetensors"] == 1
+    (record,) = fresh.results.glob("teachers/*/fingerprint.json")
+    assert read_json(record)["revision"] == SHA
     students = [sha256(path) for path in fresh.results.glob("runs/*/*/final/model.safetensors")]
     assert len(students) == 2 and len(set(students)) == 1
 
@@ -54,14 +56,14 @@ def test_a_student_of_the_hub_stays_at_the_commit_of_its_first_start(
             fresh.snakemake("--until", "train")
             (path,) = fresh.results.glob(f"runs/{run}/*/training.json")
             found: dict[str, Any] = read_json(path)
-            assert (
-                read_json(path.with_name("run.json"))["config"]["student"]["revision"]
-                == (read_json(path.with_name("student.json"))["commit"])
-            )
+            made, start = (read_json(path.with_name(f"{n}.json")) for n in ("run", "student"))
+            assert made["config"]["student"]["revision"] == start["commit"]
             path.unlink()
             return found
 
         first = train("one", 0)
+        (start,) = fresh.results.glob("runs/one/*/student.json")
+        assert read_json(start)["commit"] == SHA
         hub.sha = newer
         weights = model / "model.safetensors"
         content = bytearray(weights.read_bytes())

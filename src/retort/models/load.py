@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from retort.cli import is_rank
 from retort.cluster.ranks import local_rank
@@ -89,7 +90,12 @@ def fingerprint_model(path: str, *, revision: str | None = None) -> tuple[str, s
     folder = Path(path)
     if folder.is_dir():
         return fingerprint_weights(folder), None
-    commit = getattr(load_model_config(path, revision=revision), "_commit_hash", None)
+    try:
+        file = cached_file(path, "config.json", revision=revision)
+    except Exception as error:
+        raise ValueError(explain_load_error("model", path, error)) from error
+    commit = extract_commit_hash(file, None)
+    assert commit, file  # a model's config has had none since transformers 5.20
     return digest([path, commit]), commit
 
 

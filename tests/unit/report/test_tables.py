@@ -1,6 +1,7 @@
 """Rows and cells of the summary's and the page's tables."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,7 +56,7 @@ def test_teachers_that_differ_by_rounding_are_one_row(tmp_path: Path) -> None:
 def test_two_teachers_of_one_path_have_a_row_and_a_curve_each(tmp_path: Path) -> None:
     """At two revisions, say; the second is the better one."""
     paths = write_demo(tmp_path)
-    better = {
+    better: dict[str, Any] = {
         "teacher": "demo",
         "teacher_validation__loss": 2.5,
     }
