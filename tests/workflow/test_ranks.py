@@ -161,7 +161,8 @@ def test_a_killed_launcher_leaves_no_rank_and_loses_no_step(student: Student) ->
 
 
 def test_sigterm_ends_all_ranks_in_one_sentence(student: Student) -> None:
-    command = student.command("ended", "gpus=2")
+    # On a busy machine, a short training would end before the signal comes.
+    command = student.command("ended", "gpus=2", "max_steps=100000")
     launcher = subprocess.Popen(
         command,
         cwd=student.place.path,
