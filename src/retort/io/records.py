@@ -63,9 +63,7 @@ class Record(Entry):
             raise cls._refusal(path, f"is another kind of file{has}")
         version = number if isinstance(number := found.get("version"), int) else 0
         content = {key: found[key] for key in found.keys() - {"format", "version"}}
-        recorded = (
-            content.pop("digest", None) if cls.has_digest else None
-        )  # earlier, there was none
+        recorded = content.pop("digest", None) if cls.has_digest else None
         is_edited = recorded not in (None, digest(content))
         if version != cls.version:
             age = "a newer" if version > cls.version else "an older"
