@@ -1,7 +1,8 @@
 """train.py with one thing about several ranks changed, for tests: python -m torch.distributed.run THIS HOW FLAGS.
 
 `fsdp`: accelerate takes the CPU for an accelerator (it would train by DDP without a word). `alone`: gradients are not
-shared. `counted`: each rank notes in reads_RANK.txt which sequences it read.
+shared. `counted`: each rank notes in reads_RANK.txt which sequences it read. `bf16`, `fsdp-bf16`: mixed precision, as
+if the CPU were a GPU, where every loss must be float32.
 """
 
 import os
@@ -10,12 +11,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from torch.nn.parallel import DistributedDataParallel
 
+from retort.training import loop
 from retort.training.batches import Item, TrainingData
+from retort.training.loss_window import LossWindow
+from retort.training.losses import LossTerms
 
 _SCRIPT = Path(__file__).parents[2] / "workflow" / "scripts" / "train.py"
+_add = LossWindow.add
 _init_state, _get_item = AcceleratorState.__init__, TrainingData.__getitem__
 
 
@@ -37,8 +43,16 @@ def _pass_on(self: DistributedDataParallel, *args: Any, **kwargs: Any) -> Any:
     return self.module(*args, **kwargs)
 
 
+def _add_float32(self: LossWindow, terms: LossTerms, **options: Any) -> None:
+    assert {term.dtype for term in terms if term is not None} == {torch.float32}
+    _add(self, terms, **options)
+
+
 how = sys.argv.pop(1)
-if how == "fsdp":
+if how.endswith("bf16"):
+    loop.choose_precision = lambda *_: "bf16"
+    LossWindow.add = _add_float32  # type: ignore[method-assign]  # on purpose
+if how.startswith("fsdp"):
     AcceleratorState.__init__ = _call_the_cpu_an_accelerator
 elif how == "alone":
     DistributedDataParallel.forward = _pass_on  # type: ignore[method-assign]  # on purpose

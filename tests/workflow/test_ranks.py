@@ -55,6 +55,12 @@ class Student:
         done = self.place.execute(self.command(name, *keys, how=how))
         assert done.returncode == 0, done.output
 
+    def losses(self, name: str) -> list[float]:
+        """Return the total loss of each logged step."""
+        log = self.place.path / name / "training_log.csv"
+        with log.open(newline="") as file:
+            return [float(row["total_loss"]) for row in csv.DictReader(file) if row["total_loss"]]
+
     def weights(self, name: str) -> dict[str, Tensor]:
         """Return the finished student's."""
         return load_file(self.place.path / name / "final" / "model.safetensors")
@@ -121,6 +127,15 @@ def test_a_tied_student_is_the_same_by_ddp_and_by_fsdp(student: Student) -> None
     assert "lm_head.weight" not in student.weights("tied 1")
     assert_close(student.weights("tied 2"), student.weights("tied 1"), atol=1e-6)
     assert_close(student.weights("tied fsdp"), student.weights("tied 1"), atol=1e-6)
+
+
+def test_with_bfloat16_ddp_and_fsdp_have_losses_in_float32(student: Student) -> None:
+    keys = ("max_steps=4", "logging_steps=1")
+    student.train("half", *keys, "gpus=2", how="bf16")
+    student.train("half fsdp", *keys, "strategy=fsdp", how="fsdp-bf16")
+    first, second = (student.losses(name) for name in ("half", "half fsdp"))
+    assert len(first) == 4
+    assert max(abs(a - b) / a for a, b in zip(first, second, strict=True)) < 1e-2
 
 
 def test_each_rank_reads_its_share_of_every_step(student: Student) -> None:

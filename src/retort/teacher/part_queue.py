@@ -23,7 +23,9 @@ from retort.teacher.claims import Claims
 from retort.teacher.scoring import PartTargets
 from retort.tokens.index import Part, TokenIndex
 
-_POLL_INTERVAL_S = 0.25  # listing the folder takes a few milliseconds
+# A worker without work lists the folder and reads the claims. 32 of them, 4 times a second, would ask a cluster's file
+# system for 25,000 things a second: the pauses grow.
+_FIRST_PAUSE_S, _PAUSE_GROWTH, _LONGEST_PAUSE_S = 0.25, 1.25, 5.0
 
 
 def _find_work(index: TokenIndex, folder: Path, header: CacheHeader) -> list[tuple[int, Part]]:
@@ -131,6 +133,7 @@ class PartQueue:
         None: every missing part is claimed, by this worker or by others, of which one may die.
         """
         folder, header = self.writer.folder, self.writer.header
+        pause_s = _FIRST_PAUSE_S
         while missing := _find_work(self.index, folder, header):
             folder.mkdir(parents=True, exist_ok=True)
             part = self.claims.next_part(missing, worker=worker, num_workers=num_workers)
@@ -141,8 +144,10 @@ class PartQueue:
                 yield None
                 self.writer.wait()
                 on_idle()
-                time.sleep(_POLL_INTERVAL_S)
+                time.sleep(pause_s)
+                pause_s = min(pause_s * _PAUSE_GROWTH, _LONGEST_PAUSE_S)
             elif claimed := self._claim(part):
+                pause_s = _FIRST_PAUSE_S
                 self.parts.append(claimed)
                 yield claimed
 

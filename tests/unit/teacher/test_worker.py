@@ -337,3 +337,21 @@ def test_a_write_that_fails_costs_no_part_but_its_own(
     with pytest.raises(OSError, match="for a moment"):
         job.work(tmp_path, load=lambda: teacher)
     assert sorted(tmp_path.iterdir()) == sorted(calls[::2]) and len(calls) == 3
+
+
+def test_a_worker_without_work_looks_at_claims_less_and_less_often(
+    job: Job, teacher: CausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses = list[float]()
+    with Claims(tmp_path).claim(job.part_name(0)):
+
+        def pause(seconds: float) -> None:
+            pauses.append(seconds)
+            if len(pauses) == 40:
+                (tmp_path / f"{job.part_name(0)}.claim").unlink()  # as if its owner were gone
+
+        monkeypatch.setattr("retort.teacher.part_queue.time.sleep", pause)
+        job.work(tmp_path, load=lambda: teacher)
+    assert job.part(tmp_path, 0).exists()
+    idle = pauses[:40]  # then it waits for its own last part to be written
+    assert idle[0] < 0.5 and idle == sorted(idle) and max(idle) == 5.0 and sum(idle) > 100
