@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on 127.0.0.1: enough of its API to stream a dataset and to download a model, with faults.
+"""A Hugging Face Hub on 127.0.0.1: enough of its API to stream datasets and to download models, with faults.
 
 Clients run in subprocesses with `HF_ENDPOINT` set, because huggingface_hub reads it when it is imported.
 """
@@ -26,15 +26,14 @@ Fault = Callable[[str, int], "int | tuple[str, int] | str | None"]
 
 @dataclass
 class Hub:
-    """The files of one dataset, optionally of one model, and the requests for them."""
+    """Folders that stand for repositories, and the requests for their files."""
 
-    folder: Path
+    repositories: dict[str, Path]  # datasets/<owner>/<name> or models/<owner>/<name>
     fault: Fault = lambda *_: None
     retry_after: str | None = None
     requests: Counter[str] = field(default_factory=Counter)  # for content, by file
     sent: Counter[str] = field(default_factory=Counter)  # bytes of content, by file
     endpoint: str = ""
-    model: Path | None = None
     sha: str = SHA  # of the newest commit
 
     @property
@@ -50,9 +49,21 @@ class Hub:
 
 
 @contextmanager
-def serve(folder: Path, fault: Fault = lambda *_: None, **keys: Any) -> Iterator[Hub]:
+def serve(
+    folder: Path, fault: Fault = lambda *_: None, *, model: Path | None = None, **keys: Any
+) -> Iterator[Hub]:
     """Serve a folder as the dataset someone/stories within the block, and the folder `model` as someone/teacher."""
-    hub = Hub(folder, fault, **keys)
+    repositories = {f"datasets/{NAME}": folder} | ({f"models/{MODEL}": model} if model else {})
+    with serve_all(repositories, fault, **keys) as hub:
+        yield hub
+
+
+@contextmanager
+def serve_all(
+    repositories: dict[str, Path], fault: Fault = lambda *_: None, **keys: Any
+) -> Iterator[Hub]:
+    """Serve folders as datasets and models within the block; see `Hub`."""
+    hub = Hub(repositories, fault, **keys)
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Handler,), {"hub": hub}))
     server.daemon_threads = True
     hub.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
@@ -72,41 +83,50 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        path = unquote(urlsplit(self.path).path)
-        is_model = path.startswith((f"/api/models/{MODEL}", f"/{MODEL}/")) and self.hub.model
-        name, folder = (MODEL, self.hub.model) if is_model else (NAME, self.hub.folder)
-        assert folder is not None
-        api = f"/api/{'models' if is_model else 'datasets'}/{name}"
-        content = f"{'' if is_model else '/datasets'}/{name}/resolve/"
-        if path.startswith(f"{api}/tree/"):
-            # Subfolders (of chat templates, for example) are empty.
-            is_top = path.removeprefix(f"{api}/tree/").count("/") == 0
-            self.answer(self.describe(sorted(folder.iterdir())) if is_top else [])
-        elif path == api or path.startswith(f"{api}/revision/"):
-            about = {
-                "id": name,
-                "sha": self.hub.sha,
-                "private": False,
-                "gated": False,
-                "disabled": False,
-            }
-            names = [{"rfilename": p.name} for p in sorted(folder.iterdir())]
+        kind, name, words = self.parse()
+        folder = self.hub.repositories.get(f"{kind}/{name}")
+        if folder is None:
+            self.answer({"error": "not found"}, 404, X_Error_Code="RepoNotFound")
+        elif words[:1] == ["tree"]:
+            self.answer(self.describe(folder, _list(folder.joinpath(*words[2:]), self.path)))
+        elif words[:1] in ([], ["revision"]):
+            about = {"id": name, "sha": self.hub.sha}
+            about |= {"private": False, "gated": False, "disabled": False}
+            files = [p for p in _list(folder, "recursive=true") if p.is_file()]
+            names = [{"rfilename": str(p.relative_to(folder))} for p in files]
             self.answer(about | {"downloads": 0, "likes": 0, "tags": [], "siblings": names})
-        elif path.startswith(content):
-            self.send_content(folder / path.rpartition("/")[2])
+        elif words[0] == "resolve":
+            self.send_content(folder.joinpath(*words[2:]), str(Path(*words[2:])))
         else:
-            self.answer({"error": "not found"}, status=404)
+            self.answer({"error": "not found"}, 404)
 
     do_HEAD = do_GET  # noqa: N815
 
     def do_POST(self) -> None:
+        kind, name, _ = self.parse()
         body = json.loads(self.rfile.read(int(self.headers.get("content-length", 0))))
-        found = [self.hub.folder / name for name in body.get("paths", [])]
-        self.answer(self.describe([p for p in found if p.is_file()]))
+        folder = self.hub.repositories[f"{kind}/{name}"]
+        found = [folder / name for name in body.get("paths", [])]
+        self.answer(self.describe(folder, [p for p in found if p.exists()]))
 
-    def describe(self, paths: list[Path]) -> list[dict[str, object]]:
+    def parse(self) -> tuple[str, str, list[str]]:
+        """Return whether a request is of datasets or models, the name of the repository, and what follows it."""
+        words = unquote(urlsplit(self.path).path).strip("/").split("/")
+        if words[0] == "api":
+            kind, words = words[1], words[2:]
+        else:
+            kind, words = (words[0], words[1:]) if words[0] == "datasets" else ("models", words)
+        return kind, "/".join(words[:2]), words[2:]
+
+    def describe(self, folder: Path, paths: list[Path]) -> list[dict[str, object]]:
         return [
-            {"type": "file", "path": p.name, "size": p.stat().st_size, "oid": p.name} for p in paths
+            {
+                "type": "file" if p.is_file() else "directory",
+                "path": str(p.relative_to(folder)),
+                "size": p.stat().st_size if p.is_file() else 0,
+                "oid": p.name,
+            }
+            for p in paths
         ]
 
     def answer(self, value: object, status: int = 200, **headers: str) -> None:
@@ -120,7 +140,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def send_content(self, path: Path) -> None:
+    def send_content(self, path: Path, entry: str) -> None:
         name = path.name
         if not path.is_file():
             self.answer({"error": "no such file"}, 404, X_Error_Code="EntryNotFound")
@@ -144,7 +164,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("content-length", str(len(piece)))
         self.send_header("content-range", f"bytes {first}-{last}/{len(content)}")
         self.send_header("accept-ranges", "bytes")
-        self.send_header("etag", f'"{name}{self.hub.sha}"')
+        self.send_header("etag", f'"{entry.replace("/", "-")}{self.hub.sha}"')
         self.send_header("x-repo-commit", self.hub.sha)
         self.end_headers()
         if self.command == "HEAD":
@@ -159,3 +179,10 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self.hub.sent[name] += len(piece)
         self.wfile.write(piece)
+
+
+def _list(folder: Path, query: str) -> list[Path]:
+    """Return what is in a folder, and in those below it where the query asks for that."""
+    if not folder.is_dir():
+        return []
+    return sorted(folder.rglob("*") if "recursive=true" in query.lower() else folder.iterdir())
