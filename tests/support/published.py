@@ -330,7 +330,7 @@ DATASETS = {
 
 
 def write_local_files(folder: Path) -> None:
-    """Write the files of one's own that the examples name: prompts and responses, chats, HumanEval's problems."""
+    """Write a user's files that the examples name: prompts and responses, chats in two forms, HumanEval's problems."""
     folder.mkdir(parents=True)
     pairs = [
         {
@@ -356,6 +356,16 @@ def write_local_files(folder: Path) -> None:
     ]
     for name, rows in (("train.jsonl", pairs), ("chats.jsonl", chats)):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
+    shared = [
+        {
+            "conversations": [
+                {"from": names[m["role"]], "value": m["content"]} for m in row["messages"]
+            ]
+        }
+        for row in chats
+    ]
+    (folder / "sharegpt.json").write_text(json.dumps(shared))
     problems = [
         {
             "task_id": f"HumanEval/{i}",
