@@ -32,14 +32,14 @@ test-unit: $(READY)
 test-workflow: $(READY)
 	$(BIN)/pytest tests/workflow -n 2 --durations 25 --durations-min 5
 
-# Property tests, simulated GPU groups, kills of workers (fifty of them in `make campaign`), resumed trainings, a Hub and
+# Property tests, the examples' commands, simulated GPU groups, kills of workers (fifty of them in `make campaign`), resumed trainings, a Hub and
 # servers with faults, the wheel, the container's steps, and the real models and stories of ../shared/data (skipped with a
 # reason if they are absent).
 test-slow: $(READY)
 	$(BIN)/pytest -m "not campaign" -n 2 --dist worksteal --durations 10 --durations-min 5 tests/properties
 	$(BIN)/pytest -m slow -n 2 --durations 25 --durations-min 20 tests/workflow/test_kills.py tests/workflow/test_real_input.py \
 		tests/workflow/test_gpu_groups.py tests/workflow/test_synthesis_example.py tests/workflow/test_wheel.py \
-		tests/workflow/test_container.py tests/workflow/test_module.py tests/unit
+		tests/workflow/test_container.py tests/workflow/test_module.py tests/workflow/test_examples.py tests/unit
 
 # A local model by vLLM, whose CPU build is installed into an environment of its own: minutes and 4 GB, once.
 test-vllm: $(VLLM)/.ready

@@ -42,13 +42,15 @@ STUDENT = {
     "num_attention_heads": 2,
     "max_position_embeddings": 4096,
 }
-SMALLER: dict[str, Any] = {"evaluation": {"samples": {"max_new_tokens": 8}}}
+SMALLER: dict[str, Any] = {
+    "dataset": {"num_shards": 2, "num_proc": 1},
+    "evaluation": {"samples": {"num_samples": 2, "max_new_tokens": 8}},
+}
 SMALLER_STUDENT = {"student": {"config": "student.json"}}
 SMALLER_OF: dict[str, dict[str, Any]] = {
     "benchmarks": {"evaluation": {"humaneval": {"max_new_tokens": 8}}},
     # A random teacher does not end what it writes.
     "code_student_from_prompts": {"synthesis": {"max_tokens": 60, "keep_truncated": True}},
-    "fineweb_streamed": {"dataset": {"num_shards": 4}},
 }
 TASKS = {"benchmarks": "Rowan/hellaswag allenai/ai2_arc"}  # the data of its tasks
 
