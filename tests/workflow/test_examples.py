@@ -28,7 +28,7 @@ from support.published import DATASETS, MODELS, write_dataset, write_local_files
 TRANSCRIPTS = (REPOSITORY / "docs" / "transcripts.md").read_text().split("\n## ")[1:]
 EXAMPLES = sorted((REPOSITORY / "config" / "examples").glob("*.yaml"))
 # In `make test`; the others in `make test-slow`.
-QUICK = ("chats", "teacher_34b_two_gpus_each")
+QUICK = ("chats", "wikitext_one_gpu")
 NVIDIA_SMI = """#!/bin/sh
 for i in $PRETENDED_GPUS; do
     if [ "$1" = -L ]; then echo "GPU $i: Pretend (UUID: GPU-$i$i$i$i)"; else echo $i; fi
