@@ -7,7 +7,6 @@ import pandas as pd
 from retort.corpus.documents import Counts
 from retort.evaluation.formatting import format_signed
 from retort.evaluation.intervals import FEW_DOCUMENTS, Estimate
-from retort.evaluation.scores import DOCUMENTS_FILE
 from retort.report.comparisons import (
     HELD_OUT,
     SIZE,
@@ -19,11 +18,16 @@ from retort.report.comparisons import (
     is_gain,
 )
 from retort.report.runs import find_teachers, get_estimate
+from retort.report.templates import list_names, render
 
-HIGH_SKIPPED = 0.05  # of the corpus's rows
-HIGH_TAIL_MASS = 0.2
-HIGH_FIDELITY_KL = 0.05  # nats
 FEW_POSITIONS = 1000
+_LIMITS = {
+    "few_positions": FEW_POSITIONS,
+    "few_documents": FEW_DOCUMENTS,
+    "high_skipped": 0.05,  # of the corpus's rows
+    "high_tail_mass": 0.2,
+    "high_fidelity_kl": 0.05,  # nats
+}
 _MAX_NEEDS = 3  # sentences on runs without a margin, of which a sweep may have a hundred
 
 
@@ -140,66 +144,32 @@ def _distance(margin: Estimate, basis: str) -> str:
     return f"{abs(margin.value):.3f}{interval} {'above' if margin.value > 0 else 'below'}"
 
 
-def list_names(names: Sequence[str], *, most: int = 4) -> str:
-    """Return names joined by commas; of more than `most`, the first ones and the number of the others."""
-    shown = (
-        list(names) if len(names) <= most else [*names[: most - 1], f"{len(names) - most + 1} more"]
-    )
-    return ", ".join(shown)
-
-
 # Warnings ------------------------------------------------------------------------------------------
 
 
 def find_warnings(found: Comparisons) -> list[str]:
     """Return what a reader must know before trusting the numbers, one or two sentences each."""
-    runs, warnings = found.runs, []
-    groups = runs.drop_duplicates("group")
-    if len(groups) > 1:
-        sizes = ", ".join(f"{size:,}" for size in groups.positions)
-        warnings.append(
-            f"The runs were evaluated on {len(groups)} different validation sets ({sizes} positions): losses are "
-            "compared only within a set."
-        )
-    for _, first in groups.iterrows():
-        warnings += _warn_of_text(first)
+    runs, single = found.runs, list(found.settings.index[found.settings.seeds == 1])
     worse = runs[runs.teacher_loss > runs.loss]
-    if len(worse):
-        pairs = [f"{n} ({r.loss:.3f}; teacher {r.teacher_loss:.3f})" for n, r in worse.iterrows()]
-        warnings.append(
-            f"A teacher's held-out loss is worse than its student's: {list_names(pairs)}. Check that the teacher suits "
-            "this text."
-        )
-    for names, documents, _ in find_texts(found):
-        if documents.read - documents.used > HIGH_SKIPPED * documents.read:
-            warnings.append(
-                f"{1 - documents.used / documents.read:.0%} of the corpus's rows were skipped, so {names} learned "
-                f"nothing from them: {documents.read - documents.used:,} of {documents.read:,}, by reason: "
-                f"{documents.describe_skipped()}. Look at these rows, and at the columns that dataset names."
-            )
-    for names, cache in find_caches(runs).iterrows():
-        warnings += _warn_of_cache(str(names), cache)
-    warnings += _warn_of_baselines(found)
-    if single := list(found.settings.index[found.settings.seeds == 1]):
-        whose = "" if len(single) == len(found.settings) else f" of {list_names(single)}"
-        warnings.append(
-            f"With one seed, the intervals{whose} account for the choice of held-out documents, not for the seed: a "
-            "small difference may be chance. Add seeds to find out."
-        )
-    if len(falling := runs[runs.last_change_high < 0]):
-        warnings.append(
-            f"Still improving at the end of training: {list_names(list(falling.setting.unique()))}. Their training "
-            f"loss fell by {-falling.last_change.mean():.3f} nats/token in the last fifth of the log, more "
-            "than its noise. Raise training.max_steps or training.num_epochs to learn more."
-        )
-    if without := [name for name in runs.index if name not in found.results.documents]:
-        warnings.append(
-            f"No {DOCUMENTS_FILE} beside the metrics of {list_names(without)}: their margins have no intervals. "
-            "Evaluate them again."
-        )
-    if without := [name for name in runs.index if name not in found.results.logs]:
-        warnings.append(f"No training log, so no learning curve: {list_names(without)}.")
-    return warnings
+    falling = runs[runs.last_change_high < 0]
+    needs = _list_needs(found)
+    warnings = render(
+        "warnings.txt.j2",
+        groups=list(runs.drop_duplicates("group").itertuples()),
+        worse=[f"{n} ({r.loss:.3f}; teacher {r.teacher_loss:.3f})" for n, r in worse.iterrows()],
+        texts=find_texts(found),
+        caches=find_caches(runs).iterrows(),
+        needs=needs[:_MAX_NEEDS],
+        needless=[name for _, names in needs[_MAX_NEEDS:] for name in names],
+        single=single,
+        has_seeds=len(single) < len(found.settings),
+        falling=list(falling.setting.unique()),
+        fall=-falling.last_change.mean(),
+        without_documents=[name for name in runs.index if name not in found.results.documents],
+        without_logs=[name for name in runs.index if name not in found.results.logs],
+        **_LIMITS,
+    )
+    return [" ".join(warning.split()) for warning in warnings.split("\n\n") if warning.strip()]
 
 
 def find_texts(found: Comparisons) -> list[tuple[str, Counts, pd.Series]]:
@@ -235,57 +205,13 @@ def find_caches(runs: pd.DataFrame) -> pd.DataFrame:
     return caches[keys].set_axis(map(list_names, groups), axis=0)
 
 
-def _warn_of_text(run: pd.Series) -> list[str]:
-    """Return warnings of the held-out text of a group, of which `run` is one."""
-    warnings = []
-    if run.leaked_sequences:
-        warnings.append(
-            f"{run.leaked_sequences:,} of {run.sequences:,} held-out sequences are also in the training text, so "
-            "held-out losses are lower than on new text. Remove duplicates from the corpus, or hold out by "
-            "dataset.validation_fraction, which keeps equal documents in one split."
-        )
-    if run.positions < FEW_POSITIONS:
-        warnings.append(
-            f"Only {run.positions:,} held-out positions: too few to tell runs apart. Add documents, or raise "
-            f"dataset.validation_fraction, to have {FEW_POSITIONS:,} or more."
-        )
-    elif run.documents < FEW_DOCUMENTS:
-        warnings.append(
-            f"Only {run.documents} held-out documents: too few to resample, so intervals over documents are too "
-            f"narrow. Hold out {FEW_DOCUMENTS} or more."
-        )
-    return warnings
-
-
-def _warn_of_cache(names: str, cache: pd.Series) -> list[str]:
-    warnings = []
-    # `sampled` keeps a sample of the tail.
-    if cache.cache_tail_mass > HIGH_TAIL_MASS and cache.cache_method != "sampled":
-        warnings.append(
-            f"Tail mass {cache.cache_tail_mass:.3f} is high: the cache of {names} leaves more than "
-            f"{HIGH_TAIL_MASS:.0%} of the teacher's probability outside the tokens it keeps. Raise cache.top_k, or "
-            "lower cache.min_probability."
-        )
-    if cache.cache_fidelity_kl > HIGH_FIDELITY_KL:
-        warnings.append(
-            f"Fidelity KL {cache.cache_fidelity_kl:.3f} nats is high (expected: below {HIGH_FIDELITY_KL}): the cache "
-            f"of {names} differs from its teacher. Generate it again (teacher.generation.force_regenerate)."
-        )
-    return warnings
-
-
-def _warn_of_baselines(found: Comparisons) -> list[str]:
-    """Return which cross-entropy runs are missing."""
-    runs = found.runs
-    lacking = runs[(runs.distillation_type != "output") & runs.baseline.isna()]
+def _list_needs(found: Comparisons) -> list[tuple[str, list[str]]]:
+    """Return which cross-entropy runs are missing, and the names of the runs that need them."""
+    lacking = found.runs[(found.runs.distillation_type != "output") & found.runs.baseline.isna()]
     needs: dict[str, list[str]] = {}
     for name in lacking.index:
         needs.setdefault(_describe_need(found, name), []).append(name)
-    shown = list(needs.items())[:_MAX_NEEDS]
-    warnings = [f"No margin for {list_names(names)}: {need}" for need, names in shown]
-    if rest := [name for names in list(needs.values())[_MAX_NEEDS:] for name in names]:
-        warnings.append(f"No margin for {list_names(rest)} either: no matching cross-entropy run.")
-    return warnings
+    return list(needs.items())
 
 
 def _describe_need(found: Comparisons, name: str) -> str:

@@ -8,10 +8,11 @@ import hashlib
 import shutil
 import textwrap
 from collections.abc import Sequence
+from functools import partial
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
-import jinja2
 import pandas as pd
 
 from retort.evaluation.scores import METRICS
@@ -25,10 +26,9 @@ from retort.report.findings import (
     describe_texts,
     find_caches,
     find_warnings,
-    list_names,
 )
 from retort.report.runs import find_teachers, label_teachers, load_results
-from retort.report.samples import build_samples, mark_lines
+from retort.report.samples import build_samples
 from retort.report.scoreboard import find_trials, read_scoreboard, render_scoreboard
 from retort.report.svg import INKS, SERIES
 from retort.report.tables import (
@@ -40,8 +40,8 @@ from retort.report.tables import (
     build_task_table,
     describe_settings,
     render_table,
-    write_kl,
 )
+from retort.report.templates import list_names, render
 
 WIDTH = 80  # characters of a line, where the terminal's width is not known
 
@@ -79,72 +79,37 @@ def render_summary(
 
     Lines have at most `width` characters, except for paths.
     """
-
-    def wrap(lines: Sequence[str]) -> str:
-        return "\n".join(
-            textwrap.fill(line, width, subsequent_indent="  ", break_on_hyphens=False)
-            for line in lines
-        )
-
-    parts = []
-    for _, group in found.settings.groupby("group"):
-        outcome = [describe_outcome(found, group), describe_next_best(found, group) or ""]
-        table = render_table(build_main_table(found, group), width)
-        parts += [
-            wrap([describe_group(group)]),
-            "\n".join(table),
-            wrap([text for text in outcome if text]),
-        ]
-    caches = find_caches(found.runs).iterrows()
-    facts = describe_texts(found)
-    facts += [f"cache of {names}: {describe_cache(cache)}" for names, cache in caches]
-    facts.append(
-        "margin: held-out loss minus that of the cross-entropy run of the same text, student and settings of training "
-        "except for the loss; negative is better. Losses and KL are in nats/token. After \u00b1: distance to the "
-        "farther end of the 95 % interval: with one seed over held-out documents, with more over the seeds. "
-        "summary.csv has every run and all columns."
+    groups = [_describe_group(found, group) for _, group in found.settings.groupby("group")]
+    for group in groups:
+        group["rows"] = "\n".join(render_table(group["table"], width))
+    text = render(
+        "summary.txt.j2",
+        groups=groups,
+        texts=describe_texts(found),
+        caches=find_caches(found.runs).iterrows(),
+        has_distances=bool(found.settings.distance_closed.notna().any()),
+        gaps=found.settings[found.settings.gap_closed.notna()].iterrows(),
+        scores=render_scoreboard(board),
+        warnings=find_warnings(found),
     )
-    if found.settings.distance_closed.notna().any():
-        facts.append(
-            "closed %: share of the distance from the loss of the cross-entropy run to the teacher's that distillation "
-            "closed; a dash where the gain is not clear."
-        )
-    facts += [
-        f"{name} closes {_percent(row)} of the gap between cross-entropy and training on the teacher's full "
-        "distributions."
-        for name, row in found.settings[found.settings.gap_closed.notna()].iterrows()
-    ]
-    notes = [f"note: {text}" for text in find_warnings(found)]
-    paths = [
-        f"report: {report_path}",
+    wrap = partial(textwrap.fill, width=width, subsequent_indent="  ", break_on_hyphens=False)
+    lines = [
+        *map(wrap, text.rstrip().splitlines()),
+        f"\nreport: {report_path}",
         "students, each with final/ (the model) and training_log.csv:",
         *(f"  {folder}/" for folder in found.runs.folder),
     ]
-    return "\n\n".join(
-        [*parts, wrap(facts + render_scoreboard(board)), wrap(notes), "\n".join(paths)]
-    )
+    return "\n".join(lines)
 
 
-def describe_cache(cache: pd.Series) -> str:
-    """Return a cache's size and quality in one line."""
-    tail = "sampled mass" if cache.cache_method == "sampled" else "tail mass"
-    parts = [
-        f"{cache.cache_method}, {cache.cache_dial}: {cache.cache_bytes_per_position:.1f} bytes/position"
-    ]
-    if pd.notna(cache.cache_fidelity_kl):
-        parts += [
-            f"{tail} {cache.cache_tail_mass:.4f}",
-            f"fidelity KL {write_kl(cache.cache_fidelity_kl)} nats",
-            f"same top token {100 * cache.cache_fidelity_agreement:.1f} %",
-        ]
-    return ", ".join([*parts, f"{cache.cache_positions:,} positions"])
-
-
-def _percent(row: pd.Series) -> str:
-    low, high = row.gap_closed_low, row.gap_closed_high
-    return (
-        f"{100 * row.gap_closed:.0f} % (95 % over {row.basis}: {100 * low:.0f} to {100 * high:.0f})"
-    )
+def _describe_group(found: Comparisons, group: pd.DataFrame) -> dict[str, Any]:
+    """Return what both the summary and the page show of a group of settings."""
+    return {
+        "outcome": describe_outcome(found, group),
+        "next_best": describe_next_best(found, group),
+        "about": describe_group(group),
+        "table": build_main_table(found, group),
+    }
 
 
 def describe_group(group: pd.DataFrame) -> str:
@@ -165,10 +130,6 @@ def describe_group(group: pd.DataFrame) -> str:
 
 def render_page(found: Comparisons, board: pd.DataFrame) -> str:
     """Return the page."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"typeset": _typeset, "lines": mark_lines}
     styles = {name: index for index, name in enumerate(found.settings.index)}
     groups = [
         _page_group(found, group, styles, key=f"g{number}")
@@ -178,7 +139,8 @@ def render_page(found: Comparisons, board: pd.DataFrame) -> str:
     shared, differing = describe_settings(found)
     with_log = found.runs.setting[list(found.results.logs)].unique()
     samples = build_samples(found.results.samples, dict(label_teachers(found.runs)))
-    page: str = environment.from_string(_read_resource("page.html.j2")).render(
+    return render(
+        "page.html.j2",
         groups=groups,
         has_seeds=bool((found.settings.seeds > 1).any()),
         num_runs=len(found.runs),
@@ -198,7 +160,6 @@ def render_page(found: Comparisons, board: pd.DataFrame) -> str:
         inks=INKS,
         series=SERIES,
     )
-    return page
 
 
 def _page_group(
@@ -210,11 +171,8 @@ def _page_group(
     runs = found.runs.reset_index().merge(order, how="right").set_index("name")
     figures = Figures(found, group, styles, key)
     return {
-        "outcome": describe_outcome(found, group),
-        "next_best": describe_next_best(found, group),
+        **_describe_group(found, group),
         "is_large": group.positions.iloc[0] >= FEW_POSITIONS,
-        "about": describe_group(group),
-        "table": build_main_table(found, group),
         "has_teacher_line": bool(find_teachers(group).loss.notna().any()),
         "panels": figures.draw_comparison(),
         "sweeps": figures.draw_sweeps(),
@@ -239,19 +197,8 @@ def _explain_missing(found: Comparisons, runs: Sequence[str]) -> list[str]:
     return [f"{list_names(n)}: no {titles}, because {why}." for (why, titles), n in lacking.items()]
 
 
-def _read_resource(name: str) -> str:
-    return resources.files("retort.report").joinpath(name).read_text(encoding="utf-8")
-
-
 def _script(name: str) -> dict[str, str]:
     """Return a script and its digest: the page's security policy allows only scripts of this digest."""
-    text = _read_resource(name)
+    text = resources.files("retort.report").joinpath(name).read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     return {"text": text, "digest": f"sha256-{digest}"}
-
-
-def _typeset(text: str) -> str:
-    """Return the text of a cell with a minus sign for a hyphen, and an en dash for an undefined value."""
-    if text == "-":
-        return "\N{EN DASH}"
-    return text.replace("-", "\N{MINUS SIGN}") if text[:1] in "+-0123456789" else text

@@ -15,6 +15,7 @@ from retort.evaluation.formatting import format_number, format_signed, name_metr
 from retort.evaluation.scores import MAX_PERPLEXITY, METRICS
 from retort.report.comparisons import Comparisons, find_best, is_gain, read_config
 from retort.report.runs import ENDS, find_teachers, get_estimate
+from retort.report.templates import write_kl
 
 NO_BASELINE = "no match"
 
@@ -115,11 +116,6 @@ def _write_duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def write_kl(value: float) -> str:
-    """Return the KL of a cache to its teacher."""
-    return format(value, ".1e" if 0 < value < 1e-3 else ".4f")
 
 
 MAIN = (
