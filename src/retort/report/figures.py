@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -72,10 +72,8 @@ class Figures:
     ) -> None:
         """Draw the seeds, the interval and the mean of a setting's metric at a place on the other axis."""
         colour, marker, _ = find_style(style)
-        found, seeds = (
-            get_estimate(self.group.loc[name], metric),
-            self.found.values_of(name, metric),
-        )
+        found = get_estimate(self.group.loc[name], metric)
+        seeds = self.found.values_of(name, metric)
         assert found is not None
 
         def plot(values: Sequence[float], **look: Any) -> None:
@@ -100,25 +98,23 @@ class Figures:
         high = min(np.nanmax([high, *rows[f"{metric}_high"]]), high + span)
         return low - 0.06 * span, high + 0.06 * span
 
+    @cached_property
     def _teacher_losses(self) -> list[float]:
         return list(find_teachers(self.group).loss.dropna())
 
     def draw_comparison(self) -> list[str]:
         """Return the held-out loss of the settings, and their KL to the teacher if defined, an SVG each."""
-        panels = {"loss": "held-out loss", "kl_to_teacher": "KL to teacher"}
-        return [
-            self._render(
-                partial(self._draw_rows, metric=metric, label=label),
-                f"{label} of each setting",
-                height=0.95 + 0.42 * len(self.group),
-            )
-            for metric, label in panels.items()
-            if self.group[metric].notna().any()
-        ]
+        drawn = []
+        for metric, label in {"loss": "held-out loss", "kl_to_teacher": "KL to teacher"}.items():
+            if self.group[metric].notna().any():
+                draw = partial(self._draw_rows, metric=metric, label=label)
+                height = 0.95 + 0.42 * len(self.group)
+                drawn.append(self._render(draw, f"{label} of each setting", height=height))
+        return drawn
 
     def _draw_rows(self, axes: Axes, metric: str, label: str) -> None:
         """Draw a row for each setting: its name and value, and below them its points."""
-        teachers = self._teacher_losses() if metric == "loss" else []
+        teachers = self._teacher_losses if metric == "loss" else []
         low, high = self._find_limits(metric, teachers if metric == "loss" else [0.0])
         axes.set_xlim(low if metric == "loss" else 0.0, high)
         axes.set_ylim(len(self.group) - 0.55, -0.8)
@@ -200,12 +196,11 @@ class Figures:
         panels = {f"training time, {unit}": seconds / size}
         if stored.any():
             panels = {"stored teacher, bytes/position (0: text only)": stored} | panels
-        return [
-            self._render(
-                partial(self._draw_costs, costs=costs, label=label), f"held-out loss over {label}"
-            )
-            for label, costs in panels.items()
-        ]
+        drawn = []
+        for label, costs in panels.items():
+            draw = partial(self._draw_costs, costs=costs, label=label)
+            drawn.append(self._render(draw, f"held-out loss over {label}"))
+        return drawn
 
     def _draw_costs(self, axes: Axes, costs: pd.Series, label: str) -> None:
         """Draw each setting's loss, with its interval, over its cost; lower and further left is better."""
@@ -214,35 +209,31 @@ class Figures:
             # Settings of one cache cost the same: shifted a little, their intervals do not overlap.
             shift = 0.012 * most * (index - (len(costs) - 1) / 2) if len(costs) <= 8 else 0
             self._draw_point(axes, cost + shift, name, "loss", self.styles[name])
-        for level in self._teacher_losses():
+        for level in self._teacher_losses:
             axes.axhline(level, color=INKS["ink"][0], **_DASHED)
         axes.set_xlim(-0.06 * most, 1.08 * most)
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        self._finish(axes, label, self._find_limits("loss", self._teacher_losses()))
+        self._finish(axes, label, self._find_limits("loss", self._teacher_losses))
 
     def draw_reliability(self) -> Legend:
         """Return (name, SVG) of each teacher, then each setting: accuracy over confidence."""
         runs, metrics = self.found.runs, self.found.results.metrics
+        runs = runs[runs.setting.isin(self.group.index)]
         drawn: list[tuple[str, int | None, list[Scorecard | None]]] = []
-        for name, row in find_teachers(self.group).iterrows():
-            first = runs.index[runs.setting == row.of][0]
+        for name, setting in find_teachers(self.group).of.items():
+            first = runs.index[runs.setting == setting][0]
             drawn.append((name, None, [metrics[first].scores.teacher]))
         for name in self.group.index:
             cards = [metrics[run].scores.student for run in runs.index[runs.setting == name]]
             drawn.append((name, self.styles[name], [*cards]))
-        return [
-            (
-                name,
-                render_svg(
-                    partial(_draw_reliability, cards=[card for card in cards if card], style=style),
-                    (2.9, 2.6),
-                    label="accuracy over confidence",
-                    key=f"{self.key}r{number}",
-                ),
-            )
-            for number, (name, style, cards) in enumerate(drawn)
-            if any(card and card.reliability for card in cards)
-        ]
+        found = []
+        for number, (name, style, cards) in enumerate(drawn):
+            known = [card for card in cards if card and card.reliability]
+            draw = partial(_draw_reliability, cards=known, style=style)
+            label, key = "accuracy over confidence", f"{self.key}r{number}"
+            if known:
+                found.append((name, render_svg(draw, (2.9, 2.6), label=label, key=key)))
+        return found
 
     def draw_curves(self) -> list[str]:
         """Return hard loss over steps, an SVG for all steps and one for the second half; empty without logs."""
@@ -271,18 +262,11 @@ class Figures:
             smooth = smooth_curve(curve.hard_loss)
             colour, marker, dashes = find_style(style)
             every = max(1, len(smooth) // 10)
-            marks: dict[str, Any] = {"marker": marker, "markevery": (style % every, every)}
+            look: dict[str, Any] = {"color": colour, "linestyle": dashes, "linewidth": 1.4}
+            look |= {"marker": marker, "markersize": 4.5, "markevery": (style % every, every)}
             if len(curves) <= 6:
                 axes.plot(steps, curve.hard_loss, color=colour, linewidth=0.8, alpha=0.3)
-            axes.plot(
-                steps,
-                smooth,
-                color=colour,
-                linewidth=1.4,
-                linestyle=dashes,
-                markersize=4.5,
-                **marks,
-            )
+            axes.plot(steps, smooth, **look)
             shown += list(smooth[curve.step >= since * last])
         end = max(lasts) if len(lasts) == 1 else 100
         span = max(max(shown) - min(shown), 1e-3)

@@ -56,18 +56,19 @@ def _pair(samples: Samples | None, name: str) -> list[tuple[SamplePrompt, Contin
         return []
     if samples.missing is not None:
         return [(prompt, Continuation(name, missing=samples.missing)) for prompt in samples.prompts]
-    pairs = zip(samples.prompts, samples.continued, strict=True)
-    return [(prompt, Continuation(name, found.greedy, found.drawn)) for prompt, found in pairs]
+    lines = [Continuation(name, found.greedy, found.drawn) for found in samples.continued]
+    return list(zip(samples.prompts, lines, strict=True))
 
 
 def mark_lines(text: str) -> str:
     """Return a generated text with a sign for every empty line, of which small models write dozens."""
     if not text:
         return "(nothing)"
-    whole = re.sub(r"\n\n+", lambda run: _mark_run(len(run[0]) - 1) + "\n", text)
-    return whole.removesuffix("\n") + ("\N{RETURN SYMBOL}" if text.endswith("\n") else "")
-
-
-def _mark_run(count: int) -> str:
     sign = "\N{RETURN SYMBOL}"
-    return sign * count if count <= 3 else f"{sign}\N{MULTIPLICATION SIGN}{count}"
+
+    def mark(empty: re.Match[str]) -> str:
+        count = len(empty[0]) - 1
+        return (sign * count if count <= 3 else f"{sign}\N{MULTIPLICATION SIGN}{count}") + "\n"
+
+    whole = re.sub(r"\n\n+", mark, text)
+    return whole.removesuffix("\n") + (sign if text.endswith("\n") else "")

@@ -6,7 +6,7 @@ and dark mode. Equal inputs give equal bytes.
 
 import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -43,13 +43,13 @@ _RC_PARAMS: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.spines.left": False,
-    "axes.edgecolor": INKS["muted"][0],
-    "axes.labelcolor": INKS["muted"][0],
-    "xtick.color": INKS["muted"][0],
-    "ytick.color": INKS["muted"][0],
+    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor"), INKS["muted"][0]),
+    **dict.fromkeys(("xtick.color", "ytick.color"), INKS["muted"][0]),
     "text.color": INKS["ink"][0],
     "grid.color": INKS["grid"][0],
 }
+_VARIABLES = {light: name for name, (light, _) in INKS.items()}
+_VARIABLES |= {light: f"series{index}" for index, (light, _) in enumerate(SERIES)}
 
 Draw = Callable[[Axes], None]
 
@@ -78,15 +78,9 @@ def render_svg(draw: Draw, size: tuple[float, float], *, label: str, key: str) -
     svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{key}-", svg)
     role = f'role="img" aria-label="{label}"' if label else 'aria-hidden="true"'
     svg = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg {role} viewBox="\1">', svg, count=1)
-    for colour, variable in _variables().items():
+    for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, f"var(--{variable})")
     return svg.replace("xlink:href", "href")
-
-
-def _variables() -> Mapping[str, str]:
-    """Return the CSS variable of each light colour."""
-    inks = {light: name for name, (light, _) in INKS.items()}
-    return inks | {light: f"series{index}" for index, (light, _) in enumerate(SERIES)}
 
 
 def draw_swatch(style: int, *, key: str) -> str:
