@@ -224,8 +224,8 @@ class Figures:
             first = runs.index[runs.setting == setting][0]
             drawn.append((name, None, [metrics[first].scores.teacher]))
         for name in self.group.index:
-            cards = [metrics[run].scores.student for run in runs.index[runs.setting == name]]
-            drawn.append((name, self.styles[name], [*cards]))
+            seeds = runs.index[runs.setting == name]
+            drawn.append((name, self.styles[name], [metrics[s].scores.student for s in seeds]))
         found = []
         for number, (name, style, cards) in enumerate(drawn):
             known = [card for card in cards if card and card.reliability]
