@@ -184,12 +184,12 @@ def find_texts(found: Comparisons) -> list[tuple[str, Counts, pd.Series]]:
 
 def describe_texts(found: Comparisons) -> list[str]:
     """Return a sentence for each training text: rows read, used and skipped by reason, and epochs."""
-    sentences = []
-    for names, documents, epochs in find_texts(found):
+    sentences, texts = [], find_texts(found)
+    for names, documents, epochs in texts:
         skipped = documents.describe_skipped()
         low, high = f"{epochs.min():.2f}", f"{epochs.max():.2f}"
         sentences.append(
-            f"corpus of {names}: {documents.read:,} rows read = {documents.used:,} used + "
+            f"corpus{f' of {names}' if len(texts) > 1 else ''}: {documents.read:,} rows read = {documents.used:,} used + "
             f"{documents.read - documents.used:,} skipped{f': {skipped}' if skipped else ''}; trained for "
             f"{low if low == high else f'{low} to {high}'} epochs"
         )

@@ -156,7 +156,7 @@ def write_skipped(folder: Path, used: int) -> Path:
 def test_skipped_rows_are_counted_by_reason_and_many_are_warned_of(tmp_path: Path) -> None:
     few, half = write_skipped(tmp_path, 95), write_skipped(tmp_path, 50)
     counted = (
-        "corpus of of_50: 100 rows read = 50 used + 50 skipped: 25 empty_response (rows 1, 3, 5, ...), 25 not_text; "
+        "corpus: 100 rows read = 50 used + 50 skipped: 25 empty_response (rows 1, 3, 5, ...), 25 not_text; "
         "trained for 4.00 epochs"
     )
     assert counted in " ".join(summarise([half]).split())

@@ -161,7 +161,7 @@ def test_metrics_of_version_4_are_read_without_the_counts_of_the_text(tmp_path: 
     del old["text"]
     path.write_text(json.dumps(old))
     assert load_results([path]).metrics["run"].text is None
-    assert "corpus of" not in summarise([path]) and "rows were skipped" not in summarise([path])
+    assert "rows read" not in summarise([path]) and "rows were skipped" not in summarise([path])
 
 
 def test_a_log_that_diverged_is_refused(tmp_path: Path) -> None:
