@@ -186,11 +186,12 @@ def describe_texts(found: Comparisons) -> list[str]:
     """Return a sentence for each training text: rows read, used and skipped by reason, and epochs."""
     sentences, texts = [], find_texts(found)
     for names, documents, epochs in texts:
-        skipped = documents.describe_skipped()
+        whose = f" of {names}" if len(texts) > 1 else ""
+        reasons = documents.describe_skipped()
         low, high = f"{epochs.min():.2f}", f"{epochs.max():.2f}"
         sentences.append(
-            f"corpus{f' of {names}' if len(texts) > 1 else ''}: {documents.read:,} rows read = {documents.used:,} used + "
-            f"{documents.read - documents.used:,} skipped{f': {skipped}' if skipped else ''}; trained for "
+            f"corpus{whose}: {documents.read:,} rows read = {documents.used:,} used + "
+            f"{documents.read - documents.used:,} skipped{f': {reasons}' if reasons else ''}; trained for "
             f"{low if low == high else f'{low} to {high}'} epochs"
         )
     return sentences
