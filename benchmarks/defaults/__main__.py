@@ -1,0 +1,149 @@
+"""Which cache method, temperature, alpha and learning rate serve best without thought, by size of the student.
+
+    python -m benchmarks.defaults [--out FOLDER] [--teachers stories260K demo] [--steps 300] [--seeds 3] [--table]
+
+Two teachers on held-out documents of their own text: stories260K (../shared/data), and the demo's, which is trained
+first. For each, two students with random weights: one of half the teacher's width or less, one of its width. The
+pipeline makes corpora and caches, its own functions train and measure each student, and every student is a run in
+FOLDER/results, so a rerun of the command resumes. For each student, in turn:
+
+    rates    cross-entropy, and 0.1 of it with the teacher's distributions, at five learning rates; seed 0
+    ways     at the latter's best rate: methods, temperatures and alphas; seed 0
+    seeds    the best way of each method and temperature, what the keys' defaults say, and cross-entropy; all seeds
+
+Legend: way: all settings of a student but its seed.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.common import log, make_parser
+from benchmarks.defaults.experiment import CACHES, TEACHERS, Experiment, Found, Way
+from benchmarks.quality.table import Mean
+
+STUDENTS = {"stories260K": ((32, 3), (64, 5)), "demo": ((64, 2), (128, 2))}  # width, layers
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 5e-3)
+ALPHAS = (0.0, 0.1, 0.3, 0.5)
+Results = dict[Way, Found]
+
+
+def list_rates(way: Way) -> list[Way]:
+    """Return the same settings at all learning rates."""
+    return [replace(way, rate=rate) for rate in RATES]
+
+
+def list_ways(best: Way) -> list[Way]:
+    """Return other methods, temperatures and alphas at a learning rate; `best` has top_p 0.001."""
+    found = [replace(best, temperature=t, alpha=a) for t in (1.0, 2.0) for a in ALPHAS]
+    others = [cache for cache in CACHES if cache != best.cache]
+    found += [replace(best, cache=cache, alpha=alpha) for cache in others for alpha in (0.0, 0.1)]
+    return [*found, replace(best, cache="top_k 64", temperature=2.0, alpha=0.5)]
+
+
+def choose_best(ways: list[Way], results: Results) -> Way:
+    """Return the one with the lowest held-out loss."""
+    return min(ways, key=lambda way: results[way].loss)
+
+
+def choose_finalists(best: Way, ways: list[Way], results: Results) -> list[Way]:
+    """Return the best of each method and temperature, and the keys' defaults at their own rate and the best one."""
+    kinds = dict.fromkeys((way.cache, way.temperature) for way in ways)
+    defaults = replace(best, cache="top_k 64", temperature=2.0, alpha=0.5)
+    found = [
+        choose_best([w for w in ways if (w.cache, w.temperature) == kind], results)
+        for kind in kinds
+    ]
+    return list(dict.fromkeys([*found, defaults, replace(defaults, rate=1e-4)]))
+
+
+def without_teacher(way: Way) -> Way:
+    """Return cross-entropy alone, at the same rate and seed."""
+    return replace(way, cache=None, temperature=1.0, alpha=1.0)
+
+
+def measure_all(experiment: Experiment, ways: list[Way], results: Results) -> None:
+    """Train and measure those that are missing."""
+    for way in ways:
+        if way not in results:
+            found = results[way] = experiment.measure(way)
+            log(f"{way.name}: loss {found.loss:.4f}, KL {found.kl:.4f}, {found.bytes:.1f} bytes")
+
+
+def compare(experiment: Experiment, teacher: str, size: tuple[int, int], num_seeds: int) -> None:
+    """Make all students of a teacher and a size, and print their tables."""
+    results: Results = {}
+    text = Way(teacher, *size, rate=RATES[0])
+    distilled = replace(text, cache="top_p 0.001", alpha=0.1)
+    rates = [*list_rates(text), *list_rates(distilled)]
+    measure_all(experiment, rates, results)
+    best_text = choose_best(list_rates(text), results)
+    best = choose_best(list_rates(distilled), results)
+    ways = list_ways(best)
+    measure_all(experiment, ways, results)
+    finalists = choose_finalists(best, ways, results)
+    finalists += [best_text, *dict.fromkeys(map(without_teacher, finalists))]
+    for seed in range(num_seeds):
+        measure_all(experiment, [replace(way, seed=seed) for way in finalists], results)
+    print(
+        f"\n{teacher}, a student of {results[best].parameters:,} parameters ({size[0]} x {size[1]})"
+    )
+    for way in (text, distilled):
+        losses = " ".join(f"{w.rate:g}: {results[w].loss:.3f}" for w in list_rates(way))
+        print(f"{way.cache or 'cross-entropy':14}loss by learning rate  {losses}")
+    for line in format_table(list(dict.fromkeys([*finalists, *ways])), best_text, results):
+        print(line)
+
+
+def format_table(ways: list[Way], best_text: Way, results: Results) -> Iterator[str]:
+    """Yield a line for each way: means over its seeds, and the gain over cross-entropy of the same seed."""
+    yield f"{'':14}  T alpha    lr  bytes   loss     KL  {'gain, same rate':>18}  {'gain, best rate':>18}  seeds"
+    for way in ways:
+        own = [w for w in results if replace(w, seed=0) == way]
+        gains = []
+        for text in (without_teacher(way), replace(best_text, seed=0)):
+            pairs = [(results.get(replace(text, seed=w.seed)), results[w]) for w in own]
+            differences = [base.loss - found.loss for base, found in pairs if base]
+            gains.append(f"{Mean.over(np.array(differences)):.3f}" if differences else "-")
+        loss, kl, size = (
+            np.mean([getattr(results[w], name) for w in own]) for name in ("loss", "kl", "bytes")
+        )
+        yield (
+            f"{way.cache or 'cross-entropy':14}{way.temperature:3g}{way.alpha:6g}{way.rate:6g}{size:7.1f}{loss:7.3f}"
+            f"{kl:7.3f}  {gains[0]:>18}  {gains[1]:>18}{len(own):7}"
+        )
+
+
+def read_command_line() -> argparse.Namespace:
+    """Return the parsed flags."""
+    parser = make_parser("benchmarks.defaults", __doc__)
+    folder = Path(tempfile.gettempdir()) / "retort-defaults"
+    parser.add_argument("--out", type=Path, default=folder, help="folder (default: %(default)s)")
+    parser.add_argument("--teachers", nargs="+", choices=TEACHERS, default=list(TEACHERS))
+    parser.add_argument("--steps", type=int, default=300, help="default: %(default)s")
+    parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Make what is missing, and print the tables."""
+    flags = read_command_line()
+    torch.set_num_threads(1)
+    experiment = Experiment(flags.out, steps=flags.steps)
+    for teacher in flags.teachers:
+        ways = [
+            Way(teacher, *STUDENTS[teacher][0], rate=1e-3, cache=cache, alpha=0.1)
+            for cache in CACHES
+        ]
+        experiment.prepare(ways)
+        for size in STUDENTS[teacher]:
+            compare(experiment, teacher, size, flags.seeds)
+
+
+if __name__ == "__main__":
+    main()

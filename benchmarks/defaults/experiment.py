@@ -1,0 +1,175 @@
+"""Students of the benchmark of defaults: their settings, and how the pipeline makes and measures them."""
+
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import REPOSITORY
+from retort.artifacts.build import build_project
+from retort.artifacts.jobs import build_job
+from retort.artifacts.project import Project
+from retort.config.load import load_runs
+from retort.evaluation.records import Metrics
+from retort.evaluation.run import evaluate_run
+from retort.io.files import write_json
+from retort.training.run import train_run
+
+DATA = REPOSITORY / ".." / "shared" / "data"
+# A teacher with the text that it was trained on, of which some documents are held out.
+TEACHERS: dict[str, dict[str, Any]] = {
+    "stories260K": {
+        "dataset": {
+            "name": "json",
+            "data_files": str(DATA / "text/tinystories/train.jsonl"),
+            "max_samples": 700,
+            "validation_fraction": 0.04,
+            "max_length": 256,
+            "num_shards": 1,
+        },
+        "teacher": {"model_path": str(DATA / "models/stories260K")},
+    },
+    "demo": {
+        "dataset": {
+            "name": "demo",
+            "max_samples": 450,
+            "max_length": 256,
+            "num_shards": 2,
+            "streaming_chunk_size": 200,
+            "validation_fraction": 0.05,
+        },
+        "teacher": {"model_path": "demo"},
+    },
+}
+CACHES: dict[str, dict[str, Any]] = {
+    "top_k 64": {"method": "top_k", "top_k": 64},
+    "top_p 0.001": {"method": "top_p", "min_probability": 0.001},
+    "top_p 0.005": {"method": "top_p", "min_probability": 0.005},
+    "sampled 0.01": {"method": "sampled", "head_probability": 0.01},
+}
+
+
+@dataclass(frozen=True)
+class Way:
+    """Settings of a student. width, layers: of its Llama. cache: one of CACHES, None for cross-entropy alone."""
+
+    teacher: str
+    width: int
+    layers: int
+    rate: float
+    cache: str | None = None
+    temperature: float = 1.0
+    alpha: float = 1.0
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """Return its name as a run."""
+        learns = f"{self.cache}-T{self.temperature:g}-a{self.alpha:g}" if self.cache else "text"
+        name = f"{self.teacher}-{self.width}x{self.layers}-{learns}-lr{self.rate:g}-s{self.seed}"
+        return name.replace(" ", "_")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was measured of a student: held-out loss and KL(teacher || student), nats; bytes a position of its cache."""
+
+    loss: float
+    kl: float
+    bytes: float
+    parameters: int
+
+
+class Experiment:
+    """A results folder of the pipeline, in which every student is a run."""
+
+    def __init__(self, folder: Path, *, steps: int) -> None:
+        """`steps`: of every student."""
+        self.folder, self.steps = folder.resolve(), steps
+
+    def prepare(self, ways: Iterable[Way]) -> None:
+        """Let the workflow make tokens, teachers, caches and the held-out scores that these students need."""
+        subprocess.run(self.write_command(ways), cwd=self.folder, check=True)
+
+    def write_command(self, ways: Iterable[Way]) -> list[str]:
+        """Write the config of these students, and return the command that makes all but them."""
+        path = self.folder / "config.json"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, self._describe_all(ways))
+        words = ["run", str(path), "--cores", "2", "--until", "merge_h5", "score_validation"]
+        return [sys.executable, "-m", "retort", *words]
+
+    def measure(self, way: Way) -> Found:
+        """Train and evaluate a student as the workflow does, unless that is done."""
+        run = self._plan([way]).runs[way.name]
+        index, training = run.tokens.folder / "index.json", run.folder / "training.json"
+        if not training.exists():
+            job = build_job("run", run, run=way.name)
+            train_run(training, job, index_path=index, signal_path=run.signal)
+        if not run.metrics_path.exists():
+            assert run.validation is not None, way
+            evaluate_run(
+                run.metrics_path,
+                build_job("evaluation", run, run=way.name),
+                index_path=index,
+                training_path=training,
+                features_path=run.validation.features,
+                signal_path=run.signal,
+            )
+        found = Metrics.read(run.metrics_path)
+        assert found.training is not None and found.scores.student is not None, way
+        means = found.scores.student.metrics
+        return Found(
+            loss=means["loss"].value,
+            kl=means["kl_to_teacher"].value,
+            bytes=found.cache.bytes_per_position if found.cache else 0.0,
+            parameters=found.training.summary.student_parameters,
+        )
+
+    def _plan(self, ways: Iterable[Way]) -> Project:
+        return build_project(load_runs(self._describe_all(ways)))
+
+    def _describe_all(self, ways: Iterable[Way]) -> dict[str, Any]:
+        """Return the pipeline's config of some students."""
+        return {
+            "output": {"results_dir": str(self.folder / "results")},
+            "evaluation": {"max_positions": 8192, "samples": {"num_samples": 0}},
+            "runs": {way.name: self._describe(way) for way in ways},
+        }
+
+    def _describe(self, way: Way) -> dict[str, Any]:
+        """Return the sections of a student; its first tenth of the steps warms up, and a cosine follows."""
+        student = self.folder / f"llama_{way.width}x{way.layers}.json"
+        if not student.exists():
+            write_json(student, describe_llama(way.width, way.layers))
+        kind = {"distillation_type": "hybrid" if way.cache else "output", "alpha": way.alpha}
+        return TEACHERS[way.teacher] | {
+            "cache": CACHES[way.cache or "top_p 0.001"],
+            "student": {"config": str(student)},
+            "training": {
+                **kind,
+                "temperature": way.temperature,
+                "learning_rate": way.rate,
+                "seed": way.seed,
+                "max_steps": self.steps,
+                "warmup_steps": self.steps // 10,
+                "batch_size": 4,
+                "dataloader_num_workers": 0,
+            },
+        }
+
+
+def describe_llama(width: int, layers: int) -> dict[str, Any]:
+    """Return the config of a Llama with heads of 16, the vocabulary of its teacher, and a tied head."""
+    return {
+        "model_type": "llama",
+        "hidden_size": width,
+        "intermediate_size": 3 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 16,
+        "num_key_value_heads": width // 16,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+    }
