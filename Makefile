@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 VLLM := .venv-vllm
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all test-unit test-workflow test-slow test-vllm test-slurm test-slurm-runs test-slurm-faults campaign benchmark-cache benchmark-merge benchmark-teacher benchmark-training benchmark-feeding benchmark-groups benchmark-graph benchmark-submissions benchmark-quality lint environment docs clean
+.PHONY: demo test test-all test-unit test-workflow test-slow test-vllm test-slurm test-slurm-runs test-slurm-faults campaign benchmark-cache benchmark-merge benchmark-teacher benchmark-training benchmark-feeding benchmark-groups benchmark-graph benchmark-submissions benchmark-quality benchmark-defaults lint environment docs clean
 
 demo: $(READY)
 	$(BIN)/snakemake --cores $(CORES) --quiet rules
@@ -106,6 +106,10 @@ benchmark-submissions: $(READY)
 # What a student keeps of the teacher, by bytes a position: an hour and a half of one core.
 benchmark-quality: $(READY)
 	$(BIN)/python -m benchmarks.quality $(FLAGS)
+
+# Cache method, temperature, alpha and learning rate by size of the student: about XX minutes of one core.
+benchmark-defaults: $(READY)
+	$(BIN)/python -m benchmarks.defaults $(FLAGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@
     training        a training step beside cross-entropy
     training.feeding    how long a step waits for its batch
     quality         what a student keeps of the teacher, by bytes a position
+    defaults        cache method, temperature, alpha and learning rate by size of the student
     workflow.groups     one to eight GPU groups
     workflow.graph      planning 10,000 shards
     workflow.submissions    shards on a SLURM cluster

@@ -1,11 +1,11 @@
 """Which cache method, temperature, alpha and learning rate serve best without thought, by size of the student.
 
-    python -m benchmarks.defaults [--out FOLDER] [--teachers stories260K demo] [--steps 300] [--seeds 3] [--table]
+    python -m benchmarks.defaults [--out FOLDER] [--teachers stories260K demo] [--steps 200] [--seeds 3] [--table]
 
 Two teachers on held-out documents of their own text: stories260K (../shared/data), and the demo's, which is trained
-first. For each, two students with random weights: one of half the teacher's width or less, one of its width. The
-pipeline makes corpora and caches, its own functions train and measure each student, and every student is a run in
-FOLDER/results, so a rerun of the command resumes. For each student, in turn:
+first. For each, students of two sizes with random weights. The pipeline makes corpora and caches, its own functions
+train and measure each student, and every student is a run in FOLDER/results, so a rerun of the command resumes. For
+each teacher and size:
 
     rates    cross-entropy, and 0.1 of it with the teacher's distributions, at five learning rates; seed 0
     ways     at the latter's best rate: methods, temperatures and alphas; seed 0
@@ -18,6 +18,7 @@ import argparse
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from benchmarks.common import log, make_parser
 from benchmarks.defaults.experiment import CACHES, TEACHERS, Experiment, Found, Way
 from benchmarks.quality.table import Mean
 
-STUDENTS = {"stories260K": ((32, 3), (64, 5)), "demo": ((64, 2), (128, 2))}  # width, layers
+STUDENTS = ((32, 3), (64, 2))  # width, layers; the teachers have 64, 5 and 128, 4
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 5e-3)
 ALPHAS = (0.0, 0.1, 0.3, 0.5)
 Results = dict[Way, Found]
@@ -47,13 +48,13 @@ def list_ways(best: Way) -> list[Way]:
 
 
 def choose_best(ways: list[Way], results: Results) -> Way:
-    """Return the one with the lowest held-out loss."""
-    return min(ways, key=lambda way: results[way].loss)
+    """Return the one with the lowest held-out loss, of those that were measured."""
+    return min((way for way in ways if way in results), key=lambda way: results[way].loss)
 
 
 def choose_finalists(best: Way, ways: list[Way], results: Results) -> list[Way]:
     """Return the best of each method and temperature, and the keys' defaults at their own rate and the best one."""
-    kinds = dict.fromkeys((way.cache, way.temperature) for way in ways)
+    kinds = dict.fromkeys((way.cache, way.temperature) for way in ways if way in results)
     defaults = replace(best, cache="top_k 64", temperature=2.0, alpha=0.5)
     found = [
         choose_best([w for w in ways if (w.cache, w.temperature) == kind], results)
@@ -67,36 +68,36 @@ def without_teacher(way: Way) -> Way:
     return replace(way, cache=None, temperature=1.0, alpha=1.0)
 
 
-def measure_all(experiment: Experiment, ways: list[Way], results: Results) -> None:
-    """Train and measure those that are missing."""
+def measure_all(experiment: Experiment, ways: list[Way], results: Results, *, is_new: bool) -> None:
+    """Train and measure those that are missing; unless `is_new`, find those that are not."""
     for way in ways:
-        if way not in results:
-            found = results[way] = experiment.measure(way)
-            log(f"{way.name}: loss {found.loss:.4f}, KL {found.kl:.4f}, {found.bytes:.1f} bytes")
+        if way not in results and (found := experiment.measure(way, is_new=is_new)):
+            results[way] = found
+            if is_new:
+                log(
+                    f"{way.name}: loss {found.loss:.4f}, KL {found.kl:.4f}, {found.bytes:.1f} bytes"
+                )
 
 
-def compare(experiment: Experiment, teacher: str, size: tuple[int, int], num_seeds: int) -> None:
-    """Make all students of a teacher and a size, and print their tables."""
+def compare(experiment: Experiment, first: Way, *, num_seeds: int, is_new: bool) -> None:
+    """Make all students of the teacher and size of `first`, unless `is_new` is false, and print their tables."""
     results: Results = {}
-    text = Way(teacher, *size, rate=RATES[0])
-    distilled = replace(text, cache="top_p 0.001", alpha=0.1)
-    rates = [*list_rates(text), *list_rates(distilled)]
-    measure_all(experiment, rates, results)
-    best_text = choose_best(list_rates(text), results)
-    best = choose_best(list_rates(distilled), results)
+    measure = partial(measure_all, experiment, results=results, is_new=is_new)
+    text = without_teacher(first)
+    measure([*list_rates(text), *list_rates(first)])
+    best_text, best = (choose_best(list_rates(way), results) for way in (text, first))
     ways = list_ways(best)
-    measure_all(experiment, ways, results)
+    measure(ways)
     finalists = choose_finalists(best, ways, results)
     finalists += [best_text, *dict.fromkeys(map(without_teacher, finalists))]
     for seed in range(num_seeds):
-        measure_all(experiment, [replace(way, seed=seed) for way in finalists], results)
-    print(
-        f"\n{teacher}, a student of {results[best].parameters:,} parameters ({size[0]} x {size[1]})"
-    )
-    for way in (text, distilled):
-        losses = " ".join(f"{w.rate:g}: {results[w].loss:.3f}" for w in list_rates(way))
-        print(f"{way.cache or 'cross-entropy':14}loss by learning rate  {losses}")
-    for line in format_table(list(dict.fromkeys([*finalists, *ways])), best_text, results):
+        measure([replace(way, seed=seed) for way in finalists])
+    size = f"{results[best].parameters:,} parameters ({first.width} x {first.layers})"
+    print(f"\n{first.teacher}, a student of {size}; loss by learning rate:")
+    for way in (text, first):
+        losses = (f"{w.rate:g}: {results[w].loss:.3f}" for w in list_rates(way) if w in results)
+        print(f"{way.cache or 'cross-entropy':14}{'  '.join(losses)}")
+    for line in format_table([*dict.fromkeys([*finalists, *ways])], best_text, results):
         print(line)
 
 
@@ -105,6 +106,8 @@ def format_table(ways: list[Way], best_text: Way, results: Results) -> Iterator[
     yield f"{'':14}  T alpha    lr  bytes   loss     KL  {'gain, same rate':>18}  {'gain, best rate':>18}  seeds"
     for way in ways:
         own = [w for w in results if replace(w, seed=0) == way]
+        if not own:
+            continue
         gains = []
         for text in (without_teacher(way), replace(best_text, seed=0)):
             pairs = [(results.get(replace(text, seed=w.seed)), results[w]) for w in own]
@@ -125,7 +128,10 @@ def read_command_line() -> argparse.Namespace:
     folder = Path(tempfile.gettempdir()) / "retort-defaults"
     parser.add_argument("--out", type=Path, default=folder, help="folder (default: %(default)s)")
     parser.add_argument("--teachers", nargs="+", choices=TEACHERS, default=list(TEACHERS))
-    parser.add_argument("--steps", type=int, default=300, help="default: %(default)s")
+    parser.add_argument(
+        "--table", action="store_true", help="train nothing: print the finished students"
+    )
+    parser.add_argument("--steps", type=int, default=200, help="default: %(default)s")
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
     return parser.parse_args()
 
@@ -136,13 +142,15 @@ def main() -> None:
     torch.set_num_threads(1)
     experiment = Experiment(flags.out, steps=flags.steps)
     for teacher in flags.teachers:
-        ways = [
-            Way(teacher, *STUDENTS[teacher][0], rate=1e-3, cache=cache, alpha=0.1)
-            for cache in CACHES
+        first = [
+            Way(teacher, *size, rate=1e-3, cache="top_p 0.001", alpha=0.1) for size in STUDENTS
         ]
-        experiment.prepare(ways)
-        for size in STUDENTS[teacher]:
-            compare(experiment, teacher, size, flags.seeds)
+        if not flags.table:
+            if teacher == "demo":
+                experiment.make_demo_teacher()
+            experiment.prepare([replace(first[0], cache=cache) for cache in CACHES])
+        for way in first:
+            compare(experiment, way, num_seeds=flags.seeds, is_new=not flags.table)
 
 
 if __name__ == "__main__":

@@ -10,15 +10,17 @@ from typing import Any
 from benchmarks.common import REPOSITORY
 from retort.artifacts.build import build_project
 from retort.artifacts.jobs import build_job
-from retort.artifacts.project import Project
 from retort.config.load import load_runs
 from retort.evaluation.records import Metrics
 from retort.evaluation.run import evaluate_run
+from retort.io.digests import digest
 from retort.io.files import write_json
 from retort.training.run import train_run
 
 DATA = REPOSITORY / ".." / "shared" / "data"
-# A teacher with the text that it was trained on, of which some documents are held out.
+DEMO = {"name": "demo", "max_length": 256, "num_shards": 2, "validation_fraction": 0.05}
+# A teacher, by its folder or one in that of the results, and some of the text that it was trained on. What is held out
+# of the text is chosen by content, so no teacher saw it.
 TEACHERS: dict[str, dict[str, Any]] = {
     "stories260K": {
         "dataset": {
@@ -31,17 +33,7 @@ TEACHERS: dict[str, dict[str, Any]] = {
         },
         "teacher": {"model_path": str(DATA / "models/stories260K")},
     },
-    "demo": {
-        "dataset": {
-            "name": "demo",
-            "max_samples": 450,
-            "max_length": 256,
-            "num_shards": 2,
-            "streaming_chunk_size": 200,
-            "validation_fraction": 0.05,
-        },
-        "teacher": {"model_path": "demo"},
-    },
+    "demo": {"dataset": DEMO | {"max_samples": 120}, "teacher": {"model_path": "demo_teacher"}},
 }
 CACHES: dict[str, dict[str, Any]] = {
     "top_k 64": {"method": "top_k", "top_k": 64},
@@ -88,23 +80,45 @@ class Experiment:
     def __init__(self, folder: Path, *, steps: int) -> None:
         """`steps`: of every student."""
         self.folder, self.steps = folder.resolve(), steps
+        self.shared = {
+            "output": {"results_dir": str(self.folder / "results")},
+            "evaluation": {"max_positions": 8192, "samples": {"num_samples": 0}},
+        }
+
+    def make_demo_teacher(self) -> None:
+        """Let the workflow train the demo's teacher on the demo's whole corpus, as `make demo` does."""
+        path = self.folder / TEACHERS["demo"]["teacher"]["model_path"]
+        if path.exists():
+            return
+        config = self.shared | {
+            "dataset": DEMO | {"max_samples": 450, "streaming_chunk_size": 200},
+            "teacher": {"model_path": "demo"},
+            "student": {"config": str(REPOSITORY / "config/students/llama_demo.json")},
+        }
+        self._run(self.write_command(config, "demo_teacher"))
+        (teacher,) = build_project(load_runs(config)).teachers.values()
+        path.symlink_to(teacher.model_path)
 
     def prepare(self, ways: Iterable[Way]) -> None:
-        """Let the workflow make tokens, teachers, caches and the held-out scores that these students need."""
-        subprocess.run(self.write_command(ways), cwd=self.folder, check=True)
+        """Let the workflow make tokens, caches and the held-out scores that these students need."""
+        self._run(self.write_command(self.describe(ways), "merge_h5"))
 
-    def write_command(self, ways: Iterable[Way]) -> list[str]:
-        """Write the config of these students, and return the command that makes all but them."""
-        path = self.folder / "config.json"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, self._describe_all(ways))
-        words = ["run", str(path), "--cores", "2", "--until", "merge_h5", "score_validation"]
-        return [sys.executable, "-m", "retort", *words]
+    def write_command(self, config: dict[str, Any], *rules: str) -> list[str]:
+        """Write a config, and return the command that runs it up to some rules."""
+        path = self.folder / f"{digest(config)}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, config)
+        return [sys.executable, "-m", "retort", "run", str(path), "--cores", "2", "--until", *rules]
 
-    def measure(self, way: Way) -> Found:
-        """Train and evaluate a student as the workflow does, unless that is done."""
-        run = self._plan([way]).runs[way.name]
+    def _run(self, command: list[str]) -> None:
+        subprocess.run(command, cwd=self.folder, check=True)
+
+    def measure(self, way: Way, *, is_new: bool = True) -> Found | None:
+        """Train and evaluate a student as the workflow does, unless that is done; None if not and not `is_new`."""
+        run = build_project(load_runs(self.describe([way]))).runs[way.name]
         index, training = run.tokens.folder / "index.json", run.folder / "training.json"
+        if not (is_new or run.metrics_path.exists()):
+            return None
         if not training.exists():
             job = build_job("run", run, run=way.name)
             train_run(training, job, index_path=index, signal_path=run.signal)
@@ -128,28 +142,24 @@ class Experiment:
             parameters=found.training.summary.student_parameters,
         )
 
-    def _plan(self, ways: Iterable[Way]) -> Project:
-        return build_project(load_runs(self._describe_all(ways)))
-
-    def _describe_all(self, ways: Iterable[Way]) -> dict[str, Any]:
+    def describe(self, ways: Iterable[Way]) -> dict[str, Any]:
         """Return the pipeline's config of some students."""
-        return {
-            "output": {"results_dir": str(self.folder / "results")},
-            "evaluation": {"max_positions": 8192, "samples": {"num_samples": 0}},
-            "runs": {way.name: self._describe(way) for way in ways},
-        }
+        return self.shared | {"runs": {way.name: self._describe(way) for way in ways}}
 
     def _describe(self, way: Way) -> dict[str, Any]:
-        """Return the sections of a student; its first tenth of the steps warms up, and a cosine follows."""
+        """Return the sections of a student; a tenth of the steps warms up, then the default, a cosine."""
         student = self.folder / f"llama_{way.width}x{way.layers}.json"
         if not student.exists():
             write_json(student, describe_llama(way.width, way.layers))
-        kind = {"distillation_type": "hybrid" if way.cache else "output", "alpha": way.alpha}
-        return TEACHERS[way.teacher] | {
+        teacher = TEACHERS[way.teacher]
+        path = self.folder / teacher["teacher"]["model_path"]
+        return teacher | {
+            "teacher": {"model_path": str(path)},
             "cache": CACHES[way.cache or "top_p 0.001"],
             "student": {"config": str(student)},
             "training": {
-                **kind,
+                "distillation_type": "hybrid" if way.cache else "output",
+                "alpha": way.alpha,
                 "temperature": way.temperature,
                 "learning_rate": way.rate,
                 "seed": way.seed,
