@@ -85,6 +85,8 @@ def compare(experiment: Experiment, first: Way, *, num_seeds: int, is_new: bool)
     measure = partial(measure_all, experiment, results=results, is_new=is_new)
     text = without_teacher(first)
     measure([*list_rates(text), *list_rates(first)])
+    if not results:
+        return
     best_text, best = (choose_best(list_rates(way), results) for way in (text, first))
     ways = list_ways(best)
     measure(ways)
@@ -103,7 +105,7 @@ def compare(experiment: Experiment, first: Way, *, num_seeds: int, is_new: bool)
 
 def format_table(ways: list[Way], best_text: Way, results: Results) -> Iterator[str]:
     """Yield a line for each way: means over its seeds, and the gain over cross-entropy of the same seed."""
-    yield f"{'':14}  T alpha    lr  bytes   loss     KL  {'gain, same rate':>18}  {'gain, best rate':>18}  seeds"
+    yield f"{'':14}  T alpha      lr  bytes   loss     KL  {'gain, same rate':>18}  {'gain, best rate':>18}  seeds"
     for way in ways:
         own = [w for w in results if replace(w, seed=0) == way]
         if not own:
@@ -112,12 +114,15 @@ def format_table(ways: list[Way], best_text: Way, results: Results) -> Iterator[
         for text in (without_teacher(way), replace(best_text, seed=0)):
             pairs = [(results.get(replace(text, seed=w.seed)), results[w]) for w in own]
             differences = [base.loss - found.loss for base, found in pairs if base]
-            gains.append(f"{Mean.over(np.array(differences)):.3f}" if differences else "-")
+            mean = Mean.over(np.array(differences)) if differences else None
+            gains.append(
+                "-" if mean is None else f"{mean if len(differences) > 1 else mean.value:.3f}"
+            )
         loss, kl, size = (
             np.mean([getattr(results[w], name) for w in own]) for name in ("loss", "kl", "bytes")
         )
         yield (
-            f"{way.cache or 'cross-entropy':14}{way.temperature:3g}{way.alpha:6g}{way.rate:6g}{size:7.1f}{loss:7.3f}"
+            f"{way.cache or 'cross-entropy':14}{way.temperature:3g}{way.alpha:6g}{way.rate:8g}{size:7.1f}{loss:7.3f}"
             f"{kl:7.3f}  {gains[0]:>18}  {gains[1]:>18}{len(own):7}"
         )
 
