@@ -39,13 +39,16 @@ def test_students_are_made_once_and_compared_seed_by_seed(
     (line,) = re.findall(r"^top_p 0.001 +1 +0.1 +0.01 (.*)$", table, re.MULTILINE)
     size, loss, _, *gains, seeds = [float(word) for word in re.findall(r"-?[\d.]+", line)]
     pairs = [
-        (experiment.measure(replace(benchmark.without_teacher(soft), seed=seed)), found)
+        (experiment.measure(replace(benchmark.without_teacher(soft), seed=seed)), own)
         for seed in (0, 1)
-        if (found := experiment.measure(replace(soft, seed=seed)))
+        if (own := experiment.measure(replace(soft, seed=seed)))
     ]
-    found = [hard.loss - own.loss for hard, own in pairs if hard]
+    differences = [hard.loss - own.loss for hard, own in pairs if hard]
     assert size == pytest.approx(pairs[0][1].bytes, abs=0.06)
     assert loss == pytest.approx(sum(own.loss for _, own in pairs) / 2, abs=6e-4)
-    mean, reach = sum(found) / 2, 12.706 * abs(found[0] - found[1]) / 2  # Student's t, n = 2
+    mean, reach = (
+        sum(differences) / 2,
+        12.706 * abs(differences[0] - differences[1]) / 2,
+    )  # Student's t
     assert gains == pytest.approx([mean, reach, mean, reach], abs=1e-3)
     assert seeds == 2
