@@ -13,9 +13,9 @@ Held-out loss in nats of students of stories260K with random weights, 200 steps 
 | text alone at 1e-4, 3e-3, 5e-3                  | 5.85, 4.46, 4.37 | 5.55, 4.06, 4.02 |
 | the keys' defaults: top_k 64, 2, 0.5, at 1e-4   | 5.83           | 5.51 |
 | these: top_p 0.001, 1, 0.1, at 3e-3, 5e-3       | 4.29, 4.09     | 3.52, 3.83 |
-| the same with temperature 2, at 3e-3            | 4.27           | 3.92 |
-| the same with alpha 0, at 3e-3                  | 4.12           | 3.56 |
-| sampled 0.01, 1, 0.1, at 3e-3                   | 4.22           | 3.54 |
+| the same with temperature 2, at 5e-3; 3e-3      | 4.27           | 3.92 |
+| the same with alpha 0, at 5e-3; 3e-3            | 4.12           | 3.56 |
+| sampled 0.01, 1, 0.1, at 5e-3; 3e-3             | 4.22           | 3.54 |
 
 Learning rates above 1M parameters are not measured here. Random weights: GPT-3 (arXiv 2005.14165, table 2.1: 125M 6e-4,
 350M 3e-4, 1.3B 2e-4, 6.7B 1.2e-4) and Pythia (19M to 70M 1e-3). Pretrained weights: 1e-4 in Minitron (arXiv 2408.11796,
