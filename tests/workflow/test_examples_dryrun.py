@@ -31,8 +31,10 @@ def test_an_example_is_planned(path: Path, tmp_path: Path) -> None:
 def _list_files(config: dict[str, object]) -> list[str]:
     dataset = config["dataset"]
     assert isinstance(dataset, dict)
-    files = dataset.get("data_files", [])
+    sources = [dataset, *dataset.get("mix", [])]
+    named = [source.get("data_files", []) for source in sources]
+    files = [name for found in named for name in ([found] if isinstance(found, str) else found)]
     evaluation = config.get("evaluation", {})
     assert isinstance(evaluation, dict)
     problems = [evaluation["humaneval"]["file"]] if "humaneval" in evaluation else []
-    return [*([files] if isinstance(files, str) else files), *problems]
+    return [*files, *problems]

@@ -233,8 +233,19 @@ def _build_corpus(config: Config) -> Corpus:
     dataset = config.dataset
     keys = corpus_keys(dataset)
     files = list_corpus_files(dataset)
-    if list_files(dataset):
-        keys.pop("data_files", None)  # local files count by content; those of a Hub dataset by name
+    for number, section in enumerate(dataset.sources):
+        trained, held_out = list_files(section), list_validation_files(section)
+        source = keys["mix"][number] if dataset.mix else keys
+        if trained:
+            source.pop(
+                "data_files", None
+            )  # local files count by content; those of a Hub dataset by name
+        if held_out:
+            source["validation_files"] = len(
+                held_out
+            )  # of `content`, after all that are trained on
+        if dataset.mix:
+            source |= {"label": dataset.labels[number], "num_files": len(trained)}
     if dataset.streaming and dataset.shuffle:
         keys["shuffle"] = "windows"  # an earlier version shuffled in another order
     memo = Path(config.output.results_dir) / ".digests.json"
@@ -242,8 +253,6 @@ def _build_corpus(config: Config) -> Corpus:
         files
     )  # before the digests, to detect edits while these are computed
     content = [digest_file(path, memo=memo) for path in files]
-    if held_out := list_validation_files(dataset):
-        keys["validation_files"] = len(held_out)  # of `content`, the last but a sharding function
     corpus_id = digest(["corpus", REVISIONS["corpus"], keys, content])
     folder = _cache_root(config) / "corpora" / corpus_id
     return Corpus(corpus_id, folder, dataset, needs_snapshot(dataset), stamp)

@@ -152,7 +152,8 @@ class Project:
         corpora = [
             corpus
             for corpus in self.corpora.values()
-            if is_hub(corpus.dataset) or (corpus.synthesis and corpus.synthesis.is_online)
+            if any(map(is_hub, corpus.dataset.sources))
+            or (corpus.synthesis and corpus.synthesis.is_online)
         ]
         records = [record for corpus in corpora for record in corpus.records]
         return [*(teacher.folder / "fingerprint.json" for teacher in teachers), *records]

@@ -221,7 +221,7 @@ class LogitCache:
         self._map_records = lru_cache(_MAX_MAPPED_PARTS)(
             partial(_open_records, path, self.columns, self._externals)
         )
-        names = tuple((c, lang) for c, lang in entry["label_names"])
+        names = tuple(tuple(n) for n in entry["label_names"])
         columns = {name: self.columns[name] for name in TABLE_COLUMNS}
         columns["loss_mask"] = columns["loss_mask"].view(np.bool_)
         self.table = SequenceTable(**columns, label_names=names)

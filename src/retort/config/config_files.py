@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from retort.config.load import find_problems
-from retort.config.schema import ConfigError, Problem, is_empty
+from retort.config.schema import ConfigError, Problem, find_key, is_empty
 from retort.config.sections import Config
 from retort.config.sweeps import prefer_command_line
 from retort.config.yaml_source import KeyPath, Place, Source, read_yaml
@@ -58,8 +58,8 @@ def locate(error: ValueError, source: Source) -> str:
 
 
 def _locate(message: str, source: Source) -> str:
-    if found := re.match(r"[a-z_]+(\.[a-z_]+)+(?= )", message):
-        path = tuple(found[0].split("."))
+    if re.match(r"[a-z_]+\.[a-z_.\[\]\d]+ ", message):
+        path = find_key(message)
         if path in source.places:
             return f"{source.places[path]}: {message}"
     return message

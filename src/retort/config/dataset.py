@@ -1,12 +1,23 @@
 """The section `dataset`: the corpus, and how its documents become sequences."""
 
+import re
 from datetime import date
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
 from retort.config.schema import Found, show
-from retort.config.section import Count, Section, Seed, Text, Texts, setting
+from retort.config.section import (
+    Count,
+    Positive,
+    Section,
+    Seed,
+    Text,
+    Texts,
+    is_default,
+    setting,
+)
 
 if TYPE_CHECKING:
     from retort.config.sections import Config
@@ -16,8 +27,8 @@ LOADERS = ("text", "json", "parquet", "csv")
 SYNTHESIS = "synthesis"  # the name of a corpus that a model writes
 
 
-class Dataset(Section):
-    """The corpus, and how its documents are split into sequences of tokens."""
+class TextSource(Section):
+    """Where text is, and in which columns."""
 
     name: Text = setting("demo", is_model=True)
     """A Hub id such as wikitext, a loader (text, json, parquet or csv) used with data_files, demo (text found on this
@@ -41,20 +52,54 @@ class Dataset(Section):
     and lists in prompt and completion, are found without it if there is no column text."""
     system_column: Text | None = None
     """Column of a system prompt, put before chats that have none, and before prompts."""
+    category_column: Text | None = "category"
+    """Column for breakdowns by category, if present; null ignores it."""
+    language_column: Text | None = "language"
+    """Column for breakdowns by language, if present; null ignores it."""
+    revision: Text | None = None
+    """Commit, tag or branch of the Hub dataset; null means its newest."""
+    validation_split: Text | None = None
+    """A split of a Hub dataset to evaluate on, instead of holding out validation_fraction."""
+    validation_files: Text | Texts | None = setting(None, is_path=True)
+    """Path or glob, or a list of them, of local files to evaluate on, instead of holding out validation_fraction; read
+    as data_files are."""
+
+
+class MixedSource(TextSource):
+    """One source of a mixture: local files or a dataset on the Hub, with the keys of the section dataset for one."""
+
+    weight: Positive = 1.0
+    """Its share of the documents to train on is its weight, divided by the sum of all weights."""
+    label: Text | None = None
+    """Its name in counts and in the report; null means the Hub id, or the name of the first of its data_files."""
+
+    @property
+    def title(self) -> str:
+        """Its name in counts and in the report."""
+        files = (self.data_files,) if isinstance(self.data_files, str) else self.data_files
+        local = Path(files[0]).name if files and self.name in LOADERS else self.name
+        return self.label or local
+
+
+class Dataset(TextSource):
+    """The corpus, and how its documents are split into sequences of tokens."""
+
+    mix: tuple[MixedSource, ...] = ()
+    """A list of sources that are mixed into one corpus, instead of one: each has a weight, and the keys of the section
+    that say where text is and in which columns."""
+    stopping_strategy: Literal[
+        "first_exhausted", "all_exhausted", "all_exhausted_without_replacement"
+    ] = "first_exhausted"
+    """When a mixture ends, as in datasets.interleave_datasets: with its first source that ends; once all have ended,
+    while those that end are repeated; or the same, each document once."""
     supervised_turns: Literal["all", "last"] = "all"
     """Which of the assistant's turns in a chat have a loss: all, or the last."""
     chat_date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] = setting(
         "2026-01-01", accepts="a date such as 2026-01-01"
     )
     """The date that chat templates print where they print today's, so that tokens are the same on every day."""
-    category_column: Text | None = "category"
-    """Column for breakdowns by category, if present; null ignores it."""
-    language_column: Text | None = "language"
-    """Column for breakdowns by language, if present; null ignores it."""
     tokenizer: Text | None = setting(None, is_model=True)
     """Hub id or folder of the tokenizer. null means the teacher's; required without a teacher."""
-    revision: Text | None = None
-    """Commit, tag or branch of the Hub dataset; null means its newest."""
     control_tokens: Literal["text", "tokens"] = "text"
     """What control tokens written out in a document are, such as <|im_start|>: text like any other, or the tokens
     themselves (for documents that were rendered by a chat template before)."""
@@ -93,11 +138,24 @@ class Dataset(Section):
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """Fraction of the documents that is held out: never trained on, never in the training cache. 0 requires
     validation_split or validation_files."""
-    validation_split: Text | None = None
-    """A split of a Hub dataset to evaluate on, instead of holding out validation_fraction."""
-    validation_files: Text | Texts | None = setting(None, is_path=True)
-    """Path or glob, or a list of them, of local files to evaluate on, instead of holding out validation_fraction; read
-    as data_files are."""
+
+    @property
+    def sources(self) -> tuple["Dataset", ...]:
+        """The section of each source of a mixture, or this one alone."""
+        if not self.mix:
+            return (self,)
+        found = [{k: getattr(source, k) for k in TextSource.model_fields} for source in self.mix]
+        return tuple(self.model_copy(update={**keys, "mix": ()}) for keys in found)
+
+    @property
+    def labels(self) -> tuple[str | None, ...]:
+        """The label of each source of a mixture; None for a corpus that is none."""
+        return tuple(source.title for source in self.mix) or (None,)
+
+    @property
+    def title(self) -> str:
+        """Its name, or the labels of its sources."""
+        return " + ".join(source.title for source in self.mix) or self.name
 
 
 def check_streaming(c: "Config") -> Found:
@@ -116,7 +174,7 @@ def check_streaming(c: "Config") -> Found:
 def check_sharding_by_files(c: "Config") -> Found:
     """Refuse sharding by files for a dataset that is not a list of files."""
     name = c.dataset.name
-    if c.dataset.sharding != "files" or name in (*LOADERS, SYNTHESIS):
+    if c.dataset.sharding != "files" or c.dataset.mix or name in (*LOADERS, SYNTHESIS):
         return
     if name == "demo":
         yield (
@@ -131,7 +189,7 @@ def check_sharding_by_files(c: "Config") -> Found:
         )
 
 
-def check_files(c: "Config") -> Found:
+def _check_files(c: "Config") -> Found:
     name, files = c.dataset.name, c.dataset.data_files
     if name in LOADERS and files is None:
         yield (
@@ -145,7 +203,7 @@ def check_files(c: "Config") -> Found:
         )
 
 
-def check_columns(c: "Config") -> Found:
+def _check_columns(c: "Config") -> Found:
     prompt, response = c.dataset.prompt_column, c.dataset.response_column
     if (prompt is None) != (response is None):
         given, missing = ("prompt", "response") if response is None else ("response", "prompt")
@@ -182,20 +240,27 @@ def check_chat_date(c: "Config") -> Found:
         )
 
 
-def check_validation(c: "Config") -> Found:
-    fraction, split, files = (
-        c.dataset.validation_fraction,
-        c.dataset.validation_split,
-        c.dataset.validation_files,
-    )
-    if split is None and files is None:
-        if fraction == 0:
-            yield (
-                "dataset.validation_fraction is 0, and neither dataset.validation_split nor dataset.validation_files "
-                "is set, so no documents would be held out to evaluate students on. Set dataset.validation_fraction "
-                "above 0, for instance 0.01, or name what to hold out."
-            )
-        return
+def check_held_out(c: "Config") -> Found:
+    fraction = c.dataset.validation_fraction
+    named = [s.validation_split or s.validation_files for s in c.dataset.sources]
+    if fraction == 0 and not any(named):
+        yield (
+            "dataset.validation_fraction is 0, and neither dataset.validation_split nor dataset.validation_files "
+            "is set, so no documents would be held out to evaluate students on. Set dataset.validation_fraction "
+            "above 0, for instance 0.01, or name what to hold out."
+        )
+    if all(named) and fraction not in (0, Dataset().validation_fraction):
+        key = "validation_split" if c.dataset.sources[0].validation_split else "validation_files"
+        where = "dataset.mix[0]" if c.dataset.mix else "dataset"
+        yield (
+            f"dataset.validation_fraction is {show(fraction)} and {where}.{key} is {show(named[0])}, but only one of "
+            f"them can set what is held out. Remove dataset.validation_fraction to use {where}.{key}, or {where}.{key} "
+            "to use the fraction."
+        )
+
+
+def _check_validation(c: "Config") -> Found:
+    split, files = c.dataset.validation_split, c.dataset.validation_files
     if split == c.dataset.split:
         yield (
             f"dataset.validation_split is {show(split)}, the same as dataset.split: students would be evaluated on "
@@ -203,17 +268,60 @@ def check_validation(c: "Config") -> Found:
             "dataset.validation_fraction of the documents."
         )
     if files is not None and c.dataset.name not in LOADERS:
-        of_hub = (
-            "" if c.dataset.name in ("demo", SYNTHESIS) else ", or name a dataset.validation_split"
-        )
+        is_hub = c.dataset.name not in ("demo", SYNTHESIS)
+        of_hub = ", or name a dataset.validation_split" if is_hub else ""
         yield (
             f"dataset.validation_files is {show(files)}, but dataset.name is {show(c.dataset.name)}, and they are read "
             f"by the loaders of local files ({', '.join(LOADERS)}). Remove it{of_hub}."
         )
-    key = "validation_split" if files is None else "validation_files"
-    if fraction not in (0, Dataset().validation_fraction):
+
+
+def check_mixture(c: "Config") -> Found:
+    mix = c.dataset.mix
+    if not mix:
+        if c.dataset.stopping_strategy != Dataset().stopping_strategy:
+            yield (
+                f"dataset.stopping_strategy is {c.dataset.stopping_strategy}, but dataset.mix has no sources to mix. "
+                "Remove it, or list them."
+            )
+        return
+    for key in TextSource.model_fields:
+        if not is_default(c.dataset, key):
+            yield (
+                f"dataset.{key} is {show(getattr(c.dataset, key))}, but dataset.mix lists sources, each with its own "
+                "keys. Move it to the source that it is of."
+            )
+    if c.dataset.sharding == "files":
         yield (
-            f"dataset.validation_fraction is {show(fraction)} and dataset.{key} is {show(files or split)}, but only "
-            f"one of them can set what is held out. Remove dataset.validation_fraction to use dataset.{key}, or "
-            f"dataset.{key} to use the fraction."
+            "dataset.sharding is files, but a mixture (dataset.mix) is one order of the documents of all sources. "
+            "Use dataset.sharding: interleaved."
         )
+    for number, source in enumerate(mix):
+        here = f"dataset.mix[{number}]"
+        if source.name in ("demo", SYNTHESIS) and source.data_files is None:
+            of = "responses.jsonl of a finished synthesis" if source.name == SYNTHESIS else "files"
+            yield (
+                f"{here}.name is {show(source.name)}, which cannot be mixed. Name a Hub id, or a loader "
+                f"({', '.join(LOADERS)}) and, as {here}.data_files, your {of}."
+            )
+        first = c.dataset.labels.index(source.title)
+        if first < number:
+            yield (
+                f"{here}.label is {show(source.title)}, and so is that of dataset.mix[{first}], so their documents "
+                f"could not be told apart. Set {here}.label to another name."
+            )
+
+
+def check_sources(c: "Config") -> Found:
+    """Check what each source of a mixture is by itself, or the corpus that is none."""
+    for number, source in enumerate(c.dataset.sources):
+        alone = c.model_copy(update={"dataset": source})
+        for check in (_check_files, _check_columns, _check_validation):
+            for message in check(alone):
+                yield name_source(message, number) if c.dataset.mix else message
+
+
+def name_source(message: str, number: int) -> str:
+    """Return a message about the section `dataset` of a source as one about that source in the list."""
+    keys = "|".join(TextSource.model_fields)
+    return re.sub(rf"\bdataset\.(?=({keys})\b)", f"dataset.mix[{number}].", message)

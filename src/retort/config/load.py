@@ -1,6 +1,6 @@
 """A whole config as one checked record per run, and the keys that ids of artifacts are made of."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -17,7 +17,14 @@ from retort.config.schema import (
     merge,
     show,
 )
-from retort.config.section import Section, changes_id, key_schemas, subsection
+from retort.config.section import (
+    Section,
+    changes_id,
+    is_default,
+    item_section,
+    key_schemas,
+    subsection,
+)
 from retort.config.sections import CHECKS, Config, section_at
 from retort.config.suggestions import (
     closest,
@@ -80,11 +87,14 @@ def _read(values: Mapping[str, Any]) -> tuple[Config, list[tuple[_Path, str, Any
         key = path[:-1] if isinstance(path[-1], int) else path
         if key not in wrong or key != path:
             wrong[key] = (path, found["type"], found["input"])
-    config = Config.model_validate(_without(values, wrong))
-    for key in wrong:
+    unread = {_readable_around(key) for key in wrong}
+    config = Config.model_validate(_without(values, unread))
+    for key in unread:
+        if any(key[:length] in unread for length in range(1, len(key))):
+            continue
         owner: Any = config
-        for name in key[:-1]:
-            owner = getattr(owner, str(name))
+        for step in key[:-1]:
+            owner = owner[step] if isinstance(step, int) else getattr(owner, step)
         vars(owner).pop(key[-1], None)  # a check that asks for it ends with AttributeError
     return config, list(wrong.values())
 
@@ -92,23 +102,34 @@ def _read(values: Mapping[str, Any]) -> tuple[Config, list[tuple[_Path, str, Any
 def _key_of(location: _Path) -> _Path:
     """Return the path of a key, or of an item of its list, without pydantic's names of types."""
     section: type[Section] | None = Config
+    items: type[Section] | None = None  # of the list of sections that the next step is a number of
     path: _Path = ()
     for step in location:
         if section is not None:
             path = (*path, step)
             known = str(step) in section.model_fields
+            items = item_section(section, str(step)) if known else None
             section = subsection(section, str(step)) if known else None
         elif isinstance(step, int):
-            return (*path, step)
+            path = (*path, step)
+            if items is None:
+                return path
+            section, items = items, None
     return path
 
 
-def _without(values: Mapping[str, Any], keys: Mapping[_Path, Any], path: _Path = ()) -> Any:
-    return {
-        name: _without(value, keys, (*path, name)) if isinstance(value, Mapping) else value
-        for name, value in values.items()
-        if (*path, name) not in keys
-    }
+def _readable_around(key: _Path) -> _Path:
+    """Return the key to leave out: a list with an item that is wrong as a whole, or the key itself."""
+    return key[:-1] if isinstance(key[-1], int) else key
+
+
+def _without(values: Any, keys: Collection[_Path], path: _Path = ()) -> Any:
+    if isinstance(values, list | tuple):
+        return [_without(value, keys, (*path, number)) for number, value in enumerate(values)]
+    if not isinstance(values, Mapping):
+        return values
+    kept = {name: value for name, value in values.items() if (*path, name) not in keys}
+    return {name: _without(value, keys, (*path, name)) for name, value in kept.items()}
 
 
 def _check(config: Config, *, is_partial: bool) -> Iterator[str]:
@@ -122,28 +143,28 @@ def _check(config: Config, *, is_partial: bool) -> Iterator[str]:
 
 def _describe(run: Run, path: _Path, kind: str, value: Any) -> Problem:
     """Return the problem of one key."""
-    key = tuple(name for name in path if isinstance(name, str))
-    written = run.place(key)
-    shown = ("runs", run.name, *path) if written != key else path
-    names = tuple(map(str, shown))
+    key = path[:-1] if isinstance(path[-1], int) else path
+    names = tuple(map(str, key))
+    written = run.place(names)
+    shown = ("runs", run.name, *path) if written != names else path
     if kind == UNSET_VARIABLE:
         message = f"{dotted(shown)} is {show(value)}, but {explain_unset(value)}"
     elif kind == "extra_forbidden":
-        message = unknown_key(names, value)
-    elif section_at(key):
-        message = not_a_section(names, value)
+        message = unknown_key(shown, value)
+    elif section_at(path):
+        message = not_a_section(shown, value)
     else:
         message = _describe_value(shown, path, value)
     return Problem(written, message)
 
 
 def _describe_value(shown: _Path, path: _Path, value: Any) -> str:
-    key = tuple(name for name in path if isinstance(name, str))
+    key = path[:-1] if isinstance(path[-1], int) else path
     owner = section_at(key[:-1])
     assert owner is not None, path
-    schema = key_schemas(owner)[key[-1]]
+    schema = key_schemas(owner)[str(key[-1])]
     takes = schema
-    if len(path) > len(key):
+    if key != path:
         takes = next(o["items"] for o in schema.get("anyOf", [schema]) if "items" in o)
     choices = [c for o in takes.get("anyOf", [takes]) for c in o.get("enum", [])]
     if close := closest(str(value), choices):
@@ -220,11 +241,9 @@ def differences(section: Section, *, ids_only: bool = False) -> dict[str, Any]:
             if below := differences(value, ids_only=ids_only):
                 found[key] = below
         elif not is_default(section, key) and not (ids_only and not changes_id(kind, key)):
-            found[key] = list(value) if isinstance(value, tuple) else value
+            found[key] = _to_list(value, ids_only) if isinstance(value, tuple) else value
     return found
 
 
-def is_default(section: Section, key: str) -> bool:
-    """Return whether a key has its default; 0 is not false."""
-    value, default = getattr(section, key), type(section).model_fields[key].default
-    return type(value) is type(default) and bool(value == default)
+def _to_list(values: tuple[Any, ...], ids_only: bool) -> list[Any]:
+    return [differences(v, ids_only=ids_only) if isinstance(v, Section) else v for v in values]

@@ -6,24 +6,33 @@
 import json
 import re
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from retort.config.schema import Schema, expected, show
-from retort.config.section import changes_id, key_schemas, key_types
+from retort.config.section import Section, changes_id, item_section, key_schemas, key_types
 from retort.config.sections import Config, section_at, section_paths
 
 
 def readme() -> str:
     """Return the text of config/README.md: how to give a config, and a table of keys per section."""
-    tables = [_readme_table(*path) for path in section_paths()]
+    tables = [table for path in section_paths() for table in _readme_tables(*path)]
     return "\n".join([_README_HEAD, *tables, _README_RUNS])
 
 
-def _readme_table(*path: str) -> str:
+def _readme_tables(*path: str) -> Iterator[str]:
+    """Yield the table of a section, and of those that it lists."""
     section = section_at(path)
     assert section is not None, path
+    yield _readme_table(section, ".".join(path))
+    for name in section.model_fields:
+        if below := item_section(section, name):
+            yield _readme_table(below, ".".join((*path, name)))
+
+
+def _readme_table(section: type[Section], title: str) -> str:
     rows = [
-        f"## {'.'.join(path)}",
+        f"## {title}",
         "",
         str(section.__doc__),
         "",
@@ -47,7 +56,11 @@ def json_schema() -> dict[str, Any]:
     """Return the JSON schema of a config; in `runs`, a key takes null and a list of values (a sweep) as well."""
     schema = _without_titles(Config.model_json_schema())
     sections = schema["$defs"]
-    in_runs = {f"{name}InRun": _in_run(name, s) for name, s in sections.items() if name != "Output"}
+    in_runs = {
+        f"{name}InRun": _in_run(name, s)
+        for name, s in sections.items()
+        if name not in ("Output", "MixedSource")
+    }
     overrides = {k: _swept(k, s) for k, s in schema["properties"].items() if k != "output"}
     run = {"type": "object", "additionalProperties": False, "properties": overrides}
     runs = {

@@ -25,9 +25,9 @@ class Problem(NamedTuple):
 
 def find_key(message: str) -> KeyPath:
     """Return the key that a message of a check across keys begins with."""
-    key = re.match(r"[a-z_.]+\b", message)
+    key = re.match(r"[a-z_]+(\.[a-z_]+|\[\d+\])*\b", message)
     assert key is not None, message
-    return tuple(key[0].split("."))
+    return tuple(re.findall(r"[a-z_]+|\d+", key[0]))
 
 
 class ConfigError(ValueError):
@@ -98,7 +98,8 @@ def _expected(option: Schema, accepts: str | None = None) -> str:
         return ("an integer" if kind == "integer" else "a number") + _range(option)
     if kind == "array":
         items = option["items"]
-        plural = {"number": "numbers", "integer": "integers", "string": "texts"}[items["type"]]
+        known = {"number": "numbers", "integer": "integers", "string": "texts"}
+        plural = known.get(items.get("type"), "sections")
         amount = " (at least one)" if "minItems" in option else ""
         once = ", none twice" if option.get("uniqueItems") else ""
         return f"a list of {plural}{_range(items)}{amount}{once}"

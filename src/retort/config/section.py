@@ -5,7 +5,7 @@ import inspect
 import itertools
 from collections.abc import Mapping
 from functools import cache
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -65,13 +65,14 @@ def setting(
 def _add_descriptions(schema: dict[str, Any], section: type["Section"]) -> None:
     """Add what is written below each key to the section's JSON schema."""
     # pydantic's own use_attribute_docstrings would read the source whenever a Snakefile is parsed
-    (tree,) = ast.parse(inspect.getsource(section)).body
-    assert isinstance(tree, ast.ClassDef)
-    for key, below in itertools.pairwise(tree.body):
-        if isinstance(key, ast.AnnAssign) and isinstance(below, ast.Expr):
-            assert isinstance(key.target, ast.Name) and isinstance(below.value, ast.Constant)
-            text = " ".join(str(below.value.value).split())
-            schema["properties"][key.target.id]["description"] = text
+    for kind in section.__mro__[: section.__mro__.index(Section)]:
+        (tree,) = ast.parse(inspect.getsource(kind)).body
+        assert isinstance(tree, ast.ClassDef)
+        for key, below in itertools.pairwise(tree.body):
+            if isinstance(key, ast.AnnAssign) and isinstance(below, ast.Expr):
+                assert isinstance(key.target, ast.Name) and isinstance(below.value, ast.Constant)
+                text = " ".join(str(below.value.value).split())
+                schema["properties"][key.target.id]["description"] = text
 
 
 class Section(BaseModel):
@@ -138,6 +139,13 @@ def subsection(section: type[Section], name: str) -> type[Section] | None:
     return kind if isinstance(kind, type) and issubclass(kind, Section) else None
 
 
+def item_section(section: type[Section], name: str) -> type[Section] | None:
+    """Return the class of the items of a key that is a list of sections, None for any other key."""
+    items = get_args(section.model_fields[name].annotation)[:1]
+    is_list = bool(items) and isinstance(items[0], type) and issubclass(items[0], Section)
+    return items[0] if is_list else None
+
+
 def marks(section: type[Section], name: str) -> Mapping[str, Any]:
     """Return what `setting` was told about a key: changes_id, is_path, is_model, accepts; only what is unusual."""
     extra = section.model_fields[name].json_schema_extra
@@ -147,6 +155,12 @@ def marks(section: type[Section], name: str) -> Mapping[str, Any]:
 def changes_id(section: type[Section], name: str) -> bool:
     """Return whether another value of a key changes the ids of results."""
     return section.changes_ids and marks(section, name).get("changes_id", True)
+
+
+def is_default(section: Section, key: str) -> bool:
+    """Return whether a key has its default; 0 is not false."""
+    value, default = getattr(section, key), type(section).model_fields[key].default
+    return type(value) is type(default) and bool(value == default)
 
 
 @cache

@@ -1,6 +1,6 @@
 """All settings of one run, assembled from the sections' modules, and where a dotted key is in them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from pydantic import Field
 
@@ -10,7 +10,7 @@ from retort.config.dataset import Dataset
 from retort.config.evaluation import HUMANEVAL, Evaluation
 from retort.config.output import Output, Tracking
 from retort.config.schema import Found, KeyPath, Schema
-from retort.config.section import Section, key_schemas, subsection
+from retort.config.section import Section, item_section, key_schemas, subsection
 from retort.config.student import Student
 from retort.config.synthesis import Synthesis
 from retort.config.teacher import Generation, Teacher
@@ -57,12 +57,17 @@ CHECKS: tuple[Callable[[Config], Found], ...] = tuple(
 )
 
 
-def section_at(path: KeyPath) -> type[Section] | None:
-    """Return the class of a section such as ("teacher", "generation"), None if it is none."""
+def section_at(path: Sequence[str | int]) -> type[Section] | None:
+    """Return the class of a section such as ("teacher", "generation") or ("dataset", "mix", 0), None if it is none."""
     section: type[Section] | None = Config
-    for name in path:
-        known = section is not None and name in section.model_fields
-        section = subsection(section, name) if section and known else None
+    items: type[Section] | None = None  # of the list of sections that the next step is a number of
+    for step in path:
+        if items is not None:
+            section, items = items if isinstance(step, int) else None, None
+            continue
+        known = section is not None and step in section.model_fields
+        items = item_section(section, str(step)) if section and known else None
+        section = subsection(section, str(step)) if section and known else None
     return section
 
 

@@ -52,12 +52,12 @@ _SECRET = (
 )
 
 
-def not_a_section(path: KeyPath, value: Any) -> str:
+def not_a_section(path: Sequence[str | int], value: Any) -> str:
     """Return the message for a value that is given instead of a section."""
     prefix, inner = _split_run(path)
     if path == ("runs",):
         hint = "Write one entry per student, such as runs: {soft: {training: {alpha: 0.2}}}."
-    elif meant := _SHORTHAND.get(".".join(inner)):
+    elif meant := _SHORTHAND.get(".".join(map(str, inner))):
         shown = show(value).strip("'")
         hint = f"Did you mean {prefix}{meant}: {shown}?"
     elif isinstance(value, str) and ":" in value.rstrip(":") and ": " not in value:
@@ -77,10 +77,12 @@ def not_a_section(path: KeyPath, value: Any) -> str:
     return f"{dotted(path)} is {show(value)}, but {what}. {hint}".rstrip()
 
 
-def unknown_key(path: KeyPath, value: Any) -> str:
+def unknown_key(path: Sequence[str | int], value: Any) -> str:
     """Return the message for an unknown key or section."""
     value = parse_text(value) if isinstance(value, str) else value
-    prefix, inner = _split_run(path)
+    prefix, place = _split_run(path)
+    known = section_at(place[:-1])
+    inner = tuple(step for step in place if isinstance(step, str))
     name = inner[-1]
     hint: str | None
     if name == "api_key" or (isinstance(value, str) and value.startswith(KEY_PREFIXES)):
@@ -90,7 +92,7 @@ def unknown_key(path: KeyPath, value: Any) -> str:
     else:
         hint = (
             _other_name(inner, value, prefix)
-            or _misspelling(inner, prefix)
+            or _misspelling(inner, prefix, known.model_fields if known else ())
             or _same_name(inner, value, prefix)
             or _keys_below(inner, value, prefix)
         )
@@ -139,10 +141,10 @@ def _other_name(inner: KeyPath, value: Any, prefix: str) -> str | None:
     return f"{_write_as(places, None if note else value)} {note}".rstrip()
 
 
-def _misspelling(inner: KeyPath, prefix: str) -> str | None:
+def _misspelling(inner: KeyPath, prefix: str, siblings: Iterable[str]) -> str | None:
     """Return the hint for a key or section whose name is misspelled: in its own section, else anywhere."""
     name, names = inner[-1], {path[-1] for path in _paths()}
-    meant = closest(name, [path[-1] for path in _paths() if path[:-1] == inner[:-1]])
+    meant = closest(name, [*siblings, *(["runs"] if len(inner) == 1 else [])])
     places = [(*inner[:-1], meant)] if meant else []
     if not places and name not in names and (meant := closest(name, names)):
         places = [path for path in _paths() if path[-1] == meant]
@@ -197,11 +199,11 @@ def _with_prefix(key: str, prefix: str) -> str:
     return key if key.split(".")[0] == "output" else prefix + key
 
 
-def _split_run(path: KeyPath) -> tuple[str, KeyPath]:
+def _split_run(path: Sequence[str | int]) -> tuple[str, tuple[str | int, ...]]:
     """Return ("runs.<name>.", rest of the path) for a key in a run, ("", path) for another."""
     if path[:1] == ("runs",) and len(path) > 2:
-        return f"runs.{path[1]}.", path[2:]
-    return "", path
+        return f"runs.{path[1]}.", tuple(path[2:])
+    return "", tuple(path)
 
 
 def _write_as(places: Sequence[str], value: Any) -> str:

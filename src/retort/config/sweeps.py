@@ -30,6 +30,8 @@ class Run(NamedTuple):
         """Return where a key's value is written: in the run, if the run overrides it."""
         found: Any = self.overrides
         for name in key:
+            if isinstance(found, list):
+                break
             if not isinstance(found, Mapping) or name not in found:
                 return key
             found = found[name]

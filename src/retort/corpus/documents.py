@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal, cast
 
 import xxhash
@@ -35,11 +35,12 @@ class Document:
     split: Literal["train", "val"]
     messages: list[dict[str, Any]] | None = None
     tools: list[Any] | None = None
+    source: str | None = None  # the label of its source in a mixture
 
     def to_json(self) -> dict[str, Any]:
-        """Return the document as a JSON object; one that is no chat has no keys of chats."""
-        values = asdict(self)
-        return {k: v for k, v in values.items() if v is not None or k not in ("messages", "tools")}
+        """Return the document as a JSON object, without the keys of chats and mixtures where it is of none."""
+        values, rare = asdict(self), ("messages", "tools", "source")
+        return {k: v for k, v in values.items() if v is not None or k not in rare}
 
 
 Rows = Annotated[dict[str, list[int]], Field(exclude_if=lambda rows: not rows)]
@@ -52,7 +53,7 @@ class Counts:
     """Numbers of documents: read = used + skipped.
 
     `skipped` is by reason, and `rows` are the numbers of the first that are skipped. `cleaned` (by change) and
-    `held_out` are subsets of `used`.
+    `held_out` are subsets of `used`. `sources`: the same of each source of a mixture, by label.
     """
 
     read: int = 0
@@ -61,6 +62,9 @@ class Counts:
     skipped: Reasons = field(default_factory=Counter)
     cleaned: Reasons = field(default_factory=Counter)
     rows: Rows = field(default_factory=dict)
+    sources: Annotated[dict[str, "Counts"], Field(exclude_if=lambda found: not found)] = field(
+        default_factory=dict
+    )
 
     def skip(self, reason: str, row: int) -> None:
         """Count a row that is skipped."""
@@ -82,8 +86,10 @@ class Counts:
         return ", ".join(parts)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the counts as a JSON object, without rows if there are none."""
-        return {key: value for key, value in vars(self).items() if value or key != "rows"}
+        """Return the counts as a JSON object, without rows and sources if there are none."""
+        found = {k: v for k, v in vars(self).items() if v or k not in ("rows", "sources")}
+        sources = {label: counts.to_json() for label, counts in sorted(self.sources.items())}
+        return found | ({"sources": sources} if sources else {})
 
     def reconcile(self) -> None:
         """Assert that read = used + skipped."""
@@ -98,6 +104,8 @@ class Counts:
         self.skipped.update(other.skipped)
         self.cleaned.update(other.cleaned)
         self._add_rows(other.rows)
+        for label, counts in other.sources.items():
+            self.sources.setdefault(label, Counts()).merge(counts)
 
 
 def is_held_out(content: str, *, seed: int, fraction: float) -> bool:
@@ -115,12 +123,23 @@ def is_small_trial(dataset: Dataset) -> bool:
 
 
 def make_document(
-    values: Mapping[str, Any], dataset: Dataset, *, index: int, split: str | None, counts: Counts
+    values: Mapping[str, Any],
+    dataset: Dataset,
+    *,
+    index: int,
+    split: str | None,
+    counts: Counts,
+    source: str | None = None,
 ) -> Document | None:
     """Return the document of one row, cleaned, or None if it is skipped; add it to `counts`.
 
-    `split` is "train", "val", or None: then the content decides.
+    `split` is "train", "val", or None: then the content decides. `source`: the label of its source in a mixture.
     """
+    if source is not None:
+        alone = Counts()
+        document = make_document(values, dataset, index=index, split=split, counts=alone)
+        counts.merge(replace(alone, sources={source: alone}))
+        return document and replace(document, source=source)
     counts.read += 1
     found = _read_row(values, dataset)
     if isinstance(found, str):

@@ -12,18 +12,21 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, islice
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import xxhash
 
+from retort.config.dataset import name_source
 from retort.config.load import identity
 from retort.config.sections import Dataset
 from retort.corpus.demo_text import describe_demo
 from retort.corpus.documents import Counts, Document, make_document
 from retort.corpus.hub import without_retries
+from retort.corpus.mixtures import WITHOUT_REPLACEMENT, interleave
 from retort.corpus.readers import Row, choose_columns, read_file
 from retort.corpus.sharding import (
     Assignment,
@@ -38,10 +41,12 @@ from retort.corpus.sharding import (
 from retort.corpus.sources import (
     VALIDATION,
     Source,
+    is_demo,
     is_hub,
     list_files,
     list_validation_files,
     open_source,
+    refuse_shared_files,
 )
 from retort.io.digests import digest_file_states
 
@@ -67,11 +72,19 @@ def list_corpus_files(dataset: Dataset) -> list[Path]:
     The file of a user's sharding function is the last. Raises ValueError when a path, glob or module does not exist,
     when a file is both trained on and held out, or when sharding is `files` and there are fewer files than shards.
     """
-    files = list_files(dataset)
-    if files and not is_hub(dataset):
-        require_enough_files(dataset, len(files))
+    trained: list[Path] = []
+    held_out: list[Path] = []
+    for number, section in enumerate(dataset.sources):
+        try:
+            trained += list_files(section)
+            held_out += list_validation_files(section)
+        except ValueError as error:
+            raise ValueError(name_source(str(error), number) if dataset.mix else error) from None
+    refuse_shared_files(trained, held_out)
+    if trained and not is_hub(dataset):
+        require_enough_files(dataset, len(trained))
     code = [find_module(dataset.sharding.partition(":")[0])] if is_custom(dataset) else []
-    return files + list_validation_files(dataset) + code
+    return trained + held_out + code
 
 
 def corpus_keys(dataset: Dataset) -> dict[str, Any]:
@@ -84,7 +97,7 @@ def corpus_keys(dataset: Dataset) -> dict[str, Any]:
 
 def needs_snapshot(dataset: Dataset) -> bool:
     """Return whether a snapshot of the corpus is written before it is tokenized."""
-    return dataset.streaming or dataset.name == "demo"
+    return dataset.streaming or is_demo(dataset)
 
 
 def count_readers(dataset: Dataset) -> int:
@@ -117,8 +130,8 @@ def read_shard_documents(
         reader = CorpusReader(dataset, shard=shard, assignment=assignment)
     else:
         reader = CorpusReader(dataset, is_wanted=_select_shard(dataset, shard, assignment))
-    for index, split, row in reader:
-        document = make_document(row(), dataset, index=index, split=split, counts=counts)
+    for index, part, row in reader:
+        document = part.make_document(row, index=index, counts=counts)
         if document is not None:
             yield document
 
@@ -147,10 +160,11 @@ class Cursor:
 
 
 class CorpusReader:
-    """Iterates over the rows of a corpus in its order, from `cursor` on, as (index, "train"/"val"/None, row).
+    """Iterates over the rows of a corpus in its order, from `cursor` on, as (index, part of the corpus, row).
 
     With `shard`, only over the rows of that shard's files. `cursor` advances with each row; another reader can continue
     from it where `cursor.documents` is a multiple of `window`. Rows that are not wanted are counted, but not yielded.
+    A mixture has no place in files to continue from: the rows before are passed over, unparsed.
     """
 
     def __init__(
@@ -161,20 +175,28 @@ class CorpusReader:
         cursor: Cursor | None = None,
         is_wanted: Callable[[int], bool] = lambda _: True,
         assignment: Assignment | None = None,
+        is_mixed: bool = False,
     ) -> None:
+        """`is_mixed`: it is a source of a mixture, whose rows are shuffled as those of a stream."""
         self.dataset = dataset
         self.shard = shard
         self.cursor = replace(cursor or Cursor())
         self.is_wanted = is_wanted
         self.assignment = assignment
-        self.window = dataset.streaming_buffer_size if dataset.shuffle and dataset.streaming else 1
+        in_windows = dataset.shuffle and (dataset.streaming or is_mixed)
+        self.is_shuffled_whole = dataset.shuffle and not in_windows
+        self.window = dataset.streaming_buffer_size if in_windows else 1
 
-    def __iter__(self) -> Iterator[tuple[int, str | None, Row]]:
+    def __iter__(self) -> Iterator[tuple[int, "Part", Row]]:
         splits = list_splits(self.dataset)
         while self.cursor.split < len(splits):
-            name, split = splits[self.cursor.split]
-            for number, row in self._read_split(name):
-                yield self._index(number), split, row
+            parts = splits[self.cursor.split]
+            if len(parts) > 1:
+                found = self._mix(parts)
+            else:
+                found = ((number, parts[0], row) for number, row in self.read_part(parts[0]))
+            for number, part, row in found:
+                yield self._index(number), part, row
             before = self.cursor.before + self.cursor.documents
             self.cursor = Cursor(split=self.cursor.split + 1, before=before)
 
@@ -183,15 +205,27 @@ class CorpusReader:
         index = self.cursor.before + number
         return index if self.shard is None else index * self.dataset.num_shards + self.shard
 
-    def _read_split(self, name: str) -> Iterator[tuple[int, Row]]:
-        """Yield (number in this split, row) of the wanted rows."""
-        source = open_source(self.dataset, name)
+    def _mix(self, parts: Sequence["Part"]) -> Iterator[tuple[int, "Part", Row]]:
+        """Yield (number in this split, part, row) of the wanted rows; what is held out is read whole."""
+        is_trained = self.cursor.split == 0
+        strategy = self.dataset.stopping_strategy if is_trained else WITHOUT_REPLACEMENT
+        sources = [partial(_read_source, part) for part in parts]
+        mixed = interleave(sources, [part.weight for part in parts], strategy=strategy)
+        first, quota = self.cursor.documents, compute_quota(self.dataset, None)
+        for number, (source, row) in enumerate(islice(mixed, first, quota), start=first):
+            self.cursor.documents = number + 1
+            if self.is_wanted(self._index(number)):
+                yield number, parts[source], row
+
+    def read_part(self, part: "Part") -> Iterator[tuple[int, Row]]:
+        """Yield (number in its split, row) of the wanted rows of a part."""
+        source = open_source(part.dataset, part.name)
         if self.cursor.split == 0:
             require_enough_files(self.dataset, source.num_files)
         files = select_files(self.dataset, source.num_files, self.shard)
         self._count_files(source.num_files, files)
         quota = compute_quota(self.dataset, self.shard)
-        if self.dataset.shuffle and not self.dataset.streaming:
+        if self.is_shuffled_whole:
             yield from self._pick_shuffled(source, files, quota)
             return
         if self.dataset.shuffle:
@@ -249,6 +283,12 @@ class CorpusReader:
         self.cursor.documents = min(size, quota)
 
 
+def _read_source(part: "Part") -> Iterator[Row]:
+    """Yield the rows of a part of a mixture from the first on, shuffled in windows if at all."""
+    for _, row in CorpusReader(part.dataset, is_mixed=True).read_part(part):
+        yield row
+
+
 def shuffle_by_hash(items: Sequence[T], *, seed: int, first: int = 0) -> list[T]:
     """Return the items, numbered first, first + 1, ..., sorted by a hash of number and seed: equal on all machines."""
     keys = [
@@ -258,20 +298,49 @@ def shuffle_by_hash(items: Sequence[T], *, seed: int, first: int = 0) -> list[T]
     return [items[i] for i in sorted(range(len(items)), key=keys.__getitem__)]
 
 
-def list_splits(dataset: Dataset) -> list[tuple[str, str | None]]:
-    """Return (name in the source, "train"/"val", or None if the content decides) of the splits to read, in order."""
-    held_out = VALIDATION if dataset.validation_files else dataset.validation_split
-    if held_out is None:
-        return [(dataset.split, None)]
-    return [(dataset.split, "train"), (held_out, "val")]
+class Part(NamedTuple):
+    """One split of one source: the source's section, the split's name there, and what its documents are.
+
+    split: "train", "val", or None: then the content decides. label, weight: of the source in a mixture.
+    """
+
+    dataset: Dataset
+    name: str
+    split: str | None
+    label: str | None = None
+    weight: float = 1.0
+
+    def make_document(self, row: Row, *, index: int, counts: Counts) -> Document | None:
+        """Return the document of a row of this part (see `documents.make_document`)."""
+        return make_document(
+            row(), self.dataset, index=index, split=self.split, counts=counts, source=self.label
+        )
+
+
+def list_splits(dataset: Dataset) -> list[list[Part]]:
+    """Return what to read, in order: the parts to train on, then those that are held out by name, if there are any.
+
+    Each is one part, or of a mixture one for each source.
+    """
+    trained, held_out = [], []
+    weights = [source.weight for source in dataset.mix] or [1.0]
+    for section, label, weight in zip(dataset.sources, dataset.labels, weights, strict=True):
+        name = VALIDATION if section.validation_files else section.validation_split
+        split = None if name is None else "train"
+        trained.append(Part(section, section.split, split, label, weight))
+        if name is not None:
+            held_out.append(Part(section, name, "val", label, weight))
+    return [trained, held_out] if held_out else [trained]
 
 
 def count_rows(dataset: Dataset) -> int:
     """Return the number of documents of a corpus, by reading its rows unparsed."""
+    if dataset.mix:
+        return sum(1 for _ in CorpusReader(dataset))
     limit = dataset.max_samples or sys.maxsize
     sizes = [
-        sum(1 for _ in islice(read_rows(open_source(dataset, name)), limit))
-        for name, _ in list_splits(dataset)
+        sum(1 for _ in islice(read_rows(open_source(dataset, part.name)), limit))
+        for (part,) in list_splits(dataset)
     ]
     return sum(sizes)
 
@@ -283,7 +352,7 @@ def read_rows(source: Source) -> Iterator[Row]:
 
 
 def check_corpus(dataset: Dataset, *, sample: list[Document] | None = None) -> dict[str, Any]:
-    """Check a corpus before anything expensive starts; return what was found, as a JSON object.
+    """Check a corpus, or one source of a mixture, before anything expensive starts; return what was found, as JSON.
 
     Opens every file, checks its columns, and reads 1,000 documents, and on until one is usable; the usable ones are
     added to `sample`. Raises ValueError for anything missing, unreadable or empty, and for a user's sharding function
@@ -314,7 +383,7 @@ def check_corpus(dataset: Dataset, *, sample: list[Document] | None = None) -> d
         "bytes": sum(path.stat().st_size for path in files),
         "columns": columns,
         "scanned": vars(counts),
-        "packages": describe_demo() if dataset.name == "demo" else {},
+        "packages": describe_demo() if is_demo(dataset) else {},
     }
 
 
@@ -326,12 +395,14 @@ def refuse_changed_files(dataset: Dataset, stamp: str | None) -> Iterator[None]:
     None, for a script run without the workflow: nothing is compared.
     """
 
-    held_out = f" and validation_files {f!r}" if (f := dataset.validation_files) else ""
+    files = f"dataset.data_files {dataset.data_files or dataset.name!r}"
+    if dataset.validation_files:
+        files += f" and validation_files {dataset.validation_files!r}"
 
     def compare() -> None:
         if stamp not in (None, digest_file_states(list_corpus_files(dataset))):
             raise ValueError(
-                f"the files of dataset.data_files {dataset.data_files or dataset.name!r}{held_out} changed while "
+                f"the files of {'dataset.mix' if dataset.mix else files} changed while "
                 "Retort read them; nothing was saved. Rerun the same command to use the files as they are now."
             )
 
@@ -343,21 +414,21 @@ def refuse_changed_files(dataset: Dataset, stamp: str | None) -> Iterator[None]:
 def _scan(dataset: Dataset, sample: list[Document] | None) -> tuple[Counts, list[str]]:
     """Read a corpus's first documents into `sample`; return their counts, and the columns of the first."""
     counts, columns = Counts(), list[str]()
-    for name, split in list_splits(dataset):
+    for (part,) in list_splits(dataset):
         seen = Counts()
-        source = open_source(dataset, name)
-        if name == dataset.split:
+        source = open_source(dataset, part.name)
+        if part.name == dataset.split:
             require_enough_files(dataset, source.num_files)
         for index, row in enumerate(read_rows(source)):
             values = row()
             columns = columns or list(values)
-            document = make_document(values, dataset, index=index, split=split, counts=seen)
+            document = make_document(values, dataset, index=index, split=part.split, counts=seen)
             if document is not None and sample is not None:
                 sample.append(document)
             is_enough = seen.read >= _SCANNED_DOCUMENTS and (seen.used or is_hub(dataset))
             if is_enough or seen.read == dataset.max_samples:
                 break
-        if name == VALIDATION:
+        if part.name == VALIDATION:
             refuse_empty(dataset.model_copy(update={"data_files": dataset.validation_files}), seen)
         counts.merge(seen)
     return counts, columns
@@ -374,7 +445,7 @@ def refuse_empty(dataset: Dataset, counts: Counts) -> None:
         numbers = f" (first documents {'; '.join(first)})" if first else ""
         files = "" if dataset.data_files is None else f" ({dataset.data_files})"
         raise ValueError(
-            f"the corpus {dataset.name!r}{files} has no usable document: {counts.read} read, "
+            f"the corpus {dataset.title!r}{files} has no usable document: {counts.read} read, "
             f"{', '.join(reasons) or 'none'} skipped{numbers}. Expected at least one with text: check the "
             "files, and dataset.text_column (or prompt_column and response_column, or messages_column)."
         )

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from pydantic import Field
 
 from retort.config.sections import Dataset
 from retort.corpus.demo_text import describe_demo
-from retort.corpus.documents import Counts, Document, make_document
+from retort.corpus.documents import Counts, Document
 from retort.corpus.hub import pin_revision
 from retort.corpus.reading import (
     CorpusReader,
@@ -37,7 +37,7 @@ from retort.corpus.reading import (
     snapshot_record_path,
 )
 from retort.corpus.sharding import Assignment, build_shard_function
-from retort.corpus.sources import is_hub
+from retort.corpus.sources import is_demo, is_hub
 from retort.io.digests import digest, digest_file_states
 from retort.io.files import file_lock
 from retort.io.progress import Meter
@@ -52,6 +52,7 @@ _STEP_DOCUMENTS = 1000
 _STEP_DOCUMENTS_PER_SHARD = 125
 _PROGRESS_INTERVAL_S = 10.0
 _LOCK_NOTICE_S = 3.0  # how long to wait for the lock before saying so
+_Revision = str | tuple[str | None, ...] | None  # of a mixture, those of its sources
 
 
 class CorpusRecord(
@@ -64,7 +65,7 @@ class CorpusRecord(
     """
 
     name: str
-    revision: str | None
+    revision: _Revision
     packages: dict[str, str]
     bytes: int
     sha256_of_steps: str
@@ -82,7 +83,7 @@ class _Progress(Record, format="retort snapshot progress", frozen=False):
     """
 
     key: str
-    revision: str | None = None
+    revision: _Revision = None
     cursor: Cursor = Field(default_factory=Cursor)
     assignment: Assignment = Field(default_factory=Assignment)
     counts: dict[int, Counts]
@@ -221,10 +222,9 @@ def _read_corpus(snapshot: "_Snapshot", step_documents: int | None, interval_s: 
         0, unit="documents", describe=describe, line=describe, interval_s=interval_s, has_bar=False
     )
     with _Files(snapshot) as files:
-        for index, split, row in reader:
+        for index, part, row in reader:
             shard = shard_of(index)
-            counts = state.counts[shard]
-            document = make_document(row(), dataset, index=index, split=split, counts=counts)
+            document = part.make_document(row, index=index, counts=state.counts[shard])
             if document is not None:
                 files.write(shard, _to_line(document))
                 state.bytes += len(document.text.encode()) + len((document.prompt or "").encode())
@@ -264,7 +264,7 @@ class _Snapshot:
     def resume(cls, dataset: Dataset, out_dir: Path, reader: int) -> "_Snapshot":
         """Return what was committed to `out_dir` of the same corpus, or an empty snapshot."""
         shards = range(dataset.num_shards) if count_readers(dataset) == 1 else [reader]
-        packages = describe_demo() if dataset.name == "demo" else {}
+        packages = describe_demo() if is_demo(dataset) else {}
         key = digest(
             [corpus_keys(dataset), digest_file_states(list_corpus_files(dataset)), packages]
         )
@@ -273,8 +273,9 @@ class _Snapshot:
         if snapshot._load():
             if not snapshot.progress.is_complete:
                 logger.info(f"resuming after document {snapshot.progress.total.read:,}")
-        elif dataset.streaming and is_hub(dataset):
-            snapshot.dataset = pin_revision(dataset)
+        elif dataset.streaming:
+            found = [pin_revision(s) if is_hub(s) else s for s in dataset.sources]
+            snapshot.dataset = _set_revisions(dataset, [source.revision for source in found])
         return snapshot
 
     @property
@@ -288,7 +289,7 @@ class _Snapshot:
 
     def commit(self, *, is_complete: bool = False) -> None:
         """Write the progress record; the files must be on the disk."""
-        self.progress.is_complete, self.progress.revision = is_complete, self.dataset.revision
+        self.progress.is_complete, self.progress.revision = is_complete, self._revision
         self.progress.sealed().write(self._record)
 
     def _load(self) -> bool:
@@ -306,17 +307,23 @@ class _Snapshot:
             return False
         for shard, path in paths.items():
             os.truncate(path, found.sizes[shard])
-        self.dataset = self.dataset.model_copy(update={"revision": found.revision})
+        revisions = found.revision if isinstance(found.revision, tuple) else [found.revision]
+        self.dataset = _set_revisions(self.dataset, revisions)
         self.progress = found
         return True
 
+    @property
+    def _revision(self) -> "_Revision":
+        revisions = tuple(source.revision for source in self.dataset.sources)
+        return revisions if self.dataset.mix else revisions[0]
+
     def describe(self) -> CorpusRecord:
         """Return the record of a complete snapshot."""
-        is_stream = self.dataset.streaming and is_hub(self.dataset)
+        is_stream = self.dataset.streaming and any(map(is_hub, self.dataset.sources))
         return CorpusRecord(
-            name=self.dataset.name,
-            revision=self.dataset.revision if is_stream else None,
-            packages=describe_demo() if self.dataset.name == "demo" else {},
+            name=self.dataset.title,
+            revision=self._revision if is_stream else None,
+            packages=describe_demo() if is_demo(self.dataset) else {},
             bytes=self.progress.bytes,
             sha256_of_steps=self.progress.content,
             counts=self.progress.total,
@@ -324,6 +331,15 @@ class _Snapshot:
             assignment=None if self.shard is None else self.progress.assignment,
             shards=tuple(self.progress.counts.values()),
         )
+
+
+def _set_revisions(dataset: Dataset, revisions: Sequence[str | None]) -> Dataset:
+    """Return the section with the revisions of its sources."""
+    if not dataset.mix:
+        return dataset.model_copy(update={"revision": revisions[0]})
+    pairs = zip(dataset.mix, revisions, strict=True)
+    mix = tuple(source.model_copy(update={"revision": revision}) for source, revision in pairs)
+    return dataset.model_copy(update={"mix": mix})
 
 
 class _Files:

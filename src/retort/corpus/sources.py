@@ -6,7 +6,7 @@ snapshot does, and with `sharding: files` each shard.
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -36,6 +36,11 @@ def is_hub(dataset: Dataset) -> bool:
     return dataset.name != "demo" and dataset.name not in LOADERS
 
 
+def is_demo(dataset: Dataset) -> bool:
+    """Return whether it is the built-in text."""
+    return dataset.sources[0].name == "demo"
+
+
 def list_files(dataset: Dataset) -> list[Path]:
     """Return a source's local files in reading order; none for the demo and for a Hub id.
 
@@ -57,19 +62,22 @@ def list_files(dataset: Dataset) -> list[Path]:
 def list_validation_files(dataset: Dataset) -> list[Path]:
     """Return the local files that are held out, in reading order; none without `validation_files`.
 
-    Raises ValueError when nothing is found, and for a file that is to be trained on as well.
+    Raises ValueError when nothing is found.
     """
     if not dataset.validation_files:
         return []
-    files = _expand_all(dataset.validation_files, key="dataset.validation_files")
-    trained = {path.resolve() for path in list_files(dataset)}
-    for path in files:
-        if path.resolve() in trained:
+    return _expand_all(dataset.validation_files, key="dataset.validation_files")
+
+
+def refuse_shared_files(trained: Iterable[Path], held_out: Iterable[Path]) -> None:
+    """Raise ValueError for a file that is both trained on and held out."""
+    found = {path.resolve() for path in trained}
+    for path in held_out:
+        if path.resolve() in found:
             raise ValueError(
                 f"dataset.validation_files has '{path}', which is in dataset.data_files too: students would be "
                 "evaluated on their training data. Take it out of one of the two, for instance by a narrower glob."
             )
-    return files
 
 
 def find_named_for_evaluation(files: Sequence[Path]) -> list[Path]:

@@ -40,7 +40,8 @@ def find_classes(
     frequency: rank of the next token in the training corpus, from `token_counts` [V].
     place: number of tokens of the same document (after truncation) before the next one.
     entropy: of the teacher's distribution, from `teacher_entropy` [P], nats.
-    category, language: labels of the document; of more than 20, the 19 with the most positions and all others together.
+    category, language, source (in a mixture): labels of the document; of more than 20, the 19 with the most positions
+    and all others together.
     """
     counted = table.counted
     sequence_of = np.searchsorted(table.offsets, counted, side="right") - 1
@@ -49,8 +50,8 @@ def find_classes(
         found["frequency"] = _by_frequency(table.next_ids, token_counts)
     if teacher_entropy is not None:
         found["entropy"] = _bin(teacher_entropy, _ENTROPIES, "{:g}")
-    for column, name in enumerate(("category", "language")):
-        labels = np.array([names[column] or "(none)" for names in table.label_names])
+    for column, name in enumerate(("category", "language", "source")):
+        labels = np.array(["".join(n[column : column + 1]) or "(none)" for n in table.label_names])
         found[name] = _by_label(labels[table.labels[sequence_of]])
     return {name: classes for name, classes in found.items() if len(classes.names) > 1}
 

@@ -88,7 +88,12 @@ def evaluate_models(
     started = time.monotonic()
     evaluation, loading = job.config.evaluation, job.config.teacher
     torch.set_num_threads(loading.generation.cpu_threads)
-    source = {"name": choose_loader(files), "data_files": tuple(files), "validation_files": None}
+    source = {
+        "name": choose_loader(files),
+        "data_files": tuple(files),
+        "validation_files": None,
+        "mix": (),
+    }
     dataset = job.config.dataset.model_copy(update=source)
     dataset = _fit_context(
         dataset, [model_path, *([teacher_path] if teacher_path else [])], loading

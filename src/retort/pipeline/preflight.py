@@ -6,8 +6,8 @@ Each check raises ValueError with the value found, what was expected and what to
 import os
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import accumulate
@@ -19,8 +19,8 @@ from urllib.parse import urlsplit
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from retort.config.dataset import SYNTHESIS
-from retort.config.sections import Config, Dataset, Teacher, Tracking, Training
+from retort.config.dataset import SYNTHESIS, name_source
+from retort.config.sections import Config, Dataset, Output, Teacher, Tracking, Training
 from retort.corpus.documents import Document
 from retort.corpus.reading import check_corpus
 from retort.corpus.sources import find_named_for_evaluation, is_hub, list_files
@@ -150,11 +150,28 @@ def _check_corpus(config: Config, sample: list[Document]) -> list[str]:
     """Return notes about the corpus; add its first documents to `sample`."""
     if config.dataset.name == SYNTHESIS:
         return check_synthesis_inputs(config)
-    _refuse_results_in_dataset(config)
-    found = check_corpus(config.dataset, sample=sample)
-    files = found.get("files") or []
-    size = f", {len(files)} files, {found['bytes'] / 1e6:,.1f} MB" if files else ""
-    return [f"corpus: {config.dataset.name}{size}", *_name_evaluation_files(config.dataset)]
+    notes: list[str] = []
+    mistakes = _Mistakes()
+    for number, dataset in enumerate(config.dataset.sources):
+        with mistakes, _named_source(number if config.dataset.mix else None):
+            _refuse_results_in_dataset(dataset, config.output)
+            found = check_corpus(dataset, sample=sample)
+            files = found.get("files") or []
+            size = f", {len(files)} files, {found['bytes'] / 1e6:,.1f} MB" if files else ""
+            notes += [f"corpus: {dataset.name}{size}", *_name_evaluation_files(dataset)]
+    mistakes.require_none()
+    return notes
+
+
+@contextmanager
+def _named_source(number: int | None) -> Iterator[None]:
+    """Name the source of a mixture in the errors of this block."""
+    try:
+        yield
+    except ValueError as error:
+        if number is None:
+            raise
+        raise ValueError(f"dataset.mix[{number}]: {name_source(str(error), number)}") from error
 
 
 def _name_evaluation_files(dataset: Dataset) -> list[str]:
@@ -168,13 +185,13 @@ def _name_evaluation_files(dataset: Dataset) -> list[str]:
     ]
 
 
-def _refuse_results_in_dataset(config: Config) -> None:
+def _refuse_results_in_dataset(dataset: Dataset, output: Output) -> None:
     """Raise ValueError when results go into a folder that `datasets` reads whole: they would become text."""
-    folder = Path(config.dataset.name).resolve()
-    for place in (config.output.results_dir, config.output.cache_dir):
-        if is_hub(config.dataset) and place and Path(place).resolve().is_relative_to(folder):
+    folder = Path(dataset.name).resolve()
+    for place in (output.results_dir, output.cache_dir):
+        if is_hub(dataset) and place and Path(place).resolve().is_relative_to(folder):
             raise ValueError(
-                f"results go to {place!r}, inside the folder {config.dataset.name!r} that dataset.name has read as "
+                f"results go to {place!r}, inside the folder {dataset.name!r} that dataset.name has read as "
                 "text. Set output.results_dir (and output.cache_dir) to a folder outside of it."
             )
 

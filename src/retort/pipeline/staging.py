@@ -9,7 +9,7 @@ from pathlib import Path
 
 from retort.artifacts.responses import list_prompt_files, local_model
 from retort.config.dataset import SYNTHESIS
-from retort.config.sections import Config
+from retort.config.sections import Config, Dataset
 from retort.corpus.hub import open_table
 from retort.corpus.sources import is_hub
 from retort.synthesis.prompts import read_prompts
@@ -38,7 +38,9 @@ def stage_project(configs: Mapping[str, Config]) -> list[str]:
             if config.synthesis.provider == "local" and _is_hub_id(model):
                 models[model, revision] = None
         else:
-            notes |= dict.fromkeys(_stage_corpus(config))
+            for dataset in config.dataset.sources:
+                place = config.output.cache_dir or config.output.results_dir
+                notes |= dict.fromkeys(_stage_corpus(dataset, place))
     for name, revision in models:
         notes[f"model {name}: {stage_model(name, revision=revision)}"] = None
     for name in tokenizers:
@@ -68,15 +70,16 @@ def stage_model(name: str, *, revision: str | None = None) -> Path:
     return Path(folder)
 
 
-def _stage_corpus(config: Config) -> list[str]:
-    """Download a Hub dataset that is not streamed; return a line about it, none for local files."""
-    dataset = config.dataset
+def _stage_corpus(dataset: Dataset, place: str) -> list[str]:
+    """Download a Hub dataset that is not streamed; return a line about it, none for local files.
+
+    place: the folder that a stream is saved in.
+    """
     if not is_hub(dataset) or Path(dataset.name).is_dir():
         return []
     if dataset.streaming:
         return [
-            f"stream {dataset.name}: not downloaded here, draw_corpus saves its rows in "
-            f"{config.output.cache_dir or config.output.results_dir}"
+            f"stream {dataset.name}: not downloaded here, draw_corpus saves its rows in {place}"
         ]
     splits = [split for split in (dataset.split, dataset.validation_split) if split]
     return [

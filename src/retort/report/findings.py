@@ -19,6 +19,7 @@ from retort.report.comparisons import (
 )
 from retort.report.runs import find_teachers, get_estimate
 from retort.report.templates import list_names, render
+from retort.tokens.index import describe_sources
 
 FEW_POSITIONS = 1000
 _LIMITS = {
@@ -183,7 +184,7 @@ def find_texts(found: Comparisons) -> list[tuple[str, Counts, pd.Series]]:
 
 
 def describe_texts(found: Comparisons) -> list[str]:
-    """Return a sentence for each training text: rows read, used and skipped by reason, and epochs."""
+    """Return a sentence for each training text: rows read, used and skipped by reason, and epochs; and its sources."""
     sentences, texts = [], find_texts(found)
     for names, documents, epochs in texts:
         whose = f" of {names}" if len(texts) > 1 else ""
@@ -194,6 +195,9 @@ def describe_texts(found: Comparisons) -> list[str]:
             f"{documents.read - documents.used:,} skipped{f': {reasons}' if reasons else ''}; trained for "
             f"{low if low == high else f'{low} to {high}'} epochs"
         )
+    of_tokens = {m.tokens: m.text for m in found.results.metrics.values() if m.text}
+    for text in of_tokens.values():
+        sentences += describe_sources(text.documents, text.train)
     return sentences
 
 

@@ -176,6 +176,7 @@ _CLASSES = {
     "frequency": "By frequency of the next token: its rank in the training text",
     "place": "By place in the document: number of tokens before the next one",
     "entropy": "By entropy of the teacher's distribution, nats",
+    "source": "By source of the document",
     "category": "By category of the document",
     "language": "By language of the document",
 }

@@ -8,6 +8,7 @@ sequences that are returned, and, for a split, the content keys of all (16 bytes
 import io
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
@@ -42,13 +43,14 @@ COUNTS_FILE = "token_counts.npy"
 
 
 class SplitTotals(Entry):
-    """Totals of a split; `longest`: tokens in its longest sequence."""
+    """Totals of a split; `longest`: tokens in its longest sequence; `sources`: tokens by source of a mixture."""
 
     documents: int
     sequences: int
     tokens: int
     positions: int
     longest: int
+    sources: dict[str, int] = Field(default={}, exclude_if=lambda found: not found)
 
 
 class Part(Entry):
@@ -95,6 +97,7 @@ class _Totals:
     tokens: int = 0
     positions: int = 0
     longest: int = 0  # tokens in the longest sequence
+    sources: Counter[str] = field(default_factory=Counter)  # tokens by source of a mixture
     token_counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     shard_keys: list[str] = field(default_factory=list)  # digest of each shard's content keys
 
@@ -108,6 +111,9 @@ class _Totals:
             self.tokens += len(table.ids)
             self.positions += table.num_positions
             self.longest = max(self.longest, int(table.lengths.max()))
+            for label, (_, _, *source) in enumerate(table.label_names):
+                if source:
+                    self.sources[source[0]] += int(table.lengths[table.labels == label].sum())
             found = np.bincount(table.ids, minlength=len(self.token_counts))
             found[: len(self.token_counts)] += self.token_counts
             self.token_counts = found
@@ -432,8 +438,22 @@ def describe_index(index: IndexRecord) -> str:
         f"{tokens.without_loss:,} of prompts alone + {tokens.too_short:,} in documents of one token; "
         f"{tokens.documents_split:,} long documents split"
     )
+    lines += describe_sources(documents, index.train)
     if tokens.with_control_tokens:
         lines.append(
             f"control tokens: written out in {tokens.with_control_tokens:,} documents (see dataset.control_tokens)"
         )
     return "\n".join(lines)
+
+
+def describe_sources(documents: Counts, train: SplitTotals) -> list[str]:
+    """Return a line for each source of a mixture: its shares of what is trained on, and what is left out."""
+    lines = []
+    for label, found in sorted(documents.sources.items()):
+        number, skipped = found.used - found.held_out, found.describe_skipped()
+        lines.append(
+            f"source {label}: {number:,} documents to train on ({number / train.documents:.1%}), "
+            f"{train.sources.get(label, 0) / train.tokens:.1%} of the tokens; {found.held_out:,} held out"
+            f"{f'; skipped: {skipped}' if skipped else ''}"
+        )
+    return lines

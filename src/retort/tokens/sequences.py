@@ -19,7 +19,7 @@ import xxhash
 from numpy.typing import ArrayLike, NDArray
 
 SPLITS = ("train", "val")
-Labels = tuple[tuple[str, str], ...]  # (category, language), by number
+Labels = tuple[tuple[str, ...], ...]  # (category, language[, source]), by number
 KEY_BYTES = 16
 
 
@@ -149,7 +149,7 @@ def concatenate_tables(tables: Iterable[SequenceTable]) -> SequenceTable:
     return SequenceTable(**columns, label_names=names)
 
 
-def merge_names(label_names: Iterable[Iterable[tuple[str, str]]]) -> Labels:
+def merge_names(label_names: Iterable[Iterable[tuple[str, ...]]]) -> Labels:
     """Return the label names of several tables in their order in a table of all."""
     return tuple(sorted({name for names in label_names for name in names} | {("", "")}))
 
@@ -170,7 +170,7 @@ def join_columns(
 
 
 # (ids, loss mask, document, (category, language)) of a sequence with one segment
-SequenceRow = tuple[ArrayLike, ArrayLike, int, tuple[str, str]]
+SequenceRow = tuple[ArrayLike, ArrayLike, int, tuple[str, ...]]
 
 
 def build_table(rows: Iterable[SequenceRow]) -> SequenceTable:

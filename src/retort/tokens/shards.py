@@ -113,7 +113,7 @@ def write_token_shard(
 def _write_shard(
     path: Path,
     columns: Mapping[str, Mapping[str, ColumnSource]],
-    label_names: Mapping[str, tuple[tuple[str, str], ...]],
+    label_names: Mapping[str, tuple[tuple[str, ...], ...]],
     *,
     counts: dict[str, Any],
     tokenizer: TokenizerIdentity,
@@ -153,7 +153,7 @@ class _Spool:
             name: stack.enter_context(_open_unnamed(folder)) for name in TABLE_COLUMNS
         }
         self._ends = dict.fromkeys(_OFFSETS, 0)
-        self._labels: dict[tuple[str, str], int] = {}  # number of each label name, as first seen
+        self._labels: dict[tuple[str, ...], int] = {}  # number of each label name, as first seen
         for name in _OFFSETS:
             self._files[name].write(np.zeros(1, np.int64).data)
 
@@ -171,7 +171,7 @@ class _Spool:
             file.write(_stored(values).data)
 
     @property
-    def label_names(self) -> tuple[tuple[str, str], ...]:
+    def label_names(self) -> tuple[tuple[str, ...], ...]:
         """The label names in their final order."""
         return tuple(sorted({*self._labels, ("", "")}))
 
@@ -287,7 +287,7 @@ def _read_sequences(group: Any, first: int, stop: int, *, source: Path) -> Seque
     columns["segment_starts"] = group["segment_starts"][segments]
     for name in ("keys", "documents", "labels"):
         columns[name] = group[name][first:stop]
-    names = tuple((str(c), str(lang)) for c, lang in json.loads(read_text(group, "label_names")))
+    names = tuple(tuple(map(str, n)) for n in json.loads(read_text(group, "label_names")))
     table = SequenceTable(**columns, label_names=names)
     table.verify_keys(source=str(source), first=first)
     if len(table) and not 0 <= table.labels.min() <= table.labels.max() < len(names):

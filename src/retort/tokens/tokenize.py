@@ -101,7 +101,8 @@ def tokenize_batches(
             if len(ids) < 2:
                 counts.too_short += len(ids)
                 continue
-            label = (document.category or "", document.language or "")
+            label: tuple[str, ...] = (document.category or "", document.language or "")
+            label += () if document.source is None else (document.source,)
             for piece, mask in _split(ids, said, dataset, counts):
                 rows[document.split].append((piece, mask, document.index, label))
         counts.documents += len(batch)

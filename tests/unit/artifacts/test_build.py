@@ -213,6 +213,28 @@ def test_held_out_files_count_by_their_bytes(build: Build, tmp_path: Path) -> No
     assert changed(before, hold_out(paths[0], moved)) == KINDS - {"teachers"}
 
 
+def test_a_mixture_counts_by_its_files_weights_and_labels(build: Build, tmp_path: Path) -> None:
+    paths = [tmp_path / "corpus.jsonl", tmp_path / "other.jsonl"]
+    paths[1].write_text(json.dumps({"text": "another"}) + "\n")
+
+    def mixed(*changes: dict[str, Any]) -> Project:
+        sources = [{"name": "json", "data_files": str(path)} for path in paths]
+        mix = [source | change for source, change in zip(sources, changes, strict=True)]
+        return build(dataset={"name": None, "data_files": None, "mix": mix})
+
+    before = mixed({}, {})
+    corpus = KINDS - {"teachers"}
+    assert changed(build(), before) == corpus
+    assert changed(before, mixed({}, {"weight": 1.0, "label": "other.jsonl"})) == set()
+    for change in ({"weight": 2}, {"label": "b"}, {"text_column": "body"}):
+        assert changed(before, mixed({}, change)) == corpus
+    (tmp_path / "below").mkdir()
+    paths[1] = paths[1].rename(tmp_path / "below" / "other.jsonl")
+    assert changed(before, mixed({}, {})) == set()
+    paths[1].write_text(json.dumps({"text": "edited"}) + "\n")
+    assert changed(before, mixed({}, {})) == corpus
+
+
 def test_the_order_of_a_corpuss_files_counts(build: Build, tmp_path: Path) -> None:
     paths = [str(tmp_path / name) for name in ("one.jsonl", "other.jsonl")]
     for path in paths:

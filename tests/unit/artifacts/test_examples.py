@@ -31,6 +31,7 @@ SCENARIOS = {
     "laptop_output",
     "live_teacher_one_gpu",
     "chats",
+    "mixture",
     "code_student",
     "code_student_slurm",
     "code_student_from_prompts",

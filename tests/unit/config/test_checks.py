@@ -10,6 +10,10 @@ from retort.config.sections import section_at
 from support.configs import LOGIT, OUTPUT, STUDENT, load, refusal
 
 STREAM = {"dataset": {"name": "org/corpus", "streaming": True}}
+MIX: list[dict[str, Any]] = [
+    {"name": "json", "data_files": "a.jsonl", "weight": 2},
+    {"name": "owner/texts"},
+]
 
 
 @pytest.mark.parametrize(
@@ -228,6 +232,8 @@ def test_keys_that_contradict_each_other_are_refused(
         {"dataset": {"validation_split": "test", "validation_fraction": 0}},
         {"dataset": {"name": "org/corpus", "data_files": "en/*.parquet"}},
         {"dataset": {"name": "json", "data_files": "a.jsonl", "validation_files": "b.jsonl"}},
+        {"dataset": {"mix": MIX, "validation_fraction": 0.2}},
+        {"dataset": {"mix": [MIX[0], MIX[1] | {"validation_split": "test"}]}},
         {"teacher": {"generation": {"gpus": "1, 3,5", "gpus_per_model": 2}}},
         {"teacher": {"generation": {"gpus": "GPU-8f2c,MIG-GPU-8f2c/1/0"}}},
         {"training": {"max_steps": 5, "num_epochs": 2}},

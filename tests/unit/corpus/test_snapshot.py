@@ -140,7 +140,7 @@ def test_a_snapshot_that_fails_anywhere_is_resumed_and_ends_with_the_same_bytes(
             raise InterruptedError
         return make_document(*args, index=index, **options)
 
-    monkeypatch.setattr("retort.corpus.snapshot.make_document", fail_sometimes)
+    monkeypatch.setattr("retort.corpus.reading.make_document", fail_sometimes)
     attempt = 0
     while not (tmp_path / "resumed" / "corpus.json").exists():
         try:
