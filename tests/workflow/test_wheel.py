@@ -61,8 +61,8 @@ def test_the_wheel_holds_the_library_and_the_workflow_and_nothing_else(wheel: Pa
     assert names == library | {f"retort/_workflow/{name}" for name in workflow}
     assert {
         "retort/py.typed",
-        "retort/config/config.schema.json",
-        "retort/report/page.html.j2",
+        "retort/_workflow/workflow/schemas/config.schema.json",
+        *(f"retort/report/{name}.j2" for name in ("page.html", "summary.txt", "warnings.txt")),
     } <= names
 
 
