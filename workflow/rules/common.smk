@@ -75,17 +75,18 @@ def get_reader(wildcards):
 
 
 @for_many_jobs
-def get_tokenizer(wildcards):
-    """Return the record of the teacher whose tokenizer is used, if any, and the check if nothing else depends on it.
+def get_tokenize_inputs(wildcards):
+    """Return the corpus and the record of the teacher whose tokenizer is used, if any, and the check if neither needs it.
 
     The jobs that make records wait for the check, so ten thousand jobs need not have it as an input too.
     """
-    tokens = find(wildcards)
+    tokens, corpus = find(wildcards), get_corpus(wildcards)
     record = [f"{tokens.teacher.folder}/fingerprint.json"] if tokens.teacher else []
     shard = f"{tokens.folder}/shard_{wildcards.shard}.h5"
-    made = [*record, *get_corpus(wildcards)]
-    is_checked = not all(map(os.path.exists, made)) or os.path.exists(shard)
-    return record if is_checked else [*record, CHECK]
+    needed = [*record, *corpus]
+    is_checked = os.path.exists(shard) or not all(map(os.path.exists, needed))
+    before = record if is_checked else [*record, CHECK]
+    return {"corpus": ancient(corpus), "before": ancient(before)}
 
 
 def get_shards(wildcards):

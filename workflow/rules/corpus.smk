@@ -83,8 +83,7 @@ rule draw_corpus:
 rule tokenize_shard:
     # There may be ten thousand of these jobs: everything here is evaluated and formatted for each.
     input:
-        corpus=ancient(get_corpus),
-        tokenizer=ancient(get_tokenizer),
+        unpack(get_tokenize_inputs),
     output:
         f"{CACHE}/tokens/{{tokens}}/shard_{{shard}}.h5",
     log:

@@ -54,7 +54,7 @@ class WorkerRecord(Record, format="retort-worker"):
     made: RunRecord
 
 
-class CacheRun(RunRecord, format="retort-cache-run"):
+class CacheRun(RunRecord, format="retort-cache-run", version=RunRecord.version):
     """run.json beside a merged cache, with the receipts of the workers that made its parts."""
 
     workers: tuple[WorkerRecord, ...]

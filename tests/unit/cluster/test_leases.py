@@ -363,8 +363,9 @@ def test_a_job_with_the_gate_reserves_one_group_and_loses_it_when_killed(
         waiting = start_holder(tmp_path, [["0", "1"], ["2", "3"]], seconds=60)
         free = {"1", "3"}
         until = time.monotonic() + 60
-        while len(free) == 2 and time.monotonic() < until:
-            free = {gpu for gpu in free if is_free(tmp_path, gpu)}
+        while len(free) != 1 and time.monotonic() < until:
+            # The job may hold one for a moment while it looks for a whole group.
+            free = {gpu for gpu in ("1", "3") if is_free(tmp_path, gpu)}
         assert len(free) == 1, "one GPU is kept, the other is left to others"
         waiting.kill()
         waiting.wait()
