@@ -90,7 +90,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif words[:1] == ["tree"]:
             self.answer(self.describe(folder, _list(folder.joinpath(*words[2:]), self.path)))
         elif words[:1] in ([], ["revision"]):
-            about = {"id": name, "sha": self.hub.sha}
+            about: dict[str, Any] = {"id": name, "sha": self.hub.sha}
             about |= {"private": False, "gated": False, "disabled": False}
             files = [p for p in _list(folder, "recursive=true") if p.is_file()]
             names = [{"rfilename": str(p.relative_to(folder))} for p in files]
