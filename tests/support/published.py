@@ -330,7 +330,7 @@ DATASETS = {
 
 
 def write_local_files(folder: Path) -> None:
-    """Write a user's files that the examples name: prompts and responses, chats in two forms, HumanEval's problems."""
+    """Write a user's files that the examples name: text, pairs, chats in two forms, HumanEval's problems."""
     folder.mkdir(parents=True)
     pairs = [
         {
@@ -354,7 +354,10 @@ def write_local_files(folder: Path) -> None:
         }
         for i in range(40)
     ]
-    for name, rows in (("train.jsonl", pairs), ("chats.jsonl", chats)):
+    notes = [{"text": write_text(100 + i)} for i in range(60)]
+    for number in range(20):
+        (folder / f"book-{number:02d}.txt").write_text(write_text(200 + number))
+    for name, rows in (("train.jsonl", pairs), ("chats.jsonl", chats), ("notes.jsonl", notes)):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     names = {"system": "system", "user": "human", "assistant": "gpt"}
     shared = [
