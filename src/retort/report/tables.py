@@ -52,7 +52,8 @@ class Column:
             return Cell("-")
         if isinstance(value, str):
             return Cell(value, key="" if self.write else value)
-        text, below = self._write(value), row.get(self.note, "")
+        text, below = self._write(value), row.get(self.note)
+        below = "" if pd.isna(below) else below
         if self.interval == "beside" and pd.notna(low):
             text += f"\N{PLUS-MINUS SIGN}{max(high - value, value - low):.3f}"
         elif self.interval == "below" and pd.notna(low):

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from retort.evaluation.formatting import format_metric
@@ -12,7 +13,7 @@ from retort.models.samples import Sample, SamplePrompt, Samples
 from retort.report.figures import Figures
 from retort.report.runs import find_teachers, label_teachers
 from retort.report.samples import REFERENCE, build_samples, mark_lines
-from retort.report.tables import build_breakdowns, build_main_table
+from retort.report.tables import Cell, Column, build_breakdowns, build_main_table
 from support.reports import compare, find_rows, without_teacher, write_demo, write_run
 
 
@@ -90,6 +91,12 @@ def test_each_class_has_a_row_with_every_runs_loss(tmp_path: Path) -> None:
     name, _, cells = language.rows[1]
     assert (name, [cell.text for cell in cells]) == ("en", ["32,768", "2.900", *["3.400"] * 3])
     assert cells[-1].below == "KL 0.400"
+
+
+def test_a_note_that_is_not_defined_is_empty() -> None:
+    """As the KL of every class where there is no teacher."""
+    row = pd.Series({"loss": 1.5, "kl": float("nan")})
+    assert Column("loss", "loss", ".3f", note="kl").make_cell(row) == Cell("1.500", "", "1.5")
 
 
 def test_samples_are_grouped_by_prompt_text_then_teacher_then_runs(tmp_path: Path) -> None:
