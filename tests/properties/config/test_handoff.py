@@ -29,6 +29,9 @@ def values_of(schema: Schema) -> st.SearchStrategy[Any]:
         return st.one_of([values_of(option) for option in schema["anyOf"]])
     if "enum" in schema or "const" in schema:
         return st.sampled_from(schema.get("enum") or [schema["const"]])
+    if schema.get("$ref") == "#/$defs/MixedSource":
+        keys = {"name": TEXTS, "data_files": TEXTS, "weight": st.floats(0.1, 9.0)}
+        return st.fixed_dictionaries({}, optional=keys)
     if "pattern" in schema:
         return st.sampled_from(["interleaved", "contiguous", "my.module:assign", "A_KEY"])
     drawn = {
