@@ -21,9 +21,7 @@ from retort.config.section import (
     Section,
     changes_id,
     is_default,
-    item_section,
     key_schemas,
-    subsection,
 )
 from retort.config.sections import CHECKS, Config, section_at
 from retort.config.suggestions import (
@@ -101,20 +99,14 @@ def _read(values: Mapping[str, Any]) -> tuple[Config, list[tuple[_Path, str, Any
 
 def _key_of(location: _Path) -> _Path:
     """Return the path of a key, or of an item of its list, without pydantic's names of types."""
-    section: type[Section] | None = Config
-    items: type[Section] | None = None  # of the list of sections that the next step is a number of
     path: _Path = ()
     for step in location:
-        if section is not None:
+        if section_at(path):
             path = (*path, step)
-            known = str(step) in section.model_fields
-            items = item_section(section, str(step)) if known else None
-            section = subsection(section, str(step)) if known else None
         elif isinstance(step, int):
             path = (*path, step)
-            if items is None:
+            if not section_at(path):
                 return path
-            section, items = items, None
     return path
 
 

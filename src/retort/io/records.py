@@ -89,8 +89,8 @@ class Record(Entry):
         path.parent.mkdir(parents=True, exist_ok=True)
         content = self.model_dump(mode="json")
         header = {"format": self.format, "version": self.version}
-        seal = {"digest": digest(content)} if self.has_digest else {}
-        write_json(path, header | content | seal)
+        own = {"digest": digest(content)} if self.has_digest else {}
+        write_json(path, header | content | own)
 
     @classmethod
     def _refusal(cls, path: Path, fault: str) -> ValueError:

@@ -132,7 +132,7 @@ def _open_zip(file: BinaryIO, path: Path, stack: ExitStack) -> BinaryIO:
         )
     try:
         return cast(BinaryIO, archive.open(members[0]))
-    except (RuntimeError, NotImplementedError) as error:  # encrypted, or an unusual compression
+    except RuntimeError as error:  # encrypted, or an unusual compression
         raise ValueError(f"{path} cannot be decompressed ({error}): unpack it.") from error
 
 

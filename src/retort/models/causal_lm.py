@@ -138,7 +138,7 @@ def _reproduces_model(split: CausalLM) -> bool:
         found = split.head.logits(split.features(ids, torch.ones_like(ids))).to(expected.device)
         if found.shape != expected.shape:
             return False
-        error = (found - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
+        error = _relative_error(found, expected)
     except (TypeError, AttributeError, RuntimeError) as failure:
         if is_out_of_memory(failure):
             raise  # says nothing about the head
@@ -161,7 +161,7 @@ def require_causal(model: PreTrainedModel, *, name: str) -> None:
     was_training = model.training
     logits = model.eval()(input_ids=ids, use_cache=False).logits.float()
     model.train(was_training)
-    error = (logits[0, :-1] - logits[1, :-1]).abs().max() / logits.abs().max().clamp(min=1e-6)
+    error = _relative_error(logits[0, :-1], logits[1, :-1], scale=logits)
     if bool(error > _choose_tolerance(model, _CAUSAL_TOLERANCE)):
         raise ValueError(
             f"{name} ({type(model).__name__}) is not a causal language model: its prediction at a position changes "
@@ -179,16 +179,26 @@ def measure_packing_leak(split: CausalLM) -> float:
     ids_BT = torch.arange(1, 33, device=split.device).view(2, 16) % split.vocabulary
     positions_BT = torch.arange(16, device=split.device).expand(2, 16)
     padded = split.features(ids_BT, torch.ones_like(ids_BT)).float().flatten(0, 1)
+    packed = _read_unmasked(split, ids_BT.reshape(1, -1), positions_BT.reshape(1, -1))
+    return math.inf if packed is None else float(_relative_error(packed.flatten(0, 1), padded))
+
+
+def _read_unmasked(
+    split: CausalLM, ids_BT: Tensor, positions_BT: Tensor | None = None
+) -> Tensor | None:
+    """Return the features without a mask, None of a model that needs one or takes no position ids."""
     try:
-        packed = split.features(
-            ids_BT.reshape(1, -1), None, position_ids_BT=positions_BT.reshape(1, -1)
-        )
+        return split.features(ids_BT, None, position_ids_BT=positions_BT).float()
     except (TypeError, ValueError, RuntimeError, IndexError) as failure:
         if is_out_of_memory(failure):
-            raise
-        return math.inf
-    error = (packed.float().flatten(0, 1) - padded).abs().max() / padded.abs().max().clamp(min=1e-6)
-    return float(error)
+            raise  # says nothing about the model
+        return None
+
+
+def _relative_error(found: Tensor, expected: Tensor, *, scale: Tensor | None = None) -> Tensor:
+    """Return the greatest difference [], relative to the greatest of `expected`, or of `scale` if it is given."""
+    greatest = (expected if scale is None else scale).abs().max()
+    return (found - expected).abs().max() / greatest.clamp(min=1e-6)
 
 
 @torch.inference_mode()
@@ -202,16 +212,11 @@ def needs_mask(split: CausalLM) -> bool:
     attention_BT = torch.ones_like(ids_BT)
     attention_BT[1, 9:] = 0
     with_mask = split.features(ids_BT, attention_BT).float()
-    try:
-        without = split.features(ids_BT, None).float()
-    except (TypeError, ValueError, RuntimeError) as failure:
-        if is_out_of_memory(failure):
-            raise
+    without = _read_unmasked(split, ids_BT)
+    if without is None:
         return True
     real_BT = attention_BT.bool().to(without.device)
-    error = (with_mask - without)[real_BT].abs().max() / with_mask[real_BT].abs().max().clamp(
-        min=1e-6
-    )
+    error = _relative_error(without[real_BT], with_mask[real_BT])
     return bool(error > _choose_tolerance(split.model, _SPLIT_TOLERANCE))
 
 

@@ -33,10 +33,8 @@ _COLUMNS: tuple[dict[str, str], ...] = (
 _SAMPLE_CHARACTERS = 2_000_000
 _COUNTED_BYTES = 1_000_000_000  # of files; the documents of larger corpora are estimated
 _READ = 1000  # documents that `check_corpus` reads, if there are as many
-_LARGE, _STREAMED = (
-    1_000_000,
-    100_000,
-)  # rows of a Hub dataset that is streamed, and how many of them
+_LARGE = 1_000_000  # rows of a Hub dataset that is streamed
+_STREAMED = 100_000  # rows that are taken of it
 _LONGEST = 10**9  # longer than any document
 
 
