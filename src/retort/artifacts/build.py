@@ -236,14 +236,10 @@ def _build_corpus(config: Config) -> Corpus:
     for number, section in enumerate(dataset.sources):
         trained, held_out = list_files(section), list_validation_files(section)
         source = keys["mix"][number] if dataset.mix else keys
-        if trained:
-            source.pop(
-                "data_files", None
-            )  # local files count by content; those of a Hub dataset by name
-        if held_out:
-            source["validation_files"] = len(
-                held_out
-            )  # of `content`, after all that are trained on
+        if trained:  # local files count by content; those of a Hub dataset by name
+            source.pop("data_files", None)
+        if held_out:  # the last of the files in `content`
+            source["validation_files"] = len(held_out)
         if dataset.mix:
             source |= {"label": dataset.labels[number], "num_files": len(trained)}
     if dataset.streaming and dataset.shuffle:

@@ -298,9 +298,8 @@ class _Snapshot:
             found = _Progress.read(self._record)
         except ValueError:
             return False
-        if (
-            found.key != self.progress.key or found != found.sealed()
-        ):  # of another corpus, or edited
+        is_of_another = found.key != self.progress.key
+        if is_of_another or found != found.sealed():  # or edited
             return False
         paths = {shard: _documents_path(self.out_dir, shard) for shard in found.sizes}
         if any(not p.exists() or p.stat().st_size < found.sizes[s] for s, p in paths.items()):

@@ -45,9 +45,7 @@ class CausalLM:
         None  # `digest_file_states` of its weights, before they were compared with the record
     )
     packs_sequences: bool = False  # whether the teacher reads several sequences in one row
-    needs_mask: bool = (
-        True  # whether padding on the right changes what it makes of the tokens before
-    )
+    needs_mask: bool = True  # whether it must be told of padding on the right
 
     def require_unchanged(self) -> None:
         """Raise ValueError if the weights' files have changed: on a CPU they are mapped into memory, and change too."""

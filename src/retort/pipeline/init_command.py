@@ -18,6 +18,7 @@ from retort.config.handoff import read_changes
 from retort.config.load import complete
 from retort.config.recommended import ALPHA, CACHE, TEMPERATURE, choose_learning_rate, choose_warmup
 from retort.config.yaml_source import read_yaml
+from retort.models.generate import find_context_length
 from retort.models.load import count_parameters, load_model_config, output_width
 from retort.models.students import student_config
 from retort.pipeline.first_look import (
@@ -81,13 +82,9 @@ def write_first_config(words: Sequence[str]) -> None:
         )
     keys["teacher"] = {"model_path": args.teacher} | keys.get("teacher", {})
     section = complete({"teacher": keys["teacher"]}).teacher
-    options: dict[str, Any] = {
-        "revision": section.revision,
-        "trust_remote_code": section.trust_remote_code,
-    }
-    teacher = load_model_config(args.teacher, **options)
+    teacher = load_model_config(args.teacher, **section.source)
     check_causal(teacher, section)
-    tokenizer = load_tokenizer(args.teacher, **options)
+    tokenizer = load_tokenizer(args.teacher, **section.source)
     corpus = look_at_corpus(args.corpus, keys.get("dataset", {}), tokenizer)
     size = count_parameters(teacher)
     tenth = describe_number(max(size / 10, min(1e5, size)))
@@ -223,9 +220,9 @@ def _choose_dataset(corpus: Corpus, length: int) -> dict[str, tuple[Any, str]]:
 def _choose_length(corpus: Corpus, models: Sequence[Any]) -> int:
     """Return the power of two that holds 95 % of the documents, or what these models can read."""
     longest = int(sorted(corpus.lengths)[int(0.95 * (len(corpus.lengths) - 1))])
-    limits = [getattr(m.get_text_config(), "max_position_embeddings", None) for m in models]
-    limits += [corpus.keys.get("max_length") or _MAX_LENGTH]
-    return min(max(64, 1 << (longest - 1).bit_length()), *(int(n) for n in limits if n))
+    limits = filter(None, map(find_context_length, models))
+    most = int(corpus.keys.get("max_length") or _MAX_LENGTH)
+    return min(max(64, 1 << (longest - 1).bit_length()), most, *limits)
 
 
 def _count_bytes(teacher: Any, num_parameters: int) -> float:
