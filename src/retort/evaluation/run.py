@@ -262,9 +262,8 @@ def evaluate_run(
         weights = _read_weights(fingerprint_path, features_path)
     teacher = None
     if features_path is not None and not is_foreign:
-        teacher = _open_teacher(
-            features_path, table, weights, made_from=fingerprint_path or training_path
-        )
+        source = fingerprint_path or training_path
+        teacher = _open_teacher(features_path, table, weights, made_from=source)
     chosen = choose_device(training.device)
     model = load_pretrained(str(folder), dtype=torch.float32).to(chosen).eval()
     scores, sums = evaluate_student(

@@ -25,6 +25,7 @@ from retort.io.run_record import RUN_FILE, describe_run
 from retort.models.load import fingerprint_model
 from retort.tokens.tokenize import TokenCounts, tokenize_documents
 from retort.tokens.tokenizer import identify_tokenizer
+from retort.training.record import TrainingSummary
 
 logger = logging.getLogger(__name__)
 
@@ -113,26 +114,36 @@ def make_demo_teacher(
             facts={"text": f"{dataset.name}, {table.num_positions:,} positions"},
         )
         summary = train_student(folder, work)
-        model = folder / "model"
-        if not model.exists():
-            model.symlink_to("final")
-        weights, _ = fingerprint_model(str(model))
-        record = TeacherRecord(
-            weights=weights,
-            revision=None,
-            name="demo",
-            tokenizer=identify_tokenizer(str(model), tokenizer),
-            vocabulary=len(tokenizer),
-        )
-        about = describe_run(
-            section={"demo_teacher": size, "dataset": dataset},
-            seed=0,
-            dtype=summary.dtype,
-            device=summary.device,
-            seconds=summary.seconds,
-        )
-        about.write(folder / RUN_FILE)
-        record.write(record_path)
+        _write_records(record_path, dataset, tokenizer, size, summary)
+
+
+def _write_records(
+    record_path: Path,
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerFast,
+    size: DemoTeacher,
+    summary: TrainingSummary,
+) -> None:
+    """Let model/ be the finished student's folder, and write run.json, then the record."""
+    folder = record_path.parent
+    model = folder / "model"
+    if not model.exists():
+        model.symlink_to("final")
+    weights, _ = fingerprint_model(str(model))
+    describe_run(
+        section={"demo_teacher": size, "dataset": dataset},
+        seed=0,
+        dtype=summary.dtype,
+        device=summary.device,
+        seconds=summary.seconds,
+    ).write(folder / RUN_FILE)
+    TeacherRecord(
+        weights=weights,
+        revision=None,
+        name="demo",
+        tokenizer=identify_tokenizer(str(model), tokenizer),
+        vocabulary=len(tokenizer),
+    ).write(record_path)
 
 
 def _read_training_documents(dataset: Dataset, snapshot: Path | None) -> Iterator[Document]:

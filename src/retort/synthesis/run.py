@@ -35,7 +35,7 @@ from retort.synthesis.client import Client, describe_estimate, describe_usage
 from retort.synthesis.contamination import ProblemNgrams, read_benchmarks
 from retort.synthesis.filters import AnswerFilter, list_grammars, require_filters
 from retort.synthesis.journal import Journal
-from retort.synthesis.prompts import LabeledPrompt, read_prompts
+from retort.synthesis.prompts import LabeledPrompt, PromptList, read_prompts
 from retort.synthesis.providers import Answer, open_provider
 
 logger = logging.getLogger(__name__)
@@ -137,18 +137,8 @@ def synthesize(record_path: Path, job: Job) -> str:
     _prepare_output(section)
     folder = record_path.parent
     folder.mkdir(parents=True, exist_ok=True)
-    prompts = read_prompts(section)
-    # After reading: a write before or during it changes the digest.
-    if job.expected.get("prompts") not in (None, digest_file_states(list_prompt_files(section))):
-        raise ValueError(
-            "the prompt files changed since the plan was made: rerun the same command."
-        )
-    problems, missing = list[str](), list[str]()
-    if section.decontaminate:
-        problems, missing = read_benchmarks(job.config.evaluation)
-    answer_filter = AnswerFilter(
-        section, ProblemNgrams(problems, length=section.decontamination_words)
-    )
+    prompts = _read_prompts(section, job.expected.get("prompts"))
+    answer_filter, missing = _build_filter(job.config)
     busy = f"another process writes the answers in {folder.parent}: waiting for it"
     lock = file_lock(folder.parent / ".journal.lock", busy=busy, notify_after_s=_LOCK_TIMEOUT_S)
     model, revision = local_model(job.config) if section.provider == "local" else (None, None)
@@ -192,6 +182,26 @@ def synthesize(record_path: Path, job: Job) -> str:
     )
     record.write(record_path)
     return _describe_line(record)
+
+
+def _read_prompts(section: Synthesis, expected: str | None) -> PromptList:
+    """Return the prompts. Raises ValueError when their files are not the expected ones, by `digest_file_states`."""
+    prompts = read_prompts(section)
+    # After reading: a write before or during it changes the digest.
+    if expected not in (None, digest_file_states(list_prompt_files(section))):
+        raise ValueError(
+            "the prompt files changed since the plan was made: rerun the same command."
+        )
+    return prompts
+
+
+def _build_filter(config: Config) -> tuple[AnswerFilter, list[str]]:
+    """Return the filter of answers, and the benchmarks whose problems could not be read for it."""
+    problems, missing = list[str](), list[str]()
+    if config.synthesis.decontaminate:
+        problems, missing = read_benchmarks(config.evaluation)
+    ngrams = ProblemNgrams(problems, length=config.synthesis.decontamination_words)
+    return AnswerFilter(config.synthesis, ngrams), missing
 
 
 def _answer_prompts(

@@ -142,16 +142,14 @@ def generate_logits(
     cannot read sequences that long. Raises SystemExit(RESUMABLE), without a receipt, when the scheduler's time limit
     comes first.
     """
-    section, cache = job.config.teacher, job.config.cache
     # Fixed by the config: another number of threads changes bits.
-    torch.set_num_threads(section.generation.cpu_threads)
+    torch.set_num_threads(job.config.teacher.generation.cpu_threads)
     logger.info(
         f"Worker {worker}/{num_workers}  CUDA_VISIBLE_DEVICES: {os.environ.get('CUDA_VISIBLE_DEVICES', '-')}"
     )
     index = TokenIndex.read(index_path)
-    header = build_header(
-        index, TeacherRecord.read(fingerprint_path), cache, source=fingerprint_path
-    )
+    teacher = TeacherRecord.read(fingerprint_path)
+    header = build_header(index, teacher, job.config.cache, source=fingerprint_path)
     folder = receipt.parent
     if is_merged(folder / CACHE_FILE, header):
         logger.info("the merged cache already exists: nothing to do")
@@ -172,12 +170,18 @@ def generate_logits(
             f"done here. {RESUME}"
         )
         raise SystemExit(RESUMABLE)
+    _write_receipt(receipt, job, report, worker=worker, num_workers=num_workers)
+
+
+def _write_receipt(
+    path: Path, job: Job, report: WorkerReport, *, worker: int, num_workers: int
+) -> None:
+    section = job.config.teacher
     has_gpu = torch.cuda.is_available() and section.device != "cpu"
-    device = describe_device(torch.device("cuda" if has_gpu else "cpu"))
     made = describe_run(
-        section={"teacher": section, "cache": cache},
+        section={"teacher": section, "cache": job.config.cache},
         dtype=report.dtype,
-        device=device,
+        device=describe_device(torch.device("cuda" if has_gpu else "cpu")),
         seconds=report.seconds,
     )
     WorkerRecord(
@@ -186,7 +190,7 @@ def generate_logits(
         parts_done=tuple(report.parts),
         tokens=report.tokens,
         made=made,
-    ).write(receipt)
+    ).write(path)
     logger.info(
         f"worker {worker}: {len(report.parts)} parts, {report.tokens:,} tokens in {report.seconds:.1f} s"
     )
