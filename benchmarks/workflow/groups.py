@@ -34,7 +34,8 @@ from retort.models.causal_lm import CausalLM
 from retort.models.heads import Head
 from retort.teacher.scoring import Scorer
 from retort.teacher.worker import run_worker
-from retort.tokens.index import TokenIndex, write_index
+from retort.tokens.index import TokenIndex
+from retort.tokens.indexing import write_index
 from retort.tokens.sequences import SequenceTable, build_table
 from retort.tokens.shards import write_token_shard
 

@@ -18,7 +18,8 @@ from retort.config.sections import Dataset
 from retort.corpus.documents import Counts
 from retort.corpus.reading import read_shard_documents
 from retort.io.fingerprints import TokenizerIdentity
-from retort.tokens.index import TokenIndex, write_index
+from retort.tokens.index import TokenIndex
+from retort.tokens.indexing import write_index
 from retort.tokens.sequences import SequenceTable, build_table
 from retort.tokens.shards import (
     read_shard_metadata,

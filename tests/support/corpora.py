@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from retort.config.sections import Dataset
+from retort.corpus.checking import check_corpus
 from retort.corpus.documents import Counts, Document
-from retort.corpus.reading import check_corpus, read_shard_documents
+from retort.corpus.reading import read_shard_documents
 from support.jobs import make_job
 from support.sections import replace
 

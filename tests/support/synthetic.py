@@ -18,7 +18,8 @@ from retort.cache.reader import CacheHeader
 from retort.cache.sparse_streams import TAIL_UNIT, Streams, count_sampled
 from retort.cache.top_k_codec import TopKCodec
 from retort.io.fingerprints import TokenizerIdentity
-from retort.tokens.index import TokenIndex, write_index
+from retort.tokens.index import TokenIndex
+from retort.tokens.indexing import write_index
 from retort.tokens.sequences import SequenceTable, build_table
 from retort.tokens.shards import write_token_shard
 

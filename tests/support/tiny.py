@@ -17,7 +17,8 @@ from retort.models.load import load_recorded_teacher, record_teacher
 from retort.teacher.scoring import Scorer
 from retort.teacher.validation import score_validation
 from retort.teacher.worker import run_worker
-from retort.tokens.index import TokenIndex, write_index
+from retort.tokens.index import TokenIndex
+from retort.tokens.indexing import write_index
 from retort.tokens.shards import tokenize_shard
 from retort.tokens.tokenizer import identify_tokenizer, load_tokenizer
 from support.jobs import make_job

@@ -33,7 +33,8 @@ from retort.synthesis.journal import Journal
 from retort.synthesis.prompts import read_prompts
 from retort.synthesis.providers import Answer
 from retort.synthesis.run import collect_examples
-from retort.tokens.index import TokenIndex, write_index
+from retort.tokens.index import TokenIndex
+from retort.tokens.indexing import write_index
 from retort.tokens.sequences import SequenceTable
 from retort.tokens.shards import write_token_shard
 from retort.tokens.tokenize import TokenCounts, tokenize_documents

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from retort.cli import logger, run_script
 from retort.config.handoff import job_parser, read_job
-from retort.tokens.index import describe_index, write_index
+from retort.tokens.index import describe_index
+from retort.tokens.indexing import write_index
 
 
 def main() -> None:

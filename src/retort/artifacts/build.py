@@ -29,12 +29,7 @@ from retort.config.dataset import SYNTHESIS
 from retort.config.load import identity
 from retort.config.schema import ConfigError, Problem, show
 from retort.config.sections import Config, Dataset, Student, Training
-from retort.corpus.reading import (
-    TOKENIZING_KEYS,
-    corpus_keys,
-    list_corpus_files,
-    needs_snapshot,
-)
+from retort.corpus.reading import TOKENIZING_KEYS, corpus_keys, list_corpus_files, needs_snapshot
 from retort.corpus.sources import list_files, list_validation_files
 from retort.io.digests import digest, digest_file, digest_file_states
 from retort.io.files import is_path, require_no_file_at, suggest_path

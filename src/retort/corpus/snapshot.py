@@ -21,6 +21,7 @@ from typing import BinaryIO, cast
 from pydantic import Field
 
 from retort.config.sections import Dataset
+from retort.corpus.checking import refuse_empty
 from retort.corpus.demo_text import describe_demo
 from retort.corpus.documents import Counts, Document
 from retort.corpus.hub import pin_revision
@@ -33,7 +34,6 @@ from retort.corpus.reading import (
     list_corpus_files,
     read_shard_documents,
     refuse_changed_files,
-    refuse_empty,
     snapshot_record_path,
 )
 from retort.corpus.sharding import Assignment, build_shard_function

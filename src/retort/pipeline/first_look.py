@@ -13,9 +13,10 @@ import numpy as np
 from retort.config.load import complete
 from retort.config.sections import Dataset
 from retort.corpus.chats import CHAT_COLUMNS
+from retort.corpus.checking import check_corpus
 from retort.corpus.documents import Document
 from retort.corpus.hub import count_split_rows
-from retort.corpus.reading import check_corpus, count_rows
+from retort.corpus.reading import count_rows
 from retort.corpus.sources import expand_pattern, find_named_for_evaluation, is_hub
 from retort.io.files import is_path
 from retort.io.text_files import LOADER_OF, find_ending

@@ -21,8 +21,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from retort.config.dataset import SYNTHESIS, name_source
 from retort.config.sections import Config, Dataset, Output, Teacher, Tracking, Training
+from retort.corpus.checking import check_corpus
 from retort.corpus.documents import Document
-from retort.corpus.reading import check_corpus
 from retort.corpus.sources import find_named_for_evaluation, is_hub, list_files
 from retort.evaluation.tasks import check_tasks
 from retort.io.files import require_writable

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retort.tokens import shards, tokenize
-from retort.tokens.index import build_index
+from retort.tokens.indexing import build_index
 from support import bytewise
 from support.bytewise import assert_as_at_once
 from support.synthetic import make_table, write_tokens

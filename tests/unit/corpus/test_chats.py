@@ -8,8 +8,9 @@ import pytest
 from pydantic import TypeAdapter
 
 from retort.config.sections import Dataset
+from retort.corpus.checking import check_corpus
 from retort.corpus.documents import Counts, Document, make_document
-from retort.corpus.reading import check_corpus, read_shard_documents
+from retort.corpus.reading import read_shard_documents
 from retort.corpus.snapshot import read_snapshot, write_snapshot
 from support.corpora import DEFAULTS, read_all, write_jsonl
 from support.sections import replace

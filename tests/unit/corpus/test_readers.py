@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from retort.config.dataset import LOADERS as CONFIG_LOADERS
+from retort.corpus.checking import check_corpus
 from retort.corpus.readers import LOADERS
-from retort.corpus.reading import check_corpus, list_corpus_files
+from retort.corpus.reading import list_corpus_files
 from support.corpora import DEFAULTS, read_all, read_shards, refusal, write_jsonl
 from support.sections import replace
 

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from retort.config.sections import Dataset
-from retort.corpus.reading import check_corpus, list_corpus_files
+from retort.corpus.checking import check_corpus
+from retort.corpus.reading import list_corpus_files
 from support.corpora import DEFAULTS, read_all, read_shards, refusal, write_jsonl, write_numbered
 from support.sections import replace
 

@@ -11,8 +11,9 @@ import pytest
 from retort.artifacts.build import build_project
 from retort.config.load import load_runs
 from retort.config.sections import Dataset
+from retort.corpus.checking import check_corpus
 from retort.corpus.documents import Counts
-from retort.corpus.reading import check_corpus, list_corpus_files, read_shard_documents
+from retort.corpus.reading import list_corpus_files, read_shard_documents
 from retort.corpus.sharding import Assignment, check_assignments, check_shard_function, find_module
 from support.corpora import DEFAULTS, read_all, read_shards, refusal, write_jsonl
 from support.sections import replace

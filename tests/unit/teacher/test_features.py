@@ -23,7 +23,8 @@ from retort.teacher.features import (
     write_features,
 )
 from retort.teacher.validation import score_tables, score_validation
-from retort.tokens.index import TokenIndex, build_index
+from retort.tokens.index import TokenIndex
+from retort.tokens.indexing import build_index
 from retort.tokens.sequences import SequenceTable
 from support.jobs import make_job
 from support.sections import section

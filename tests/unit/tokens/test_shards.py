@@ -14,7 +14,8 @@ import pytest
 from retort.config.sections import Dataset
 from retort.corpus.snapshot import write_snapshot
 from retort.io.fingerprints import TokenizerIdentity
-from retort.tokens.index import IndexRecord, TokenIndex, build_index, describe_index, write_index
+from retort.tokens.index import IndexRecord, TokenIndex, describe_index
+from retort.tokens.indexing import build_index, write_index
 from retort.tokens.sequences import SequenceTable, build_table
 from retort.tokens.shards import read_token_shard, tokenize_shard, write_token_shard
 from retort.tokens.tokenizer import identify_tokenizer, load_tokenizer

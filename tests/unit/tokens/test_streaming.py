@@ -15,7 +15,8 @@ import h5py
 import pytest
 
 from retort.tokens import shards, tokenize
-from retort.tokens.index import TokenIndex, build_index
+from retort.tokens.index import TokenIndex
+from retort.tokens.indexing import build_index
 from support import bytewise
 from support.bytewise import assert_as_at_once
 from support.synthetic import make_table, write_shards, write_tokens

@@ -8,7 +8,8 @@ import pytest
 
 from retort.corpus.documents import Document
 from retort.io.fingerprints import TokenizerIdentity
-from retort.tokens.index import TokenIndex, write_index
+from retort.tokens.index import TokenIndex
+from retort.tokens.indexing import write_index
 from retort.tokens.shards import read_token_shard, tokenize_shard
 from retort.tokens.tokenizer import encode_prompt
 from support import chat_templates as published
