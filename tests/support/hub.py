@@ -4,6 +4,7 @@ Clients run in subprocesses with `HF_ENDPOINT` set, because huggingface_hub read
 """
 
 import json
+import shutil
 import threading
 import time
 from collections import Counter
@@ -14,6 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from support.place import Place
 
 NAME = "someone/stories"
 MODEL = "someone/teacher"
@@ -186,3 +189,16 @@ def _list(folder: Path, query: str) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(folder.rglob("*") if "recursive=true" in query.lower() else folder.iterdir())
+
+
+@contextmanager
+def serve_inputs(place: Place, folder: Path) -> Iterator[Hub]:
+    """Serve a place's documents and teacher as NAME and MODEL; its commands find them there alone."""
+    stories, model = folder / "stories", folder / "model"
+    stories.mkdir()
+    shutil.move(place.path / "documents.jsonl", stories / "train.jsonl")
+    shutil.move(place.path / "teacher", model)
+    with serve(stories, model=model) as hub:
+        home = {"HF_HOME": str(folder / "home"), "HF_HUB_DOWNLOAD_TIMEOUT": "60"}
+        place.env.update(hub.environment | home)
+        yield hub

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from retort.io.files import read_json
-from support.hub import MODEL, NAME, SHA, serve
+from support.hub import MODEL, NAME, SHA, serve, serve_inputs
 from support.place import Place, sha256, tiny
 
 RUN = {"hybrid": {"training": {"distillation_type": "hybrid", "alpha": 0.5}}}
@@ -14,14 +14,8 @@ RUN = {"hybrid": {"training": {"distillation_type": "hybrid", "alpha": 0.5}}}
 def test_a_dataset_of_the_hub_makes_the_same_student_streamed_or_not(
     fresh: Place, tmp_path: Path
 ) -> None:
-    stories, model = tmp_path / "stories", tmp_path / "model"
-    stories.mkdir()
-    shutil.move(fresh.path / "documents.jsonl", stories / "train.jsonl")
-    shutil.move(fresh.path / "teacher", model)
     teacher = {"model_path": MODEL, "generation": {"num_workers": 1}}
-    with serve(stories, model=model) as hub:
-        home = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DOWNLOAD_TIMEOUT": "60"}
-        fresh.env.update(hub.environment | home)
+    with serve_inputs(fresh, tmp_path) as hub:
         for reading in ({"streaming": False}, {"streaming": True, "max_samples": 120}):
             dataset = {"name": NAME, "data_files": None} | reading
             training = {"max_steps": 4}

@@ -3,7 +3,6 @@
 import json
 import os
 import pty
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import yaml
 
 from retort.evaluation.records import Metrics
 from retort.tokens.index import IndexRecord
-from support.hub import MODEL, NAME, serve
+from support.hub import MODEL, NAME, serve_inputs
 from support.place import Finished, Place, tiny
 from support.tiny import CHAT_TEMPLATE
 
@@ -76,12 +75,7 @@ def test_chats_and_a_pretrained_student_become_a_config_that_runs_to_the_report(
 def test_a_dataset_and_a_teacher_of_the_hub_become_a_config_that_passes_the_check(
     fresh: Place, tmp_path: Path
 ) -> None:
-    stories, model = tmp_path / "stories", tmp_path / "model"
-    stories.mkdir()
-    shutil.move(fresh.path / "documents.jsonl", stories / "train.jsonl")
-    shutil.move(fresh.path / "teacher", model)
-    with serve(stories, model=model) as hub:
-        fresh.env.update(hub.environment | {"HF_HOME": str(tmp_path / "home")})
+    with serve_inputs(fresh, tmp_path) as hub:
         said = init(fresh, "--corpus", NAME, "--teacher", MODEL, "--student", "16k")
     assert said.returncode == 0, said.output
     assert hub.requests["model.safetensors"] == 0, "weights are not needed to look"

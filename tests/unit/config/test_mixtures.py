@@ -12,6 +12,13 @@ MIX: list[dict[str, Any]] = [
 ]
 
 
+def require_said(raw: dict[str, Any], said: dict[str, str]) -> int:
+    """Require a part of the message about each key; return how many keys have one."""
+    found = {".".join(place): message for place, message in find_problems(merge(STUDENT, raw))[1]}
+    assert {key: text in found[key] for key, text in said.items()} == dict.fromkeys(said, True)
+    return len(found)
+
+
 def test_all_mistakes_of_a_mixture_are_told_at_once_with_their_places() -> None:
     raw: dict[str, Any] = {
         "dataset": {
@@ -27,7 +34,6 @@ def test_all_mistakes_of_a_mixture_are_told_at_once_with_their_places() -> None:
             ],
         }
     }
-    found = {".".join(place): message for place, message in find_problems(merge(STUDENT, raw))[1]}
     said = {
         "dataset.name": "but dataset.mix lists sources, each with its own keys",
         "dataset.data_files": "Move it to the source that it is of",
@@ -35,11 +41,8 @@ def test_all_mistakes_of_a_mixture_are_told_at_once_with_their_places() -> None:
         "dataset.mix.0.wieght": "Unknown config key dataset.mix[0].wieght. Did you mean",
         "dataset.mix.1.weight": "dataset.mix[1].weight is 0.0, but a number > 0 is expected",
     }
-    assert {place: said in found[place] for place, said in said.items()} == dict.fromkeys(
-        said, True
-    )
+    require_said(raw, said)
     del raw["dataset"]["mix"][0]["wieght"], raw["dataset"]["mix"][1]["weight"]
-    found = {".".join(place): message for place, message in find_problems(merge(STUDENT, raw))[1]}
     said = {
         "dataset.mix.1.validation_files": "or name a dataset.mix[1].validation_split",
         "dataset.mix.2.name": "but dataset.mix[2].data_files is null",
@@ -47,10 +50,7 @@ def test_all_mistakes_of_a_mixture_are_told_at_once_with_their_places() -> None:
         "dataset.mix.3.label": "and so is that of dataset.mix[0]",
         "dataset.mix.4.name": "'demo', which cannot be mixed. Name a Hub id, or a loader",
     }
-    assert {place: said in found[place] for place, said in said.items()} == dict.fromkeys(
-        said, True
-    )
-    assert len(found) == 8
+    assert require_said(raw, said) == 8
 
 
 def test_a_mixture_may_be_of_one_run() -> None:
