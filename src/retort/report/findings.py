@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from retort.corpus.documents import Counts
 from retort.evaluation.formatting import format_signed
 from retort.evaluation.intervals import FEW_DOCUMENTS, Estimate
+from retort.evaluation.records import TextCounts
 from retort.report.comparisons import (
     HELD_OUT,
     SIZE,
@@ -173,21 +173,21 @@ def find_warnings(found: Comparisons) -> list[str]:
     return [" ".join(warning.split()) for warning in warnings.split("\n\n") if warning.strip()]
 
 
-def find_texts(found: Comparisons) -> list[tuple[str, Counts, pd.Series]]:
-    """Return for each training text the names of its settings, its documents, and how many epochs its runs saw."""
+def find_texts(found: Comparisons) -> list[tuple[str, TextCounts, pd.Series]]:
+    """Return for each training text the names of its settings, its counts, and how many epochs its runs saw."""
     texts = []
     for _, runs in found.runs[found.runs.rows_read.notna()].groupby("tokens", sort=False):
         text = found.results.metrics[runs.index[0]].text
         assert text is not None
-        texts.append((list_names(list(runs.setting.unique())), text.documents, runs.epochs))
+        texts.append((list_names(list(runs.setting.unique())), text, runs.epochs))
     return texts
 
 
 def describe_texts(found: Comparisons) -> list[str]:
     """Return a sentence for each training text: rows read, used and skipped by reason, and epochs; and its sources."""
     sentences, texts = [], find_texts(found)
-    for names, documents, epochs in texts:
-        whose = f" of {names}" if len(texts) > 1 else ""
+    for names, text, epochs in texts:
+        whose, documents = f" of {names}" if len(texts) > 1 else "", text.documents
         reasons = documents.describe_skipped()
         low, high = f"{epochs.min():.2f}", f"{epochs.max():.2f}"
         sentences.append(
@@ -195,8 +195,7 @@ def describe_texts(found: Comparisons) -> list[str]:
             f"{documents.read - documents.used:,} skipped{f': {reasons}' if reasons else ''}; trained for "
             f"{low if low == high else f'{low} to {high}'} epochs"
         )
-    of_tokens = {m.tokens: m.text for m in found.results.metrics.values() if m.text}
-    for text in of_tokens.values():
+    for _, text, _ in texts:
         sentences += describe_sources(text.documents, text.train)
     return sentences
 

@@ -27,7 +27,14 @@ from retort.io.fingerprints import TokenizerIdentity
 from retort.io.hdf5 import ColumnSource, open_h5, read_text, write_h5, write_text
 from retort.io.records import Entry
 from retort.tokens.chat import describe_date
-from retort.tokens.sequences import SPLITS, TABLE_COLUMNS, SequenceTable, build_table
+from retort.tokens.sequences import (
+    SPLITS,
+    TABLE_COLUMNS,
+    Labels,
+    SequenceTable,
+    build_table,
+    merge_names,
+)
 from retort.tokens.tokenize import TokenCounts, tokenize_batches
 
 TOKENS_FORMAT = "retort-tokens"
@@ -113,7 +120,7 @@ def write_token_shard(
 def _write_shard(
     path: Path,
     columns: Mapping[str, Mapping[str, ColumnSource]],
-    label_names: Mapping[str, tuple[tuple[str, ...], ...]],
+    label_names: Mapping[str, Labels],
     *,
     counts: dict[str, Any],
     tokenizer: TokenizerIdentity,
@@ -171,9 +178,9 @@ class _Spool:
             file.write(_stored(values).data)
 
     @property
-    def label_names(self) -> tuple[tuple[str, ...], ...]:
+    def label_names(self) -> Labels:
         """The label names in their final order."""
-        return tuple(sorted({*self._labels, ("", "")}))
+        return merge_names([self._labels])
 
     def columns(self) -> dict[str, ColumnSource]:
         """Return the columns, which can be read once: each file is closed, and its space freed, after reading."""
