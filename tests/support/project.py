@@ -45,7 +45,7 @@ class Project(Place):
         shutil.copytree(parts.path / "teacher", path / "teacher")
         for name in ("documents.jsonl", "student.json", CONFIG_FILE):
             shutil.copy2(parts.path / name, path)
-        project = cls(path, cluster=cluster)
+        project = cls(path, cluster=cluster, env={"RETORT_SIMULATED_GPUS": "1"})
         project.fill_in(**OWN)
         return project
 

@@ -69,6 +69,7 @@ def machine(once: Once, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pl
             "HF_HUB_DOWNLOAD_TIMEOUT": "60",
             "PATH": f"{folder}:{os.environ['PATH']}",
             "RETORT_LOCK_DIR": str(folder / "locks"),
+            "RETORT_SIMULATED_GPUS": "1",
         }
         yield Place(root, env=env, without=("CUDA_VISIBLE_DEVICES",))
 

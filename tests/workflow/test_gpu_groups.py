@@ -80,6 +80,7 @@ def machine(done: Place, tmp_path: Path) -> Place:
         "PATH": f"{tools}:{os.environ['PATH']}",
         "PYTHONPATH": f"{done.repository / 'src'}:{tools}",
         "RETORT_LOCK_DIR": str(tmp_path / "locks"),
+        "RETORT_SIMULATED_GPUS": "1",
         "HELD": str(tmp_path / "held"),
     }
     return replace(done, env=env, without=("CUDA_VISIBLE_DEVICES",))

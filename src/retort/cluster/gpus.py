@@ -11,11 +11,10 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 
+from retort.cluster.given import GPU_ID, visible_gpus
 from retort.config.sections import Generation, Training
 
-_GPU_ID = re.compile(r"\d+|(GPU|MIG)-[A-Za-z0-9/-]+")
 # Lines of nvidia-smi -L: "GPU 0: NVIDIA A100 (UUID: GPU-5c..)", and below it "  MIG 1g.5gb Device 0: (UUID: MIG-a1..)".
 _LISTED = re.compile(r"(?:GPU (\d+):| +MIG ).*\(UUID: ([A-Za-z0-9/-]+)\)")
 
@@ -34,11 +33,8 @@ def detect_gpus() -> tuple[str, ...]:
     A SLURM job without CUDA_VISIBLE_DEVICES was assigned none, whatever its node has.
     Raises ValueError when nvidia-smi fails: a broken driver is an error, not a reason to run on the CPU.
     """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        ids = [g.strip() for g in visible.split(",")]
-        # CUDA stops at the first entry that is not an id, such as -1.
-        return tuple(takewhile(_GPU_ID.fullmatch, ids))
+    if (visible := visible_gpus()) is not None:
+        return visible
     if is_scheduled() or shutil.which("nvidia-smi") is None:
         return ()
     command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
@@ -52,7 +48,7 @@ def detect_gpus() -> tuple[str, ...]:
     if "No devices were found" in output:
         return ()  # the driver works without a GPU, as in a container without one; exit status 6
     ids = found.stdout.split()
-    if found.returncode or not all(map(_GPU_ID.fullmatch, ids)):
+    if found.returncode or not all(map(GPU_ID.fullmatch, ids)):
         raise _broken_driver(output or f"exit status {found.returncode}")
     return tuple(ids)
 

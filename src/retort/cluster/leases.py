@@ -21,6 +21,7 @@ from pathlib import Path
 
 import filelock
 
+from retort.cluster.given import IN_USE
 from retort.cluster.gpus import detect_gpus, is_scheduled, list_gpus, listed_groups, parse_groups
 from retort.config.sections import Generation
 
@@ -29,7 +30,6 @@ logger = logging.getLogger(__name__)
 _POLL_S = 0.5
 _GATE_POLL_S = 0.05  # the job with the gate is faster than the others
 _NOTIFY_S = 60.0
-_IN_USE = "RETORT_GPUS_IN_USE"  # lock files of the GPUs that a process and its children may use
 
 
 def lock_folder() -> Path:
@@ -86,7 +86,7 @@ def lease(
         except OSError as error:
             raise _no_locks(folder, error) from None
         in_use = os.pathsep.join(str(locks.path(gpu, "in-use")) for gpu in held)
-        with _environment(**{_IN_USE: in_use}):
+        with _environment(**{IN_USE: in_use}):
             yield held
     finally:
         locks.release_except(())
@@ -222,7 +222,7 @@ def hold_parent_gpus() -> None:
     A child that is executed does not inherit its parent's locks. A child that is forked from this process (for a
     DataLoader) cannot use a GPU and closes them.
     """
-    for path in filter(None, os.environ.get(_IN_USE, "").split(os.pathsep)):
+    for path in filter(None, os.environ.get(IN_USE, "").split(os.pathsep)):
         in_use = os.open(path, os.O_RDONLY)
         fcntl.flock(in_use, fcntl.LOCK_SH)
         os.register_at_fork(after_in_child=partial(os.close, in_use))
@@ -280,7 +280,8 @@ def lease_teacher(
         detected=detected,
     ).groups
     if not groups:
-        yield ()
+        with _environment(**{IN_USE: ""}):
+            yield ()
         return
     first = worker % len(groups)
     ordered = [*groups[first:], *groups[:first]]
@@ -300,11 +301,11 @@ def lease_training(
     Raises ValueError when there are fewer than `count`, or as `lease` does.
     """
     detected = () if device == "cpu" else detect_gpus()
-    if among is not None and not is_scheduled():
-        allowed = {gpu for group in listed_groups(among) for gpu in group}
-        detected = tuple(gpu for gpu in detected if gpu in allowed)
+    if detected and among is not None and not is_scheduled():
+        detected = _choose_among(among, detected)
     if not detected:
-        yield ()
+        with _environment(**{IN_USE: ""}):
+            yield ()
         return
     if count > len(detected):
         raise ValueError(
@@ -312,3 +313,17 @@ def lease_training(
         )
     with lease([detected], count=count, folder=lock_folder()) as held, _visible(held):
         yield held
+
+
+def _choose_among(listed: str | Sequence[str], detected: Sequence[str]) -> tuple[str, ...]:
+    """Return the detected GPUs that the config lists. Raises ValueError when there is none."""
+    allowed = [gpu for group in listed_groups(listed) for gpu in group]
+    names = resolve_gpus([*detected, *allowed])
+    found = tuple(gpu for gpu in detected if names[gpu] in map(names.get, allowed))
+    if not found:
+        raise ValueError(
+            f"teacher.generation.gpus lists {', '.join(allowed)}, but this machine has {', '.join(detected)} "
+            "(nvidia-smi, or CUDA_VISIBLE_DEVICES), and no other GPU than listed is used. List those, or leave the key "
+            "out."
+        )
+    return found

@@ -1,10 +1,8 @@
 """Load models and record teachers."""
 
-import logging
 import os
 import time
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from retort.cli import is_rank
+from retort.cluster.given import require_given
 from retort.cluster.ranks import local_rank
 from retort.config.sections import Teacher
 from retort.io.digests import digest, digest_file_states
@@ -28,36 +27,27 @@ from retort.models.attention import keep_softcap
 from retort.models.causal_lm import CausalLM, can_pack, needs_mask, require_causal, split_model
 from retort.tokens.tokenizer import explain_load_error, identify_tokenizer, load_tokenizer
 
-logger = logging.getLogger(__name__)
-
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
 
 def choose_device(device: str) -> torch.device:
-    """Return the torch device for `auto`, `cpu` or `cuda`; warns if GPUs were assigned that torch does not see.
+    """Return the torch device for `auto`, `cpu` or `cuda`.
 
-    Raises ValueError for `cuda` if torch sees no GPU.
+    Raises ValueError for `cuda` if torch sees no GPU, and where it does not see those that were given to this process,
+    or a job sees some though none was given to it.
     """
-    if device == "cuda" and not torch.cuda.is_available():
+    if device == "cpu":
+        return torch.device(device)
+    num_seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    has_cuda = (torch.version.cuda or torch.version.hip) is not None
+    require_given(num_seen, build=torch.__version__, has_cuda=has_cuda)
+    if device == "cuda" and not num_seen:
         raise ValueError(
             f"device 'cuda' was requested, but this PyTorch ({torch.__version__}) sees no GPU. Use device: auto or "
             "cpu, or install the CUDA build of the same PyTorch version."
         )
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        if device == "cpu" and given not in ("", "-1"):
-            _say_unseen(given)
-    return torch.device(device)
-
-
-@cache
-def _say_unseen(gpus: str) -> None:
-    logger.warning(
-        f"GPUs {gpus} were assigned, but this PyTorch ({torch.__version__}) sees none: it runs on the CPU. "
-        "Install the CUDA build of the same version; with device: cuda this is an error."
-    )
+    return torch.device("cuda" if num_seen else "cpu")
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
