@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from benchmarks.common import import_opponent
 from benchmarks.training.student import BATCH, COUNT, LENGTH, Inputs
 from retort.models.causal_lm import split_model
-from retort.training.batches import IGNORE_INDEX
+from retort.training.batches import IGNORE_INDEX, find_counted
 from retort.training.losses import LossSettings, LossTerms, compute_dense_divergence
 from retort.training.model_loss import LossTargets, attach_loss
 
@@ -44,12 +44,15 @@ def run_fused(inputs: Inputs, alpha: float, temperature: float, chunk_size: int 
     # The model shifts labels by one: the row is longer by the last position's label, and the first has none.
     padded_BT = F.pad(ids_BT, (0, 1))
     labels_BT = F.pad(inputs.labels_P.view(BATCH, LENGTH), (1, 0), value=IGNORE_INDEX)
-    targets = LossTargets(labels_BT, inputs.rows if alpha < 1 else None, COUNT)
+    targets = LossTargets(
+        labels_BT,
+        find_counted(labels_BT.cpu()).to(labels_BT.device),
+        inputs.rows if alpha < 1 else None,
+        COUNT,
+    )
 
     def step() -> Tensor:
-        terms: LossTerms = inputs.model(
-            input_ids=padded_BT, attention_mask=torch.ones_like(padded_BT), targets=targets
-        )
+        terms: LossTerms = inputs.model(input_ids=padded_BT, targets=targets)
         return terms.total
 
     return step

@@ -55,10 +55,16 @@ def check_batch(masks: list[list[bool]]) -> None:
             counts = t < len(tokens) and mask[t]
             label = int(batch["labels"][b, t + 1]) if t + 1 < width else IGNORE_INDEX
             assert label == (tokens[t + 1] if counts else IGNORE_INDEX)
-            if counts:  # the teacher's next row is this position's
+            if counts:  # the teacher's next row, and the next counted index, are this position's
+                assert int(batch["counted"][row]) == b * width + t
                 assert int(rows.offsets[row]) == row
                 assert int(rows.ids[row]) == tokens[t]
                 assert float(rows.logprobs[row]) == -tokens[t]
                 assert float(rows.tail_logprobs[row]) == -t - 100.0
                 row += 1
-    assert row == len(rows.ids) == int((batch["labels"] != IGNORE_INDEX).sum())
+    assert (
+        row
+        == len(rows.ids)
+        == len(batch["counted"])
+        == int((batch["labels"] != IGNORE_INDEX).sum())
+    )

@@ -8,6 +8,8 @@ Legend: B sequences in a batch, T positions, D width, V vocabulary.
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,11 +131,10 @@ def _reproduces_model(split: CausalLM) -> bool:
     """Say whether backbone and head give the model's own logits."""
     model = split.model
     ids = torch.arange(1, 9, device=split.device)[None] % split.vocabulary
-    was_training = model.training
-    model.eval()
     try:
-        expected = model(input_ids=ids, use_cache=False).logits.float()
-        found = split.head.logits(split.features(ids, torch.ones_like(ids))).to(expected.device)
+        with _evaluating(model):
+            expected = model(input_ids=ids, use_cache=False).logits.float()
+            found = split.head.logits(split.features(ids, torch.ones_like(ids))).to(expected.device)
         if found.shape != expected.shape:
             return False
         error = _relative_error(found, expected)
@@ -141,9 +142,18 @@ def _reproduces_model(split: CausalLM) -> bool:
         if is_out_of_memory(failure):
             raise  # says nothing about the head
         return False
+    return bool(error <= _choose_tolerance(model, _SPLIT_TOLERANCE))
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Run a model without dropout."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
     finally:
         model.train(was_training)
-    return bool(error <= _choose_tolerance(model, _SPLIT_TOLERANCE))
 
 
 def _choose_tolerance(model: PreTrainedModel, in_float32: float) -> float:
@@ -156,9 +166,8 @@ def require_causal(model: PreTrainedModel, *, name: str) -> None:
     size = int(model.config.get_text_config().vocab_size)
     ids = torch.arange(1, 9, device=model.get_input_embeddings().weight.device).repeat(2, 1) % size
     ids[1, -1] = (ids[1, -1] + 1) % size  # the two rows differ in their last token only
-    was_training = model.training
-    logits = model.eval()(input_ids=ids, use_cache=False).logits.float()
-    model.train(was_training)
+    with _evaluating(model):
+        logits = model(input_ids=ids, use_cache=False).logits.float()
     error = _relative_error(logits[0, :-1], logits[1, :-1], scale=logits)
     if bool(error > _choose_tolerance(model, _CAUSAL_TOLERANCE)):
         raise ValueError(
@@ -209,8 +218,9 @@ def needs_mask(split: CausalLM) -> bool:
     ids_BT = torch.arange(1, 33, device=split.device).view(2, 16) % split.vocabulary
     attention_BT = torch.ones_like(ids_BT)
     attention_BT[1, 9:] = 0
-    with_mask = split.features(ids_BT, attention_BT).float()
-    without = _read_unmasked(split, ids_BT)
+    with _evaluating(split.model):
+        with_mask = split.features(ids_BT, attention_BT).float()
+        without = _read_unmasked(split, ids_BT)
     if without is None:
         return True
     real_BT = attention_BT.bool().to(without.device)

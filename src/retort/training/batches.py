@@ -77,6 +77,11 @@ def count_steps(
     return max(1, math.ceil(num_epochs * num_sequences / global_batch))
 
 
+def find_counted(labels_BT: Tensor) -> Tensor:
+    """Return the indices int64 [P], in [B * T], of the positions before labels other than IGNORE_INDEX."""
+    return (labels_BT.flatten()[1:] != IGNORE_INDEX).nonzero()[:, 0]
+
+
 def _label(sequence: Sequence) -> Tensor:
     """Return the labels [T] of one sequence (see `Collator`)."""
     labels = np.full(len(sequence.ids), IGNORE_INDEX, np.int64)
@@ -89,26 +94,33 @@ class Collator:
     """Pads items to a batch.
 
     tail_column: that of the stored tails whose temperature is the training's; vocabulary: of a student whose output
-    layer is narrower than the teacher's, ids beyond it are dropped.
+    layer is narrower than the teacher's, ids beyond it are dropped; needs_mask: whether the student must be told of the
+    padding behind its tokens.
     """
 
     tail_column: int = 0
     vocabulary: int | None = None
+    needs_mask: bool = True
 
     def __call__(self, items: list[Item]) -> dict[str, Any]:
-        """Return the batch: int64 input_ids, attention_mask and labels [B, T], sequences [B], and teacher.
+        """Return the batch: int64 input_ids, attention_mask (if needed) and labels [B, T], counted [P], sequences [B],
+        and teacher.
 
-        labels[t] is ids[t] where its prediction counts, else IGNORE_INDEX; sequences: numbers in the token index;
-        teacher: from a cache alone, the TeacherRows of all counted positions, in the batch's order.
+        labels[t] is ids[t] where its prediction counts, else IGNORE_INDEX; counted: indices in [B * T] of the positions
+        that make these predictions (a GPU would make the host wait for their number); sequences: numbers in the token
+        index; teacher: from a cache alone, the TeacherRows of all counted positions, in the batch's order.
         """
         ids = [torch.from_numpy(item.sequence.ids.astype(np.int64)) for item in items]
         labels = [_label(item.sequence) for item in items]
         batch: dict[str, Any] = {
             "input_ids": pad_sequence(ids, batch_first=True),
-            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
             "sequences": torch.tensor([item.index for item in items]),
         }
+        batch["counted"] = find_counted(batch["labels"])
+        if self.needs_mask:
+            mask = [torch.ones_like(row) for row in ids]
+            batch["attention_mask"] = pad_sequence(mask, batch_first=True)
         targets = [item.targets for item in items if item.targets is not None]
         if targets:
             batch["teacher"] = self._join(targets)

@@ -32,7 +32,7 @@ from retort.cache.reader import LogitCache
 from retort.cluster.ranks import clear_launcher_environment, rank, split_global_batch, world_size
 from retort.config.sections import Student, Tracking, Training
 from retort.io.files import file_lock, write_atomically
-from retort.models.causal_lm import CausalLM, split_model
+from retort.models.causal_lm import CausalLM, needs_mask, split_model
 from retort.models.ends import list_eos_ids, set_special_ids
 from retort.models.load import choose_device, describe_device
 from retort.models.students import build_student
@@ -259,12 +259,15 @@ def build_trainer(arguments: TrainingArguments, job: TrainingJob) -> Distillatio
     if job.training.use_gradient_checkpointing == "auto":
         recomputes = arguments.device.type == "cuda" and model.supports_gradient_checkpointing
         setattr(arguments, _CHECKPOINTING, recomputes)
-    source, collator = job.source, Collator()
+    source = job.source
+    teacher_needs_mask = job.teacher is not None and job.teacher.needs_mask
+    collator = Collator(needs_mask=teacher_needs_mask or needs_mask(split))
     if isinstance(source, LogitCache):
         codec = source.header.codec
         tail_column = find_tail_column(codec, job.training, path=source.path)
         is_narrower = split.vocabulary < codec.vocabulary
-        collator = Collator(tail_column, split.vocabulary if is_narrower else None)
+        vocabulary = split.vocabulary if is_narrower else None
+        collator = replace(collator, tail_column=tail_column, vocabulary=vocabulary)
     trainer = DistillationTrainer(
         settings=job.loss_settings,
         teacher=job.teacher,

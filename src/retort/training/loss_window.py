@@ -24,11 +24,11 @@ class LossWindow:
         self._step: list[tuple[Tensor, Tensor]] = []  # total and sequences of each forward pass
 
     def add(
-        self, terms: LossTerms, *, positions: Tensor, normalizer: Tensor | int, sequences: Tensor
+        self, terms: LossTerms, *, positions: int, normalizer: Tensor | int, sequences: Tensor
     ) -> None:
         """Add one forward pass.
 
-        terms: sums over its positions, divided by `normalizer`; positions: their number []; sequences [B]: its
+        terms: sums over its positions, divided by `normalizer`; positions: their number; sequences [B]: its
         sequences' numbers in the token index.
         """
         zero = torch.zeros_like(terms.total)

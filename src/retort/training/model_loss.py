@@ -16,7 +16,6 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from retort.models.causal_lm import CausalLM
-from retort.training.batches import IGNORE_INDEX
 from retort.training.fused_loss import compute_fused_loss, compute_loss_of_logits
 from retort.training.losses import LossSettings, LossTerms
 from retort.training.teacher_rows import TeacherRows
@@ -26,14 +25,25 @@ from retort.training.teacher_rows import TeacherRows
 class LossTargets:
     """What the predictions of a forward pass are compared with.
 
-    labels int64 [B, T]: labels[t] is the token at t where its prediction counts, else IGNORE_INDEX; teacher: the rows
-    of these predictions in the batch's order, None for alpha 1; normalizer: what the sums are divided by. One object
-    instead of tensors: FSDP's mixed precision rounds every tensor among the inputs to bfloat16.
+    labels int64 [B, T]: labels[t] is the token at t where its prediction counts, else IGNORE_INDEX; counted int64 [P]:
+    indices in [B * T] of the positions before these; teacher: their rows in the batch's order, None for alpha 1;
+    normalizer: what the sums are divided by. One object instead of tensors: FSDP's mixed precision rounds every tensor
+    among the inputs to bfloat16.
     """
 
     labels: Tensor
+    counted: Tensor
     teacher: TeacherRows | None
     normalizer: Tensor | float = 1.0
+
+    def find_labels(self) -> Tensor:
+        """Return the tokens int64 [P] that the counted positions predict."""
+        return take_rows(self.labels[..., None], self.counted + 1)[:, 0]
+
+
+def take_rows(values_BTX: Tensor, counted_P: Tensor) -> Tensor:
+    """Return the values [P, X] at some positions: an index from the host, where a boolean mask would have it wait."""
+    return values_BTX.flatten(0, 1).index_select(0, counted_P.to(values_BTX.device))
 
 
 def attach_loss(split: CausalLM, settings: LossSettings) -> None:
@@ -51,16 +61,17 @@ def attach_loss(split: CausalLM, settings: LossSettings) -> None:
             return original(*args, **inputs)
         if tied is not None and model.get_input_embeddings().weight.requires_grad:
             tied.begin()
-        # The prediction at position t is of the token at t + 1.
-        counts_BT = targets.labels[:, 1:] != IGNORE_INDEX
-        labels_P = targets.labels[:, 1:][counts_BT]
         if split.is_split:
-            features_BTD = split.features(inputs["input_ids"], inputs["attention_mask"])
+            features_BTD = split.features(inputs["input_ids"], inputs.get("attention_mask"))
             head = model.get_output_embeddings()
-            return head(features_BTD[:, :-1][counts_BT], targets=targets, labels_P=labels_P)
-        logits_PV = original(**inputs, use_cache=False).logits[:, :-1][counts_BT]
+            return head(take_rows(features_BTD, targets.counted), targets=targets)
+        logits_PV = take_rows(original(**inputs, use_cache=False).logits, targets.counted)
         return compute_loss_of_logits(
-            logits_PV, labels_P, targets.teacher, settings, normalizer=targets.normalizer
+            logits_PV,
+            targets.find_labels(),
+            targets.teacher,
+            settings,
+            normalizer=targets.normalizer,
         )
 
     model.forward = forward
@@ -138,17 +149,14 @@ def _attach_to_head(split: CausalLM, settings: LossSettings, tied: _TiedWeightGr
     head = split.model.get_output_embeddings()
     original = head.forward
 
-    def forward(
-        features: Tensor, targets: LossTargets | None = None, labels_P: Tensor | None = None
-    ) -> Tensor | LossTerms:
+    def forward(features: Tensor, targets: LossTargets | None = None) -> Tensor | LossTerms:
         if targets is None:
             logits: Tensor = original(features)
             return logits
-        assert labels_P is not None
         terms: LossTerms = compute_fused_loss(
             features,
             head.weight,
-            labels_P,
+            targets.find_labels(),
             targets.teacher,
             settings,
             bias_V=getattr(head, "bias", None),

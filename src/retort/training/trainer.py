@@ -28,7 +28,7 @@ from transformers import (
 from retort.cluster.ranks import rank, world_size
 from retort.io.progress import Meter
 from retort.models.causal_lm import CausalLM
-from retort.training.batches import IGNORE_INDEX, ShuffledStream
+from retort.training.batches import ShuffledStream
 from retort.training.checkpoints import CheckpointId, Progress, write_marker
 from retort.training.loss_window import LossWindow
 from retort.training.losses import (
@@ -38,7 +38,7 @@ from retort.training.losses import (
     compute_dense_divergence,
     compute_hard_loss,
 )
-from retort.training.model_loss import LossTargets
+from retort.training.model_loss import LossTargets, take_rows
 
 _SHOWN = ("total_loss", "learning_rate", "tokens_per_second")  # beside the bar
 _ADVICE = (
@@ -110,34 +110,33 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         Times the number of ranks, because DDP and FSDP take the mean of the ranks' gradients.
         """
         assert num_items_in_batch is not None and not return_outputs
-        ids_BT, mask_BT, labels_BT = (inputs[k] for k in ("input_ids", "attention_mask", "labels"))
-        if self.teacher is not None:
-            terms = self._compute_live(model, inputs, num_items_in_batch)
-        else:
-            targets = LossTargets(labels_BT, inputs.get("teacher"), num_items_in_batch)
-            terms = model(input_ids=ids_BT, attention_mask=mask_BT, targets=targets)
+        targets = LossTargets(
+            inputs["labels"], inputs["counted"], inputs.get("teacher"), num_items_in_batch
+        )
+        read = {name: inputs[name] for name in inputs if name in ("input_ids", "attention_mask")}
+        terms: LossTerms = (
+            model(**read, targets=targets)
+            if self.teacher is None
+            else self._compute_live(model, read, targets)
+        )
         self.window.add(
             terms,
-            positions=(labels_BT[:, 1:] != IGNORE_INDEX).sum(),
+            positions=len(targets.counted),
             normalizer=num_items_in_batch,
             sequences=inputs["sequences"],
         )
         return terms.total * world_size()
 
     def _compute_live(
-        self, model: nn.Module, inputs: dict[str, Tensor], normalizer: Tensor | int
+        self, model: nn.Module, inputs: dict[str, Tensor], targets: LossTargets
     ) -> LossTerms:
         """Return the losses against the live teacher, over the whole vocabulary."""
         assert self.teacher is not None
-        labels_BT = inputs["labels"]
-        counts_BT = labels_BT[:, 1:] != IGNORE_INDEX
-        ids_BT, mask_BT = inputs["input_ids"], inputs["attention_mask"]
-        logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
-        logits_PV = logits_BTV[:, :-1][counts_BT]
-        hard = compute_hard_loss(logits_PV, labels_BT[:, 1:][counts_BT])
+        logits_PV = take_rows(model(**inputs, use_cache=False).logits, targets.counted)
+        hard = compute_hard_loss(logits_PV, targets.find_labels())
         with torch.no_grad():
-            features_BTD = self.teacher.features(ids_BT, mask_BT)
-            teacher_logits_PV = self.teacher.head.logits(features_BTD[:, :-1][counts_BT])
+            features_BTD = self.teacher.features(inputs["input_ids"], inputs.get("attention_mask"))
+            teacher_logits_PV = self.teacher.head.logits(take_rows(features_BTD, targets.counted))
             teacher_logits_PV = teacher_logits_PV[:, : self.num_tokens]
         temperature = self.settings.temperature
         kl = compute_dense_divergence(
@@ -147,8 +146,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             divergence=self.settings.divergence,
         )
         return combine(
-            hard / normalizer,
-            kl / normalizer,
+            hard / targets.normalizer,
+            kl / targets.normalizer,
             alpha=self.settings.alpha,
             temperature=temperature,
         )

@@ -2,7 +2,6 @@
 
 import gc
 import weakref
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from retort.cache.codec import SparseTargets
@@ -22,6 +20,7 @@ from retort.teacher.batches import batch_by_length
 from retort.teacher.scoring import Scorer, score_part
 from retort.teacher.selection import select
 from support.scoring import make_codec, random_table, score_top_k
+from support.syncs import CountSyncs
 from support.teacher_job import Job, read_parts
 from support.tiny import NUM_TOKENS, WIDTH
 
@@ -66,31 +65,11 @@ def test_bytes_are_the_same_however_far_ahead_and_forwards_are_queued_across_par
     assert order[: len(expected)] == expected
 
 
-_SYNCS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "_unique2")
-
-
-class _CountSyncs(TorchDispatchMode):
-    """Counts the operations for whose result the host waits on CUDA."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found = Counter[str]()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        is_masked = name == "index" and any(
-            i is not None and i.dtype == torch.bool for i in args[1]
-        )
-        if name in _SYNCS or is_masked:
-            self.found[name] += 1
-        return func(*args, **(kwargs or {}))
-
-
 def test_a_forward_waits_once_for_a_gpu(teacher: CausalLM) -> None:
     """Once in transformers, for the position ids on the first GPU, before any layer of this batch is queued."""
     table = random_table([30, 2, 17])
     reading = Scorer(teacher, 2).read(batch_by_length(table, 2))
-    with _CountSyncs() as syncs:
+    with CountSyncs() as syncs:
         number = sum(1 for _ in reading)
     assert number == 3 and not teacher.needs_mask
     assert syncs.found.total() == number

@@ -9,12 +9,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from retort.models.causal_lm import split_model
+from retort.models.causal_lm import needs_mask, split_model
 from retort.models.heads import Head
-from retort.training.batches import IGNORE_INDEX
+from retort.training.batches import IGNORE_INDEX, find_counted
 from retort.training.losses import LossSettings, compute_dense_divergence
 from retort.training.model_loss import LossTargets, attach_loss
 from retort.training.teacher_rows import TeacherRows
+from support.syncs import CountSyncs
 
 torch.set_num_threads(1)
 
@@ -79,6 +80,10 @@ def make_batch() -> tuple[dict[str, Tensor], Tensor]:
     return {"input_ids": ids, "attention_mask": mask}, labels
 
 
+def aim(labels: Tensor, teacher: TeacherRows | None, normalizer: float) -> LossTargets:
+    return LossTargets(labels, find_counted(labels), teacher, normalizer)
+
+
 def make_teacher(rows: int) -> tuple[TeacherRows, Tensor]:
     """Whole distributions, as rows without a tail and as logprobs [P, V]."""
     torch.manual_seed(2)
@@ -121,12 +126,15 @@ def learn_from_all_logits(model: PreTrainedModel, temperature: float) -> dict[st
     return gradients(model)
 
 
-def learn(model: PreTrainedModel, *, passes: int = 1) -> dict[str, Tensor]:
+def learn(
+    model: PreTrainedModel, *, passes: int = 1, inputs: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """The gradients of the loss inside the model."""
-    inputs, labels = make_batch()
+    batch, labels = make_batch()
+    inputs = inputs or batch
     teacher, _ = make_teacher(int((labels[:, 1:] != IGNORE_INDEX).sum()))
     for _ in range(passes):
-        model(**inputs, targets=LossTargets(labels, teacher, 7)).total.backward()
+        model(**inputs, targets=aim(labels, teacher, 7)).total.backward()
     return gradients(model)
 
 
@@ -159,10 +167,10 @@ def test_gradients_of_several_passes_add_up_and_other_calls_are_as_before(name: 
     assert_same(learn(model, passes=2), {n: 2 * g for n, g in once.items()})
     assert torch.equal(model(**inputs).logits, logits)
     with torch.no_grad():
-        terms = model(**inputs, targets=LossTargets(labels, None, 7))
+        terms = model(**inputs, targets=aim(labels, None, 7))
     assert not terms.total.requires_grad
     assert_same(learn(model), once)  # a pass without gradients leaves no state
-    model(**inputs, targets=LossTargets(labels, None, 7))  # nor does one without its backward pass
+    model(**inputs, targets=aim(labels, None, 7))  # nor does one without its backward pass
     assert_same(learn(model), once)
 
 
@@ -184,7 +192,7 @@ def test_a_compiled_student_learns_the_same(name: str) -> None:
     compiled: Any = torch.compile(model, backend="aot_eager")
     inputs, labels = make_batch()
     teacher, _ = make_teacher(int((labels[:, 1:] != IGNORE_INDEX).sum()))
-    compiled(**inputs, targets=LossTargets(labels, teacher, 7)).total.backward()
+    compiled(**inputs, targets=aim(labels, teacher, 7)).total.backward()
     assert_same(gradients(model), expected)
 
 
@@ -200,7 +208,7 @@ def test_a_batch_without_any_label_teaches_nothing() -> None:
     model = build("llama, tied")
     attach_loss(split_model(model), LossSettings(1.0))
     inputs, labels = make_batch()
-    terms = model(**inputs, targets=LossTargets(torch.full_like(labels, IGNORE_INDEX), None, 7))
+    terms = model(**inputs, targets=aim(torch.full_like(labels, IGNORE_INDEX), None, 7))
     terms.total.backward()
     assert float(terms.total.detach()) == 0.0
     found = gradients(model)
@@ -229,7 +237,7 @@ def test_divergences_are_those_of_trl(
     theirs.backward()
     expected = gradients(model)
     attach_loss(split_model(model), LossSettings(0.0, temperature, divergence, chunk_size=4))
-    terms = model(**inputs, targets=LossTargets(labels, teacher))
+    terms = model(**inputs, targets=aim(labels, teacher, 1.0))
     terms.total.backward()
     assert float(terms.soft) == pytest.approx(temperature**2 * float(theirs.detach()), rel=1e-6)
     assert_same(gradients(model), {n: temperature**2 * g for n, g in expected.items()})
@@ -237,3 +245,27 @@ def test_divergences_are_those_of_trl(
         logits.detach(), logprobs, temperature=temperature, divergence=divergence
     )
     assert float(live) == pytest.approx(float(theirs.detach()), rel=1e-5)
+
+
+@pytest.mark.parametrize(("name", "in_backward"), [("llama", 0), ("llama, tied", 1)])
+def test_a_step_does_not_wait_for_a_gpu_in_the_loss(name: str, in_backward: int) -> None:
+    """A forward waits once, in transformers; the backward pass of a tied weight at its end, for the distinct ids."""
+    model, (inputs, labels) = build(name), make_batch()
+    split = split_model(model)
+    attach_loss(split, LossSettings(0.25, 2.0, chunk_size=4))
+    targets = aim(labels, make_teacher(int((labels != IGNORE_INDEX).sum()))[0], 7)
+    assert not needs_mask(split)
+    with CountSyncs() as syncs:
+        terms = model(input_ids=inputs["input_ids"], targets=targets)
+    assert syncs.found.total() == 1, syncs.found
+    with CountSyncs() as syncs:
+        terms.total.backward()
+    assert syncs.found.total() == in_backward, syncs.found
+
+
+def test_gradients_are_the_same_without_a_mask() -> None:
+    model, (inputs, _) = build("llama"), make_batch()
+    attach_loss(split_model(model), LossSettings(0.25, 2.0, chunk_size=4))
+    expected = learn(model)
+    del inputs["attention_mask"]
+    assert_same(learn(model, inputs=inputs), expected)
