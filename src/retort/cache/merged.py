@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from retort.cache.kinds import PartKind, count_kinds, refuse_unlike
 from retort.cache.parts import DAMAGED_SUFFIX, part_path, write_header
 from retort.cache.reader import (
     COLUMN_TYPES,
@@ -38,17 +40,27 @@ class _Part:
     label_names: Labels
     byte_ranges: dict[str, tuple[int, int]]
     halved_parts: int
+    kind: PartKind | None
 
 
 def merge_parts(
-    index: TokenIndex, folder: Path, header: CacheHeader, out: Path, *, mode: str = "copy"
-) -> None:
+    index: TokenIndex,
+    folder: Path,
+    header: CacheHeader,
+    out: Path,
+    *,
+    mode: str = "copy",
+    accept_unlike: bool = False,
+) -> Counter[PartKind | None]:
     """Merge all parts, in the index's order, into `out`, and verify it by the parts' checksums; the parts are kept.
 
     mode `copy`: one self-contained file. `virtual`: a file that refers to the records in the parts by relative paths.
+    Returns the number of parts of each kind. Raises UnlikePartsError, unless `accept_unlike`, when there are several.
     Raises ValueError naming every part that is missing, damaged or foreign, or when the disk has too little space.
     """
     parts = _read_parts(index, [part_path(folder, p.name, header) for p in index.parts], header)
+    if not accept_unlike:
+        refuse_unlike([part.path for part in parts], [part.kind for part in parts])
     copied = tuple(LARGE_COLUMNS) if mode == "copy" else tuple(LARGE_COLUMNS)[:-1]
     label_names = [part.label_names for part in parts]
     names = merge_names(label_names)
@@ -72,12 +84,13 @@ def merge_parts(
                 else:
                     _refer_to_records(file, name, parts, beside=out.parent)
             halved = sum(part.halved_parts for part in parts)
-            write_header(file, header, names, columns, halved_parts=halved)
+            write_header(file, header, names, columns, {"halved_parts": halved})
         with temporary.open("r+b") as target:
             for part in parts:
                 _copy_part(part, target, offsets)
         # Checking the merged file instead of the parts finds errors of copying too, at the same cost.
         _refuse_damaged(LogitCache(temporary), [part.path for part in parts])
+    return count_kinds(part.kind for part in parts)
 
 
 def _read_parts(index: TokenIndex, paths: list[Path], header: CacheHeader) -> list[_Part]:
@@ -107,7 +120,8 @@ def _read_part(name: str, path: Path, header: CacheHeader) -> _Part:
         for column, values in cache.columns.items()
         if column not in LARGE_COLUMNS
     }
-    return _Part(path, small, cache.table.label_names, cache.byte_ranges, cache.halved_parts)
+    names = cache.table.label_names
+    return _Part(path, small, names, cache.byte_ranges, cache.halved_parts, cache.kind)
 
 
 def _find_fault(path: Path) -> str | None:

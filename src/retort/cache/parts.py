@@ -17,6 +17,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from retort.cache.codec import NO_ORDER, TokenOrder
+from retort.cache.kinds import PartKind, is_list
 from retort.cache.methods import build_codec
 from retort.cache.reader import (
     CACHE_FORMAT,
@@ -28,6 +29,7 @@ from retort.cache.reader import (
     LogitCache,
     checksum_column,
     checksum_record,
+    read_kind,
 )
 from retort.config.sections import Cache
 from retort.io.digests import digest
@@ -77,11 +79,13 @@ def write_part(
     order: TokenOrder = NO_ORDER,
     *,
     halved: bool = False,
+    kind: PartKind | None = None,
 ) -> None:
     """Write one part atomically, and verify what was written.
 
     sequences: what `header.codec.prepare` made, with `order`, of each sequence of the table. halved: memory ran out, so
-    it was scored in smaller batches, which round differently. Raises ValueError when what was written is damaged.
+    it was scored in smaller batches, which round differently. kind: what computed it, None if it is not known. Raises
+    ValueError when what was written is damaged.
     """
     assert len(sequences) == len(table), (len(sequences), len(table))
     records, packed = header.codec.encode(sequences)
@@ -102,7 +106,8 @@ def write_part(
     def fill(file: h5py.File) -> None:
         for name in COLUMN_TYPES:
             file.create_dataset(name, data=columns[name])
-        write_header(file, header, table.label_names, columns, halved_parts=int(halved))
+        own = {"halved_parts": int(halved)} | ({"made_by": kind.to_json()} if kind else {})
+        write_header(file, header, table.label_names, columns, own)
 
     # Verified here, since merging relies on its checksums.
     write_h5(path, fill, verify=lambda written: LogitCache(written).verify())
@@ -113,17 +118,16 @@ def write_header(
     header: CacheHeader,
     label_names: Any,
     columns: dict[str, NDArray[Any]],
-    *,
-    halved_parts: int,
+    own: dict[str, Any],
 ) -> None:
-    """Write a file's header and attributes; `columns`: at least those of CHECKED_COLUMNS."""
+    """Write a file's header and attributes; `columns`: at least those of CHECKED_COLUMNS, `own`: of this file alone."""
     file.attrs["format"] = np.bytes_(CACHE_FORMAT)
     file.attrs["version"] = CACHE_VERSION
     checksums = {name: checksum_column(columns[name]).hex() for name in CHECKED_COLUMNS}
     content = header.to_json() | {
         "label_names": label_names,
         "checksums": checksums,
-        "halved_parts": halved_parts,
+        **own,
     }
     text = json.dumps(content, sort_keys=True)
     write_text(file, "header", text)
@@ -159,6 +163,21 @@ def find_missing_parts(
     ]
 
 
+def read_kinds(paths: Sequence[Path], *, most: int) -> dict[Path, PartKind | None]:
+    """Return the kinds of parts that exist and can be read: of all, or of about `most` that are evenly spaced."""
+    existing = set[str]()
+    with suppress(FileNotFoundError):
+        existing = {path.name for path in os.scandir(paths[0].parent)}
+    found = [path for path in paths if path.name in existing]
+    kinds = {}
+    for path in found[:: max(1, len(found) // most)]:
+        with suppress(
+            ValueError
+        ):  # damaged, which the merge will say, or merged and removed meanwhile
+            kinds[path] = read_kind(path)
+    return kinds
+
+
 def is_merged(path: Path, header: CacheHeader) -> bool:
     """Say whether the merged cache exists. Raises ValueError when it is damaged or has another header."""
     if not path.exists():
@@ -178,7 +197,7 @@ def discard_if_merged(path: Path, merged: Path, header: CacheHeader) -> None:
 def remove_parts(folder: Path) -> None:
     """Remove the parts of a merged cache, their claims and temporary files; the folder too, if it is then empty."""
     for path in sorted(folder.iterdir()) if folder.exists() else []:
-        if path.suffix in (".h5", DAMAGED_SUFFIX, ".claim", ".tmp"):
+        if path.suffix in (".h5", DAMAGED_SUFFIX, ".claim", ".tmp") or is_list(path):
             path.unlink(missing_ok=True)
     if folder.exists() and not any(folder.iterdir()):
         folder.rmdir()

@@ -22,6 +22,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from retort.cache.codec import Codec, SparseTargets, TokenOrder
+from retort.cache.kinds import PartKind
 from retort.cache.methods import read_codec
 from retort.io.hdf5 import open_h5, read_text
 from retort.tokens.sequences import TABLE_COLUMNS, SequenceTable, content_key
@@ -110,6 +111,26 @@ def checksum_column(column: NDArray[Any]) -> bytes:
     return xxhash.xxh3_128_digest(np.ascontiguousarray(column).view(np.uint8).data)
 
 
+def _read_header(path: Path, file: h5py.File) -> dict[str, Any]:
+    """Return the header's JSON. Raises ValueError when it is damaged."""
+    text = read_text(file, "header")
+    if xxhash.xxh3_64_intdigest(text.encode()) != int(file.attrs["header_checksum"]):
+        raise ValueError(f"{path}: the header does not match its checksum: the file is damaged.")
+    entry: dict[str, Any] = json.loads(text)
+    return entry
+
+
+def _find_kind(entry: dict[str, Any]) -> PartKind | None:
+    made_by = entry.get("made_by")
+    return None if made_by is None else PartKind(**made_by)
+
+
+def read_kind(path: Path) -> PartKind | None:
+    """Return the kind of a part without reading its columns. Raises ValueError when it is damaged or foreign."""
+    with open_h5(path, expected_format=CACHE_FORMAT, version=CACHE_VERSION) as file:
+        return _find_kind(_read_header(path, file))
+
+
 def _map_columns(
     path: Path, file: h5py.File
 ) -> tuple[dict[str, NDArray[Any]], dict[str, tuple[int, int]]]:
@@ -184,18 +205,14 @@ class LogitCache:
     checksum. Both raise ValueError, naming the file, when it is damaged, foreign or newer.
 
     header, table (all sequences), columns (by name, [see COLUMN_TYPES]), byte_ranges (of each column in the file: first
-    byte, number of bytes), halved_parts (number of parts scored in halved batches, because memory ran out).
+    byte, number of bytes), halved_parts (number of parts scored in halved batches, because memory ran out), kind (of a
+    part; None of a merged cache and of an older part).
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         with open_h5(path, expected_format=CACHE_FORMAT, version=CACHE_VERSION) as file:
-            text = read_text(file, "header")
-            if xxhash.xxh3_64_intdigest(text.encode()) != int(file.attrs["header_checksum"]):
-                raise ValueError(
-                    f"{path}: the header does not match its checksum: the file is damaged."
-                )
-            entry = json.loads(text)
+            entry = _read_header(path, file)
             self.columns, self.byte_ranges = _map_columns(path, file)
             self._externals = file["records"].external or []
             for name, expected in entry["checksums"].items():
@@ -207,6 +224,7 @@ class LogitCache:
                     )
         self.header = CacheHeader.from_json(entry)
         self.halved_parts = int(entry.get("halved_parts", 0))
+        self.kind = _find_kind(entry)
         order = checksum_column(self.columns["token_order"]).hex()
         if self.header.codec.order not in (None, order):
             raise ValueError(

@@ -38,6 +38,9 @@ class Merge(Section):
 
     mode: Literal["copy", "virtual"] = "copy"
     """copy makes one portable file and removes the parts; virtual refers to the parts and copies nothing."""
+    accept_unlike_parts: bool = False
+    """Merge parts that were computed on unlike devices (a CPU, models of GPUs), in unlike data types, or with other
+    versions of torch or transformers. They round differently; with false it is an error."""
 
 
 def check_method_keys(c: "Config") -> Found:

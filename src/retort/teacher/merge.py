@@ -3,29 +3,38 @@
 Legend: P counted positions, K kept tokens, V vocabulary.
 """
 
+import logging
 import time
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from retort.cache.codec import Codec, SparseTargets
+from retort.cache.kinds import PartKind, UnlikePartsError, count_kinds, describe_count
 from retort.cache.merged import merge_parts
 from retort.cache.parts import (
     DAMAGED_SUFFIX,
     build_header,
     find_missing_parts,
     is_merged,
+    part_files,
+    read_kinds,
     remove_parts,
 )
 from retort.cache.reader import CACHE_FILE, CacheHeader, LogitCache, cache_digest
 from retort.config.handoff import Job
+from retort.config.sections import Merge
 from retort.io.fingerprints import TeacherRecord
 from retort.io.run_record import RUN_FILE, describe_run
 from retort.teacher.features import TeacherFeatures, read_features
-from retort.teacher.records import CacheRun, Fidelity, Manifest, WorkerRecord
+from retort.teacher.records import CacheRun, Fidelity, KindCount, Manifest, WorkerRecord
 from retort.tokens.index import TokenIndex
 from retort.tokens.sequences import concatenate_tables
+
+logger = logging.getLogger(__name__)
 
 # Nats. Storing and scoring in other batches costs below 1e-2 even in bfloat16; distributions of another position or
 # another teacher are several nats away.
@@ -46,8 +55,8 @@ def merge_h5(
 
     The parts are removed last, unless the merged cache is virtual. After an interruption at any point the same call
     completes the work: the merged file is written atomically, and parts are removed only once it exists. Raises
-    ValueError when parts are missing or damaged, when inputs belong to another teacher or other tokens, or when the
-    cache is far from the live teacher.
+    ValueError when parts are missing, damaged or of unlike kinds, when inputs belong to another teacher or other
+    tokens, or when the cache is far from the live teacher.
     """
     started = time.monotonic()
     cache, merge = job.config.cache, job.config.merge
@@ -57,8 +66,14 @@ def merge_h5(
     )
     folder = manifest_path.parent
     out = folder / CACHE_FILE
-    if not _is_done(out, header, parts=folder / "parts"):
-        _merge(index, folder, header, out, mode=merge.mode)
+    if _is_done(out, header, parts=folder / "parts"):
+        paths = part_files(index, folder / "parts", header)
+        kinds = count_kinds(read_kinds(paths, most=len(paths)).values())
+    else:
+        kinds = _merge(index, folder, header, out, merge)
+    if len(kinds) > 1:
+        named = "; ".join(describe_count(kind, count) for kind, count in kinds.items())
+        logger.warning(f"merge.accept_unlike_parts: {out} has parts of unlike kinds ({named})")
     merged = LogitCache(out)
     workers = [WorkerRecord.read(path) for path in sorted(folder.glob("metadata_worker*.json"))]
     manifest = build_manifest(merged, index, read_fidelity(merged, features_path))
@@ -67,7 +82,8 @@ def merge_h5(
         section={"cache": cache, "merge": merge},
         seconds=time.monotonic() - started,
     )
-    CacheRun(**dict(made), workers=tuple(workers)).write(folder / RUN_FILE)
+    counts = tuple(KindCount(kind=kind, parts=count) for kind, count in kinds.items())
+    CacheRun(**dict(made), workers=tuple(workers), kinds=counts).write(folder / RUN_FILE)
     manifest.write(manifest_path)
     if not merged.is_virtual:
         remove_parts(folder / "parts")
@@ -95,18 +111,22 @@ def _is_done(out: Path, header: CacheHeader, *, parts: Path) -> bool:
     return True
 
 
-def _merge(index: TokenIndex, folder: Path, header: CacheHeader, out: Path, *, mode: str) -> None:
+def _merge(
+    index: TokenIndex, folder: Path, header: CacheHeader, out: Path, merge: Merge
+) -> Counter[PartKind | None]:
     """Merge the parts, unless another process does so first: an orphan of a killed Snakemake may also be merging.
 
-    If parts are missing, the workers' receipts are removed too, so that Snakemake runs the workers again.
+    If parts are missing or of unlike kinds, the workers' receipts are removed too, so that Snakemake runs the workers
+    again. Returns the number of parts of each kind, none where the other process has merged them.
     """
     parts = folder / "parts"
+    options: dict[str, Any] = {"mode": merge.mode, "accept_unlike": merge.accept_unlike_parts}
     try:
-        merge_parts(index, parts, header, out, mode=mode)
-    except (ValueError, FileNotFoundError):
+        return merge_parts(index, parts, header, out, **options)
+    except (ValueError, FileNotFoundError) as error:
         if is_merged(out, header):
-            return  # by the other process, which removed the parts
-        if find_missing_parts(index, parts, header):
+            return Counter()  # by the other process, which removed the parts
+        if isinstance(error, UnlikePartsError) or find_missing_parts(index, parts, header):
             for receipt in folder.glob("metadata_worker*.json"):
                 receipt.unlink(missing_ok=True)
         raise

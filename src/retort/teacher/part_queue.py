@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from retort.cache.codec import TokenOrder
+from retort.cache.kinds import PartKind
 from retort.cache.parts import (
     discard_if_merged,
     find_missing_parts,
@@ -65,6 +66,7 @@ class PartWriter:
     ) -> None:
         self.folder, self.header, self.order, self.on_written = folder, header, order, on_written
         self.thread = ThreadPoolExecutor(max_workers=1)
+        self.kind: PartKind | None = None  # of its parts; known once the teacher is loaded
         self.done: list[str] = []
         self.longest = 0.0  # seconds from a part's first batch to its file
         self._writing: Future[None] | None = None
@@ -96,8 +98,15 @@ class PartWriter:
         with work.claim:
             path = part_path(self.folder, work.part.name, self.header)
             table, sequences = work.scored.table, work.scored.sequences
-            halved = work.scored.is_halved
-            write_part(path, table, sequences, self.header, self.order, halved=halved)
+            write_part(
+                path,
+                table,
+                sequences,
+                self.header,
+                self.order,
+                halved=work.scored.is_halved,
+                kind=self.kind,
+            )
             self.done.append(work.part.name)
             self.on_written(work.part, path)
             discard_if_merged(path, self.folder.parent / CACHE_FILE, self.header)

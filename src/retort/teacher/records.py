@@ -2,6 +2,7 @@
 
 from typing import ClassVar
 
+from retort.cache.kinds import PartKind
 from retort.io.records import Entry, JsonObject, Record
 from retort.io.run_record import RunRecord
 
@@ -54,7 +55,23 @@ class WorkerRecord(Record, format="retort-worker"):
     made: RunRecord
 
 
-class CacheRun(RunRecord, format="retort-cache-run", version=RunRecord.version):
-    """run.json beside a merged cache, with the receipts of the workers that made its parts."""
+class KindCount(Entry):
+    """The number of parts of a kind, which is None where their headers do not name one."""
+
+    kind: PartKind | None
+    parts: int
+
+
+class CacheRun(RunRecord, format="retort-cache-run", version=3):
+    """run.json beside a merged cache: the receipts of the workers that made its parts, and these parts' kinds.
+
+    kinds: most frequent first; empty where the parts were removed before they were counted.
+    """
 
     workers: tuple[WorkerRecord, ...]
+    kinds: tuple[KindCount, ...]
+
+    @classmethod
+    def upgrade(cls, content: JsonObject, version: int) -> JsonObject | None:
+        """Return the content of version 2, which has no kinds, as this version has it."""
+        return content | {"kinds": []} if version == RunRecord.version else None

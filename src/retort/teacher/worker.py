@@ -14,12 +14,15 @@ from itertools import chain
 from pathlib import Path
 
 import torch
+import transformers
 
+from retort.cache.kinds import PartKind, refuse_unlike_work
 from retort.cache.parts import (
     build_header,
     find_missing_parts,
     is_merged,
     part_files,
+    read_kinds,
 )
 from retort.cache.reader import CACHE_FILE, CacheHeader
 from retort.cli import RESUME, first_line, is_out_of_memory
@@ -27,6 +30,7 @@ from retort.cluster.deadlines import OUT_OF_TIME, RESUMABLE, Deadline
 from retort.config.handoff import Job
 from retort.io.fingerprints import TeacherRecord
 from retort.io.run_record import describe_run
+from retort.models.causal_lm import CausalLM
 from retort.models.load import describe_device, load_recorded_teacher, name_dtype
 from retort.teacher.batches import Batch, batch_by_length
 from retort.teacher.claims import Claims
@@ -37,6 +41,8 @@ from retort.teacher.scoring import Scorer, select_batches
 from retort.tokens.index import TokenIndex
 
 logger = logging.getLogger(__name__)
+
+_MAX_COMPARED = 64  # parts that exist, of which a worker reads the headers before it begins
 
 
 @dataclass(frozen=True)
@@ -78,11 +84,12 @@ def run_worker(
             first = next((part for part in parts if part), None)
             if first:
                 scorer = open_scorer()
+                writer.kind = find_kind(scorer.teacher)
                 todo = _batch(chain([first], parts), scorer.batch_size)
                 _score(scorer, todo, queue, progress)
     left = len(find_missing_parts(index, folder, header)) if queue.is_late else 0
     seconds = time.monotonic() - started
-    dtype = name_dtype(scorer.teacher.model.dtype) if scorer else None
+    dtype = writer.kind.dtype if writer.kind else None
     return WorkerReport(writer.done, progress.tokens, seconds, left, dtype)
 
 
@@ -127,6 +134,14 @@ def _open_scorer(job: Job, record_path: Path, *, longest: int) -> Scorer:
         ) from None
 
 
+def find_kind(teacher: CausalLM) -> PartKind:
+    """Return the kind of the parts that a loaded teacher makes."""
+    gpus = {torch.cuda.get_device_name(d) for d in teacher.devices if d.type == "cuda"}
+    device = " + ".join(sorted(gpus)) or "cpu"
+    dtype = name_dtype(teacher.model.dtype)
+    return PartKind(device, dtype, torch.__version__, transformers.__version__)
+
+
 def generate_logits(
     receipt: Path,
     job: Job,
@@ -138,9 +153,9 @@ def generate_logits(
 ) -> None:
     """Run one worker: do parts into parts/ beside the receipt until none is missing, then write the receipt.
 
-    Raises ValueError as `run_worker` does, and when the teacher is not the recorded one, does not fit into memory, or
-    cannot read sequences that long. Raises SystemExit(RESUMABLE), without a receipt, when the scheduler's time limit
-    comes first.
+    Raises ValueError as `run_worker` does, and when the teacher is not the recorded one, does not fit into memory,
+    cannot read sequences that long, or would make parts of another kind than those that exist. Raises
+    SystemExit(RESUMABLE), without a receipt, when the scheduler's time limit comes first.
     """
     # Fixed by the config: another number of threads changes bits.
     torch.set_num_threads(job.config.teacher.generation.cpu_threads)
@@ -155,13 +170,22 @@ def generate_logits(
         logger.info("the merged cache already exists: nothing to do")
         report = WorkerReport([], 0, 0.0)
     else:
+        parts = folder / "parts"
+
+        def open_scorer() -> Scorer:
+            scorer = _open_scorer(job, fingerprint_path, longest=index.longest)
+            if not job.config.merge.accept_unlike_parts:
+                others = read_kinds(part_files(index, parts, header), most=_MAX_COMPARED)
+                refuse_unlike_work(find_kind(scorer.teacher), others)
+            return scorer
+
         report = run_worker(
             index,
-            folder / "parts",
+            parts,
             header,
             worker=worker,
             num_workers=num_workers,
-            open_scorer=lambda: _open_scorer(job, fingerprint_path, longest=index.longest),
+            open_scorer=open_scorer,
             deadline=Deadline(),
         )
     if report.left:

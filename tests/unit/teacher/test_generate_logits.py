@@ -6,15 +6,19 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from retort.cache.merged import merge_parts
 from retort.cache.methods import build_codec
 from retort.cache.parts import (
     build_header,
+    part_files,
+    read_kinds,
 )
-from retort.cache.reader import CacheHeader
+from retort.cache.reader import CacheHeader, read_kind
 from retort.cluster.deadlines import RESUMABLE
 from retort.config.schema import flatten
+from retort.config.sections import Merge
 from retort.io.fingerprints import TeacherRecord
 from retort.models.causal_lm import CausalLM
 from retort.teacher.records import WorkerRecord
@@ -31,13 +35,14 @@ def run_rule(
     *,
     worker: int = 0,
     num_workers: int = 1,
+    merge: Merge = section("merge"),  # noqa: B008
 ) -> None:
     teacher = section(
         "teacher", model_path=job.teacher_path, device="cpu", generation={"batch_size": 4}
     )
     generate_logits(
         receipt,
-        make_job(teacher=teacher, cache=job.cache),
+        make_job(teacher=teacher, cache=job.cache, merge=merge),
         index_path=job.index_path,
         fingerprint_path=job.fingerprint,
         worker=worker,
@@ -64,6 +69,29 @@ def test_receipt_says_who_did_what_with_which_gpus(
     assert read_parts(tmp_path / "parts") == undisturbed
     run_rule(job, tmp_path / "metadata_worker0.json")
     assert caplog.messages[-1].startswith("worker 0: 0 parts")
+
+
+def test_a_worker_does_not_add_to_parts_of_another_kind_unless_told(
+    job: Job, undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after an upgrade of transformers between two runs."""
+    existing = job.part(tmp_path / "parts", 1)
+    existing.parent.mkdir()
+    existing.write_bytes(undisturbed[existing.name])
+    kind = read_kind(existing)
+    assert kind is not None and (kind.device, kind.dtype) == ("cpu", "float32")
+    assert (kind.torch, kind.transformers) == (torch.__version__, transformers.__version__)
+    receipt = tmp_path / "metadata_worker0.json"
+    monkeypatch.setattr(transformers, "__version__", "99.0")
+    with pytest.raises(ValueError, match=r"here: cpu, float32, .* transformers 99\.0\n"):
+        run_rule(job, receipt)
+    assert read_parts(tmp_path / "parts") == {existing.name: undisturbed[existing.name]}
+    assert not receipt.exists()
+
+    run_rule(job, receipt, merge=section("merge", accept_unlike_parts=True))
+    parts = part_files(job.index, tmp_path / "parts", job.header)
+    versions = [kind.transformers for kind in read_kinds(parts, most=len(parts)).values() if kind]
+    assert versions.count("99.0") == len(parts) - 1
 
 
 def test_a_merged_cache_means_nothing_to_do(

@@ -16,16 +16,17 @@ import torch
 from torch import Tensor
 
 from retort.cache.codec import SparseTargets
+from retort.cache.kinds import PartKind, UnlikePartsError
 from retort.cache.merged import merge_parts
 from retort.cache.parts import build_header, part_path, write_part
 from retort.cache.reader import CACHE_FILE, CacheHeader, LogitCache
 from retort.cache.top_k_codec import TopKCodec
 from retort.config.sections import Merge
-from retort.io.files import read_json
+from retort.io.files import read_json, write_json
 from retort.models.heads import Head
 from retort.teacher.features import TeacherFeatures, digest_keys, write_features
 from retort.teacher.merge import merge_h5
-from retort.teacher.records import CacheRun, Manifest
+from retort.teacher.records import CacheRun, KindCount, Manifest
 from retort.teacher.selection import select_top_k
 from retort.tokens.index import TokenIndex
 from retort.tokens.sequences import SequenceTable
@@ -170,6 +171,39 @@ def test_cache_and_manifest_are_the_same_whatever_order_the_parts_were_made_in(
         place.merge()
     assert len({place.file.read_bytes() for place in places}) == 1
     assert len({place.manifest.read_bytes() for place in places}) == 1
+
+
+def test_unlike_parts_are_merged_only_if_asked_for_and_the_record_says_so(
+    prepare: Callable[..., Place], caplog: pytest.LogCaptureFixture
+) -> None:
+    expected, place = prepare(1), prepare()
+    expected.merge()
+    part = place.index.parts[0]
+    table, path = place.index.read_part(part), part_path(place.parts, part.name, place.header)
+    kind = PartKind("NVIDIA L4", "bfloat16", "2.13.0", "5.23.0")
+    targets = targets_of(table, place.header.codec)
+    write_part(path, table, split_targets(targets, table), place.header, kind=kind)
+    receipt = place.folder / "metadata_worker0.json"
+    with pytest.raises(UnlikePartsError, match="unlike kinds"):
+        place.merge()
+    assert not receipt.exists(), "Snakemake runs the workers again"
+    place.merge(merge=section("merge", accept_unlike_parts=True))
+    assert "merge.accept_unlike_parts" in caplog.text and "1 part: NVIDIA L4" in caplog.text
+    others = len(place.index.parts) - 1
+    kinds = CacheRun.read(place.folder / "run.json").kinds
+    assert kinds == (KindCount(kind=None, parts=others), KindCount(kind=kind, parts=1))
+    assert place.file.read_bytes() == expected.file.read_bytes()
+    assert place.manifest.read_bytes() == expected.manifest.read_bytes()
+
+
+def test_a_record_without_kinds_is_read(prepare: Callable[..., Place]) -> None:
+    place = prepare()
+    place.merge()
+    path = place.folder / "run.json"
+    old = read_json(path) | {"version": 2}
+    del old["kinds"]
+    write_json(path, old)
+    assert CacheRun.read(path).kinds == ()
 
 
 def test_parts_stay_until_the_manifest_is_written(

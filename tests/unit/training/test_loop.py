@@ -296,7 +296,7 @@ def test_record_of_a_run_holds_how_its_teacher_was_loaded(bench: Bench, tmp_path
     loaded = {"teacher": {"dtype": "auto", "attn_implementation": "eager"}}
     made = make_run_record(loaded, dtype="bfloat16")
     worker = make_worker_record(made=made)
-    CacheRun(**dict(made), workers=(worker,)).write(cache_path.with_name("run.json"))
+    CacheRun(**dict(made), workers=(worker,), kinds=()).write(cache_path.with_name("run.json"))
     assert find_teacher(cache_path) == {"dtype": "bfloat16", "attn_implementation": "eager"}
 
 
