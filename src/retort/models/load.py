@@ -25,6 +25,7 @@ from retort.io.fingerprints import TeacherRecord, fingerprint_weights, list_weig
 from retort.io.run_record import RUN_FILE, describe_run, name_cpu
 from retort.models.attention import keep_softcap
 from retort.models.causal_lm import CausalLM, can_pack, needs_mask, require_causal, split_model
+from retort.models.quantized import find_faults
 from retort.tokens.tokenizer import explain_load_error, identify_tokenizer, load_tokenizer
 
 transformers_logging.set_verbosity_error()
@@ -212,8 +213,8 @@ def load_recorded_teacher(
 ) -> CausalLM:
     """Load a teacher after checking that it is the recorded one, at the recorded revision.
 
-    Raises ValueError before the weights are loaded when it is another one, or cannot read sequences of `longest`
-    tokens, and as `load_teacher` does.
+    Raises ValueError before the weights are loaded when it is another one, cannot read sequences of `longest` tokens,
+    or needs packages for its quantized weights that are missing, and as `load_teacher` does.
     """
     record = TeacherRecord.read(record_path)
     source = Path(path) if Path(path).is_dir() else None
@@ -223,6 +224,8 @@ def load_recorded_teacher(
         section = section.model_copy(update={"revision": record.revision})
     config = load_model_config(path, **section.source)
     refuse_short_context(config, longest, f"teacher {path!r}")
+    for fault in find_faults(config, on_cpu=choose_device(section.device).type == "cpu"):
+        raise ValueError(f"teacher {path!r} {fault}")
     teacher = replace(load_teacher(path, section), source=source, file_states=file_states)
     assert teacher.vocabulary == record.vocabulary, (teacher.vocabulary, record.vocabulary)
     return teacher

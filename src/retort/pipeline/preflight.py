@@ -38,7 +38,7 @@ from retort.models.load import (
 from retort.models.students import describe_ids, name_student, student_config
 from retort.pipeline.costly_defaults import find_costly_defaults
 from retort.pipeline.demo_teacher import DEMO_TEACHER, DemoTokenizer
-from retort.pipeline.packages import require_packages
+from retort.pipeline.packages import find_missing_packages
 from retort.synthesis.run import check_synthesis_inputs
 from retort.tokens.characters import find_lost_characters
 from retort.tokens.tokenize import TokenCounts, require_template, tokenize_documents
@@ -70,7 +70,7 @@ def check_project(configs: Mapping[str, Config]) -> CheckRecord:
         with mistakes:
             notes += _check_corpus(config, sample)
         with mistakes:
-            tokenizer, width, note = _check_teacher(config)
+            tokenizer, width, note = _check_teacher(config, mistakes)
             notes.append(note)
             with mistakes:
                 notes += _check_tokens(config, tokenizer, sample)
@@ -228,8 +228,11 @@ def _check_tokens(config: Config, tokenizer: Any, sample: list[Document]) -> lis
     ]
 
 
-def _check_teacher(config: Config) -> tuple[Any, int, str]:
-    """Return the text's tokenizer, the width of the teacher's output layer (or number of tokens), and a note."""
+def _check_teacher(config: Config, mistakes: _Mistakes) -> tuple[Any, int, str]:
+    """Return the text's tokenizer, the width of the teacher's output layer (or number of tokens), and a note.
+
+    What is missing to load it is added to `mistakes`.
+    """
     section, dataset = config.teacher, config.dataset
     if section.model_path == "demo":
         return DemoTokenizer(), DEMO_TEACHER.vocabulary, "teacher: the demo's own, trained first"
@@ -242,8 +245,9 @@ def _check_teacher(config: Config) -> tuple[Any, int, str]:
     if Path(section.model_path).is_dir():
         fingerprint_weights(Path(section.model_path))
     check_causal(model, section)
-    name = f"teacher.model_path {section.model_path!r}"
-    require_packages(model, section.attn_implementation, name=name)
+    for fault in find_missing_packages(model, section):
+        with mistakes:
+            raise ValueError(fault)
     tokenizer = load_tokenizer(
         dataset.tokenizer or section.model_path,
         revision=section.revision if dataset.tokenizer is None else None,

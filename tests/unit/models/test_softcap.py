@@ -1,6 +1,7 @@
 """A softcap in the attention is never left out, whatever attention transformers chooses by itself."""
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma2PreTrainedModel
 from retort.io.files import read_json, write_json
 from retort.models.load import load_pretrained, load_teacher
 from retort.models.students import build_student
-from retort.pipeline.packages import require_packages
+from retort.pipeline.packages import find_missing_packages
 from retort.tokens.tokenizer import load_tokenizer
 from support.sections import section
 from support.tiny import WIDTH
@@ -64,10 +65,12 @@ def test_the_softcap_is_kept_and_said(gemma: Path, caplog: pytest.LogCaptureFixt
 
 def test_sdpa_by_name_is_refused_before_any_job(gemma: Path) -> None:
     config = Gemma2Config.from_pretrained(gemma)
-    with pytest.raises(ValueError, match=r"the teacher has a softcap .*'sdpa' leaves out"):
-        require_packages(config, "sdpa", name="the teacher")
-    require_packages(config, "flex_attention", name="the teacher")
-    require_packages(Gemma2Config(attn_logit_softcapping=None), "sdpa", name="the teacher")
+    teacher = section("teacher", model_path="gemma", attn_implementation="sdpa")
+    (fault,) = find_missing_packages(config, teacher)
+    assert re.search(r"'gemma' has a softcap .*'sdpa' leaves out", fault)
+    assert not [*find_missing_packages(Gemma2Config(attn_logit_softcapping=None), teacher)]
+    teacher = section("teacher", model_path="gemma", attn_implementation="flex_attention")
+    assert not [*find_missing_packages(config, teacher)]
 
 
 def test_a_student_from_a_config_keeps_it_too(

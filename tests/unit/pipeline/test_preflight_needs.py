@@ -1,6 +1,7 @@
 """What a job would need and not find hours later is found by the checks, all of it at once."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from retort.io.files import read_json, write_json
+from retort.models.quantized import name_method
 from retort.pipeline import packages
 from support.checked import Setting, copy_teacher
 from support.corpora import write_jsonl
@@ -29,23 +32,41 @@ def quantize(folder: Path, **keys: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("keys", "names"),
+    ("keys", "said"),
     [
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, ["bitsandbytes"]),
-        ({"quant_method": "gptq", "bits": 4}, ["optimum", "gptqmodel"]),
-        ({"quant_method": "awq", "bits": 4}, ["gptqmodel"]),
-        ({"quant_method": "compressed-tensors"}, ["compressed-tensors"]),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "pip install -U bitsandbytes"),
+        ({"quant_method": "gptq", "bits": 4}, "pip install optimum gptqmodel,"),
+        ({"quant_method": "awq", "bits": 4}, "pip install gptqmodel"),
+        ({"quant_method": "compressed-tensors"}, "pip install compressed-tensors"),
+        ({"quant_method": "fbgemm_fp8"}, "pip install fbgemm-gpu,"),
+        ({"quant_method": "nvfp4"}, "is not supported"),
+        ({"quant_method": "modelopt"}, "which this version of transformers does not load"),
     ],
 )
-def test_a_package_that_quantized_weights_need_is_named(
-    setting: Setting, teacher: Path, keys: dict[str, Any], names: list[str], monkeypatch: Any
+def test_what_quantized_weights_need_is_said_before_any_job(
+    setting: Setting, teacher: Path, keys: dict[str, Any], said: str
 ) -> None:
+    if name_method(keys) in AUTO_QUANTIZER_MAPPING and find_spec(said.split()[-1].strip(",")):
+        pytest.skip("it is installed here")
     quantize(teacher, **keys)
-    monkeypatch.setattr(packages, "find_spec", lambda _: None)
-    said = setting.refuse(f"weights quantized with {keys['quant_method']}, for which")
-    assert f"pip install {' '.join(names)}," in said
-    monkeypatch.setattr(packages, "find_spec", lambda _: object())
+    assert said in setting.refuse(f"weights quantized with {name_method(keys)}")
+
+
+@pytest.mark.parametrize("method", ["fp8", "mxfp4"])
+def test_quantized_weights_that_need_nothing_pass(
+    setting: Setting, teacher: Path, method: str
+) -> None:
+    quantize(teacher, quant_method=method)
     assert setting.check()
+
+
+def test_quantized_weights_and_other_mistakes_are_given_at_once(
+    setting: Setting, teacher: Path
+) -> None:
+    quantize(teacher, quant_method="modelopt")
+    with pytest.raises(ValueError, match="the config has 3 mistakes:") as caught:
+        setting.check(dataset={"text_column": "body"}, teacher={"attn_implementation": "flash"})
+    assert all(part in str(caught.value) for part in ("modelopt", "'flash'", "column 'body'"))
 
 
 def test_an_attention_that_is_not_installed_or_unknown_is_refused(
