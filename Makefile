@@ -13,6 +13,9 @@ BIN := $(VENV)/bin
 VLLM := .venv-vllm
 READY := $(VENV)/.ready
 
+# Where this is set, each job and each session of tests would compile every module of Retort again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-all test-unit test-workflow test-slow test-vllm test-slurm test-slurm-runs test-slurm-faults campaign benchmark-cache benchmark-merge benchmark-teacher benchmark-training benchmark-feeding benchmark-groups benchmark-graph benchmark-submissions benchmark-quality benchmark-defaults lint environment docs clean
 
 demo: $(READY)

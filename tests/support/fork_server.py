@@ -38,7 +38,8 @@ LIBRARIES = {
     # What keeps PyTorch out of its process; transformers as it is where PyTorch is not to be found.
     "light": "numpy h5py numba pyarrow datasets tokenizers transformers.models.auto.tokenization_auto filelock xxhash "
     "transformers.tokenization_utils_tokenizers transformers.models.llama.configuration_llama "
-    "jinja2 yaml pydantic zstandard tenacity tqdm matplotlib.figure matplotlib.backends.backend_agg",
+    "jinja2 yaml pydantic zstandard tenacity tqdm matplotlib.figure matplotlib.backends.backend_agg "
+    "matplotlib.backends.backend_svg pandas.io.formats.string pandas.io.formats.csvs",
     "full": "numpy torch h5py numba pyarrow datasets tokenizers accelerate safetensors.torch filelock xxhash "
     "transformers.trainer transformers.models.auto.modeling_auto transformers.models.auto.tokenization_auto "
     "transformers.models.llama.modeling_llama torch.profiler torch.utils.serialization.config tabulate "
@@ -59,6 +60,8 @@ def load(kind: str) -> None:
         sys.modules["torch"] = None  # type: ignore[assignment]
     for name in LIBRARIES[kind].split():
         import_module(name)
+    # A first model loads most of pydantic, and looks for its plugins among all packages.
+    import_module("pydantic").create_model("First", field=(int, 0))
     if kind == "light":
         del sys.modules["torch"]
     assert "retort" not in sys.modules, "a job must load its own"

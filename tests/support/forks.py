@@ -12,8 +12,8 @@ of its own, without a controlling terminal. A signal to the client goes to the j
 the job alone in production as well), SIGSTOP to nobody. A script's own children are real interpreters.
 
 A server is started where it is first asked for, one for each kind of libraries and set of variables that libraries
-read when they are loaded. Requests with other variables than `environment` has, threads' numbers apart, get the real
-interpreter; so do all that come from another namespace or user.
+read when they are loaded. Requests with other variables than an environment that is served, threads' numbers apart, get
+the real interpreter; so do all that come from another namespace or user.
 """
 
 import marshal
@@ -29,13 +29,12 @@ from collections.abc import Mapping
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from support.fork_client import surroundings
 
 HERE = Path(__file__).parent
 # Those that leave PyTorch out, but where a user's own code runs in them.
-LIGHT_SCRIPTS = ("tokenize_shard", "draw_corpus", "index_tokens", "merge_h5", "plan", "report")
+LIGHT_SCRIPTS = ("tokenize_shard", "draw_corpus", "index_tokens", "plan", "report")
 # Variables that libraries read when they are loaded, by their beginnings.
 THREADS = (
     *("OMP_NUM_", "GOTO_NUM_", "OPENBLAS_NUM_"),
@@ -47,7 +46,8 @@ READ_AT_LOAD = (
     *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "BLIS_", "NUMEXPR_", "MALLOC_", "GLIBC_"),
     *("PYTHON", "LANG", "LC_", "TZ", "LD_", "XDG_", "HOME"),
 )
-Key = tuple[str, tuple[tuple[str, str], ...]]
+Variables = tuple[tuple[str, str], ...]
+Key = tuple[str, Variables]
 
 
 def read_at_load(environment: Mapping[str, str]) -> dict[str, str]:
@@ -74,8 +74,9 @@ class Forks:
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.python, self.log = folder / "python", folder / "log.txt"
-        self._environment, self._sources = dict(environment), sources
-        self._expected = without_threads(read_at_load(environment))
+        self._sources = sources
+        self._served: dict[Variables, dict[str, str]] = {}
+        self.serve(environment)
         self._servers: dict[Key, tuple[subprocess.Popen[bytes], socket.socket]] = {}
         self._surroundings = surroundings()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -94,6 +95,11 @@ class Forks:
         self.python.chmod(0o755)
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self._thread.start()
+
+    def serve(self, environment: Mapping[str, str]) -> None:
+        """Take jobs with another environment's variables too."""
+        read = without_threads(read_at_load(environment))
+        self._served[tuple(sorted(read.items()))] = without_threads(environment)
 
     def close(self) -> None:
         """End the servers, and with them what still runs. Raises RuntimeError when one had failed."""
@@ -131,13 +137,14 @@ class Forks:
         request = marshal.loads(message)
         environment = {os.fsdecode(k): os.fsdecode(v) for k, v in request["env"].items()}
         read = read_at_load(environment)
-        found = (request["surroundings"], without_threads(read))
-        if found != (self._surroundings, self._expected):
-            self._note(f"refused {request['words'][:2]}: {found} is not what is served")
+        found = tuple(sorted(without_threads(read).items()))
+        if request["surroundings"] != self._surroundings or found not in self._served:
+            what = (request["surroundings"], found)
+            self._note(f"refused {request['words'][:2]}: {what} is not what is served")
             return False
         key = (find_kind(request["words"]), tuple(sorted(read.items())))
         if key not in self._servers:
-            self._servers[key] = self._start(*key)
+            self._servers[key] = self._start(key[0], self._served[found] | read)
         socket.send_fds(self._servers[key][1], [message], descriptors)
         return True
 
@@ -145,11 +152,12 @@ class Forks:
         with self.log.open("a") as log:
             log.write(line + "\n")
 
-    def _start(self, kind: str, read: Any) -> "tuple[subprocess.Popen[bytes], socket.socket]":
+    def _start(
+        self, kind: str, environment: dict[str, str]
+    ) -> "tuple[subprocess.Popen[bytes], socket.socket]":
         """Start a server with the variables that it is for."""
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        others = without_threads(self._environment)
-        environment = others | dict(read) | {"RETORT_SOURCES": str(self._sources)}
+        environment = environment | {"RETORT_SOURCES": str(self._sources)}
         environment.pop("PYTHONPATH", None)
         code = (
             f"import sys; sys.path[0] = {str(HERE)!r}; from fork_server import main; sys.path.pop(0)\n"

@@ -38,6 +38,8 @@ class Hub:
     sent: Counter[str] = field(default_factory=Counter)  # bytes of content, by file
     endpoint: str = ""
     sha: str = SHA  # of the newest commit
+    home: Path | None = None  # where clients keep what they have downloaded
+    patience_s: int = 1  # of a client
 
     @property
     def environment(self) -> dict[str, str]:
@@ -46,9 +48,32 @@ class Hub:
             "HF_ENDPOINT": self.endpoint,
             "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DOWNLOAD_TIMEOUT": "1",
+            "HF_HUB_DOWNLOAD_TIMEOUT": str(self.patience_s),
             "NO_PROXY": "127.0.0.1",
-        }
+        } | ({"HF_HOME": str(self.home)} if self.home else {})
+
+    def publish(self, folder: Path, *, model: Path | None = None) -> None:
+        """Have a folder as the dataset someone/stories, and the folder `model` as someone/teacher."""
+        self.repositories = {f"datasets/{NAME}": folder}
+        if model:
+            self.repositories[f"models/{MODEL}"] = model
+
+    def publish_inputs(self, place: Place, folder: Path) -> None:
+        """Have a place's documents and teacher as NAME and MODEL; its commands find them here alone."""
+        stories, model = folder / "stories", folder / "model"
+        stories.mkdir()
+        shutil.move(place.path / "documents.jsonl", stories / "train.jsonl")
+        shutil.move(place.path / "teacher", model)
+        self.publish(stories, model=model)
+        place.env.update(self.environment)
+
+    def clear(self) -> None:
+        """Be as new: nothing is here, nothing was asked for, and clients have downloaded nothing."""
+        self.repositories, self.sha = {}, SHA
+        self.requests.clear()
+        self.sent.clear()
+        if self.home:
+            shutil.rmtree(self.home, ignore_errors=True)
 
 
 @contextmanager
@@ -56,8 +81,8 @@ def serve(
     folder: Path, fault: Fault = lambda *_: None, *, model: Path | None = None, **keys: Any
 ) -> Iterator[Hub]:
     """Serve a folder as the dataset someone/stories within the block, and the folder `model` as someone/teacher."""
-    repositories = {f"datasets/{NAME}": folder} | ({f"models/{MODEL}": model} if model else {})
-    with serve_all(repositories, fault, **keys) as hub:
+    with serve_all({}, fault, **keys) as hub:
+        hub.publish(folder, model=model)
         yield hub
 
 
@@ -189,16 +214,3 @@ def _list(folder: Path, query: str) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(folder.rglob("*") if "recursive=true" in query.lower() else folder.iterdir())
-
-
-@contextmanager
-def serve_inputs(place: Place, folder: Path) -> Iterator[Hub]:
-    """Serve a place's documents and teacher as NAME and MODEL; its commands find them there alone."""
-    stories, model = folder / "stories", folder / "model"
-    stories.mkdir()
-    shutil.move(place.path / "documents.jsonl", stories / "train.jsonl")
-    shutil.move(place.path / "teacher", model)
-    with serve(stories, model=model) as hub:
-        home = {"HF_HOME": str(folder / "home"), "HF_HUB_DOWNLOAD_TIMEOUT": "60"}
-        place.env.update(hub.environment | home)
-        yield hub

@@ -190,7 +190,7 @@ class Place:
     def copy_to(self, path: Path) -> "Place":
         """Return a place on this machine with a copy of everything, times of files included."""
         shutil.copytree(self.path, path, symlinks=True, copy_function=shutil.copy2)
-        return Place(path, self.repository, self.env, self.without, self.python)
+        return Place(path, self.repository, dict(self.env), self.without, self.python)
 
 
 Once = Callable[[str, Callable[[Path], object]], Place]

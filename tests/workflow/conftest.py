@@ -15,6 +15,7 @@ import pytest
 from filelock import FileLock
 
 from support.forks import Forks
+from support.hub import Hub, serve_all
 from support.place import REPOSITORY, Once, Place, lay_out
 
 
@@ -31,6 +32,22 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
     yield forks
     Place.interpreter = Path(sys.executable)
     forks.close()
+
+
+@pytest.fixture(scope="session")
+def hub_with_one_address(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    """A Hub whose clients' variables never change, so that they are forked too."""
+    home = tmp_path_factory.mktemp("hub") / "home"
+    with serve_all({}, home=home, patience_s=60) as hub:
+        forks.serve(Place(REPOSITORY, env=hub.environment).environment())
+        yield hub
+
+
+@pytest.fixture
+def hub(hub_with_one_address: Hub) -> Iterator[Hub]:
+    """A Hub on this machine that has nothing yet."""
+    yield hub_with_one_address
+    hub_with_one_address.clear()
 
 
 @pytest.fixture(scope="session")

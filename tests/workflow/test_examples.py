@@ -11,8 +11,6 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ import pytest
 import yaml
 
 from retort.config.sweeps import expand_runs
-from support.hub import serve_all
+from support.hub import Hub
 from support.place import REPOSITORY, Once, Place, merge
 from support.published import DATASETS, MODELS, write_dataset, write_local_files, write_model
 
@@ -55,32 +53,28 @@ SMALLER_OF: dict[str, dict[str, Any]] = {
 TASKS = {"benchmarks": "Rowan/hellaswag allenai/ai2_arc"}  # the data of its tasks
 
 
-@pytest.fixture(scope="module")
-def machine(once: Once, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    """A folder with what the Hub has, each written when a test asks for it, and a machine that sees this Hub."""
-    root = once("published", lambda folder: write_local_files(folder / "data")).path
-    folder = tmp_path_factory.mktemp("machine")
-    (folder / "nvidia-smi").write_text(NVIDIA_SMI)
-    (folder / "nvidia-smi").chmod(0o755)
-    names = [f"models/{name}" for name in MODELS] + [f"datasets/{name}" for name in DATASETS]
-    with serve_all({name: root / name for name in names}) as hub:
-        env = hub.environment | {
-            "HF_HOME": str(folder / "home"),
-            "HF_HUB_DOWNLOAD_TIMEOUT": "60",
-            "PATH": f"{folder}:{os.environ['PATH']}",
-            "RETORT_LOCK_DIR": str(folder / "locks"),
-            "RETORT_SIMULATED_GPUS": "1",
-        }
-        yield Place(root, env=env, without=("CUDA_VISIBLE_DEVICES",))
-
-
 @pytest.fixture
-def place(machine: Place, tmp_path: Path) -> Place:
-    """A folder on this machine with the files that the examples name."""
-    (tmp_path / "config").symlink_to(REPOSITORY / "config")
-    shutil.copytree(machine.path / "data", tmp_path / "data")
-    (tmp_path / "student.json").write_text(json.dumps(STUDENT))
-    return replace(machine, path=tmp_path, env=dict(machine.env))
+def place(once: Once, hub: Hub, tmp_path: Path) -> Place:
+    """A folder with the files that the examples name, on a machine with GPUs that sees the Hub.
+
+    What the Hub has is written when a test asks for it.
+    """
+    root = once("published", lambda folder: write_local_files(folder / "data")).path
+    names = [f"models/{name}" for name in MODELS] + [f"datasets/{name}" for name in DATASETS]
+    hub.repositories = {name: root / name for name in names}
+    programs, path = tmp_path / "programs", tmp_path / "project"
+    programs.mkdir()
+    (programs / "nvidia-smi").write_text(NVIDIA_SMI)
+    (programs / "nvidia-smi").chmod(0o755)
+    shutil.copytree(root / "data", path / "data")
+    (path / "config").symlink_to(REPOSITORY / "config")
+    (path / "student.json").write_text(json.dumps(STUDENT))
+    env = hub.environment | {
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "RETORT_LOCK_DIR": str(tmp_path / "locks"),
+        "RETORT_SIMULATED_GPUS": "1",
+    }
+    return Place(path, env=env, without=("CUDA_VISIBLE_DEVICES",))
 
 
 @pytest.mark.parametrize(

@@ -244,6 +244,13 @@ def test_what_a_server_could_not_do_alike_is_done_by_the_interpreter(
     assert said.split() == ["False", str(os.getpid())]
 
 
+def test_what_a_place_sets_for_its_commands_is_not_set_for_the_next_test(
+    inputs: Place, fresh: Place
+) -> None:
+    fresh.env["HF_HOME"] = str(fresh.path)
+    assert "HF_HOME" in fresh.environment() and "HF_HOME" not in inputs.environment()
+
+
 @pytest.mark.parametrize("way", ["closed", "killed"])
 def test_when_the_servers_owner_ends_so_does_all_of_it(way: str, tmp_path: Path) -> None:
     (tmp_path / "waits.py").write_text(WAITS)

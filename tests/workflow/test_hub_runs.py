@@ -5,23 +5,23 @@ from pathlib import Path
 from typing import Any
 
 from retort.io.files import read_json
-from support.hub import MODEL, NAME, SHA, serve, serve_inputs
+from support.hub import MODEL, NAME, SHA, Hub
 from support.place import Place, sha256, tiny
 
 RUN = {"hybrid": {"training": {"distillation_type": "hybrid", "alpha": 0.5}}}
 
 
 def test_a_dataset_of_the_hub_makes_the_same_student_streamed_or_not(
-    fresh: Place, tmp_path: Path
+    fresh: Place, hub: Hub, tmp_path: Path
 ) -> None:
     teacher = {"model_path": MODEL, "generation": {"num_workers": 1}}
-    with serve_inputs(fresh, tmp_path) as hub:
-        for reading in ({"streaming": False}, {"streaming": True, "max_samples": 120}):
-            dataset = {"name": NAME, "data_files": None} | reading
-            training = {"max_steps": 4}
-            fresh.write_config(tiny(dataset=dataset, teacher=teacher, training=training, runs=RUN))
-            fresh.snakemake()
-            assert "hybrid" in (fresh.results / "summary.txt").read_text()
+    hub.publish_inputs(fresh, tmp_path)
+    for reading in ({"streaming": False}, {"streaming": True, "max_samples": 120}):
+        dataset = {"name": NAME, "data_files": None} | reading
+        training = {"max_steps": 4}
+        fresh.write_config(tiny(dataset=dataset, teacher=teacher, training=training, runs=RUN))
+        fresh.snakemake()
+        assert "hybrid" in (fresh.results / "summary.txt").read_text()
     assert hub.requests["model.safetensors"] == 1
     (record,) = fresh.results.glob("teachers/*/fingerprint.json")
     assert read_json(record)["revision"] == SHA
@@ -30,7 +30,7 @@ def test_a_dataset_of_the_hub_makes_the_same_student_streamed_or_not(
 
 
 def test_a_student_of_the_hub_stays_at_the_commit_of_its_first_start(
-    fresh: Place, tmp_path: Path
+    fresh: Place, hub: Hub, tmp_path: Path
 ) -> None:
     """A newer commit is another student, for a run that starts then, and not for one that is started again."""
     model, newer = tmp_path / "model", "f" * 40
@@ -39,29 +39,28 @@ def test_a_student_of_the_hub_stays_at_the_commit_of_its_first_start(
     student = {"config": None, "model_path": MODEL}
     teacher = {"model_path": None}
     dataset = {"tokenizer": "teacher", "num_shards": 1}
-    with serve(tmp_path, model=model) as hub:
-        home = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DOWNLOAD_TIMEOUT": "60"}
-        fresh.env.update(hub.environment | home)
+    hub.publish(tmp_path, model=model)
+    fresh.env.update(hub.environment)
 
-        def train(run: str, seed: int) -> dict[str, Any]:
-            runs = {run: {"training": {"seed": seed}}}
-            sections = {"dataset": dataset, "teacher": teacher, "student": student}
-            fresh.write_config(tiny(**sections, training=training, runs=runs))
-            fresh.snakemake("--until", "train")
-            (path,) = fresh.results.glob(f"runs/{run}/*/training.json")
-            found: dict[str, Any] = read_json(path)
-            made, start = (read_json(path.with_name(f"{n}.json")) for n in ("run", "student"))
-            assert made["config"]["student"]["revision"] == start["commit"]
-            path.unlink()
-            return found
+    def train(run: str, seed: int) -> dict[str, Any]:
+        runs = {run: {"training": {"seed": seed}}}
+        sections = {"dataset": dataset, "teacher": teacher, "student": student}
+        fresh.write_config(tiny(**sections, training=training, runs=runs))
+        fresh.snakemake("--until", "train")
+        (path,) = fresh.results.glob(f"runs/{run}/*/training.json")
+        found: dict[str, Any] = read_json(path)
+        made, start = (read_json(path.with_name(f"{n}.json")) for n in ("run", "student"))
+        assert made["config"]["student"]["revision"] == start["commit"]
+        path.unlink()
+        return found
 
-        first = train("one", 0)
-        (start,) = fresh.results.glob("runs/one/*/student.json")
-        assert read_json(start)["commit"] == SHA
-        hub.sha = newer
-        weights = model / "model.safetensors"
-        content = bytearray(weights.read_bytes())
-        content[-2] ^= 1
-        weights.write_bytes(content)
-        assert train("one", 0)["student"] == first["student"], "it is started again"
-        assert train("other", 1)["student"] != first["student"]
+    first = train("one", 0)
+    (start,) = fresh.results.glob("runs/one/*/student.json")
+    assert read_json(start)["commit"] == SHA
+    hub.sha = newer
+    weights = model / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-2] ^= 1
+    weights.write_bytes(content)
+    assert train("one", 0)["student"] == first["student"], "it is started again"
+    assert train("other", 1)["student"] != first["student"]

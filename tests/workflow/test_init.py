@@ -12,7 +12,7 @@ import yaml
 
 from retort.evaluation.records import Metrics
 from retort.tokens.index import IndexRecord
-from support.hub import MODEL, NAME, serve_inputs
+from support.hub import MODEL, NAME, Hub
 from support.place import Finished, Place, tiny
 from support.tiny import CHAT_TEMPLATE
 
@@ -73,10 +73,10 @@ def test_chats_and_a_pretrained_student_become_a_config_that_runs_to_the_report(
 
 
 def test_a_dataset_and_a_teacher_of_the_hub_become_a_config_that_passes_the_check(
-    fresh: Place, tmp_path: Path
+    fresh: Place, hub: Hub, tmp_path: Path
 ) -> None:
-    with serve_inputs(fresh, tmp_path) as hub:
-        said = init(fresh, "--corpus", NAME, "--teacher", MODEL, "--student", "16k")
+    hub.publish_inputs(fresh, tmp_path)
+    said = init(fresh, "--corpus", NAME, "--teacher", MODEL, "--student", "16k")
     assert said.returncode == 0, said.output
     assert hub.requests["model.safetensors"] == 0, "weights are not needed to look"
     text = (fresh.path / "mine.yaml").read_text()

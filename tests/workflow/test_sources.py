@@ -12,7 +12,7 @@ from retort.evaluation.records import Metrics
 from retort.tokens.index import TokenIndex
 from retort.tokens.shards import read_token_shard
 from support.corpora import write_jsonl
-from support.hub import NAME, serve
+from support.hub import NAME, Hub
 from support.place import Place, tiny
 
 RUN = {"both": {"training": {"distillation_type": "hybrid", "alpha": 0.5}}}
@@ -67,14 +67,14 @@ def lay_out_sources(place: Place, hub: Path) -> list[dict[str, Any]]:
     ]
 
 
-def test_a_mixture_is_scored_by_source(fresh: Place, tmp_path: Path) -> None:
+def test_a_mixture_is_scored_by_source(fresh: Place, hub: Hub, tmp_path: Path) -> None:
     sources = lay_out_sources(fresh, tmp_path / "hub")
     dataset = {"mix": sources, "name": None, "data_files": None, "validation_fraction": 0.25}
     config = tiny(dataset=dataset, training={"max_steps": 4}, runs=RUN)
     fresh.write_config(config)
-    with serve(tmp_path / "hub") as hub:
-        fresh.env.update(hub.environment | {"HF_HOME": str(tmp_path / "home")})
-        fresh.snakemake()
+    hub.publish(tmp_path / "hub")
+    fresh.env.update(hub.environment)
+    fresh.snakemake()
     (path,) = fresh.results.glob("tokens/*/index.json")
     index = TokenIndex.read(path).record
     found = {label: counts.read for label, counts in index.counts.documents.sources.items()}
