@@ -29,6 +29,7 @@ from retort.config.handoff import Job
 from retort.config.sections import Merge
 from retort.io.fingerprints import TeacherRecord
 from retort.io.run_record import RUN_FILE, describe_run
+from retort.teacher.claims import Claims
 from retort.teacher.features import TeacherFeatures, read_features
 from retort.teacher.records import CacheRun, Fidelity, KindCount, Manifest, WorkerRecord
 from retort.tokens.index import TokenIndex
@@ -39,6 +40,7 @@ logger = logging.getLogger(__name__)
 # Nats. Storing and scoring in other batches costs below 1e-2 even in bfloat16; distributions of another position or
 # another teacher are several nats away.
 _MISALIGNED_KL = 0.5
+_ORPHAN_POLL_S = 1.0
 # Log of the least tail: one that rounds to zero is below 1e-5, but would cost infinitely many nats.
 _LEAST_TAIL = -30.0
 
@@ -120,6 +122,7 @@ def _merge(
     again. Returns the number of parts of each kind, none where the other process has merged them.
     """
     parts = folder / "parts"
+    _await_orphans(index, parts, header)
     options: dict[str, Any] = {"mode": merge.mode, "accept_unlike": merge.accept_unlike_parts}
     try:
         return merge_parts(index, parts, header, out, **options)
@@ -130,6 +133,23 @@ def _merge(
             for receipt in folder.glob("metadata_worker*.json"):
                 receipt.unlink(missing_ok=True)
         raise
+
+
+def _await_orphans(index: TokenIndex, parts: Path, header: CacheHeader) -> None:
+    """Wait while live workers do parts that are missing.
+
+    Those of this run are done before the merge; workers of a Snakemake that was killed may still be at their last part.
+    """
+    claims, num_waited_for = Claims(parts), 0
+    while at_work := [
+        part for _, part in find_missing_parts(index, parts, header) if claims.is_claimed(part.name)
+    ]:
+        if len(at_work) != num_waited_for:
+            num_waited_for = len(at_work)
+            logger.info(
+                f"waiting for {num_waited_for} parts, which workers of an earlier run are at"
+            )
+        time.sleep(_ORPHAN_POLL_S)
 
 
 def _refuse_misaligned(path: Path, found: Fidelity | None) -> None:

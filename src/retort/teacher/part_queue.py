@@ -1,5 +1,6 @@
 """The parts that a worker has claimed, and the thread that writes those that are complete."""
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -24,6 +25,10 @@ from retort.teacher.claims import Claims
 from retort.teacher.scoring import PartTargets
 from retort.tokens.index import Part, TokenIndex
 
+logger = logging.getLogger(__name__)
+
+# The claim of the one worker that stays when all parts that are left are at work elsewhere.
+_WAITING = "waiting"
 # A worker without work lists the folder and reads the claims. 32 of them, 4 times a second, would ask a cluster's file
 # system for 25,000 things a second: the pauses grow.
 _FIRST_PAUSE_S, _PAUSE_GROWTH, _LONGEST_PAUSE_S = 0.25, 1.25, 5.0
@@ -126,11 +131,13 @@ class PartQueue:
         self.parts: deque[ClaimedPart] = deque()
         self.is_late = False  # there was no time for another part
         self._has_started = False
+        self._waiting: ExitStack | None = None  # the claim that this worker waits by
 
     def __enter__(self) -> "PartQueue":
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self._stop_waiting()
         for part in self.parts:
             part.claim.close()
 
@@ -139,7 +146,8 @@ class PartQueue:
     ) -> Iterator[ClaimedPart | None]:
         """Claim and yield parts until none is missing, or the deadline leaves no time for another one.
 
-        None: every missing part is claimed, by this worker or by others, of which one may die.
+        None: every missing part is claimed, by this worker or by others. Of the workers without work one waits, to take
+        over the parts of one that dies; the others end, so that their GPUs are free.
         """
         folder, header = self.writer.folder, self.writer.header
         pause_s = _FIRST_PAUSE_S
@@ -152,13 +160,33 @@ class PartQueue:
             if part is None:
                 yield None
                 self.writer.wait()
+                if not self.parts and not self._waits():
+                    logger.info(
+                        "what is left is at work elsewhere, and another worker waits for it: this one ends"
+                    )
+                    return
                 on_idle()
                 time.sleep(pause_s)
                 pause_s = min(pause_s * _PAUSE_GROWTH, _LONGEST_PAUSE_S)
             elif claimed := self._claim(part):
+                self._stop_waiting()
                 pause_s = _FIRST_PAUSE_S
                 self.parts.append(claimed)
                 yield claimed
+
+    def _waits(self) -> bool:
+        """Return whether this worker is the one that waits, or becomes it now."""
+        if self._waiting is None:
+            with ExitStack() as stack:
+                if not stack.enter_context(self.claims.claim(_WAITING)):
+                    return False
+                self._waiting = stack.pop_all()
+        return True
+
+    def _stop_waiting(self) -> None:
+        if self._waiting is not None:
+            self._waiting.close()
+            self._waiting = None
 
     def _forbids(self, part: Part | None) -> bool:
         """Say whether there is no time for a part, or without one to wait for others."""

@@ -6,6 +6,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from retort.cache.top_k_codec import TopKCodec
 from retort.config.sections import Merge
 from retort.io.files import read_json, write_json
 from retort.models.heads import Head
+from retort.teacher.claims import Claims
 from retort.teacher.features import TeacherFeatures, digest_keys, write_features
 from retort.teacher.merge import merge_h5
 from retort.teacher.records import CacheRun, KindCount, Manifest
@@ -194,6 +196,23 @@ def test_unlike_parts_are_merged_only_if_asked_for_and_the_record_says_so(
     assert kinds == (KindCount(kind=None, parts=others), KindCount(kind=kind, parts=1))
     assert place.file.read_bytes() == expected.file.read_bytes()
     assert place.manifest.read_bytes() == expected.manifest.read_bytes()
+
+
+def test_a_merge_waits_for_a_part_that_a_worker_of_an_earlier_run_is_at(
+    prepare: Callable[..., Place],
+) -> None:
+    place = prepare()
+    part = place.index.parts[1]
+    path = part_path(place.parts, part.name, place.header)
+    elsewhere = path.rename(place.folder / "elsewhere.h5")
+    claims = Claims(place.parts)
+    with claims, claims.claim(part.name), ThreadPoolExecutor() as threads:
+        merging = threads.submit(place.merge)
+        with pytest.raises(TimeoutError):
+            merging.result(timeout=0.5)
+        elsewhere.rename(path)
+        merging.result()
+    assert place.manifest.exists()
 
 
 def test_a_record_without_kinds_is_read(prepare: Callable[..., Place]) -> None:

@@ -355,3 +355,61 @@ def test_a_worker_without_work_looks_at_claims_less_and_less_often(
     assert job.part(tmp_path, 0).exists()
     idle = pauses[:40]  # then it waits for its own last part to be written
     assert idle[0] < 0.5 and idle == sorted(idle) and max(idle) == 5.0 and sum(idle) > 100
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Workers without work
+
+
+def leave_one(job: Job, undisturbed: dict[str, bytes], folder: Path) -> str:
+    """Let all parts but one exist; return the name of that one."""
+    for name, content in undisturbed.items():
+        (folder / name).write_bytes(content)
+    job.part(folder, 2).unlink()
+    return job.part_name(2)
+
+
+def refuse_to_load() -> CausalLM:
+    raise AssertionError("loaded")
+
+
+@pytest.mark.parametrize("of_a_dead_one", [False, True])
+def test_one_worker_waits_for_the_last_parts_and_the_others_end(
+    of_a_dead_one: bool,
+    job: Job,
+    undisturbed: dict[str, bytes],
+    teacher: CausalLM,
+    tmp_path: Path,
+) -> None:
+    last, waiting = leave_one(job, undisturbed, tmp_path), tmp_path / "waiting.claim"
+    if of_a_dead_one:
+        waiting.write_text(f"{os.uname().nodename} 999999999\n")
+    reports = []
+    with Claims(tmp_path) as elsewhere, elsewhere.claim(last) as is_own:
+        assert is_own
+        waiter = threading.Thread(
+            target=lambda: reports.append(job.work(tmp_path, load=lambda: teacher))
+        )
+        waiter.start()
+        mine = f"{os.uname().nodename} {os.getpid()}\n"
+        while not waiting.exists() or waiting.read_text() != mine:
+            time.sleep(0.02)
+        for worker in (1, 2):
+            report = job.work(tmp_path, worker=worker, num_workers=3, load=refuse_to_load)
+            assert (report.parts, report.left) == ([], 0)
+        assert waiter.is_alive() and not reports
+    waiter.join()  # the one that had the part has gone without it
+    assert reports[0].parts == [last]
+    assert read_parts(tmp_path) == undisturbed, "and no claim is left"
+
+
+def test_a_worker_ends_its_own_parts_before_it_leaves_the_rest_to_another(
+    job: Job, undisturbed: dict[str, bytes], teacher: CausalLM, tmp_path: Path
+) -> None:
+    claims = Claims(tmp_path)
+    with claims, claims.claim(job.part_name(2)), claims.claim("waiting"):
+        report = job.work(tmp_path, load=lambda: teacher)
+    assert sorted(report.parts) == sorted(
+        part.name for part in job.index.parts if part.name != job.part_name(2)
+    )
+    assert read_parts(tmp_path).items() < undisturbed.items()
