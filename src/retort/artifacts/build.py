@@ -159,7 +159,7 @@ def refuse_other_teacher(teacher: TeacherModel) -> None:
         return
     record = TeacherRecord.read(path)
     compared = {
-        "weights": (record.weights, fingerprint_weights(local)),
+        "weights": (record.weights, fingerprint_weights(local, record=path)),
         "tokenizer files": (record.tokenizer.fingerprint, fingerprint_tokenizer(local)),
     }
     for what, (recorded, found) in compared.items():
@@ -243,7 +243,7 @@ def _build_corpus(config: Config) -> Corpus:
     stamp = digest_file_states(
         files
     )  # before the digests, to detect edits while these are computed
-    content = [digest_file(path, memo=memo) for path in files]
+    content = [digest_file(path, memos=[memo]) for path in files]
     corpus_id = digest(["corpus", REVISIONS["corpus"], keys, content])
     folder = _cache_root(config) / "corpora" / corpus_id
     return Corpus(corpus_id, folder, dataset, needs_snapshot(dataset), stamp)

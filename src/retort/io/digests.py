@@ -22,26 +22,33 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def digest_file(path: Path, *, memo: Path | None = None) -> str:
+def digest_file(path: Path, *, memos: Iterable[Path] = ()) -> str:
     """Return the digest of a file's bytes, as `hash_file` does.
 
-    `memo` is a JSON file that caches the digests of large files by size and times. If it cannot be read or written, it
-    is not used.
+    `memos` are JSON files that cache the digests of large files by size and times: what one of them knows is written to
+    the others. One that cannot be read or written is not used.
     """
     status = path.stat()
-    if memo is None or status.st_size < _MEMO_BYTES:
+    if status.st_size < _MEMO_BYTES:
         return hash_file(path)
     key = str(path.resolve())
     state = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-    known: dict[str, Any] = {}
+    contents = {memo: _read_memo(memo) for memo in memos}
+    entries = (content.get(key, []) for content in contents.values())
+    found = next((entry for entry in entries if entry[:-1] == state), None)
+    found = found or [*state, hash_file(path)]
+    for memo, content in contents.items():
+        if content.get(key) != found:
+            with contextlib.suppress(OSError):
+                memo.parent.mkdir(parents=True, exist_ok=True)
+                write_json(memo, content | {key: found})
+    return str(found[-1])
+
+
+def _read_memo(memo: Path) -> dict[str, list[Any]]:
     with contextlib.suppress(OSError, ValueError):
-        known = read_json(memo)
-    if known.get(key, [])[:-1] != state:
-        known[key] = [*state, hash_file(path)]
-        with contextlib.suppress(OSError):
-            memo.parent.mkdir(parents=True, exist_ok=True)
-            write_json(memo, known)
-    return str(known[key][-1])
+        return dict(read_json(memo))
+    return {}
 
 
 def digest_file_states(paths: Iterable[Path]) -> str:

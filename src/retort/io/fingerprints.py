@@ -4,6 +4,7 @@ A fingerprint is recorded in each artifact that a model makes, and compared when
 """
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from retort.io.digests import digest, digest_file, hash_file
@@ -60,16 +61,17 @@ class TeacherRecord(Record, format="retort-teacher", version=2):
     vocabulary: int
 
 
-def _weights_memo() -> Path | None:
-    """Return the file that caches digests of weights, for all projects, since they may share teachers.
+def _list_memos(record: Path | None = None) -> list[Path]:
+    """Return the files that cache digests of weights: one for all projects of a user, and one beside a record.
 
-    None for a user without a home, as in containers whose user is not in /etc/passwd.
+    The first is missing for a user without a home, as in containers whose user is not in /etc/passwd, and nodes of a
+    cluster need not share it; the second lies on the disk of the results, which they do.
     """
-    try:
+    memos = [] if record is None else [record.with_name("digests.json")]
+    with suppress(RuntimeError):
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    except RuntimeError:
-        return None
-    return Path(cache) / "retort" / "digests.json"
+        memos.append(Path(cache) / "retort" / "digests.json")
+    return memos
 
 
 def describe_model_file(path: Path) -> str:
@@ -93,9 +95,10 @@ def list_weights(folder: Path) -> list[Path]:
     return [p for p in (folder / "config.json", *weights) if p.exists()]
 
 
-def fingerprint_weights(folder: Path) -> str:
+def fingerprint_weights(folder: Path, *, record: Path | None = None) -> str:
     """Return the fingerprint (12 hex digits) of the weights and config.json in a model folder.
 
+    `record`: the model's record in the results, beside which digests of large files are cached for all nodes.
     Raises ValueError when the folder has no weights.
     """
     files = list_weights(folder) if folder.is_dir() else []
@@ -104,14 +107,14 @@ def fingerprint_weights(folder: Path) -> str:
             f"no model weights in {str(folder)!r}: expected a folder with config.json and *.safetensors (or *.bin), "
             "as save_pretrained() writes it (GGUF is not read). Give such a folder or a Hub id."
         )
-    return digest([[p.name, digest_file(p, memo=_weights_memo())] for p in files])
+    return digest([[p.name, digest_file(p, memos=_list_memos(record))] for p in files])
 
 
 def fingerprint_checkpoint(folder: Path) -> str:
     """Return the fingerprint (12 hex digits) of all files of a training's checkpoint."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    memo = _weights_memo()
-    return digest([[p.relative_to(folder).as_posix(), digest_file(p, memo=memo)] for p in files])
+    memos = _list_memos()
+    return digest([[p.relative_to(folder).as_posix(), digest_file(p, memos=memos)] for p in files])
 
 
 def list_tokenizer_files(folder: Path) -> list[Path]:

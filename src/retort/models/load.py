@@ -73,14 +73,16 @@ def load_model_config(
     return config
 
 
-def fingerprint_model(path: str, *, revision: str | None = None) -> tuple[str, str | None]:
+def fingerprint_model(
+    path: str, *, revision: str | None = None, record: Path | None = None
+) -> tuple[str, str | None]:
     """Return (digest of a folder's files, None), or (digest of a Hub id's commit, the commit).
 
-    Raises ValueError when a Hub id cannot be resolved.
+    `record`: as in `fingerprint_weights`. Raises ValueError when a Hub id cannot be resolved.
     """
     folder = Path(path)
     if folder.is_dir():
-        return fingerprint_weights(folder), None
+        return fingerprint_weights(folder, record=record), None
     try:
         file = cached_file(path, "config.json", revision=revision)
     except Exception as error:
@@ -171,7 +173,7 @@ def record_teacher(path: Path, section: Teacher) -> None:
     started, source = time.monotonic(), str(section.model_path)
     tokenizer = load_tokenizer(source, **section.source)
     config = load_model_config(source, **section.source)
-    weights, commit = fingerprint_model(source, revision=section.revision)
+    weights, commit = fingerprint_model(source, revision=section.revision, record=path)
     made = describe_run(section={"teacher": section}, seconds=time.monotonic() - started)
     made.write(path.with_name(RUN_FILE))
     TeacherRecord(
@@ -196,12 +198,14 @@ def output_width(config: PretrainedConfig) -> int:
 
 def require_weights(record: TeacherRecord, path: str, *, source: Path) -> None:
     """Raise ValueError when a model's weights, or its Hub id, are not those of the record (its fingerprint.json)."""
-    if not Path(path).is_dir() and path != record.name:
+    if not Path(path).is_dir():
+        if path == record.name:
+            return
         raise ValueError(
             f"{path!r} is not the teacher that {source} records ({record.name!r}). Use the fingerprint.json that "
             "resolve_teacher.py wrote for it."
         )
-    if Path(path).is_dir() and (found := fingerprint_weights(Path(path))) != record.weights:
+    if (found := fingerprint_weights(Path(path), record=source)) != record.weights:
         raise ValueError(
             f"{path} holds other weights (fingerprint {found}) than {source} records ({record.weights}). Restore "
             "the old weights, or set teacher.generation.force_regenerate to a new value (for example a date)."

@@ -58,28 +58,40 @@ def flip(path: Path, place: int) -> None:
 
 def test_a_cached_digest_notices_a_change_that_keeps_size_and_date(big: Path) -> None:
     memo = big.parent / "made" / "memo.json"
-    first = digest_file(big, memo=memo)
+    first = digest_file(big, memos=[memo])
     assert first == digest_file(big)
     time.sleep(0.02)  # the clock of a file system ticks every few milliseconds
     flip(big, 5 * MIB)
-    assert digest_file(big, memo=memo) == digest_file(big) != first
+    assert digest_file(big, memos=[memo]) == digest_file(big) != first
 
 
 def test_a_cached_digest_is_not_computed_again(big: Path) -> None:
     memo = big.parent / "memo.json"
-    digest_file(big, memo=memo)
+    digest_file(big, memos=[memo])
     known = read_json(memo)
     (key,) = known
     known[key][-1] = "cached"
     write_json(memo, known)
-    assert digest_file(big, memo=memo) == "cached"
+    assert digest_file(big, memos=[memo]) == "cached"
+
+
+def test_what_one_memo_knows_is_written_to_the_others(big: Path) -> None:
+    """As on a cluster whose nodes share the results, but no home."""
+    home, others, shared = (big.parent / f"{name}.json" for name in ("home", "others", "shared"))
+    known = digest_file(big, memos=[home])
+    content = read_json(home)
+    content[str(big)][-1] = "cached"
+    write_json(home, content)
+    assert digest_file(big, memos=[shared, home]) == "cached" != known
+    assert digest_file(big, memos=[shared, others]) == "cached"
+    assert read_json(others) == read_json(shared) == content
 
 
 def test_a_damaged_or_unwritable_memo_is_not_used(big: Path) -> None:
     memo = big.parent / "memo.json"
     memo.write_text('{"torn": [1, ')
-    assert digest_file(big, memo=memo) == digest_file(big)
-    assert digest_file(big, memo=big / "below a file" / "memo.json") == digest_file(big)
+    assert digest_file(big, memos=[memo]) == digest_file(big)
+    assert digest_file(big, memos=[big / "below a file" / "memo.json"]) == digest_file(big)
 
 
 @pytest.fixture(scope="module")

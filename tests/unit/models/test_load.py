@@ -25,8 +25,9 @@ from transformers import (
     PreTrainedModel,
 )
 
+from retort.io import digests
 from retort.io.files import read_json
-from retort.io.fingerprints import TeacherRecord
+from retort.io.fingerprints import TeacherRecord, TokenizerIdentity
 from retort.models.causal_lm import require_causal, split_model
 from retort.models.heads import Head
 from retort.models.load import (
@@ -248,6 +249,36 @@ def test_one_edit_anywhere_in_large_weights_is_another_fingerprint(
             file.write(b"x")
         seen.add(fingerprint_model(str(tmp_path / "teacher"))[0])
     assert len(seen) == 6
+
+
+def test_nodes_without_a_common_home_hash_large_weights_once(
+    tmp_path: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, path = tmp_path / "teacher", tmp_path / "results" / "fingerprint.json"
+    shutil.copytree(tiny_teacher, folder)
+    large = folder / "more.safetensors"
+    large.write_bytes(bytes(20 << 20))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home of a node"))
+    record = TeacherRecord(
+        weights=fingerprint_model(str(folder), record=path)[0],
+        revision=None,
+        name=str(folder),
+        tokenizer=TokenizerIdentity(fingerprint="", size=1),
+        vocabulary=1,
+    )
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home of another"))
+    hashed: list[Path] = []
+
+    def hash_file(file: Path, hash_it: Callable[[Path], str] = digests.hash_file) -> str:
+        hashed.append(file)
+        return hash_it(file)
+
+    monkeypatch.setattr(digests, "hash_file", hash_file)
+    require_weights(record, str(folder), source=path)
+    assert hashed and large not in hashed  # small files are
+    large.write_bytes(bytes(21 << 20))
+    with pytest.raises(ValueError, match="holds other weights"):
+        require_weights(record, str(folder), source=path)
 
 
 def test_teachers_dtype_is_the_configs(tiny_teacher: Path) -> None:
