@@ -47,6 +47,11 @@ LIBRARIES = {
 }
 
 
+def runs_snakemake(words: list[str]) -> bool:
+    """Say whether a command line is of a process that runs Snakemake itself."""
+    return words[:2] == ["-m", "snakemake"] or words[:3] == ["-m", "retort", "run"]
+
+
 def load(kind: str) -> None:
     """Import the libraries of a kind, with the variables that a script sets before it imports them."""
     if kind != "snakemake":
@@ -176,7 +181,7 @@ def become(request: Request, descriptors: list[int], stand_in: str) -> Callable[
     for name, soft, hard in request["limits"]:
         if resource.getrlimit(name) != (soft, hard):
             resource.setrlimit(name, (soft, hard))
-    if request["words"][:2] == ["-m", "snakemake"]:
+    if runs_snakemake(request["words"]):
         sys.executable = stand_in  # its jobs are forked as well
     tempfile.tempdir = None
     random.seed()

@@ -31,6 +31,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from support.fork_client import surroundings
+from support.fork_server import runs_snakemake
 
 HERE = Path(__file__).parent
 # Those that leave PyTorch out, but where a user's own code runs in them.
@@ -75,6 +76,9 @@ class Forks:
         folder.mkdir(parents=True, exist_ok=True)
         self.python, self.log = folder / "python", folder / "log.txt"
         self._sources = sources
+        self.refused: list[
+            str
+        ] = []  # commands whose variables or surroundings nobody serves: real starts
         self._served: dict[Variables, dict[str, str]] = {}
         self.serve(environment)
         self._servers: dict[Key, tuple[subprocess.Popen[bytes], socket.socket]] = {}
@@ -141,6 +145,7 @@ class Forks:
         if request["surroundings"] != self._surroundings or found not in self._served:
             what = (request["surroundings"], found)
             self._note(f"refused {request['words'][:2]}: {what} is not what is served")
+            self.refused.append(" ".join(request["words"][:2]))
             return False
         key = (find_kind(request["words"]), tuple(sorted(read.items())))
         if key not in self._servers:
@@ -180,7 +185,7 @@ class Forks:
 
 def find_kind(words: list[str]) -> str:
     """Return which libraries a command line's job is forked from."""
-    if words[:2] == ["-m", "snakemake"]:
+    if runs_snakemake(words):
         return "snakemake"
     config = dict(pairwise(words)).get("--config", "")
     is_custom = re.search(r'"sharding": "[^"]*:|"trust_remote_code": true', config)

@@ -8,6 +8,7 @@ is used wherever what would run is all that is asked.
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -32,6 +33,11 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
     yield forks
     Place.interpreter = Path(sys.executable)
     forks.close()
+    if forks.refused:  # each takes seconds longer, and nothing else would say so
+        warnings.warn(
+            f"{len(forks.refused)} commands were real starts ({forks.log} says why): {forks.refused[:3]}",
+            stacklevel=1,
+        )
 
 
 @pytest.fixture(scope="session")

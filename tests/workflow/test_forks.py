@@ -5,7 +5,7 @@ import pty
 import signal
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +226,7 @@ def test_a_job_has_its_own_modules_and_its_own_randomness(forks: Forks, tmp_path
 
 @pytest.mark.parametrize("reason", ["variable", "flag", "descriptors"])
 def test_what_a_server_could_not_do_alike_is_done_by_the_interpreter(
-    reason: str, forks: Forks, tmp_path: Path
+    reason: str, tmp_path: Path
 ) -> None:
     script = tmp_path / "script.py"
     script.write_text("import os, sys; print('numpy' in sys.modules, os.getppid())")
@@ -236,9 +236,12 @@ def test_what_a_server_could_not_do_alike_is_done_by_the_interpreter(
     elif reason == "flag":
         flags = ["-B"]
     many = [os.dup(0) for _ in range(300 if reason == "descriptors" else 0)]
-    said = subprocess.check_output(
-        [forks.python, *flags, script], env=env, pass_fds=many, text=True
-    )
+    served = Place(tmp_path).environment()
+    with closing(Forks(tmp_path / "forks", served, sources=REPOSITORY / "src")) as forks:
+        said = subprocess.check_output(
+            [forks.python, *flags, script], env=env, pass_fds=many, text=True
+        )
+    assert len(forks.refused) == (reason == "variable"), "the others do not even ask"
     for descriptor in many:
         os.close(descriptor)
     assert said.split() == ["False", str(os.getpid())]
