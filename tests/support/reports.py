@@ -14,7 +14,7 @@ from retort.evaluation.records import Metrics
 from retort.evaluation.scores import write_document_sums
 from retort.report.comparisons import Comparisons, compare_runs
 from retort.report.findings import find_warnings
-from retort.report.page import WIDTH, make_report, render_summary
+from retort.report.page import WIDTH, describe_results, make_report, render_summary
 from retort.report.runs import load_results
 from retort.report.scoreboard import read_scoreboard
 from retort.report.tables import build_main_table
@@ -135,10 +135,10 @@ def compare(paths: Sequence[Path]) -> Comparisons:
     return compare_runs(load_results(paths))
 
 
-def summarise(paths: Sequence[Path], width: int = WIDTH) -> str:
+def summarise(paths: Sequence[Path], width: int = WIDTH, benchmarks: Sequence[Path] = ()) -> str:
     """Return the summary of the results."""
-    report_path = Path("results/report.html")
-    return render_summary(compare(paths), read_scoreboard([]), report_path=report_path, width=width)
+    shown = describe_results(compare(paths), read_scoreboard(benchmarks))
+    return render_summary(shown, report_path=Path("results/report.html"), width=width)
 
 
 def find_all_warnings(paths: Sequence[Path]) -> str:

@@ -63,6 +63,7 @@ def test_the_wheel_holds_the_library_and_the_workflow_and_nothing_else(wheel: Pa
         "retort/py.typed",
         "retort/_workflow/workflow/schemas/config.schema.json",
         *(f"retort/report/{name}.j2" for name in ("page.html", "summary.txt", "warnings.txt")),
+        "retort/report/columns.yaml",
     } <= names
 
 

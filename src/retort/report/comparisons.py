@@ -28,13 +28,8 @@ from retort.config.sections import Student, Training
 from retort.evaluation.intervals import DocumentSums, Estimate, percentile_interval
 from retort.evaluation.records import Metrics
 from retort.evaluation.scores import MAX_LOSS, METRICS
-from retort.report.runs import ENDS, Results, get_estimate
-from retort.report.seeds import (
-    compare_means,
-    compute_share,
-    find_last_change,
-    student_quantile,
-)
+from retort.report.runs import ENDS, Results, get_estimate, set_estimates
+from retort.report.seeds import compare_means, compute_share, find_last_change, student_quantile
 
 SEED, SIZE, HELD_OUT, TEXT = "training.seed", "student parameters", "held-out text", "training text"
 UNKNOWN, STUDENT, WEIGHTS = "settings", "student content", "teacher weights"
@@ -71,28 +66,29 @@ class Comparisons:
 
     def values_of(self, setting: str, metric: str) -> pd.Series:
         """Return a metric of each run of a setting, by seed."""
-        return self.runs[self.runs.setting == setting].set_index("seed")[metric]
+        is_one = self.runs.setting == setting
+        return self.runs[metric][is_one].set_axis(self.runs.seed[is_one])
 
     def differ(self, one: str, other: str, metric: str = "loss") -> tuple[Estimate, str]:
         """Return a setting's mean minus another's, and what its interval is over: "seeds", "documents" or ""."""
         mine, theirs = self.values_of(one, metric), self.values_of(other, metric)
-        if max(len(mine), len(theirs)) > 1:
-            found = compare_means(mine, theirs)
-            return found, "seeds" if found.ends else ""
         names = [self.runs.index[self.runs.setting == setting][0] for setting in (one, other)]
-        if metric in _LOSS_METRICS:
+        basis = "seeds" if max(len(mine), len(theirs)) > 1 else "documents"
+        if basis == "documents" and metric in _LOSS_METRICS:
             found = _differ(self.runs, self.sums, *names)
         else:
-            found = Estimate(float(mine.iloc[0] - theirs.iloc[0]), None, None)
-        return found, "documents" if found.ends else ""
+            found = compare_means(mine, theirs)
+        return found, basis if found.ends else ""
 
 
 def compare_runs(results: Results) -> Comparisons:
     """Find the baselines, margins and settings of all runs; the order of the runs changes none of them."""
-    runs, sums = results.runs.copy(), {}
-    for group, names in runs.groupby("group").groups.items():
-        if tables := {n: results.documents[n] for n in names if n in results.documents}:
-            sums[group] = sum_documents(tables)
+    runs = results.runs.copy()
+    tables = {
+        group: {name: results.documents[name] for name in names if name in results.documents}
+        for group, names in runs.groupby("group").groups.items()
+    }
+    sums = {group: sum_documents(known) for group, known in tables.items() if known}
     described = [_describe(run, results.metrics[name]) for name, run in runs.iterrows()]
     conditions, learning = (
         pd.DataFrame(rows, index=runs.index, dtype=object).map(_show)
@@ -105,13 +101,13 @@ def compare_runs(results: Results) -> Comparisons:
     runs.loc[~is_distilled | (runs.full == runs.index), "full"] = np.nan
     runs["setting"] = _name_settings(runs, _join(conditions.drop(columns=SEED), learning))
     ends = {name: find_last_change(log) for name, log in results.logs.items()}
-    _set_estimates(runs, "last_change", ends)
+    set_estimates(runs, "last_change", ends)
     pairs = list(runs.baseline.dropna().items())
-    _set_estimates(runs, "margin", {n: _differ(runs, sums, n, b) for n, b in pairs})
+    set_estimates(runs, "margin", {n: _differ(runs, sums, n, b) for n, b in pairs})
     for share, targets in {"gap_closed": runs.full, "distance_closed": _OF + runs.index}.items():
         target = pd.Series(targets, runs.index)
         shares = {n: _find_share(sums.get(runs.group[n]), n, b, target[n]) for n, b in pairs}
-        _set_estimates(runs, share, shares)
+        set_estimates(runs, share, shares)
     return Comparisons(results, runs, _average_settings(runs), conditions, learning, sums)
 
 
@@ -219,9 +215,14 @@ def sum_documents(tables: Mapping[str, pd.DataFrame]) -> DocumentSums:
     return sums
 
 
-def find_gain(sums: DocumentSums, one: str, other: str) -> tuple[float, Any]:
-    """Return by how much the loss of one run is below another's, in nats/token, and the same in each resample [R]."""
+def find_gain(sums: DocumentSums | None, one: str, other: str) -> tuple[float, Any] | None:
+    """Return by how much the loss of one run is below another's, in nats/token, and the same in each resample [R].
+
+    None without documents.csv of both.
+    """
     mine, theirs = f"loss of {one}", f"loss of {other}"
+    if not (sums and sums.has(mine) and sums.has(theirs)):
+        return None
     gain = (sums.total(theirs) - sums.total(mine)) / sums.total("positions")
     if len(sums.documents) < 2:
         return gain, np.array([])
@@ -231,11 +232,9 @@ def find_gain(sums: DocumentSums, one: str, other: str) -> tuple[float, Any]:
 
 def _differ(runs: pd.DataFrame, sums: dict[int, DocumentSums], one: str, other: str) -> Estimate:
     """Return the loss of one run minus another's on the same documents; no interval without documents.csv of both."""
-    known = sums.get(runs.group[one])
-    if not (known and all(known.has(f"loss of {name}") for name in (one, other))):
+    if not (found := find_gain(sums.get(runs.group[one]), one, other)):
         return Estimate(float(runs.loss[one] - runs.loss[other]), None, None)
-    gain, gain_R = find_gain(known, one, other)
-    return percentile_interval(-gain, -gain_R)
+    return percentile_interval(-found[0], -found[1])
 
 
 def _find_share(sums: DocumentSums | None, run: str, baseline: str, target: str) -> Estimate | None:
@@ -243,46 +242,39 @@ def _find_share(sums: DocumentSums | None, run: str, baseline: str, target: str)
 
     None unless both its gain and the gain of the target are clearly positive.
     """
-    if not (sums and all(sums.has(f"loss of {name}") for name in (run, baseline, target))):
+    found = [find_gain(sums, one, baseline) for one in (run, target)]
+    if not (found[0] and found[1]) or len(found[0][1]) == 0:
         return None
-    (gain, gain_R), (gap, gap_R) = (find_gain(sums, one, baseline) for one in (run, target))
-    if len(gain_R) == 0 or min(np.quantile(gain_R, 0.025), np.quantile(gap_R, 0.025)) <= 0:
+    (gain, gain_R), (gap, gap_R) = found[0], found[1]
+    if min(np.quantile(gain_R, 0.025), np.quantile(gap_R, 0.025)) <= 0:
         return None
     return percentile_interval(gain / gap, gain_R / gap_R)
 
 
-def _set_estimates(frame: pd.DataFrame, name: str, found: Mapping[str, Estimate | None]) -> None:
-    rows = {row: (e.value, e.low, e.high) for row, e in found.items() if e}
-    columns = [f"{name}{end}" for end in ENDS]
-    table = pd.DataFrame.from_dict(rows, orient="index", columns=columns, dtype=float)
-    frame[columns] = table.reindex(frame.index)
-
-
 def _average_settings(runs: pd.DataFrame) -> pd.DataFrame:
     """Return a row for each setting: means over its seeds, and of a single seed its run's numbers."""
-    settings = runs.drop_duplicates("setting").set_index("setting")
-    by_setting = runs.groupby("setting")
+    settings, by_setting = (
+        runs.drop_duplicates("setting").set_index("setting"),
+        runs.groupby("setting"),
+    )
     settings["seeds"] = by_setting.size()
     settings["baseline"] = settings.baseline.map(runs.setting)
     settings["basis"] = np.where(settings.seeds > 1, "seeds", "documents")
     several = settings.index[settings.seeds > 1]
     values = by_setting[[*METRICS, "margin", *_COSTS]]
-    quantiles = settings.seeds[several].map(lambda seeds: student_quantile(seeds - 1))
     # A metric that one of the runs lacks has no mean.
     means = values.mean().where(values.count().eq(settings.seeds, axis=0)).loc[several]
+    quantiles = settings.seeds[several].map(lambda seeds: student_quantile(seeds - 1))
     halves = values.sem().loc[several].mul(quantiles, axis=0)
-    settings.loc[several, list(_COSTS)] = means[list(_COSTS)]
     for end, table in zip(ENDS, (means, means - halves, means + halves), strict=True):
-        table = table.drop(columns=list(_COSTS)).assign(
-            perplexity=np.exp(table.loss.clip(upper=MAX_LOSS))
-        )
-        settings.loc[several, [f"{name}{end}" for name in table]] = table.to_numpy()
+        table = table.assign(perplexity=np.exp(table.loss.clip(upper=MAX_LOSS))).add_suffix(end)
+        table = table.drop(columns=table.columns.difference(settings.columns))  # costs have no ends
+        settings.loc[several, table.columns] = table
     for share in ("gap_closed", "distance_closed"):
         found = {name: get_estimate(row, share) for name, row in settings.iterrows()}
-        found |= {
-            name: _share_over_seeds(runs, by_setting.get_group(name), share) for name in several
-        }
-        _set_estimates(settings, share, found)
+        for name in several:
+            found[name] = _share_over_seeds(runs, by_setting.get_group(name), share)
+        set_estimates(settings, share, found)
     return settings.sort_values(["group", "loss"], kind="stable")
 
 
@@ -291,6 +283,42 @@ def _share_over_seeds(runs: pd.DataFrame, members: pd.DataFrame, share: str) -> 
     gaps = members.baseline.map(runs.loss) - targets
     is_known = members.margin.notna().all() and gaps.notna().all()
     return compute_share(-members.margin, gaps) if is_known else None
+
+
+# Sweeps --------------------------------------------------------------------------------------------
+
+
+def find_sweeps(found: Comparisons, group: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Return the keys that differ alone between settings of a group, and those settings with `x`, the key's value, and
+    `line`, what distinguishes them from the other lines."""
+    texts = (
+        pd.concat([found.conditions, found.learning], axis=1).groupby(found.runs.setting).first()
+    )
+    texts = texts.drop(columns=[SEED, HELD_OUT, TEXT, UNKNOWN]).loc[group.index]
+    sweeps = []
+    for key in texts.columns.drop(["teacher", STUDENT, WEIGHTS]):  # a digest may look like a number
+        # The size of a student is a number, the config that it follows from is none.
+        follows = [c for c in texts if c == key or (key == SIZE and c.startswith("student"))]
+        rest = texts.drop(columns=follows)
+        x = pd.to_numeric(texts[key], errors="coerce")
+        points = group.assign(x=x, line=rest.agg("\n".join, axis=1))[x.notna()]
+        points = points[points.groupby("line").x.transform("nunique") > 1].sort_values("x")
+        if len(points):
+            sweeps.append((key, points.assign(line=_name_lines(rest.loc[points.index]))))
+    return sweeps
+
+
+def _name_lines(rest: pd.DataFrame) -> pd.Series:
+    """Return for each setting what differs between the lines, as "hybrid, temperature 2"."""
+    names = rest["training.distillation_type"]
+    plain = rest.drop(columns=[STUDENT, WEIGHTS], errors="ignore")
+    if len(plain.drop_duplicates()) == len(rest.drop_duplicates()):
+        rest = plain  # digests tell nothing more
+    used = rest.drop(columns="training.distillation_type").mask(lambda texts: texts == "-")
+    for key in used.columns[used.nunique() > 1]:
+        label = f", {key.rpartition('.')[2]} {{}}".format
+        names += used[key].map(label, na_action="ignore").fillna("")
+    return names
 
 
 # Judgements ----------------------------------------------------------------------------------------
@@ -309,27 +337,23 @@ def is_gain(margin: Estimate | None) -> bool:
 
 
 def find_best(comparisons: Comparisons, group: pd.DataFrame, metric: str) -> str | None:
-    """Return the setting of a group that is clearly best in a metric; None if there is none."""
-    sign = 1 if METRICS[metric].is_less_better else -1
-    known = group[group[metric].notna()]
-    if len(known) < 2:
-        return None
-    best, *others = (sign * known[metric]).sort_values(kind="stable").index
-    is_best = all(_is_clearly_better(comparisons, best, other, metric) for other in others)
-    return best if is_best else None
+    """Return the setting of a group that is clearly best in a metric; None if there is none.
 
-
-def _is_clearly_better(comparisons: Comparisons, one: str, other: str, metric: str) -> bool:
-    """Whether a setting's difference from another excludes zero; or, where that is not known, their intervals do not
-    overlap."""
+    It is clearly better where its difference from another excludes zero; or, where that is not known, their intervals
+    do not overlap.
+    """
     sign = 1 if METRICS[metric].is_less_better else -1
-    found, _ = comparisons.differ(one, other, metric)
-    if found.ends:
-        return max(sign * end for end in found.ends) < 0
-    settings = comparisons.settings
-    if settings.seeds[[one, other]].max() > 1:
-        return False
-    mine, theirs = (get_estimate(settings.loc[name], metric) for name in (one, other))
-    if not (mine and theirs and mine.ends and theirs.ends):
-        return False
-    return max(sign * end for end in mine.ends) < min(sign * end for end in theirs.ends)
+
+    def is_better(one: str, other: str) -> bool:
+        found, _ = comparisons.differ(one, other, metric)
+        if found.ends:
+            return max(sign * end for end in found.ends) < 0
+        rows = [comparisons.settings.loc[name] for name in (one, other)]
+        if max(row.seeds for row in rows) > 1:
+            return False
+        mine, theirs = ([sign * row[f"{metric}{end}"] for end in ENDS[1:]] for row in rows)
+        return bool(max(mine) < min(theirs))  # False without an interval
+
+    ranked = list((sign * group[metric].dropna()).sort_values(kind="stable").index)
+    is_best = len(ranked) > 1 and all(is_better(ranked[0], other) for other in ranked[1:])
+    return ranked[0] if is_best else None

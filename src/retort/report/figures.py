@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,30 +16,14 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from retort.evaluation.records import Scorecard
-from retort.report.comparisons import (
-    HELD_OUT,
-    SEED,
-    SIZE,
-    STUDENT,
-    TEXT,
-    UNKNOWN,
-    WEIGHTS,
-    Comparisons,
-)
-from retort.report.runs import find_teachers, get_estimate
-from retort.report.svg import (
-    INKS,
-    PANEL_INCHES,
-    Draw,
-    draw_swatch,
-    find_style,
-    finish_axes,
-    render_svg,
-)
+from retort.report import svg
+from retort.report.comparisons import Comparisons, find_sweeps
+from retort.report.runs import find_teachers
 
+_WIDTH = 4.4  # inches of a panel, which fills a phone; a wide screen shows two side by side
 # Behind text, so that no line runs through a word.
-_HALO: dict[str, Any] = {"facecolor": INKS["ground"][0], "edgecolor": "none", "pad": 1.2}
-_DASHED: dict[str, Any] = {"linewidth": 1.3, "linestyle": (0, (4, 3))}
+_HALO: dict[str, Any] = {"facecolor": svg.INKS["ground"][0], "edgecolor": "none", "pad": 1.2}
+_DASHED: dict[str, Any] = {"linewidth": 1.3, "linestyle": (0, (4, 3)), "color": svg.INKS["ink"][0]}
 _MAX_POINTS = 400  # of a curve: about as many as a panel has pixels
 
 Legend = list[tuple[str, str]]  # names and swatches
@@ -59,40 +43,37 @@ class Figures:
 
     def make_legend(self, settings: Iterable[str]) -> Legend:
         """Return the name and the swatch of each setting."""
-        return [
-            (s, draw_swatch(self.styles[s], key=f"{self.key}s{self.styles[s]}")) for s in settings
-        ]
+        return [(s, _find_swatch(self.styles[s], f"{self.key}s")) for s in settings]
 
-    def _render(self, draw: Draw, label: str, *, height: float = 3.1) -> str:
-        key = self.key + re.sub(r"\W+", "-", label)
-        return render_svg(draw, (PANEL_INCHES, height), label=label, key=key)
+    def _write(self, axes: Axes, label: str) -> str:
+        return svg.write_svg(axes, label=label, key=self.key + re.sub(r"\W+", "-", label))
 
-    def _draw_point(
-        self, axes: Axes, at: float, name: str, metric: str, style: int, *, is_level: bool = False
+    def _draw_points(
+        self, axes: Axes, at: pd.Series, metric: str, styles: Mapping[str, int], *, on: str = "x"
     ) -> None:
-        """Draw the seeds, the interval and the mean of a setting's metric at a place on the other axis."""
-        colour, marker, _ = find_style(style)
-        found = get_estimate(self.group.loc[name], metric)
-        seeds = self.found.values_of(name, metric)
-        assert found is not None
-
-        def plot(values: Sequence[float], **look: Any) -> None:
-            points = [at] * len(values), values
-            axes.plot(*(points[::-1] if is_level else points), color=colour, **look)
-
-        plot(found.ends or (), linewidth=1.6, alpha=0.7)
-        if len(seeds) > 1:
-            plot(list(seeds), marker="o", markersize=4, linestyle="none", alpha=0.55)
-        plot([found.value], marker=marker, markersize=8, zorder=4)
+        """Draw the seeds, the interval and the mean of a metric of settings, each at its place on the axis `on`."""
+        rows = self.group.loc[at.index]
+        for name, place in at.items():
+            colour, marker, _ = svg.find_style(styles[name])
+            seeds = self.found.values_of(name, metric)
+            ends = rows.loc[name, [f"{metric}_low", f"{metric}_high"]].dropna()
+            for values, look in (
+                (ends, {"linewidth": 1.6, "alpha": 0.7}),
+                (seeds, {"marker": "o", "markersize": 4, "linestyle": "none", "alpha": 0.55}),
+                ([rows.loc[name, metric]], {"marker": marker, "markersize": 8, "zorder": 4}),
+            ):
+                if values is not seeds or len(seeds) > 1:
+                    points = [place] * len(values), list(values)
+                    axes.plot(*(points if on == "x" else points[::-1]), color=colour, **look)
 
     def _find_limits(
         self, metric: str, also: Sequence[float], settings: Sequence[str] = ()
     ) -> tuple[float, float]:
         """Return the ends of an axis: all values, and intervals as far as they leave the differences visible."""
         rows = self.group.loc[list(settings or self.group.index)]
-        seeds = self.found.runs[self.found.runs.setting.isin(rows.index)][metric]
-        values = [*rows[metric].dropna(), *seeds.dropna(), *also]
-        low, high = min(values), max(values)
+        seeds = self.found.runs[metric][self.found.runs.setting.isin(rows.index)]
+        values = pd.concat([rows[metric], seeds, pd.Series(also, dtype=float)])
+        low, high = values.min(), values.max()
         span = max(high - low, 0.02)  # so that smaller differences look small
         low = max(np.nanmin([low, *rows[f"{metric}_low"]]), low - span)
         high = min(np.nanmax([high, *rows[f"{metric}_high"]]), high + span)
@@ -104,56 +85,53 @@ class Figures:
 
     def draw_comparison(self) -> list[str]:
         """Return the held-out loss of the settings, and their KL to the teacher if defined, an SVG each."""
-        drawn = []
-        for metric, label in {"loss": "held-out loss", "kl_to_teacher": "KL to teacher"}.items():
-            if self.group[metric].notna().any():
-                draw = partial(self._draw_rows, metric=metric, label=label)
-                height = 0.95 + 0.42 * len(self.group)
-                drawn.append(self._render(draw, f"{label} of each setting", height=height))
-        return drawn
+        labels = {"loss": "held-out loss", "kl_to_teacher": "KL to teacher"}
+        is_known = self.group[list(labels)].notna().any()
+        return [self._draw_rows(key, label) for key, label in labels.items() if is_known[key]]
 
-    def _draw_rows(self, axes: Axes, metric: str, label: str) -> None:
+    @svg.with_style
+    def _draw_rows(self, metric: str, label: str) -> str:
         """Draw a row for each setting: its name and value, and below them its points."""
+        axes = svg.make_axes(_WIDTH, 0.95 + 0.42 * len(self.group))
         teachers = self._teacher_losses if metric == "loss" else []
         low, high = self._find_limits(metric, teachers if metric == "loss" else [0.0])
-        axes.set_xlim(low if metric == "loss" else 0.0, high)
-        axes.set_ylim(len(self.group) - 0.55, -0.8)
-        axes.set_yticks([])
+        axes.set(xlim=(low if metric == "loss" else 0.0, high), xlabel=f"{label}, nats/token")
+        axes.set(ylim=(len(self.group) - 0.55, -0.8), yticks=[])
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.grid(axis="x", linewidth=0.8)
         axes.set_axisbelow(True)
-        axes.set_xlabel(f"{label}, nats/token")
-        left = axes.get_yaxis_transform()
-        for level, (name, value) in enumerate(self.group[metric].items()):
+        look: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "bottom"}
+        levels = pd.Series(range(len(self.group)), self.group.index)
+        for name, value in self.group[metric].items():
             shown = "not defined" if pd.isna(value) else f"{value:.3f}"
             for x, text, side in ((0.01, _clip(name), "left"), (0.99, shown, "right")):
-                axes.text(x, level - 0.22, text, transform=left, va="bottom", ha=side, bbox=_HALO)
-            if pd.notna(value):
-                self._draw_point(axes, level, name, metric, self.styles[name], is_level=True)
+                axes.text(x, levels[name] - 0.22, text, ha=side, bbox=_HALO, **look)
+        known = levels[self.group[metric].notna()]
+        self._draw_points(axes, known, metric, self.styles, on="y")
         for height, loss in enumerate(teachers):  # below the names; their values are stacked
-            is_left = loss < (low + high) / 2
-            axes.axvline(loss, zorder=1, color=INKS["ink"][0], **_DASHED)
-            axes.annotate(
-                f"teacher {loss:.3f}",
-                (loss, 1),
-                xycoords=axes.get_xaxis_transform(),
-                xytext=(-3 if is_left else 3, 3 + 12 * height),
-                textcoords="offset points",
-                ha="left" if is_left else "right",
-            )
+            sign, side = (-1, "left") if loss < (low + high) / 2 else (1, "right")
+            axes.axvline(loss, zorder=1, **_DASHED)
+            place: dict[str, Any] = {"xytext": (3 * sign, 3 + 12 * height), "ha": side}
+            place |= {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points"}
+            axes.annotate(f"teacher {loss:.3f}", (loss, 1), **place)
+        return self._write(axes, f"{label} of each setting")
+
+    def _write_losses(self, axes: Axes, label: str, limits: tuple[float, float]) -> str:
+        svg.finish_axes(axes, "held-out loss, nats/token", label, limits)
+        return self._write(axes, f"held-out loss over {label}")
 
     def draw_sweeps(self) -> list[tuple[str, str, Legend]]:
         """Return (key, held-out loss over its values as SVG, a legend of its lines) for each sweep."""
         drawn = []
         for key, points in find_sweeps(self.found, self.group):
             lines = list(dict.fromkeys(points.sort_values("loss").line))
-            draw = partial(self._draw_sweep, key=key, points=points, lines=lines)
-            swatches = [draw_swatch(i, key=f"{self.key}{key}{i}") for i in range(len(lines))]
-            svg = self._render(draw, f"held-out loss over {key}")
-            drawn.append((key, svg, list(zip(lines, swatches, strict=True))))
+            legend = [(line, _find_swatch(i, self.key + key)) for i, line in enumerate(lines)]
+            drawn.append((key, self._draw_sweep(key, points, lines), legend))
         return drawn
 
-    def _draw_sweep(self, axes: Axes, key: str, points: pd.DataFrame, lines: Sequence[str]) -> None:
+    @svg.with_style
+    def _draw_sweep(self, key: str, points: pd.DataFrame, lines: Sequence[str]) -> str:
+        axes = svg.make_axes(_WIDTH, 3.1)
         xs = np.unique(points.x)
         if xs[0] > 0 and xs[-1] >= 10 * xs[0]:
             axes.set_xscale("log")
@@ -163,22 +141,16 @@ class Figures:
         levels: list[float] = []
         for style, line in enumerate(lines):
             rows = points[points.line == line]
-            colour, _, dashes = find_style(style)
+            colour, _, dashes = svg.find_style(style)
             means = rows.groupby("x").loss.mean()
             axes.plot(means.index, means, color=colour, linestyle=dashes, linewidth=1.6)
-            for name, x in rows.x.items():
-                self._draw_point(axes, x, name, "loss", style)
+            self._draw_points(axes, rows.x, "loss", dict.fromkeys(rows.index, style))
             # Cross-entropy, where the key has no meaning for it.
             for name in set(rows.baseline.dropna()) - set(points.index):
                 levels.append(self.group.loss[name])
                 axes.axhline(levels[-1], color=colour, linewidth=1.4, linestyle=(0, (1, 2)))
-        self._finish(axes, key, self._find_limits("loss", levels, list(points.index)))
-
-    def _finish(self, axes: Axes, label: str, limits: tuple[float, float]) -> None:
-        axes.set_ylim(*limits)
-        axes.yaxis.set_major_locator(MaxNLocator(6))
-        axes.set_xlabel(label)
-        finish_axes(axes, "held-out loss, nats/token")
+        limits = self._find_limits("loss", levels, list(points.index))
+        return self._write_losses(axes, key, limits)
 
     def draw_costs(self) -> list[str]:
         """Return held-out loss over cost, an SVG each for stored bytes of the teacher and for training time.
@@ -188,94 +160,90 @@ class Figures:
         if len(self.group) < 2:
             return []
         # 0 for text only; missing for a live teacher.
-        stored = self.group.cache_bytes_per_position.where(
-            self.group.distillation_type != "output", 0.0
-        )
+        is_distilled = self.group.distillation_type != "output"
+        stored = self.group.cache_bytes_per_position.where(is_distilled, 0.0)
         seconds = self.group.training_seconds
         unit, size = ("seconds", 1) if seconds.max() < 120 else ("minutes", 60)
         panels = {f"training time, {unit}": seconds / size}
         if stored.any():
             panels = {"stored teacher, bytes/position (0: text only)": stored} | panels
-        drawn = []
-        for label, costs in panels.items():
-            draw = partial(self._draw_costs, costs=costs, label=label)
-            drawn.append(self._render(draw, f"held-out loss over {label}"))
-        return drawn
+        return [self._draw_costs(costs, label) for label, costs in panels.items()]
 
-    def _draw_costs(self, axes: Axes, costs: pd.Series, label: str) -> None:
+    @svg.with_style
+    def _draw_costs(self, costs: pd.Series, label: str) -> str:
         """Draw each setting's loss, with its interval, over its cost; lower and further left is better."""
-        most = costs.max()
-        for index, (name, cost) in enumerate(costs.dropna().items()):
+        axes = svg.make_axes(_WIDTH, 3.1)
+        most, at = costs.max(), costs.dropna()
+        if len(costs) <= 8:
             # Settings of one cache cost the same: shifted a little, their intervals do not overlap.
-            shift = 0.012 * most * (index - (len(costs) - 1) / 2) if len(costs) <= 8 else 0
-            self._draw_point(axes, cost + shift, name, "loss", self.styles[name])
+            at = at + 0.012 * most * (np.arange(len(at)) - (len(costs) - 1) / 2)
+        self._draw_points(axes, at, "loss", self.styles)
         for level in self._teacher_losses:
-            axes.axhline(level, color=INKS["ink"][0], **_DASHED)
+            axes.axhline(level, **_DASHED)
         axes.set_xlim(-0.06 * most, 1.08 * most)
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        self._finish(axes, label, self._find_limits("loss", self._teacher_losses))
+        return self._write_losses(axes, label, self._find_limits("loss", self._teacher_losses))
 
     def draw_reliability(self) -> Legend:
         """Return (name, SVG) of each teacher, then each setting: accuracy over confidence."""
-        runs, metrics = self.found.runs, self.found.results.metrics
-        runs = runs[runs.setting.isin(self.group.index)]
-        drawn: list[tuple[str, int | None, list[Scorecard | None]]] = []
-        for name, setting in find_teachers(self.group).of.items():
-            first = runs.index[runs.setting == setting][0]
-            drawn.append((name, None, [metrics[first].scores.teacher]))
-        for name in self.group.index:
-            seeds = runs.index[runs.setting == name]
-            drawn.append((name, self.styles[name], [metrics[s].scores.student for s in seeds]))
-        found = []
-        for number, (name, style, cards) in enumerate(drawn):
-            known = [card for card in cards if card and card.reliability]
-            draw = partial(_draw_reliability, cards=known, style=style)
-            label, key = "accuracy over confidence", f"{self.key}r{number}"
-            if known:
-                found.append((name, render_svg(draw, (2.9, 2.6), label=label, key=key)))
-        return found
+        scores = {name: m.scores for name, m in self.found.results.metrics.items()}
+        members = self.found.runs.groupby("setting").groups
+        models: list[tuple[str, int | None, list[Scorecard | None]]] = [
+            (name, None, [scores[members[setting][0]].teacher])
+            for name, setting in find_teachers(self.group).of.items()
+        ]
+        models += [
+            (name, self.styles[name], [scores[run].student for run in members[name]])
+            for name in self.group.index
+        ]
+        drawn = []
+        for number, (name, style, cards) in enumerate(models):
+            if known := [card for card in cards if card and card.reliability]:
+                drawn.append((name, _draw_reliability(known, style, f"{self.key}r{number}")))
+        return drawn
 
     def draw_curves(self) -> list[str]:
         """Return hard loss over steps, an SVG for all steps and one for the second half; empty without logs."""
-        logs = self.found.results.logs
-        if not logs:
-            return []
-        panels = {"all steps": 0.0}
-        if max(map(len, logs.values())) >= 20:
+        curves = {name: thin_curve(log) for name, log in self.found.results.logs.items()}
+        panels = {"all steps": 0.0} if curves else {}
+        if max(map(len, self.found.results.logs.values()), default=0) >= 20:
             panels["the second half of the steps"] = 0.5
-        return [
-            self._render(partial(self._draw_curves, since=since), f"learning curves, {label}")
-            for label, since in panels.items()
-        ]
+        return [self._draw_curves(curves, f"learning curves, {n}", s) for n, s in panels.items()]
 
-    def _draw_curves(self, axes: Axes, since: float) -> None:
+    @svg.with_style
+    def _draw_curves(self, curves: Mapping[str, pd.DataFrame], label: str, since: float) -> str:
         """Draw the logged and the smoothed curves from `since` (a share of a run's steps) on.
 
         Runs of different lengths share an axis in percent of their steps.
         """
-        curves = {name: thin_curve(log) for name, log in self.found.results.logs.items()}
+        axes = svg.make_axes(_WIDTH, 3.1)
         lasts = {curve.step.iloc[-1] for curve in curves.values()}
-        shown: list[float] = []
+        shown = []
         for name, curve in curves.items():
             last, style = curve.step.iloc[-1], self.styles[self.found.runs.setting[name]]
             steps = curve.step * (1.0 if len(lasts) == 1 else 100 / last)
             smooth = smooth_curve(curve.hard_loss)
-            colour, marker, dashes = find_style(style)
+            colour, marker, dashes = svg.find_style(style)
             every = max(1, len(smooth) // 10)
             look: dict[str, Any] = {"color": colour, "linestyle": dashes, "linewidth": 1.4}
             look |= {"marker": marker, "markersize": 4.5, "markevery": (style % every, every)}
             if len(curves) <= 6:
                 axes.plot(steps, curve.hard_loss, color=colour, linewidth=0.8, alpha=0.3)
             axes.plot(steps, smooth, **look)
-            shown += list(smooth[curve.step >= since * last])
+            shown.append(smooth[curve.step >= since * last])
         end = max(lasts) if len(lasts) == 1 else 100
-        span = max(max(shown) - min(shown), 1e-3)
+        low, high = pd.concat(shown).min(), pd.concat(shown).max()
+        margin = 0.08 * max(high - low, 1e-3)
         axes.set_xlim(since * end, 1.01 * end + 1e-9)
-        axes.set_ylim(min(shown) - 0.08 * span, max(shown) + 0.08 * span)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(6))
-        axes.set_xlabel("step" if len(lasts) == 1 else "share of the run's steps, %")
-        finish_axes(axes, "hard loss, nats/token")
+        x_label = "step" if len(lasts) == 1 else "share of the run's steps, %"
+        svg.finish_axes(axes, "hard loss, nats/token", x_label, (low - margin, high + margin))
+        return self._write(axes, label)
+
+
+def _find_swatch(style: int, key: str) -> str:
+    """Return a swatch whose ids begin with a key that is unique with its style."""
+    return svg.draw_swatch(style).replace("swatch-", f"{key}{style}-")
 
 
 def _clip(name: str, *, longest: int = 38) -> str:
@@ -284,58 +252,24 @@ def _clip(name: str, *, longest: int = 38) -> str:
     return name if len(name) <= longest else f"{name[:half]}\N{HORIZONTAL ELLIPSIS}{name[-half:]}"
 
 
-def _draw_reliability(axes: Axes, cards: Sequence[Scorecard], style: int | None) -> None:
+@svg.with_style
+def _draw_reliability(cards: Sequence[Scorecard], style: int | None, key: str) -> str:
     """Draw the bins of each seed; the size of a dot is its share of positions. Below the diagonal is overconfident."""
-    colour, marker, _ = (INKS["ink"][0], "o", "-") if style is None else find_style(style)
-    axes.plot([0, 100], [0, 100], color=INKS["muted"][0], linewidth=1, linestyle=(0, (4, 3)))
+    axes = svg.make_axes(2.9, 2.6)
+    colour, marker, _ = (svg.INKS["ink"][0], "o", "-") if style is None else svg.find_style(style)
+    axes.plot([0, 100], [0, 100], color=svg.INKS["muted"][0], linewidth=1, linestyle=(0, (4, 3)))
     for card in cards:
-        most = max((b.positions for b in card.reliability), default=1)
+        most = max(b.positions for b in card.reliability)
         for b in card.reliability:
-            x, y = 100 * b.confidence, 100 * b.accuracy.value
-            if b.accuracy.ends:
-                axes.plot(
-                    [x, x], [100 * end for end in b.accuracy.ends], color=colour, linewidth=1.2
-                )
-            size = 3 + 6 * math.sqrt(b.positions / most)
-            axes.plot([x], [y], color=colour, marker=marker, markersize=size, linestyle="none")
+            x, ends = 100 * b.confidence, [100 * end for end in b.accuracy.ends or ()]
+            if ends:
+                axes.plot([x, x], ends, color=colour, linewidth=1.2)
+            look: dict[str, Any] = {"marker": marker, "linestyle": "none"}
+            look["markersize"] = 3 + 6 * math.sqrt(b.positions / most)
+            axes.plot([x], [100 * b.accuracy.value], color=colour, **look)
     axes.set(xlim=(0, 100), ylim=(0, 100), xticks=[0, 50, 100], yticks=[0, 50, 100])
-    axes.set_xlabel("confidence, %")
-    finish_axes(axes, "accuracy, %")
-
-
-def find_sweeps(found: Comparisons, group: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """Return the keys that differ alone between settings of a group, and those settings with `x`, the key's value, and
-    `line`, what distinguishes them from the other lines."""
-    first = found.runs[found.runs.setting.isin(group.index)].drop_duplicates("setting")
-    texts = pd.concat([found.conditions, found.learning], axis=1).loc[first.index]
-    texts = (
-        texts.set_axis(first.setting).drop(columns=[SEED, HELD_OUT, TEXT, UNKNOWN]).loc[group.index]
-    )
-    sweeps = []
-    for key in texts.columns.drop(["teacher", STUDENT, WEIGHTS]):  # a digest may look like a number
-        # The size of a student is a number, the config that it follows from is none.
-        follows = [c for c in texts if c == key or (key == SIZE and c.startswith("student"))]
-        rest = texts.drop(columns=follows)
-        x = pd.to_numeric(texts[key], errors="coerce")
-        points = group.assign(x=x, line=rest.agg("\n".join, axis=1))[x.notna()]
-        points = points[points.groupby("line").x.transform("nunique") > 1].sort_values("x")
-        if len(points):
-            sweeps.append((key, points.assign(line=_name_lines(rest.loc[points.index]))))
-    return sweeps
-
-
-def _name_lines(rest: pd.DataFrame) -> pd.Series:
-    """Return for each setting what differs between the lines, as "hybrid, temperature 2"."""
-    kind = "training.distillation_type"
-    used = rest.drop(columns=kind).mask(lambda texts: texts == "-")
-    names = rest[kind]
-    plain = rest.drop(columns=[STUDENT, WEIGHTS], errors="ignore")
-    if len(plain.drop_duplicates()) == len(rest.drop_duplicates()):
-        used = used.drop(columns=[STUDENT, WEIGHTS], errors="ignore")  # they tell nothing more
-    for key in used.columns[used.nunique() > 1]:
-        label = f", {key.rpartition('.')[2]} {{}}".format
-        names += used[key].map(label, na_action="ignore").fillna("")
-    return names
+    svg.finish_axes(axes, "accuracy, %", "confidence, %")
+    return svg.write_svg(axes, label="accuracy over confidence", key=key)
 
 
 def thin_curve(log: pd.DataFrame) -> pd.DataFrame:

@@ -1,24 +1,16 @@
 """Sentences on the settings: the outcome, ties, and warnings about the numbers."""
 
-from collections.abc import Sequence
+import itertools
 
 import pandas as pd
 
 from retort.evaluation.formatting import format_signed
 from retort.evaluation.intervals import FEW_DOCUMENTS, Estimate
 from retort.evaluation.records import TextCounts
-from retort.report.comparisons import (
-    HELD_OUT,
-    SIZE,
-    STUDENT,
-    TEXT,
-    UNKNOWN,
-    Comparisons,
-    is_clear,
-    is_gain,
-)
+from retort.report import comparisons
+from retort.report.comparisons import Comparisons, is_clear, is_gain
 from retort.report.runs import find_teachers, get_estimate
-from retort.report.templates import list_names, render
+from retort.report.templates import list_names, render_sentences
 from retort.tokens.index import describe_sources
 
 FEW_POSITIONS = 1000
@@ -33,62 +25,37 @@ _MAX_NEEDS = 3  # sentences on runs without a margin, of which a sweep may have 
 
 
 def describe_outcome(found: Comparisons, group: pd.DataFrame) -> str:
-    """Return the main result of one group of settings: whether distillation helped, and by how much."""
-    losses = find_teachers(group).loss.dropna()
-    teacher = f"; teacher {losses.min():.3f}" if len(losses) else ""
+    """Return the main result of one group of settings: whether distillation helped, and by how much.
+
+    The margin is that of the setting with the lowest loss, not the largest one: the baseline of that may be a bad one.
+    """
     compared = group[group.margin.notna()]
-    best = group.iloc[0]
-    if len(compared) and best.positions < FEW_POSITIONS:
-        return (
-            f"{best.positions:,} held-out positions are too few to tell whether distillation helped "
-            f"(at least {FEW_POSITIONS:,} are needed){teacher}."
-        )
-    if compared.empty:
-        is_distilled = (group.distillation_type != "output").any()
-        lacks = "matching cross-entropy" if is_distilled else "distilled"
-        name = _name(best, find_ties(found, group, best.name))
-        return f"{name}: held-out loss {best.loss:.3f} nats/token, no {lacks} run to compare with{teacher}."
-    return _describe_margins(found, group, compared, teacher)
-
-
-def _describe_margins(
-    found: Comparisons, group: pd.DataFrame, compared: pd.DataFrame, teacher: str
-) -> str:
-    """Return the margin of the setting with the lowest loss, and the other settings whose result is the opposite."""
-    # Not of the one with the largest margin: its baseline may be a bad one.
-    first = compared.iloc[0]
+    best = (group if compared.empty else compared).iloc[0]
+    margin = get_estimate(best, "margin")
     others: dict[bool, list[str]] = {True: [], False: []}
     for name, row in compared.iloc[1:].iterrows():
-        margin = get_estimate(row, "margin")
-        assert margin is not None
-        theirs = "it" if row.baseline == first.baseline else row.baseline
-        others[is_gain(margin)].append(f"{name} is {_distance(margin, row.basis)} {theirs}")
-    margin = get_estimate(first, "margin")
-    assert margin is not None
-    name = _name(first, find_ties(found, group, first.name))
-    # The baselines of its own seeds, of which the baseline's setting may have more.
-    loss = found.runs.loss[found.runs.baseline[found.runs.setting == first.name]].mean()
-    against = f"cross-entropy ({first.baseline}, {loss:.3f})"
-    distance = f"{_distance(margin, first.basis)} {against}{teacher}."
-    if is_gain(margin):
-        worse = f" Not every distilled run improved: {list_names(others[False])}."
-        return f"{name}: held-out loss {first.loss:.3f}, {distance}" + (
-            worse if others[False] else ""
-        )
-    beat = "beat" if is_clear(margin) else "clearly beat"
-    lost = (
-        "Not every distilled run improved"
-        if others[True]
-        else f"Distillation did not {beat} cross-entropy"
+        if other := get_estimate(row, "margin"):
+            theirs = "it" if row.baseline == best.baseline else row.baseline
+            others[is_gain(other)].append(f"{name} is {_distance(other, row.basis)} {theirs}")
+    (outcome,) = render_sentences(
+        "outcome.txt.j2",
+        best=best,
+        ties=find_ties(found, group, best.name),
+        few_positions=FEW_POSITIONS,
+        is_distilled=(group.distillation_type != "output").any(),
+        teacher=find_teachers(group).loss.min(),
+        margin=margin,
+        is_gain=is_gain(margin),
+        is_clear=margin and is_clear(margin),
+        distance=margin and _distance(margin, best.basis),
+        # The baselines of its own seeds, of which the baseline's setting may have more.
+        baseline_loss=found.runs.loss[found.runs.baseline[found.runs.setting == best.name]].mean()
+        if margin
+        else None,
+        better=others[True],
+        worse=others[False],
     )
-    outcome = f"{lost}: of the distilled runs, {name} has the lowest held-out loss, {first.loss:.3f}, {distance}"
-    return outcome + (f" But {list_names(others[True])}." if others[True] else "")
-
-
-def _name(setting: pd.Series, ties: Sequence[str] = ()) -> str:
-    seeds = "one seed" if setting.seeds == 1 else f"mean of {setting.seeds} seeds"
-    tied = f"; tied with {ties[0] if len(ties) == 1 else f'{len(ties)} others'}" if ties else ""
-    return f"{setting.name} ({seeds}{tied})"
+    return outcome
 
 
 def find_ties(found: Comparisons, group: pd.DataFrame, name: str) -> list[str]:
@@ -110,38 +77,28 @@ def describe_next_best(found: Comparisons, group: pd.DataFrame) -> str | None:
         return None
     best, second = group.index[:2]
     if ties := find_ties(found, group, best):
-        tied = list_names([_describe_tie(found, name, best) for name in ties])
+        differences = [found.differ(name, best) for name in ties]
+        tied = list_names([f"{n} ({_signed(*d)})" for n, d in zip(ties, differences, strict=True)])
         these = "this difference" if len(ties) == 1 else "these differences"
         return f"{best} is tied with {tied}: {these} may be chance."
     if group.baseline[best] == second or group.baseline[second] == best:
         return None
-    margin, basis = found.differ(best, second)
-    return (
-        f"{best} is {_distance(margin, basis)} the next best, {second} ({group.loss[second]:.3f})."
-    )
+    distance = _distance(*found.differ(best, second))
+    return f"{best} is {distance} the next best, {second} ({group.loss[second]:.3f})."
 
 
-def _describe_tie(found: Comparisons, name: str, best: str) -> str:
-    difference, basis = found.differ(name, best)
-    return f"{name} ({format_signed(difference.value)}{_interval(difference, basis, '; ')})"
-
-
-def _interval(found: Estimate, basis: str, before: str) -> str:
-    if not found.ends:
-        return ""
-    low, high = map(format_signed, found.ends)
-    return f"{before}95 % over {basis}: {low} to {high}"
+def _signed(difference: Estimate, basis: str) -> str:
+    low_high = " to ".join(map(format_signed, difference.ends or ()))
+    return format_signed(difference.value) + (low_high and f"; 95 % over {basis}: {low_high}")
 
 
 def _distance(margin: Estimate, basis: str) -> str:
     if margin.ends and not is_clear(margin):
-        return f"not clearly different ({format_signed(margin.value)}{_interval(margin, basis, '; ')}) from"
+        return f"not clearly different ({_signed(margin, basis)}) from"
     if round(margin.value, 3) == 0:
         return "not different (to 0.001) from"
-    interval = ""
-    if margin.ends:
-        low, high = sorted(abs(end) for end in margin.ends)
-        interval = f" (95 % over {basis}: {low:.3f} to {high:.3f})"
+    low_high = " to ".join(f"{end:.3f}" for end in sorted(map(abs, margin.ends or ())))
+    interval = low_high and f" (95 % over {basis}: {low_high})"
     return f"{abs(margin.value):.3f}{interval} {'above' if margin.value > 0 else 'below'}"
 
 
@@ -150,11 +107,12 @@ def _distance(margin: Estimate, basis: str) -> str:
 
 def find_warnings(found: Comparisons) -> list[str]:
     """Return what a reader must know before trusting the numbers, one or two sentences each."""
-    runs, single = found.runs, list(found.settings.index[found.settings.seeds == 1])
+    runs, results = found.runs, found.results
     worse = runs[runs.teacher_loss > runs.loss]
-    falling = runs[runs.last_change_high < 0]
-    needs = _list_needs(found)
-    warnings = render(
+    is_lacking = (runs.distillation_type != "output") & runs.baseline.isna()
+    lacking = runs.index[is_lacking].to_series()
+    needs = list(lacking.groupby(lacking.map(lambda n: _describe_need(found, n)), sort=False))
+    return render_sentences(
         "warnings.txt.j2",
         groups=list(runs.drop_duplicates("group").itertuples()),
         worse=[f"{n} ({r.loss:.3f}; teacher {r.teacher_loss:.3f})" for n, r in worse.iterrows()],
@@ -162,15 +120,13 @@ def find_warnings(found: Comparisons) -> list[str]:
         caches=find_caches(runs).iterrows(),
         needs=needs[:_MAX_NEEDS],
         needless=[name for _, names in needs[_MAX_NEEDS:] for name in names],
-        single=single,
-        has_seeds=len(single) < len(found.settings),
-        falling=list(falling.setting.unique()),
-        fall=-falling.last_change.mean(),
-        without_documents=[name for name in runs.index if name not in found.results.documents],
-        without_logs=[name for name in runs.index if name not in found.results.logs],
+        single=list(found.settings.index[found.settings.seeds == 1]),
+        has_seeds=bool((found.settings.seeds > 1).any()),
+        falling=runs[runs.last_change_high < 0],
+        without_documents=[name for name in runs.index if name not in results.documents],
+        without_logs=[name for name in runs.index if name not in results.logs],
         **_LIMITS,
     )
-    return [" ".join(warning.split()) for warning in warnings.split("\n\n") if warning.strip()]
 
 
 def find_texts(found: Comparisons) -> list[tuple[str, TextCounts, pd.Series]]:
@@ -185,37 +141,17 @@ def find_texts(found: Comparisons) -> list[tuple[str, TextCounts, pd.Series]]:
 
 def describe_texts(found: Comparisons) -> list[str]:
     """Return a sentence for each training text: rows read, used and skipped by reason, and epochs; and its sources."""
-    sentences, texts = [], find_texts(found)
-    for names, text, epochs in texts:
-        whose, documents = f" of {names}" if len(texts) > 1 else "", text.documents
-        reasons = documents.describe_skipped()
-        low, high = f"{epochs.min():.2f}", f"{epochs.max():.2f}"
-        sentences.append(
-            f"corpus{whose}: {documents.read:,} rows read = {documents.used:,} used + "
-            f"{documents.read - documents.used:,} skipped{f': {reasons}' if reasons else ''}; trained for "
-            f"{low if low == high else f'{low} to {high}'} epochs"
-        )
-    for _, text, _ in texts:
-        sentences += describe_sources(text.documents, text.train)
-    return sentences
+    texts = find_texts(found)
+    sources = [describe_sources(text.documents, text.train) for _, text, _ in texts]
+    return [*render_sentences("texts.txt.j2", texts=texts), *itertools.chain(*sources)]
 
 
 def find_caches(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the columns of each cache once; the index names the settings that learned from it."""
     users = runs[runs.cache_method.notna() & (runs.distillation_type != "output")]
     keys = [column for column in runs if str(column).startswith("cache_")]
-    caches = users.drop_duplicates(keys)
     groups = users.groupby(keys, sort=False, dropna=False).setting.unique()
-    return caches[keys].set_axis(map(list_names, groups), axis=0)
-
-
-def _list_needs(found: Comparisons) -> list[tuple[str, list[str]]]:
-    """Return which cross-entropy runs are missing, and the names of the runs that need them."""
-    lacking = found.runs[(found.runs.distillation_type != "output") & found.runs.baseline.isna()]
-    needs: dict[str, list[str]] = {}
-    for name in lacking.index:
-        needs.setdefault(_describe_need(found, name), []).append(name)
-    return list(needs.items())
+    return users.drop_duplicates(keys)[keys].set_axis(map(list_names, groups), axis=0)
 
 
 def _describe_need(found: Comparisons, name: str) -> str:
@@ -226,23 +162,19 @@ def _describe_need(found: Comparisons, name: str) -> str:
         return f"{lacks} training.distillation_type: output."
     mine = found.conditions.loc[name]
     differs = plain.ne(mine)
-    order = pd.DataFrame(
-        {"text": differs[HELD_OUT], "number": differs.sum(axis=1), "id": found.runs.id[plain.index]}
-    )
-    nearest = order.sort_values(["text", "number", "id"]).index[0]
-    keys = list(differs.columns[differs.loc[nearest]])
-    if UNKNOWN in keys:
+    order = differs.assign(number=differs.sum(axis=1), id=found.runs.id)
+    nearest = order.sort_values([comparisons.HELD_OUT, "number", "id"]).index[0]
+    keys, theirs = list(plain.columns[differs.loc[nearest]]), plain.loc[nearest]
+    if comparisons.UNKNOWN in keys:
         return (
             f"not all settings of these runs and of {nearest} are recorded, because a run.json was missing. Evaluate "
             "them again, with run.json beside training.json."
         )
-    same = [f"the same {key}" for key in keys if key in (HELD_OUT, TEXT)]
-    hidden = {HELD_OUT, TEXT}
+    same = [f"the same {key}" for key in keys if key in (comparisons.HELD_OUT, comparisons.TEXT)]
+    hidden = {comparisons.HELD_OUT, comparisons.TEXT}
     if any(key.startswith("student.") for key in keys):
-        hidden |= {SIZE, STUDENT}
-    elif STUDENT in keys:
-        same, hidden = [*same, "the same student"], hidden | {SIZE, STUDENT}
-    values = [
-        f"{k}: {mine[k]} ({nearest}: {plain.loc[nearest, k]})" for k in keys if k not in hidden
-    ]
+        hidden |= {comparisons.SIZE, comparisons.STUDENT}
+    elif comparisons.STUDENT in keys:
+        same, hidden = [*same, "the same student"], hidden | {comparisons.SIZE, comparisons.STUDENT}
+    values = [f"{k}: {mine[k]} ({nearest}: {theirs[k]})" for k in keys if k not in hidden]
     return f"{lacks} {list_names([*same, *values], most=8)}."

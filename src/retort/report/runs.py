@@ -6,7 +6,7 @@ per token. A *group* is the runs that were evaluated on the same held-out positi
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from retort.evaluation.intervals import Estimate
-from retort.evaluation.records import Metrics, Scorecard
+from retort.evaluation.records import Metrics
 from retort.evaluation.scores import DOCUMENTS_FILE, METRICS
 from retort.models.samples import SAMPLES_FILE, Samples, read_samples
 
@@ -45,12 +45,12 @@ def load_results(paths: Sequence[Path]) -> Results:
     found = [(path, Metrics.read(path)) for path in map(Path, paths)]
     if not found:
         raise ValueError("no runs to report on: give the metrics.json of at least one run.")
-    counts = Counter(metrics.training.run for _, metrics in found)
-    metrics: dict[str, Metrics] = {}
+    counts = Counter(m.training.run for _, m in found)
     files: dict[str, Path] = {}
+    metrics: dict[str, Metrics] = {}
     for path, m in found:
-        run, name = m.training.run, f"{m.training.run} {m.training.id[:6]}"
-        name = name if counts[run] > 1 else run
+        run = m.training
+        name = run.run if counts[run.run] == 1 else f"{run.run} {run.id[:6]}"
         if name in files:
             raise ValueError(
                 f"run {name!r} is given twice: {files[name]}, {path}. Give each run once."
@@ -61,21 +61,26 @@ def load_results(paths: Sequence[Path]) -> Results:
     runs = runs.astype(dict.fromkeys(_COUNTS, "Int64"))
     keys = ["positions", "documents", "content"]
     runs["group"] = runs.groupby(keys, sort=False, dropna=False).ngroup()
-    logs = {
-        name: _read_log(Path(folder) / "training_log.csv") for name, folder in runs.folder.items()
-    }
+    logs = {name: _read_log(Path(f) / "training_log.csv") for name, f in runs.folder.items()}
+    samples = {name: path.with_name(SAMPLES_FILE) for name, path in files.items()}
     return Results(
         runs,
         metrics,
         documents=_read_documents(runs, files),
-        logs={name: log for name, log in logs.items() if log is not None},
-        samples={name: _read_samples(path, metrics[name]) for name, path in files.items()},
+        logs={name: log for name, log in logs.items() if len(log)},
+        samples={
+            name: read_samples(path, of=runs.id[name], whose="student") if path.exists() else {}
+            for name, path in samples.items()
+        },
     )
 
 
 def _describe(path: Path, found: Metrics) -> dict[str, Any]:
     """Return a run's row of the table."""
     training, scores, cache, text = found.training, found.scores, found.cache, found.text
+    of_teacher = scores.teacher.metrics if scores.teacher else {}
+    is_top_k = cache and cache.top_k is not None
+    keeps = cache and (f"k = {cache.top_k}" if is_top_k else f"p >= {cache.min_probability:g}")
     of_text = ("content", "tokens", "sequences", "leaked_sequences")
     return {
         "folder": str(find_folder(path)),
@@ -86,11 +91,11 @@ def _describe(path: Path, found: Metrics) -> dict[str, Any]:
         "training_seconds": training.summary.seconds,
         **_pick(found, "teacher", "teacher_parameters", *of_text),
         **_pick(scores.student, "positions", "documents"),
-        **_metric_columns("", scores.student),
-        **_metric_columns("teacher_", scores.teacher),
+        **_spread({name: scores.student.metrics.get(name) for name in METRICS}),
+        **_spread({f"teacher_{name}": of_teacher.get(name) for name in METRICS}),
         **_pick(cache, "method", "positions", "bytes_per_position", prefix="cache_"),
         # The column keeps its name for scripts that read summary.csv.
-        "cache_dial": _describe_setting(cache.top_k, cache.min_probability) if cache else None,
+        "cache_dial": keeps,
         **_pick(cache and cache.fidelity, "tail_mass", prefix="cache_"),
         **_pick(cache and cache.fidelity, "kl", "agreement", prefix="cache_fidelity_"),
     }
@@ -101,18 +106,22 @@ def _pick(record: Any, *names: str, prefix: str = "") -> dict[str, Any]:
     return {f"{prefix}{name}": getattr(record, name, np.nan) for name in names}
 
 
-def _metric_columns(whose: str, card: Scorecard | None) -> dict[str, float]:
-    none = Estimate(np.nan, np.nan, np.nan)
-    known = {name: card.metrics.get(name, none) if card else none for name in METRICS}
+def _spread(found: Mapping[str, Estimate | None]) -> dict[str, float]:
+    """Return each estimate as its three columns, missing where it is not defined."""
+    triples = {name: (e.value, e.low, e.high) if e else (None,) * 3 for name, e in found.items()}
     return {
-        f"{whose}{name}{end}": np.nan if value is None else value
-        for name, e in known.items()
-        for end, value in zip(ENDS, (e.value, e.low, e.high), strict=True)
+        f"{name}{end}": np.nan if value is None else value
+        for name, values in triples.items()
+        for end, value in zip(ENDS, values, strict=True)
     }
 
 
-def _describe_setting(top_k: int | None, min_probability: float | None) -> str:
-    return f"p >= {min_probability:g}" if top_k is None else f"k = {top_k}"
+def set_estimates(frame: pd.DataFrame, name: str, found: Mapping[str, Estimate | None]) -> None:
+    """Set the three columns of a number by row; it is missing in the other rows."""
+    rows = {row: _spread({name: estimate}) for row, estimate in found.items()}
+    columns = [f"{name}{end}" for end in ENDS]
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=columns, dtype=float)
+    frame[columns] = table.reindex(frame.index)
 
 
 def find_folder(path: Path) -> Path:
@@ -135,27 +144,24 @@ def _read_documents(runs: pd.DataFrame, files: dict[str, Path]) -> dict[str, pd.
     Raises ValueError for one of another run, or of other documents than another run of its group.
     """
     found: dict[str, pd.DataFrame] = {}
-    for names in runs.groupby("group").groups.values():
-        first: tuple[Path, pd.DataFrame] | None = None
-        for name in names:
-            path = files[name].with_name(DOCUMENTS_FILE)
-            if not path.exists():
-                continue
-            table = read_documents(path)
-            loss = table.loss.sum() / table.positions.sum()
-            if not np.isclose(loss, runs.loss[name], rtol=1e-6):
-                raise ValueError(
-                    f"{path} gives a loss of {loss:.6f}, but metrics.json beside it has {runs.loss[name]:.6f}: one of "
-                    "them is another run's. Evaluate the run again."
-                )
-            first = first or (path, table)
-            same = ["document", "positions"]
-            if not table[same].equals(first[1][same]):
-                raise ValueError(
-                    f"{path} and {first[0]} have different documents, but their metrics.json name the same held-out "
-                    "text: evaluate both runs again."
-                )
-            found[name] = table
+    firsts: dict[int, tuple[Path, pd.DataFrame]] = {}
+    for name, run in runs.iterrows():
+        path = files[name].with_name(DOCUMENTS_FILE)
+        if not path.exists():
+            continue
+        found[name] = table = read_documents(path)
+        loss = table.loss.sum() / table.positions.sum()
+        if not np.isclose(loss, run.loss, rtol=1e-6):
+            raise ValueError(
+                f"{path} gives a loss of {loss:.6f}, but metrics.json beside it has {run.loss:.6f}: one of them is "
+                "another run's. Evaluate the run again."
+            )
+        first, other = firsts.setdefault(run.group, (path, table))
+        if not table[["document", "positions"]].equals(other[["document", "positions"]]):
+            raise ValueError(
+                f"{path} and {first} have different documents, but their metrics.json name the same held-out text: "
+                "evaluate both runs again."
+            )
     return found
 
 
@@ -171,13 +177,13 @@ def read_documents(path: Path) -> pd.DataFrame:
     return table
 
 
-def _read_log(path: Path) -> pd.DataFrame | None:
-    """Read a run's learning curve; None when there is no file, or it has no rows.
+def _read_log(path: Path) -> pd.DataFrame:
+    """Read a run's learning curve; without rows where there is no file.
 
     Raises ValueError when it is not as `train` writes it, or has a loss that is not finite.
     """
     if not path.exists():
-        return None
+        return pd.DataFrame(columns=["step", "hard_loss"])
     try:
         # A step without a hard loss has an empty cell; "nan" stays a number, and is refused.
         log = pd.read_csv(
@@ -188,19 +194,12 @@ def _read_log(path: Path) -> pd.DataFrame | None:
         raise ValueError(
             f"{path} is not a training log of `train`: {error!r}. Train the run again."
         ) from None
-    diverged = log[~np.isfinite(log.hard_loss)]
-    if len(diverged):
+    for _, row in log[~np.isfinite(log.hard_loss)].iterrows():
         raise ValueError(
-            f"{path}: hard_loss is {diverged.hard_loss.iloc[0]} at step {diverged.step.iloc[0]}, expected a finite "
-            "number. The run diverged: lower training.learning_rate, and train it again."
+            f"{path}: hard_loss is {row.hard_loss} at step {row.step:.0f}, expected a finite number. The run diverged: "
+            "lower training.learning_rate, and train it again."
         )
-    return log if len(log) else None
-
-
-def _read_samples(path: Path, metrics: Metrics) -> dict[str, Samples]:
-    """Read the samples of a run's student and teacher; an empty dictionary when there is no samples.json."""
-    file = path.with_name(SAMPLES_FILE)
-    return read_samples(file, of=metrics.training.id, whose="student") if file.exists() else {}
+    return log
 
 
 def label_teachers(runs: pd.DataFrame) -> pd.Series:
@@ -211,15 +210,16 @@ def label_teachers(runs: pd.DataFrame) -> pd.Series:
     """
     keys = ["group", "teacher", "teacher_parameters"]
     known = runs[runs.teacher.notna()].sort_values("teacher_loss", kind="stable")
-    step = known.groupby(keys, dropna=False).teacher_loss.diff() > 1e-3
-    known["step"] = step.groupby([known[key] for key in keys], dropna=False).cumsum()
-    known = known.loc[[name for name in runs.index if name in known.index]]
-    first = known.index.to_series().groupby([known[k] for k in (*keys, "step")], dropna=False)
-    several = known.groupby(["group", "teacher"])[["teacher_parameters", "step"]].transform(
-        "nunique"
+    known["is_other"] = known.groupby(keys, dropna=False).teacher_loss.diff() > 1e-3
+    known["step"] = known.groupby(keys, dropna=False).is_other.cumsum()
+    known = known.loc[runs.index[runs.teacher.notna()]].assign(name=lambda frame: frame.index)
+    first = known.groupby([*keys, "step"], dropna=False).name.transform("first")
+    of_path = known.groupby(["group", "teacher"])[["teacher_parameters", "step"]]
+    return (
+        "teacher "
+        + known.teacher
+        + (" of " + first).where(of_path.transform("nunique").gt(1).any(axis=1), "")
     )
-    suffix = (" of " + first.transform("first")).where(several.gt(1).any(axis=1), "")
-    return "teacher " + known.teacher + suffix
 
 
 def find_teachers(runs: pd.DataFrame) -> pd.DataFrame:
@@ -231,4 +231,4 @@ def find_teachers(runs: pd.DataFrame) -> pd.DataFrame:
     columns |= {"teacher_parameters": "student_parameters", "teacher": "teacher"}
     labels = label_teachers(runs).drop_duplicates()
     found = runs.loc[labels.index, list(columns)].rename(columns=columns).assign(of=labels.index)
-    return found.set_axis(list(labels) if len(labels) > 1 else ["teacher"] * len(labels), axis=0)
+    return found.set_axis(list(labels) if len(labels) > 1 else ["teacher"] * len(labels))

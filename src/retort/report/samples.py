@@ -35,29 +35,24 @@ def build_samples(
     `found`: the samples by run, then by "teacher" or "student"; `teachers`: the label of each run's teacher.
     """
     has_several = len(set(teachers.values())) > 1
-    prompts: dict[tuple[int, ...], SamplePrompt] = {}
-    lines: dict[tuple[int, ...], dict[tuple[int, Continuation], None]] = {}  # a set in order
+    lines: dict[SamplePrompt, dict[tuple[int, Continuation], None]] = {}  # each a set in order
     for run, samples in found.items():
         teacher = teachers.get(run, "teacher") if has_several else "teacher"
-        for rank, (whose, name) in enumerate((("teacher", teacher), ("student", run))):
-            for prompt, continuation in _pair(samples.get(whose), name):
-                prompts.setdefault(prompt.ids, prompt)
-                lines.setdefault(prompt.ids, {})[rank, continuation] = None
-    blocks = []
-    for ids, prompt in prompts.items():
-        text = [] if prompt.reference is None else [Continuation(REFERENCE, prompt.reference)]
-        ranked = sorted(lines[ids], key=lambda line: line[0])
-        blocks.append(SampleBlock(prompt.text, (*text, *(line for _, line in ranked))))
-    return blocks
+        for rank, (whose, name) in enumerate((("teacher", teacher), ("student", run)), start=1):
+            for prompt, line in _continue(samples.get(whose), name):
+                text = prompt.reference
+                first = {} if text is None else {(0, Continuation(REFERENCE, text)): None}
+                lines.setdefault(prompt, first)[rank, line] = None
+    ranked = {prompt: sorted(of_it, key=lambda line: line[0]) for prompt, of_it in lines.items()}
+    return [SampleBlock(p.text, tuple(line for _, line in of_it)) for p, of_it in ranked.items()]
 
 
-def _pair(samples: Samples | None, name: str) -> list[tuple[SamplePrompt, Continuation]]:
+def _continue(samples: Samples | None, name: str) -> list[tuple[SamplePrompt, Continuation]]:
     if samples is None:
         return []
-    if samples.missing is not None:
-        return [(prompt, Continuation(name, missing=samples.missing)) for prompt in samples.prompts]
     lines = [Continuation(name, found.greedy, found.drawn) for found in samples.continued]
-    return list(zip(samples.prompts, lines, strict=True))
+    missing = [Continuation(name, missing=samples.missing)] * len(samples.prompts)
+    return list(zip(samples.prompts, lines if samples.missing is None else missing, strict=True))
 
 
 def mark_lines(text: str) -> str:

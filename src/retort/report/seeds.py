@@ -68,11 +68,8 @@ def find_last_change(log: pd.DataFrame) -> Estimate | None:
     below zero, the loss still fell by more than its noise from batch to batch.
     """
     last = log.hard_loss.reset_index(drop=True).iloc[-max(8, len(log) // 5) :]
-    return (
-        compare_means(last.iloc[len(last) // 2 :], last.iloc[: len(last) // 2])
-        if len(last) >= 8
-        else None
-    )
+    half = len(last) // 2
+    return compare_means(last.iloc[half:], last.iloc[:half]) if half >= 4 else None
 
 
 def compute_share(gains: pd.Series, gaps: pd.Series) -> Estimate | None:

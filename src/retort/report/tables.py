@@ -1,15 +1,17 @@
-"""Tables of the summary and the page: rows of a data frame, and columns that say how they are shown.
+"""Tables of the summary and the page: rows of a data frame, and the columns that `columns.yaml` declares.
 
 What is not defined is a dash.
 """
 
 import textwrap
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, replace
+from importlib import resources
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import yaml
 
 from retort.evaluation.formatting import format_number, format_signed, name_metric
 from retort.evaluation.scores import MAX_PERPLEXITY, METRICS
@@ -18,85 +20,7 @@ from retort.report.runs import ENDS, find_teachers, get_estimate
 from retort.report.templates import write_kl
 
 NO_BASELINE = "no match"
-
-
-class Cell(NamedTuple):
-    """A cell: its text, a smaller text below it, what it is sorted by, and whether it stands out."""
-
-    text: str
-    below: str = ""
-    key: str = ""
-    is_bold: bool = False
-
-
-@dataclass(frozen=True)
-class Column:
-    """How a column of a frame is shown, in HTML and, if it has a `short` head, in a terminal.
-
-    write: the format of its numbers times `scale`, or a function; "" for texts. interval: where that of a number is
-    shown. note: the column of the frame with a text that is shown below.
-    """
-
-    key: str
-    head: str
-    write: str | Callable[[float], str] = ""
-    short: str = ""
-    scale: float = 1.0
-    interval: Literal["none", "beside", "below"] = "none"
-    note: str = ""
-
-    def make_cell(self, row: pd.Series, *, is_bold: bool = False) -> Cell:
-        """Return the cell of a row."""
-        value, low, high = (row.get(f"{self.key}{end}", np.nan) for end in ENDS)
-        if pd.isna(value):
-            return Cell("-")
-        if isinstance(value, str):
-            return Cell(value, key="" if self.write else value)
-        text, below = self._write(value), row.get(self.note)
-        below = "" if pd.isna(below) else below
-        if self.interval == "beside" and pd.notna(low):
-            text += f"\N{PLUS-MINUS SIGN}{max(high - value, value - low):.3f}"
-        elif self.interval == "below" and pd.notna(low):
-            below = f"{self._write(low)} to {self._write(high)}"
-        return Cell(text, below, repr(float(value)), is_bold)
-
-    def _write(self, value: float) -> str:
-        scaled = float(self.scale * value)
-        return format(scaled, self.write) if isinstance(self.write, str) else self.write(scaled)
-
-
-@dataclass(frozen=True)
-class Table:
-    """The rows of a frame by name, and the columns that are shown of them; `is_teacher` in the frame marks teachers.
-
-    names: the head of the rows' names. bold: the cells that stand out, by row and key.
-    """
-
-    frame: pd.DataFrame
-    columns: Sequence[Column]
-    names: str = "setting"
-    title: str = ""
-    bold: Collection[tuple[str | None, str]] = ()
-
-    @property
-    def heads(self) -> list[str]:
-        """The heads on the page."""
-        return [self.names, *(column.head for column in self.columns)]
-
-    @property
-    def rows(self) -> list[tuple[str, bool, list[Cell]]]:
-        """Of each row its name, whether it is a teacher, and its cells."""
-        return [
-            (
-                str(name),
-                bool(row.get("is_teacher", False)),
-                [c.make_cell(row, is_bold=(name, c.key) in self.bold) for c in self.columns],
-            )
-            for name, row in self.frame.iterrows()
-        ]
-
-
-# The columns --------------------------------------------------------------------------------------
+_NAME_ROOM = 24  # characters of a terminal's line
 
 
 def _write_size(count: float) -> str:
@@ -119,70 +43,109 @@ def _write_duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-MAIN = (
-    Column("loss", "held-out loss", ".3f", "loss", interval="beside"),
-    Column("margin", "margin vs cross-entropy", format_signed, "margin", interval="beside"),
-    Column("seeds", "seeds", ".0f", "seeds"),
-    Column("distance_closed", "distance to teacher closed, %", ".0f", "closed %", scale=100),
-    Column("perplexity", "perplexity", _write_perplexity, "perplexity"),
-    Column("kl_to_teacher", "KL to teacher", ".3f", "KL"),
-    Column("agreement", "agreement, %", ".1f", "agree %", scale=100),
-    Column("distillation_type", "type", short="type"),
-    Column("alpha", "alpha", ".3g", "alpha"),
-    Column("temperature", "T", ".3g", "T"),
-    Column("student_parameters", "parameters", _write_size, "params"),
-)
-# Left out of a terminal's table, in this order, until names have room.
-_OPTIONAL = ("params", "perplexity", "agree %", "T", "alpha", "type", "KL", "closed %")
-_NAME_ROOM = 24  # characters
-_ALL_METRICS = (
-    *("loss", "bits_per_byte", "kl_to_teacher", "reverse_kl", "agreement", "overlap"),
-    *("acceptance", "accuracy", "calibration_error"),
-)
-_METRICS = [
-    Column(name, name_metric(name), ",.3f", interval="below")
-    if METRICS[name].unit
-    else Column(name, name_metric(name), ".1f", scale=100, interval="below")
-    for name in _ALL_METRICS
-]
-_SHARES = (
-    Column("distance_closed", "distance closed, %", ".0f", scale=100, interval="below"),
-    Column("gap_closed", "gap closed, %", ".0f", scale=100, interval="below"),
-)
-_OF_RUN = (
-    Column("margin", "margin, nats/token", ".3f", interval="below"),
-    Column("baseline", "baseline"),
-)
-_CACHE = (
-    Column("cache_method", "method"),
-    Column("cache_dial", "keeps"),
-    Column("cache_positions", "positions", ",.0f"),
-    Column("cache_bytes_per_position", "bytes per token", ",.1f"),
-    Column("cache_tail_mass", "tail mass", ".4f"),
-    Column("cache_fidelity_kl", "fidelity KL, nats", write_kl),
-    Column("cache_fidelity_agreement", "same top token, %", ".1f", scale=100),
-)
-_PROVENANCE = (
-    Column("id", "id"),
-    Column("seed", "seed", ".0f"),
-    Column("steps", "steps", ",.0f"),
-    Column("trained_positions", "positions trained on", ",.0f"),
-    Column("epochs", "epochs", ".2f"),
-    Column("last_change", "change of loss at the end", format_signed, interval="below"),
-    Column("training_seconds", "training time", _write_duration),
-    Column("device", "device"),
-    Column("folder", "folder"),
-)
-_CLASSES = {
-    "frequency": "By frequency of the next token: its rank in the training text",
-    "place": "By place in the document: number of tokens before the next one",
-    "entropy": "By entropy of the teacher's distribution, nats",
-    "source": "By source of the document",
-    "category": "By category of the document",
-    "language": "By language of the document",
-}
+_WRITERS: dict[str, Callable[[float], str]]
+_WRITERS = {"signed": format_signed, "kl": write_kl, "size": _write_size}
+_WRITERS |= {"perplexity": _write_perplexity, "duration": _write_duration}
 
-# Tables -------------------------------------------------------------------------------------------
+
+class Cell(NamedTuple):
+    """A cell: its text, a smaller text below it, what it is sorted by, and whether it stands out."""
+
+    text: str
+    below: str = ""
+    key: str = ""
+    is_bold: bool = False
+
+
+@dataclass(frozen=True)
+class Column:
+    """How a column of a frame is shown: its head, in a terminal `short`, else its key.
+
+    write: one of `_WRITERS` or a format, of shares in percent such as .1%; "" for texts. is_beside: a brief table shows
+    the interval of its number. rank: the order in which a narrow terminal leaves columns out; never those of 0.
+    note: the column of the frame with a text that is shown below. term, meaning: what the page explains, in HTML.
+    """
+
+    key: str
+    head: str = ""
+    write: str = ""
+    short: str = ""
+    rank: int = 0
+    is_beside: bool = False
+    note: str = ""
+    term: str = ""
+    meaning: str = ""
+
+    def make_cell(self, row: pd.Series, *, is_brief: bool = False, is_bold: bool = False) -> Cell:
+        """Return the cell of a row; its interval is below it, or, if brief, beside it or nowhere."""
+        value, low, high = (row.get(f"{self.key}{end}", np.nan) for end in ENDS)
+        if pd.isna(value):
+            return Cell("-")
+        if isinstance(value, str):
+            return Cell(value, key="" if self.write else value)
+        text, below = self._write(value), row.get(self.note)
+        if pd.notna(low) and not is_brief:
+            below = f"{self._write(low)} to {self._write(high)}"
+        elif pd.notna(low) and self.is_beside:
+            text += f"\N{PLUS-MINUS SIGN}{max(high - value, value - low):.3f}"
+        return Cell(text, "" if pd.isna(below) else below, repr(float(value)), is_bold)
+
+    def _write(self, value: float) -> str:
+        if writer := _WRITERS.get(self.write):
+            return writer(float(value))
+        return format(float(value), self.write).rstrip("%")
+
+
+def _declare() -> tuple[list[Column], dict[str, list[Column]], dict[str, str]]:
+    """Read the columns, those of each table by its name, and the titles of the tables by class."""
+    text = resources.files("retort.report").joinpath("columns.yaml").read_text(encoding="utf-8")
+    content = yaml.safe_load(text)
+    known = {key: {"head": key, "key": key} | about for key, about in content["columns"].items()}
+    tables = {}
+    for name, entries in content["tables"].items():
+        given = [entry if isinstance(entry, dict) else {"key": entry} for entry in entries]
+        tables[name] = [Column(**({"head": g["key"]} | known.get(g["key"], {}) | g)) for g in given]
+    return [Column(**about) for about in known.values()], tables, content["classes"]
+
+
+COLUMNS, TABLES, _CLASSES = _declare()
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of a frame by name, and the columns that are shown of them; `is_teacher` in the frame marks teachers.
+
+    names: the head of the rows' names. bold: the cells that stand out, by row and key. is_brief: see `Column`.
+    """
+
+    frame: pd.DataFrame
+    columns: Sequence[Column]
+    names: str = "setting"
+    title: str = ""
+    bold: Collection[tuple[str | None, str]] = ()
+    is_brief: bool = False
+
+    @property
+    def heads(self) -> list[str]:
+        """The heads on the page."""
+        return [self.names, *(column.head for column in self.columns)]
+
+    @property
+    def rows(self) -> list[tuple[str, bool, list[Cell]]]:
+        """Of each row its name, whether it is a teacher, and its cells."""
+        return [
+            (
+                str(name),
+                bool(row.get("is_teacher", False)),
+                [self._fill(c, row) for c in self.columns],
+            )
+            for name, row in self.frame.iterrows()
+        ]
+
+    def _fill(self, column: Column, row: pd.Series) -> Cell:
+        return column.make_cell(
+            row, is_brief=self.is_brief, is_bold=(row.name, column.key) in self.bold
+        )
 
 
 def _with_teachers(group: pd.DataFrame) -> pd.DataFrame:
@@ -194,7 +157,7 @@ def _find_bold(
     found: Comparisons, group: pd.DataFrame, metrics: Sequence[str]
 ) -> set[tuple[str | None, str]]:
     """Return the cells of clear gains, and those of the settings that are clearly best."""
-    gains = [name for name, row in group.iterrows() if is_gain(get_estimate(row, "margin"))]
+    gains = {n for n, row in group.iterrows() if is_gain(get_estimate(row, "margin"))}
     best = {(find_best(found, group, metric), metric) for metric in metrics}
     return best | {(name, "margin") for name in gains}
 
@@ -207,8 +170,10 @@ def build_main_table(found: Comparisons, group: pd.DataFrame) -> Table:
         temperature=group.temperature.where(is_distilled),
         margin=group.margin.astype(object).mask(is_lacking, NO_BASELINE),
     )
-    columns = [c for c in MAIN if c.key != "distance_closed" or group[c.key].notna().any()]
-    return Table(_with_teachers(frame), columns, bold=_find_bold(found, group, ["loss"]))
+    known = group.columns[group.notna().any()]
+    columns = [c for c in TABLES["main"] if c.key != "distance_closed" or c.key in known]
+    bold = _find_bold(found, group, ["loss"])
+    return Table(_with_teachers(frame), columns, bold=bold, is_brief=True)
 
 
 def build_metric_table(found: Comparisons, group: pd.DataFrame, *, of: str = "setting") -> Table:
@@ -216,9 +181,14 @@ def build_metric_table(found: Comparisons, group: pd.DataFrame, *, of: str = "se
 
     of: whether the group's rows are settings, of which the clearly best are bold, or a "run" each, with its baseline.
     """
-    columns = [column for column in (*_METRICS, *_SHARES) if group[column.key].notna().any()]
+    columns = [
+        replace(column, head=name_metric(column.key)) if column.key in METRICS else column
+        for column in TABLES["metrics"]
+        if group[column.key].notna().any()
+    ]
     if of == "run":
-        return Table(group, [*columns, *_OF_RUN], of, bold=_find_bold(found, group, []))
+        bold = _find_bold(found, group, [])
+        return Table(group, [*columns, *TABLES["runs"]], of, bold=bold)
     shown = [column.key for column in columns if column.key in METRICS]
     return Table(_with_teachers(group), columns, bold=_find_bold(found, group, shown))
 
@@ -226,39 +196,36 @@ def build_metric_table(found: Comparisons, group: pd.DataFrame, *, of: str = "se
 def build_breakdowns(found: Comparisons, group: pd.DataFrame) -> list[Table]:
     """Return a table for each partition of the positions: the loss of each setting, and its KL below, by class."""
     rows: list[dict[str, Any]] = [
-        {"setting": setting, "kind": kind, "class": row.name}
-        | {"positions": row.positions, "documents": row.documents}
+        {"setting": setting, "kind": kind, "class": row.name, "teacher_loss": np.nan}
+        | {"kl_to_teacher": np.nan, "positions": row.positions, "documents": row.documents}
         | {metric: estimate.value for metric, estimate in row.metrics.items()}
         for name, setting in found.runs.setting.items()
         if setting in group.index
         for kind, classes in found.results.metrics[name].scores.breakdown.items()
         for row in classes
     ]
-    if not rows:
-        return []
-    long = pd.DataFrame(rows)
-    long = long.reindex(columns=long.columns.union(["teacher_loss", "kl_to_teacher"], sort=False))
+    kinds = dict(list(pd.DataFrame(rows).groupby("kind"))) if rows else {}
     return [
-        _build_breakdown(long[long.kind == kind], list(group.index), title)
+        _build_breakdown(kinds[kind], list(group.index), title)
         for kind, title in _CLASSES.items()
-        if (long.kind == kind).any()
+        if kind in kinds
     ]
 
 
 def _build_breakdown(long: pd.DataFrame, settings: list[str], title: str) -> Table:
     frame = long.groupby("class", sort=False).first()  # of the values that are defined
     means = long.groupby(["class", "setting"])[["loss", "kl_to_teacher"]].mean().unstack()
-    documents = frame.documents.map("{:,.0f} document".format)
-    frame["documents"] = documents.where(frame.documents == 1, documents + "s")
+    frame["documents"] = frame.documents.map("{:,.0f} documents".format)
+    frame["documents"] = frame.documents.replace("1 documents", "1 document")
     columns = [Column("positions", "positions", ",.0f", note="documents")]
     if frame.teacher_loss.notna().any():
         columns.append(Column("teacher_loss", "teacher", ".3f"))
     for number, setting in enumerate(settings):
-        loss, kl = f"loss {number}", f"kl {number}"
-        frame[loss] = means["loss"].get(setting)
-        known = means["kl_to_teacher"].get(setting)
-        frame[kl] = None if known is None else known.map("KL {:.3f}".format, na_action="ignore")
-        columns.append(Column(loss, setting, ".3f", note=kl))
+        if setting in means.loss:
+            frame[f"loss {number}"] = means.loss[setting]
+            kl = means.kl_to_teacher[setting]
+            frame[f"kl {number}"] = kl.map("KL {:.3f}".format, na_action="ignore")
+        columns.append(Column(f"loss {number}", setting, ".3f", note=f"kl {number}"))
     return Table(frame, columns, "class", title)
 
 
@@ -268,18 +235,8 @@ def build_task_table(board: pd.DataFrame) -> Table:
     frame = board.pivot(index="model", columns="metric", values=list(values))
     frame.columns = [f"{metric}{values[value]}" for value, metric in frame.columns]
     models = board.drop_duplicates("model").set_index("model")
-    columns = [Column(m, m, ",.3f", interval="below") for m in board.sort_index().metric.unique()]
+    columns = [Column(m, m, ",.3f") for m in board.sort_index().metric.unique()]
     return Table(models[["is_teacher"]].join(frame), columns, "model")
-
-
-def build_cache_table(caches: pd.DataFrame) -> Table:
-    """Return the table of the caches that runs learned from: size and quality."""
-    return Table(caches, _CACHE, "runs")
-
-
-def build_provenance_table(runs: pd.DataFrame) -> Table:
-    """Return the table of the runs' ids, lengths of training, devices and folders."""
-    return Table(runs, _PROVENANCE, "run")
 
 
 def describe_settings(found: Comparisons) -> tuple[dict[str, str], Table]:
@@ -287,16 +244,16 @@ def describe_settings(found: Comparisons) -> tuple[dict[str, str], Table]:
 
     Keys of the config that all runs share are left out.
     """
+    counts = ["steps", "trained_positions", "student_parameters"]
     rows = []
-    for name, run in found.runs.iterrows():
-        row = {key: f"{run[key]:,}" for key in ("steps", "trained_positions", "student_parameters")}
-        row |= {"device": run.device}
-        if made := found.results.metrics[name].trained:
+    for name, metrics in found.results.metrics.items():
+        row = {"device": found.runs.device[name]}
+        if made := metrics.trained:
             of_code = ("source", "commit", "uncommitted_changes", "dtype", "python")
-            row |= {k: getattr(made, k) for k in of_code} | made.versions
-            row |= read_config(found.results.metrics[name])
-        rows.append({k.replace("_", " ") if "." not in k else k: v for k, v in row.items()})
-    facts = pd.DataFrame(rows, index=found.runs.index, dtype=object)
+            row |= {k: getattr(made, k) for k in of_code} | made.versions | read_config(metrics)
+        rows.append({k if "." in k else k.replace("_", " "): v for k, v in row.items()})
+    facts = found.runs[counts].map("{:,}".format).rename(columns=lambda key: key.replace("_", " "))
+    facts = facts.join(pd.DataFrame(rows, index=facts.index, dtype=object))
     facts = found.learning.join(facts[facts.columns.difference(found.learning.columns, sort=False)])
     # A key that some runs do not use differs if it does between those that use it.
     used = facts.mask(facts.isna() | (facts == "-")).map(str, na_action="ignore")
@@ -311,7 +268,8 @@ def render_table(table: Table, width: int) -> list[str]:
     cells = [[name, *(cell.text for cell in cells)] for name, _, cells in table.rows]
     frame = pd.DataFrame(cells, columns=["setting", *(c.short for c in table.columns)])
     longest = max(map(len, frame.setting))
-    for head in ("", *_OPTIONAL):
+    optional = sorted((c for c in table.columns if c.rank), key=lambda c: c.rank)
+    for head in ("", *(column.short for column in optional)):
         frame = frame.drop(columns=head) if head else frame
         rest = frame.drop(columns="setting").to_string(index=False).partition("\n")[0]
         room = width - len(rest) - 2

@@ -41,3 +41,9 @@ def render(name: str, **values: Any) -> str:
     )
     environment.filters |= _FILTERS
     return environment.get_template(name).render(values)
+
+
+def render_sentences(name: str, **values: Any) -> list[str]:
+    """Return the paragraphs of a template filled in, each on one line."""
+    paragraphs = [" ".join(text.split()) for text in render(name, **values).split("\n\n")]
+    return [text for text in paragraphs if text]

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from retort.report.comparisons import Comparisons
-from retort.report.figures import Figures, find_sweeps
+from retort.report.comparisons import Comparisons, find_sweeps
+from retort.report.figures import Figures
 from retort.report.svg import INKS, SERIES
 from support.records import make_manifest
 from support.reports import compare, write_demo, write_run, write_trained

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from retort.evaluation.records import Score
-from retort.report.scoreboard import read_scoreboard, render_scoreboard
+from retort.report.scoreboard import read_scoreboard
 from retort.report.tables import build_task_table
 from support.records import make_benchmark, make_run_record, make_score
+from support.reports import summarise, write_run
 
 
 def write(path: Path, task: str, scores: list[Score], **values: Any) -> Path:
@@ -40,13 +41,15 @@ def test_models_are_rows_with_teachers_first(tmp_path: Path) -> None:
             examples=10,
         ),
     ]
-    board = read_scoreboard(paths)
-    assert render_scoreboard(board) == [
+    summary = summarise([write_run(tmp_path, "small")], 120, paths).splitlines()
+    start = next(i for i, line in enumerate(summary) if line.startswith("arc"))
+    assert summary[start : start + 4] == [
         "arc, acc: teacher big 0.750, small 0.500\u00b10.020",
         "wiki, acc (less is better), 10 of 100 examples: small 9.000\u00b10.020",
         "not a full result, on some examples only: wiki: 10 of 100 examples",
+        "",
     ]
-    table = build_task_table(board)
+    table = build_task_table(read_scoreboard(paths))
     assert [(name, is_teacher) for name, is_teacher, _ in table.rows] == [
         ("teacher big", True),
         ("small", False),
@@ -67,7 +70,7 @@ def test_a_group_shows_its_own_score_or_those_of_all_its_subtasks(tmp_path: Path
 
 
 def test_without_files_there_is_no_table_and_other_files_are_refused(tmp_path: Path) -> None:
-    assert render_scoreboard(read_scoreboard([])) == []
+    assert read_scoreboard([]).empty and not build_task_table(read_scoreboard([])).columns
     make_run_record().write(tmp_path / "a")
     with pytest.raises(ValueError, match=r"another kind of file.* run the benchmark again"):
         read_scoreboard([tmp_path / "a"])

@@ -11,10 +11,25 @@ from retort.evaluation.intervals import Estimate
 from retort.evaluation.scores import MAX_PERPLEXITY
 from retort.models.samples import Sample, SamplePrompt, Samples
 from retort.report.figures import Figures
+from retort.report.findings import find_caches
 from retort.report.runs import find_teachers, label_teachers
 from retort.report.samples import REFERENCE, build_samples, mark_lines
-from retort.report.tables import Cell, Column, build_breakdowns, build_main_table
-from support.reports import compare, find_rows, without_teacher, write_demo, write_run
+from retort.report.tables import (
+    COLUMNS,
+    TABLES,
+    Cell,
+    Column,
+    build_breakdowns,
+    build_main_table,
+)
+from support.reports import (
+    compare,
+    find_rows,
+    render_page,
+    without_teacher,
+    write_demo,
+    write_run,
+)
 
 
 def test_what_is_not_defined_is_a_dash(tmp_path: Path) -> None:
@@ -145,6 +160,17 @@ def test_a_perplexity_beyond_all_numbers_says_so(tmp_path: Path) -> None:
     assert "> 1e304" in texts
     shown = format_metric("perplexity", Estimate(1e12, 3.0, MAX_PERPLEXITY))
     assert shown == ("1.00e+12", "3.000 to > 1e304")
+
+
+def test_every_declared_column_is_shown_and_every_table_has_its_columns(tmp_path: Path) -> None:
+    found = compare(write_demo(tmp_path))
+    frames = {"main": found.settings, "metrics": found.settings, "caches": find_caches(found.runs)}
+    for name, columns in TABLES.items():
+        assert {column.key for column in columns} <= set(frames.get(name, found.runs))
+    shown = {column.key for columns in TABLES.values() for column in columns}
+    assert {column.key for column in COLUMNS} - shown == {"hard_loss"}  # of the learning curves
+    page = render_page(tmp_path, [write_run(tmp_path, "one")])
+    assert all(f"<dt>{column.term}</dt>" in page for column in COLUMNS if column.term)
 
 
 def test_cells_are_sorted_by_their_numbers(tmp_path: Path) -> None:
