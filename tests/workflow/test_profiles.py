@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,12 @@ SUBMITTED = RULES.keys() - LOCAL
 SLURM_COMMANDS = ("sbatch", "squeue", "sacct", "sacctmgr", "scontrol", "sinfo", "srun", "scancel")
 
 
+class Resources(dict[str, Any]):
+    """A job's resources, as Snakemake gives them to the plugin."""
+
+    __getattr__ = dict.__getitem__
+
+
 def read_profile(text: str | None = None) -> dict[str, Any]:
     """Read the SLURM profile as Snakemake does."""
     yte = pytest.importorskip("yte")
@@ -41,6 +48,21 @@ def test_every_submitted_rule_has_time_memory_and_cpus(rule: str) -> None:
     assert {"runtime", "mem_mb"} <= given.keys()
     assert {"cpus_per_task", "cpus_per_gpu"} & given.keys()
     assert "attempt" in f"{given['runtime']} {given['mem_mb']}", "a retry gets more of something"
+
+
+def test_one_type_of_gpu_is_asked_for_by_every_job_that_may_use_one_and_by_no_other() -> None:
+    """By what the plugin makes of it for sbatch."""
+    plugin = pytest.importorskip("snakemake_executor_plugin_slurm.utils")
+    text = PROFILE.read_text()
+    assert "gpu_model" not in str(read_profile(text)["set-resources"])
+    given = read_profile(text.replace("gpu_model: null", "gpu_model: a100"))
+    uses_gpu = {rule for rule in SUBMITTED if re.search(r"\n        gpu=", RULES[rule])}
+    uses_gpu.add("benchmark_teacher")  # with the resources of `benchmark`
+    for rule, resources in given["set-resources"].items():
+        gpus = {"gpu": 4} if rule in uses_gpu else {}
+        job = SimpleNamespace(resources=Resources(resources | gpus))
+        assert plugin.set_gres_string(job) == (" --gpus=a100:4" if gpus else ""), rule
+    assert "gpu_model" not in given["default-resources"], "jobs without a GPU would ask for one"
 
 
 def test_every_key_of_the_slurm_profile_has_a_comment() -> None:

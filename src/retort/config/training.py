@@ -39,6 +39,9 @@ class Training(Section):
     reverse_kl, KL(student || teacher), is mode-seeking; jensen_shannon is between them."""
     use_cached_logits: bool = True
     """Learn from the logit cache; false runs the teacher beside the student instead."""
+    cache_copy: Text | None = setting(None, changes_id=False)
+    """Folder on the node's own disk or in its memory, such as $TMPDIR or /dev/shm, to which the cache is copied for the
+    training; variables are those of the job. null reads the cache where it is."""
     learning_rate: Positive = 0.0001
     """Peak learning rate of AdamW."""
     lr_scheduler_type: Literal[

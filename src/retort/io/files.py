@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ import filelock
 
 logger = logging.getLogger(__name__)
 
+_NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 _PIECE_BYTES, _FLUSHED_BYTES = 1 << 17, 1 << 22
 
 
@@ -89,17 +91,21 @@ def file_lock(path: Path, *, busy: str, notify_after_s: float = 0.0) -> Iterator
         logger.info(busy)
         lock.acquire()
     except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+        if error.errno not in _NO_FLOCK:
             raise
-        raise ValueError(
-            f"{path} cannot be locked: its file system does not support flock, so two jobs could write there at once. "
-            "Ask for a mount that does (Lustre: -o flock), or set output.results_dir and output.cache_dir to another "
-            "disk that all nodes share."
-        ) from None
+        raise _no_flock(path) from None
     try:
         yield
     finally:
         lock.release()
+
+
+def _no_flock(path: Path) -> ValueError:
+    return ValueError(
+        f"{path} cannot be locked: its file system does not support flock, so two jobs could write there at once. Ask "
+        "for a mount that does (Lustre: -o flock; NFS: version 4, or with its lock service), or set output.results_dir "
+        "and output.cache_dir to another disk that all nodes share."
+    )
 
 
 def temporary_name(path: Path) -> Path:
@@ -150,12 +156,14 @@ def require_no_file_at(folder: Path) -> None:
 
 
 def require_writable(folder: Path) -> None:
-    """Create `folder` and try to write in it. Raises ValueError when that fails."""
+    """Create `folder` and try to write and to lock a file in it. Raises ValueError when that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with tempfile.TemporaryFile(dir=folder) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+        if error.errno in _NO_FLOCK:
+            raise _no_flock(folder) from None
         raise _not_writable(folder, str(error.strerror)) from None
 
 

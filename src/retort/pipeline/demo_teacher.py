@@ -11,7 +11,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import filelock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -19,7 +18,7 @@ from retort.config.handoff import Job
 from retort.config.sections import Dataset, Student, Tracking, Training
 from retort.corpus.documents import Counts, Document
 from retort.corpus.snapshot import read_documents
-from retort.io.files import write_json
+from retort.io.files import file_lock, write_json
 from retort.io.fingerprints import TeacherRecord
 from retort.io.run_record import RUN_FILE, describe_run
 from retort.models.load import fingerprint_model
@@ -86,7 +85,8 @@ def make_demo_teacher(
 
     folder, dataset = record_path.parent, job.dataset
     folder.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(folder / ".demo_teacher.lock"):
+    busy = "another process trains this teacher: waiting for it"
+    with file_lock(folder / ".demo_teacher.lock", busy=busy):
         tokenizer = train_tokenizer(_read_training_documents(dataset, snapshot), size)
         table = tokenize_documents(
             _read_training_documents(dataset, snapshot), tokenizer, dataset, counts=TokenCounts()

@@ -1,12 +1,14 @@
 """One run: checks that tokens, tokenizer, teacher and student belong together, trains, and writes training.json."""
 
 import logging
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from pydantic import JsonValue
 
 from retort.artifacts.build import REVISIONS, starting_point, training_keys
+from retort.cache.local_copy import copy_cache
 from retort.cache.reader import CACHE_FILE, LogitCache
 from retort.cluster.ranks import rank
 from retort.config.handoff import Job
@@ -47,9 +49,19 @@ def train_run(out: Path, job: Job, *, index_path: Path, signal_path: Path | None
     files changed, when teacher, student and text use different ids or sequences are too long for them, and where
     `train_student` does.
     """
+    signal, training = _open_signal(signal_path), job.config.training
+    with ExitStack() as stack:
+        if isinstance(signal, LogitCache) and training.cache_copy and training.alpha != 1.0:
+            signal = stack.enter_context(copy_cache(signal, training.cache_copy))
+        _train(out, job, signal, index_path=index_path, signal_path=signal_path)
+
+
+def _train(
+    out: Path, job: Job, signal: Signal | None, *, index_path: Path, signal_path: Path | None
+) -> None:
+    """Do what `train_run` says, with `signal` opened."""
     student, training = _pin_student(job.config.student, out.parent), job.config.training
     needs_teacher = training.alpha != 1.0
-    signal = _open_signal(signal_path)
     if needs_teacher and signal is None:
         raise ValueError(
             f"distillation type {training.distillation_type!r} (alpha {training.alpha}) learns from a teacher: give "

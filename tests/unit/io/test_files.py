@@ -20,6 +20,7 @@ from retort.io.files import (
     file_lock,
     read_json,
     remove_stale_temporaries,
+    require_writable,
     temporary_name,
     write_atomically,
     write_json,
@@ -231,6 +232,8 @@ def test_a_file_system_without_locks_is_refused(
         file_lock(tmp_path / ".lock", busy=""),
     ):
         pass
+    with pytest.raises(ValueError, match=r"does not support flock.*-o flock.*output\.results_dir"):
+        require_writable(tmp_path / "results")  # before any job
 
 
 def test_old_temporaries_and_those_of_dead_writers_are_removed(tmp_path: Path) -> None:

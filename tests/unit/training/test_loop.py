@@ -264,6 +264,19 @@ def run_rule(bench: Bench, out: Path, **given: Any) -> TrainingRecord:
     return TrainingRecord.read(out)
 
 
+def test_a_student_of_a_copied_cache_is_the_same_and_the_copy_is_removed(
+    bench: Bench, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    node = tmp_path / "node"
+    plain = run_rule(bench, tmp_path / "abc" / "training.json")
+    copied = run_rule(bench, tmp_path / "def" / "training.json", training={"cache_copy": str(node)})
+    assert copied.cache == plain.cache
+    one, other = (tmp_path / run / "final" / "model.safetensors" for run in ("abc", "def"))
+    assert one.read_bytes() == other.read_bytes()
+    assert f"copying {bench.cache.path}" in caplog.text
+    assert not [*node.rglob("*.h5")]
+
+
 def test_record_of_a_run_holds_what_evaluate_needs(bench: Bench, tmp_path: Path) -> None:
 
     found = run_rule(bench, tmp_path / "abc" / "training.json")
