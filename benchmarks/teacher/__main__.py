@@ -2,11 +2,12 @@
 
     python -m benchmarks.teacher [--shape 70m] [--vocabulary 32768] [--device cuda --dtype bfloat16]
 
-Two tables. *Overhead*: a Llama with random weights reads sequences of one length, and what is kept of every position is
-selected, coded, written and read back; the opponent is `model(input_ids, attention_mask)` on the same batches, which
-keeps nothing. `half counted` counts half the positions, so the head runs on half of them. `plain loop` is that
-forward, then `logits.float().log_softmax(-1).topk(64)` and a write of float16. *Lengths*: documents of
-log-normal lengths; the opponent is the plain loop over batches in the corpus' order, padded to the longest.
+Three tables. *Overhead*: a Llama with random weights reads sequences of one length, and what is kept of every
+position is selected, coded, written and read back; the opponent is `model(input_ids, attention_mask)` on the same
+batches, which keeps nothing. `half counted` counts half the positions, so the head runs on half of them. `plain loop`
+is that forward, then `logits.float().log_softmax(-1).topk(64)` and a write of float16. *Lengths*: documents of
+log-normal lengths; the opponent is the plain loop over batches in the corpus' order, padded to the longest. *Coding*: a
+part without the teacher, from selected tokens to a file that was read back, by one thread and by several.
 
 All ways take turns in one process; a figure is the median over turns of its ratio to the opponent in the same turn. On
 a CPU, processor time is counted, which other processes disturb less. The share of the device's speed counts 2 FLOP for
@@ -28,6 +29,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.common import make_parser
+from benchmarks.teacher.coding import print_coding
 from retort.cache.codec import Codec, TokenOrder
 from retort.cache.methods import build_codec
 from retort.cache.parts import write_part
@@ -260,6 +262,9 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--documents", type=int, default=300, help="of the second table; 0: none")
+    parser.add_argument(
+        "--threads", type=int, nargs="*", default=[2], help="of the third table; none: none"
+    )
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -271,6 +276,11 @@ def main() -> None:
     print_overhead(flags, dtype)
     if flags.documents:
         print_lengths(flags, dtype)
+    if flags.threads:
+        table = make_table(
+            [flags.length + 1] * max(flags.sequences, 16), vocabulary=flags.vocabulary
+        )
+        print_coding(table, flags.vocabulary, threads=flags.threads, turns=flags.turns)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,11 @@ from retort.cache.entropy import (
     LOW,
     SCALE,
     Lookup,
+    build_encoder,
     build_lookup,
     build_tables,
     count_symbols,
-    encode_words,
+    encode_lanes,
     pack_tables,
     pull,
     split,
@@ -158,20 +159,25 @@ def check_integers(pairs: list[tuple[int, int]]) -> None:
     """Code (context, integer) pairs: they come back, in as many bits as their statistics allow."""
     contexts = np.array([c for c, _ in pairs], np.uint16)
     values = np.array([v for _, v in pairs], np.uint32)
-    counts = count_symbols(contexts, values, num_contexts=6)
+    counts = count_symbols([(contexts, values)], num_contexts=6)
     assert counts.sum() == len(pairs)
     tables = build_tables(counts)
     assert set(tables.sum(axis=1).tolist()) <= {0, SCALE}
     assert np.array_equal(tables > 0, counts > 0)
     assert np.array_equal(unpack_tables(pack_tables(tables), num_contexts=6), tables)
     lookup = build_lookup(tables)
-    words = encode_words(contexts, values, lookup)
+    lanes = encode_lanes(contexts, values, len(pairs) // 3, build_encoder(tables))
     ideal = sum(
         split(v)[1] - np.log2(tables[c, split(v)[0]] / SCALE)
         for c, v in zip(contexts, values.tolist(), strict=True)
     )
-    assert 32 * len(words) <= ideal + 65 + 0.01 * len(pairs)
-    assert pull_all(words, contexts, lookup) == values.tolist()
+    assert 32 * sum(map(len, lanes)) <= ideal + 2 * 65 + 0.01 * len(pairs)
+    cut = len(pairs) // 3
+    found = [
+        pull_all(words, part, lookup)
+        for words, part in zip(lanes, (contexts[:cut], contexts[cut:]), strict=True)
+    ]
+    assert found[0] + found[1] == values.tolist()
 
 
 def pull_all(words: NDArray[np.uint32], contexts: NDArray[np.uint16], lookup: Lookup) -> list[int]:

@@ -13,6 +13,7 @@ training treats it as one bucket of its own. Records of `top_k`: `top_k_codec`, 
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -206,8 +207,13 @@ class Codec(ABC):
         """
 
     @abstractmethod
-    def encode(self, sequences: Sequence[Any]) -> tuple[list[bytes], bytes]:
-        """Return a record for each prepared sequence of a part, and the packed tables that they are coded with."""
+    def encode(
+        self, sequences: Sequence[Any], pool: Executor | None = None
+    ) -> tuple[list[bytes], bytes]:
+        """Return a record for each prepared sequence of a part, and the packed tables that they are coded with.
+
+        pool: threads that do it; any number makes the same bytes.
+        """
 
     @abstractmethod
     def open_tables(self, packed: bytes, order: TokenOrder) -> Any:

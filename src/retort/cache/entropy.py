@@ -8,10 +8,13 @@ low bits are coded as equally frequent.
 Shapes: C contexts, S = 80 symbols, N integers. Functions marked @jit or @inlined are compiled by numba.
 """
 
+from collections.abc import Iterable
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import zstandard
+from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
@@ -42,6 +45,19 @@ def _count_leading_zeros(typing_context, value):  # type: ignore[no-untyped-def]
     return types.int64(types.int64), generate
 
 
+@intrinsic
+def _multiply_high(typing_context, a, b):  # type: ignore[no-untyped-def]
+    """The upper 64 bits of a product of two uint64: one processor instruction; numba has no function for it."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        wide = ir.IntType(128)
+        first, second = (builder.zext(argument, wide) for argument in arguments)
+        upper = builder.lshr(builder.mul(first, second), ir.Constant(wide, 64))
+        return builder.trunc(upper, ir.IntType(64))
+
+    return types.uint64(types.uint64, types.uint64), generate
+
+
 @inlined
 def floor_log2(value: int) -> int:
     """Return floor(log2(value)) of an integer >= 1."""
@@ -50,11 +66,12 @@ def floor_log2(value: int) -> int:
 
 @inlined
 def split(value: int) -> tuple[int, int]:
-    """Return (symbol, number of low bits) of an integer below 2^21."""
-    if value < 8:
-        return value, 0
-    bits = floor_log2(value) - 2
-    return 4 + 4 * bits + ((value >> bits) & 3), bits
+    """Return (symbol, number of low bits) of an integer below 2^21.
+
+    Without a branch, which could not be predicted: below 8 there are no low bits, and the symbol is the integer.
+    """
+    bits = floor_log2(value | 4) - 2
+    return 4 * bits + (value >> bits), bits
 
 
 @jit
@@ -66,11 +83,12 @@ def _count(
 
 
 def count_symbols(
-    contexts: NDArray[np.uint16], values: NDArray[np.uint32], *, num_contexts: int
+    streams: Iterable[tuple[NDArray[np.uint16], NDArray[np.uint32]]], *, num_contexts: int
 ) -> NDArray[np.int64]:
-    """Return how often each symbol occurs in each context, int64 [C, S]; contexts and values are [N]."""
+    """Return how often each symbol occurs in each context, int64 [C, S]; contexts and values of a stream are [N]."""
     counts = np.zeros((num_contexts, NUM_SYMBOLS), np.int64)
-    _count(contexts, values, counts)
+    for contexts, values in streams:
+        _count(contexts, values, counts)
     return counts
 
 
@@ -149,41 +167,91 @@ def _fill_lookup(tables, integers, symbols, entries):  # type: ignore[no-untyped
                 start += frequency
 
 
-def encode_words(
-    contexts: NDArray[np.uint16], values: NDArray[np.uint32], lookup: Lookup
-) -> NDArray[np.uint32]:
-    """Return a stream of N integers as words, uint32 [at most N + 2], in reading order; the first two are the state."""
-    words = np.empty(len(values) + 2, np.uint32)
-    first = _encode_words(contexts, values, lookup, words)
-    return words[first:]
+# One symbol of a table, for the encoder. x // frequency = (x * reciprocal) >> (63 + shift) for every x below 2^62
+# (Granlund, Montgomery, Division by Invariant Integers using Multiplication, PLDI 1994): a division takes as long as
+# all else of a symbol.
+_FACTOR = np.dtype(
+    [("reciprocal", "<u8"), ("frequency", "<u4"), ("start", "<u2"), ("shift", "<u2")]
+)
+
+
+@lru_cache(maxsize=1)
+def _build_reciprocals() -> NDArray[np.void]:
+    """Return the reciprocal of every frequency from 1 to 1,024, [1025]."""
+    factors = np.zeros(SCALE + 1, _FACTOR)
+    for frequency in range(1, SCALE + 1):
+        shift = (frequency - 1).bit_length()
+        reciprocal = -(-(1 << (63 + shift)) // frequency)
+        factors[frequency] = (reciprocal, frequency, 0, shift)
+    return factors
+
+
+def build_encoder(tables: NDArray[np.uint16]) -> NDArray[np.void]:
+    """Return the encoder's table, [C * 80], for frequencies [C, S]."""
+    encoder = _build_reciprocals()[tables.reshape(-1)]
+    encoder["start"] = (np.cumsum(tables, axis=1, dtype=np.int64) - tables).reshape(-1)
+    return encoder
+
+
+def encode_lanes(
+    contexts: NDArray[np.uint16], values: NDArray[np.uint32], cut: int, encoder: NDArray[np.void]
+) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+    """Return two streams of integers, [:cut] and [cut:] of [N], as words uint32 in reading order.
+
+    The first two words of a stream are the state. Both are written in turn, so that the processor works on two integers
+    at a time.
+    """
+    first, second = np.empty(cut + 2, np.uint32), np.empty(len(values) - cut + 2, np.uint32)
+    starts = _encode_lanes(contexts, values, cut, encoder, first, second)
+    return first[starts[0] :], second[starts[1] :]
 
 
 @jit
-def _encode_words(
-    contexts: NDArray[np.uint16],
-    values: NDArray[np.uint32],
-    lookup: Lookup,
-    words: NDArray[np.uint32],
-) -> int:
-    """Fill `words` from its end, the last integer first; return the index of the first word."""
-    index = len(words)
-    state = np.int64(LOW)
-    for i in range(len(values) - 1, -1, -1):
-        value = np.int64(values[i])
-        symbol, bits = split(value)
-        entry = lookup.entries[np.int64(contexts[i]) * NUM_SYMBOLS + symbol]
-        frequency = np.int64(entry.frequency)
-        if state >= frequency << (62 - PROBABILITY_BITS - bits):
-            index -= 1
-            words[index] = state & 0xFFFFFFFF
-            state >>= 32
-        state = (state << bits) | (value & ((1 << bits) - 1))
-        state = ((state // frequency) << PROBABILITY_BITS) + state % frequency
-        state += np.int64(entry.start)
-    index -= 2
-    words[index] = state & 0xFFFFFFFF
-    words[index + 1] = state >> 32
-    return index
+def _encode_lanes(contexts, values, cut, encoder, first, second):  # type: ignore[no-untyped-def]
+    """Fill both lanes from their ends, the last integer first; return the indices of their first words."""
+    i, j = np.int64(cut), np.int64(len(values))
+    index, state = np.int64(len(first)), np.int64(LOW)
+    other_index, other_state = np.int64(len(second)), np.int64(LOW)
+    for _ in range(min(i, j - i)):
+        i, j = i - 1, j - 1
+        state, index = _push(state, index, first, contexts, values, i, encoder)
+        other_state, other_index = _push(
+            other_state, other_index, second, contexts, values, j, encoder
+        )
+    while i > 0:
+        i -= 1
+        state, index = _push(state, index, first, contexts, values, i, encoder)
+    while j > cut:
+        j -= 1
+        other_state, other_index = _push(
+            other_state, other_index, second, contexts, values, j, encoder
+        )
+    return _finish(state, index, first), _finish(other_state, other_index, second)
+
+
+@inlined
+def _push(state, index, words, contexts, values, i, encoder):  # type: ignore[no-untyped-def]
+    """Code integer i; return the new state and the index of the first word. Without a branch, as `pull`."""
+    value = np.int64(values[np.uint64(i)])
+    symbol, bits = split(value)
+    factor = encoder[np.uint64(np.int64(contexts[np.uint64(i)]) * NUM_SYMBOLS + symbol)]
+    frequency = np.int64(factor.frequency)
+    words[np.uint64(index - 1)] = state & 0xFFFFFFFF  # there is one more word than integers to come
+    is_full = state >= frequency << (62 - PROBABILITY_BITS - bits)
+    state = state >> 32 if is_full else state
+    state = (state << bits) | (value & ((1 << bits) - 1))
+    product = _multiply_high(np.uint64(state << 1), factor.reciprocal)
+    quotient = np.int64(product >> np.uint64(factor.shift))
+    # quotient * 1,024 + the remainder, state - quotient * frequency
+    state += quotient * (SCALE - frequency) + np.int64(factor.start)
+    return state, index - np.int64(is_full)
+
+
+@inlined
+def _finish(state, index, words):  # type: ignore[no-untyped-def]
+    words[index - 2] = state & 0xFFFFFFFF
+    words[index - 1] = state >> 32
+    return index - 2
 
 
 @inlined

@@ -4,7 +4,9 @@ Layout of a record and of its integers: docs/cache-format.md. Shapes: P position
 """
 
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, fields
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -14,13 +16,15 @@ from retort.cache.codec import LOGPROB_FLOOR, Codec, SparseTargets, TokenOrder
 from retort.cache.entropy import (
     NUM_SYMBOLS,
     Lookup,
+    build_encoder,
     build_lookup,
     build_tables,
     count_symbols,
-    encode_words,
+    encode_lanes,
     pack_tables,
     unpack_tables,
 )
+from retort.cache.pieces import cut_pieces, do_pieces
 from retort.cache.sparse_streams import (
     MAX_STEPS,
     MAX_VOCABULARY,
@@ -31,11 +35,11 @@ from retort.cache.sparse_streams import (
     count_contexts,
 )
 from retort.cache.stream_reader import DecodedRows, NextTokens, RecordHeader, read_streams
-from retort.cache.stream_writer import RankedSelection, sort_rows, write_streams
+from retort.cache.stream_writer import RankedSelection, sort_by_rank, write_streams
 
 _HEADER_WORDS = 4  # see RecordHeader
 _STATE_WORDS = 2  # of each lane
-_LEVEL_BITS = 24  # of a sorting key
+_INTEGERS_AT_ONCE = 1 << 17  # in a piece of work: some 2,000 positions
 # Tokens that a teacher of 2.1 nats of entropy keeps at a probability of 0.01, and their growth (make benchmark-cache).
 _KEPT_AT_ONE_PERCENT, _KEPT_EXPONENT = 9.0, -0.58
 _BYTES_PER_KEPT, _BYTES_PER_POSITION = 1.4, 4.0
@@ -168,16 +172,18 @@ class EntropyCodec(Codec):
         self, selected: Selection, order: TokenOrder, *, next_ids: NDArray[np.int32], key: bytes
     ) -> Streams:
         """Return the kept tokens of one sequence as streams of integers."""
-        positions = np.repeat(np.arange(len(selected.sizes)), selected.sizes)
-        levels = self._find_levels(selected, positions, key)
-        keys = (order.ranks[selected.ids] << _LEVEL_BITS) | levels
-        sort_rows(selected.sizes, keys)
-        sampled_ranks = order.ranks[selected.sampled_ids]
-        sort_rows(selected.sampled_sizes, sampled_ranks)
+        levels = self._find_levels(selected, key)
+        ranks, levels = sort_by_rank(selected.sizes, selected.ids, levels, order.ranks)
+        sampled_ranks, _ = sort_by_rank(
+            selected.sampled_sizes,
+            selected.sampled_ids,
+            np.zeros_like(selected.sampled_ids),
+            order.ranks,
+        )
         ranked = RankedSelection(
             sizes=selected.sizes,
-            ranks=keys >> _LEVEL_BITS,
-            levels=keys & ((1 << _LEVEL_BITS) - 1),
+            ranks=ranks,
+            levels=levels,
             sampled_sizes=selected.sampled_sizes,
             sampled_ranks=sampled_ranks,
             tails=selected.tails,
@@ -185,15 +191,24 @@ class EntropyCodec(Codec):
         width = int((selected.sizes + selected.sampled_sizes).max(initial=1))
         return write_streams(ranked, order.ranks[next_ids], self._grid(width), width=width)
 
-    def encode(self, sequences: Sequence[Streams]) -> tuple[list[bytes], bytes]:
+    def encode(
+        self, sequences: Sequence[Streams], pool: Executor | None = None
+    ) -> tuple[list[bytes], bytes]:
         """Return a record for each sequence, and the packed tables, made for these sequences."""
         num_contexts = count_contexts(len(self.temperatures))
-        counts = np.zeros((num_contexts, NUM_SYMBOLS), np.int64)
-        for s in sequences:
-            counts += count_symbols(s.contexts, s.values, num_contexts=num_contexts)
-        tables = build_tables(counts)
-        lookup = build_lookup(tables)
-        return [_encode_record(s, lookup) for s in sequences], pack_tables(tables)
+        pieces = cut_pieces((len(s.values) for s in sequences), least=_INTEGERS_AT_ONCE)
+
+        def count(piece: slice) -> NDArray[np.int64]:
+            streams = ((s.contexts, s.values) for s in sequences[piece])
+            return count_symbols(streams, num_contexts=num_contexts)
+
+        tables = build_tables(sum(do_pieces(count, pieces, pool), _no_counts(num_contexts)))
+        encoder = build_encoder(tables)
+
+        def encode(piece: slice) -> list[bytes]:
+            return [_encode_record(s, encoder) for s in sequences[piece]]
+
+        return list(chain.from_iterable(do_pieces(encode, pieces, pool))), pack_tables(tables)
 
     def open_tables(self, packed: bytes, order: TokenOrder) -> Tables:
         """Return the decoder's tables of one part. Raises ValueError when they are damaged."""
@@ -236,22 +251,23 @@ class EntropyCodec(Codec):
         """Return the constants of a record whose positions keep at most `width` tokens."""
         return build_grid(len(self.temperatures), self.steps, self.sample_step, width.bit_length())
 
-    def _find_levels(
-        self, selected: Selection, positions: NDArray[np.int64], key: bytes
-    ) -> NDArray[np.int64]:
-        """Return the level of each exact token, int64 [N], at least 1; positions int64 [N]: the position of each.
+    def _find_levels(self, selected: Selection, key: bytes) -> NDArray[np.int64]:
+        """Return the level of each exact token, int64 [N], at least 1.
 
         top_p rounds to the nearest step. sampled rounds up or down at random, so that the squared level is unbiased.
         """
-        roots = np.sqrt(selected.probs) * self.steps
-        nearest = np.rint(roots)
+        roots = np.sqrt(selected.probs)
+        roots *= self.steps
         if self.method == "sampled":
             below = np.floor(roots)
             share = (roots**2 - below**2) / (2 * below + 1)
+            positions = np.repeat(np.arange(len(selected.sizes)), selected.sizes)
             # Counters below 2^32 belong to the sampling of tokens (teacher.selection), one for each position.
             uniform = hash_to_uniform(key, (positions + 1) * (1 << 32) + selected.ids)
-            nearest = below + (uniform < share)
-        levels: NDArray[np.int64] = np.maximum(nearest, 1).astype(np.int64)
+            roots = below + (uniform < share)
+        else:
+            np.rint(roots, out=roots)
+        levels: NDArray[np.int64] = np.maximum(roots, 1, out=roots).astype(np.int64)
         return levels
 
     def _is_possible(self, header: RecordHeader, num_words: int, num_positions: int) -> bool:
@@ -263,9 +279,11 @@ class EntropyCodec(Codec):
         )
 
 
-def _encode_record(streams: Streams, lookup: Lookup) -> bytes:
-    cut = streams.cut
-    first = encode_words(streams.contexts[:cut], streams.values[:cut], lookup)
-    second = encode_words(streams.contexts[cut:], streams.values[cut:], lookup)
-    header = np.array([len(first), streams.first_tokens, streams.tokens, streams.width])
-    return np.concatenate([header, first, second]).astype("<u4").tobytes()
+def _no_counts(num_contexts: int) -> NDArray[np.int64]:
+    return np.zeros((num_contexts, NUM_SYMBOLS), np.int64)
+
+
+def _encode_record(streams: Streams, encoder: NDArray[np.void]) -> bytes:
+    first, second = encode_lanes(streams.contexts, streams.values, streams.cut, encoder)
+    header = [len(first), streams.first_tokens, streams.tokens, streams.width]
+    return np.concatenate([np.array(header, np.uint32), first, second]).astype("<u4").tobytes()

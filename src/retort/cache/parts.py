@@ -6,6 +6,7 @@ Every file is written in one canonical order, so equal content gives equal bytes
 import json
 import os
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -80,15 +81,16 @@ def write_part(
     *,
     halved: bool = False,
     kind: PartKind | None = None,
+    pool: Executor | None = None,
 ) -> None:
     """Write one part atomically, and verify what was written.
 
     sequences: what `header.codec.prepare` made, with `order`, of each sequence of the table. halved: memory ran out, so
-    it was scored in smaller batches, which round differently. kind: what computed it, None if it is not known. Raises
-    ValueError when what was written is damaged.
+    it was scored in smaller batches, which round differently. kind: what computed it, None if it is not known. pool:
+    threads that code and verify; any number makes the same bytes. Raises ValueError when what was written is damaged.
     """
     assert len(sequences) == len(table), (len(sequences), len(table))
-    records, packed = header.codec.encode(sequences)
+    records, packed = header.codec.encode(sequences, pool)
     columns = {name: getattr(table, name) for name in TABLE_COLUMNS}
     columns["loss_mask"] = columns["loss_mask"].astype(np.uint8)
     columns["record_offsets"] = np.cumsum([0, *map(len, records)], dtype=np.int64)
@@ -110,7 +112,7 @@ def write_part(
         write_header(file, header, table.label_names, columns, own)
 
     # Verified here, since merging relies on its checksums.
-    write_h5(path, fill, verify=lambda written: LogitCache(written).verify())
+    write_h5(path, fill, verify=lambda written: LogitCache(written).verify(pool))
 
 
 def write_header(

@@ -11,6 +11,7 @@ import json
 import math
 from bisect import bisect_right
 from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from retort.cache.codec import Codec, SparseTargets, TokenOrder
 from retort.cache.kinds import PartKind
 from retort.cache.methods import read_codec
+from retort.cache.pieces import cut_pieces, do_pieces
 from retort.io.hdf5 import open_h5, read_text
 from retort.tokens.sequences import TABLE_COLUMNS, SequenceTable, content_key
 
@@ -305,10 +307,14 @@ class LogitCache:
         """Return the index of the part that a sequence came from."""
         return bisect_right(self._part_offsets, index) - 1
 
-    def verify(self) -> None:
-        """Read and decode every sequence. Raises ValueError when anything is damaged."""
-        for index in range(len(self)):
-            self.read_targets(index)
+    def verify(self, pool: Executor | None = None) -> None:
+        """Read and decode every sequence, in the threads of a pool. Raises ValueError when anything is damaged."""
+
+        def verify(piece: slice) -> None:
+            for index in range(piece.start, piece.stop):
+                self.read_targets(index)
+
+        do_pieces(verify, cut_pieces(np.diff(self.table.position_offsets)), pool)
 
     def verify_parts(self) -> None:
         """Check the large columns of all parts without decoding. Raises ValueError for the first one damaged."""

@@ -39,23 +39,65 @@ class RankedSelection(NamedTuple):
     tails: NDArray[np.int64]
 
 
-@jit
-def sort_rows(sizes: NDArray[np.int64], keys: NDArray[np.int64]) -> None:
-    """Sort the keys, int64 [N], of each position in place; sizes int64 [P]. 4x as fast as one sort of all keys.
+def sort_by_rank(
+    sizes: NDArray[np.int64],
+    ids: NDArray[np.int64],
+    levels: NDArray[np.int64],
+    rank_of_id: NDArray[np.int64],
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the ranks and levels of each position's tokens, int64 [N], by ascending rank.
 
-    Shellsort, with the gaps of Ciura (2001).
+    sizes int64 [P]; ids, all different in a position, and levels int64 [N]; rank_of_id int64 [V].
     """
-    first = 0
+    assert sizes.sum() == len(ids) == len(levels)
+    assert ids.max(initial=0) < len(rank_of_id) and ids.min(initial=0) >= 0
+    num_words = -(-len(rank_of_id) // 64)
+    scratch = (
+        np.zeros(num_words, np.uint64),
+        np.zeros(-(-num_words // 64), np.uint64),
+        np.empty(len(rank_of_id), np.int32),
+    )
+    ranks, sorted_levels = np.empty_like(ids), np.empty_like(levels)
+    found = _sort_by_rank(sizes, ids, levels, rank_of_id, scratch, ranks, sorted_levels)
+    assert found == len(ids), (found, len(ids))
+    return ranks, sorted_levels
+
+
+@jit
+def _sort_by_rank(sizes, ids, levels, rank_of_id, scratch, ranks, sorted_levels):  # type: ignore[no-untyped-def]
+    """Fill `ranks` and `sorted_levels`; return how many are different, over all positions.
+
+    A position's ranks are marked in a bitmap `words`, all zero before and after; a second one, `used`, says which words
+    have a bit. Reading it in order takes a third of the time of sorting 80 ranks.
+    """
+    words, used, level_of = scratch
+    one, six, low = np.uint64(1), np.uint64(6), np.uint64(63)
+    first = n = 0
     for size in sizes:
-        row = keys[first : first + size]
-        for gap in (701, 301, 132, 57, 23, 10, 4, 1):
-            for i in range(gap, size):
-                key, j = row[i], i
-                while j >= gap and row[j - gap] > key:
-                    row[j] = row[j - gap]
-                    j -= gap
-                row[j] = key
+        for i in range(first, first + size):
+            rank = np.uint64(rank_of_id[np.uint64(ids[np.uint64(i)])])
+            word = rank >> six
+            words[word] |= one << (rank & low)
+            used[word >> six] |= one << (word & low)
+            level_of[rank] = levels[np.uint64(i)]
         first += size
+        for block in range(len(used)):
+            marks, used[block] = used[block], np.uint64(0)
+            while marks:
+                word = np.uint64(block << 6) | _lowest_bit(marks)
+                marks &= marks - one
+                bits, words[word] = words[word], np.uint64(0)
+                while bits:
+                    rank = (word << six) | _lowest_bit(bits)
+                    bits &= bits - one
+                    ranks[np.uint64(n)], sorted_levels[np.uint64(n)] = rank, level_of[rank]
+                    n += 1
+    return n
+
+
+@inlined
+def _lowest_bit(bits):  # type: ignore[no-untyped-def]
+    return np.uint64(floor_log2(np.int64(bits & (~bits + np.uint64(1)))))
 
 
 def write_streams(

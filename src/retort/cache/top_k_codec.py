@@ -5,7 +5,9 @@ float16 [P, K], tail logprobs float32 [P, temperatures]; one after the other, li
 """
 
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from retort.cache.codec import LOGPROB_FLOOR, Codec, SparseTargets, TokenOrder
+from retort.cache.pieces import cut_pieces, do_pieces
 
 _ZSTD_LEVEL = 3
 
@@ -48,9 +51,16 @@ class TopKCodec(Codec):
         """Return the same."""
         return selected
 
-    def encode(self, sequences: Sequence[SparseTargets]) -> tuple[list[bytes], bytes]:
+    def encode(
+        self, sequences: Sequence[SparseTargets], pool: Executor | None = None
+    ) -> tuple[list[bytes], bytes]:
         """Return a record for each sequence, and no tables."""
-        return [self.encode_record(targets) for targets in sequences], b""
+
+        def encode(piece: slice) -> list[bytes]:
+            return [self.encode_record(targets) for targets in sequences[piece]]
+
+        pieces = cut_pieces(map(len, sequences))
+        return list(chain.from_iterable(do_pieces(encode, pieces, pool))), b""
 
     def encode_record(self, targets: SparseTargets) -> bytes:
         """Encode P positions. Logprobs are rounded to float16; order and tails are kept exactly."""

@@ -1,4 +1,4 @@
-"""The parts that a worker has claimed, and the thread that writes those that are complete."""
+"""The parts that a worker has claimed, and the threads that code and write those that are complete."""
 
 import logging
 import time
@@ -58,7 +58,8 @@ class PartWriter:
     """Writes one part, in a thread of its own, while the teacher reads the next one.
 
     The part stays claimed until its file exists. One part is written at a time, so a worker that is killed loses at
-    most the part that it writes and the one that it reads.
+    most the part that it writes and the one that it reads. The threads of `pool` do what takes time: they prepare,
+    code and verify the sequences of both.
     """
 
     def __init__(
@@ -67,10 +68,12 @@ class PartWriter:
         header: CacheHeader,
         order: TokenOrder,
         *,
+        num_threads: int,
         on_written: Callable[[Part, Path], None],
     ) -> None:
         self.folder, self.header, self.order, self.on_written = folder, header, order, on_written
-        self.thread = ThreadPoolExecutor(max_workers=1)
+        self.pool = ThreadPoolExecutor(num_threads)
+        self._thread = ThreadPoolExecutor(1)  # waits for the pool, so it is not one of its threads
         self.kind: PartKind | None = None  # of its parts; known once the teacher is loaded
         self.done: list[str] = []
         self.longest = 0.0  # seconds from a part's first batch to its file
@@ -83,7 +86,8 @@ class PartWriter:
         try:
             self.wait()  # also when the next part failed, or the worker is terminated: this part is scored
         finally:
-            self.thread.shutdown(cancel_futures=True)
+            for threads in (self._thread, self.pool):
+                threads.shutdown(cancel_futures=True)
 
     def wait(self) -> None:
         """Wait for the part that is being written, if any, and raise its error."""
@@ -95,7 +99,7 @@ class PartWriter:
         """Queue a part for writing, then wait for the part before and raise its error; this part is written anyway."""
         self.longest = max(self.longest, time.monotonic() - work.started)
         before = self._writing
-        self._writing = self.thread.submit(self._write, work)
+        self._writing = self._thread.submit(self._write, work)
         if before is not None:
             before.result()
 
@@ -111,6 +115,7 @@ class PartWriter:
                 self.order,
                 halved=work.scored.is_halved,
                 kind=self.kind,
+                pool=self.pool,
             )
             self.done.append(work.part.name)
             self.on_written(work.part, path)
@@ -208,5 +213,5 @@ class PartQueue:
             table = self.index.read_part(part)
             assert len(table) > 0
             self._has_started = True
-            scored = PartTargets(table, writer.header.codec, writer.order, writer.thread)
+            scored = PartTargets(table, writer.header.codec, writer.order, writer.pool)
             return ClaimedPart(part, scored, claim.pop_all(), time.monotonic())

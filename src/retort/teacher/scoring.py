@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from retort.cache.codec import NO_ORDER, Codec, Selected, TokenOrder
 from retort.cache.entropy_codec import hash_to_uniform
+from retort.cache.pieces import cut_pieces
 from retort.cli import is_out_of_memory
 from retort.models.causal_lm import CausalLM
 from retort.teacher.batches import Batch, batch_by_length, pack_batch, pad_batch
@@ -148,14 +151,15 @@ def score_features(
 class PartTargets:
     """The teacher's distributions on the sequences of one part, in the table's order.
 
-    With an executor, sequences are prepared in the background while the teacher reads on; `sequences` waits for them.
+    With a pool, its threads prepare sequences while the teacher reads on; `sequences` waits for them.
     """
 
     def __init__(
-        self, table: SequenceTable, codec: Codec, order: TokenOrder, executor: Executor | None
+        self, table: SequenceTable, codec: Codec, order: TokenOrder, pool: Executor | None
     ) -> None:
-        self.table, self.codec, self.order, self._executor = table, codec, order, executor
+        self.table, self.codec, self.order, self._pool = table, codec, order, pool
         self._found: list[Any] = [None] * len(table)
+        self._at_work: list[Future[None]] = []
         self._left = len(table)
         self.is_halved = False  # whether memory ran out
 
@@ -167,26 +171,33 @@ class PartTargets:
     def add(self, batch: Batch, selected: Selected, *, is_halved: bool = False) -> None:
         """Add a batch of this part's sequences. is_halved: memory ran out for it."""
         assert batch.table is self.table
-        ends = np.cumsum(batch.counts)
-        for row, index, first, stop in zip(
-            batch.rows, batch.indices.tolist(), ends - batch.counts, ends, strict=True
-        ):
-            piece = selected[int(first) : int(stop)]
-            keys = {"next_ids": row.next_ids, "key": row.key}
-            self._put(index, self.codec.prepare, piece, self.order, **keys)
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(batch.counts)])
+        for piece in cut_pieces(batch.counts):
+            bounds = offsets[piece.start : piece.stop + 1]
+            own = selected[int(bounds[0]) : int(bounds[-1])]
+            work = partial(self._prepare, batch.indices[piece], own, bounds - bounds[0])
+            if self._pool is None:
+                work()
+            else:
+                self._at_work.append(self._pool.submit(work))
         self._left -= len(batch.indices)
         self.is_halved |= is_halved
 
-    def _put(self, index: int, work: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        if self._executor is None:
-            self._found[index] = work(*args, **kwargs)
-        else:
-            self._found[index] = self._executor.submit(work, *args, **kwargs)
+    def _prepare(
+        self, indices: NDArray[np.int64], selected: Selected, bounds: NDArray[np.int64]
+    ) -> None:
+        """Prepare sequences of the table, whose positions begin and end at `bounds`."""
+        for index, (first, stop) in zip(indices.tolist(), pairwise(bounds.tolist()), strict=True):
+            row, piece = self.table[index], selected[first:stop]
+            prepared = self.codec.prepare(piece, self.order, next_ids=row.next_ids, key=row.key)
+            self._found[index] = prepared
 
     @property
     def sequences(self) -> list[Any]:
-        """What the codec made of each sequence, ready to be encoded."""
-        return [f.result() if isinstance(f, Future) else f for f in self._found]
+        """What the codec made of each sequence, ready to be encoded. Raises the error of a thread."""
+        for future in self._at_work:
+            future.result()
+        return self._found
 
 
 @torch.inference_mode()
@@ -217,13 +228,13 @@ def score_part(
     *,
     num_tokens: int,
     order: TokenOrder = NO_ORDER,
-    executor: Executor | None = None,
+    pool: Executor | None = None,
 ) -> PartTargets:
     """Return the teacher's distributions at every counted position of the table.
 
-    order: `codec.order_tokens`. executor: see `PartTargets`. Otherwise as `select_batches`.
+    order: `codec.order_tokens`. pool: see `PartTargets`. Otherwise as `select_batches`.
     """
-    scored = PartTargets(table, codec, order, executor)
+    scored = PartTargets(table, codec, order, pool)
     batches = batch_by_length(table, scorer.batch_size)
     for batch, selected, is_halved in select_batches(scorer, batches, codec, num_tokens=num_tokens):
         scored.add(batch, selected, is_halved=is_halved)

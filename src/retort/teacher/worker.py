@@ -27,6 +27,7 @@ from retort.cache.parts import (
 from retort.cache.reader import CACHE_FILE, CacheHeader
 from retort.cli import RESUME, first_line, is_out_of_memory
 from retort.cluster.deadlines import OUT_OF_TIME, RESUMABLE, Deadline
+from retort.cluster.gpus import is_scheduled
 from retort.config.handoff import Job
 from retort.io.fingerprints import TeacherRecord
 from retort.io.run_record import describe_run
@@ -45,6 +46,9 @@ logger = logging.getLogger(__name__)
 _MAX_COMPARED = 64  # parts that exist, of which a worker reads the headers before it begins
 
 
+_MOST_CODING_THREADS = 8  # they share the lock of Python
+
+
 @dataclass(frozen=True)
 class WorkerReport:
     """What one worker did."""
@@ -54,6 +58,19 @@ class WorkerReport:
     seconds: float
     left: int = 0  # parts without a file when there was no time for another one
     dtype: str | None = None  # of the teacher's weights, if it was loaded
+
+
+def count_coding_threads(num_workers: int) -> int:
+    """Return how many threads of this process code what the teacher gave; any number makes the same bytes.
+
+    Beside a teacher on the CPU, which takes most of the time, one. Beside GPUs, the cores of this process: those of its
+    SLURM job, else its share of the machine's.
+    """
+    if not torch.cuda.is_available():
+        return 1
+    cores = len(os.sched_getaffinity(0))
+    share = cores if is_scheduled() else cores // num_workers
+    return min(max(1, share), _MOST_CODING_THREADS)
 
 
 def run_worker(
@@ -76,7 +93,10 @@ def run_worker(
     scorer: Scorer | None = None
     progress = Progress(index.parts, part_files(index, folder, header))
     order = header.codec.order_tokens(index.read_token_counts())
-    writer = PartWriter(folder, header, order, on_written=progress.end_part)
+    num_threads = count_coding_threads(num_workers)
+    writer = PartWriter(
+        folder, header, order, num_threads=num_threads, on_written=progress.end_part
+    )
     with progress, claims or Claims(folder) as claims, writer:
         queue = PartQueue(index, claims, writer, deadline or Deadline(ask=lambda: None))
         with queue:

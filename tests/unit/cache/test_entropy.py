@@ -9,7 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from retort.cache.entropy import NUM_SYMBOLS, SCALE, build_tables, pack_tables, unpack_tables
+from retort.cache.entropy import (
+    NUM_SYMBOLS,
+    SCALE,
+    build_encoder,
+    build_tables,
+    pack_tables,
+    unpack_tables,
+)
 from support.coded import check_integers
 
 
@@ -58,3 +65,20 @@ def test_a_damaged_table_is_refused() -> None:
         unpack_tables(pack_tables(tables), num_contexts=2)
     with pytest.raises(ValueError, match="damaged"):
         unpack_tables(b"nonsense", num_contexts=2)
+
+
+def test_a_product_with_the_reciprocal_is_the_quotient() -> None:
+    """Of every frequency and, around each multiple where a quotient changes, of states up to 2^62 - 1."""
+    tables = np.zeros((SCALE, NUM_SYMBOLS), np.uint16)
+    tables[:, 5] = frequencies = np.arange(1, SCALE + 1)
+    factors = build_encoder(tables).reshape(SCALE, NUM_SYMBOLS)[:, 5]
+    assert (factors["frequency"] == frequencies).all() and (factors["start"] == 0).all()
+    rng = np.random.default_rng(0)
+    for factor in factors:
+        frequency, reciprocal = int(factor["frequency"]), int(factor["reciprocal"])
+        assert reciprocal < 1 << 64
+        quotients = [*rng.integers(0, (1 << 62) // frequency, 50).tolist(), (1 << 62) // frequency]
+        for state in (q * frequency + d for q in quotients for d in (-1, 0, 1, frequency - 1)):
+            if 0 <= state < 1 << 62:
+                upper = ((state << 1) * reciprocal) >> 64  # as the processor's instruction
+                assert upper >> int(factor["shift"]) == state // frequency, (state, frequency)

@@ -15,6 +15,7 @@ from retort.cache.methods import build_codec
 from retort.cache.parts import part_path, write_part
 from retort.cache.reader import LogitCache
 from retort.cache.sparse_streams import TAIL_UNIT
+from retort.cache.stream_writer import sort_by_rank
 from retort.teacher.selection import _separate, select_probable
 from retort.tokens.index import TokenIndex
 from support.coded import (
@@ -66,6 +67,25 @@ def test_the_largest_vocabulary_is_coded_whole(method: str) -> None:
     found = code(selection, codec, order, np.array([rare, 5]))[2]
     assert_same(selection, found, codec)
     assert as_rows(found)[0][rare] == pytest.approx(0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 63, 64, 65, 4096, 4097, 70_000])
+def test_tokens_are_sorted_by_rank_in_each_position(vocabulary: int) -> None:
+    rng = np.random.default_rng(vocabulary)
+    rank_of_id = rng.permutation(vocabulary)
+    sizes = rng.integers(0, min(vocabulary, 90) + 1, 20)
+    sizes[[0, 7]] = 0, vocabulary  # none, and all
+    ids = np.concatenate([rng.permutation(vocabulary)[:size] for size in sizes])
+    levels = rng.integers(1, 1025, len(ids))
+    found, found_levels = sort_by_rank(sizes, ids, levels, rank_of_id)
+    order = np.lexsort([rank_of_id[ids], np.repeat(np.arange(20), sizes)])
+    np.testing.assert_array_equal(found, rank_of_id[ids][order])
+    np.testing.assert_array_equal(found_levels, levels[order])
+    if vocabulary > 1:
+        with pytest.raises(AssertionError):
+            sort_by_rank(np.array([2]), np.array([1, 1]), np.array([1, 1]), rank_of_id)
+    with pytest.raises(AssertionError):
+        sort_by_rank(np.array([1]), np.array([vocabulary]), np.array([1]), rank_of_id)
 
 
 @pytest.mark.parametrize("method", METHODS)

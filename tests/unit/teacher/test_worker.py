@@ -27,13 +27,16 @@ from retort.cache.parts import (
     part_path,
     write_part,
 )
+from retort.cache.pieces import cut_pieces
 from retort.cache.reader import LogitCache
+from retort.cache.top_k_codec import TopKCodec
 from retort.cluster.deadlines import Deadline
 from retort.models.causal_lm import CausalLM
 from retort.teacher.batches import batch_by_length
 from retort.teacher.claims import Claims
 from retort.teacher.merge import build_manifest
 from retort.teacher.scoring import Scorer
+from retort.teacher.worker import count_coding_threads
 from retort.tokens.index import Part, TokenIndex
 from support.scoring import Small, score_top_k
 from support.teacher_job import After, Job, read_parts
@@ -337,6 +340,61 @@ def test_a_write_that_fails_costs_no_part_but_its_own(
     with pytest.raises(OSError, match="for a moment"):
         job.work(tmp_path, load=lambda: teacher)
     assert sorted(tmp_path.iterdir()) == sorted(calls[::2]) and len(calls) == 3
+
+
+def test_any_number_of_coding_threads_leaves_the_same_bytes(
+    job: Job,
+    undisturbed: dict[str, bytes],
+    teacher: CausalLM,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert count_coding_threads(num_workers=1) == 1  # beside a teacher on the CPU
+    names, prepare = set[str](), TopKCodec.prepare
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        names.add(threading.current_thread().name)
+        time.sleep(0.002)  # so that each of the threads gets some
+        return prepare(*args, **kwargs)
+
+    monkeypatch.setattr(TopKCodec, "prepare", watched)
+    monkeypatch.setattr(cut_pieces, "__kwdefaults__", {"least": 8})
+    monkeypatch.setattr("retort.teacher.worker.count_coding_threads", lambda _: 4)
+    job.work(tmp_path, load=lambda: teacher)
+    assert len(names) == 4 and read_parts(tmp_path) == undisturbed
+
+
+def test_coding_threads_are_the_cores_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)))
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert [count_coding_threads(n) for n in (1, 2, 5, 99)] == [8, 6, 2, 1]
+    monkeypatch.setenv("SLURM_JOB_ID", "7")  # its cores are its own
+    assert count_coding_threads(99) == 8
+
+
+def test_the_error_of_a_coding_thread_ends_the_worker_and_keeps_the_parts_before(
+    job: Job,
+    undisturbed: dict[str, bytes],
+    teacher: CausalLM,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    keys = set(map(bytes, job.index.read_part(job.index.parts[1]).keys))
+    prepare = TopKCodec.prepare
+
+    def fail(self: TopKCodec, *args: Any, key: bytes, **kwargs: Any) -> Any:
+        if key in keys:
+            raise RuntimeError("no memory for a part")
+        return prepare(self, *args, key=key, **kwargs)
+
+    monkeypatch.setattr(TopKCodec, "prepare", fail)
+    monkeypatch.setattr("retort.teacher.worker.count_coding_threads", lambda _: 3)
+    with pytest.raises(RuntimeError, match="no memory for a part"):
+        job.work(tmp_path, load=lambda: teacher)
+    found = read_parts(tmp_path)  # no claim and no temporary file
+    assert job.part(tmp_path, 0).name in found and found.items() <= undisturbed.items()
+    assert job.part(tmp_path, 1).name not in found
 
 
 def test_a_worker_without_work_looks_at_claims_less_and_less_often(
