@@ -26,6 +26,7 @@ from retort.io.run_record import RUN_FILE, describe_run, name_cpu
 from retort.models.attention import keep_softcap
 from retort.models.causal_lm import CausalLM, can_pack, needs_mask, require_causal, split_model
 from retort.models.quantized import find_faults
+from retort.models.spread import copy_beside_work
 from retort.tokens.tokenizer import explain_load_error, identify_tokenizer, load_tokenizer
 
 transformers_logging.set_verbosity_error()
@@ -106,6 +107,7 @@ def load_teacher(path: str, section: Teacher) -> CausalLM:
         options["device_map"] = {"": local_rank()} if is_rank() else "auto"
     model = load_pretrained(path, **options).eval().requires_grad_(False)
     _refuse_offloaded(getattr(model, "hf_device_map", {}), path=path)
+    copy_beside_work(model)
     require_causal(model, name=f"teacher {path!r}")
     teacher = split_model(model)
     return replace(

@@ -80,7 +80,7 @@ def batch_by_length(table: SequenceTable, batch_size: int) -> Iterator[Batch]:
 
 
 class Inputs(NamedTuple):
-    """What a model reads, int64 [B, T] on its device, and where its predictions count.
+    """What a model reads, int64 [B, T] on its device, and where its predictions count, in host memory.
 
     attention: None if there is no padding, or the model does not need to know it. positions: None unless rows
     hold several sequences. counted int64 [P]: indices of the counted positions in [B * T].
@@ -104,7 +104,7 @@ def pad_batch(rows: Many[Sequence], *, device: torch.device, needs_mask: bool = 
         attention_BT = copy_to((torch.arange(width)[None] < lengths_B1).long(), device)
     counted = [b * width + np.flatnonzero(row.loss_mask) for b, row in enumerate(rows)]
     counted_P = torch.from_numpy(np.concatenate(counted))
-    return Inputs(copy_to(ids_BT, device), attention_BT, None, copy_to(counted_P, device))
+    return Inputs(copy_to(ids_BT, device), attention_BT, None, counted_P)
 
 
 def pack_batch(rows: Many[Sequence], *, device: torch.device) -> Inputs:
@@ -116,7 +116,7 @@ def pack_batch(rows: Many[Sequence], *, device: torch.device) -> Inputs:
         copy_to(ids_N[None], device),
         None,
         copy_to(positions_N[None], device),
-        copy_to(counted_P, device),
+        counted_P,
     )
 
 

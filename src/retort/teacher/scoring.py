@@ -26,7 +26,7 @@ from retort.cache.entropy_codec import hash_to_uniform
 from retort.cache.pieces import cut_pieces
 from retort.cli import is_out_of_memory
 from retort.models.causal_lm import CausalLM
-from retort.teacher.batches import Batch, batch_by_length, pack_batch, pad_batch
+from retort.teacher.batches import Batch, batch_by_length, copy_to, pack_batch, pad_batch
 from retort.teacher.selection import NotFiniteError, pad_width, select
 from retort.teacher.streams import Queued, SideStreams
 from retort.tokens.sequences import SequenceTable
@@ -103,7 +103,8 @@ class Scorer:
         features_BTD = self.teacher.features(
             inputs.ids, inputs.attention, position_ids_BT=inputs.positions
         )
-        counted_P = inputs.counted.to(features_BTD.device, non_blocking=True)
+        # From the host: a copy from the first GPU of a group would let it wait for the last one.
+        counted_P = copy_to(inputs.counted, features_BTD.device)
         return features_BTD.flatten(0, 1).index_select(0, counted_P)
 
     def _halve(self, batch: Batch) -> list[Batch]:
