@@ -69,7 +69,10 @@ def build_header(
 
 def part_path(folder: Path, part_name: str, header: CacheHeader) -> Path:
     """Return the path of a part, whose file name is a digest of its content's name and of what it was made from."""
-    return folder / f"{digest([part_name, header.to_json(), CACHE_VERSION])}.h5"
+    content: list[Any] = [part_name, header.to_json(), CACHE_VERSION]
+    if header.batch_tokens is not None:  # other batches round differently
+        content.append({"batch_tokens": header.batch_tokens})
+    return folder / f"{digest(content)}.h5"
 
 
 def write_part(

@@ -73,9 +73,12 @@ class CacheHeader:
     tokenizer: str  # fingerprint of the tokenizer's files
     tokens: str  # content digest of the token index
     codec: Codec
+    batch_tokens: int | None = (
+        None  # found for batch_tokens: auto; not stored, but in the parts' names
+    )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the header as it is stored; part files are named by a digest of it."""
+        """Return the header as it is stored; part files are named by a digest of it, and of `batch_tokens`."""
         return {
             "teacher": self.teacher,
             "tokenizer": self.tokenizer,

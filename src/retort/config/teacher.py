@@ -24,6 +24,9 @@ class Generation(Section):
     batch_size: Count = 4
     """Sequences in one forward pass of the teacher, if they are as long as the longest of their part; batches of
     shorter ones have more, up to the same number of tokens. Lower it if memory runs out."""
+    batch_tokens: Count | Literal["auto"] | None = None
+    """Tokens in one forward pass, padding included, in place of batch_size; a longer sequence is read alone. auto finds
+    how many fit the device, once for each cache, and records it in batch_tokens.json beside the cache's parts."""
     packing: bool = False
     """Concatenate the sequences of a batch in one row instead of padding them. Faster with an attn_implementation that
     does not attend across sequences (flash_attention_2). A teacher that mixes packed sequences is detected when it is

@@ -10,7 +10,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,14 +34,37 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically. Raises ValueError when a number is NaN or infinite."""
+    write_atomically(path, format_json(value))
+
+
+def format_json(value: Any) -> bytes:
+    """Return the content of a JSON file. Raises ValueError when a number is NaN or infinite."""
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomically(path, text.encode())
+    return text.encode()
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Write a file so that readers find the old content or the new, never a part of it."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         write_pieces(file, memoryview(content))
+
+
+def write_once(path: Path, content: bytes) -> None:
+    """Write a file unless it exists; of several writers at once, on any nodes, the first one wins.
+
+    Raises OSError where the file system has no hard links.
+    """
+    temporary = temporary_name(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        with suppress(FileExistsError):
+            os.link(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_pieces(file: BinaryIO, content: memoryview) -> None:

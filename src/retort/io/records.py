@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 from pydantic_core import ErrorDetails, from_json
 
 from retort.io.digests import digest
-from retort.io.files import write_json
+from retort.io.files import format_json, write_json, write_once
 
 JsonObject = dict[str, JsonValue]
 # Known keys only, no value of another type, and finite numbers.
@@ -87,10 +87,17 @@ class Record(Entry):
     def write(self, path: Path) -> None:
         """Write the file atomically, and its folder: equal records give equal bytes."""
         path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, self._to_json())
+
+    def write_once(self, path: Path) -> None:
+        """Write the file unless it exists; of several writers at once the first wins. Raises OSError: no hard links."""
+        write_once(path, format_json(self._to_json()))
+
+    def _to_json(self) -> dict[str, Any]:
         content = self.model_dump(mode="json")
         header = {"format": self.format, "version": self.version}
         own = {"digest": digest(content)} if self.has_digest else {}
-        write_json(path, header | content | own)
+        return header | content | own
 
     @classmethod
     def _refusal(cls, path: Path, fault: str) -> ValueError:

@@ -6,6 +6,7 @@ Legend: P counted positions, K kept tokens, V vocabulary.
 import logging
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from retort.config.handoff import Job
 from retort.config.sections import Merge
 from retort.io.fingerprints import TeacherRecord
 from retort.io.run_record import RUN_FILE, describe_run
+from retort.teacher.batch_tokens import read_batch_tokens
 from retort.teacher.claims import Claims
 from retort.teacher.features import TeacherFeatures, read_features
 from retort.teacher.records import CacheRun, Fidelity, KindCount, Manifest, WorkerRecord
@@ -67,6 +69,7 @@ def merge_h5(
         index, TeacherRecord.read(fingerprint_path), cache, source=fingerprint_path
     )
     folder = manifest_path.parent
+    header = replace(header, batch_tokens=read_batch_tokens(folder, job.config.teacher.generation))
     out = folder / CACHE_FILE
     if _is_done(out, header, parts=folder / "parts"):
         paths = part_files(index, folder / "parts", header)

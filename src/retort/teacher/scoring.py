@@ -40,11 +40,19 @@ _HEAD_ROWS = {"cpu": 256, "cuda": 2048}
 
 @dataclass
 class Scorer:
-    """A model that reads sequences in batches, which are halved where memory runs out."""
+    """A model that reads sequences in batches, which are halved where memory runs out.
+
+    batch_size, batch_tokens: see `batch_by_length`.
+    """
 
     teacher: CausalLM
     batch_size: int
+    batch_tokens: int | None = None
     failed_size: int | None = None  # tokens of a batch, with padding, that ran out of memory
+
+    def batches(self, table: SequenceTable) -> Iterator[Batch]:
+        """Yield the batches of a table."""
+        return batch_by_length(table, self.batch_size, batch_tokens=self.batch_tokens)
 
     @torch.inference_mode()
     def read(
@@ -119,7 +127,7 @@ class Scorer:
         self.failed_size = size
         logger.info(
             f"out of memory with {len(batch.indices)} sequences ({size:,} tokens) at once: such batches are halved "
-            "from now on. A lower teacher.generation.batch_size avoids this."
+            "from now on. A lower teacher.generation.batch_size (or batch_tokens) avoids this."
         )
         return batch.halve()
 
@@ -143,7 +151,7 @@ def score_features(
 
     on_batch: called with the number of tokens of each batch. Raises ValueError as `Scorer.read` does.
     """
-    for batch, features in scorer.read(batch_by_length(table, scorer.batch_size)):
+    for batch, features in scorer.read(scorer.batches(table)):
         pieces = torch.split(features.values, batch.counts.tolist())
         yield from zip(batch.indices.tolist(), pieces, strict=True)
         on_batch(batch.num_tokens)
@@ -236,7 +244,7 @@ def score_part(
     order: `codec.order_tokens`. pool: see `PartTargets`. Otherwise as `select_batches`.
     """
     scored = PartTargets(table, codec, order, pool)
-    batches = batch_by_length(table, scorer.batch_size)
+    batches = scorer.batches(table)
     for batch, selected, is_halved in select_batches(scorer, batches, codec, num_tokens=num_tokens):
         scored.add(batch, selected, is_halved=is_halved)
     return scored

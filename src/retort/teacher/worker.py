@@ -9,7 +9,8 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 
@@ -33,7 +34,8 @@ from retort.io.fingerprints import TeacherRecord
 from retort.io.run_record import describe_run
 from retort.models.causal_lm import CausalLM
 from retort.models.load import describe_device, load_recorded_teacher, name_dtype
-from retort.teacher.batches import Batch, batch_by_length
+from retort.teacher.batch_tokens import BatchTokens, agree_on_batch_tokens, find_batch_tokens
+from retort.teacher.batches import Batch
 from retort.teacher.claims import Claims
 from retort.teacher.part_queue import ClaimedPart, PartQueue, PartWriter
 from retort.teacher.progress import Progress
@@ -105,18 +107,17 @@ def run_worker(
             if first:
                 scorer = open_scorer()
                 writer.kind = find_kind(scorer.teacher)
-                todo = _batch(chain([first], parts), scorer.batch_size)
-                _score(scorer, todo, queue, progress)
+                _score(scorer, _batch(chain([first], parts), scorer), queue, progress)
     left = len(find_missing_parts(index, folder, header)) if queue.is_late else 0
     seconds = time.monotonic() - started
     dtype = writer.kind.dtype if writer.kind else None
     return WorkerReport(writer.done, progress.tokens, seconds, left, dtype)
 
 
-def _batch(parts: Iterable[ClaimedPart | None], batch_size: int) -> Iterator[Batch | None]:
+def _batch(parts: Iterable[ClaimedPart | None], scorer: Scorer) -> Iterator[Batch | None]:
     for part in parts:
         if part:
-            yield from batch_by_length(part.scored.table, batch_size)
+            yield from scorer.batches(part.scored.table)
         else:
             yield None
 
@@ -190,23 +191,14 @@ def generate_logits(
         logger.info("the merged cache already exists: nothing to do")
         report = WorkerReport([], 0, 0.0)
     else:
-        parts = folder / "parts"
-
-        def open_scorer() -> Scorer:
-            scorer = _open_scorer(job, fingerprint_path, longest=index.longest)
-            if not job.config.merge.accept_unlike_parts:
-                others = read_kinds(part_files(index, parts, header), most=_MAX_COMPARED)
-                refuse_unlike_work(find_kind(scorer.teacher), others)
-            return scorer
-
-        report = run_worker(
+        report = _make_parts(
+            folder,
+            job,
             index,
-            parts,
             header,
+            open_scorer=cache(partial(_open_scorer, job, fingerprint_path, longest=index.longest)),
             worker=worker,
             num_workers=num_workers,
-            open_scorer=open_scorer,
-            deadline=Deadline(),
         )
     if report.left:
         logger.info(
@@ -215,6 +207,48 @@ def generate_logits(
         )
         raise SystemExit(RESUMABLE)
     _write_receipt(receipt, job, report, worker=worker, num_workers=num_workers)
+
+
+def _make_parts(
+    folder: Path,
+    job: Job,
+    index: TokenIndex,
+    header: CacheHeader,
+    *,
+    open_scorer: Callable[[], Scorer],
+    worker: int,
+    num_workers: int,
+) -> WorkerReport:
+    """Run the worker; with `batch_tokens: auto`, first agree with the others on the tokens of a batch."""
+    batch_tokens = job.config.teacher.generation.batch_tokens
+    if batch_tokens == "auto":
+        num_tokens = index.record.tokenizer.size
+
+        def find() -> BatchTokens:
+            options = {"longest": index.record.train.longest, "num_tokens": num_tokens}
+            return find_batch_tokens(open_scorer().teacher, header.codec, **options)
+
+        batch_tokens = agree_on_batch_tokens(folder, find)
+        header = replace(header, batch_tokens=batch_tokens)
+
+    parts = folder / "parts"
+
+    def open_batched() -> Scorer:
+        scorer = replace(open_scorer(), batch_tokens=batch_tokens)
+        if not job.config.merge.accept_unlike_parts:
+            others = read_kinds(part_files(index, parts, header), most=_MAX_COMPARED)
+            refuse_unlike_work(find_kind(scorer.teacher), others)
+        return scorer
+
+    return run_worker(
+        index,
+        parts,
+        header,
+        worker=worker,
+        num_workers=num_workers,
+        open_scorer=open_batched,
+        deadline=Deadline(),
+    )
 
 
 def _write_receipt(
