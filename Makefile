@@ -110,7 +110,7 @@ benchmark-submissions: $(READY)
 benchmark-quality: $(READY)
 	$(BIN)/python -m benchmarks.quality $(FLAGS)
 
-# Cache method, temperature, alpha and learning rate by size of the student: some forty minutes of one core.
+# Cache method, temperature, alpha and learning rate by size of the student: about 75 minutes of one core.
 benchmark-defaults: $(READY)
 	$(BIN)/python -m benchmarks.defaults $(FLAGS)
 

@@ -7,9 +7,10 @@ first. For each, students of two sizes with random weights. The pipeline makes c
 train and measure each student, and every student is a run in FOLDER/results, so a rerun of the command resumes. For
 each teacher and size:
 
-    rates    cross-entropy, and 0.1 of it with the teacher's distributions, at five learning rates; seed 0
-    ways     at the latter's best rate: methods, temperatures and alphas; seed 0
-    seeds    the best way of each method and temperature, what the keys' defaults say, and cross-entropy; all seeds
+    rates    cross-entropy, and 0.1 of it with the teacher's distributions, at five learning rates
+    ways     at the latter's best rate: methods, temperatures and alphas; and what the keys' defaults say
+
+each with all seeds. The best rate has the lowest mean over them.
 
 Legend: way: all settings of a student but its seed.
 """
@@ -18,7 +19,6 @@ import argparse
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -40,27 +40,26 @@ def list_rates(way: Way) -> list[Way]:
 
 
 def list_ways(best: Way) -> list[Way]:
-    """Return other methods, temperatures and alphas at a learning rate; `best` has top_p 0.001."""
+    """Return methods, temperatures and alphas at a learning rate, and the keys' defaults; `best` has top_p 0.001."""
     found = [replace(best, temperature=t, alpha=a) for t in (1.0, 2.0) for a in ALPHAS]
     others = [cache for cache in CACHES if cache != best.cache]
-    found += [replace(best, cache=cache, alpha=alpha) for cache in others for alpha in (0.0, 0.1)]
-    return [*found, replace(best, cache="top_k 64", temperature=2.0, alpha=0.5)]
+    found += [replace(best, cache=cache, alpha=a) for cache in others for a in (0.0, best.alpha)]
+    defaults = replace(best, cache="top_k 64", temperature=2.0, alpha=0.5)
+    return [*found, defaults, replace(defaults, rate=1e-4)]
+
+
+def list_seeds(way: Way, results: Results) -> list[Way]:
+    """Return the measured students of a way."""
+    return [found for found in results if replace(found, seed=0) == way]
 
 
 def choose_best(ways: list[Way], results: Results) -> Way:
-    """Return the one with the lowest held-out loss, of those that were measured."""
-    return min((way for way in ways if way in results), key=lambda way: results[way].loss)
+    """Return the one with the lowest mean held-out loss, of those that were measured."""
 
+    def average(way: Way) -> float:
+        return float(np.mean([results[own].loss for own in list_seeds(way, results)]))
 
-def choose_finalists(best: Way, ways: list[Way], results: Results) -> list[Way]:
-    """Return the best of each method and temperature, and the keys' defaults at their own rate and the best one."""
-    kinds = dict.fromkeys((way.cache, way.temperature) for way in ways if way in results)
-    defaults = replace(best, cache="top_k 64", temperature=2.0, alpha=0.5)
-    found = [
-        choose_best([w for w in ways if (w.cache, w.temperature) == kind], results)
-        for kind in kinds
-    ]
-    return list(dict.fromkeys([*found, defaults, replace(defaults, rate=1e-4)]))
+    return min((way for way in ways if way in results), key=average)
 
 
 def without_teacher(way: Way) -> Way:
@@ -82,7 +81,11 @@ def measure_all(experiment: Experiment, ways: list[Way], results: Results, *, is
 def compare(experiment: Experiment, first: Way, *, num_seeds: int, is_new: bool) -> None:
     """Make all students of the teacher and size of `first`, unless `is_new` is false, and print their tables."""
     results: Results = {}
-    measure = partial(measure_all, experiment, results=results, is_new=is_new)
+
+    def measure(ways: list[Way]) -> None:
+        seeds = [replace(way, seed=seed) for seed in range(num_seeds) for way in ways]
+        measure_all(experiment, seeds, results, is_new=is_new)
+
     text = without_teacher(first)
     measure([*list_rates(text), *list_rates(first)])
     if not results:
@@ -90,29 +93,30 @@ def compare(experiment: Experiment, first: Way, *, num_seeds: int, is_new: bool)
     best_text, best = (choose_best(list_rates(way), results) for way in (text, first))
     ways = list_ways(best)
     measure(ways)
-    finalists = choose_finalists(best, ways, results)
-    finalists += [best_text, *dict.fromkeys(map(without_teacher, finalists))]
-    for seed in range(num_seeds):
-        measure([replace(way, seed=seed) for way in finalists])
     size = f"{results[best].parameters:,} parameters ({first.width} x {first.layers})"
-    print(f"\n{first.teacher}, a student of {size}; loss by learning rate:")
-    for way in (text, first):
-        losses = (f"{w.rate:g}: {results[w].loss:.3f}" for w in list_rates(way) if w in results)
-        print(f"{way.cache or 'cross-entropy':14}{'  '.join(losses)}")
-    for line in format_table([*dict.fromkeys([*finalists, *ways])], best_text, results):
+    print(f"\n{first.teacher}, a student of {size}:")
+    shown = [*list_rates(text), *list_rates(first), *ways]
+    for line in format_table([*dict.fromkeys(shown)], best_text, best, results):
         print(line)
 
 
-def format_table(ways: list[Way], best_text: Way, results: Results) -> Iterator[str]:
-    """Yield a line for each way: means over its seeds, and the gain over cross-entropy of the same seed."""
-    yield f"{'':14}  T alpha      lr  bytes   loss     KL  {'gain, same rate':>18}  {'gain, best rate':>18}  seeds"
+def format_table(ways: list[Way], best_text: Way, best: Way, results: Results) -> Iterator[str]:
+    """Yield a line for each way: means over its seeds, and how much lower its loss is than that of two others.
+
+    These are compared seed by seed: cross-entropy, and top_p 0.001 with temperature 1 and alpha 0.1, each at its best
+    rate.
+    """
+    yield (
+        f"{'':14}  T alpha      lr  bytes   loss     KL  {'below cross-entropy':>20}  {'below top_p, 1, 0.1':>20}"
+        "  seeds"
+    )
     for way in ways:
-        own = [w for w in results if replace(w, seed=0) == way]
+        own = list_seeds(way, results)
         if not own:
             continue
         gains = []
-        for text in (without_teacher(way), replace(best_text, seed=0)):
-            pairs = [(results.get(replace(text, seed=w.seed)), results[w]) for w in own]
+        for other in (best_text, best):
+            pairs = [(results.get(replace(other, seed=w.seed)), results[w]) for w in own]
             differences = [base.loss - found.loss for base, found in pairs if base]
             mean = Mean.over(np.array(differences)) if differences else None
             gains.append(
@@ -123,7 +127,7 @@ def format_table(ways: list[Way], best_text: Way, results: Results) -> Iterator[
         )
         yield (
             f"{way.cache or 'cross-entropy':14}{way.temperature:3g}{way.alpha:6g}{way.rate:8g}{size:7.1f}{loss:7.3f}"
-            f"{kl:7.3f}  {gains[0]:>18}  {gains[1]:>18}{len(own):7}"
+            f"{kl:7.3f}  {gains[0]:>20}  {gains[1]:>20}{len(own):7}"
         )
 
 

@@ -1,8 +1,8 @@
 """train.py with one thing about several ranks changed, for tests: python -m torch.distributed.run THIS HOW FLAGS.
 
 `fsdp`: accelerate takes the CPU for an accelerator (it would train by DDP without a word). `alone`: gradients are not
-shared. `counted`: each rank notes in reads_RANK.txt which sequences it read. `bf16`, `fsdp-bf16`: mixed precision, as
-if the CPU were a GPU, where every loss must be float32.
+shared. `counted`: each rank notes in reads_RANK.txt which sequences it read. `bf16`, `fp16`, `fsdp-bf16`, `fsdp-fp16`:
+mixed precision, as if the CPU were a GPU, where every loss must be float32.
 """
 
 import os
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,6 +24,7 @@ from retort.training.losses import LossTerms
 _SCRIPT = Path(__file__).parents[2] / "workflow" / "scripts" / "train.py"
 _add = LossWindow.add
 _init_state, _get_item = AcceleratorState.__init__, TrainingData.__getitem__
+_init_accelerator = Accelerator.__init__
 
 
 def _call_the_cpu_an_accelerator(self: AcceleratorState, *args: Any, **kwargs: Any) -> None:
@@ -48,10 +50,18 @@ def _add_float32(self: LossWindow, terms: LossTerms, **options: Any) -> None:
     _add(self, terms, **options)
 
 
+def _scale_fp16(self: Accelerator, *args: Any, **kwargs: Any) -> None:
+    """accelerate leaves float16 out on a CPU, without a word."""
+    _init_accelerator(self, *args, **kwargs)
+    self.native_amp, self.scaler = True, torch.amp.GradScaler("cpu")
+
+
 how = sys.argv.pop(1)
-if how.endswith("bf16"):
-    loop.choose_precision = lambda *_: "bf16"
+if how.endswith(("bf16", "fp16")):
+    loop.choose_precision = lambda *_: how[-4:]
     LossWindow.add = _add_float32  # type: ignore[method-assign]  # on purpose
+if how.endswith("fp16"):
+    Accelerator.__init__ = _scale_fp16
 if how.startswith("fsdp"):
     AcceleratorState.__init__ = _call_the_cpu_an_accelerator
 elif how == "alone":
