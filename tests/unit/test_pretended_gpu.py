@@ -10,6 +10,7 @@ import pytest
 CHECKS = Path(__file__).parents[1] / "pretended_gpu" / "checks.py"
 
 
+@pytest.mark.slow
 def test_teacher_and_loss_on_pretended_gpus(tmp_path: Path) -> None:
     """Apart, because autograd would start a thread for each guarded device, and no process could be forked then."""
     from support.pretended_cuda import build_guard

@@ -9,50 +9,26 @@ import errno
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import torch
 
 from retort.cache.codec import Codec
-from retort.config.sections import Generation
-from retort.io.records import Record
 from retort.models.causal_lm import CausalLM
 from retort.models.load import describe_device
 from retort.teacher.batches import Batch
+from retort.teacher.records import BATCH_FILE, BatchTokens
 from retort.teacher.scoring import Scorer, free_memory, select_batches
 from retort.tokens.sequences import build_table
 
 logger = logging.getLogger(__name__)
 
-BATCH_FILE = "batch_tokens.json"
 # More at once make neither device faster. A CPU reads from its caches.
 _MOST = {"cpu": 2048, "cuda": 1 << 16}
 _USED_SHARE = 0.8  # of the free memory: what is left is for fragments, and for the batches that are read ahead
 _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
 # Values of one token that live at once in a layer: of the hidden width, of the feed-forward layer's.
 _HIDDEN_VALUES, _INNER_VALUES = 10, 4
-
-
-class BatchTokens(Record, format="retort-batch-tokens"):
-    """batch_tokens.json beside a cache's parts: the tokens of a batch, with padding, and how they were found."""
-
-    has_digest: ClassVar[bool] = True
-
-    batch_tokens: int
-    device: str
-    reason: str
-
-
-def read_batch_tokens(folder: Path, generation: Generation) -> int | None:
-    """Return the number that is recorded for the cache of a folder; None: none yet, or the config has no `auto`.
-
-    Raises ValueError when the record is damaged or was edited.
-    """
-    path = folder / BATCH_FILE
-    if generation.batch_tokens != "auto" or not path.exists():
-        return None
-    return BatchTokens.read(path).batch_tokens
 
 
 def agree_on_batch_tokens(folder: Path, find: Callable[[], BatchTokens]) -> int:

@@ -30,10 +30,16 @@ from retort.config.handoff import Job
 from retort.config.sections import Merge
 from retort.io.fingerprints import TeacherRecord
 from retort.io.run_record import RUN_FILE, describe_run
-from retort.teacher.batch_tokens import read_batch_tokens
 from retort.teacher.claims import Claims
 from retort.teacher.features import TeacherFeatures, read_features
-from retort.teacher.records import CacheRun, Fidelity, KindCount, Manifest, WorkerRecord
+from retort.teacher.records import (
+    CacheRun,
+    Fidelity,
+    KindCount,
+    Manifest,
+    WorkerRecord,
+    read_batch_tokens,
+)
 from retort.tokens.index import TokenIndex
 from retort.tokens.sequences import concatenate_tables
 

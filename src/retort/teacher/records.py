@@ -1,10 +1,14 @@
 """What workers did, and manifest.json: size and content of a merged cache, and how far it is from the live teacher."""
 
+from pathlib import Path
 from typing import ClassVar
 
 from retort.cache.kinds import PartKind
+from retort.config.sections import Generation
 from retort.io.records import Entry, JsonObject, Record
 from retort.io.run_record import RunRecord
+
+BATCH_FILE = "batch_tokens.json"
 
 
 class Fidelity(Entry):
@@ -75,3 +79,24 @@ class CacheRun(RunRecord, format="retort-cache-run", version=3):
     def upgrade(cls, content: JsonObject, version: int) -> JsonObject | None:
         """Return the content of version 2, which has no kinds, as this version has it."""
         return content | {"kinds": []} if version == RunRecord.version else None
+
+
+class BatchTokens(Record, format="retort-batch-tokens"):
+    """batch_tokens.json beside a cache's parts: the tokens of a batch, with padding, and how they were found."""
+
+    has_digest: ClassVar[bool] = True
+
+    batch_tokens: int
+    device: str
+    reason: str
+
+
+def read_batch_tokens(folder: Path, generation: Generation) -> int | None:
+    """Return the number that is recorded for the cache of a folder; None: none yet, or the config has no `auto`.
+
+    Raises ValueError when the record is damaged or was edited.
+    """
+    path = folder / BATCH_FILE
+    if generation.batch_tokens != "auto" or not path.exists():
+        return None
+    return BatchTokens.read(path).batch_tokens

@@ -34,12 +34,12 @@ from retort.io.fingerprints import TeacherRecord
 from retort.io.run_record import describe_run
 from retort.models.causal_lm import CausalLM
 from retort.models.load import describe_device, load_recorded_teacher, name_dtype
-from retort.teacher.batch_tokens import BatchTokens, agree_on_batch_tokens, find_batch_tokens
+from retort.teacher.batch_tokens import agree_on_batch_tokens, find_batch_tokens
 from retort.teacher.batches import Batch
 from retort.teacher.claims import Claims
 from retort.teacher.part_queue import ClaimedPart, PartQueue, PartWriter
 from retort.teacher.progress import Progress
-from retort.teacher.records import WorkerRecord
+from retort.teacher.records import BatchTokens, WorkerRecord
 from retort.teacher.scoring import Scorer, select_batches
 from retort.tokens.index import TokenIndex
 

@@ -99,6 +99,7 @@ def test_simulated_gpus_are_only_counted(monkeypatch: pytest.MonkeyPatch) -> Non
     require(0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_real_process_with_gpus_that_pytorch_does_not_see_fails(tmp_path: Path) -> None:
     """A lease of an id, as a worker takes it, then the choice of the device."""

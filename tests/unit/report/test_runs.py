@@ -90,6 +90,7 @@ def test_loss_settings_and_machine_settings_may_differ_from_the_baselines(tmp_pa
         "use_gradient_checkpointing": True,
         "cpu_threads": 8,
         "device": "cuda",
+        "cache_copy": "/dev/shm",
         "gpus": 2,
         "nodes": 2,
         "strategy": "fsdp",

@@ -15,14 +15,10 @@ from retort.cache.reader import LogitCache
 from retort.config.load import identity
 from retort.models.causal_lm import CausalLM
 from retort.teacher import batch_tokens, worker
-from retort.teacher.batch_tokens import (
-    BATCH_FILE,
-    BatchTokens,
-    agree_on_batch_tokens,
-    find_batch_tokens,
-)
+from retort.teacher.batch_tokens import agree_on_batch_tokens, find_batch_tokens
 from retort.teacher.batches import batch_by_length
 from retort.teacher.merge import merge_h5
+from retort.teacher.records import BATCH_FILE, BatchTokens
 from retort.teacher.worker import generate_logits
 from support.jobs import make_job
 from support.scoring import Small, make_codec, random_table
@@ -99,6 +95,7 @@ def _agree(folder: Path, barrier: Barrier, number: int, found: Any) -> None:
     found.put(agree_on_batch_tokens(folder, find))
 
 
+@pytest.mark.slow
 def test_workers_that_start_together_agree(tmp_path: Path) -> None:
     processes = real_processes()
     barrier, found = processes.Barrier(3), processes.Queue()
@@ -161,6 +158,7 @@ class KilledError(BaseException):
     """The end of a worker."""
 
 
+@pytest.mark.slow
 def test_a_worker_killed_after_recording_leaves_the_cache_of_that_number(
     job: Job, teacher: CausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
