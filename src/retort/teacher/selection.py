@@ -83,13 +83,11 @@ def _blocks(rows_RW: Tensor) -> Tensor:
 
 
 def _find_tails(
-    rest_RW: Tensor, logits_RW: Tensor, kept: "_KeptTokens", temperatures: tuple[float, ...]
+    rest: "_Rest", logits_RW: Tensor, kept: "_KeptTokens", temperatures: tuple[float, ...]
 ) -> Tensor:
-    """Return the mass outside the kept tokens at each temperature, [R, temperatures]; overwrites `rest_RW`.
-
-    rest_RW: probabilities at temperature 1, those of the kept tokens set to zero.
-    """
-    tails = {1.0: rest_RW.sum(dim=-1)}
+    """Return the mass outside the kept tokens at each temperature, [R, temperatures]; overwrites `rest.probs`."""
+    rest_RW = rest.probs
+    tails = {1.0: rest.masses}
     if 2.0 in temperatures:  # a square root takes a third of the time of another softmax
         outside_R = rest_RW.sqrt_().sum(dim=-1)
         inside_R = _sum_rows(kept.probs.sqrt(), kept.sizes)
@@ -130,6 +128,18 @@ class _KeptTokens(NamedTuple):
         return cls(sizes_R, indices_N, probs_N)
 
 
+class _Rest(NamedTuple):
+    """What is not kept: probabilities at temperature 1 [R, W], those of the kept tokens zero, and their sums [R]."""
+
+    probs: Tensor
+    masses: Tensor
+
+    @classmethod
+    def of(cls, probs_RW: Tensor) -> "_Rest":
+        """Return what `_KeptTokens.take` left. Each sum reads every probability, so it is taken once."""
+        return cls(probs_RW, probs_RW.sum(dim=-1))
+
+
 def select(
     logits_PV: Tensor, codec: Codec, *, num_tokens: int, uniform_P: NDArray[np.float64]
 ) -> Selected:
@@ -162,7 +172,7 @@ def select_top_k(logits_PV: Tensor, codec: TopKCodec, *, num_tokens: int) -> Spa
         kept = _KeptTokens.take(probs_RW, rows_N, ids_RK.flatten(), sizes_R)
         ids.append(ids_RK.int().cpu())
         logprobs.append((best_RK - total_R1).cpu())
-        tails_RT = _find_tails(probs_RW, logits_RW, kept, codec.temperatures)
+        tails_RT = _find_tails(_Rest.of(probs_RW), logits_RW, kept, codec.temperatures)
         tails.append(tails_RT.log().cpu())
     return SparseTargets.from_rows(
         torch.cat(ids).numpy(),
@@ -218,14 +228,15 @@ def select_probable(
         sizes_R = torch.bincount(rows_N, minlength=len(logits_RW))
         kept = _KeptTokens.take(probs_RW, rows_N, ids_N, sizes_R)
         sizes = sizes_R.cpu().numpy().astype(np.int64)
-        masses_R = probs_RW.sum(dim=-1).double().cpu().numpy() * TAIL_UNIT
+        rest = _Rest.of(probs_RW)
         counts = np.zeros(len(sizes), np.int64)
         sampled_ids = np.empty(0, np.int64)
         if step:
-            units = np.clip(np.floor(masses_R), 0, TAIL_UNIT).astype(np.int64)
+            masses = rest.masses.double().cpu().numpy() * TAIL_UNIT
+            units = np.clip(np.floor(masses), 0, TAIL_UNIT).astype(np.int64)
             counts = np.array([count_sampled(unit, step) for unit in units.tolist()], np.int64)
             sampled_ids = _sample(probs_RW, counts, uniform_P[start : start + len(counts)])
-        tails_RT = _find_tails(probs_RW, logits_RW, kept, codec.temperatures)
+        tails_RT = _find_tails(rest, logits_RW, kept, codec.temperatures)
         tails = tails_RT.double().cpu().numpy() * TAIL_UNIT
         tails = np.clip(np.floor(tails) if step else np.rint(tails), 0, TAIL_UNIT).astype(np.int64)
         ids = ids_N.cpu().numpy().astype(np.int64)
