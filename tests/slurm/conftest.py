@@ -6,12 +6,15 @@ The same command runs outside of it, or where SLURM is missing: every test then 
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from support.cluster import Cluster
-from support.place import Place, lay_out
+from support.forks import Forks
+from support.place import REPOSITORY, Place, lay_out
 from support.project import CONFIG, Note, Parts, Project, digest
 
 
@@ -50,10 +53,12 @@ def undisturbed(
     tiny_student: Path,
 ) -> Place:
     """The workflow run to its end on this machine, by no scheduler and without a disturbance; only to be copied."""
-    path = tmp_path_factory.mktemp("undisturbed") / "project"
+    folder = tmp_path_factory.mktemp("undisturbed")
+    path = folder / "project"
     place = lay_out(path, teacher=tiny_teacher, corpus=tiny_corpus, student=tiny_student)
     place.write_config(CONFIG)
-    place.snakemake()
+    with closing(Forks(folder / "forks", place.environment(), sources=REPOSITORY / "src")) as forks:
+        replace(place, python=forks.python).snakemake()
     return place
 
 

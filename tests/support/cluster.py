@@ -220,16 +220,21 @@ class Cluster:
     ) -> None:
         """Wait until a condition holds.
 
-        Raises RuntimeError with the daemons' last words when it does not for long, or a process ends before.
+        Raises RuntimeError with the daemons' last words when it does not for long, or a process ends before. A look
+        that takes long, as by one of SLURM's commands, is not repeated at once: it would take a third of a core.
         """
         until = time.monotonic() + _PATIENCE_S
-        while not condition():
+        while True:
+            began = time.monotonic()
+            if condition():
+                return
+            took_s = time.monotonic() - began
             has_ended = process is not None and process.poll() is not None
             if has_ended or time.monotonic() > until:
                 logs = self.folder.glob("*.log")
                 ends = [f"--- {log}\n{log.read_text()[-800:]}" for log in logs]
                 raise RuntimeError(f"waited in vain until {what}\n" + "\n".join(ends))
-            time.sleep(0.02)
+            time.sleep(min(max(0.02, 10 * took_s), 0.3))
 
 
 def _processes() -> list[int]:

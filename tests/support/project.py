@@ -140,10 +140,11 @@ class Project(Place):
         left = set(numbers)
 
         def all_stopped() -> bool:
-            for number, worker in self.workers().items():
-                if number in left and self.log(number).count(" done: ") >= 3:
-                    os.kill(worker, signal.SIGSTOP)
-                    left.remove(number)
+            ready = [number for number in left if self.log(number).count(" done: ") >= 3]
+            workers = self.workers() if ready else {}  # a look at all processes takes longer
+            for number in workers.keys() & ready:
+                os.kill(workers[number], signal.SIGSTOP)
+                left.remove(number)
             return not left
 
         self.cluster.wait_until(all_stopped, f"workers {numbers} are at work", process=process)
@@ -188,7 +189,7 @@ class Parts(threading.Thread):
         self._ended = threading.Event()
 
     def run(self) -> None:
-        while not self._ended.wait(0.01):
+        while not self._ended.wait(0.03):
             for path in self._project.results.glob("logits/*/parts/*.h5"):
                 with suppress(FileNotFoundError):
                     status = path.stat()
