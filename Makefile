@@ -16,7 +16,7 @@ READY := $(VENV)/.ready
 # Where this is set, each job and each session of tests would compile every module of Retort again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all test-unit test-workflow test-slow test-vllm test-slurm test-slurm-runs test-slurm-faults campaign benchmark-cache benchmark-merge benchmark-teacher benchmark-training benchmark-feeding benchmark-groups benchmark-graph benchmark-submissions benchmark-quality benchmark-defaults lint environment docs clean
+.PHONY: demo test test-all test-unit test-workflow test-slow test-vllm test-gpu test-slurm test-slurm-runs test-slurm-faults campaign benchmark-cache benchmark-merge benchmark-teacher benchmark-training benchmark-feeding benchmark-groups benchmark-graph benchmark-submissions benchmark-quality benchmark-defaults lint environment docs clean
 
 demo: $(READY)
 	$(BIN)/snakemake --cores $(CORES) --quiet rules
@@ -42,7 +42,14 @@ test-slow: $(READY)
 	$(BIN)/pytest -m "not campaign" -n 2 --dist worksteal --durations 10 --durations-min 5 tests/properties
 	$(BIN)/pytest -m slow -n 2 --durations 25 --durations-min 20 tests/workflow/test_kills.py tests/workflow/test_real_input.py \
 		tests/workflow/test_gpu_groups.py tests/workflow/test_synthesis_example.py tests/workflow/test_wheel.py \
-		tests/workflow/test_container.py tests/workflow/test_module.py tests/workflow/test_examples.py tests/unit
+		tests/workflow/test_container.py tests/workflow/test_module.py tests/workflow/test_examples.py tests/workflow/test_gpu_tests.py tests/unit
+
+# What only a GPU shows, and the table that docs/benchmarks.md waits for (in gpu.md). Tests of groups need several GPUs;
+# RETORT_GPU_TESTS_DEVICE=cpu runs the same on a CPU, smaller. It takes a CUDA build of PyTorch, which requirements.lock installs unless pip is given the CPU index;
+# another environment's Python: make test-gpu PYTHON_GPU=/path/to/python
+PYTHON_GPU ?= $(BIN)/python
+test-gpu: $(READY)
+	RETORT_GPU_TESTS_TABLE=gpu.md $(PYTHON_GPU) -m pytest -rs -m gpu tests/gpu
 
 # A local model by vLLM, whose CPU build is installed into an environment of its own: minutes and 4 GB, once.
 test-vllm: $(VLLM)/.ready

@@ -1,12 +1,14 @@
 """A training step from the cache beside other ways to the same gradient: time and memory, as ratios to cross-entropy.
 
     python -m benchmarks.training [--vocabulary 32768] [--dtype float32] [--chunk-size 128]
+    python -m benchmarks.training --device cuda --shape large --vocabulary 128256 --dtype bfloat16
 
 One step is forward and backward of a student (Llama, 6 layers of 256, tied head: 13 million parameters at 32,768 ids,
-38 at 131,072) over 2 x 512 tokens, without the optimizer. The teacher keeps 17 tokens a position on average. Every way
-has a process of its own; they take turns, and the table gives medians of the fastest step of each turn. Memory is the
-greatest resident size during the steps less that before the first one. `liger` (liger-kernel) and `veomni` (its file
-chunk_topk_distill.py) run when they can be imported.
+38 at 131,072) over 2 x 512 tokens, without the optimizer; `--shape large`: 2 layers of 4,096 over 4 x 2,048 tokens. The
+teacher keeps 17 tokens a position on average. Every way has a process of its own; they take turns, and the table gives
+medians of the fastest step of each turn. Memory is the greatest during the steps, resident on a CPU and allocated on a
+GPU, less that before the first one. `liger` (liger-kernel) and `veomni` (its file chunk_topk_distill.py) run when they
+can be imported.
 """
 
 import argparse
@@ -15,14 +17,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from benchmarks.common import REPOSITORY, UnavailableError, format_not_run, make_parser
-from benchmarks.training.student import COUNT, build_model
+from benchmarks.training.student import SHAPES, build_model
 from benchmarks.training.ways import WAYS, build_step
 
 _STEPS = 4
@@ -34,28 +36,51 @@ def read_status(key: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+class Memory:
+    """The greatest memory since it was made, less what was used then: resident of a CPU, allocated of a GPU."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        else:
+            self.before = read_status("VmRSS")
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+
+    def read(self) -> int:
+        """Return it, in bytes."""
+        is_cuda = self.device == "cuda"
+        return (
+            torch.cuda.max_memory_allocated() if is_cuda else read_status("VmHWM")
+        ) - self.before
+
+
 def run_way(flags: argparse.Namespace) -> None:
     """Print the seconds of the fastest step, and the greatest memory of one."""
     torch.set_num_threads(flags.threads)
-    model = build_model(flags.vocabulary, seed=0).train()
+    shape = SHAPES[flags.shape]
+    model = build_model(flags.vocabulary, seed=0, shape=shape).to(flags.device).train()
     try:
-        step = build_step(model, flags.way, flags.chunk_size)
+        step = build_step(model, shape, flags.way, flags.chunk_size)
     except UnavailableError as error:
         print(json.dumps({"not_run": str(error)}))
         return
-    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=flags.dtype == "bfloat16")
-    before = read_status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    seconds = []
+    is_bfloat16 = flags.dtype == "bfloat16"
+    autocast = torch.autocast(flags.device, dtype=torch.bfloat16, enabled=is_bfloat16)
+    wait: Callable[[], None] = torch.cuda.synchronize if flags.device == "cuda" else lambda: None
+    memory, seconds = Memory(flags.device), []
     for _ in range(_STEPS):
+        wait()
         started = time.perf_counter()
         with autocast:
             loss = step()
         loss.backward()  # type: ignore[no-untyped-call]
+        wait()
         seconds.append(time.perf_counter() - started)
         del loss
         model.zero_grad()
-    print(json.dumps({"seconds": min(seconds), "bytes": read_status("VmHWM") - before}))
+    print(json.dumps({"seconds": min(seconds), "bytes": memory.read()}))
 
 
 @dataclass
@@ -96,13 +121,15 @@ def print_table(results: dict[str, Result], flags: argparse.Namespace) -> None:
     if results["cross-entropy"].not_run:
         raise RuntimeError(f"cross-entropy {results['cross-entropy'].not_run}")
     base_seconds, base_bytes = results["cross-entropy"].medians()
-    print(f"{flags.vocabulary:,} ids, {flags.dtype}, {COUNT:,} positions")
+    device = torch.cuda.get_device_name() if flags.device == "cuda" else "cpu"
+    positions = SHAPES[flags.shape].positions
+    print(f"{flags.vocabulary:,} ids, {flags.dtype}, {positions:,} positions, {device}")
     for way, result in results.items():
         if result.not_run:
             print(format_not_run(way, result.not_run, width=24))
             continue
         seconds, peak = result.medians()
-        times = f"{seconds:8.3f} s ({seconds / base_seconds:.2f})"
+        times = f"{seconds:8.4f} s ({seconds / base_seconds:.2f})"
         print(f"{way:24}{times}{peak / 2**20:8.0f} MiB ({peak / base_bytes:.2f})")
 
 
@@ -111,6 +138,8 @@ def main() -> None:
     parser = make_parser("benchmarks.training", __doc__)
     parser.add_argument("--vocabulary", type=int, default=32_768)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--chunk-size", type=int, help="positions; default: Retort's own choice")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--turns", type=int, default=3)
@@ -119,6 +148,8 @@ def main() -> None:
     )
     parser.add_argument("--way", help=argparse.SUPPRESS)
     flags = parser.parse_args()
+    if flags.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no GPU on this machine")
     if flags.way:
         run_way(flags)
         return

@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.cache.ours import make_codec, write_cache
 from benchmarks.common import make_parser
 from benchmarks.distributions.build import default_folder, load_or_make
-from benchmarks.training.student import BATCH, build_model
+from benchmarks.training.student import SHAPES, build_model
 from retort.cache.reader import LogitCache
 from retort.config.sections import Student, Tracking, Training
 from retort.training.loop import TrainingJob, train_student
@@ -49,7 +49,7 @@ def run(folder: Path, cache: LogitCache, *, steps: int, workers: int) -> tuple[f
             alpha=0.5,
             temperature=1.0,
             max_steps=steps,
-            batch_size=BATCH,
+            batch_size=SHAPES["small"].batch,
             dataloader_num_workers=workers,
             cpu_threads=2,
             device="cpu",

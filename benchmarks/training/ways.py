@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from benchmarks.common import import_opponent
-from benchmarks.training.student import BATCH, COUNT, LENGTH, Inputs
+from benchmarks.training.student import Inputs, Shape
 from retort.models.causal_lm import split_model
 from retort.training.batches import IGNORE_INDEX, find_counted
 from retort.training.losses import LossSettings, LossTerms, compute_dense_divergence
@@ -43,12 +43,12 @@ def run_fused(inputs: Inputs, alpha: float, temperature: float, chunk_size: int 
     ids_BT = inputs.inputs_BT
     # The model shifts labels by one: the row is longer by the last position's label, and the first has none.
     padded_BT = F.pad(ids_BT, (0, 1))
-    labels_BT = F.pad(inputs.labels_P.view(BATCH, LENGTH), (1, 0), value=IGNORE_INDEX)
+    labels_BT = F.pad(inputs.labels_P.view(ids_BT.shape), (1, 0), value=IGNORE_INDEX)
     targets = LossTargets(
         labels_BT,
         find_counted(labels_BT.cpu()).to(labels_BT.device),
         inputs.rows if alpha < 1 else None,
-        COUNT,
+        inputs.shape.positions,
     )
 
     def step() -> Tensor:
@@ -67,7 +67,7 @@ def run_dense_sparse(inputs: Inputs) -> Step:
         logq_PK = logits_PV.log_softmax(dim=-1).gather(1, inputs.ids_PK)
         logp_PK = inputs.logprobs_PK
         kl = (logp_PK.exp() * (logp_PK.clamp(min=-100.0) - logq_PK)).sum()
-        return (0.5 * hard + 0.5 * kl) / COUNT
+        return (0.5 * hard + 0.5 * kl) / inputs.shape.positions
 
     return step
 
@@ -79,7 +79,10 @@ def run_online(inputs: Inputs) -> Step:
     def step() -> Tensor:
         with torch.no_grad():
             teacher_PV = inputs.logits(live)
-        return compute_dense_divergence(inputs.logits(), teacher_PV, temperature=1.0) / COUNT
+        return (
+            compute_dense_divergence(inputs.logits(), teacher_PV, temperature=1.0)
+            / inputs.shape.positions
+        )
 
     return step
 
@@ -89,7 +92,10 @@ def run_liger(inputs: Inputs) -> Step:
     chunked_loss = import_opponent("liger_kernel.chunked_loss", install="pip install liger-kernel")
     live = inputs.live_teacher()
     jsd = chunked_loss.LigerFusedLinearJSDLoss(
-        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=False
+        weight_hard_loss=0.0,
+        weight_soft_loss=1.0,
+        beta=0.0,
+        compiled=inputs.model.device.type == "cuda",
     )
 
     def step() -> Tensor:
@@ -139,9 +145,9 @@ OTHERS: dict[str, Callable[[Inputs], Step]] = {
 WAYS = ("cross-entropy", *FUSED, *list(OTHERS)[1:])
 
 
-def build_step(model: PreTrainedModel, way: str, chunk_size: int | None) -> Step:
+def build_step(model: PreTrainedModel, shape: Shape, way: str, chunk_size: int | None) -> Step:
     """Return the forward pass of one way, up to its loss. Raises UnavailableError when an opponent is not installed."""
-    inputs = Inputs(model)
+    inputs = Inputs(model, shape)
     if way in FUSED:
         return run_fused(inputs, *FUSED[way], chunk_size)
     return OTHERS[way](inputs)

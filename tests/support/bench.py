@@ -1,6 +1,7 @@
 """A tiny, complete training: corpus, teacher, caches, student, and reading of its results."""
 
 import csv
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,15 @@ from retort.training.loop import LOG_COLUMNS, TrainingJob, train_student
 from retort.training.record import TrainingSummary
 from support.sections import section
 from support.tiny import WIDTH, make_cache, record, tokenize
+
+GPT2_WITH_DROPOUT = {
+    "model_type": "gpt2",
+    "n_embd": 8,
+    "n_layer": 1,
+    "n_head": 2,
+    "n_positions": 128,
+    "resid_pdrop": 0.2,  # the state of its random numbers must be restored
+}
 
 
 class Bench:
@@ -90,6 +100,14 @@ class Bench:
             teacher=teacher,
             facts=facts or {},
         )
+
+
+def train_in_a_process(bench: Bench, folder: Path, log: Path, keys: dict[str, Any]) -> None:
+    """Train from the cache, with the messages in a log; what a process of `real_processes` runs."""
+    library = logging.getLogger("retort")
+    library.setLevel(logging.INFO)
+    library.addHandler(logging.FileHandler(log))
+    bench.train(folder, bench.cache, **keys)
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -1,6 +1,5 @@
 """Kills and checkpoints: a training that was stopped anywhere ends with the weights of an uninterrupted one."""
 
-import logging
 import os
 import pickle
 import random
@@ -18,19 +17,18 @@ import torch
 from retort.io.digests import digest_folder
 from retort.io.files import write_json
 from retort.training.checkpoints import CheckpointId, CheckpointRecord, find_checkpoint
-from support.bench import Bench, assert_same_curve, assert_same_weights, read_log
+from support.bench import (
+    GPT2_WITH_DROPOUT,
+    Bench,
+    assert_same_curve,
+    assert_same_weights,
+    read_log,
+    train_in_a_process,
+)
 from support.tiny import real_processes
 
 pytestmark = pytest.mark.slow  # each trains two or three times
 
-GPT2_WITH_DROPOUT = {
-    "model_type": "gpt2",
-    "n_embd": 8,
-    "n_layer": 1,
-    "n_head": 2,
-    "n_positions": 128,
-    "resid_pdrop": 0.2,  # the state of its random numbers must be restored
-}
 LONG: dict[str, Any] = {
     "max_steps": 36,
     "save_steps": 3,
@@ -45,13 +43,6 @@ LONG: dict[str, Any] = {
 def id_of(folder: Path) -> CheckpointId:
     marker = CheckpointRecord.read(next(folder.glob("checkpoint-*/complete.json")))
     return CheckpointId(marker.run, marker.strategy)
-
-
-def train_in_a_process(bench: Bench, folder: Path, student: Path, log: Path) -> None:
-    library = logging.getLogger("retort")
-    library.setLevel(logging.INFO)
-    library.addHandler(logging.FileHandler(log))
-    bench.train(folder, bench.cache, student=student, **LONG)
 
 
 def has_more(folder: Path, before: set[Path]) -> bool:
@@ -91,7 +82,8 @@ def test_a_run_killed_at_random_steps_ends_with_the_weights_of_an_uninterrupted_
     context, kills = real_processes(), 0
     while not (folder / "final").exists():
         process = context.Process(
-            target=train_in_a_process, args=(bench, folder, dropout_student, log)
+            target=train_in_a_process,
+            args=(bench, folder, log, LONG | {"student": dropout_student}),
         )
         process.start()
         if kills < 3:
@@ -204,7 +196,8 @@ def test_a_second_process_on_the_same_run_waits(
     context, folder = real_processes(), tmp_path / "run"
     first, second = (
         context.Process(
-            target=train_in_a_process, args=(bench, folder, dropout_student, tmp_path / name)
+            target=train_in_a_process,
+            args=(bench, folder, tmp_path / name, LONG | {"student": dropout_student}),
         )
         for name in ("first", "second")
     )
