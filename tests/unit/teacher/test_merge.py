@@ -183,6 +183,7 @@ def test_unlike_parts_are_merged_only_if_asked_for_and_the_record_says_so(
     part = place.index.parts[0]
     table, path = place.index.read_part(part), part_path(place.parts, part.name, place.header)
     kind = PartKind("NVIDIA L4", "bfloat16", "2.13.0", "5.23.0")
+    assert isinstance(place.header.codec, TopKCodec)
     targets = targets_of(table, place.header.codec)
     write_part(path, table, split_targets(targets, table), place.header, kind=kind)
     receipt = place.folder / "metadata_worker0.json"
