@@ -42,7 +42,8 @@ test-slow: $(READY)
 	$(BIN)/pytest -m "not campaign" -n 2 --dist worksteal --durations 10 --durations-min 5 tests/properties
 	$(BIN)/pytest -m slow -n 2 --durations 25 --durations-min 20 tests/workflow/test_kills.py tests/workflow/test_real_input.py \
 		tests/workflow/test_gpu_groups.py tests/workflow/test_synthesis_example.py tests/workflow/test_wheel.py \
-		tests/workflow/test_container.py tests/workflow/test_module.py tests/workflow/test_examples.py tests/workflow/test_gpu_tests.py tests/unit
+		tests/workflow/test_container.py tests/workflow/test_module.py tests/workflow/test_examples.py tests/workflow/test_gpu_tests.py \
+		tests/workflow/test_ranks.py tests/unit
 
 # What only a GPU shows, and the table that docs/benchmarks.md waits for (in gpu.md). Tests of groups need several GPUs;
 # RETORT_GPU_TESTS_DEVICE=cpu runs the same on a CPU, smaller. It takes a CUDA build of PyTorch, which requirements.lock installs unless pip is given the CPU index;

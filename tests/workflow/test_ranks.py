@@ -129,6 +129,7 @@ def test_a_tied_student_is_the_same_by_ddp_and_by_fsdp(student: Student) -> None
     assert_close(student.weights("tied fsdp"), student.weights("tied 1"), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_in_half_precision_ddp_and_fsdp_have_losses_in_float32(student: Student) -> None:
     """And learn what float32 does."""
     keys = ("max_steps=4", "logging_steps=1")
