@@ -9,7 +9,7 @@ from support.cluster import Cluster
 from support.place import merge
 from support.project import CONFIG, PROFILE, Note, Parts, Project
 
-SLOT_S = 60  # the shortest limit that SLURM has; a worker ends 20 s before it
+SLOT_S = 120  # time for a fifth of the parts on a busy machine; a worker ends 20 s before it
 SLOTS = 5
 
 
