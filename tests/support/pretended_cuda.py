@@ -20,14 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_leaves, tree_map
 
 from support.pretended_streams import Clock, Event, Stream
+from support.syncs import needs_result
 
 aten = torch.ops.aten
 _SOURCE = Path(__file__).with_name("cuda_guard.cpp")
-# Operations for whose result the host waits on CUDA (`torch.cuda.set_sync_debug_mode` reports them too).
-_WAITS = (
-    *("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "bincount"),
-    *("_unique2", "unique_dim", "unique_consecutive"),
-)
 _MOVES = ("copy_", "_to_copy", "_copy_from", "_copy_from_and_resize")
 
 
@@ -243,23 +239,15 @@ class PretendedCUDA(TorchDispatchMode):
 
 def _waits(name: str, args: Any, kwargs: dict[str, Any], target: torch.device | None) -> bool:
     """Say whether the host waits for a GPU in this operation."""
-    if name in _WAITS:
+    if needs_result(name, args, kwargs):
         return True
     if name in _MOVES:
         places = {target, args[1].device if name == "copy_" else args[0].device}
         crosses = len({"cpu" if p is None else torch.device(p).type for p in places}) == 2
         is_queued = kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2])
         return crosses and not is_queued
-    if name in (
-        "index",
-        "index_put",
-        "index_put_",
-        "_index_put_impl_",
-    ):  # a mask; or copied from the CPU
-        indices = [i for i in args[1] if i is not None]
-        return any(i.dtype == torch.bool or not isinstance(i, OnGPU) for i in indices)
-    if name == "repeat_interleave":
-        return kwargs.get("output_size") is None and len(args) < 3
+    if name in ("index", "index_put", "index_put_", "_index_put_impl_"):  # copied from the CPU
+        return any(i is not None and not isinstance(i, OnGPU) for i in args[1])
     return (
         name == "segment_reduce" and kwargs.get("lengths") is not None and not kwargs.get("unsafe")
     )
