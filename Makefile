@@ -38,16 +38,15 @@ test-workflow: $(READY)
 # Property tests, the examples' commands, simulated GPU groups, kills of workers (fifty of them in `make campaign`), resumed trainings, a Hub and
 # servers with faults, the wheel, the container's steps, and the real models and stories of ../shared/data (skipped with a
 # reason if they are absent).
+SLOW := kills real_input gpu_groups synthesis_example wheel container module examples gpu_tests ranks
 test-slow: $(READY)
 	$(BIN)/pytest -m "not campaign" -n 2 --dist worksteal --durations 10 --durations-min 5 tests/properties
-	$(BIN)/pytest -m slow -n 2 --durations 25 --durations-min 20 tests/workflow/test_kills.py tests/workflow/test_real_input.py \
-		tests/workflow/test_gpu_groups.py tests/workflow/test_synthesis_example.py tests/workflow/test_wheel.py \
-		tests/workflow/test_container.py tests/workflow/test_module.py tests/workflow/test_examples.py tests/workflow/test_gpu_tests.py \
-		tests/workflow/test_ranks.py tests/unit
+	$(BIN)/pytest -m slow -n 2 --durations 25 --durations-min 20 \
+		$(addprefix tests/workflow/test_,$(addsuffix .py,$(SLOW))) tests/unit
 
 # What only a GPU shows, and the table that docs/benchmarks.md waits for (in gpu.md). Tests of groups need several GPUs;
-# RETORT_GPU_TESTS_DEVICE=cpu runs the same on a CPU, smaller. It takes a CUDA build of PyTorch, which requirements.lock installs unless pip is given the CPU index;
-# another environment's Python: make test-gpu PYTHON_GPU=/path/to/python
+# RETORT_GPU_TESTS_DEVICE=cpu runs the same on a CPU, smaller. It takes a CUDA build of PyTorch, which requirements.lock
+# installs unless pip is given the CPU index; another environment's Python: make test-gpu PYTHON_GPU=/path/to/python
 PYTHON_GPU ?= $(BIN)/python
 test-gpu: $(READY)
 	RETORT_GPU_TESTS_TABLE=gpu.md $(PYTHON_GPU) -m pytest -rs -m gpu tests/gpu

@@ -6,7 +6,7 @@ Layout of a record and of its integers: docs/cache-format.md. Shapes: P position
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, fields
-from itertools import chain
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from retort.cache.codec import LOGPROB_FLOOR, Codec, SparseTargets, TokenOrder
 from retort.cache.entropy import (
-    NUM_SYMBOLS,
     Lookup,
     build_encoder,
     build_lookup,
@@ -24,7 +23,7 @@ from retort.cache.entropy import (
     pack_tables,
     unpack_tables,
 )
-from retort.cache.pieces import cut_pieces, do_pieces
+from retort.cache.pieces import cut_pieces, do_pieces, map_pieces
 from retort.cache.sparse_streams import (
     MAX_STEPS,
     MAX_VOCABULARY,
@@ -202,13 +201,10 @@ class EntropyCodec(Codec):
             streams = ((s.contexts, s.values) for s in sequences[piece])
             return count_symbols(streams, num_contexts=num_contexts)
 
-        tables = build_tables(sum(do_pieces(count, pieces, pool), _no_counts(num_contexts)))
-        encoder = build_encoder(tables)
-
-        def encode(piece: slice) -> list[bytes]:
-            return [_encode_record(s, encoder) for s in sequences[piece]]
-
-        return list(chain.from_iterable(do_pieces(encode, pieces, pool))), pack_tables(tables)
+        none = count_symbols((), num_contexts=num_contexts)
+        tables = build_tables(sum(do_pieces(count, pieces, pool), none))
+        encode = partial(_encode_record, encoder=build_encoder(tables))
+        return map_pieces(encode, sequences, pieces, pool), pack_tables(tables)
 
     def open_tables(self, packed: bytes, order: TokenOrder) -> Tables:
         """Return the decoder's tables of one part. Raises ValueError when they are damaged."""
@@ -277,10 +273,6 @@ class EntropyCodec(Codec):
             and header.width <= self.vocabulary
             and header.first_tokens <= header.tokens <= header.width * num_positions
         )
-
-
-def _no_counts(num_contexts: int) -> NDArray[np.int64]:
-    return np.zeros((num_contexts, NUM_SYMBOLS), np.int64)
 
 
 def _encode_record(streams: Streams, encoder: NDArray[np.void]) -> bytes:

@@ -150,6 +150,13 @@ def part_files(index: TokenIndex, folder: Path, header: CacheHeader) -> list[Pat
     return [folder / name for name in names]
 
 
+def _list_names(folder: Path) -> set[str]:
+    """Return the names of a folder's files: none if it is not made yet, or already merged and removed."""
+    with suppress(FileNotFoundError):
+        return {path.name for path in os.scandir(folder)}
+    return set()
+
+
 def find_missing_parts(
     index: TokenIndex, folder: Path, header: CacheHeader
 ) -> list[tuple[int, Part]]:
@@ -157,9 +164,7 @@ def find_missing_parts(
 
     Workers call this after every part. It takes 10 ms for 10,000 parts; 250 ms with a system call for each.
     """
-    existing = set[str]()
-    with suppress(FileNotFoundError):  # not made yet, or already merged and removed
-        existing = {path.name for path in os.scandir(folder)}
+    existing = _list_names(folder)
     names = _name_files(tuple(part.name for part in index.parts), header)
     return [
         (i, part)
@@ -170,15 +175,11 @@ def find_missing_parts(
 
 def read_kinds(paths: Sequence[Path], *, most: int) -> dict[Path, PartKind | None]:
     """Return the kinds of parts that exist and can be read: of all, or of about `most` that are evenly spaced."""
-    existing = set[str]()
-    with suppress(FileNotFoundError):
-        existing = {path.name for path in os.scandir(paths[0].parent)}
+    existing = _list_names(paths[0].parent)
     found = [path for path in paths if path.name in existing]
     kinds = {}
     for path in found[:: max(1, len(found) // most)]:
-        with suppress(
-            ValueError
-        ):  # damaged, which the merge will say, or merged and removed meanwhile
+        with suppress(ValueError):  # damaged, as the merge will say; or merged and removed
             kinds[path] = read_kind(path)
     return kinds
 

@@ -4,13 +4,15 @@ The compiled loops, zstd and numpy let other threads run meanwhile. Pieces follo
 made of them is in their order: any number of threads gives the same bytes.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
+from itertools import chain
 from typing import TypeVar
 
 import numpy as np
 
 _T = TypeVar("_T")
+_S = TypeVar("_S")
 
 LEAST_POSITIONS = 2048  # of a piece: 5 to 20 ms of one core
 
@@ -32,3 +34,11 @@ def do_pieces(
 ) -> list[_T]:
     """Return what `work` makes of each piece, in order; None: without other threads. Raises the first one's error."""
     return list(map(work, pieces) if pool is None else pool.map(work, pieces))
+
+
+def map_pieces(
+    work: Callable[[_S], _T], items: Sequence[_S], pieces: Iterable[slice], pool: Executor | None
+) -> list[_T]:
+    """Return what `work` makes of each item; a thread does a piece of them at a time."""
+    done = do_pieces(lambda piece: list(map(work, items[piece])), pieces, pool)
+    return list(chain.from_iterable(done))

@@ -7,7 +7,6 @@ float16 [P, K], tail logprobs float32 [P, temperatures]; one after the other, li
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from retort.cache.codec import LOGPROB_FLOOR, Codec, SparseTargets, TokenOrder
-from retort.cache.pieces import cut_pieces, do_pieces
+from retort.cache.pieces import cut_pieces, map_pieces
 
 _ZSTD_LEVEL = 3
 
@@ -55,12 +54,8 @@ class TopKCodec(Codec):
         self, sequences: Sequence[SparseTargets], pool: Executor | None = None
     ) -> tuple[list[bytes], bytes]:
         """Return a record for each sequence, and no tables."""
-
-        def encode(piece: slice) -> list[bytes]:
-            return [self.encode_record(targets) for targets in sequences[piece]]
-
         pieces = cut_pieces(map(len, sequences))
-        return list(chain.from_iterable(do_pieces(encode, pieces, pool))), b""
+        return map_pieces(self.encode_record, sequences, pieces, pool), b""
 
     def encode_record(self, targets: SparseTargets) -> bytes:
         """Encode P positions. Logprobs are rounded to float16; order and tails are kept exactly."""

@@ -105,6 +105,11 @@ class CausalLM:
         return int(self.model.num_parameters())
 
 
+def take_rows(values_BTX: Tensor, counted_P: Tensor) -> Tensor:
+    """Return the values [P, X] at some of [B * T] positions: with a boolean mask the host would wait for a GPU."""
+    return values_BTX.flatten(0, 1).index_select(0, counted_P.to(values_BTX.device))
+
+
 def split_model(model: PreTrainedModel) -> CausalLM:
     """Split a causal LM into backbone and head, unless a test on eight tokens shows that these do not reproduce it."""
     config = model.config.get_text_config()

@@ -12,6 +12,7 @@ from retort.config.sections import Student
 from retort.models.attention import keep_softcap
 from retort.models.causal_lm import require_causal
 from retort.models.load import load_model_config, load_pretrained, output_width
+from retort.models.quantized import find_quantization
 from retort.tokens.vocabularies import min_output_width
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ def student_config(section: Student, *, vocabulary: int, tokenizer: Any) -> Pret
 def _refuse_untrained(config: PretrainedConfig, section: Student) -> None:
     """Raise ValueError for a student with quantized weights, or with a loss of its own, which Retort leaves out."""
     name, text = name_student(section), config.get_text_config()
-    if getattr(config, "quantization_config", None):
+    if find_quantization(config):
         advice = (
             "remove the key from the JSON, which was copied from a quantized model"
             if section.model_path is None

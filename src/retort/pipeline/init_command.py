@@ -20,6 +20,7 @@ from retort.config.recommended import ALPHA, CACHE, TEMPERATURE, choose_learning
 from retort.config.yaml_source import read_yaml
 from retort.models.generate import find_context_length
 from retort.models.load import count_parameters, load_model_config, output_width
+from retort.models.quantized import find_quantization
 from retort.models.students import student_config
 from retort.pipeline.first_look import (
     Corpus,
@@ -227,8 +228,8 @@ def _choose_length(corpus: Corpus, models: Sequence[Any]) -> int:
 
 def _count_bytes(teacher: Any, num_parameters: int) -> float:
     """Return the bytes of a model's weights in bfloat16, or as they are quantized."""
-    quantization = getattr(teacher, "quantization_config", None)
-    bits = quantization.get("bits", 8) if isinstance(quantization, dict) else 16
+    quantization = find_quantization(teacher)
+    bits = quantization.get("bits", 8) if quantization else 16
     return float(num_parameters * bits / 8)
 
 

@@ -66,8 +66,8 @@ def batch_by_length(
 
     A batch has at most `batch_tokens` tokens, padding included, but at least one sequence; None: as many as
     `batch_size` of the longest sequences have (so there are more of shorter ones). No sequence is more than an eighth
-    shorter than its batch's longest. Padding is 5.6 % of 1,000 documents of
-    log-normal lengths (mean 294, batch_size 8), in 40 batches; without the eighth 7.7 % in 23, of 150 documents 32 %.
+    shorter than its batch's longest. Padding is 5.6 % of 1,000 documents of log-normal lengths (mean 294, batch_size
+    8), in 40 batches; without the eighth 7.7 % in 23, of 150 documents 32 %.
     """
     lengths = table.lengths
     order = np.argsort(-lengths, kind="stable")

@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -132,9 +131,9 @@ def _merge(
     """
     parts = folder / "parts"
     _await_orphans(index, parts, header)
-    options: dict[str, Any] = {"mode": merge.mode, "accept_unlike": merge.accept_unlike_parts}
+    accept_unlike = merge.accept_unlike_parts
     try:
-        return merge_parts(index, parts, header, out, **options)
+        return merge_parts(index, parts, header, out, mode=merge.mode, accept_unlike=accept_unlike)
     except (ValueError, FileNotFoundError) as error:
         if is_merged(out, header):
             return Counter()  # by the other process, which removed the parts

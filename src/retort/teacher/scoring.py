@@ -25,7 +25,7 @@ from retort.cache.codec import NO_ORDER, Codec, Selected, TokenOrder
 from retort.cache.entropy_codec import hash_to_uniform
 from retort.cache.pieces import cut_pieces
 from retort.cli import is_out_of_memory
-from retort.models.causal_lm import CausalLM
+from retort.models.causal_lm import CausalLM, take_rows
 from retort.teacher.batches import Batch, batch_by_length, copy_to, pack_batch, pad_batch
 from retort.teacher.selection import NotFiniteError, pad_width, select
 from retort.teacher.streams import Queued, SideStreams
@@ -112,8 +112,7 @@ class Scorer:
             inputs.ids, inputs.attention, position_ids_BT=inputs.positions
         )
         # From the host: a copy from the first GPU of a group would let it wait for the last one.
-        counted_P = copy_to(inputs.counted, features_BTD.device)
-        return features_BTD.flatten(0, 1).index_select(0, counted_P)
+        return take_rows(features_BTD, copy_to(inputs.counted, features_BTD.device))
 
     def _halve(self, batch: Batch) -> list[Batch]:
         """Return the halves of a batch for which memory ran out. Raises ValueError if it has one sequence."""

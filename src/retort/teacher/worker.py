@@ -46,8 +46,6 @@ from retort.tokens.index import TokenIndex
 logger = logging.getLogger(__name__)
 
 _MAX_COMPARED = 64  # parts that exist, of which a worker reads the headers before it begins
-
-
 _MOST_CODING_THREADS = 8  # they share the lock of Python
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from retort.models.causal_lm import CausalLM
+from retort.models.causal_lm import CausalLM, take_rows
 from retort.training.fused_loss import compute_fused_loss, compute_loss_of_logits
 from retort.training.losses import LossSettings, LossTerms
 from retort.training.teacher_rows import TeacherRows
@@ -38,12 +38,7 @@ class LossTargets:
 
     def find_labels(self) -> Tensor:
         """Return the tokens int64 [P] that the counted positions predict."""
-        return take_rows(self.labels[..., None], self.counted + 1)[:, 0]
-
-
-def take_rows(values_BTX: Tensor, counted_P: Tensor) -> Tensor:
-    """Return the values [P, X] at some positions: an index from the host, where a boolean mask would have it wait."""
-    return values_BTX.flatten(0, 1).index_select(0, counted_P.to(values_BTX.device))
+        return self.labels.flatten().index_select(0, self.counted + 1)
 
 
 def attach_loss(split: CausalLM, settings: LossSettings) -> None:

@@ -27,7 +27,7 @@ from transformers import (
 
 from retort.cluster.ranks import rank, world_size
 from retort.io.progress import Meter
-from retort.models.causal_lm import CausalLM
+from retort.models.causal_lm import CausalLM, take_rows
 from retort.training.batches import ShuffledStream
 from retort.training.checkpoints import CheckpointId, Progress, write_marker
 from retort.training.loss_window import LossWindow
@@ -38,7 +38,7 @@ from retort.training.losses import (
     compute_dense_divergence,
     compute_hard_loss,
 )
-from retort.training.model_loss import LossTargets, take_rows
+from retort.training.model_loss import LossTargets
 
 _SHOWN = ("total_loss", "learning_rate", "tokens_per_second")  # beside the bar
 _ADVICE = (
