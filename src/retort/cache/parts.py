@@ -205,5 +205,5 @@ def remove_parts(folder: Path) -> None:
     for path in sorted(folder.iterdir()) if folder.exists() else []:
         if path.suffix in (".h5", DAMAGED_SUFFIX, ".claim", ".tmp") or is_list(path):
             path.unlink(missing_ok=True)
-    if folder.exists() and not any(folder.iterdir()):
+    with suppress(OSError):  # not empty, or not there
         folder.rmdir()

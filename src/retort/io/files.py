@@ -144,8 +144,9 @@ def remove_stale_temporaries(folder: Path, *, older_than_s: float = 3600.0) -> N
         is_dead = (
             node.endswith(f".{platform.node()}") and process.isdigit() and has_ended(int(process))
         )
-        if is_dead or now - path.stat().st_mtime > older_than_s:
-            path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # its writer has finished it meanwhile
+            if is_dead or now - path.lstat().st_mtime > older_than_s:
+                path.unlink()
 
 
 def has_ended(process: int) -> bool:

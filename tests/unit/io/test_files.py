@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from retort.io.files import (
     file_lock,
     read_json,
     remove_stale_temporaries,
+    replacing,
     require_writable,
     temporary_name,
     write_atomically,
@@ -167,6 +169,7 @@ def test_one_byte_of_any_tokenizer_file_changes_its_fingerprint(tmp_path: Path) 
 
 WRITER = """
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from retort.io.files import write_json
 path, number = Path(sys.argv[1]), int(sys.argv[2])
@@ -249,6 +252,22 @@ def test_old_temporaries_and_those_of_dead_writers_are_removed(tmp_path: Path) -
         os.utime(path, (time.time() - 7200, time.time() - 7200))
     remove_stale_temporaries(tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted([young, kept, elsewhere])
+
+
+def test_a_writer_may_finish_while_others_temporaries_are_looked_for(tmp_path: Path) -> None:
+    """As shards that are tokenized side by side do."""
+
+    def write() -> None:
+        for number in range(1000):
+            with replacing(tmp_path / f"{number}.h5") as temporary:
+                temporary.touch()
+
+    with ThreadPoolExecutor() as pool:
+        writer = pool.submit(write)
+        while not writer.done():
+            remove_stale_temporaries(tmp_path)
+        writer.result()
+    assert len(list(tmp_path.iterdir())) == 1000
 
 
 def test_a_run_record_has_config_time_and_versions(tmp_path: Path) -> None:
