@@ -5,9 +5,9 @@ The same command runs outside of it, or where SLURM is missing: every test then 
 
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,20 +45,34 @@ def cluster(running_cluster: Cluster) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
+def forks(running_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """What stands for the interpreter on all nodes, but for a worker's, which tests kill and stop.
+
+    A job on the cluster is three starts of Python, two of them Snakemake's.
+    """
+    environment = Place(REPOSITORY).environment()
+    folder = tmp_path_factory.mktemp("forks")
+    real = frozenset({"generate_logits"})
+    with closing(Forks(folder, environment, sources=REPOSITORY / "src", real=real)) as forks:
+        if os.environ.get("RETORT_REAL_STARTS") != "1":
+            Place.interpreter = forks.python
+        yield forks
+        Place.interpreter = Path(sys.executable)
+
+
+@pytest.fixture(scope="session")
 def undisturbed(
-    running_cluster: Cluster,
+    forks: Forks,
     tmp_path_factory: pytest.TempPathFactory,
     tiny_teacher: Path,
     tiny_corpus: Path,
     tiny_student: Path,
 ) -> Place:
     """The workflow run to its end on this machine, by no scheduler and without a disturbance; only to be copied."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    path = folder / "project"
+    path = tmp_path_factory.mktemp("undisturbed") / "project"
     place = lay_out(path, teacher=tiny_teacher, corpus=tiny_corpus, student=tiny_student)
     place.write_config(CONFIG)
-    with closing(Forks(folder / "forks", place.environment(), sources=REPOSITORY / "src")) as forks:
-        replace(place, python=forks.python).snakemake()
+    place.snakemake()
     return place
 
 

@@ -35,8 +35,11 @@ def is_plain(words: "list[str]") -> bool:
 
 
 def surroundings() -> "tuple[object, ...]":
-    """Return what a job and its server must have in common: rights, CPUs, and namespaces."""
-    spaces = [os.readlink(f"/proc/self/ns/{name}") for name in ("mnt", "net", "pid", "user", "uts")]
+    """Return what a job and its server must have in common: rights, CPUs, and namespaces.
+
+    A job enters its client's UTS namespace, which is what tells the nodes of a pretended cluster apart.
+    """
+    spaces = [os.readlink(f"/proc/self/ns/{name}") for name in ("mnt", "net", "pid", "user")]
     rights = (*os.getresuid(), *os.getresgid(), *sorted(os.getgroups()))
     return (*spaces, *rights, *sorted(os.sched_getaffinity(0)), os.getpriority(os.PRIO_PROCESS, 0))
 
@@ -67,11 +70,13 @@ def ask(socket: "_socket.socket", words: "list[str]", descriptors: "list[int]") 
         "surroundings": surroundings(),
     }
     cwd = os.open(".", os.O_PATH)
-    handed = b"".join(number.to_bytes(4, sys.byteorder) for number in (cwd, *descriptors))
+    machine = os.open("/proc/self/ns/uts", os.O_RDONLY)
+    handed = b"".join(n.to_bytes(4, sys.byteorder) for n in (cwd, machine, *descriptors))
     rights = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS, handed)
     socket.setsockopt(_socket.SOL_SOCKET, _socket.SO_SNDBUF, 1 << 22)
     socket.sendmsg([marshal.dumps(request)], [rights])
     os.close(cwd)
+    os.close(machine)
 
 
 def end_as(status: int) -> None:

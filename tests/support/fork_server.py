@@ -32,6 +32,9 @@ from typing import Any, NoReturn
 
 Request = dict[str, Any]
 
+_SET_MEMORY, _ALL = 35, 14  # of prctl(2): PR_SET_MM, PR_SET_MM_MAP
+_shown: list[Any] = []  # memory that /proc shows
+
 LIBRARIES = {
     "snakemake": "snakemake.cli snakemake.profiles snakemake.report.html_reporter snakemake.storage smart_open "
     "yte argparse_dataclass jinja2 requests filelock xxhash graphlib difflib mimetypes platformdirs",
@@ -49,7 +52,9 @@ LIBRARIES = {
 
 def runs_snakemake(words: list[str]) -> bool:
     """Say whether a command line is of a process that runs Snakemake itself."""
-    return words[:2] == ["-m", "snakemake"] or words[:3] == ["-m", "retort", "run"]
+    if words[0] == "-m":
+        return words[1] == "snakemake" or words[1:3] == ["retort", "run"]
+    return Path(words[0]).stem == "quick_snakemake"
 
 
 def load(kind: str) -> None:
@@ -117,7 +122,7 @@ def serve(kind: str, descriptor: int, stand_in: str) -> Callable[[], object]:
 
 
 def receive(asked: socket.socket) -> tuple[Request | None, list[int]]:
-    """Return what to run, and descriptors: of the client, of its working folder, of the job; None at the end."""
+    """Return what to run and descriptors: the client, its folder, its UTS namespace, the job's; None at the end."""
     message, descriptors, _, _ = socket.recv_fds(asked, 1 << 22, 256)
     return (marshal.loads(message) if message else None), list(descriptors)
 
@@ -174,10 +179,13 @@ def become(request: Request, descriptors: list[int], stand_in: str) -> Callable[
     if signal.SIGINT not in request["ignored"]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     os.fchdir(descriptors[1])
+    is_elsewhere = enter_machine(descriptors[2])
     os.umask(request["umask"])
     os.environb.clear()
     os.environb.update(request["env"])
-    take_descriptors(dict(zip(request["descriptors"], descriptors[2:], strict=True)))
+    take_descriptors(dict(zip(request["descriptors"], descriptors[3:], strict=True)))
+    if is_elsewhere:
+        show_as(request)
     for name, soft, hard in request["limits"]:
         if resource.getrlimit(name) != (soft, hard):
             resource.setrlimit(name, (soft, hard))
@@ -191,6 +199,42 @@ def become(request: Request, descriptors: list[int], stand_in: str) -> Callable[
         sys.modules["torch"].default_generator.seed()
     sys.modules.pop(__name__, None)
     return prepare(request["words"])
+
+
+def enter_machine(space: int) -> bool:
+    """Enter a UTS namespace; return False if this process is in it."""
+    if os.fstat(space).st_ino == Path("/proc/self/ns/uts").stat().st_ino:
+        return False
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.setns(space, 0) == 0, os.strerror(ctypes.get_errno())
+    return True
+
+
+def show_as(request: Request) -> None:
+    """Let /proc show this job's command line and environment, not its server's (prctl(2), PR_SET_MM_MAP)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.sbrk.restype = ctypes.c_void_p
+    words = [os.fsencode(word) for word in (sys.executable, *request["words"])]
+    variables = [name + b"=" + value for name, value in request["env"].items()]
+    texts = [b"".join(item + b"\0" for item in items) for items in (words, variables)]
+    _shown[:] = [ctypes.create_string_buffer(text, len(text)) for text in texts]
+    starts = [ctypes.addressof(shown) for shown in _shown]
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    code, stack, data = (
+        fields[23:25],
+        fields[25],
+        fields[42:45],
+    )  # from and to; data's with the heap's start
+    brk = libc.sbrk(0)
+    of_texts = [
+        at for start, text in zip(starts, texts, strict=True) for at in (start, start + len(text))
+    ]
+    numbers = [*map(int, (*code, *data)), brk, int(stack), *of_texts, 0]
+    layout = (ctypes.c_uint64 * 13)(
+        *numbers, 0xFFFFFFFF << 32
+    )  # no auxiliary vector of size 0, no file
+    done = libc.prctl(_SET_MEMORY, _ALL, layout, ctypes.c_ulong(ctypes.sizeof(layout)), 0)
+    assert done == 0, os.strerror(ctypes.get_errno())
 
 
 def take_descriptors(wanted: dict[int, int]) -> None:

@@ -68,14 +68,22 @@ def without_threads(variables: Mapping[str, str]) -> dict[str, str]:
 class Forks:
     """Fork servers, and the file `python` that stands for the interpreter; to be closed."""
 
-    def __init__(self, folder: Path, environment: Mapping[str, str], *, sources: Path) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        environment: Mapping[str, str],
+        *,
+        sources: Path,
+        real: frozenset[str] = frozenset(),
+    ) -> None:
         """Listen in a folder for jobs with an environment's variables.
 
         `sources` is the folder of `retort`, whose `run_script` says what a script sets before it loads libraries.
+        Scripts of the names `real` get the real interpreter.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.python, self.log = folder / "python", folder / "log.txt"
-        self._sources = sources
+        self._sources, self._real = sources, real
         self.refused: list[
             str
         ] = []  # commands whose variables or surroundings nobody serves: real starts
@@ -139,6 +147,8 @@ class Forks:
     def _hand_on(self, message: bytes, descriptors: list[int]) -> bool:
         """Give a request to its server; return False for what no server takes."""
         request = marshal.loads(message)
+        if Path(request["words"][0]).stem in self._real:
+            return False
         environment = {os.fsdecode(k): os.fsdecode(v) for k, v in request["env"].items()}
         read = read_at_load(environment)
         found = tuple(sorted(without_threads(read).items()))

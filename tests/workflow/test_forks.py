@@ -163,6 +163,32 @@ def test_who_kills_the_job_is_seen_by_the_clients_parent(forks: Forks, tmp_path:
     os.kill(child, signal.SIGKILL)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes machines and sets what /proc shows")
+def test_a_job_is_on_its_clients_machine_and_proc_shows_it_as_itself(
+    forks: Forks, tmp_path: Path
+) -> None:
+    """So that a node of a pretended cluster that crashes takes it along, and tests find it."""
+    code = (
+        "import os; from pathlib import Path; print(os.uname().nodename)\n"
+        "for name in ('cmdline', 'environ'):\n"
+        "    print(sorted(Path(f'/proc/self/{name}').read_text().split('\\0')))"
+    )
+    (tmp_path / "script.py").write_text(code)
+    start = "hostname node9 && exec"
+    said = [
+        subprocess.run(
+            ["unshare", "--uts", "sh", "-c", f"{start} {python} script.py 'two words'"],
+            cwd=tmp_path,
+            env=Place(tmp_path).environment() | {"MARK": "mine"},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for python in (forks.python, sys.executable)
+    ]
+    assert said[0] == said[1] and said[0].startswith("node9\n") and "'MARK=mine'" in said[0]
+
+
 def test_two_jobs_at_once_have_nothing_in_common(forks: Forks, tmp_path: Path) -> None:
     one, other = (start(forks, tmp_path) for _ in range(2))
     assert one[1] != other[1] and one[3] == other[3]
