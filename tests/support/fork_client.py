@@ -40,7 +40,8 @@ def surroundings() -> "tuple[object, ...]":
     A job enters its client's UTS namespace, which is what tells the nodes of a pretended cluster apart.
     """
     spaces = [os.readlink(f"/proc/self/ns/{name}") for name in ("mnt", "net", "pid", "user")]
-    rights = (*os.getresuid(), *os.getresgid(), *sorted(os.getgroups()))
+    # Of the groups, the own one may be named or not.
+    rights = (*os.getresuid(), *os.getresgid(), *sorted({os.getegid(), *os.getgroups()}))
     return (*spaces, *rights, *sorted(os.sched_getaffinity(0)), os.getpriority(os.PRIO_PROCESS, 0))
 
 
