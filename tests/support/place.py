@@ -170,15 +170,18 @@ class Place:
         (folder,) = (self.results / "logits").iterdir()
         return folder
 
-    def start(self, *arguments: str, **options: Any) -> "subprocess.Popen[bytes]":
+    def start(
+        self, *arguments: str, is_real: bool = True, **options: Any
+    ) -> "subprocess.Popen[bytes]":
         """Start snakemake as a terminal would: in a process group of its own.
 
-        It is to be stopped, so it and its jobs are real interpreters.
+        What is to be stopped or killed is real: it and its jobs are interpreters that just started.
         """
+        python = sys.executable if is_real else str(self.python)
         log = (self.path / "started.log").open("ab")
         with log:
             return subprocess.Popen(
-                self.command(*arguments, **options),
+                [python, *self.command(*arguments, **options)[1:]],
                 cwd=self.path,
                 env=self.environment(),
                 stdin=subprocess.DEVNULL,

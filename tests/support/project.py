@@ -72,8 +72,11 @@ class Project(Place):
         return words + (["--configfile", config] if config else [])
 
     def start(self, *arguments: str, **options: Any) -> "subprocess.Popen[bytes]":
-        """Start Snakemake as a terminal would; it is killed at the test's end, if it is there still."""
-        process = super().start(*arguments, **options)
+        """Start Snakemake as a terminal would; it is killed at the test's end, if it is there still.
+
+        Nothing but a worker is real (see conftest.py).
+        """
+        process = super().start(*arguments, is_real=False, **options)
         self.started.append(process)
         return process
 

@@ -52,7 +52,7 @@ def edit_while_checking(place: Place, path: Path, old: str, new: str) -> str:
     """Start the command and edit a file after ids are computed, before it is read; return the output."""
     text = path.read_text()
     assert old in text
-    command = place.start()
+    command = place.start(is_real=False)
     try:
         wait_until(lambda: list(place.path.glob("logs/check_inputs/*.log")), process=command)
         path.write_text(text.replace(old, new))
