@@ -109,11 +109,14 @@ def _run_init(words: Sequence[str]) -> None:
         print(f"{len(written)} files written. Try: retort run config/config.yaml -n")
         return
     from retort.cli import run_script
+    from retort.pipeline.init_flags import read_init_flags
+
+    flags = read_init_flags(words)
 
     def write() -> None:
         from retort.pipeline.init_command import write_first_config
 
-        write_first_config(words)
+        write_first_config(flags)
 
     run_script(write)
 

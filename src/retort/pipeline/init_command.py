@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from retort.pipeline.first_look import (
     read_size,
     shape_student,
 )
+from retort.pipeline.init_flags import ask
 from retort.pipeline.preflight import check_causal, check_project
 from retort.pipeline.workflow_files import find_workflow
 from retort.tokens.tokenizer import load_tokenizer
@@ -69,12 +69,11 @@ runs:
 """
 
 
-def write_first_config(words: Sequence[str]) -> None:
-    """Run `retort init` with these words: look, write, check, and say what to type next.
+def write_first_config(args: argparse.Namespace) -> None:
+    """Run `retort init` with the flags of `read_init_flags`: look, write, check, and say what to type next.
 
     Raises ValueError when corpus, teacher or student cannot be used, or the file exists; then nothing is written.
     """
-    args = _parse(words)
     output = Path(args.output)
     keys = read_changes(args.set)
     if others := keys.keys() - {"dataset", "teacher"}:
@@ -90,7 +89,7 @@ def write_first_config(words: Sequence[str]) -> None:
     size = count_parameters(teacher)
     tenth = describe_number(max(size / 10, min(1e5, size)))
     student = (
-        args.student or _ask(f"Student: a size, a config (.json) or a model [{tenth}]: ") or tenth
+        args.student or ask(f"Student: a size, a config (.json) or a model [{tenth}]: ") or tenth
     )
     shaped = output.with_suffix(".student.json")
     made = [output, shaped] if read_size(student) else [output]
@@ -113,37 +112,6 @@ def write_first_config(words: Sequence[str]) -> None:
         raise
     print(*found.notes, "", f"{output} is written, and passed this check. Next:", sep="\n")
     print(f"  {trial}\n  retort run {output}")
-
-
-def _parse(words: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("retort init", description=__doc__)
-    for name, text in {
-        "--corpus": "a file, a glob in quotes, a folder, or a dataset on the Hub",
-        "--teacher": "a model: a folder or a Hub id",
-        "--student": "a size such as 100M (default: a tenth of the teacher), a config (.json) or a model",
-        "--output": "the config to write (default: mine.yaml); never overwritten",
-    }.items():
-        parser.add_argument(name, help=text, default="mine.yaml" if name == "--output" else None)
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="a key of dataset or teacher",
-    )
-    parser.add_argument(
-        "--examples", action="store_true", help="copy config/ and profiles/slurm/ instead"
-    )
-    args = parser.parse_args(words)
-    args.corpus = args.corpus or _ask("Corpus: a file, a glob, a folder or a dataset on the Hub: ")
-    args.teacher = args.teacher or _ask("Teacher: a folder or a Hub id: ")
-    if not (args.corpus and args.teacher):
-        parser.error("give --corpus and --teacher (without a terminal nothing is asked)")
-    return args
-
-
-def _ask(question: str) -> str:
-    return input(question).strip() if sys.stdin.isatty() else ""
 
 
 def _choose_values(
