@@ -22,6 +22,7 @@ FORWARDED = (
     _signal.SIGUSR1,
     _signal.SIGUSR2,
     _signal.SIGALRM,
+    _signal.SIGCONT,  # before SIGTERM, SLURM wakes what is stopped
     _signal.SIGTERM,
 )
 LIMITS = [value for name, value in vars(resource).items() if name.startswith("RLIMIT_")]
