@@ -99,6 +99,7 @@ class Bench:
             vocabulary=WIDTH,
             teacher=teacher,
             facts=facts or {},
+            max_length=96,  # twice the longest
         )
 
 

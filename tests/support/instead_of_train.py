@@ -23,7 +23,7 @@ from retort.training.losses import LossTerms
 
 _SCRIPT = Path(__file__).parents[2] / "workflow" / "scripts" / "train.py"
 _add = LossWindow.add
-_init_state, _get_item = AcceleratorState.__init__, TrainingData.__getitem__
+_init_state, _read = AcceleratorState.__init__, TrainingData.read
 _init_accelerator = Accelerator.__init__
 
 
@@ -38,7 +38,7 @@ def _call_the_cpu_an_accelerator(self: AcceleratorState, *args: Any, **kwargs: A
 def _note(self: TrainingData, index: int) -> Item:
     with Path(f"reads_{os.environ['RANK']}.txt").open("a") as file:
         file.write(f"{index}\n")
-    return _get_item(self, index)
+    return _read(self, index)
 
 
 def _pass_on(self: DistributedDataParallel, *args: Any, **kwargs: Any) -> Any:
@@ -67,6 +67,6 @@ if how.startswith("fsdp"):
 elif how == "alone":
     DistributedDataParallel.forward = _pass_on  # type: ignore[method-assign]  # on purpose
 elif how == "counted":
-    TrainingData.__getitem__ = _note  # type: ignore[method-assign]  # on purpose
+    TrainingData.read = _note  # type: ignore[method-assign]  # on purpose
 sys.argv[0] = str(_SCRIPT)
 runpy.run_path(str(_SCRIPT), run_name="__main__")

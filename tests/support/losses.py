@@ -268,7 +268,7 @@ def check_widths(
     targets = SparseTargets(targets.offsets, targets.ids, stored, tails)
     table = build_table([([0] * (rows + 1), [True] * rows + [False], 0, ("", ""))])
     collator = Collator(0, student if student < teacher else None)
-    batch = collator([Item(0, table[0], targets)])
+    batch = collator([[Item(0, table[0], targets)]])
 
     hidden = random_logits(rows, 5, scale=1.0, seed=seed + 1)
     weight = random_logits(student, 5, scale=1.0, seed=seed + 2)

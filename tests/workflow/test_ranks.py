@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from retort.training.batches import ShuffledStream
+from support.batches import read_order
 from support.place import REPOSITORY, Place, tiny, wait_until
 from workflow.test_by_hand import read_commands, with_output
 
@@ -154,7 +154,7 @@ def test_each_rank_reads_its_share_of_every_step(student: Student) -> None:
     assert [len(found) for found in reads] == [6 * STEPS] * 2
     number = max(max(found) for found in reads) + 1
     assert number < 12 * STEPS and number % 12, "an epoch ends within a step"
-    order = list(ShuffledStream(number, seed=0, count=12 * STEPS))
+    order = read_order(number, seed=0, count=12 * STEPS)
     for step in range(STEPS):
         mine = [found[6 * step : 6 * step + 6] for found in reads]
         assert sorted(mine[0] + mine[1]) == sorted(order[12 * step : 12 * step + 12])

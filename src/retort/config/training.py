@@ -65,8 +65,12 @@ class Training(Section):
     num_epochs: Positive = 1.0
     """Passes over the corpus if max_steps is null; may be a fraction."""
     batch_size: Count = 8
-    """Sequences in one forward pass over all GPUs together. batch_size * gradient_accumulation_steps is the global
-    batch."""
+    """Sequences (packed rows, with packing) in one forward pass over all GPUs together. batch_size *
+    gradient_accumulation_steps is the global batch."""
+    packing: bool | Literal["auto"] = False
+    """Fill rows of dataset.max_length with whole sequences that do not see each other, instead of padding one sequence
+    to the longest of its batch; batch_size counts rows then. true refuses a student or a live teacher that mixes them
+    (Mamba, ALiBi), for which auto takes batches of sequences of similar length."""
     gradient_accumulation_steps: Count = 1
     """Forward passes per optimizer step."""
     seed: Seed = 0
@@ -102,6 +106,11 @@ class Training(Section):
     """Where the student is trained; auto uses a GPU if there is one."""
     cpu_threads: Count = 1
     """CPU threads of a training on the CPU. Another number rounds differently, so it changes ids."""
+
+    @property
+    def global_batch(self) -> int:
+        """Sequences, or packed rows, of an optimizer step."""
+        return self.batch_size * self.gradient_accumulation_steps
 
 
 def check_alpha(c: "Config") -> Found:

@@ -1,13 +1,12 @@
 """A causal LM split into its *backbone*, token ids -> hidden states, and its *head*, hidden states -> logits.
 
 So the head, most of the work at a large vocabulary, runs only where a prediction counts. Probes on a few tokens say
-whether a model can be split, is causal, reads several sequences in one row, and must be told of padding.
+whether a model can be split, is causal, and must be told of padding (`packing`: whether sequences can share a row).
 
 Legend: B sequences in a batch, T positions, D width, V vocabulary.
 """
 
 import logging
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from retort.models.heads import Head
 logger = logging.getLogger(__name__)
 
 # Largest error of head(backbone(x)), relative to the largest logit, in float32.
-_SPLIT_TOLERANCE = 1e-4
+SPLIT_TOLERANCE = 1e-4
 # Largest effect of a later token on an earlier logit: 0 in the causal models tried, 7e-5 in the mildest random BERT.
 _CAUSAL_TOLERANCE = 1e-5
 _LOW_PRECISION_TOLERANCE = 2e-2  # of both, in bfloat16 and float16
@@ -47,6 +46,9 @@ class CausalLM:
         None  # `digest_file_states` of its weights, before they were compared with the record
     )
     packs_sequences: bool = False  # whether the teacher reads several sequences in one row
+    needs_one_row: bool = (
+        False  # whether packed rows are told apart only as one (variable-length attention)
+    )
     needs_mask: bool = True  # whether it must be told of padding on the right
 
     def require_unchanged(self) -> None:
@@ -70,8 +72,14 @@ class CausalLM:
     ) -> Tensor:
         """Return hidden states [B, T, D], or logits [B, T, V] of a model that cannot be split; all inputs are [B, T].
 
-        Several sequences in one row are separated by position ids that start over, without an attention mask.
+        Several sequences in one row are separated by position ids that start over, without an attention mask; of a
+        model that needs one row for all of them, the features are [1, B * T, D].
         """
+        if position_ids_BT is not None and self.needs_one_row:
+            input_ids_BT, position_ids_BT = (
+                input_ids_BT.reshape(1, -1),
+                position_ids_BT.reshape(1, -1),
+            )
         inputs = {"input_ids": input_ids_BT, "use_cache": False}
         if attention_mask_BT is not None:
             inputs["attention_mask"] = attention_mask_BT
@@ -137,21 +145,21 @@ def _reproduces_model(split: CausalLM) -> bool:
     model = split.model
     ids = torch.arange(1, 9, device=split.device)[None] % split.vocabulary
     try:
-        with _evaluating(model):
+        with evaluating(model):
             expected = model(input_ids=ids, use_cache=False).logits.float()
             found = split.head.logits(split.features(ids, torch.ones_like(ids))).to(expected.device)
         if found.shape != expected.shape:
             return False
-        error = _relative_error(found, expected)
+        error = relative_error(found, expected)
     except (TypeError, AttributeError, RuntimeError) as failure:
         if is_out_of_memory(failure):
             raise  # says nothing about the head
         return False
-    return bool(error <= _choose_tolerance(model, _SPLIT_TOLERANCE))
+    return bool(error <= choose_tolerance(model, SPLIT_TOLERANCE))
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Run a model without dropout."""
     was_training = model.training
     model.eval()
@@ -161,7 +169,8 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
         model.train(was_training)
 
 
-def _choose_tolerance(model: PreTrainedModel, in_float32: float) -> float:
+def choose_tolerance(model: PreTrainedModel, in_float32: float) -> float:
+    """Return the largest relative error of a model of some dtype, whose is `in_float32` in float32."""
     return in_float32 if model.dtype == torch.float32 else _LOW_PRECISION_TOLERANCE
 
 
@@ -171,31 +180,17 @@ def require_causal(model: PreTrainedModel, *, name: str) -> None:
     size = int(model.config.get_text_config().vocab_size)
     ids = torch.arange(1, 9, device=model.get_input_embeddings().weight.device).repeat(2, 1) % size
     ids[1, -1] = (ids[1, -1] + 1) % size  # the two rows differ in their last token only
-    with _evaluating(model):
+    with evaluating(model):
         logits = model(input_ids=ids, use_cache=False).logits.float()
-    error = _relative_error(logits[0, :-1], logits[1, :-1], scale=logits)
-    if bool(error > _choose_tolerance(model, _CAUSAL_TOLERANCE)):
+    error = relative_error(logits[0, :-1], logits[1, :-1], scale=logits)
+    if bool(error > choose_tolerance(model, _CAUSAL_TOLERANCE)):
         raise ValueError(
             f"{name} ({type(model).__name__}) is not a causal language model: its prediction at a position changes "
             "with the tokens after it. Use a model that predicts the next token (Llama, GPT-2, Qwen, ...)."
         )
 
 
-@torch.inference_mode()
-def measure_packing_leak(split: CausalLM) -> float:
-    """Return how much the features of two sequences change when both are read in one row.
-
-    Relative to the greatest feature; infinite for a model that takes no position ids. Below 1e-4 in float32 for Llama,
-    GPT-2, Qwen2, Gemma2 and GPT-NeoX; in BLOOM, OPT, Falcon with ALiBi and Mamba one sequence attends to the other.
-    """
-    ids_BT = torch.arange(1, 33, device=split.device).view(2, 16) % split.vocabulary
-    positions_BT = torch.arange(16, device=split.device).expand(2, 16)
-    padded = split.features(ids_BT, torch.ones_like(ids_BT)).float().flatten(0, 1)
-    packed = _read_unmasked(split, ids_BT.reshape(1, -1), positions_BT.reshape(1, -1))
-    return math.inf if packed is None else float(_relative_error(packed.flatten(0, 1), padded))
-
-
-def _read_unmasked(
+def read_unmasked(
     split: CausalLM, ids_BT: Tensor, positions_BT: Tensor | None = None
 ) -> Tensor | None:
     """Return the features without a mask, None of a model that needs one or takes no position ids."""
@@ -207,7 +202,7 @@ def _read_unmasked(
         return None
 
 
-def _relative_error(found: Tensor, expected: Tensor, *, scale: Tensor | None = None) -> Tensor:
+def relative_error(found: Tensor, expected: Tensor, *, scale: Tensor | None = None) -> Tensor:
     """Return the greatest difference [], relative to the greatest of `expected`, or of `scale` if it is given."""
     greatest = (expected if scale is None else scale).abs().max()
     return (found - expected).abs().max() / greatest.clamp(min=1e-6)
@@ -223,24 +218,11 @@ def needs_mask(split: CausalLM) -> bool:
     ids_BT = torch.arange(1, 33, device=split.device).view(2, 16) % split.vocabulary
     attention_BT = torch.ones_like(ids_BT)
     attention_BT[1, 9:] = 0
-    with _evaluating(split.model):
+    with evaluating(split.model):
         with_mask = split.features(ids_BT, attention_BT).float()
-        without = _read_unmasked(split, ids_BT)
+        without = read_unmasked(split, ids_BT)
     if without is None:
         return True
     real_BT = attention_BT.bool().to(without.device)
-    error = _relative_error(without[real_BT], with_mask[real_BT])
-    return bool(error > _choose_tolerance(split.model, _SPLIT_TOLERANCE))
-
-
-def can_pack(teacher: CausalLM) -> bool:
-    """Say whether the teacher can read several sequences in one row, and log it if it cannot."""
-    leak = measure_packing_leak(teacher)
-    tolerance = _choose_tolerance(teacher.model, _SPLIT_TOLERANCE)
-    if leak <= tolerance:
-        return True
-    logger.debug(
-        f"{type(teacher.model).__name__}: packed sequences see each other (features change by {leak:.0e} of the "
-        f"largest, expected below {tolerance:.0e}): they are padded instead."
-    )
-    return False
+    error = relative_error(without[real_BT], with_mask[real_BT])
+    return bool(error > choose_tolerance(split.model, SPLIT_TOLERANCE))

@@ -24,7 +24,8 @@ from retort.io.digests import digest, digest_file_states
 from retort.io.fingerprints import TeacherRecord, fingerprint_weights, list_weights
 from retort.io.run_record import RUN_FILE, describe_run, name_cpu
 from retort.models.attention import keep_softcap
-from retort.models.causal_lm import CausalLM, can_pack, needs_mask, require_causal, split_model
+from retort.models.causal_lm import CausalLM, needs_mask, require_causal, split_model
+from retort.models.packing import can_pack
 from retort.models.quantized import find_faults
 from retort.models.spread import copy_beside_work
 from retort.tokens.tokenizer import explain_load_error, identify_tokenizer, load_tokenizer

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from retort.models.packing import number_positions
 from retort.tokens.sequences import Sequence, SequenceTable
 
 _MAX_PADDING = 0.125  # of a row
@@ -113,7 +114,7 @@ def pad_batch(rows: Many[Sequence], *, device: torch.device, needs_mask: bool = 
 def pack_batch(rows: Many[Sequence], *, device: torch.device) -> Inputs:
     """Return all sequences in one row [1, N], without padding; position ids start over in each."""
     ids_N = torch.from_numpy(np.concatenate([row.ids for row in rows]).astype(np.int64))
-    positions_N = torch.cat([torch.arange(len(row.ids)) for row in rows])
+    positions_N = number_positions([len(row.ids) for row in rows])
     counted_P = torch.from_numpy(np.flatnonzero(np.concatenate([row.loss_mask for row in rows])))
     return Inputs(
         copy_to(ids_N[None], device),

@@ -1,12 +1,16 @@
 """Sequences to batches: read by index, in an order that depends on the seed alone, padded, with the teacher's rows.
 
-Legend: B batch, T tokens of the longest sequence, P counted positions, N kept tokens of all these positions.
+A *row* of a batch holds one sequence, or several one after another (`packing`).
+
+Legend: B rows of a batch, T tokens of the longest row, P counted positions, N kept tokens of all these positions.
 """
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,8 +18,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 
-from retort.cache.codec import SparseTargets
+from retort.cache.codec import Codec, SparseTargets
 from retort.cache.reader import LogitCache
+from retort.config.sections import Training
+from retort.models.packing import number_positions
 from retort.tokens.sequences import Sequence, SequenceTable
 from retort.training.teacher_rows import TeacherRows
 
@@ -31,8 +37,11 @@ class Item:
     targets: SparseTargets | None
 
 
-class TrainingData(Dataset[Item]):
-    """Sequences by their number in the token index: from a table, or from a cache, which contains them."""
+Row = tuple[int, ...]  # the numbers of a row's sequences in the token index
+
+
+class TrainingData(Dataset[list[Item]]):
+    """The sequences of a row: from a table, or from a cache, which contains them."""
 
     def __init__(self, source: SequenceTable | LogitCache) -> None:
         self.source = source
@@ -40,46 +49,99 @@ class TrainingData(Dataset[Item]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> Item:
+    def __getitem__(self, row: Row) -> list[Item]:
+        return [self.read(index) for index in row]
+
+    def read(self, index: int) -> Item:
+        """Return one sequence by its number in the token index."""
         if isinstance(self.source, LogitCache):
             return Item(index, self.source.table[index], self.source.read_targets(index))
         return Item(index, self.source[index], None)
 
 
-class ShuffledStream(Sampler[int]):
-    """The first `count` indices of an endless stream of permutations of all sequences, one for each epoch.
+class RowOrder(Protocol):
+    """In which rows, and in which order, the sequences of each epoch are read: every sequence once."""
 
-    The permutation of epoch e depends on (seed, e, number of sequences) and on nothing else. Global batches are cut
-    from the stream across the ends of epochs, so all are of one size, on any number of GPUs.
+    @property
+    def rows_per_epoch(self) -> int:
+        """The same in every epoch."""
+
+    def list_rows(self, epoch: int) -> Iterable[Row]:
+        """Return the rows of an epoch, which depend on it, the sequences' lengths, the seed and nothing else."""
+
+
+@dataclass(frozen=True)
+class Shuffled:
+    """A row for each sequence, in another order in each epoch."""
+
+    num_sequences: int
+    seed: int
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """The number of sequences."""
+        return self.num_sequences
+
+    def list_rows(self, epoch: int) -> Iterable[Row]:
+        """Return the rows of an epoch."""
+        return zip(make_generator(self.seed, epoch).permutation(self.num_sequences).tolist())
+
+
+def make_generator(seed: int, epoch: int) -> np.random.Generator:
+    """Return the random numbers of an epoch."""
+    return np.random.Generator(np.random.Philox(key=[seed, epoch]))
+
+
+class RowStream(Sampler[Row]):
+    """The first `count` rows of an endless stream of epochs.
+
+    Global batches are cut from the stream across the ends of epochs, so all are of one size, on any number of GPUs.
     """
 
-    def __init__(self, num_sequences: int, *, seed: int, count: int) -> None:
-        self.num_sequences = num_sequences
-        self.seed = seed
-        self.count = count
+    def __init__(self, order: RowOrder, *, count: int) -> None:
+        self.order, self.count = order, count
 
     def __len__(self) -> int:
         return self.count
 
-    def __iter__(self) -> Iterator[int]:
-        for epoch in range(math.ceil(self.count / self.num_sequences)):
-            generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
-            left = self.count - epoch * self.num_sequences
-            yield from generator.permutation(self.num_sequences)[:left].tolist()
+    def __iter__(self) -> Iterator[Row]:
+        epochs = map(self.order.list_rows, itertools.count())
+        return itertools.islice(itertools.chain.from_iterable(epochs), self.count)
 
 
-def count_steps(
-    num_sequences: int, *, global_batch: int, max_steps: int | None, num_epochs: float
-) -> int:
-    """Return the number of optimizer steps: `max_steps`, or the epochs' global batches, rounded up."""
-    if max_steps is not None:
-        return max_steps
-    return max(1, math.ceil(num_epochs * num_sequences / global_batch))
+def count_steps(num_rows: int, training: Training) -> int:
+    """Return the number of optimizer steps: `max_steps`, or the global batches of the epochs' rows, rounded up."""
+    if training.max_steps is not None:
+        return training.max_steps
+    return max(1, math.ceil(training.num_epochs * num_rows / training.global_batch))
 
 
 def find_counted(labels_BT: Tensor) -> Tensor:
     """Return the indices int64 [P], in [B * T], of the positions before labels other than IGNORE_INDEX."""
     return (labels_BT.flatten()[1:] != IGNORE_INDEX).nonzero()[:, 0]
+
+
+def find_tail_column(codec: Codec, training: Training, *, path: Path) -> int:
+    """Return the column of the stored tails at the training's temperature; any, where the whole vocabulary is kept.
+
+    Raises ValueError when the cache in `path` has no tail at this temperature, or holds samples, which are of use at
+    temperature 1 with forward_kl only.
+    """
+    temperature, divergence = training.temperature, training.divergence
+    if codec.method == "sampled" and (temperature != 1.0 or divergence != "forward_kl"):
+        raise ValueError(
+            f"training.temperature is {temperature} and training.divergence {divergence!r}, but {path} holds samples "
+            "(cache.method: sampled), which are unbiased for forward_kl at temperature 1 alone. Use these two, or a "
+            "cache of cache.method: top_p."
+        )
+    if temperature in codec.temperatures:
+        return codec.temperatures.index(temperature)
+    if codec.is_complete:
+        return 0
+    raise ValueError(
+        f"training.temperature is {temperature}, but {path} holds the tail's mass at {codec.temperatures} only. "
+        f"Use one of them, or add {temperature} to cache.temperatures, which makes a new cache."
+    )
 
 
 def _label(sequence: Sequence) -> Tensor:
@@ -89,9 +151,13 @@ def _label(sequence: Sequence) -> Tensor:
     return torch.from_numpy(labels)
 
 
+def _pad(rows: list[Tensor], value: int = 0) -> Tensor:
+    return pad_sequence(rows, batch_first=True, padding_value=value)
+
+
 @dataclass(frozen=True)
 class Collator:
-    """Pads items to a batch.
+    """Joins the sequences of each row, and pads rows to a batch.
 
     tail_column: that of the stored tails whose temperature is the training's; vocabulary: of a student whose output
     layer is narrower than the teacher's, ids beyond it are dropped; needs_mask: whether the student must be told of the
@@ -102,25 +168,31 @@ class Collator:
     vocabulary: int | None = None
     needs_mask: bool = True
 
-    def __call__(self, items: list[Item]) -> dict[str, Any]:
-        """Return the batch: int64 input_ids, attention_mask (if needed) and labels [B, T], counted [P], sequences [B],
-        and teacher.
+    def __call__(self, rows: list[list[Item]]) -> dict[str, Any]:
+        """Return the batch: int64 input_ids, attention_mask (if needed) and labels [B, T], counted [P], sequences, and
+        teacher.
 
         labels[t] is ids[t] where its prediction counts, else IGNORE_INDEX; counted: indices in [B * T] of the positions
         that make these predictions (a GPU would make the host wait for their number); sequences: numbers in the token
-        index; teacher: from a cache alone, the TeacherRows of all counted positions, in the batch's order.
+        index; teacher: from a cache alone, the TeacherRows of all counted positions, in the batch's order. Where a row
+        has several sequences, position_ids [B, T] that begin again at each are there in place of a mask.
         """
-        ids = [torch.from_numpy(item.sequence.ids.astype(np.int64)) for item in items]
-        labels = [_label(item.sequence) for item in items]
+        items = [item for row in rows for item in row]
+        lengths = [[len(item.sequence.ids) for item in row] for row in rows]
+        width = max(map(sum, lengths))
+        ids = [np.concatenate([item.sequence.ids for item in row]) for row in rows]
+        labels = [torch.cat([_label(item.sequence) for item in row]) for row in rows]
         batch: dict[str, Any] = {
-            "input_ids": pad_sequence(ids, batch_first=True),
-            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
+            "input_ids": _pad([torch.from_numpy(row.astype(np.int64)) for row in ids]),
+            "labels": _pad(labels, IGNORE_INDEX),
             "sequences": torch.tensor([item.index for item in items]),
         }
         batch["counted"] = find_counted(batch["labels"])
-        if self.needs_mask:
-            mask = [torch.ones_like(row) for row in ids]
-            batch["attention_mask"] = pad_sequence(mask, batch_first=True)
+        if len(items) > len(rows):
+            positions = [number_positions([*row, width - sum(row)]) for row in lengths]
+            batch["position_ids"] = torch.stack(positions)
+        elif self.needs_mask:
+            batch["attention_mask"] = _pad([torch.ones_like(row) for row in labels])
         targets = [item.targets for item in items if item.targets is not None]
         if targets:
             batch["teacher"] = self._join(targets)

@@ -27,7 +27,6 @@ from transformers import (
     TrainingArguments,
 )
 
-from retort.cache.codec import Codec
 from retort.cache.reader import LogitCache
 from retort.cluster.ranks import clear_launcher_environment, rank, split_global_batch, world_size
 from retort.config.sections import Student, Tracking, Training
@@ -37,7 +36,7 @@ from retort.models.ends import list_eos_ids, set_special_ids
 from retort.models.load import choose_device, describe_device
 from retort.models.students import build_student
 from retort.tokens.sequences import SequenceTable
-from retort.training.batches import Collator, TrainingData, count_steps
+from retort.training.batches import Collator, TrainingData, count_steps, find_tail_column
 from retort.training.checkpoints import (
     CheckpointId,
     find_checkpoint,
@@ -48,6 +47,7 @@ from retort.training.checkpoints import (
 from retort.training.losses import LossSettings
 from retort.training.model_card import write_card
 from retort.training.model_loss import attach_loss
+from retort.training.packing import choose_order
 from retort.training.record import TrainingSummary
 from retort.training.trainer import DistillationTrainer, ProgressCallback
 
@@ -76,7 +76,8 @@ class TrainingJob:
 
     identity: digest of all that the result depends on; training: with alpha filled in; vocabulary: the student's,
     where its config names none; teacher: a live one, None with a cache or with text alone; facts: what the student is
-    trained on, for its model card; ends: the ids that end a text (none: the tokenizer's and its template's).
+    trained on, for its model card; ends: the ids that end a text (none: the tokenizer's and its template's);
+    max_length: tokens of a packed row.
     """
 
     name: str
@@ -90,6 +91,7 @@ class TrainingJob:
     teacher: CausalLM | None = None
     facts: Mapping[str, str] = field(default_factory=dict)
     ends: tuple[int, ...] = ()
+    max_length: int = 0
 
     @property
     def checkpoint_id(self) -> CheckpointId:
@@ -115,12 +117,6 @@ def training_arguments(folder: Path, job: TrainingJob) -> TrainingArguments:
     size, accumulation = split_global_batch(
         training.batch_size, training.gradient_accumulation_steps, world_size()
     )
-    steps = count_steps(
-        len(job.source),
-        global_batch=training.batch_size * training.gradient_accumulation_steps,
-        max_steps=training.max_steps,
-        num_epochs=training.num_epochs,
-    )
     precision = choose_precision(training, device)
     is_sharded = world_size() > 1 and training.strategy == "fsdp"
     trackers = [
@@ -133,7 +129,7 @@ def training_arguments(folder: Path, job: TrainingJob) -> TrainingArguments:
         run_name=tracking.wandb_run_name or job.name,
         project=tracking.wandb_project or "retort",
         report_to=trackers or "none",
-        max_steps=steps,
+        max_steps=count_steps(len(job.source), training),
         per_device_train_batch_size=size,
         gradient_accumulation_steps=accumulation,
         learning_rate=training.learning_rate,
@@ -247,9 +243,10 @@ def _set_tracker_folders(folder: Path) -> None:
 
 
 def build_trainer(arguments: TrainingArguments, job: TrainingJob) -> DistillationTrainer:
-    """Build the student and return its trainer.
+    """Build the student and return its trainer; the arguments get the steps of packed rows.
 
-    Raises ValueError when the student cannot be built, or the cache lacks the training's temperature.
+    Raises ValueError when the student cannot be built, the cache lacks the training's temperature, and as
+    `choose_order` does.
     """
     model = build_student(
         job.student, vocabulary=job.vocabulary, tokenizer=job.tokenizer, seed=job.training.seed
@@ -260,7 +257,12 @@ def build_trainer(arguments: TrainingArguments, job: TrainingJob) -> Distillatio
         recomputes = arguments.device.type == "cuda" and model.supports_gradient_checkpointing
         setattr(arguments, _CHECKPOINTING, recomputes)
     source = job.source
-    teacher_needs_mask = job.teacher is not None and job.teacher.needs_mask
+    table = source.table if isinstance(source, LogitCache) else source
+    order, teacher = choose_order(
+        table.lengths, job.training, capacity=job.max_length, student=split, teacher=job.teacher
+    )
+    arguments.max_steps = count_steps(order.rows_per_epoch, job.training)
+    teacher_needs_mask = teacher is not None and teacher.needs_mask
     collator = Collator(needs_mask=teacher_needs_mask or needs_mask(split))
     if isinstance(source, LogitCache):
         codec = source.header.codec
@@ -270,7 +272,8 @@ def build_trainer(arguments: TrainingArguments, job: TrainingJob) -> Distillatio
         collator = replace(collator, tail_column=tail_column, vocabulary=vocabulary)
     trainer = DistillationTrainer(
         settings=job.loss_settings,
-        teacher=job.teacher,
+        order=order,
+        teacher=teacher,
         num_tokens=len(job.tokenizer),
         model=model,
         args=arguments,
@@ -322,29 +325,6 @@ def _train(
         require_start(job.training, max_steps=trainer.args.max_steps)
     start = str(checkpoint or named or "")
     trainer.train(resume_from_checkpoint=start or None)
-
-
-def find_tail_column(codec: Codec, training: Training, *, path: Path) -> int:
-    """Return the column of the stored tails at the training's temperature; any, where the whole vocabulary is kept.
-
-    Raises ValueError when the cache in `path` has no tail at this temperature, or holds samples, which are of use at
-    temperature 1 with forward_kl only.
-    """
-    temperature, divergence = training.temperature, training.divergence
-    if codec.method == "sampled" and (temperature != 1.0 or divergence != "forward_kl"):
-        raise ValueError(
-            f"training.temperature is {temperature} and training.divergence {divergence!r}, but {path} holds samples "
-            "(cache.method: sampled), which are unbiased for forward_kl at temperature 1 alone. Use these two, or a "
-            "cache of cache.method: top_p."
-        )
-    if temperature in codec.temperatures:
-        return codec.temperatures.index(temperature)
-    if codec.is_complete:
-        return 0
-    raise ValueError(
-        f"training.temperature is {temperature}, but {path} holds the tail's mass at {codec.temperatures} only. "
-        f"Use one of them, or add {temperature} to cache.temperatures, which makes a new cache."
-    )
 
 
 def save_final(

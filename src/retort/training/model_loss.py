@@ -57,7 +57,11 @@ def attach_loss(split: CausalLM, settings: LossSettings) -> None:
         if tied is not None and model.get_input_embeddings().weight.requires_grad:
             tied.begin()
         if split.is_split:
-            features_BTD = split.features(inputs["input_ids"], inputs.get("attention_mask"))
+            features_BTD = split.features(
+                inputs["input_ids"],
+                inputs.get("attention_mask"),
+                position_ids_BT=inputs.get("position_ids"),
+            )
             head = model.get_output_embeddings()
             return head(take_rows(features_BTD, targets.counted), targets=targets)
         logits_PV = take_rows(original(**inputs, use_cache=False).logits, targets.counted)

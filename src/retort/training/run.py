@@ -88,9 +88,11 @@ def _train(
     about = _describe_teacher(job, signal_path, teacher) if needs_teacher and signal_path else None
     facts = _describe_sources(index, signal if needs_teacher else None)
     names = {"teacher": str(job.config.teacher.model_path)} if needs_teacher else {}
+    max_length = job.config.dataset.max_length
+    rows = [max_length] if training.packing else []
     work = TrainingJob(
         name=job.run or "student",
-        identity=digest([REVISIONS["run"], facts, content, training_keys(training)]),
+        identity=digest([REVISIONS["run"], facts, content, training_keys(training), *rows]),
         source=source,
         student=student,
         training=training,
@@ -100,6 +102,7 @@ def _train(
         teacher=teacher,
         facts={"run": out.parent.name, **names, **facts},
         ends=tuple(list_ends_beside(path, tokenizer, revision=revision)),
+        max_length=max_length,
     )
     summary = train_student(out.parent, work)
     _require_same_start(job)

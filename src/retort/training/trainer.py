@@ -28,7 +28,7 @@ from transformers import (
 from retort.cluster.ranks import rank, world_size
 from retort.io.progress import Meter
 from retort.models.causal_lm import CausalLM, take_rows
-from retort.training.batches import ShuffledStream
+from retort.training.batches import Row, RowOrder, RowStream
 from retort.training.checkpoints import CheckpointId, Progress, write_marker
 from retort.training.loss_window import LossWindow
 from retort.training.losses import (
@@ -40,6 +40,7 @@ from retort.training.losses import (
 )
 from retort.training.model_loss import LossTargets
 
+_READ = ("input_ids", "attention_mask", "position_ids")  # by a model
 _SHOWN = ("total_loss", "learning_rate", "tokens_per_second")  # beside the bar
 _ADVICE = (
     "Rerunning will fail the same way: try a lower training.learning_rate, more training.warmup_steps, or "
@@ -50,8 +51,8 @@ _ADVICE = (
 class DistillationTrainer(Trainer):  # type: ignore[misc]
     """transformers' Trainer for a student that `attach_loss` has patched.
 
-    teacher: a live one, None where the batches bring its distributions or alpha is 1; num_tokens: ids of the
-    tokenizer, beyond which a live teacher's probabilities are 0.
+    order: of the training data's rows; teacher: a live one, None where the batches bring its distributions or alpha is
+    1; num_tokens: ids of the tokenizer, beyond which a live teacher's probabilities are 0.
     """
 
     # compute_loss divides by the number of positions of the whole global batch.
@@ -61,6 +62,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self,
         *,
         settings: LossSettings,
+        order: RowOrder,
         teacher: CausalLM | None,
         num_tokens: int,
         **options: Any,
@@ -69,6 +71,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         # True makes Trainer count the labels of the whole global batch, whatever the model's signature.
         self.model_accepts_loss_kwargs = True
         self.settings = settings
+        self.order = order
         self.teacher = teacher
         self.num_tokens = num_tokens
         self.window = LossWindow(self.args.device)
@@ -76,19 +79,16 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
     @property
     def global_batch(self) -> int:
-        """Sequences of one optimizer step, over all ranks."""
+        """Rows of one optimizer step, over all ranks."""
         return int(
             self.args.per_device_train_batch_size
             * self.args.gradient_accumulation_steps
             * world_size()
         )
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Row]:
         """Return one stream for the whole training, which is a single epoch to Trainer."""
-        count = self.args.max_steps * self.global_batch
-        return ShuffledStream(
-            len(train_dataset or self.train_dataset), seed=self.args.seed, count=count
-        )
+        return RowStream(self.order, count=self.args.max_steps * self.global_batch)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Return the batches of a step, and add the seconds that they took to `waited_s`."""
@@ -113,7 +113,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         targets = LossTargets(
             inputs["labels"], inputs["counted"], inputs.get("teacher"), num_items_in_batch
         )
-        read = {name: inputs[name] for name in inputs if name in ("input_ids", "attention_mask")}
+        read = {name: inputs[name] for name in _READ if name in inputs}
         terms: LossTerms = (
             model(**read, targets=targets)
             if self.teacher is None
@@ -135,7 +135,11 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         logits_PV = take_rows(model(**inputs, use_cache=False).logits, targets.counted)
         hard = compute_hard_loss(logits_PV, targets.find_labels())
         with torch.no_grad():
-            features_BTD = self.teacher.features(inputs["input_ids"], inputs.get("attention_mask"))
+            features_BTD = self.teacher.features(
+                inputs["input_ids"],
+                inputs.get("attention_mask"),
+                position_ids_BT=inputs.get("position_ids"),
+            )
             teacher_logits_PV = self.teacher.head.logits(take_rows(features_BTD, targets.counted))
             teacher_logits_PV = teacher_logits_PV[:, : self.num_tokens]
         temperature = self.settings.temperature
@@ -158,7 +162,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             logs.pop("loss")
             logs |= self.window.take()
         # Trainer's own epoch is the fraction of the whole training.
-        self.state.epoch = self.state.global_step * self.global_batch / len(self.train_dataset)
+        self.state.epoch = self.state.global_step * self.global_batch / self.order.rows_per_epoch
         super().log(logs, *args, **kwargs)
 
 

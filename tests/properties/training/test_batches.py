@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from retort.cluster.ranks import split_global_batch
 from retort.training.batches import count_steps
-from support.batches import check_batch, check_stream
+from support.batches import check_batch, check_packing, check_stream
+from support.sections import replace, section
 
 
 @given(
@@ -27,10 +28,11 @@ def test_the_stream_is_one_permutation_after_the_other(
     epochs=st.floats(0.01, 5),
 )
 def test_steps_are_whole_global_batches(sequences: int, batch: int, epochs: float) -> None:
-    steps = count_steps(sequences, global_batch=batch, max_steps=None, num_epochs=epochs)
+    training = section("training", batch_size=batch, num_epochs=epochs)
+    steps = count_steps(sequences, training)
     assert steps >= 1 and steps * batch >= epochs * sequences - 1e-6
     assert steps == 1 or (steps - 1) * batch < epochs * sequences
-    assert count_steps(sequences, global_batch=batch, max_steps=7, num_epochs=epochs) == 7
+    assert count_steps(sequences, replace(training, max_steps=7)) == 7
 
 
 @given(size=st.integers(1, 64), accumulation=st.integers(1, 64), ranks=st.integers(1, 16))
@@ -52,6 +54,21 @@ def test_every_number_of_ranks_shares_the_same_global_batch(
 
 @given(
     masks=st.lists(st.lists(st.booleans(), min_size=1, max_size=11), min_size=1, max_size=6),
+    per_row=st.integers(1, 3),
 )
-def test_labels_and_targets_belong_to_the_same_positions(masks: list[list[bool]]) -> None:
-    check_batch(masks)
+def test_labels_and_targets_belong_to_the_same_positions(
+    masks: list[list[bool]], per_row: int
+) -> None:
+    check_batch(masks, per_row=per_row)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=60),
+    more=st.integers(0, 30),
+    seed=st.integers(0, 99),
+    batch=st.integers(1, 9),
+)
+def test_an_epoch_holds_every_sequence_once(
+    lengths: list[int], more: int, seed: int, batch: int
+) -> None:
+    check_packing(lengths, capacity=max(lengths) + more, seed=seed, batch=batch)

@@ -90,7 +90,6 @@ def test_names_of_transformers_and_trl_are_those_of_the_installed_versions() -> 
     "key, never",
     [
         ("training.eval_steps", "max_steps"),
-        ("training.packing", "teacher.generation.packing"),
         ("training.min_steps", "max_steps"),
         ("training.top_p", "top_k"),
         ("cache.top_p", "cache.top_k"),

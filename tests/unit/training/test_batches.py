@@ -14,6 +14,7 @@ from retort.training.batches import count_steps
 from retort.training.loop import build_trainer, training_arguments
 from support.batches import check_batch, check_stream
 from support.bench import Bench
+from support.sections import replace, section
 
 
 def read_batches(bench: Bench, source: SequenceTable | LogitCache, folder: Path) -> list[Any]:
@@ -48,9 +49,9 @@ def test_the_stream_is_one_permutation_after_the_other(number: int) -> None:
 def test_steps_are_whole_global_batches(
     sequences: int, batch: int, epochs: float, steps: int
 ) -> None:
-    found = count_steps(sequences, global_batch=batch, max_steps=None, num_epochs=epochs)
-    assert found == steps
-    assert count_steps(sequences, global_batch=batch, max_steps=7, num_epochs=epochs) == 7
+    training = section("training", batch_size=batch, num_epochs=epochs)
+    assert count_steps(sequences, training) == steps
+    assert count_steps(sequences, replace(training, max_steps=7)) == 7
 
 
 def test_every_number_of_ranks_shares_the_same_global_batch() -> None:
@@ -61,5 +62,7 @@ def test_every_number_of_ranks_shares_the_same_global_batch() -> None:
         split_global_batch(8, 3, 5)
 
 
-def test_labels_and_targets_belong_to_the_same_positions() -> None:
-    check_batch([[True, False, True, True], [False], [True], [True] * 11, [False, True]])
+@pytest.mark.parametrize("per_row", [1, 2])
+def test_labels_and_targets_belong_to_the_same_positions(per_row: int) -> None:
+    masks = [[True, False, True, True], [False], [True], [True] * 11, [False, True]]
+    check_batch(masks, per_row=per_row)

@@ -24,10 +24,10 @@ from retort.teacher.merge import build_manifest
 from retort.teacher.records import CacheRun, Manifest
 from retort.tokens.tokenizer import load_tokenizer
 from retort.training import loop
+from retort.training.batches import find_tail_column
 from retort.training.loop import (
     LOG_COLUMNS,
     build_trainer,
-    find_tail_column,
     training_arguments,
     write_log,
 )

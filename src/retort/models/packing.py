@@ -1,0 +1,78 @@
+"""Packing: several sequences in one row, told apart by position ids that begin again at each of them.
+
+From such position ids transformers derives which tokens attend to each other: as a block mask, or as the bounds that
+variable-length attention (flash_attention_2) takes. Where state or attention crosses sequences all the same (ALiBi,
+Mamba, convolutions), a probe finds it.
+
+Legend: B rows, T positions, N tokens of all sequences in a row.
+"""
+
+import logging
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from retort.models.causal_lm import (
+    SPLIT_TOLERANCE,
+    CausalLM,
+    choose_tolerance,
+    evaluating,
+    read_unmasked,
+    relative_error,
+)
+
+logger = logging.getLogger(__name__)
+
+# Largest effect of a sequence on the features of the next one, in any dtype: 0 where a mask is between them, since a
+# masked key has a weight of exactly 0; 1e-4 in the mildest random hybrid (LFM2). What a model reads alone and in a row
+# differs by rounding, in bfloat16 by more than Jamba, LFM2 and Falcon-H1 leak.
+_LEAK_TOLERANCE = 1e-6
+_NUM_TOKENS, _NUM_ROWS = 16, 4  # of a sequence and of the batch in the probe
+
+
+def number_positions(lengths: Iterable[int]) -> Tensor:
+    """Return the position ids int64 [N] of sequences in one row; padding at its end counts as a sequence too."""
+    return torch.cat([torch.arange(length) for length in lengths])
+
+
+@torch.inference_mode()
+def find_packing_fault(split: CausalLM, *, at_once: bool = False) -> str | None:
+    """Return why a model cannot read two sequences in one row, as in the same two rows; None if it can.
+
+    at_once: whether it reads several such rows at once, as in training, or one, as variable-length attention does.
+    """
+    ids_BT = torch.arange(_NUM_ROWS * _NUM_TOKENS, device=split.device).view(_NUM_ROWS, -1) + 1
+    second_BT = ids_BT[:1].flip(1).expand(_NUM_ROWS, -1)  # the same behind every first one
+    packed_BT = torch.cat([ids_BT, second_BT], dim=1) % split.vocabulary
+    name = type(split.model).__name__
+    with evaluating(split.model):
+        found_BTD = _read_packed(split, packed_BT, at_once=at_once)
+        if found_BTD is None:
+            return f"{name} takes no position ids without an attention mask"
+        alone_BT = packed_BT[0].view(2, _NUM_TOKENS)
+        alone_BTD = split.features(alone_BT, torch.ones_like(alone_BT)).float()
+    seconds_BTD = found_BTD[:, _NUM_TOKENS:]
+    leak = float(relative_error(seconds_BTD[1:], seconds_BTD[:1], scale=found_BTD))
+    error = float(relative_error(found_BTD[0], alone_BTD.flatten(0, 1)))
+    if leak > _LEAK_TOLERANCE:
+        return f"in {name} packed sequences see each other (one changes the next by {leak:.0e} of the largest feature)"
+    if not error <= choose_tolerance(split.model, SPLIT_TOLERANCE):
+        return f"{name} reads packed sequences otherwise than alone (by {error:.0e} of the largest feature)"
+    return None
+
+
+def _read_packed(split: CausalLM, packed_BT: Tensor, *, at_once: bool) -> Tensor | None:
+    """Return the features [B, T, D] of rows of two sequences, or None of a model that takes no position ids."""
+    positions_BT = number_positions([_NUM_TOKENS] * 2).to(split.device).expand_as(packed_BT)
+    pieces = [slice(None)] if at_once else [slice(b, b + 1) for b in range(_NUM_ROWS)]
+    found = [read_unmasked(split, packed_BT[piece], positions_BT[piece]) for piece in pieces]
+    return None if found[0] is None else torch.cat([f for f in found if f is not None])
+
+
+def can_pack(teacher: CausalLM) -> bool:
+    """Say whether the teacher can read several sequences in one row, and log it if it cannot."""
+    fault = find_packing_fault(teacher)
+    if fault is not None:
+        logger.debug(f"{fault}: they are padded instead.")
+    return fault is None
