@@ -8,6 +8,7 @@ import signal
 import subprocess
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,28 @@ Process = subprocess.Popen[bytes]
 def press_ctrl_c(process: Process) -> None:
     """Interrupt Snakemake and its jobs, as a terminal does."""
     os.killpg(process.pid, signal.SIGINT)
+
+
+def press_ctrl_c_twice(process: Process) -> None:
+    """Interrupt Snakemake and its jobs, and again before a training has answered."""
+    found = subprocess.run(["pgrep", "-g", str(process.pid), "-f", "train.py"], stdout=-1)
+    trainings = [int(pid) for pid in found.stdout.split()]
+    for training in trainings:
+        os.kill(training, signal.SIGSTOP)
+    log = Path(f"/proc/{process.pid}/fd/2").resolve()
+    before = len(log.read_text())
+    for answer in ("Terminating processes on user request", "Interrupted again"):
+        os.killpg(process.pid, signal.SIGINT)
+        wait_until(partial(says, log, answer, start=before), process=process)
+    for training in trainings:
+        os.kill(training, signal.SIGCONT)
+    process.wait()
+    assert trainings and "Traceback" not in log.read_text()
+
+
+def says(log: Path, words: str, *, start: int) -> bool:
+    """Say whether words are in a log, from its `start`-th character."""
+    return words in log.read_text()[start:]
 
 
 def terminate(process: Process) -> None:
@@ -72,7 +95,7 @@ def stop_at(place: Place, mark: str, stop: Stop) -> None:
     wait_until(lambda: any(place.path.glob(mark)), process=process)
     stop(process)
     assert process.wait(timeout=120) != 0
-    if stop not in (press_ctrl_c, terminate):
+    if stop not in (press_ctrl_c, press_ctrl_c_twice, terminate):
         refused = place.try_snakemake()
         assert refused.returncode != 0
         assert "--unlock" in refused.output
@@ -117,7 +140,7 @@ def plant_claim(place: Place, process_id: int) -> None:
 @pytest.mark.parametrize(
     "ways",
     [
-        (press_ctrl_c, kill_snakemake_and_wait, terminate, press_ctrl_c),
+        (press_ctrl_c, kill_snakemake_and_wait, terminate, press_ctrl_c_twice),
         pytest.param(
             (terminate, press_ctrl_c, cut_the_power, kill_snakemake),
             marks=pytest.mark.slow,

@@ -8,12 +8,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from retort.training.stopping import STOPPING
 from support.batches import read_order
 from support.place import REPOSITORY, Place, tiny, wait_until
 from workflow.test_by_hand import read_commands, with_output
@@ -54,6 +56,17 @@ class Student:
         """Train to the end."""
         done = self.place.execute(self.command(name, *keys, how=how))
         assert done.returncode == 0, done.output
+
+    def start(self, name: str, *keys: str) -> "subprocess.Popen[str]":
+        """Start the training, to be stopped; it is a real one."""
+        place = self.place
+        return subprocess.Popen(
+            self.command(name, *keys),
+            cwd=place.path,
+            env=place.environment(),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     def losses(self, name: str) -> list[float]:
         """Return the total loss of each logged step."""
@@ -160,20 +173,28 @@ def test_each_rank_reads_its_share_of_every_step(student: Student) -> None:
         assert sorted(mine[0] + mine[1]) == sorted(order[12 * step : 12 * step + 12])
 
 
-def test_a_killed_launcher_leaves_no_rank_and_loses_no_step(student: Student) -> None:
+def test_stopped_or_killed_ranks_leave_nobody_behind_and_lose_no_step(student: Student) -> None:
     folder = student.place.path / "killed"
-    command = student.command("killed", "gpus=2")
+    training = "--output killed/training.json"
     for step in (6, 18):
-        with (student.place.path / "killed.log").open("ab") as log:
-            launcher = subprocess.Popen(
-                command, cwd=student.place.path, env=student.place.environment(), stderr=log
-            )
+        launcher = student.start("killed", "gpus=2")
         mark = folder / f"checkpoint-{step}" / "complete.json"
         wait_until(mark.exists, process=launcher)
-        assert len(find_processes("--output killed/training.json")) >= 3
-        launcher.send_signal(signal.SIGKILL)
-        launcher.wait()
-        wait_until(lambda: not find_processes("--output killed/training.json"))
+        processes = find_processes(training)
+        assert len(processes) >= 3
+        if step == 6:
+            for process in processes:  # as SLURM does; a rank hears of it from the launcher too
+                os.kill(process, signal.SIGTERM)
+        else:
+            launcher.send_signal(signal.SIGKILL)
+        _, said = launcher.communicate()
+        wait_until(lambda: not find_processes(training))
+        if step == 6:
+            assert launcher.returncode == 128 + signal.SIGTERM
+            assert said.count(STOPPING) == 1 and "Traceback" not in said
+            assert "interrupted by SIGTERM: all ranks ended" in said
+            steps = {int(path.parent.name[11:]) for path in folder.glob("*/complete.json")}
+            assert max(steps) > 6, "it saved where it stopped"
     assert not (folder / "final").exists()
     student.train("killed", "gpus=2")
     assert_close(student.weights("killed"), student.weights("two"), atol=0)
@@ -181,23 +202,22 @@ def test_a_killed_launcher_leaves_no_rank_and_loses_no_step(student: Student) ->
         assert mine | {"tokens_per_second": ""} == theirs | {"tokens_per_second": ""}
 
 
-def test_sigterm_ends_all_ranks_in_one_sentence(student: Student) -> None:
+def test_a_second_ctrl_c_ends_all_ranks_at_once(student: Student) -> None:
     # On a busy machine, a short training would end before the signal comes.
-    command = student.command("ended", "gpus=2", "max_steps=100000")
-    launcher = subprocess.Popen(
-        command,
-        cwd=student.place.path,
-        env=student.place.environment(),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    launcher = student.start("ended", "gpus=2", "max_steps=100000")
+    training = "--output ended/training.json"
     mark = student.place.path / "ended" / "checkpoint-6" / "complete.json"
     wait_until(mark.exists, process=launcher)
-    launcher.send_signal(signal.SIGTERM)
+    found = subprocess.run(["pgrep", "-P", str(launcher.pid), "-f", "train.py"], stdout=-1)
+    for process in found.stdout.split():
+        os.kill(int(process), signal.SIGSTOP)  # or it would have ended before the second one
+    while launcher.poll() is None:
+        launcher.send_signal(signal.SIGINT)
+        time.sleep(0.5)
     _, said = launcher.communicate()
-    assert launcher.returncode == 128 + signal.SIGTERM
-    assert "interrupted by SIGTERM: all ranks ended" in said and "Traceback" not in said
-    assert not find_processes("--output ended/training.json")
+    assert launcher.returncode == 128 + signal.SIGINT
+    assert "interrupted again: all ranks ended" in said and "Traceback" not in said
+    wait_until(lambda: not find_processes(training))
 
 
 def test_a_student_with_parts_that_never_learn_trains_on_two_ranks_too(student: Student) -> None:

@@ -3,6 +3,7 @@ import contextlib
 import functools
 import os
 import shutil
+import signal
 import time
 
 from retort.cluster.failures import describe_failures
@@ -37,6 +38,7 @@ def prepare():
     Raises WorkflowError when results cannot be written, this machine must run the teacher and cannot, or the SLURM
     profile still has placeholders.
     """
+    wait_after_interrupts()
     jobs = list(workflow.dag.needrun_jobs())
     submitted = {job.rule.name: job for job in jobs if not job.is_local}
     try:
@@ -57,6 +59,24 @@ def prepare():
         refuse_several_nodes()
     if {rule_name("score_validation"), rule_name("generate_logits")} & rules_to_run:
         show_machine()
+
+
+def wait_after_interrupts():
+    """Let Ctrl-C interrupt Snakemake once; after another one it waits for its jobs, which that ends, and ends too.
+
+    By itself it would end in a traceback of a hundred lines.
+    """
+
+    def interrupt(number, frame):
+        signal.signal(number, keep_waiting)
+        raise KeyboardInterrupt
+
+    def keep_waiting(number, frame):
+        logger.warning("Interrupted again: running jobs end at once, then Snakemake.")
+
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        with contextlib.suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGINT, interrupt)
 
 
 def show_machine():

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from retort.cli import RESUME, is_rank
+from retort.cluster.interrupts import Interrupts
 from retort.config.training import require_even_share
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,8 @@ _SETTINGS = (
     "ACCELERATE_",
     "FSDP_",
 )  # prefixes of accelerate's settings, which would add to the config
+# For ranks to end after a signal: they finish a step and write a checkpoint.
+_PATIENCE_S = 600
 # Ports of the rendezvous: below Linux's ephemeral ports (32768 and up).
 _FIRST_PORT, _PORTS = 20_000, 10_000
 
@@ -97,14 +100,30 @@ def launch_ranks(count: int, *, rendezvous: Sequence[str], threads: int) -> None
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # silences DDP's advice
     script = str(sys.modules["__main__"].__file__)  # sys.argv[0] may be the name of a command
     os.environ[_LAUNCHER] = str(os.getpid())
+    options = [
+        f"--nproc-per-node={count}",
+        "--signals-to-handle=SIGHUP,SIGQUIT",
+        f"--shutdown-timeout={_PATIENCE_S}",
+    ]
+
+    def pass_on(number: int) -> None:
+        raise SignalException("", signal.Signals(number))  # torchrun sends it to the ranks
+
     try:
         # "--": else torchrun takes --signal for one of its own options.
-        torchrun([*rendezvous, f"--nproc-per-node={count}", "--", script, *sys.argv[1:]])
+        with Interrupts(pass_on, again=_end_at_once):
+            torchrun([*rendezvous, *options, "--", script, *sys.argv[1:]])
     except ChildFailedError:
         raise SystemExit(1) from None
     except SignalException as error:
         logger.warning(f"interrupted by {error.sigval.name}: all ranks ended. {RESUME}")
         raise SystemExit(128 + error.sigval) from None
+
+
+def _end_at_once(number: int) -> None:
+    """End this launcher, and by that its ranks (`die_with_parent`): they may wait for each other, deaf to signals."""
+    logger.warning(f"interrupted again: all ranks ended without a checkpoint. {RESUME}")
+    os._exit(128 + number)
 
 
 def die_with_parent() -> None:

@@ -90,6 +90,9 @@ class Training(Section):
     """Optimizer steps between two lines of the log."""
     save_steps: Count = setting(1000, changes_id=False)
     """Optimizer steps between two checkpoints."""
+    save_minutes: Positive | None = setting(10.0, changes_id=False)
+    """A checkpoint is also saved when the last one is so many minutes old, or older where saving would take more than
+    5 % of the time. null leaves it to save_steps."""
     save_total_limit: Annotated[int, Field(ge=2)] = setting(3, changes_id=False)
     """Checkpoints kept, at least 2: a kill can leave the newest one incomplete, and then the one before is used."""
     resume_from_checkpoint: Text | None = setting(None, is_path=True)

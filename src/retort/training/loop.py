@@ -49,6 +49,7 @@ from retort.training.model_card import write_card
 from retort.training.model_loss import attach_loss
 from retort.training.packing import choose_order
 from retort.training.record import TrainingSummary
+from retort.training.stopping import train_until_signal
 from retort.training.trainer import DistillationTrainer, ProgressCallback
 
 logger = logging.getLogger(__name__)
@@ -307,11 +308,7 @@ def _agree_on_checkpoint(folder: Path, checkpoint_id: CheckpointId) -> Path | No
     return found[0]
 
 
-def _train(
-    trainer: DistillationTrainer,
-    checkpoint: Path | None,
-    job: TrainingJob,
-) -> None:
+def _train(trainer: DistillationTrainer, checkpoint: Path | None, job: TrainingJob) -> None:
     """Train from this run's checkpoint, from one that the config names, or from the beginning."""
     if checkpoint:
         logger.info(f"train {job.name}: resuming from {checkpoint.name}")
@@ -324,7 +321,7 @@ def _train(
     if checkpoint is None and named is not None:
         require_start(job.training, max_steps=trainer.args.max_steps)
     start = str(checkpoint or named or "")
-    trainer.train(resume_from_checkpoint=start or None)
+    train_until_signal(trainer, start=start or None, save_minutes=job.training.save_minutes)
 
 
 def save_final(

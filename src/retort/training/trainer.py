@@ -9,14 +9,15 @@ Legend: B batch, T tokens of a sequence, P counted positions, D the teacher's hi
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import (
     Trainer,
     TrainerCallback,
@@ -39,6 +40,7 @@ from retort.training.losses import (
     compute_hard_loss,
 )
 from retort.training.model_loss import LossTargets
+from retort.training.stopping import heed_parent_alone, max_over_ranks
 
 _READ = ("input_ids", "attention_mask", "position_ids")  # by a model
 _SHOWN = ("total_loss", "learning_rate", "tokens_per_second")  # beside the bar
@@ -89,6 +91,13 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Row]:
         """Return one stream for the whole training, which is a single epoch to Trainer."""
         return RowStream(self.order, count=self.args.max_steps * self.global_batch)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return Trainer's, whose processes outlive a signal that is not their parent's."""
+        loader: Any = super().get_train_dataloader()
+        inner = loader.base_dataloader  # accelerate's is a wrapper
+        inner.worker_init_fn = partial(_begin_worker, inner.worker_init_fn)
+        return cast(DataLoader[Any], loader)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Return the batches of a step, and add the seconds that they took to `waited_s`."""
@@ -164,6 +173,11 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         # Trainer's own epoch is the fraction of the whole training.
         self.state.epoch = self.state.global_step * self.global_batch / self.order.rows_per_epoch
         super().log(logs, *args, **kwargs)
+
+
+def _begin_worker(seed_worker: Callable[[int], None], number: int) -> None:
+    heed_parent_alone()
+    seed_worker(number)
 
 
 class ProgressCallback(TrainerCallback):  # type: ignore[misc]
@@ -341,8 +355,4 @@ def _gradient_norm(model: nn.Module) -> float:
 
 def _any_rank(is_true: bool, device: torch.device) -> bool:
     """Return whether `is_true` on any rank: if one stopped alone, the others would wait for it forever."""
-    if world_size() == 1:
-        return is_true
-    flag = torch.tensor(float(is_true), device=device)
-    torch.distributed.all_reduce(flag)
-    return bool(flag > 0)
+    return bool(max_over_ranks([is_true], device=device)[0])
