@@ -67,6 +67,16 @@ def write_once(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def apply_umask(folder: Path) -> None:
+    """Let the users read the safetensors files of a folder whom the umask lets read: the library gives them to none."""
+    probe = temporary_name(folder / "mode")
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for path in folder.glob("*.safetensors"):
+        path.chmod(mode)
+
+
 def write_pieces(file: BinaryIO, content: memoryview) -> None:
     """Write bytes in pieces of 128 KiB; every 4 MiB, start to send them to the disk while the next are written.
 

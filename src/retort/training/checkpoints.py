@@ -11,7 +11,7 @@ import torch
 
 from retort.config.sections import Training
 from retort.io.digests import compare_digests, digest_folder
-from retort.io.files import read_json
+from retort.io.files import apply_umask, read_json
 from retort.io.records import Entry, Record
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ class CheckpointRecord(Record, format="retort-checkpoint", version=2):
 
 def write_marker(folder: Path, checkpoint_id: CheckpointId, progress: Progress) -> None:
     """Mark a checkpoint as complete; `progress` is what `read_progress` returns when the run resumes from it."""
+    apply_umask(folder)
     CheckpointRecord(
         run=checkpoint_id.run,
         strategy=checkpoint_id.strategy,

@@ -30,7 +30,7 @@ from transformers import (
 from retort.cache.reader import LogitCache
 from retort.cluster.ranks import clear_launcher_environment, rank, split_global_batch, world_size
 from retort.config.sections import Student, Tracking, Training
-from retort.io.files import file_lock, write_atomically
+from retort.io.files import apply_umask, file_lock, write_atomically
 from retort.models.causal_lm import CausalLM, needs_mask, split_model
 from retort.models.ends import list_eos_ids, set_special_ids
 from retort.models.load import choose_device, describe_device
@@ -343,6 +343,7 @@ def save_final(
     model.config.use_cache = True
     set_special_ids(model, job.tokenizer, _list_final_ends(model, job))
     model.save_pretrained(temporary, state_dict=weights)
+    apply_umask(temporary)
     job.tokenizer.save_pretrained(temporary)
     (temporary / "README.md").write_text(card(), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)

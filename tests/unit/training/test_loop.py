@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,19 @@ def test_weights_that_are_not_finite_are_never_kept(bench: Bench, tmp_path: Path
     with pytest.raises(ValueError, match=r"no longer finite numbers after step 1\b.*learning_rate"):
         bench.train(tmp_path, bench.cache, learning_rate=1e39, max_steps=1)
     assert not (tmp_path / "final").exists() and not list(tmp_path.glob("*/complete.json"))
+
+
+def test_the_umask_says_who_reads_a_student_and_its_checkpoints(
+    bench: Bench, tmp_path: Path
+) -> None:
+    before = os.umask(0o027)
+    try:
+        bench.train(tmp_path, bench.cache, max_steps=1)
+    finally:
+        os.umask(before)
+    modes = {path: path.stat().st_mode & 0o777 for path in tmp_path.glob("*/*")}
+    assert len([path for path in modes if path.suffix == ".safetensors"]) == 2
+    assert set(modes.values()) == {0o640}, modes
 
 
 def test_the_curve_ends_with_the_last_step(bench: Bench, tmp_path: Path) -> None:
