@@ -88,11 +88,14 @@ class Bench:
         """Return a training of the tiny student; its identity is that of its keys."""
         kind = keys.get("distillation_type", "hybrid")
         training = section("training", **({"alpha": DEFAULT_ALPHA[kind]} | keys))
+        start = student or self.student_path
         return TrainingJob(
             name="run",
             identity=digest(identity(training)),
             source=source,
-            student=section("student", config=str(student or self.student_path)),
+            student=section(
+                "student", **{"model_path" if start.is_dir() else "config": str(start)}
+            ),
             training=training,
             tracking=section("tracking", **(tracking or {})),
             tokenizer=load_tokenizer(str(self.teacher_path)),

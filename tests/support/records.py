@@ -300,7 +300,13 @@ def make_samples_record() -> SamplesRecord:
 
 def make_checkpoint_record() -> CheckpointRecord:
     progress = Progress(step=4, seconds=1.5, positions=400.0, window={"positions": 12.0})
-    return CheckpointRecord(run="c0ffee", strategy="ddp", progress=progress, files={"a": "0" * 32})
+    return CheckpointRecord(
+        run="c0ffee",
+        strategy="ddp",
+        settings={"learning_rate": 0.001, "warmup_steps": 3, "lr_scheduler_type": "cosine"},
+        progress=progress,
+        files={"a": "0" * 32},
+    )
 
 
 def make_check_record() -> CheckRecord:

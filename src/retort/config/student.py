@@ -16,7 +16,8 @@ class Student(Section):
     """Path of a transformers config as JSON; the student starts from random weights. If it has no vocab_size, the
     teacher's is used."""
     model_path: Text | None = setting(None, is_model=True)
-    """Hub id or folder of a model whose weights the student starts from."""
+    """Hub id or folder of a model whose weights the student starts from, such as final/ or checkpoint-N of another
+    run; optimizer and schedule are new."""
     revision: Text | None = None
     """Commit, tag or branch of the student on the Hub; null means its newest when the run first starts."""
     grow_embedding: bool = setting(False, changes_id=False)

@@ -96,9 +96,10 @@ class Training(Section):
     save_total_limit: Annotated[int, Field(ge=2)] = setting(3, changes_id=False)
     """Checkpoints kept, at least 2: a kill can leave the newest one incomplete, and then the one before is used."""
     resume_from_checkpoint: Text | None = setting(None, is_path=True)
-    """Folder of a checkpoint with the weights, optimizer and step to start from. Its learning_rate and weight_decay
-    must be this config's, which sets steps and schedule. Ids depend on its files, not on its path. An interrupted run
-    resumes without it."""
+    """Folder of a checkpoint of another run, whose weights, optimizer, schedule and step this one continues. What would
+    contradict them is refused: another learning_rate, weight_decay, lr_scheduler_type, warmup_steps, number of
+    sequences of a step, or, where the schedule depends on it, of all steps. For its weights alone, name it in
+    student.model_path. Ids depend on its files, not on its path. An interrupted run resumes without it."""
     gpus: Count = setting(1, changes_id=False)
     """GPUs per node that train one student together."""
     nodes: Count = setting(1, changes_id=False)

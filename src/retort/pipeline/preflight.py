@@ -4,7 +4,6 @@ Each check raises ValueError with the value found, what was expected and what to
 """
 
 import os
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -114,7 +113,7 @@ class _Mistakes(AbstractContextManager["_Mistakes"]):
 def _check_start(training: Training) -> None:
     """Raise ValueError when the checkpoint that training starts from cannot be used."""
     if training.resume_from_checkpoint is not None:
-        require_start(training, max_steps=training.max_steps or sys.maxsize)
+        require_start(training, max_steps=training.max_steps)
 
 
 def _check_trackers(tracking: Tracking) -> None:

@@ -3,16 +3,18 @@
 import logging
 import re
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 
 from retort.config.sections import Training
 from retort.io.digests import compare_digests, digest_folder
 from retort.io.files import apply_umask, read_json
-from retort.io.records import Entry, Record
+from retort.io.records import Entry, JsonObject, Record
 
 logger = logging.getLogger(__name__)
 
@@ -21,15 +23,35 @@ MARKER = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")  # not a user's checkpoint-8.bak
 _STATE = "trainer_state.json"
 _OPTIMIZERS = ("optimizer.pt", "optimizer.bin")
-_WEIGHTS_ALONE = "to use its weights alone, name it in student.model_path"
+_WEIGHTS_ALONE = (
+    "to start from its weights with a new optimizer and schedule, name it in student.model_path"
+)
+# Schedules of transformers whose rate at a step does not depend on the number of all steps.
+_ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt")
+
+
+Setting = float | int | str
+
+
+def shared_settings(training: Training) -> dict[str, Setting]:
+    """Return the settings of optimizer and schedule, which a checkpoint goes on with, and the sequences of a step."""
+    keys = ("learning_rate", "weight_decay", "lr_scheduler_type", "warmup_steps")
+    sequences = training.batch_size * training.gradient_accumulation_steps
+    return {key: getattr(training, key) for key in keys} | {
+        "batch_size x gradient_accumulation_steps": sequences
+    }
 
 
 @dataclass(frozen=True)
 class CheckpointId:
-    """Which run a checkpoint is of (a digest of all that its result depends on), and the layout of its files."""
+    """Which run a checkpoint is of (a digest of all that its result depends on), and the layout of its files.
+
+    settings: those that another run must share to start from it, see `shared_settings`.
+    """
 
     run: str
     strategy: str  # ddp or fsdp
+    settings: Mapping[str, Setting] = field(default_factory=dict)
 
 
 class Progress(Entry):
@@ -41,13 +63,19 @@ class Progress(Entry):
     window: dict[str, float]
 
 
-class CheckpointRecord(Record, format="retort-checkpoint", version=2):
+class CheckpointRecord(Record, format="retort-checkpoint", version=3):
     """complete.json of a checkpoint: which run it is of (see `CheckpointId`), and the digests of its files."""
 
     run: str
     strategy: str
+    settings: dict[str, Setting]
     progress: Progress
     files: dict[str, str]
+
+    @classmethod
+    def upgrade(cls, content: JsonObject, version: int) -> JsonObject | None:
+        """Read version 2, which had no settings."""
+        return content | {"settings": {}} if version == 2 else None
 
 
 def write_marker(folder: Path, checkpoint_id: CheckpointId, progress: Progress) -> None:
@@ -56,6 +84,7 @@ def write_marker(folder: Path, checkpoint_id: CheckpointId, progress: Progress) 
     CheckpointRecord(
         run=checkpoint_id.run,
         strategy=checkpoint_id.strategy,
+        settings=dict(checkpoint_id.settings),
         progress=progress,
         files=digest_folder(folder),
     ).write(folder / MARKER)
@@ -109,42 +138,56 @@ def _require_same_run(checkpoint: Path, expected: CheckpointId) -> None:
         )
 
 
-def require_start(training: Training, *, max_steps: int) -> None:
-    """Check the checkpoint that training.resume_from_checkpoint names.
+def require_start(training: Training, *, max_steps: int | None) -> None:
+    """Check the checkpoint that training.resume_from_checkpoint names; `max_steps` is None where not yet known.
 
-    Raises ValueError when its files are missing or damaged, it is not before the last of `max_steps` steps, or its
-    optimizer has another learning rate or weight decay, which would silently be those of the training.
+    Raises ValueError when its files are missing or damaged, when optimizer, schedule or sequences of a step are not
+    those of the training, which would take over some of its own and not others, or when it is not before the last step.
     """
     checkpoint = Path(str(training.resume_from_checkpoint))
     what = f"training.resume_from_checkpoint is {str(checkpoint)!r}"
+    state, found = _read_start(checkpoint, what)
+    step, here = state["global_step"], shared_settings(training)
+    is_endless = training.lr_scheduler_type in _ENDLESS
+    if max_steps is not None and not is_endless:
+        here["max_steps"], found["max_steps"] = max_steps, state.get("max_steps", max_steps)
+    for key in here:
+        if found.get(key, here[key]) != here[key]:
+            raise ValueError(
+                f"{what}, which goes on with {key} {found[key]}, but training.{key} is {here[key]}. Use "
+                f"{found[key]} here too, or, {_WEIGHTS_ALONE}."
+            )
+    if max_steps is not None and step >= max_steps:
+        longer = "raise training.max_steps or training.num_epochs, or, " if is_endless else ""
+        raise ValueError(
+            f"{what}, which is of step {step}, but this run ends at step {max_steps}: {longer}{_WEIGHTS_ALONE}."
+        )
+
+
+def _read_start(checkpoint: Path, what: str) -> tuple[dict[str, Any], dict[str, Setting]]:
+    """Return the trainer's state in a checkpoint, and those of `shared_settings` that are known of it.
+
+    One that Retort did not write has those of its optimizer alone.
+    """
     advice = "Name a complete folder checkpoint-N of an unfinished training, or leave the key out."
-    needed = (_STATE, "scheduler.pt")
-    missing = [name for name in needed if not (checkpoint / name).is_file()]
+    missing = [name for name in (_STATE, "scheduler.pt") if not (checkpoint / name).is_file()]
     optimizers = [p for p in map(checkpoint.joinpath, _OPTIMIZERS) if p.is_file()]
     if not optimizers:
         missing.append("optimizer.pt")
     fault = f"lacks {', '.join(missing)}" if missing else None
-    if fault is None and (checkpoint / MARKER).exists():
+    is_ours = (checkpoint / MARKER).exists()
+    if fault is None and is_ours:
         fault = _find_fault(checkpoint)
     if fault is not None:
         raise ValueError(f"{what}, which {fault}. {advice}")
-    step = read_json(checkpoint / _STATE)["global_step"]
-    if step >= max_steps:
-        raise ValueError(
-            f"{what}, which is of step {step}, but this run ends at step {max_steps}. Raise training.max_steps or "
-            f"training.num_epochs, or, {_WEIGHTS_ALONE}."
-        )
     try:
         groups = torch.load(optimizers[0], mmap=True, weights_only=True)["param_groups"]
     except (RuntimeError, UnpicklingError, EOFError, KeyError) as error:
         raise ValueError(f"{what}, whose {optimizers[0].name} cannot be read. {advice}") from error
-    for key, name in {"learning_rate": "initial_lr", "weight_decay": "weight_decay"}.items():
-        found, expected = max(group.get(name, 0.0) for group in groups), getattr(training, key)
-        if found != expected:
-            raise ValueError(
-                f"{what}, whose optimizer has {key} {found} and goes on with it, but training.{key} is {expected}. "
-                f"Set training.{key}: {found}, or, {_WEIGHTS_ALONE}."
-            )
+    names = {"learning_rate": "initial_lr", "weight_decay": "weight_decay"}
+    found = {key: max(group.get(name, 0.0) for group in groups) for key, name in names.items()}
+    settings = CheckpointRecord.read(checkpoint / MARKER).settings if is_ours else {}
+    return read_json(checkpoint / _STATE), settings | found
 
 
 def read_progress(checkpoint: Path | None) -> Progress:

@@ -43,6 +43,7 @@ from retort.training.checkpoints import (
     is_finished,
     read_progress,
     require_start,
+    shared_settings,
 )
 from retort.training.losses import LossSettings
 from retort.training.model_card import write_card
@@ -98,7 +99,7 @@ class TrainingJob:
     def checkpoint_id(self) -> CheckpointId:
         """Return the id of its checkpoints, from which alone it resumes."""
         strategy = self.training.strategy if world_size() > 1 else "ddp"
-        return CheckpointId(self.identity, strategy)
+        return CheckpointId(self.identity, strategy, shared_settings(self.training))
 
     @property
     def loss_settings(self) -> LossSettings:

@@ -222,6 +222,8 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Note this attempt's first step, and check that the ranks share their gradients."""
         self._first_step = state.global_step
+        if not self.before.step:
+            state.log_history = []  # of another run, whose checkpoint the config names
         _require_wrapper(self.trainer, self.checkpoint_id.strategy)
         self._meter = Meter(
             state.max_steps,

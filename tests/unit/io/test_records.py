@@ -153,3 +153,12 @@ def test_an_older_version_is_read_where_the_class_says_how(tmp_path: Path) -> No
     path.write_text('{"format": "retort-test", "version": 0, "fell": 3}')
     with pytest.raises(ValueError, match="older Retort"):
         _Renamed.read(path)
+
+
+def test_a_checkpoint_of_the_version_before_is_still_resumed_from(tmp_path: Path) -> None:
+    path, record = tmp_path / "complete.json", make_checkpoint_record()
+    record.write(path)
+    content = json.loads(path.read_text()) | {"version": 2}
+    del content["settings"]
+    path.write_text(json.dumps(content))
+    assert type(record).read(path) == record.model_copy(update={"settings": {}})

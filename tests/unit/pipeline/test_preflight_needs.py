@@ -14,8 +14,10 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from retort.io.files import read_json, write_json
 from retort.models.quantized import name_method
 from retort.pipeline import packages
+from retort.training.checkpoints import CheckpointId, Progress, shared_settings, write_marker
 from support.checked import Setting, copy_teacher
 from support.corpora import write_jsonl
+from support.sections import section
 
 
 @pytest.fixture
@@ -81,7 +83,7 @@ def test_an_attention_that_is_not_installed_or_unknown_is_refused(
         setting.check(teacher={"attn_implementation": name})
 
 
-def test_a_checkpoint_to_start_from_must_be_there_before_the_end_and_of_its_rate(
+def test_a_checkpoint_to_start_from_must_be_there_before_the_end_and_of_the_same_settings(
     setting: Setting,
 ) -> None:
     folder = setting.folder / "checkpoint-7"
@@ -90,18 +92,36 @@ def test_a_checkpoint_to_start_from_must_be_there_before_the_end_and_of_its_rate
     folder.mkdir()
     (folder / "scheduler.pt").write_bytes(b"x")
     (folder / "optimizer.pt").write_bytes(b"x")
-    write_json(folder / "trainer_state.json", {"global_step": 7})
-    late = start | {"max_steps": 7}
-    setting.refuse("which is of step 7, but this run ends at step 7", training=late)
-    start |= {"learning_rate": 0.01, "weight_decay": 0.1}
+    write_json(folder / "trainer_state.json", {"global_step": 7, "max_steps": 8})
+    start |= {"learning_rate": 0.01, "weight_decay": 0.1, "max_steps": 8}
     setting.refuse("whose optimizer.pt cannot be read", training=start)
     groups = [{"initial_lr": 0.01, "weight_decay": decay} for decay in (0.1, 0.0)]
     torch.save({"state": {}, "param_groups": groups}, folder / "optimizer.pt")
-    said = "whose optimizer has {0} {1} and goes on with it, but training.{0} is {2}"
-    for key, mine, own in (("learning_rate", 0.02, 0.01), ("weight_decay", 0.0, 0.1)):
-        setting.refuse(said.format(key, own, mine), training=start | {key: mine})
-    setting.check(training=start | {"max_steps": 8})
+    setting.check(training=start)  # another tool's checkpoint says no more
+    progress = Progress(step=7, seconds=1.0, positions=1.0, window={})
+    settings = shared_settings(section("training", **start))
+    write_marker(folder, CheckpointId("another", "ddp", settings), progress)
+    setting.check(training=start)
     setting.check(training=start | {"max_steps": None, "num_epochs": 1})
+    setting.check(training=start | {"batch_size": 4, "gradient_accumulation_steps": 2})
+    said = "which goes on with {0} {1}, but training.{0} is {2}. Use {1} here too, or"
+    for key, own, mine in (
+        ("learning_rate", 0.01, 0.02),
+        ("weight_decay", 0.1, 0.0),
+        ("lr_scheduler_type", "cosine", "linear"),
+        ("warmup_steps", 0, 3),
+        ("max_steps", 8, 9),
+    ):
+        setting.refuse(said.format(key, own, mine), training=start | {key: mine})
+    said = said.format("batch_size x gradient_accumulation_steps", 8, 16)
+    setting.refuse(said, training=start | {"gradient_accumulation_steps": 2})
+    settings["lr_scheduler_type"] = "constant"  # whose rate does not depend on the end
+    (folder / "complete.json").unlink()
+    write_marker(folder, CheckpointId("another", "ddp", settings), progress)
+    start |= {"lr_scheduler_type": "constant"}
+    setting.check(training=start | {"max_steps": 9})
+    late = start | {"max_steps": 7}
+    setting.refuse("of step 7, but this run ends at step 7: raise training.max_", training=late)
 
 
 def test_all_mistakes_are_given_at_once(setting: Setting) -> None:

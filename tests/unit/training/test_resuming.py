@@ -266,6 +266,27 @@ def test_a_run_starts_from_weights_optimizer_and_schedule_of_a_named_checkpoint(
     summary = bench.train(tmp_path, bench.cache, student=dropout_student, **keys)
     assert summary.steps == 36
     assert_same_weights(tmp_path, uninterrupted)
+    assert [row["step"] for row in read_log(tmp_path)] == ["34", "35", "36"], "not the other run's"
+
+
+def test_a_student_that_starts_from_a_checkpoints_weights_has_a_new_optimizer_and_schedule(
+    bench: Bench, dropout_student: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    start = uninterrupted / "checkpoint-33"
+    keys: dict[str, Any] = {"learning_rate": 0.02, "warmup_steps": 1}
+    for name in ("model_path", "plain"):  # the same weights, with nothing of a training beside them
+        shutil.copytree(start, tmp_path / "start" / name)
+    for path in (tmp_path / "start" / "plain").iterdir():
+        if path.name not in ("config.json", "generation_config.json", "model.safetensors"):
+            path.unlink()
+    for name in ("model_path", "plain"):
+        bench.train(tmp_path / name, bench.cache, student=tmp_path / "start" / name, **keys)
+    assert_same_weights(tmp_path / "model_path", tmp_path / "plain")
+    rows = read_log(tmp_path / "model_path")
+    assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
+    assert [float(row["learning_rate"]) for row in rows[:2]] == [0.0, 0.02]
+    first = float(read_log(uninterrupted)[0]["total_loss"])
+    assert float(rows[0]["total_loss"]) < first - 0.1, "the weights are not new"
 
 
 def test_a_named_checkpoint_must_be_complete_and_before_the_end(
@@ -284,16 +305,6 @@ def test_a_named_checkpoint_must_be_complete_and_before_the_end(
     refuse("is damaged", half)
     (half / "optimizer.pt").unlink()
     refuse("lacks optimizer.pt", half)
-
-
-def test_a_named_checkpoint_goes_on_with_its_learning_rate_and_no_other(
-    bench: Bench, dropout_student: Path, uninterrupted: Path, tmp_path: Path
-) -> None:
-    start = {"resume_from_checkpoint": str(uninterrupted / "checkpoint-33")}
-    for key, value in {"learning_rate": 0.02, "weight_decay": 0.1}.items():
-        keys = LONG | start | {key: value}
-        with pytest.raises(ValueError, match=rf"whose optimizer has {key} .* is {value}\. Set"):
-            bench.train(tmp_path, bench.cache, student=dropout_student, **keys)
 
 
 def test_folders_of_the_users_own_are_left_alone(
