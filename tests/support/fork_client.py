@@ -58,12 +58,15 @@ def inheritable() -> "list[int]":
     return sorted(found)
 
 
-def ask(socket: "_socket.socket", words: "list[str]", descriptors: "list[int]") -> None:
+def ask(
+    socket: "_socket.socket", words: "list[str]", descriptors: "list[int]", *, is_unbuffered: bool
+) -> None:
     """Send what is to run; raise OSError when it does not fit a message."""
     umask = os.umask(0)
     os.umask(umask)
     request = {
         "words": words,
+        "is_unbuffered": is_unbuffered,
         "env": dict(os.environb),
         "descriptors": descriptors,
         "umask": umask,
@@ -95,12 +98,13 @@ def end_as(status: int) -> None:
 def main(interpreter: str, path: str, words: "list[str]") -> None:
     """Have the job done by a server if one takes it, else by the interpreter."""
     descriptors = inheritable()
-    is_fit = is_plain(words) and len(descriptors) < MAX_DESCRIPTORS
+    plain = words[1:] if words[:1] == ["-u"] else words
+    is_fit = is_plain(plain) and len(descriptors) < MAX_DESCRIPTORS
     if is_fit and not _signal.pthread_sigmask(_signal.SIG_BLOCK, FORWARDED):
         socket = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
         try:
             socket.connect(path)
-            ask(socket, words, descriptors)
+            ask(socket, plain, descriptors, is_unbuffered=plain is not words)
             said = socket.recv(64)
         except OSError:
             said = b"refused"

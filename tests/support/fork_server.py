@@ -57,6 +57,11 @@ def runs_snakemake(words: list[str]) -> bool:
     return Path(words[0]).stem == "quick_snakemake"
 
 
+def starts_ranks(words: list[str]) -> bool:
+    """Say whether a command line may start processes by torchrun."""
+    return words[:2] == ["-m", "torch.distributed.run"] or Path(words[0]).stem == "train"
+
+
 def load(kind: str) -> None:
     """Import the libraries of a kind, with the variables that a script sets before it imports them."""
     if kind != "snakemake":
@@ -191,6 +196,12 @@ def become(request: Request, descriptors: list[int], stand_in: str) -> Callable[
             resource.setrlimit(name, (soft, hard))
     if runs_snakemake(request["words"]):
         sys.executable = stand_in  # its jobs are forked as well
+    if starts_ranks(request["words"]):
+        os.environ["PYTHON_EXEC"] = stand_in  # of torchrun
+    if "RETORT_LAUNCHER" in os.environ:
+        os.environ["RETORT_LAUNCHER"] = str(os.getppid())  # a rank looks whether its parent lives
+    if request["is_unbuffered"]:
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # TextIOWrapper's
     tempfile.tempdir = None
     random.seed()
     if "numpy" in sys.modules:

@@ -9,13 +9,14 @@ descriptors, folder, umask and limits; its exit status, and the signals that are
 What differs, so that a test that is about it keeps the real interpreter (`sys.executable`, `Place.start`,
 `Place.as_it_is`): the process that a shell started is the client, and the job another, in a process group and a session
 of its own, without a controlling terminal. A signal to the client goes to the job's whole group (one that is sent to
-the job alone in production as well), SIGSTOP to nobody. A script's own children are real interpreters.
+the job alone in production as well), SIGSTOP to nobody. A script's own children are real interpreters, but for ranks.
 
 A server is started where it is first asked for, one for each kind of libraries and set of variables that libraries
 read when they are loaded. Requests with other variables than an environment that is served, threads' numbers apart, get
 the real interpreter; so do all that come from another namespace or user.
 """
 
+import json
 import marshal
 import os
 import re
@@ -47,22 +48,37 @@ READ_AT_LOAD = (
     *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "BLIS_", "NUMEXPR_", "MALLOC_", "GLIBC_"),
     *("PYTHON", "LANG", "LC_", "TZ", "LD_", "XDG_", "HOME"),
 )
+AT_WORK = (
+    "PYTHONPATH",
+    "PYTHON_EXEC",
+    "TORCHELASTIC_",
+    "TORCH_NCCL_",
+)  # though their names begin alike
 Variables = tuple[tuple[str, str], ...]
 Key = tuple[str, Variables]
 
 
 def read_at_load(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that libraries read when they are loaded; what a job's own modules read is PYTHONPATH."""
+    """Return the variables that libraries read when they are loaded."""
     return {
         name: value
         for name, value in environment.items()
-        if name.startswith((*READ_AT_LOAD, *THREADS)) and name != "PYTHONPATH"
+        if name.startswith((*READ_AT_LOAD, *THREADS)) and not name.startswith(AT_WORK)
     }
 
 
 def without_threads(variables: Mapping[str, str]) -> dict[str, str]:
     """Return variables without those that number threads."""
     return {name: value for name, value in variables.items() if not name.startswith(THREADS)}
+
+
+def set_for_ranks(environment: Mapping[str, str], sources: Path) -> dict[str, str]:
+    """Return an environment with what a script sets for itself, and a training for its ranks."""
+    code = "import json, os; from retort.cli import run_script\n"
+    code += "run_script(lambda: print(json.dumps(dict(os.environ))))"
+    paths = {**environment, "PYTHONPATH": str(sources)}
+    done = subprocess.run([sys.executable, "-c", code], env=paths, check=True, stdout=-1)
+    return {**json.loads(done.stdout.splitlines()[-1]), "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
 class Forks:
@@ -110,8 +126,9 @@ class Forks:
 
     def serve(self, environment: Mapping[str, str]) -> None:
         """Take jobs with another environment's variables too."""
-        read = without_threads(read_at_load(environment))
-        self._served[tuple(sorted(read.items()))] = without_threads(environment)
+        for variables in (environment, set_for_ranks(environment, self._sources)):
+            read = without_threads(read_at_load(variables))
+            self._served[tuple(sorted(read.items()))] = without_threads(variables)
 
     def close(self) -> None:
         """End the servers, and with them what still runs. Raises RuntimeError when one had failed."""

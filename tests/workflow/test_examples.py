@@ -46,7 +46,7 @@ SMALLER: dict[str, Any] = {
 }
 SMALLER_STUDENT = {"student": {"config": "student.json"}}
 SMALLER_OF: dict[str, dict[str, Any]] = {
-    "benchmarks": {"evaluation": {"humaneval": {"max_new_tokens": 8}}},
+    "benchmarks": {"evaluation": {"humaneval": {"max_new_tokens": 8, "completions": 10}}},
     # A random teacher does not end what it writes.
     "code_student_from_prompts": {"synthesis": {"max_tokens": 60, "keep_truncated": True}},
 }
