@@ -31,6 +31,10 @@ class NoTokenizer:
     def __len__(self) -> int:
         return 0
 
+    def get_vocab(self) -> dict[str, int]:
+        """Return no tokens."""
+        return {}
+
     def save_pretrained(self, folder: Path) -> None:
         """Write nothing."""
 

@@ -261,7 +261,12 @@ def build_trainer(arguments: TrainingArguments, job: TrainingJob) -> Distillatio
     source = job.source
     table = source.table if isinstance(source, LogitCache) else source
     order, teacher = choose_order(
-        table.lengths, job.training, capacity=job.max_length, student=split, teacher=job.teacher
+        table.lengths,
+        job.training,
+        capacity=job.max_length,
+        student=split,
+        teacher=job.teacher,
+        is_on_cpu=arguments.device.type == "cpu",
     )
     arguments.max_steps = count_steps(order.rows_per_epoch, job.training)
     teacher_needs_mask = teacher is not None and teacher.needs_mask

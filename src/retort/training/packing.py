@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retort.config.sections import Training
+from retort.models.attention import join_attention, split_attention
 from retort.models.causal_lm import CausalLM
 from retort.models.packing import find_packing_fault
 from retort.training.batches import Row, RowOrder, Shuffled, make_generator
@@ -118,11 +119,12 @@ def choose_order(
     capacity: int,
     student: CausalLM,
     teacher: CausalLM | None,
+    is_on_cpu: bool,
 ) -> tuple[RowOrder, CausalLM | None]:
     """Return the order of rows that training.packing asks for, and the live teacher as it reads these rows.
 
-    capacity: tokens of a packed row. Raises ValueError when training.packing is true and student or teacher mixes
-    packed sequences, and when a sequence is longer than a row.
+    capacity: tokens of a packed row; is_on_cpu: whether the student is trained there. Raises ValueError when
+    training.packing is true and student or teacher mixes packed sequences, and when a sequence is longer than a row.
     """
     if not training.packing:
         return Shuffled(len(lengths), training.seed), teacher
@@ -131,6 +133,10 @@ def choose_order(
             f"training.packing fills rows of dataset.max_length ({capacity}) tokens, but a sequence has {longest}. "
             "Give the dataset.max_length that the tokens were made with."
         )
+    models = [model for model in (student, teacher) if model is not None]
+    if is_on_cpu:
+        for model in models:
+            split_attention(model.model)
     fault = find_packing_fault(student, at_once=True)
     if fault is None and teacher is not None:
         fault = find_packing_fault(teacher, at_once=True)
@@ -143,6 +149,8 @@ def choose_order(
             f"{len(lengths):,} sequences are packed in {rows:,} rows, {lengths.sum() / rows / capacity:.1%} full"
         )
         return packed, teacher
+    for model in models:
+        join_attention(model.model)
     if training.packing is True:
         raise ValueError(
             f"training.packing is true, but {fault}. Use training.packing: auto, which then takes batches of similar "
