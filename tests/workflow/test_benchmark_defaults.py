@@ -8,6 +8,7 @@ import pytest
 from support.place import REPOSITORY, TINY, Place, snapshot
 
 
+@pytest.mark.slow
 def test_students_are_made_once_and_compared_seed_by_seed(
     fresh: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,10 +14,10 @@ FOUND: dict[tuple[str, ...], list[str]] = {
     ("test_teacher",): ["one part, `sampled`", "float32 beside a CPU", "out of memory in the head"],
     ("test_training", "test_speed", "test_groups"): ["in bf16", "resumed", "ddp", "plain loop"],
 }
-TEACHER, TRAINING = FOUND
 
 
-@pytest.mark.parametrize("files", [TEACHER, pytest.param(TRAINING, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("files", FOUND)
 def test_what_a_gpu_shows_runs_on_a_cpu_and_fills_the_table(
     files: tuple[str, ...], tmp_path: Path
 ) -> None:
