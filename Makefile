@@ -96,7 +96,7 @@ benchmark-teacher: $(READY)
 benchmark-training: $(READY)
 	$(BIN)/python -m benchmarks.training $(FLAGS)
 
-# Packed rows beside padded batches, four minutes: make benchmark-packing FLAGS="--max-length 2048 --batches 4"
+# Packed rows beside padded batches, five minutes: make benchmark-packing FLAGS="--max-length 2048 --batches 4"
 benchmark-packing: $(READY)
 	$(BIN)/python -m benchmarks.training.packing $(FLAGS)
 
