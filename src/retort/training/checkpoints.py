@@ -36,9 +36,8 @@ Setting = float | int | str
 def shared_settings(training: Training) -> dict[str, Setting]:
     """Return the settings of optimizer and schedule, which a checkpoint goes on with, and the sequences of a step."""
     keys = ("learning_rate", "weight_decay", "lr_scheduler_type", "warmup_steps")
-    sequences = training.batch_size * training.gradient_accumulation_steps
     return {key: getattr(training, key) for key in keys} | {
-        "batch_size x gradient_accumulation_steps": sequences
+        "batch_size x gradient_accumulation_steps": training.global_batch
     }
 
 

@@ -24,6 +24,7 @@ from support.reports import (
 
 # For each setting of a training that matters to its result whatever the loss, a value that is not the default.
 OTHER_TRAINING = {
+    "packing": True,
     "learning_rate": 0.002,
     "lr_scheduler_type": "linear",
     "warmup_steps": 10,
@@ -97,6 +98,7 @@ def test_loss_settings_and_machine_settings_may_differ_from_the_baselines(tmp_pa
         "dataloader_num_workers": 4,
         "loss_chunk_size": 64,
         "logging_steps": 1,
+        "save_minutes": 1.0,
         "save_steps": 1,
         "save_total_limit": 9,
     }
