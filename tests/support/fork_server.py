@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from importlib import import_module
@@ -62,14 +62,20 @@ def starts_ranks(words: list[str]) -> bool:
     return words[:2] == ["-m", "torch.distributed.run"] or Path(words[0]).stem == "train"
 
 
+def set_by_scripts(environment: Mapping[str, str], sources: str) -> dict[str, str]:
+    """Return an environment with what a script, whose `retort` lies in `sources`, sets before it imports libraries."""
+    code = "import json, os; from retort.cli import run_script\n"
+    code += "run_script(lambda: print(json.dumps(dict(os.environ))))"
+    paths = {**environment, "PYTHONPATH": sources}
+    said = subprocess.run([sys.executable, "-c", code], env=paths, check=True, stdout=-1).stdout
+    found: dict[str, str] = json.loads(said.splitlines()[-1])
+    return found
+
+
 def load(kind: str) -> None:
     """Import the libraries of a kind, with the variables that a script sets before it imports them."""
     if kind != "snakemake":
-        code = "import json, os; from retort.cli import run_script\n"
-        code += "run_script(lambda: print(json.dumps(dict(os.environ))))"
-        paths = os.environ | {"PYTHONPATH": os.environ.pop("RETORT_SOURCES")}
-        said = subprocess.run([sys.executable, "-c", code], env=paths, check=True, stdout=-1).stdout
-        os.environ.update(json.loads(said.splitlines()[-1]))
+        os.environ.update(set_by_scripts(os.environ, os.environ.pop("RETORT_SOURCES")))
         del os.environ["PYTHONPATH"]
     if kind == "light":
         sys.modules["torch"] = None  # type: ignore[assignment]
@@ -231,19 +237,13 @@ def show_as(request: Request) -> None:
     _shown[:] = [ctypes.create_string_buffer(text, len(text)) for text in texts]
     starts = [ctypes.addressof(shown) for shown in _shown]
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    code, stack, data = (
-        fields[23:25],
-        fields[25],
-        fields[42:45],
-    )  # from and to; data's with the heap's start
-    brk = libc.sbrk(0)
-    of_texts = [
-        at for start, text in zip(starts, texts, strict=True) for at in (start, start + len(text))
-    ]
-    numbers = [*map(int, (*code, *data)), brk, int(stack), *of_texts, 0]
-    layout = (ctypes.c_uint64 * 13)(
-        *numbers, 0xFFFFFFFF << 32
-    )  # no auxiliary vector of size 0, no file
+    # Code from and to; data from and to, and where the heap begins.
+    code, data, stack = fields[23:25], fields[42:45], fields[25]
+    ends = [start + len(text) for start, text in zip(starts, texts, strict=True)]
+    of_texts = [at for both in zip(starts, ends, strict=True) for at in both]
+    # At the end: no auxiliary vector, of size 0, and no file.
+    numbers = [*map(int, (*code, *data)), libc.sbrk(0), int(stack), *of_texts, 0, 0xFFFFFFFF << 32]
+    layout = (ctypes.c_uint64 * len(numbers))(*numbers)
     done = libc.prctl(_SET_MEMORY, _ALL, layout, ctypes.c_ulong(ctypes.sizeof(layout)), 0)
     assert done == 0, os.strerror(ctypes.get_errno())
 

@@ -13,10 +13,9 @@ the job alone in production as well), SIGSTOP to nobody. A script's own children
 
 A server is started where it is first asked for, one for each kind of libraries and set of variables that libraries
 read when they are loaded. Requests with other variables than an environment that is served, threads' numbers apart, get
-the real interpreter; so do all that come from another namespace or user.
+the real interpreter; so do all that come from another user or namespace, but for UTS, which the job enters.
 """
 
-import json
 import marshal
 import os
 import re
@@ -32,7 +31,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from support.fork_client import surroundings
-from support.fork_server import runs_snakemake
+from support.fork_server import runs_snakemake, set_by_scripts
 
 HERE = Path(__file__).parent
 # Those that leave PyTorch out, but where a user's own code runs in them.
@@ -48,12 +47,8 @@ READ_AT_LOAD = (
     *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "BLIS_", "NUMEXPR_", "MALLOC_", "GLIBC_"),
     *("PYTHON", "LANG", "LC_", "TZ", "LD_", "XDG_", "HOME"),
 )
-AT_WORK = (
-    "PYTHONPATH",
-    "PYTHON_EXEC",
-    "TORCHELASTIC_",
-    "TORCH_NCCL_",
-)  # though their names begin alike
+# Those of the same beginnings that are not read then.
+AT_WORK = ("PYTHONPATH", "PYTHON_EXEC", "TORCHELASTIC_", "TORCH_NCCL_")
 Variables = tuple[tuple[str, str], ...]
 Key = tuple[str, Variables]
 
@@ -70,15 +65,6 @@ def read_at_load(environment: Mapping[str, str]) -> dict[str, str]:
 def without_threads(variables: Mapping[str, str]) -> dict[str, str]:
     """Return variables without those that number threads."""
     return {name: value for name, value in variables.items() if not name.startswith(THREADS)}
-
-
-def set_for_ranks(environment: Mapping[str, str], sources: Path) -> dict[str, str]:
-    """Return an environment with what a script sets for itself, and a training for its ranks."""
-    code = "import json, os; from retort.cli import run_script\n"
-    code += "run_script(lambda: print(json.dumps(dict(os.environ))))"
-    paths = {**environment, "PYTHONPATH": str(sources)}
-    done = subprocess.run([sys.executable, "-c", code], env=paths, check=True, stdout=-1)
-    return {**json.loads(done.stdout.splitlines()[-1]), "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
 class Forks:
@@ -126,7 +112,11 @@ class Forks:
 
     def serve(self, environment: Mapping[str, str]) -> None:
         """Take jobs with another environment's variables too."""
-        for variables in (environment, set_for_ranks(environment, self._sources)):
+        # What a training sets for its ranks, which run the same script.
+        of_ranks = set_by_scripts(environment, str(self._sources)) | {
+            "TORCH_CPP_LOG_LEVEL": "ERROR"
+        }
+        for variables in (environment, of_ranks):
             read = without_threads(read_at_load(variables))
             self._served[tuple(sorted(read.items()))] = without_threads(variables)
 

@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -68,7 +69,7 @@ class Project(Place):
         self, *arguments: str, config: str | None = CONFIG_FILE, cores: int = 0
     ) -> list[str]:
         """Return the command that a user types; its number of cores is the profile's."""
-        words = [str(self.python), str(_LAUNCHER), *arguments, "--profile", "profiles/slurm"]
+        words = [sys.executable, str(_LAUNCHER), *arguments, "--profile", "profiles/slurm"]
         return words + (["--configfile", config] if config else [])
 
     def start(self, *arguments: str, **options: Any) -> "subprocess.Popen[bytes]":
