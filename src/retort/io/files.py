@@ -9,7 +9,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -67,14 +67,13 @@ def write_once(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def apply_umask(folder: Path) -> None:
-    """Let the users read the safetensors files of a folder whom the umask lets read: the library gives them to none."""
-    probe = temporary_name(folder / "mode")
-    probe.touch()
-    mode = probe.stat().st_mode & 0o777
-    probe.unlink()
-    for path in folder.glob("*.safetensors"):
-        path.chmod(mode)
+def apply_umask(files: Iterable[Path]) -> None:
+    """Let whom the umask lets read a new file read these: the library of safetensors lets their owner alone."""
+    for path in files:
+        probe = temporary_name(path)
+        probe.touch()
+        path.chmod(probe.stat().st_mode & 0o777)
+        probe.unlink()
 
 
 def write_pieces(file: BinaryIO, content: memoryview) -> None:

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from retort.io.files import replacing
+from retort.io.files import apply_umask, replacing
 from retort.models.heads import Head
 from retort.tokens.sequences import SequenceTable
 
@@ -109,6 +109,7 @@ def write_features(path: Path, found: TeacherFeatures) -> None:
     }
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"retort": json.dumps(about, sort_keys=True)})
+        apply_umask([temporary])
 
 
 def _checksum_tensors(tensors: dict[str, Tensor]) -> dict[str, str]:

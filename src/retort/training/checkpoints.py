@@ -79,7 +79,7 @@ class CheckpointRecord(Record, format="retort-checkpoint", version=3):
 
 def write_marker(folder: Path, checkpoint_id: CheckpointId, progress: Progress) -> None:
     """Mark a checkpoint as complete; `progress` is what `read_progress` returns when the run resumes from it."""
-    apply_umask(folder)
+    apply_umask(folder.glob("*.safetensors"))
     CheckpointRecord(
         run=checkpoint_id.run,
         strategy=checkpoint_id.strategy,

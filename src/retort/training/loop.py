@@ -349,7 +349,7 @@ def save_final(
     model.config.use_cache = True
     set_special_ids(model, job.tokenizer, _list_final_ends(model, job))
     model.save_pretrained(temporary, state_dict=weights)
-    apply_umask(temporary)
+    apply_umask(temporary.glob("*.safetensors"))
     job.tokenizer.save_pretrained(temporary)
     (temporary / "README.md").write_text(card(), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,5 +1,6 @@
 """Stored features give the live teacher's distributions, and damaged or foreign files are refused."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,12 @@ def test_file_says_which_teacher_it_is_of(
     assert found.num_tokens == NUM_TOKENS and found.num_parameters > 1000
     found.require("val", index.read_split("val"), source=features_path)
     found.require("train", index.read_sample(num_positions=500)[1], source=features_path)
+
+
+def test_the_umask_says_who_reads_the_file(features_path: Path) -> None:
+    umask = os.umask(0)
+    os.umask(umask)
+    assert features_path.stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 def test_scoring_again_gives_the_same_bytes(
