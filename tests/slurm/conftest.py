@@ -5,16 +5,14 @@ The same command runs outside of it, or where SLURM is missing: every test then 
 
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from support.cluster import Cluster
-from support.forks import Forks
-from support.place import REPOSITORY, Place, lay_out
+from support.forks import Forks, forked_commands
+from support.place import Place, lay_out
 from support.project import CONFIG, Note, Parts, Project, digest
 
 
@@ -50,14 +48,9 @@ def forks(running_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) ->
 
     A job on the cluster is three starts of Python, two of them Snakemake's.
     """
-    environment = Place(REPOSITORY).environment()
     folder = tmp_path_factory.mktemp("forks")
-    real = frozenset({"generate_logits"})
-    with closing(Forks(folder, environment, sources=REPOSITORY / "src", real=real)) as forks:
-        if os.environ.get("RETORT_REAL_STARTS") != "1":
-            Place.interpreter = forks.python
+    with forked_commands(folder, real=frozenset({"generate_logits"})) as forks:
         yield forks
-        Place.interpreter = Path(sys.executable)
 
 
 @pytest.fixture(scope="session")

@@ -25,13 +25,15 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 
 from support.fork_client import surroundings
 from support.fork_server import runs_snakemake, set_by_scripts
+from support.place import REPOSITORY, Place
 
 HERE = Path(__file__).parent
 # Those that leave PyTorch out, but where a user's own code runs in them.
@@ -198,6 +200,26 @@ class Forks:
             )
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 22)
         return server, ours
+
+
+@contextmanager
+def forked_commands(folder: Path, *, real: frozenset[str] = frozenset()) -> Iterator[Forks]:
+    """Let a fork server stand for the interpreter wherever a place's command runs to its end.
+
+    With RETORT_REAL_STARTS=1 in the environment, nothing does: every command is a real start. `real`: see `Forks`.
+    """
+    environment = Place(REPOSITORY).environment()
+    forks = Forks(folder, environment, sources=REPOSITORY / "src", real=real)
+    if os.environ.get("RETORT_REAL_STARTS") != "1":
+        Place.interpreter = forks.python
+    yield forks
+    Place.interpreter = Path(sys.executable)
+    forks.close()
+    if forks.refused:  # each takes seconds longer, and nothing else would say so
+        warnings.warn(
+            f"{len(forks.refused)} commands were real starts ({forks.log} says why): {forks.refused[:3]}",
+            stacklevel=1,
+        )
 
 
 def find_kind(words: list[str]) -> str:

@@ -7,37 +7,22 @@ is used wherever what would run is all that is asked.
 
 import os
 import shutil
-import sys
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
-from support.forks import Forks
+from support.forks import Forks, forked_commands
 from support.hub import Hub, serve_all
 from support.place import REPOSITORY, Once, Place, lay_out
 
 
 @pytest.fixture(scope="session", autouse=True)
 def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    """What stands for the interpreter wherever a command runs to its end: minutes of imports less.
-
-    With RETORT_REAL_STARTS=1 in the environment, nothing does: every command is a real start.
-    """
-    environment = Place(REPOSITORY).environment()
-    forks = Forks(tmp_path_factory.mktemp("forks"), environment, sources=REPOSITORY / "src")
-    if os.environ.get("RETORT_REAL_STARTS") != "1":
-        Place.interpreter = forks.python
-    yield forks
-    Place.interpreter = Path(sys.executable)
-    forks.close()
-    if forks.refused:  # each takes seconds longer, and nothing else would say so
-        warnings.warn(
-            f"{len(forks.refused)} commands were real starts ({forks.log} says why): {forks.refused[:3]}",
-            stacklevel=1,
-        )
+    """What stands for the interpreter wherever a command runs to its end: minutes of imports less."""
+    with forked_commands(tmp_path_factory.mktemp("forks")) as forks:
+        yield forks
 
 
 @pytest.fixture(scope="session")

@@ -5,27 +5,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from retort.models.attention import join_attention, split_attention
 from retort.models.packing import number_positions
+from support.kinds import SIZES, VOCABULARY, make_model
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 64,
-}
-IDS_BT = torch.arange(80).view(2, 40) % 97
+IDS_BT = torch.arange(80).view(2, 40) % VOCABULARY
 POSITIONS_BT = torch.stack([number_positions([13, 20, 7]), number_positions([1, 39])])
-
-
-def make_model(kind: str, **keys: Any) -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, vocab_size=97, initializer_range=0.3, **SIZES, **keys)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    return model
 
 
 def learn(model: PreTrainedModel, **inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -43,7 +30,7 @@ def learn(model: PreTrainedModel, **inputs: Tensor) -> tuple[Tensor, list[Tensor
 def test_packed_sequences_one_by_one_give_the_logits_and_gradients_of_a_block_mask(
     kind: str, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = make_model(kind, **keys)
+    model = make_model(kind, initializer_range=0.3, **SIZES, **keys)
     expected, gradients = learn(model, position_ids=POSITIONS_BT)
     sizes = []
     attend = torch.nn.functional.scaled_dot_product_attention
@@ -66,7 +53,7 @@ def test_packed_sequences_one_by_one_give_the_logits_and_gradients_of_a_block_ma
 
 @pytest.mark.parametrize("padding", [0, 11])
 def test_rows_of_one_sequence_are_attended_to_as_before(padding: int) -> None:
-    model = make_model("llama")
+    model = make_model("llama", initializer_range=0.3, **SIZES)
     inputs = {}
     if padding:
         inputs["attention_mask"] = torch.ones_like(IDS_BT)

@@ -5,18 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from retort.models.causal_lm import CausalLM, split_model
 from retort.models.packing import find_packing_fault, number_positions
+from support.kinds import SIZES, make_model
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 64,
-}
 PACKABLE: dict[str, dict[str, Any]] = {
     "llama": SIZES,
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4},
@@ -37,17 +30,10 @@ LEAKING: dict[str, dict[str, Any]] = {
 }
 
 
-def make_model(kind: str, keys: dict[str, Any], dtype: torch.dtype = torch.float32) -> CausalLM:
-    torch.manual_seed(0)
-    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    config = AutoConfig.for_model(kind, vocab_size=97, **special, **keys)
-    return split_model(AutoModelForCausalLM.from_config(config, dtype=dtype))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", PACKABLE)
 def test_models_that_keep_packed_sequences_apart_pass(kind: str, dtype: torch.dtype) -> None:
-    model = make_model(kind, PACKABLE[kind], dtype)
+    model = split_model(make_model(kind, dtype=dtype, **PACKABLE[kind]))
     assert find_packing_fault(model) is None
     assert find_packing_fault(model, at_once=True) is None
 
@@ -55,7 +41,7 @@ def test_models_that_keep_packed_sequences_apart_pass(kind: str, dtype: torch.dt
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", LEAKING)
 def test_models_that_mix_them_are_found_in_every_dtype(kind: str, dtype: torch.dtype) -> None:
-    model = make_model(kind, LEAKING[kind], dtype)
+    model = split_model(make_model(kind, dtype=dtype, **LEAKING[kind]))
     for at_once in (False, True):
         fault = find_packing_fault(model, at_once=at_once)
         assert fault is not None and "see each other" in fault
@@ -86,14 +72,14 @@ class WithoutRestart(CausalLM):
     "kind, found", [(WithoutPositions, "no position ids"), (WithoutRestart, "otherwise than alone")]
 )
 def test_models_without_positions_of_their_own_are_found(kind: type[CausalLM], found: str) -> None:
-    plain = make_model("gpt2", PACKABLE["gpt2"])
+    plain = split_model(make_model("gpt2", **PACKABLE["gpt2"]))
     model = kind(plain.model, plain.head, plain.vocabulary, is_split=True)
     assert found in str(find_packing_fault(model))
 
 
 @torch.inference_mode()
 def test_a_model_that_needs_one_row_gets_all_rows_as_one() -> None:
-    model = make_model("llama", PACKABLE["llama"])
+    model = split_model(make_model("llama", **PACKABLE["llama"]))
     ids_BT = torch.arange(3, 27).view(2, 12)
     positions_BT = number_positions([5, 7]).expand(2, 12)
     rows = model.features(ids_BT, None, position_ids_BT=positions_BT)
