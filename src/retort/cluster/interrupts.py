@@ -45,6 +45,9 @@ class Interrupts:
         trace: TracebackType | None,
     ) -> None:
         """Give them back."""
+        self._give_back()
+
+    def _give_back(self) -> None:
         while self._before:
             signal.signal(*self._before.popitem())
 
@@ -56,5 +59,5 @@ class Interrupts:
             self.number, self._since = number, self._clock()
             self._first(number)
         elif not is_same or self._clock() - self._since > _SAME_REQUEST_S:
-            self.__exit__(None, None, None)
+            self._give_back()
             self._again(number)

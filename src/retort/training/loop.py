@@ -112,6 +112,8 @@ class TrainingJob:
 def training_arguments(folder: Path, job: TrainingJob) -> TrainingArguments:
     """Return transformers' TrainingArguments for our keys; with several ranks, this starts torch.distributed.
 
+    The number of steps is missing: `build_trainer` sets it, once it is known which sequences share a row.
+
     Raises ValueError when the ranks cannot share the global batch evenly.
     """
     training, tracking = job.training, job.tracking
@@ -131,7 +133,6 @@ def training_arguments(folder: Path, job: TrainingJob) -> TrainingArguments:
         run_name=tracking.wandb_run_name or job.name,
         project=tracking.wandb_project or "retort",
         report_to=trackers or "none",
-        max_steps=count_steps(len(job.source), training),
         per_device_train_batch_size=size,
         gradient_accumulation_steps=accumulation,
         learning_rate=training.learning_rate,
@@ -245,7 +246,7 @@ def _set_tracker_folders(folder: Path) -> None:
 
 
 def build_trainer(arguments: TrainingArguments, job: TrainingJob) -> DistillationTrainer:
-    """Build the student and return its trainer; the arguments get the steps of packed rows.
+    """Build the student and return its trainer; the arguments get the number of steps.
 
     Raises ValueError when the student cannot be built, the cache lacks the training's temperature, and as
     `choose_order` does.
