@@ -31,7 +31,7 @@ flowchart LR
     tokens -->|generate_logits| teacher[teacher<br/>distributions, part by part]
     models[models<br/>load, sample] --> teacher
     teacher -->|merge_h5| cache[(cache<br/>teacher_logits.h5)]
-    cache -->|train| training[training<br/>losses, Trainer]
+    cache -->|train| training[training<br/>Trainer, checkpoints]
     tokens --> training
     models --> training
     training -->|evaluate| evaluation[evaluation<br/>metrics with intervals]

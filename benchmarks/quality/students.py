@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from benchmarks.quality.experiment import CHUNK, Experiment, Plan
 from benchmarks.quality.targets import Targets
-from retort.training.fused_loss import compute_fused_loss
-from retort.training.losses import LossSettings
+from retort.losses.fused_loss import compute_fused_loss
+from retort.losses.terms import LossSettings
 
 
 def backpropagate(

@@ -18,7 +18,7 @@ from benchmarks.cache.stored import Stored
 from benchmarks.common import log
 from benchmarks.distributions.build import Distributions
 from retort.cache.codec import LOGPROB_FLOOR, SparseTargets
-from retort.training.teacher_rows import TeacherRows
+from retort.losses.teacher_rows import TeacherRows
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from benchmarks.distributions.build import default_folder, load_or_make
 from benchmarks.training.student import SHAPES, build_model
 from retort.cache.reader import LogitCache
 from retort.config.sections import Student, Tracking, Training
-from retort.training.loop import TrainingJob, train_student
+from retort.training.job import TrainingJob
+from retort.training.loop import train_student
 
 _FEW_STEPS = 4
 

@@ -25,7 +25,9 @@ from benchmarks.training.feeding import NoTokenizer
 from benchmarks.training.student import build_model
 from retort.config.sections import Student, Tracking, Training
 from retort.tokens.sequences import SequenceTable, build_table
-from retort.training.loop import TrainingJob, build_trainer, training_arguments
+from retort.training.arguments import training_arguments
+from retort.training.job import TrainingJob
+from retort.training.loop import build_trainer
 
 _VOCABULARY = 1024
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from retort.cache.codec import SparseTargets
-from retort.training.teacher_rows import TeacherRows
+from retort.losses.teacher_rows import TeacherRows
 
 KEPT = 17
 

@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 
 from benchmarks.common import import_opponent
 from benchmarks.training.student import Inputs, Shape
+from retort.losses.model_loss import LossTargets, attach_loss
+from retort.losses.terms import LossSettings, LossTerms, compute_dense_divergence
 from retort.models.causal_lm import split_model
 from retort.training.batches import IGNORE_INDEX, find_counted
-from retort.training.losses import LossSettings, LossTerms, compute_dense_divergence
-from retort.training.model_loss import LossTargets, attach_loss
 
 VEOMNI = (
     "put chunk_topk_distill.py of github.com/ByteDance-Seed/VeOmni, in veomni/ops/kernels/cross_entropy, "

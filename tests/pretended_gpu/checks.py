@@ -17,6 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from retort.cache.codec import Codec
 from retort.cache.methods import build_codec
 from retort.cache.top_k_codec import TopKCodec
+from retort.losses.fused_loss import _FusedLoss, _Targets
+from retort.losses.teacher_rows import TeacherRows, temper_rows
+from retort.losses.terms import LossSettings
 from retort.models import spread
 from retort.models.causal_lm import CausalLM, needs_mask, split_model
 from retort.models.heads import Head
@@ -26,9 +29,6 @@ from retort.teacher import scoring
 from retort.teacher.batches import batch_by_length
 from retort.teacher.scoring import Scorer, score_part, select_batches
 from retort.teacher.streams import SideStreams
-from retort.training.fused_loss import _FusedLoss, _Targets
-from retort.training.losses import LossSettings
-from retort.training.teacher_rows import TeacherRows, temper_rows
 from support.losses import DIVERGENCES, in_float32, make_teacher
 from support.pretended_cuda import OnGPU, PretendedCUDA, on_gpu, put_on_gpus
 from support.scoring import random_table

@@ -18,7 +18,9 @@ from retort.models.load import load_teacher
 from retort.tokens.index import TokenIndex
 from retort.tokens.sequences import SequenceTable
 from retort.tokens.tokenizer import load_tokenizer
-from retort.training.loop import LOG_COLUMNS, TrainingJob, train_student
+from retort.training.curve import LOG_COLUMNS
+from retort.training.job import TrainingJob
+from retort.training.loop import train_student
 from retort.training.record import TrainingSummary
 from support.sections import section
 from support.tiny import WIDTH, make_cache, record, tokenize

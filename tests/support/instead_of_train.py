@@ -16,10 +16,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from torch.nn.parallel import DistributedDataParallel
 
-from retort.training import loop
+from retort.losses.terms import LossTerms
+from retort.training import arguments
 from retort.training.batches import Item, TrainingData
 from retort.training.loss_window import LossWindow
-from retort.training.losses import LossTerms
 
 _SCRIPT = Path(__file__).parents[2] / "workflow" / "scripts" / "train.py"
 _add = LossWindow.add
@@ -58,7 +58,7 @@ def _scale_fp16(self: Accelerator, *args: Any, **kwargs: Any) -> None:
 
 how = sys.argv.pop(1)
 if how.endswith(("bf16", "fp16")):
-    loop.choose_precision = lambda *_: how[-4:]
+    arguments.choose_precision = lambda *_: how[-4:]
     LossWindow.add = _add_float32  # type: ignore[method-assign]  # on purpose
 if how.endswith("fp16"):
     Accelerator.__init__ = _scale_fp16

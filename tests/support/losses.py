@@ -13,12 +13,12 @@ from torch.nn import functional as F
 
 from retort.cache.codec import LOGPROB_FLOOR, SparseTargets
 from retort.cache.top_k_codec import TopKCodec
+from retort.losses.fused_loss import compute_fused_loss, compute_loss_of_logits
+from retort.losses.teacher_rows import TeacherRows, temper_rows
+from retort.losses.terms import LossSettings
 from retort.teacher.selection import select_top_k
 from retort.tokens.sequences import build_table
 from retort.training.batches import Collator, Item
-from retort.training.fused_loss import compute_fused_loss, compute_loss_of_logits
-from retort.training.losses import LossSettings
-from retort.training.teacher_rows import TeacherRows, temper_rows
 
 TEMPERATURES = (0.5, 1.0, 2.0)
 DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon")

@@ -81,7 +81,8 @@ def make_demo_teacher(
     no training document has any text.
     """
     # Imported here: it takes seconds, and check_inputs needs this module's constants only.
-    from retort.training.loop import TrainingJob, train_student
+    from retort.training.job import TrainingJob
+    from retort.training.loop import train_student
 
     folder, dataset = record_path.parent, job.dataset
     folder.mkdir(parents=True, exist_ok=True)

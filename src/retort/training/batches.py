@@ -21,9 +21,9 @@ from torch.utils.data import Dataset, Sampler
 from retort.cache.codec import Codec, SparseTargets
 from retort.cache.reader import LogitCache
 from retort.config.sections import Training
+from retort.losses.teacher_rows import TeacherRows
 from retort.models.packing import number_positions
 from retort.tokens.sequences import Sequence, SequenceTable
-from retort.training.teacher_rows import TeacherRows
 
 IGNORE_INDEX = -100
 

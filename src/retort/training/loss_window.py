@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from retort.cluster.ranks import rank, world_size
-from retort.training.losses import LossTerms, perplexity
+from retort.losses.terms import LossTerms, perplexity
 
 
 class LossWindow:

@@ -30,7 +30,8 @@ from retort.tokens.index import TokenIndex
 from retort.tokens.sequences import SequenceTable
 from retort.tokens.tokenizer import identify_tokenizer, load_tokenizer
 from retort.tokens.vocabularies import require_student_ids, require_teacher_ids
-from retort.training.loop import TrainingJob, train_student
+from retort.training.job import TrainingJob
+from retort.training.loop import train_student
 from retort.training.record import StartRecord, TrainingRecord, TrainingSummary
 
 logger = logging.getLogger(__name__)

@@ -28,18 +28,18 @@ from transformers import (
 
 from retort.cluster.ranks import rank, world_size
 from retort.io.progress import Meter
-from retort.models.causal_lm import CausalLM, take_rows
-from retort.training.batches import Row, RowOrder, RowStream
-from retort.training.checkpoints import CheckpointId, Progress, write_marker
-from retort.training.loss_window import LossWindow
-from retort.training.losses import (
+from retort.losses.model_loss import LossTargets
+from retort.losses.terms import (
     LossSettings,
     LossTerms,
     combine,
     compute_dense_divergence,
     compute_hard_loss,
 )
-from retort.training.model_loss import LossTargets
+from retort.models.causal_lm import CausalLM, take_rows
+from retort.training.batches import Row, RowOrder, RowStream
+from retort.training.checkpoints import CheckpointId, Progress, write_marker
+from retort.training.loss_window import LossWindow
 from retort.training.stopping import heed_parent_alone, max_over_ranks
 
 _READ = ("input_ids", "attention_mask", "position_ids")  # by a model

@@ -10,8 +10,9 @@ import torch
 from retort.cache.reader import LogitCache
 from retort.cluster.ranks import split_global_batch
 from retort.tokens.sequences import SequenceTable
+from retort.training.arguments import training_arguments
 from retort.training.batches import count_steps
-from retort.training.loop import build_trainer, training_arguments
+from retort.training.loop import build_trainer
 from support.batches import check_batch, check_stream
 from support.bench import Bench
 from support.sections import replace, section

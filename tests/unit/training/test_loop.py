@@ -24,14 +24,10 @@ from retort.io.run_record import RunRecord
 from retort.teacher.merge import build_manifest
 from retort.teacher.records import CacheRun, Manifest
 from retort.tokens.tokenizer import load_tokenizer
-from retort.training import loop
+from retort.training.arguments import CHECKPOINTING, training_arguments
 from retort.training.batches import find_tail_column
-from retort.training.loop import (
-    LOG_COLUMNS,
-    build_trainer,
-    training_arguments,
-    write_log,
-)
+from retort.training.curve import LOG_COLUMNS, write_log
+from retort.training.loop import build_trainer
 from retort.training.record import TrainingRecord
 from retort.training.run import train_run
 from support.batches import take_order
@@ -149,7 +145,7 @@ def test_activations_are_recomputed_where_the_config_says_and_change_no_id(
     keys: dict[str, Any] = {} if written is None else {"use_gradient_checkpointing": written}
     job = bench.job(bench.full, device="cpu", temperature=1.0, **keys)
     trainer = build_trainer(training_arguments(tmp_path, job), job)
-    assert getattr(trainer.args, loop._CHECKPOINTING) is is_on
+    assert getattr(trainer.args, CHECKPOINTING) is is_on
     assert job.identity == bench.job(bench.full, device="cpu", temperature=1.0).identity
 
 

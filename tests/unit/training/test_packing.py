@@ -13,8 +13,9 @@ from torch.utils.data import BatchSampler
 
 from retort.io.files import write_json
 from retort.models.load import load_teacher
+from retort.training.arguments import training_arguments
 from retort.training.batches import Row, RowStream
-from retort.training.loop import build_trainer, training_arguments
+from retort.training.loop import build_trainer
 from retort.training.packing import Grouped, Packed, fit_lengths
 from retort.training.trainer import DistillationTrainer
 from support.batches import check_packing

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
     EventAccumulator,
 )
 
-from retort.training import loop
+from retort.training import arguments
 from retort.training.checkpoints import read_progress
 from support.bench import Bench, read_log, read_weights
 
@@ -107,7 +107,7 @@ def test_bfloat16_trains_nearly_the_same_student_and_keeps_float32_weights(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench.train(tmp_path / "full", bench.cache, max_steps=6)
-    monkeypatch.setattr(loop, "choose_precision", lambda *_: "bf16")
+    monkeypatch.setattr(arguments, "choose_precision", lambda *_: "bf16")
     bench.train(tmp_path / "half", bench.cache, max_steps=6)
     full, half = read_log(tmp_path / "full"), read_log(tmp_path / "half")
     assert [r["total_loss"] for r in full] != [r["total_loss"] for r in half]

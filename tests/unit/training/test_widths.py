@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from retort.cache.codec import LOGPROB_FLOOR, SparseTargets
 from retort.cache.reader import LogitCache
 from retort.io.files import read_json, write_json
-from retort.training.losses import compute_dense_divergence
+from retort.losses.terms import compute_dense_divergence
 from support.batches import take_order
 from support.bench import Bench, read_log
 from support.losses import check_widths, random_logits, reference_kl

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from retort.training.losses import combine, compute_dense_divergence, compute_hard_loss, perplexity
-from retort.training.teacher_rows import log1mexp
+from retort.losses.teacher_rows import log1mexp
+from retort.losses.terms import combine, compute_dense_divergence, compute_hard_loss, perplexity
 from support.losses import (
     TEMPERATURES,
     check_sparse_kl,

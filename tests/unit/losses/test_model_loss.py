@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from retort.losses.model_loss import LossTargets, attach_loss
+from retort.losses.teacher_rows import TeacherRows
+from retort.losses.terms import LossSettings, compute_dense_divergence
 from retort.models.causal_lm import needs_mask, split_model
 from retort.models.heads import Head
 from retort.training.batches import IGNORE_INDEX, find_counted
-from retort.training.losses import LossSettings, compute_dense_divergence
-from retort.training.model_loss import LossTargets, attach_loss
-from retort.training.teacher_rows import TeacherRows
 from support.syncs import CountSyncs
 
 torch.set_num_threads(1)

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retort.training.losses import compute_dense_divergence
+from retort.losses.terms import compute_dense_divergence
 from support.losses import (
     TEMPERATURES,
     check_sparse_kl,

@@ -6,9 +6,9 @@ Legend: C positions of the chunk, V vocabulary, N kept tokens of all its positio
 import torch
 from torch import Tensor
 
-from retort.training.losses import MIN_LOG_MASS, LossSettings
-from retort.training.sparse_divergences import SPARSE_DIVERGENCES
-from retort.training.teacher_rows import ChunkRows
+from retort.losses.sparse_divergences import SPARSE_DIVERGENCES
+from retort.losses.teacher_rows import ChunkRows
+from retort.losses.terms import MIN_LOG_MASS, LossSettings
 
 
 def compute_chunk(

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from retort.losses.fused_loss import compute_fused_loss, compute_loss_of_logits
+from retort.losses.teacher_rows import TeacherRows
+from retort.losses.terms import LossSettings, LossTerms
 from retort.models.causal_lm import CausalLM, take_rows
-from retort.training.fused_loss import compute_fused_loss, compute_loss_of_logits
-from retort.training.losses import LossSettings, LossTerms
-from retort.training.teacher_rows import TeacherRows
 
 
 @dataclass(frozen=True)

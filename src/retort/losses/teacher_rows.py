@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from retort.training.losses import MIN_LOG_MASS
+from retort.losses.terms import MIN_LOG_MASS
 
 
 @dataclass(frozen=True)

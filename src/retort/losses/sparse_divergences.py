@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from retort.training.losses import MIN_LOG_MASS
+from retort.losses.terms import MIN_LOG_MASS
 
 
 def forward_kl(

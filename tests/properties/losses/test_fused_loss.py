@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retort.training.losses import LossSettings
+from retort.losses.terms import LossSettings
 from support.losses import DIVERGENCES, TEMPERATURES, check_fused_loss
 
 torch.set_num_threads(1)  # on tensors of this size a second thread only costs

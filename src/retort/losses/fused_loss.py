@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from retort.losses.chunk_loss import compute_chunk
+from retort.losses.teacher_rows import ChunkRows, TeacherRows, split_rows, temper_rows
+from retort.losses.terms import LossSettings, LossTerms, combine
 from retort.models.heads import multiply
-from retort.training.chunk_loss import compute_chunk
-from retort.training.losses import LossSettings, LossTerms, combine
-from retort.training.teacher_rows import ChunkRows, TeacherRows, split_rows, temper_rows
 
 
 def choose_chunk_size(vocabulary: int, device: str = "cpu") -> int:

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from retort.training.fused_loss import choose_chunk_size, compute_fused_loss
-from retort.training.losses import LossSettings
-from retort.training.teacher_rows import TeacherRows
+from retort.losses.fused_loss import choose_chunk_size, compute_fused_loss
+from retort.losses.teacher_rows import TeacherRows
+from retort.losses.terms import LossSettings
 from support.losses import (
     DIVERGENCES,
     assert_same_losses,

@@ -1,0 +1,55 @@
+"""The finished student: final/ with its weights, tokenizer and card."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.fsdp import FSDPModule
+
+from retort.cluster.ranks import rank
+from retort.io.files import apply_umask
+from retort.models.ends import list_eos_ids, set_special_ids
+from retort.training.job import TrainingJob
+from retort.training.model_card import write_card
+from retort.training.record import TrainingSummary
+from retort.training.trainer import DistillationTrainer
+
+
+def save_final(
+    folder: Path, trainer: DistillationTrainer, job: TrainingJob, summary: TrainingSummary
+) -> None:
+    """Write the finished student, its tokenizer and card atomically, as a folder that AutoModelForCausalLM loads.
+
+    Called by every rank: under FSDP all of them gather the weights.
+    """
+    model = trainer.model
+    is_sharded = isinstance(model, FSDPModule)
+    weights = trainer.accelerator.get_state_dict(model) if is_sharded else model.state_dict()
+    # After gathering, a tied weight's two names no longer share memory, and both would be stored.
+    weights = {name: w for name, w in weights.items() if name not in model.all_tied_weights_keys}
+    if rank() > 0:
+        return
+    temporary = folder.with_name(".final.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.config.use_cache = True
+    set_special_ids(model, job.tokenizer, _list_final_ends(model, job))
+    model.save_pretrained(temporary, state_dict=weights)
+    apply_umask(temporary.glob("*.safetensors"))
+    job.tokenizer.save_pretrained(temporary)
+    card = write_card(
+        job.name,
+        distillation_type=job.training.distillation_type,
+        facts=job.facts,
+        summary=summary,
+        config={"student": job.student.model_dump(), "training": job.training.model_dump()},
+        curve=trainer.state.log_history,
+    )
+    (temporary / "README.md").write_text(card, encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def _list_final_ends(model: Any, job: TrainingJob) -> list[int]:
+    """Return the ids that end a student's text; its own generation config counts if it began with weights."""
+    own = model.generation_config if job.student.model_path else None
+    return [*dict.fromkeys([*list_eos_ids(own, job.tokenizer), *job.ends])]
