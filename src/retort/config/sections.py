@@ -4,7 +4,17 @@ from collections.abc import Callable, Iterator, Sequence
 
 from pydantic import Field
 
-from retort.config import cache, dataset, evaluation, output, student, synthesis, teacher, training
+from retort.config import (
+    cache,
+    dataset,
+    evaluation,
+    optimizer,
+    output,
+    student,
+    synthesis,
+    teacher,
+    training,
+)
 from retort.config.cache import Cache, Merge
 from retort.config.dataset import Dataset
 from retort.config.evaluation import HUMANEVAL, Evaluation
@@ -51,7 +61,17 @@ class Config(Section):
 # Checks across keys, in the order of the sections: the functions check_... beside them.
 CHECKS: tuple[Callable[[Config], Found], ...] = tuple(
     check
-    for module in (dataset, teacher, cache, student, training, evaluation, synthesis, output)
+    for module in (
+        dataset,
+        teacher,
+        cache,
+        student,
+        training,
+        optimizer,
+        evaluation,
+        synthesis,
+        output,
+    )
     for name, check in vars(module).items()
     if name.startswith("check_")
 )

@@ -43,6 +43,9 @@ _SAME = {
     "nucleus": "top_p",
     "ce": "output",
     "cross_entropy": "output",
+    "adamw": "adamw_torch_fused",
+    "adamw_bnb_8bit": "adamw_8bit",
+    "wsd": "warmup_stable_decay",
 }
 _OTHER_BASE = re.compile(r"[-+]?0[\dxob][\da-fA-F_]*|\d+(:\d\d)+")  # octal, hexadecimal, base 60
 _ALL_KEYS = "config/README.md lists all keys."
@@ -247,6 +250,8 @@ def _words(name: str) -> list[str]:
 def _is_slip(word: str, known: str) -> bool:
     if {word, known} == {word.rstrip("s"), word.rstrip("s") + "s"}:  # a plural
         return True
+    if re.sub(r"\D", "", word) != re.sub(r"\D", "", known):  # beta1 is none of beta2
+        return False
     shorter = min(len(word), len(known))
     return shorter >= 4 and _distance(word, known) <= (2 if shorter >= 8 else 1)
 

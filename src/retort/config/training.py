@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from retort.config.optimizer import Beta, LrSchedulerKwargs, Optimizer, Schedule
 from retort.config.schema import ConfigError, Found, Problem, find_key
 from retort.config.section import (
     Count,
@@ -13,6 +14,7 @@ from retort.config.section import (
     Section,
     Seed,
     Text,
+    Unique,
     setting,
 )
 
@@ -43,21 +45,24 @@ class Training(Section):
     """Folder on the node's own disk or in its memory, such as $TMPDIR or /dev/shm, to which the cache is copied for the
     training; variables are those of the job. null reads the cache where it is."""
     learning_rate: Positive = 0.0001
-    """Peak learning rate of AdamW."""
-    lr_scheduler_type: Literal[
-        "linear",
-        "cosine",
-        "cosine_with_restarts",
-        "polynomial",
-        "constant",
-        "constant_with_warmup",
-        "inverse_sqrt",
-    ] = "cosine"
-    """Learning rate schedule, by its name in transformers."""
+    """Peak learning rate."""
+    optim: Optimizer = "adamw_torch_fused"
+    """The optimizer, by its name in transformers; and muon: PyTorch's Muon for the matrices of the layers, AdamW for
+    all else (embeddings, output layer, norms, biases), at one learning_rate. adamw_8bit, paged_... and lion_... need
+    bitsandbytes, adamw_torch_8bit and _4bit torchao, stable_adamw torch-optimi."""
+    adam_beta1: Beta = 0.9
+    """First beta of AdamW and Lion: the decay of the mean of gradients."""
+    adam_beta2: Beta = 0.999
+    """Second beta of AdamW and Lion: the decay of the mean of squared gradients."""
+    adam_epsilon: Positive = 1e-8
+    """Epsilon of AdamW."""
+    lr_scheduler_type: Schedule = "cosine"
+    """Learning rate schedule, by its name in transformers. warmup_stable_decay keeps the rate until the last tenth."""
+    lr_scheduler_kwargs: LrSchedulerKwargs = Field(default_factory=LrSchedulerKwargs)
     warmup_steps: NonNegative = 0
     """Optimizer steps in which the learning rate rises from 0."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Weight decay of AdamW."""
+    """Weight decay, of all weights but biases and those of norms."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Gradients are clipped to this norm; 0 means never."""
     max_steps: Count | None = None
@@ -71,6 +76,15 @@ class Training(Section):
     """Fill rows of dataset.max_length with whole sequences that do not see each other, instead of padding one sequence
     to the longest of its batch; batch_size counts rows then. true refuses a student or a live teacher that mixes them
     (Mamba, ALiBi), for which auto takes batches of sequences of similar length."""
+    freeze: Unique[Text] = ()
+    """Regular expressions: parameters in whose names one of them is found keep their values, such as embed_tokens (of a
+    student with tied weights the output layer too) or layers\\.[0-3]\\. (with the last dot, else layers.10 too)."""
+    attn_implementation: Text | None = None
+    """The student's attention implementation of transformers, such as sdpa, eager, flex_attention or flash_attention_2;
+    null lets transformers choose."""
+    torch_compile: bool = False
+    """Compile the student's layers with torch.compile, which takes minutes once and rounds differently; the loss stays
+    as it is."""
     gradient_accumulation_steps: Count = 1
     """Forward passes per optimizer step."""
     seed: Seed = 0
@@ -97,9 +111,10 @@ class Training(Section):
     """Checkpoints kept, at least 2: a kill can leave the newest one incomplete, and then the one before is used."""
     resume_from_checkpoint: Text | None = setting(None, is_path=True)
     """Folder of a checkpoint of another run, whose weights, optimizer, schedule and step this one continues. What would
-    contradict them is refused: another learning_rate, weight_decay, lr_scheduler_type, warmup_steps, number of
-    sequences of a step, or, where the schedule depends on it, of all steps. For its weights alone, name it in
-    student.model_path. Ids depend on its files, not on its path. An interrupted run resumes without it."""
+    contradict them is refused: another learning_rate, weight_decay, optim, beta or epsilon, lr_scheduler_type or its
+    kwargs, warmup_steps, freeze, number of sequences of a step, or, where the schedule depends on it, of all steps. For
+    its weights alone, name it in student.model_path. Ids depend on its files, not on its path. An interrupted run
+    resumes without it."""
     gpus: Count = setting(1, changes_id=False)
     """GPUs per node that train one student together."""
     nodes: Count = setting(1, changes_id=False)

@@ -60,7 +60,7 @@ class TextCounts(Entry):
     train: SplitTotals
 
 
-class Metrics(Record, format="retort-metrics", version=5, remedy="evaluate the run again"):
+class Metrics(Record, format="retort-metrics", version=6, remedy="evaluate the run again"):
     """metrics.json of a run, on held-out sequences.
 
     content, tokens: digests of the held-out and of the training sequences; leaked_sequences: how many of the former are
@@ -83,8 +83,8 @@ class Metrics(Record, format="retort-metrics", version=5, remedy="evaluate the r
 
     @classmethod
     def upgrade(cls, content: JsonObject, version: int) -> JsonObject | None:
-        """Version 4 had no `text`."""
-        return content | {"text": None} if version == 4 else None
+        """Version 4 had no `text`, and up to 5 the training no `trained_parameters`."""
+        return {"text": None} | content if version in (4, 5) else None
 
 
 class Comparison(Record, format="retort-comparison", remedy="compare the models again"):

@@ -41,12 +41,15 @@ class LossTargets:
         return self.labels.flatten().index_select(0, self.counted + 1)
 
 
-def attach_loss(split: CausalLM, settings: LossSettings) -> None:
-    """Patch a student's `forward`: with the keyword `targets` (LossTargets), it returns LossTerms."""
+def attach_loss(split: CausalLM, settings: LossSettings, *, is_compiled: bool = False) -> None:
+    """Patch a student's `forward`: with the keyword `targets` (LossTargets), it returns LossTerms.
+
+    is_compiled: whether its backbone will be, with the embedding.
+    """
     model = split.model
     tied = None
     if split.is_split:
-        tied = _attach_to_embedding(model)
+        tied = None if is_compiled else _attach_to_embedding(model)
         scale, softcap = split.head.scale, split.head.softcap
         _attach_to_head(split, replace(settings, scale=scale, softcap=softcap), tied)
     original = model.forward

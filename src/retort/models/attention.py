@@ -21,6 +21,7 @@ from transformers.masking_utils import sdpa_mask
 logger = logging.getLogger(__name__)
 
 _BY_SEQUENCE = "sdpa_by_sequence"
+ON_CPU = ("eager", "sdpa")  # those that are trained on a CPU
 
 
 def has_softcap(config: PretrainedConfig) -> bool:
@@ -39,6 +40,21 @@ def keep_softcap(model: PreTrainedModel) -> None:
             f"{type(model).__name__} uses eager attention: its attention has a softcap, which sdpa leaves out. "
             "teacher.attn_implementation flex_attention or flash_attention_2 are faster for a teacher on a GPU."
         )
+
+
+def set_attention(model: PreTrainedModel, attention: str | None, *, device: str) -> None:
+    """Give a model the attention implementation of this name, where the device (cpu or cuda) has it.
+
+    Raises ValueError when transformers refuses it for this model.
+    """
+    if attention is None or (device == "cpu" and attention not in ON_CPU):
+        return
+    try:
+        model.set_attn_implementation(attention)
+    except (ValueError, ImportError) as error:
+        raise ValueError(
+            f"training.attn_implementation is {attention!r}, which {type(model).__name__} cannot use: {error}"
+        ) from error
 
 
 def attend_by_sequence(

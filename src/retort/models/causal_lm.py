@@ -158,6 +158,20 @@ def _reproduces_model(split: CausalLM) -> bool:
     return bool(error <= choose_tolerance(model, SPLIT_TOLERANCE))
 
 
+def compile_layers(split: CausalLM) -> None:
+    """Compile the backbone of a student; its losses, and the embedding's and the head's gradients, stay as they are.
+
+    Lengths are variables from the beginning, so that a resumed training runs the code of an uninterrupted one.
+    Raises ValueError for a model that cannot be split.
+    """
+    if not split.is_split:
+        raise ValueError(
+            f"training.torch_compile is true, but {type(split.model).__name__} has a head of an unknown form, and is "
+            "not compiled. Use training.torch_compile: false."
+        )
+    split.model.base_model.compile(dynamic=True)
+
+
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Run a model without dropout."""

@@ -28,6 +28,7 @@ from retort.io.files import require_writable
 from retort.io.fingerprints import TeacherRecord, fingerprint_tokenizer, fingerprint_weights
 from retort.io.records import Record
 from retort.io.run_record import RunRecord, describe_run
+from retort.models.frozen import check_freeze
 from retort.models.load import (
     count_parameters,
     load_model_config,
@@ -37,7 +38,7 @@ from retort.models.load import (
 from retort.models.students import describe_ids, name_student, student_config
 from retort.pipeline.costly_defaults import find_costly_defaults
 from retort.pipeline.demo_teacher import DEMO_TEACHER, DemoTokenizer
-from retort.pipeline.packages import find_missing_packages
+from retort.pipeline.packages import find_missing_for_training, find_missing_packages
 from retort.synthesis.run import check_synthesis_inputs
 from retort.tokens.characters import find_lost_characters
 from retort.tokens.tokenize import TokenCounts, require_template, tokenize_documents
@@ -74,7 +75,7 @@ def check_project(configs: Mapping[str, Config]) -> CheckRecord:
             with mistakes:
                 notes += _check_tokens(config, tokenizer, sample)
             with mistakes:
-                found, *others = _check_student(config, tokenizer, width)
+                found, *others = _check_student(config, tokenizer, width, mistakes)
                 notes += [f"run {name}: {found}", *_check_students_tokenizer(config, tokenizer)]
                 notes += others
             notes += _find_same_teachers(config)
@@ -329,17 +330,22 @@ def _causal_classes() -> set[str]:
     return {name for value in names for name in ([value] if isinstance(value, str) else value)}
 
 
-def _check_student(config: Config, tokenizer: Any, width: int) -> list[str]:
-    """Return notes about the student, the first of its size and loss; the last about defaults that cost much."""
+def _check_student(config: Config, tokenizer: Any, width: int, mistakes: _Mistakes) -> list[str]:
+    """Return notes about the student, the first of its size and loss; the last about defaults that cost much.
+
+    What is missing to train it is added to `mistakes`.
+    """
+    training, name = config.training, name_student(config.student)
     model = student_config(config.student, vocabulary=width, tokenizer=tokenizer)
     refuse_short_context(
         model,
         config.dataset.max_length,
-        name_student(config.student),
+        name,
         what="dataset.max_length",
     )
+    mistakes.found |= dict.fromkeys(find_missing_for_training(model, training, name=name))
+    check_freeze(model, training.freeze, name=name)
     parameters = count_parameters(model)
-    training = config.training
     ids = describe_ids(config.student, model, vocabulary=width)
     return [
         f"student of {parameters:,} parameters, {training.distillation_type}, alpha {training.alpha}",

@@ -23,8 +23,8 @@ import numpy as np
 import pandas as pd
 
 from retort.config.schema import flatten
-from retort.config.section import Section, changes_id
-from retort.config.sections import Student, Training
+from retort.config.section import changes_id
+from retort.config.sections import leaves, section_at
 from retort.evaluation.intervals import DocumentSums, Estimate, percentile_interval
 from retort.evaluation.records import Metrics
 from retort.evaluation.scores import MAX_LOSS, METRICS
@@ -114,13 +114,12 @@ def compare_runs(results: Results) -> Comparisons:
 @cache
 def _defaults() -> dict[str, Any]:
     """Return the settings of student and training that change a result: dotted key -> default."""
-    sections: dict[str, type[Section]] = {"student": Student, "training": Training}
-    return {
-        f"{name}.{key}": field.default
-        for name, section in sections.items()
-        for key, field in section.model_fields.items()
-        if changes_id(section, key)
-    }
+    found = {}
+    for path, schema in leaves():
+        section = section_at(path[:-1])
+        if path[0] in ("student", "training") and section and changes_id(section, path[-1]):
+            found[".".join(path)] = schema["default"]
+    return found
 
 
 def _show(value: Any) -> str:

@@ -9,6 +9,7 @@ from retort.cluster.ranks import split_global_batch, world_size
 from retort.config.sections import Training
 from retort.models.load import choose_device
 from retort.training.job import TrainingJob
+from retort.training.optimizers import optimizer_arguments
 
 # The first name is new in transformers 5.23; vLLM 0.32 needs 5.19.
 CHECKPOINTING = next(
@@ -44,11 +45,7 @@ def training_arguments(folder: Path, job: TrainingJob) -> TrainingArguments:
         report_to=trackers or "none",
         per_device_train_batch_size=size,
         gradient_accumulation_steps=accumulation,
-        learning_rate=training.learning_rate,
-        lr_scheduler_type=training.lr_scheduler_type,
-        warmup_steps=training.warmup_steps,
-        weight_decay=training.weight_decay,
-        max_grad_norm=training.max_grad_norm,
+        **optimizer_arguments(training),
         seed=training.seed,
         bf16=precision == "bf16",
         fp16=precision == "fp16",

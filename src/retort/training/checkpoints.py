@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from retort.config.optimizer import WSD, choose_decay_steps
 from retort.config.sections import Training
 from retort.io.digests import compare_digests, digest_folder
 from retort.io.files import apply_umask, read_json
@@ -30,14 +31,24 @@ _WEIGHTS_ALONE = (
 _ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt")
 
 
+# Keys of the optimizer that earlier versions did not have, and trained with the defaults of.
+_NEWER = ("optim", "adam_beta1", "adam_beta2", "adam_epsilon")
+_DECAY = "lr_scheduler_kwargs.num_decay_steps"  # 0: a tenth of the steps
+
 Setting = float | int | str
 
 
 def shared_settings(training: Training) -> dict[str, Setting]:
     """Return the settings of optimizer and schedule, which a checkpoint goes on with, and the sequences of a step."""
     keys = ("learning_rate", "weight_decay", "lr_scheduler_type", "warmup_steps")
-    return {key: getattr(training, key) for key in keys} | {
-        "batch_size x gradient_accumulation_steps": training.global_batch
+    given = training.lr_scheduler_kwargs.given
+    decay = {_DECAY: given.pop("num_decay_steps", 0)} if training.lr_scheduler_type == WSD else {}
+    return {
+        **{key: getattr(training, key) for key in (*keys, *_NEWER)},
+        **decay,
+        "lr_scheduler_kwargs": ", ".join(f"{k}: {v}" for k, v in given.items()) or "none",
+        "freeze": ", ".join(training.freeze) or "none",
+        "batch_size x gradient_accumulation_steps": training.global_batch,
     }
 
 
@@ -150,6 +161,9 @@ def require_start(training: Training, *, max_steps: int | None) -> None:
     is_endless = training.lr_scheduler_type in _ENDLESS
     if max_steps is not None and not is_endless:
         here["max_steps"], found["max_steps"] = max_steps, state.get("max_steps", max_steps)
+    if _DECAY in here and (max_steps is None or _is_stable(here, found, step=step)):
+        here.pop("max_steps", None)
+        del here[_DECAY]
     for key in here:
         if found.get(key, here[key]) != here[key]:
             raise ValueError(
@@ -161,6 +175,17 @@ def require_start(training: Training, *, max_steps: int | None) -> None:
         raise ValueError(
             f"{what}, which is of step {step}, but this run ends at step {max_steps}: {longer}{_WEIGHTS_ALONE}."
         )
+
+
+def _is_stable(here: Mapping[str, Setting], found: Mapping[str, Setting], *, step: int) -> bool:
+    """Return whether two runs of warmup_stable_decay have the same rates up to a step: neither has begun to decay."""
+    if _DECAY not in found:
+        return False
+    ends = []
+    for settings in (here, found):
+        max_steps, given = int(settings["max_steps"]), int(settings[_DECAY])
+        ends.append(max_steps - choose_decay_steps(given or None, max_steps=max_steps))
+    return step <= min(ends)
 
 
 def _read_start(checkpoint: Path, what: str) -> tuple[dict[str, Any], dict[str, Setting]]:
@@ -185,8 +210,21 @@ def _read_start(checkpoint: Path, what: str) -> tuple[dict[str, Any], dict[str, 
         raise ValueError(f"{what}, whose {optimizers[0].name} cannot be read. {advice}") from error
     names = {"learning_rate": "initial_lr", "weight_decay": "weight_decay"}
     found = {key: max(group.get(name, 0.0) for group in groups) for key, name in names.items()}
-    settings = CheckpointRecord.read(checkpoint / MARKER).settings if is_ours else {}
-    return read_json(checkpoint / _STATE), settings | found
+    settings: dict[str, Setting] = {}
+    if is_ours:
+        earlier = {key: Training.model_fields[key].default for key in _NEWER}
+        settings = earlier | {"lr_scheduler_kwargs": "none", "freeze": "none"}
+        settings |= CheckpointRecord.read(checkpoint / MARKER).settings
+    return read_json(checkpoint / _STATE), settings | found | _find_betas(groups)
+
+
+def _find_betas(groups: list[dict[str, Any]]) -> dict[str, Setting]:
+    """Return betas and epsilon of AdamW's groups; of another optimizer's nothing."""
+    for group in groups:
+        if "betas" in group and isinstance(group.get("eps"), float):
+            beta1, beta2 = group["betas"][:2]
+            return {"adam_beta1": beta1, "adam_beta2": beta2, "adam_epsilon": group["eps"]}
+    return {}
 
 
 def read_progress(checkpoint: Path | None) -> Progress:

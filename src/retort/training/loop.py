@@ -23,11 +23,14 @@ from transformers import (
 
 from retort.cache.reader import LogitCache
 from retort.cluster.ranks import clear_launcher_environment, rank, world_size
+from retort.config.optimizer import MUON
 from retort.io.files import file_lock
 from retort.losses.model_loss import attach_loss
-from retort.models.causal_lm import needs_mask, split_model
+from retort.models.attention import set_attention
+from retort.models.causal_lm import compile_layers, needs_mask, split_model
+from retort.models.frozen import count_trained, freeze_weights
 from retort.models.load import describe_device
-from retort.models.students import build_student
+from retort.models.students import build_student, name_student
 from retort.training.arguments import CHECKPOINTING, describe_precision, training_arguments
 from retort.training.batches import Collator, TrainingData, count_steps, find_tail_column
 from retort.training.checkpoints import (
@@ -40,6 +43,7 @@ from retort.training.checkpoints import (
 from retort.training.curve import write_log
 from retort.training.final import save_final
 from retort.training.job import TrainingJob
+from retort.training.optimizers import set_steps
 from retort.training.packing import choose_order
 from retort.training.record import TrainingSummary
 from retort.training.stopping import train_until_signal
@@ -87,6 +91,7 @@ def train_student(
     with _lock_folder(folder):
         trainer = build_trainer(arguments, job)
         parameters = int(trainer.model.num_parameters())  # now: FSDP shards them later
+        trained = count_trained(trainer.model)
         checkpoint = _agree_on_checkpoint(folder, job.checkpoint_id)
         progress = ProgressCallback(
             trainer,
@@ -105,6 +110,7 @@ def train_student(
             seconds=round(totals.seconds, 3),
             seconds_waiting_for_data=round(trainer.waited_s, 3),
             student_parameters=parameters,
+            trained_parameters=trained,
             device=describe_device(trainer.args.device),
             dtype=describe_precision(trainer.args),
         )
@@ -128,38 +134,45 @@ def build_trainer(arguments: TrainingArguments, job: TrainingJob) -> Distillatio
     Raises ValueError when the student cannot be built, the cache lacks the training's temperature, and as
     `choose_order` does.
     """
+    training = job.training
     model = build_student(
-        job.student, vocabulary=job.vocabulary, tokenizer=job.tokenizer, seed=job.training.seed
+        job.student, vocabulary=job.vocabulary, tokenizer=job.tokenizer, seed=training.seed
     )
+    set_attention(model, training.attn_implementation, device="cpu")  # where the probes run
+    freeze_weights(model, training.freeze, name=name_student(job.student))
     split = split_model(model)
-    attach_loss(split, job.loss_settings)
-    if job.training.use_gradient_checkpointing == "auto":
+    attach_loss(split, job.loss_settings, is_compiled=training.torch_compile)
+    if training.use_gradient_checkpointing == "auto":
         recomputes = arguments.device.type == "cuda" and model.supports_gradient_checkpointing
         setattr(arguments, CHECKPOINTING, recomputes)
     source = job.source
     table = source.table if isinstance(source, LogitCache) else source
     order, teacher = choose_order(
         table.lengths,
-        job.training,
+        training,
         capacity=job.max_length,
         student=split,
         teacher=job.teacher,
         is_on_cpu=arguments.device.type == "cpu",
     )
-    arguments.max_steps = count_steps(order.rows_per_epoch, job.training)
+    set_attention(model, training.attn_implementation, device=arguments.device.type)
+    set_steps(arguments, training, max_steps=count_steps(order.rows_per_epoch, training))
     teacher_needs_mask = teacher is not None and teacher.needs_mask
     collator = Collator(needs_mask=teacher_needs_mask or needs_mask(split))
     if isinstance(source, LogitCache):
         codec = source.header.codec
-        tail_column = find_tail_column(codec, job.training, path=source.path)
+        tail_column = find_tail_column(codec, training, path=source.path)
         is_narrower = split.vocabulary < codec.vocabulary
         vocabulary = split.vocabulary if is_narrower else None
         collator = replace(collator, tail_column=tail_column, vocabulary=vocabulary)
+    if training.torch_compile:
+        compile_layers(split)
     trainer = DistillationTrainer(
         settings=job.loss_settings,
         order=order,
         teacher=teacher,
         num_tokens=len(job.tokenizer),
+        is_muon=training.optim == MUON,
         model=model,
         args=arguments,
         train_dataset=TrainingData(source),

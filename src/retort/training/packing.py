@@ -134,7 +134,7 @@ def choose_order(
             "Give the dataset.max_length that the tokens were made with."
         )
     models = [model for model in (student, teacher) if model is not None]
-    if is_on_cpu:
+    if is_on_cpu and not training.torch_compile:  # it compiles no loop over sequences
         for model in models:
             split_attention(model.model)
     fault = find_packing_fault(student, at_once=True)

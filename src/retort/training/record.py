@@ -1,16 +1,20 @@
 """training.json: a finished student, how long it was trained, and the digests of its files."""
 
-from retort.io.records import Entry, Record
+from retort.io.records import Entry, JsonObject, Record
 
 
 class TrainingSummary(Entry):
-    """Totals of a training, over all its attempts. `dtype`: of the weights, and of mixed precision if it is used."""
+    """Totals of a training, over all its attempts. `dtype`: of the weights, and of mixed precision if it is used.
+
+    trained_parameters: those that are not frozen; None in records of versions that trained all.
+    """
 
     steps: int
     trained_positions: int
     seconds: float
     seconds_waiting_for_data: float
     student_parameters: int
+    trained_parameters: int | None = None
     device: str
     dtype: str
 
@@ -23,7 +27,7 @@ class StartRecord(Record, format="retort-student"):
     commit: str | None
 
 
-class TrainingRecord(Record, format="retort-training", version=3, remedy="train the run again"):
+class TrainingRecord(Record, format="retort-training", version=4, remedy="train the run again"):
     """training.json: `id` is the run's, `teacher` the fingerprint of its weights, `final` has the digests of final/.
 
     tokens, cache: content digest of the token index, and digest of the header of the cache that it was given.
@@ -42,3 +46,8 @@ class TrainingRecord(Record, format="retort-training", version=3, remedy="train 
     student: str
     summary: TrainingSummary
     final: dict[str, str]
+
+    @classmethod
+    def upgrade(cls, content: JsonObject, version: int) -> JsonObject | None:
+        """Read version 3, whose summary had no `trained_parameters`."""
+        return content if version == 3 else None

@@ -40,6 +40,7 @@ from retort.models.causal_lm import CausalLM, take_rows
 from retort.training.batches import Row, RowOrder, RowStream
 from retort.training.checkpoints import CheckpointId, Progress, write_marker
 from retort.training.loss_window import LossWindow
+from retort.training.optimizers import build_muon
 from retort.training.stopping import heed_parent_alone, max_over_ranks
 
 _READ = ("input_ids", "attention_mask", "position_ids")  # by a model
@@ -57,6 +58,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     1; num_tokens: ids of the tokenizer, beyond which a live teacher's probabilities are 0.
     """
 
+    optimizer: torch.optim.Optimizer | None
     # compute_loss divides by the number of positions of the whole global batch.
     loss_is_scaled_for_ga = True
 
@@ -67,6 +69,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         order: RowOrder,
         teacher: CausalLM | None,
         num_tokens: int,
+        is_muon: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -76,6 +79,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self.order = order
         self.teacher = teacher
         self.num_tokens = num_tokens
+        self.is_muon = is_muon
         self.window = LossWindow(self.args.device)
         self.waited_s = 0.0  # for batches
 
@@ -98,6 +102,15 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         inner = loader.base_dataloader  # accelerate's is a wrapper
         inner.worker_init_fn = partial(_begin_worker, inner.worker_init_fn)
         return cast(DataLoader[Any], loader)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Return Trainer's optimizer, or Muon."""
+        if self.optimizer is None and self.is_muon:
+            model = model or self.model
+            decayed = self.get_decay_parameter_names(model)
+            self.optimizer = build_muon(model, self.args, decayed=decayed)
+        made: torch.optim.Optimizer = super().create_optimizer(model)
+        return made
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Return the batches of a step, and add the seconds that they took to `waited_s`."""

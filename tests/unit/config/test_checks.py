@@ -189,6 +189,67 @@ MIX: list[dict[str, Any]] = [
             "training.distillation_type: hybrid to learn from both",
         ),
         (
+            {"training": {"optim": "adafactor", "adam_beta2": 0.9}},
+            "training.adam_beta2 is 0.9, but training.optim 'adafactor' has none",
+            "Leave the key out",
+        ),
+        (
+            {"training": {"optim": "muon", "strategy": "fsdp"}},
+            "training.optim is 'muon', but training.strategy fsdp",
+            "Use one of them, or training.strategy: ddp",
+        ),
+        (
+            {"training": {"lr_scheduler_kwargs": {"num_decay_steps": 3}}},
+            "training.lr_scheduler_kwargs.num_decay_steps is 3, but training.lr_scheduler_type 'cosine'",
+            "warmup_stable_decay have. Leave the key out",
+        ),
+        (
+            {"training": {"lr_scheduler_type": "cosine_with_min_lr"}},
+            "training.lr_scheduler_type is 'cosine_with_min_lr', which needs its last rate",
+            "such as min_lr_rate: 0.1",
+        ),
+        (
+            {
+                "training": {
+                    "lr_scheduler_type": "cosine_with_restarts",
+                    "lr_scheduler_kwargs": {"num_cycles": 1.5},
+                }
+            },
+            "training.lr_scheduler_kwargs.num_cycles is 1.5",
+            "Give a whole number",
+        ),
+        (
+            {
+                "training": {
+                    "lr_scheduler_type": "warmup_stable_decay",
+                    "max_steps": 95,
+                    "warmup_steps": 86,
+                }
+            },
+            "training.warmup_steps is 86 and the rate falls in the last 10 steps (a tenth of all)",
+            "Lower training.warmup_steps or",
+        ),
+        (
+            {"training": {"freeze": ["layers.[0"]}},
+            "training.freeze has 'layers.[0', which is not a regular expression",
+            "found in the names of the parameters",
+        ),
+        (
+            {"training": {"attn_implementation": "flash_attention_2", "packing": "auto"}},
+            "training.attn_implementation is 'flash_attention_2', which keeps packed sequences",
+            "or training.packing: false",
+        ),
+        (
+            {"training": {"attn_implementation": "flex_attention", "device": "cpu"}},
+            "training.attn_implementation is 'flex_attention', but training.device is cpu",
+            "Use one of them, or leave the key out",
+        ),
+        (
+            {"training": {"torch_compile": True, "strategy": "fsdp"}},
+            "training.torch_compile is true, but training.strategy is fsdp",
+            "training.torch_compile: false",
+        ),
+        (
             {
                 "cache": {"method": "sampled", "temperatures": [1.0, 4.0]},
                 "training": {"temperature": 1.0},

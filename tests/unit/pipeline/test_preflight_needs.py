@@ -83,6 +83,31 @@ def test_an_attention_that_is_not_installed_or_unknown_is_refused(
         setting.check(teacher={"attn_implementation": name})
 
 
+def test_what_a_students_optimizer_and_attention_need_is_said_before_any_job(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packages, "find_spec", lambda _: None)
+    for optim, package in (
+        ("paged_adamw_8bit", "bitsandbytes"),
+        ("adamw_torch_8bit", "torchao"),
+        ("stable_adamw", "torch-optimi"),
+    ):
+        said = f"optim is '{optim}', for which {package} must be installed. Type: pip install {package}"
+        setting.refuse(said, training={"optim": optim})
+    flash = {"attn_implementation": "flash_attention_2"}
+    setting.refuse(r"the student .* has training.attn_implementation 'flash_a.*", training=flash)
+    for name in ("eager", "sdpa", "flex_attention"):
+        setting.check(training={"attn_implementation": name, "optim": "muon"})
+
+
+def test_what_freezes_nothing_or_everything_is_refused_before_any_job(setting: Setting) -> None:
+    setting.refuse(
+        "has 'no_such', which is found in no parameter", training={"freeze": ["no_such"]}
+    )
+    setting.refuse("together freeze every parameter of the", training={"freeze": ["e"]})
+    setting.check(training={"freeze": [r"layers\.0\.mlp", "lm_head"]})
+
+
 def test_a_checkpoint_to_start_from_must_be_there_before_the_end_and_of_the_same_settings(
     setting: Setting,
 ) -> None:

@@ -35,6 +35,14 @@ OTHER_TRAINING = {
     "use_mixed_precision": False,
     "mixed_precision_dtype": "fp16",
     "resume_from_checkpoint": "checkpoint-10",
+    "optim": "muon",
+    "adam_beta1": 0.8,
+    "adam_beta2": 0.95,
+    "adam_epsilon": 1e-6,
+    "lr_scheduler_kwargs": {"num_cycles": 2.5},
+    "freeze": ["embed_tokens"],
+    "attn_implementation": "eager",
+    "torch_compile": True,
 }
 
 
@@ -138,7 +146,7 @@ def test_the_runs_folder_is_found_from_both_places_of_metrics(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"version": 5', '"version": 3', "was written by an older Retort (version 3)"),
+        ('"version": 6', '"version": 3', "was written by an older Retort (version 3)"),
         ('"value": 3.213', '"value": NaN', "has scores.student.metrics.loss.value = nan"),
         ('"kl": 3.1e-05', '"kl": Infinity', "has cache.fidelity.kl = inf"),
         ('"steps": 400', '"steps": true', "has training.summary.steps = True"),
@@ -165,6 +173,17 @@ def test_metrics_of_version_4_are_read_without_the_counts_of_the_text(tmp_path: 
     path.write_text(json.dumps(old))
     assert load_results([path]).metrics["run"].text is None
     assert "rows read" not in summarise([path]) and "rows were skipped" not in summarise([path])
+
+
+def test_metrics_of_version_5_are_read_without_the_parameters_that_are_trained(
+    tmp_path: Path,
+) -> None:
+    path = write_run(tmp_path, "run")
+    old = json.loads(path.read_text()) | {"version": 5}
+    del old["training"]["summary"]["trained_parameters"]
+    path.write_text(json.dumps(old))
+    found = load_results([path]).metrics["run"]
+    assert found.text is not None and found.training.summary.trained_parameters is None
 
 
 def test_a_log_that_diverged_is_refused(tmp_path: Path) -> None:
