@@ -35,13 +35,13 @@ test-unit: $(READY)
 test-workflow: $(READY)
 	$(BIN)/pytest tests/workflow -n 2 --durations 25 --durations-min 5
 
-# Property tests, the examples' commands, simulated GPU groups, kills of workers (fifty of them in `make campaign`), resumed trainings, a Hub and
+# Property tests, stops and kills at every stage, the examples' commands, simulated GPU groups, kills of workers (fifty of them in `make campaign`), resumed trainings, a Hub and
 # servers with faults, the wheel, the container's steps, and the real models and stories of ../shared/data (skipped with a
 # reason if they are absent).
-SLOW := benchmark_defaults kills real_input gpu_groups synthesis_example wheel container module examples gpu_tests ranks
+SLOW := benchmark_defaults kills real_input gpu_groups synthesis_example wheel container module examples gpu_tests ranks interrupts
 test-slow: $(READY)
 	$(BIN)/pytest -m "not campaign" -n 2 --dist worksteal --durations 10 --durations-min 5 tests/properties
-	$(BIN)/pytest -m slow -n 2 --durations 25 --durations-min 20 \
+	$(BIN)/pytest -m "slow and not campaign" -n 2 --durations 25 --durations-min 20 \
 		$(addprefix tests/workflow/test_,$(addsuffix .py,$(SLOW))) tests/unit
 
 # What only a GPU shows, and the table that docs/benchmarks.md waits for (in gpu.md). Tests of groups need several GPUs;

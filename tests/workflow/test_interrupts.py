@@ -137,14 +137,12 @@ def plant_claim(place: Place, process_id: int) -> None:
     claim.write_text(f"{platform.node()} {process_id}\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "ways",
     [
         (press_ctrl_c, kill_snakemake_and_wait, terminate, press_ctrl_c_twice),
-        pytest.param(
-            (terminate, press_ctrl_c, cut_the_power, kill_snakemake),
-            marks=pytest.mark.slow,
-        ),
+        (terminate, press_ctrl_c, cut_the_power, kill_snakemake),
     ],
     ids=["gently", "roughly"],
 )
@@ -176,7 +174,7 @@ def test_a_dead_workers_claim_delays_nobody(done: Place) -> None:
     assert sha256(done.cache / "teacher_logits.h5") == undisturbed
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.parametrize("seed", [0])
 def test_twenty_stops_at_random(finished: Place, inputs: Place, tmp_path: Path, seed: int) -> None:
     chance = random.Random(seed)
@@ -192,7 +190,7 @@ def test_twenty_stops_at_random(finished: Place, inputs: Place, tmp_path: Path, 
         assert place.plan() == {}
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.parametrize("num_workers", [1, 3])
 def test_any_number_of_workers_makes_the_same_cache(
     finished: Place, done: Place, num_workers: int

@@ -230,6 +230,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         holder.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, pytest.param(6, marks=pytest.mark.campaign)])
 def test_a_full_disk_ends_a_worker_in_one_sentence_and_the_same_command_goes_on(
     work: Pass, undisturbed: str, small_disk: Path, count: int

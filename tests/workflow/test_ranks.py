@@ -173,6 +173,7 @@ def test_each_rank_reads_its_share_of_every_step(student: Student) -> None:
         assert sorted(mine[0] + mine[1]) == sorted(order[12 * step : 12 * step + 12])
 
 
+@pytest.mark.slow
 def test_stopped_or_killed_ranks_leave_nobody_behind_and_lose_no_step(student: Student) -> None:
     folder = student.place.path / "killed"
     training = "--output killed/training.json"
