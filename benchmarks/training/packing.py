@@ -1,12 +1,13 @@
-"""Packed rows beside padded batches: real tokens a second, forward and backward, of a training on log-normal lengths.
+"""Batches without padding beside padded ones: real tokens a second of a training, forward and backward.
 
     python -m benchmarks.training.packing [--max-length 1024] [--batch-size 8] [--turns 2]
 
 The student is the Llama of `student.py` (6 layers of 256) with 1,024 ids, so that its output layer, which reads no
-padding, is a twentieth of its weights, as in a Llama of 8 billion. Then all documents fill a row, where packing has
-nothing to gain. Both ways run by Retort's own trainer, batch by batch in turn; a packed batch has fewer rows, and about
-as many tokens. A batch's time is the fastest of all turns, on a CPU in processor seconds of one thread; the range is
-that of the single turns.
+padding, is a twentieth of its weights, as in a Llama of 8 billion. Lengths are log-normal; then all documents fill a
+row, where there is nothing to gain. All ways run by Retort's own trainer, batch by batch in turn: *padded*, *padding
+free* (the same sequences end to end, the default) and *packed* (training.packing: fewer rows, about as many tokens). A
+batch's time is the fastest of all turns, on a CPU in processor seconds of one thread; the range is that of the single
+turns.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +48,13 @@ class Way:
 
     def __init__(
         self,
+        name: str,
         folder: Path,
         table: SequenceTable,
         flags: argparse.Namespace,
         *,
         rows: int,
-        packs: bool,
+        **keys: Any,
     ) -> None:
         student = folder / "student.json"
         config = build_model(_VOCABULARY, seed=0).config
@@ -59,14 +62,14 @@ class Way:
         training = Training(
             alpha=1.0,
             distillation_type="output",
-            packing=packs,
             max_steps=flags.batches,
             batch_size=rows,
             dataloader_num_workers=0,
             device=flags.device,
+            **keys,
         )
         job = TrainingJob(
-            name="packed" if packs else "padded",
+            name=name,
             identity="benchmark",
             source=table,
             student=Student(config=str(student)),
@@ -113,26 +116,29 @@ class Way:
 
 
 def compare(name: str, lengths: list[int], flags: argparse.Namespace) -> None:
-    """Print the tokens a second of both ways on sequences of these lengths, and their ratio."""
+    """Print the tokens a second of each way on sequences of these lengths, and its ratio to the padded one."""
     table = make_table(lengths)
     mean = float(np.mean(lengths))
     rows = max(1, round(flags.batch_size * mean / flags.max_length))  # as many tokens
     with tempfile.TemporaryDirectory() as folder:
-        padded = Way(Path(folder), table, flags, rows=flags.batch_size, packs=False)
-        packed = Way(Path(folder), table, flags, rows=rows, packs=True)
+        make = partial(Way, folder=Path(folder), table=table, flags=flags)
+        ways = [
+            make("padded", rows=flags.batch_size, padding_free=False),
+            make("padding free", rows=flags.batch_size, padding_free=True),
+            make("packed", rows=rows, packing=True),
+        ]
         for _ in range(flags.turns):
-            for _ in zip(padded.run(), packed.run(), strict=True):
+            for _ in zip(*(way.run() for way in ways), strict=True):
                 pass
-    plain, fast = padded.rates(), packed.rates()
-    ratios = [f / p for f, p in zip(fast, plain, strict=True)]
+    plain = ways[0].rates()
     print(f"{name}, {mean:.0f} tokens on average", flush=True)
-    for way, found in ((padded, plain), (packed, fast)):
-        name = way.trainer.args.run_name
-        print(f"  {name}: {found[0]:6,.0f} tokens/s, {way.width():.2f} positions read for a token")
-    print(
-        f"  ratio: {ratios[0]:.3f} (turns: {min(ratios[1:]):.3f} to {max(ratios[1:]):.3f})",
-        flush=True,
-    )
+    for way in ways:
+        ratio, *turns = (f / p for f, p in zip(way.rates(), plain, strict=True))
+        print(
+            f"  {way.trainer.args.run_name:12}: {way.rates()[0]:6,.0f} tokens/s, {way.width():.2f} positions read for "
+            f"a token, ratio {ratio:.3f} (turns: {min(turns):.3f} to {max(turns):.3f})",
+            flush=True,
+        )
 
 
 def main() -> None:

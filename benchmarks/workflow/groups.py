@@ -30,7 +30,7 @@ from retort.cache.reader import CacheHeader
 from retort.cache.top_k_codec import TopKCodec
 from retort.cluster.leases import lease
 from retort.io.fingerprints import TokenizerIdentity
-from retort.models.causal_lm import CausalLM
+from retort.models.causal_lm import CausalLM, RowBounds
 from retort.models.heads import Head
 from retort.teacher.scoring import Scorer
 from retort.teacher.worker import run_worker
@@ -56,6 +56,7 @@ class SleepingTeacher(CausalLM):
         attention_mask_BT: Tensor | None,
         *,
         position_ids_BT: Tensor | None = None,
+        bounds: RowBounds | None = None,
     ) -> Tensor:
         """Return the same hidden states for every token, after the sleep."""
         num_tokens = (

@@ -14,6 +14,9 @@ import pytest
 import torch
 import yaml
 
+from retort.models.attention import split_attention
+from retort.models.causal_lm import RowBounds, split_model
+from retort.models.packing import find_joining_fault, number_positions
 from support.bench import (
     GPT2_WITH_DROPOUT,
     Bench,
@@ -22,6 +25,7 @@ from support.bench import (
     train_in_a_process,
 )
 from support.gpu_table import Table
+from support.kinds import SIZES, VOCABULARY, make_model
 from support.place import wait_until
 from support.tiny import real_processes
 
@@ -107,6 +111,33 @@ def test_half_precision_has_the_curve_of_float32(
         table.add(f"training in {dtype} beside float32: largest difference of a step's loss", said)
         assert error <= tolerance
         assert (error > 0) == (trainings.device.type == "cuda"), "half precision was not used"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("window", [None, 8])
+def test_sequences_end_to_end_are_read_as_padded_ones(
+    dtype: torch.dtype, window: int | None, device: torch.device, table: Table
+) -> None:
+    """In bfloat16 by PyTorch's variable-length attention, on a GPU."""
+    model = make_model("mistral", **SIZES, sliding_window=window, initializer_range=0.3)
+    split = split_model(model.to(device=device, dtype=dtype))
+    split_attention(split.model)
+    assert find_joining_fault(split) is None
+    lengths = (13, 40, 7, 1, 39)
+    ids = [torch.arange(n, device=device) % VOCABULARY for n in lengths]
+    positions_1N = number_positions(lengths)[None].to(device)
+    bounds = RowBounds.of(lengths).to(device)
+    joined_ND = split.features(
+        torch.cat(ids)[None], None, position_ids_BT=positions_1N, bounds=bounds
+    )[0]
+    alone_ND = torch.cat([split.features(row[None], torch.ones_like(row)[None])[0] for row in ids])
+    error = float((joined_ND - alone_ND).abs().max() / alone_ND.abs().max())
+    said = f"{error:.1e} of the largest feature"
+    name = f"{str(dtype).removeprefix('torch.')}, window {window}"
+    table.add(f"sequences end to end beside each alone, {name}: largest difference", said)
+    assert error <= (1e-5 if dtype == torch.float32 else 2e-2)
+    joined_ND.float().square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
 def test_a_killed_training_goes_on_where_it_was(

@@ -73,9 +73,13 @@ class Training(Section):
     """Sequences (packed rows, with packing) in one forward pass over all GPUs together. batch_size *
     gradient_accumulation_steps is the global batch."""
     packing: bool | Literal["auto"] = False
-    """Fill rows of dataset.max_length with whole sequences that do not see each other, instead of padding one sequence
-    to the longest of its batch; batch_size counts rows then. true refuses a student or a live teacher that mixes them
-    (Mamba, ALiBi), for which auto takes batches of sequences of similar length."""
+    """Fill rows of dataset.max_length with whole sequences that do not see each other; batch_size counts rows then, and
+    a step holds more sequences. true refuses a student or a live teacher that mixes them (Mamba, ALiBi), for which auto
+    takes batches of sequences of similar length."""
+    padding_free: bool | Literal["auto"] = "auto"
+    """Lay the sequences of a forward pass end to end, each seeing itself alone, instead of padding them to the longest:
+    the losses are equal up to rounding. auto pads for a student or a live teacher that mixes sequences or computes
+    attention between all of them (eager); true refuses it."""
     freeze: Unique[Text] = ()
     """Regular expressions: parameters in whose names one of them is found keep their values, such as embed_tokens (of a
     student with tied weights the output layer too) or layers\\.[0-3]\\. (with the last dot, else layers.10 too)."""

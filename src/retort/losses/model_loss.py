@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from retort.losses.fused_loss import compute_fused_loss, compute_loss_of_logits
 from retort.losses.teacher_rows import TeacherRows
 from retort.losses.terms import LossSettings, LossTerms
-from retort.models.causal_lm import CausalLM, take_rows
+from retort.models.causal_lm import CausalLM, RowBounds, take_rows
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class LossTargets:
 def attach_loss(split: CausalLM, settings: LossSettings, *, is_compiled: bool = False) -> None:
     """Patch a student's `forward`: with the keyword `targets` (LossTargets), it returns LossTerms.
 
-    is_compiled: whether its backbone will be, with the embedding.
+    With `bounds`, the row's sequences do not see each other. is_compiled: whether its backbone will be, with the
+    embedding.
     """
     model = split.model
     tied = None
@@ -54,9 +55,15 @@ def attach_loss(split: CausalLM, settings: LossSettings, *, is_compiled: bool = 
         _attach_to_head(split, replace(settings, scale=scale, softcap=softcap), tied)
     original = model.forward
 
-    def forward(*args: Any, targets: LossTargets | None = None, **inputs: Any) -> Any:
+    def forward(
+        *args: Any,
+        targets: LossTargets | None = None,
+        bounds: RowBounds | None = None,
+        **inputs: Any,
+    ) -> Any:
+        bound_inputs = bounds.name_inputs() if bounds else {}
         if targets is None:
-            return original(*args, **inputs)
+            return original(*args, **inputs, **bound_inputs)
         if tied is not None and model.get_input_embeddings().weight.requires_grad:
             tied.begin()
         if split.is_split:
@@ -64,10 +71,13 @@ def attach_loss(split: CausalLM, settings: LossSettings, *, is_compiled: bool = 
                 inputs["input_ids"],
                 inputs.get("attention_mask"),
                 position_ids_BT=inputs.get("position_ids"),
+                bounds=bounds,
             )
             head = model.get_output_embeddings()
             return head(take_rows(features_BTD, targets.counted), targets=targets)
-        logits_PV = take_rows(original(**inputs, use_cache=False).logits, targets.counted)
+        logits_PV = take_rows(
+            original(**inputs, **bound_inputs, use_cache=False).logits, targets.counted
+        )
         return compute_loss_of_logits(
             logits_PV,
             targets.find_labels(),

@@ -7,10 +7,12 @@ Legend: B sequences in a batch, T positions, D width, V vocabulary.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +33,39 @@ _LOW_PRECISION_TOLERANCE = 2e-2  # of both, in bfloat16 and float16
 
 
 @dataclass(frozen=True)
+class RowBounds:
+    """Where the S sequences of a row are: their lengths on the host, and starts int32 [S + 1], beside the row's ids."""
+
+    lengths: tuple[int, ...]
+    starts: Tensor
+
+    @classmethod
+    def of(cls, lengths: Iterable[int]) -> "RowBounds":
+        """Return the bounds of sequences that follow each other."""
+        lengths = tuple(lengths)
+        return cls(lengths, torch.tensor([0, *accumulate(lengths)], dtype=torch.int32))
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "RowBounds":
+        """Return a copy on a device; accelerate calls this when it moves a batch."""
+        return replace(self, starts=self.starts.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "RowBounds":
+        """Return a copy in pinned memory; the DataLoader calls this."""
+        return replace(self, starts=self.starts.pin_memory())
+
+    def name_inputs(self) -> dict[str, Any]:
+        """Return them as transformers' keywords for flash attention, and the lengths for `attend_by_sequence`."""
+        longest = max(self.lengths)
+        return {
+            "cu_seq_lens_q": self.starts,
+            "cu_seq_lens_k": self.starts,
+            "max_length_q": longest,
+            "max_length_k": longest,
+            "sequence_lengths": self.lengths,
+        }
+
+
+@dataclass(frozen=True)
 class CausalLM:
     """A causal LM split into backbone and head.
 
@@ -46,9 +81,6 @@ class CausalLM:
         None  # `digest_file_states` of its weights, before they were compared with the record
     )
     packs_sequences: bool = False  # whether the teacher reads several sequences in one row
-    needs_one_row: bool = (
-        False  # whether packed rows are told apart only as one (variable-length attention)
-    )
     needs_mask: bool = True  # whether it must be told of padding on the right
 
     def require_unchanged(self) -> None:
@@ -69,18 +101,16 @@ class CausalLM:
         attention_mask_BT: Tensor | None,
         *,
         position_ids_BT: Tensor | None = None,
+        bounds: "RowBounds | None" = None,
     ) -> Tensor:
         """Return hidden states [B, T, D], or logits [B, T, V] of a model that cannot be split; all inputs are [B, T].
 
-        Several sequences in one row are separated by position ids that start over, without an attention mask; of a
-        model that needs one row for all of them, the features are [1, B * T, D].
+        Several sequences in one row are separated by position ids that start over, without an attention mask, and by
+        `bounds` where B is 1 and its attention goes by sequence.
         """
-        if position_ids_BT is not None and self.needs_one_row:
-            input_ids_BT, position_ids_BT = (
-                input_ids_BT.reshape(1, -1),
-                position_ids_BT.reshape(1, -1),
-            )
-        inputs = {"input_ids": input_ids_BT, "use_cache": False}
+        inputs: dict[str, Any] = {"input_ids": input_ids_BT, "use_cache": False}
+        if bounds is not None:
+            inputs |= bounds.name_inputs()
         if attention_mask_BT is not None:
             inputs["attention_mask"] = attention_mask_BT
         if position_ids_BT is not None:
@@ -205,11 +235,15 @@ def require_causal(model: PreTrainedModel, *, name: str) -> None:
 
 
 def read_unmasked(
-    split: CausalLM, ids_BT: Tensor, positions_BT: Tensor | None = None
+    split: CausalLM,
+    ids_BT: Tensor,
+    positions_BT: Tensor | None = None,
+    bounds: RowBounds | None = None,
 ) -> Tensor | None:
     """Return the features without a mask, None of a model that needs one or takes no position ids."""
     try:
-        return split.features(ids_BT, None, position_ids_BT=positions_BT).float()
+        found = split.features(ids_BT, None, position_ids_BT=positions_BT, bounds=bounds)
+        return found.float()
     except (TypeError, ValueError, RuntimeError, IndexError) as failure:
         if is_out_of_memory(failure):
             raise  # says nothing about the model

@@ -1,21 +1,23 @@
 """Packing: several sequences in one row, told apart by position ids that begin again at each of them.
 
 From such position ids transformers derives which tokens attend to each other: as a block mask, or as the bounds that
-variable-length attention (flash_attention_2) takes. Where state or attention crosses sequences all the same (ALiBi,
-Mamba, convolutions), a probe finds it.
+variable-length attention (flash_attention_2) takes. Where all sequences of a batch are in one row, we give the bounds.
+Where state or attention crosses sequences all the same (ALiBi, Mamba, convolutions), a probe finds it.
 
 Legend: B rows, T positions, N tokens of all sequences in a row.
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
+from retort.models.attention import is_by_sequence, narrow_windows
 from retort.models.causal_lm import (
     SPLIT_TOLERANCE,
     CausalLM,
+    RowBounds,
     choose_tolerance,
     evaluating,
     read_unmasked,
@@ -40,14 +42,43 @@ def number_positions(lengths: Iterable[int]) -> Tensor:
 def find_packing_fault(split: CausalLM, *, at_once: bool = False) -> str | None:
     """Return why a model cannot read two sequences in one row, as in the same two rows; None if it can.
 
-    at_once: whether it reads several such rows at once, as in training, or one, as variable-length attention does.
+    at_once: whether it reads several such rows at once, told apart by position ids alone.
     """
+
+    def read(packed_BT: Tensor) -> Tensor | None:
+        positions_BT = number_positions([_NUM_TOKENS] * 2).to(split.device).expand_as(packed_BT)
+        pieces = [slice(None)] if at_once else [slice(b, b + 1) for b in range(_NUM_ROWS)]
+        found = [read_unmasked(split, packed_BT[piece], positions_BT[piece]) for piece in pieces]
+        return None if found[0] is None else torch.cat([f for f in found if f is not None])
+
+    return _find_fault(split, read)
+
+
+@torch.inference_mode()
+def find_joining_fault(split: CausalLM) -> str | None:
+    """Return why a model cannot read all sequences of a batch end to end in one row; None if it can."""
+    if not is_by_sequence(split.model):
+        name, used = type(split.model).__name__, split.model.config._attn_implementation
+        return f"{name} uses {used} attention, which computes all pairs of a row's tokens"
+
+    def read(packed_BT: Tensor) -> Tensor | None:
+        bounds = RowBounds.of([_NUM_TOKENS] * (2 * _NUM_ROWS)).to(split.device)
+        positions_1N = number_positions(bounds.lengths).to(split.device)[None]
+        found = read_unmasked(split, packed_BT.reshape(1, -1), positions_1N, bounds)
+        return None if found is None else found.view(*packed_BT.shape, -1)
+
+    with narrow_windows(split.model, _NUM_TOKENS // 2):
+        return _find_fault(split, read)
+
+
+def _find_fault(split: CausalLM, read: Callable[[Tensor], Tensor | None]) -> str | None:
+    """Return what is wrong with features [B, T, D] of rows [B, T] of two sequences each; `read`: None if it cannot."""
     ids_BT = torch.arange(_NUM_ROWS * _NUM_TOKENS, device=split.device).view(_NUM_ROWS, -1) + 1
     second_BT = ids_BT[:1].flip(1).expand(_NUM_ROWS, -1)  # the same behind every first one
     packed_BT = torch.cat([ids_BT, second_BT], dim=1) % split.vocabulary
     name = type(split.model).__name__
     with evaluating(split.model):
-        found_BTD = _read_packed(split, packed_BT, at_once=at_once)
+        found_BTD = read(packed_BT)
         if found_BTD is None:
             return f"{name} takes no position ids without an attention mask"
         alone_BT = packed_BT[0].view(2, _NUM_TOKENS)
@@ -60,14 +91,6 @@ def find_packing_fault(split: CausalLM, *, at_once: bool = False) -> str | None:
     if not error <= choose_tolerance(split.model, SPLIT_TOLERANCE):
         return f"{name} reads packed sequences otherwise than alone (by {error:.0e} of the largest feature)"
     return None
-
-
-def _read_packed(split: CausalLM, packed_BT: Tensor, *, at_once: bool) -> Tensor | None:
-    """Return the features [B, T, D] of rows of two sequences, or None of a model that takes no position ids."""
-    positions_BT = number_positions([_NUM_TOKENS] * 2).to(split.device).expand_as(packed_BT)
-    pieces = [slice(None)] if at_once else [slice(b, b + 1) for b in range(_NUM_ROWS)]
-    found = [read_unmasked(split, packed_BT[piece], positions_BT[piece]) for piece in pieces]
-    return None if found[0] is None else torch.cat([f for f in found if f is not None])
 
 
 def can_pack(teacher: CausalLM) -> bool:

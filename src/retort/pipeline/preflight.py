@@ -28,6 +28,7 @@ from retort.io.files import require_writable
 from retort.io.fingerprints import TeacherRecord, fingerprint_tokenizer, fingerprint_weights
 from retort.io.records import Record
 from retort.io.run_record import RunRecord, describe_run
+from retort.models.causal_lm import split_model
 from retort.models.frozen import check_freeze
 from retort.models.load import (
     count_parameters,
@@ -45,8 +46,10 @@ from retort.tokens.tokenize import TokenCounts, require_template, tokenize_docum
 from retort.tokens.tokenizer import identify_tokenizer, load_tokenizer
 from retort.tokens.vocabularies import require_student_ids, require_teacher_ids
 from retort.training.checkpoints import require_start
+from retort.training.packing import find_layout_faults
 
 _SAMPLE_CHARACTERS = 300_000  # tokenized in about a second
+_PROBED_PARAMETERS = 200_000_000  # of a student that is built for a probe: a second or two, 0.8 GB
 
 
 class CheckRecord(Record, format="retort-check", version=2):
@@ -346,6 +349,8 @@ def _check_student(config: Config, tokenizer: Any, width: int, mistakes: _Mistak
     mistakes.found |= dict.fromkeys(find_missing_for_training(model, training, name=name))
     check_freeze(model, training.freeze, name=name)
     parameters = count_parameters(model)
+    if True in (training.packing, training.padding_free) and parameters <= _PROBED_PARAMETERS:
+        find_layout_faults([split_model(AutoModelForCausalLM.from_config(model))], training)
     ids = describe_ids(config.student, model, vocabulary=width)
     return [
         f"student of {parameters:,} parameters, {training.distillation_type}, alpha {training.alpha}",

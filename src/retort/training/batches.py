@@ -22,6 +22,7 @@ from retort.cache.codec import Codec, SparseTargets
 from retort.cache.reader import LogitCache
 from retort.config.sections import Training
 from retort.losses.teacher_rows import TeacherRows
+from retort.models.causal_lm import RowBounds
 from retort.models.packing import number_positions
 from retort.tokens.sequences import Sequence, SequenceTable
 
@@ -161,12 +162,13 @@ class Collator:
 
     tail_column: that of the stored tails whose temperature is the training's; vocabulary: of a student whose output
     layer is narrower than the teacher's, ids beyond it are dropped; needs_mask: whether the student must be told of the
-    padding behind its tokens.
+    padding behind its tokens; is_joined: whether rows of several sequences, or of unlike lengths, are laid end to end.
     """
 
     tail_column: int = 0
     vocabulary: int | None = None
     needs_mask: bool = True
+    is_joined: bool = False
 
     def __call__(self, rows: list[list[Item]]) -> dict[str, Any]:
         """Return the batch: int64 input_ids, attention_mask (if needed) and labels [B, T], counted [P], sequences, and
@@ -175,10 +177,13 @@ class Collator:
         labels[t] is ids[t] where its prediction counts, else IGNORE_INDEX; counted: indices in [B * T] of the positions
         that make these predictions (a GPU would make the host wait for their number); sequences: numbers in the token
         index; teacher: from a cache alone, the TeacherRows of all counted positions, in the batch's order. Where a row
-        has several sequences, position_ids [B, T] that begin again at each are there in place of a mask.
+        has several sequences, position_ids [B, T] that begin again at each are there in place of a mask, and, of joined
+        rows (B = 1), their RowBounds as `bounds`.
         """
         items = [item for row in rows for item in row]
         lengths = [[len(item.sequence.ids) for item in row] for row in rows]
+        if self.is_joined and (len(items) > len(rows) or len(set(map(sum, lengths))) > 1):
+            rows, lengths = [items], [list(itertools.chain(*lengths))]
         width = max(map(sum, lengths))
         ids = [np.concatenate([item.sequence.ids for item in row]) for row in rows]
         labels = [torch.cat([_label(item.sequence) for item in row]) for row in rows]
@@ -191,6 +196,8 @@ class Collator:
         if len(items) > len(rows):
             positions = [number_positions([*row, width - sum(row)]) for row in lengths]
             batch["position_ids"] = torch.stack(positions)
+            if len(rows) == 1:
+                batch["bounds"] = RowBounds.of(lengths[0])
         elif self.needs_mask:
             batch["attention_mask"] = _pad([torch.ones_like(row) for row in labels])
         targets = [item.targets for item in items if item.targets is not None]

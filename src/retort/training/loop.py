@@ -26,7 +26,7 @@ from retort.cluster.ranks import clear_launcher_environment, rank, world_size
 from retort.config.optimizer import MUON
 from retort.io.files import file_lock
 from retort.losses.model_loss import attach_loss
-from retort.models.attention import set_attention
+from retort.models.attention import ON_CPU, set_attention
 from retort.models.causal_lm import compile_layers, needs_mask, split_model
 from retort.models.frozen import count_trained, freeze_weights
 from retort.models.load import describe_device
@@ -44,7 +44,7 @@ from retort.training.curve import write_log
 from retort.training.final import save_final
 from retort.training.job import TrainingJob
 from retort.training.optimizers import set_steps
-from retort.training.packing import choose_order
+from retort.training.packing import choose_layout
 from retort.training.record import TrainingSummary
 from retort.training.stopping import train_until_signal
 from retort.training.trainer import DistillationTrainer, ProgressCallback
@@ -132,13 +132,13 @@ def build_trainer(arguments: TrainingArguments, job: TrainingJob) -> Distillatio
     """Build the student and return its trainer; the arguments get the number of steps.
 
     Raises ValueError when the student cannot be built, the cache lacks the training's temperature, and as
-    `choose_order` does.
+    `choose_layout` does.
     """
     training = job.training
     model = build_student(
         job.student, vocabulary=job.vocabulary, tokenizer=job.tokenizer, seed=training.seed
     )
-    set_attention(model, training.attn_implementation, device="cpu")  # where the probes run
+    set_attention(model, training.attn_implementation, device="cpu")
     freeze_weights(model, training.freeze, name=name_student(job.student))
     split = split_model(model)
     attach_loss(split, job.loss_settings, is_compiled=training.torch_compile)
@@ -147,24 +147,21 @@ def build_trainer(arguments: TrainingArguments, job: TrainingJob) -> Distillatio
         setattr(arguments, CHECKPOINTING, recomputes)
     source = job.source
     table = source.table if isinstance(source, LogitCache) else source
-    order, teacher = choose_order(
-        table.lengths,
-        training,
-        capacity=job.max_length,
-        student=split,
-        teacher=job.teacher,
-        is_on_cpu=arguments.device.type == "cpu",
+    teacher = job.teacher
+    order, is_joined = choose_layout(
+        table.lengths, training, capacity=job.max_length, student=split, teacher=teacher
     )
-    set_attention(model, training.attn_implementation, device=arguments.device.type)
     set_steps(arguments, training, max_steps=count_steps(order.rows_per_epoch, training))
     teacher_needs_mask = teacher is not None and teacher.needs_mask
-    collator = Collator(needs_mask=teacher_needs_mask or needs_mask(split))
+    collator = Collator(needs_mask=teacher_needs_mask or needs_mask(split), is_joined=is_joined)
     if isinstance(source, LogitCache):
         codec = source.header.codec
         tail_column = find_tail_column(codec, training, path=source.path)
         is_narrower = split.vocabulary < codec.vocabulary
         vocabulary = split.vocabulary if is_narrower else None
         collator = replace(collator, tail_column=tail_column, vocabulary=vocabulary)
+    if training.attn_implementation not in ON_CPU:  # the probes ran on a CPU
+        set_attention(model, training.attn_implementation, device=arguments.device.type)
     if training.torch_compile:
         compile_layers(split)
     trainer = DistillationTrainer(

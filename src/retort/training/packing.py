@@ -1,12 +1,13 @@
-"""Which sequences share a row of a batch, or a batch: less padding than with rows of a sequence each, drawn at random.
+"""How the sequences of a batch are laid out: end to end, packed, by length, or padded in rows of one sequence each.
 
 Legend: S sequences, R rows.
 """
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from retort.config.sections import Training
 from retort.models.attention import join_attention, split_attention
 from retort.models.causal_lm import CausalLM
-from retort.models.packing import find_packing_fault
+from retort.models.packing import find_joining_fault, find_packing_fault
 from retort.training.batches import Row, RowOrder, Shuffled, make_generator
 
 logger = logging.getLogger(__name__)
@@ -112,49 +113,76 @@ class Grouped:
             yield from zip(drawn[whole * size :].tolist())
 
 
-def choose_order(
+def choose_layout(
     lengths: NDArray[np.int64],
     training: Training,
     *,
     capacity: int,
     student: CausalLM,
     teacher: CausalLM | None,
-    is_on_cpu: bool,
-) -> tuple[RowOrder, CausalLM | None]:
-    """Return the order of rows that training.packing asks for, and the live teacher as it reads these rows.
+) -> tuple[RowOrder, bool]:
+    """Return the order of rows, and whether those of a batch are joined end to end, without padding.
 
-    capacity: tokens of a packed row; is_on_cpu: whether the student is trained there. Raises ValueError when
-    training.packing is true and student or teacher mixes packed sequences, and when a sequence is longer than a row.
+    capacity: tokens of a packed row. A live teacher reads the student's batches. Raises ValueError when
+    training.packing or padding_free is true and student or teacher mixes the sequences of a row, and when a sequence is
+    longer than a row.
     """
-    if not training.packing:
-        return Shuffled(len(lengths), training.seed), teacher
-    if (longest := int(lengths.max())) > capacity:
+    if training.packing and (longest := int(lengths.max())) > capacity:
         raise ValueError(
             f"training.packing fills rows of dataset.max_length ({capacity}) tokens, but a sequence has {longest}. "
             "Give the dataset.max_length that the tokens were made with."
         )
-    models = [model for model in (student, teacher) if model is not None]
-    if is_on_cpu and not training.torch_compile:  # it compiles no loop over sequences
-        for model in models:
-            split_attention(model.model)
-    fault = find_packing_fault(student, at_once=True)
-    if fault is None and teacher is not None:
-        fault = find_packing_fault(teacher, at_once=True)
-        if fault is not None and find_packing_fault(teacher) is None:
-            teacher, fault = replace(teacher, needs_one_row=True), None
-    if fault is None:
-        packed = Packed(lengths, capacity, training.seed)
+    faults = find_layout_faults([m for m in (student, teacher) if m is not None], training)
+    order: RowOrder = Shuffled(len(lengths), training.seed)
+    if training.packing and faults.packing is None:
+        order = packed = Packed(lengths, capacity, training.seed)
         rows = packed.rows_per_epoch
         logger.info(
             f"{len(lengths):,} sequences are packed in {rows:,} rows, {lengths.sum() / rows / capacity:.1%} full"
         )
-        return packed, teacher
-    for model in models:
-        join_attention(model.model)
-    if training.packing is True:
+    elif training.packing:
+        order = Grouped(lengths, training.global_batch, training.seed)
+        logger.info(
+            f"{faults.packing}: they are not packed, and batches are of sequences of similar length"
+        )
+    elif faults.joining and training.padding_free:
+        logger.info(f"{faults.joining}: batches are padded")
+    return order, faults.joining is None
+
+
+class LayoutFaults(NamedTuple):
+    """Why the rows of a batch cannot be joined end to end, and why several sequences cannot share a row."""
+
+    joining: str | None
+    packing: str | None
+
+
+def find_layout_faults(models: list[CausalLM], training: Training) -> LayoutFaults:
+    """Return what speaks against the layouts that are asked for; let the models attend by sequence, if they can.
+
+    Raises ValueError when training.packing or padding_free is true and there is a fault.
+    """
+    joining: str | None = "training.padding_free is false"
+    if training.padding_free and training.torch_compile:  # it would compile again for every batch
+        joining = "training.torch_compile is true"
+    elif training.padding_free:
+        for model in models:
+            split_attention(model.model)
+        joining = next(filter(None, map(find_joining_fault, models)), None)
+    if joining:
+        for model in models:
+            join_attention(model.model)
+    if joining and training.padding_free is True:
         raise ValueError(
-            f"training.packing is true, but {fault}. Use training.packing: auto, which then takes batches of similar "
+            f"training.padding_free is true, but {joining}. Use training.padding_free: auto, which then pads, or false."
+        )
+    packing = None
+    if joining and training.packing:
+        faults = (find_packing_fault(model, at_once=True) for model in models)
+        packing = next(filter(None, faults), None)
+    if packing and training.packing is True:
+        raise ValueError(
+            f"training.packing is true, but {packing}. Use training.packing: auto, which then takes batches of similar "
             "length, or false."
         )
-    logger.info(f"{fault}: they are not packed, and batches are of sequences of similar length")
-    return Grouped(lengths, training.global_batch, training.seed), teacher
+    return LayoutFaults(joining, packing)

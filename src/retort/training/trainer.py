@@ -43,7 +43,7 @@ from retort.training.loss_window import LossWindow
 from retort.training.optimizers import build_muon
 from retort.training.stopping import heed_parent_alone, max_over_ranks
 
-_READ = ("input_ids", "attention_mask", "position_ids")  # by a model
+_READ = ("input_ids", "attention_mask", "position_ids", "bounds")  # by a model
 _SHOWN = ("total_loss", "learning_rate", "tokens_per_second")  # beside the bar
 _ADVICE = (
     "Rerunning will fail the same way: try a lower training.learning_rate, more training.warmup_steps, or "
@@ -150,7 +150,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         return terms.total * world_size()
 
     def _compute_live(
-        self, model: nn.Module, inputs: dict[str, Tensor], targets: LossTargets
+        self, model: nn.Module, inputs: dict[str, Any], targets: LossTargets
     ) -> LossTerms:
         """Return the losses against the live teacher, over the whole vocabulary."""
         assert self.teacher is not None
@@ -161,6 +161,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
                 inputs["input_ids"],
                 inputs.get("attention_mask"),
                 position_ids_BT=inputs.get("position_ids"),
+                bounds=inputs.get("bounds"),
             )
             teacher_logits_PV = self.teacher.head.logits(take_rows(features_BTD, targets.counted))
             teacher_logits_PV = teacher_logits_PV[:, : self.num_tokens]

@@ -1,13 +1,13 @@
 """Packing: models that keep the sequences of a row apart, and models that do not, which the probe finds."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from retort.models.attention import split_attention
 from retort.models.causal_lm import CausalLM, split_model
-from retort.models.packing import find_packing_fault, number_positions
+from retort.models.packing import find_joining_fault, find_packing_fault
 from support.kinds import SIZES, make_model
 
 PACKABLE: dict[str, dict[str, Any]] = {
@@ -36,6 +36,9 @@ def test_models_that_keep_packed_sequences_apart_pass(kind: str, dtype: torch.dt
     model = split_model(make_model(kind, dtype=dtype, **PACKABLE[kind]))
     assert find_packing_fault(model) is None
     assert find_packing_fault(model, at_once=True) is None
+    split_attention(model.model)
+    fault = find_joining_fault(model)
+    assert fault is None if kind != "gemma2" else "uses eager attention" in str(fault)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -45,6 +48,29 @@ def test_models_that_mix_them_are_found_in_every_dtype(kind: str, dtype: torch.d
     for at_once in (False, True):
         fault = find_packing_fault(model, at_once=at_once)
         assert fault is not None and "see each other" in fault
+    split_attention(model.model)
+    assert (find_joining_fault(model) is None) == (kind == "opt")  # which leaves its mask alone
+
+
+@pytest.mark.parametrize(
+    "kind, keys, is_right",
+    [
+        ("mistral", {}, True),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]},
+            True,
+        ),
+        ("llama4_text", {"attention_chunk_size": 64}, False),
+    ],
+)
+def test_windows_longer_than_the_probe_are_met_by_it(
+    kind: str, keys: dict[str, Any], is_right: bool
+) -> None:
+    model = split_model(make_model(kind, **SIZES, sliding_window=64, **keys))
+    split_attention(model.model)
+    assert (find_joining_fault(model) is None) == is_right
+    assert model.model.config.sliding_window == 64
 
 
 class WithoutPositions(CausalLM):
@@ -75,14 +101,3 @@ def test_models_without_positions_of_their_own_are_found(kind: type[CausalLM], f
     plain = split_model(make_model("gpt2", **PACKABLE["gpt2"]))
     model = kind(plain.model, plain.head, plain.vocabulary, is_split=True)
     assert found in str(find_packing_fault(model))
-
-
-@torch.inference_mode()
-def test_a_model_that_needs_one_row_gets_all_rows_as_one() -> None:
-    model = split_model(make_model("llama", **PACKABLE["llama"]))
-    ids_BT = torch.arange(3, 27).view(2, 12)
-    positions_BT = number_positions([5, 7]).expand(2, 12)
-    rows = model.features(ids_BT, None, position_ids_BT=positions_BT)
-    one = replace(model, needs_one_row=True).features(ids_BT, None, position_ids_BT=positions_BT)
-    assert one.shape == (1, 24, 32)
-    torch.testing.assert_close(one[0], rows.flatten(0, 1), rtol=0, atol=1e-6)

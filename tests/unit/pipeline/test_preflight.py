@@ -311,6 +311,20 @@ def test_a_student_whose_tokenizer_has_one_more_token_or_is_missing_passes(
     assert "own tokenizer was not compared" in notes[3]
 
 
+@pytest.mark.parametrize("key", ["packing", "padding_free"])
+def test_a_layout_that_the_student_cannot_have_is_refused(key: str, setting: Setting) -> None:
+    config = setting.folder / "bloom.json"
+    config.write_text(json.dumps({"model_type": "bloom", "hidden_size": 8, "n_head": 2}))
+    student = {"config": str(config)}
+    setting.refuse(
+        rf"training.{key} is true, but .*Bloom.*training.{key}: auto",
+        student=student,
+        training={key: True},
+    )
+    setting.check(student=student, training={key: "auto"})
+    setting.check(training={key: True})
+
+
 def test_without_a_teacher_the_tokenizer_determines_the_students_vocabulary(
     setting: Setting, tiny_teacher: Path
 ) -> None:

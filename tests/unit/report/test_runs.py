@@ -25,6 +25,7 @@ from support.reports import (
 # For each setting of a training that matters to its result whatever the loss, a value that is not the default.
 OTHER_TRAINING = {
     "packing": True,
+    "padding_free": False,
     "learning_rate": 0.002,
     "lr_scheduler_type": "linear",
     "warmup_steps": 10,

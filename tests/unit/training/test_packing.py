@@ -12,9 +12,10 @@ from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler
 
 from retort.io.files import write_json
+from retort.models.attention import join_attention
 from retort.models.load import load_teacher
 from retort.training.arguments import training_arguments
-from retort.training.batches import Row, RowStream
+from retort.training.batches import Row, RowStream, Shuffled
 from retort.training.loop import build_trainer
 from retort.training.packing import Grouped, Packed, fit_lengths
 from retort.training.trainer import DistillationTrainer
@@ -46,10 +47,13 @@ def make_trainer(bench: Bench, folder: Path, source: Any, **keys: Any) -> Distil
 # Losses and gradients
 
 
-def learn(trainer: DistillationTrainer, rows: list[Row]) -> tuple[dict[str, float], list[Any]]:
-    """Return the losses and the gradients of one step."""
-    batch = trainer.data_collator([trainer.train_dataset[row] for row in rows])
-    assert ("position_ids" in batch) == any(len(row) > 1 for row in rows)
+def learn(
+    trainer: DistillationTrainer, rows: list[Row], *, joins: bool
+) -> tuple[dict[str, float], list[Any]]:
+    """Return the losses and the gradients of one step, with its rows end to end or not."""
+    collator = replace(trainer.data_collator, is_joined=joins)
+    batch = collator([trainer.train_dataset[row] for row in rows])
+    assert (len(batch["input_ids"]) == 1) == ("bounds" in batch) == joins
     positions = len(batch["counted"])
     trainer.compute_loss(trainer.model, batch, num_items_in_batch=positions).backward()
     gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
@@ -58,20 +62,26 @@ def learn(trainer: DistillationTrainer, rows: list[Row]) -> tuple[dict[str, floa
 
 
 def assert_packed_as_padded(trainer: DistillationTrainer) -> None:
-    """Compare packed rows of some sequences with a row for each of them."""
+    """Compare packed rows, and rows of a sequence each, end to end, with padded ones."""
     with torch.no_grad():
         for weight in trainer.model.parameters():
             weight.mul_(10 if weight.ndim > 1 else 1)  # else attention hardly matters
     packed = sorted(trainer.order.list_rows(0), key=len)[-3:]
     assert len(packed[0]) > 1
-    losses, gradients = learn(trainer, packed)
-    expected, expected_gradients = learn(trainer, [(i,) for row in packed for i in row])
-    for name in ("total_loss", "hard_loss", "soft_loss"):
-        assert losses.get(name) == pytest.approx(expected.get(name), abs=1e-5)
-    assert len(gradients) == len(expected_gradients) > 3
-    for found, gradient in zip(gradients, expected_gradients, strict=True):
-        assert float(gradient.abs().max()) > 1e-4
-        torch.testing.assert_close(found, gradient, rtol=1e-5, atol=1e-5)
+    single: list[Row] = [(i,) for row in packed for i in row]
+    assert trainer.data_collator.is_joined
+    expected, expected_gradients = learn(trainer, single, joins=False)
+    for rows, joins in ((packed, True), (single, True), (packed, False)):
+        if not joins:  # transformers' block mask between the sequences of a row
+            for model in (trainer.model, *([trainer.teacher.model] if trainer.teacher else [])):
+                join_attention(model)
+        losses, gradients = learn(trainer, rows, joins=joins)
+        for name in ("total_loss", "hard_loss", "soft_loss"):
+            assert losses.get(name) == pytest.approx(expected.get(name), abs=1e-5)
+        assert len(gradients) == len(expected_gradients) > 3
+        for found, gradient in zip(gradients, expected_gradients, strict=True):
+            assert float(gradient.abs().max()) > 1e-4
+            torch.testing.assert_close(found, gradient, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["top_k", "full", "top_p", "sampled"])
@@ -97,29 +107,24 @@ def test_packed_rows_give_those_of_text_and_of_a_live_teacher_where_some_positio
         keys |= {"teacher": teacher, "use_cached_logits": False}
     trainer = make_trainer(bench, tmp_path, table, **keys)
     assert_packed_as_padded(trainer)
-    if kind == "hybrid":  # as variable-length attention has it
-        trainer.teacher = replace(teacher, needs_one_row=True)
-        assert_packed_as_padded(trainer)
 
 
 def test_another_sequence_in_a_row_changes_nothing_for_its_neighbours(
     bench: Bench, tmp_path: Path
 ) -> None:
-    trainer = make_trainer(bench, tmp_path, bench.table, distillation_type="output", packing=True)
-    rows = sorted(trainer.order.list_rows(0), key=len)[-3:]
-    batch = trainer.data_collator([trainer.train_dataset[row] for row in rows])
-    ids_BT, positions_BT = batch["input_ids"], batch["position_ids"]
+    trainer = make_trainer(bench, tmp_path, bench.table, distillation_type="output")
+    batch = trainer.data_collator([trainer.train_dataset[(index,)] for index in range(6)])
+    inputs = {name: batch[name] for name in ("position_ids", "bounds")}
+    ids_BT = batch["input_ids"]
     changed_BT = ids_BT.clone()
-    first = len(bench.table[rows[0][0]].ids)
+    first = len(bench.table[0].ids)
     changed_BT[0, :first] = (changed_BT[0, :first] + 7) % 300
     with torch.no_grad():
         one, other = (
-            trainer.model(input_ids=ids, position_ids=positions_BT).logits
-            for ids in (ids_BT, changed_BT)
+            trainer.model(input_ids=ids, **inputs).logits[0] for ids in (ids_BT, changed_BT)
         )
-    assert not torch.equal(one[0, :first], other[0, :first])
-    assert torch.equal(one[0, first:], other[0, first:])
-    assert torch.equal(one[1:], other[1:])
+    assert not torch.equal(one[:first], other[:first])
+    assert torch.equal(one[first:], other[first:])
 
 
 def test_full_rows_are_read_as_they_are_without_packing(bench: Bench, tmp_path: Path) -> None:
@@ -234,6 +239,19 @@ def test_a_student_that_mixes_sequences_gets_batches_of_similar_length_or_is_ref
     assert line.startswith("in BloomForCausalLM packed sequences see each other")
     with pytest.raises(ValueError, match=r"packing is true, but in Bloom.*training.packing: auto"):
         make_trainer(bench, tmp_path, bench.table, student=bloom, packing=True)
+
+
+def test_such_a_student_is_padded_unless_it_must_not_be(
+    bench: Bench, bloom: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "retort")
+    keys = {"student": bloom, "distillation_type": "output"}
+    trainer = make_trainer(bench, tmp_path, bench.table, **keys)
+    assert isinstance(trainer.order, Shuffled) and not trainer.data_collator.is_joined
+    (line,) = [r.message for r in caplog.records if "padded" in r.message]
+    assert line.startswith("BloomForCausalLM uses eager attention, which computes all pairs")
+    with pytest.raises(ValueError, match=r"padding_free is true, but Bloom.*padding_free: auto"):
+        make_trainer(bench, tmp_path, bench.table, padding_free=True, **keys)
 
 
 def test_a_sequence_longer_than_a_row_is_refused(bench: Bench, tmp_path: Path) -> None:
