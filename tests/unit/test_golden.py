@@ -51,6 +51,7 @@ GOLDEN_REVISIONS = {
     "tokens": 4,
     "logits": 5,
     "validation": 3,
+    "pruned": 1,
     "run": 3,
     "evaluation": 4,
     "benchmark": 2,
@@ -66,6 +67,7 @@ GOLDEN_FILES = {
     "top_p.h5": "2d6364964fc074779d78b31c1260ad8d140f6da5c0a6fd81d8e77fd62b7ff895",
     "sampled.h5": "febb6f4780b70e97d3622bc32d112500f7de0a4fd740d77a29981dfceb903843",
 }
+GOLDEN_PARTS = {"teacher": "2f885fed3557", "other": "c6f0ceab1233"}
 GOLDEN_IDS = {
     "corpus": "cd03bc9bdc81",
     "teacher": "fdff9ff27789",
@@ -251,3 +253,16 @@ def test_the_same_config_has_the_same_ids(tmp_path: Path, monkeypatch: pytest.Mo
     found |= {run.name: [run.id, run.evaluation_id] for run in project.runs.values()}
     found |= {"check": project.check_id, "report": project.report_id}
     assert found == GOLDEN_IDS, explain("ids", found)
+
+
+def test_the_same_part_of_the_same_model_has_the_same_id() -> None:
+    """Of the teacher, and of another model on the Hub."""
+    runs = {
+        "teacher": {"student": {"from_teacher": {"layers": 4}}},
+        "other": {"student": {"from_teacher": {"layers": 4}, "model_path": "somebody/other"}},
+    }
+    teacher = {"model_path": "somebody/teacher"}
+    raw = {"dataset": {"name": "somebody/texts"}, "teacher": teacher, "runs": runs}
+    project = build_project(load_runs(raw))
+    found = {name: run.pruned.id for name, run in project.runs.items() if run.pruned}
+    assert found == GOLDEN_PARTS, explain("pruned", found)

@@ -12,6 +12,7 @@ wildcard_constraints:
     tokens="[0-9a-f]{12}",
     logits="[0-9a-f]{12}",
     validation="[0-9a-f]{12}",
+    pruned="[0-9a-f]{12}",
     id="[0-9a-f]{12}",
     evaluation="[0-9a-f]{12}",
     task="[^/]+",
@@ -117,6 +118,18 @@ def get_signal(wildcards):
     """Return what a run learns from; [] without a teacher."""
     signal = find(wildcards).signal
     return [str(signal)] if signal else []
+
+
+def get_start(wildcards):
+    """Return the record of what a run's student starts from; [] unless that is a part of another model."""
+    pruned = find(wildcards).pruned
+    return [str(pruned.record)] if pruned else []
+
+
+def get_pruned_fingerprint(wildcards):
+    """Return the record of the teacher to prune; [] for another model."""
+    teacher = find(wildcards).teacher
+    return [f"{teacher.folder}/fingerprint.json"] if teacher else []
 
 
 def get_all_metrics(wildcards):

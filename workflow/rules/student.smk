@@ -1,10 +1,29 @@
-# Training a student on the text, the cache, or both.
+# Where a student starts, and its training on the text, the cache, or both: prune_teacher (if asked) -> train.
+
+
+rule prune_teacher:
+    # Shared by all runs that start from the same part of the same model.
+    input:
+        fingerprint=ancient(get_pruned_fingerprint),
+        check=check_unless(f"{CACHE}/pruned/{{pruned}}/pruned.json"),
+    output:
+        f"{CACHE}/pruned/{{pruned}}/pruned.json",
+    log:
+        "logs/prune_teacher/{pruned}.log",
+    params:
+        **command("prune_teacher", "pruned"),
+    message:
+        "Pruning the model that students start from: {wildcards.pruned}"
+    shell:
+        "{params.script} --config {params.config:q} --fingerprint {input.fingerprint:q}"
+        " --output {output:q} >> {log:q} 2>&1"
 
 
 rule train:
     input:
         index=ancient(get_index),
         signal=ancient(get_signal),
+        start=ancient(get_start),
         check=check_unless(f"{RESULTS}/runs/{{run}}/{{id}}/training.json"),
     output:
         f"{RESULTS}/runs/{{run}}/{{id}}/training.json",
@@ -21,4 +40,4 @@ rule train:
         "Training the student {wildcards.run}"
     shell:
         "{params.srun} {params.script} --config {params.config:q} --index {input.index:q}"
-        " --signal {input.signal:q} --output {output:q} >> {log:q} 2>&1"
+        " --signal {input.signal:q} --start {input.start:q} --output {output:q} >> {log:q} 2>&1"

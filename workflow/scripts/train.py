@@ -26,6 +26,12 @@ def read_command_line() -> argparse.Namespace:
         help="what it learns from: manifest.json or teacher_logits.h5 of a cache, fingerprint.json of a live teacher "
         "(an output run takes only the width of its output layer from it)",
     )
+    parser.add_argument(
+        "--start",
+        type=Path,
+        nargs="?",
+        help="what it starts from, where student.from_teacher is set: pruned.json",
+    )
     return parser.parse_args()
 
 
@@ -33,7 +39,9 @@ def train(args: argparse.Namespace, job: Job) -> None:
     """Train in this process."""
     from retort.training.run import train_run
 
-    train_run(args.output, job, index_path=args.index, signal_path=args.signal)
+    train_run(
+        args.output, job, index_path=args.index, signal_path=args.signal, start_path=args.start
+    )
 
 
 def train_rank(args: argparse.Namespace, job: Job) -> None:

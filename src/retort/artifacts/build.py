@@ -6,7 +6,6 @@ checkpoints count by content, not by path. So the path of a file determines its 
 existence, changing a setting and back costs nothing, and no setting resumes the work of another.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
@@ -24,11 +23,12 @@ from retort.artifacts.project import (
     Validation,
 )
 from retort.artifacts.responses import build_responses
+from retort.artifacts.starts import build_pruned, starting_point, student_content
 from retort.artifacts.tasks import EvaluationTask, build_tasks
 from retort.config.dataset import SYNTHESIS
 from retort.config.load import identity
 from retort.config.schema import ConfigError, Problem, show
-from retort.config.sections import Config, Dataset, Student, Training
+from retort.config.sections import Config, Dataset, Training
 from retort.corpus.reading import TOKENIZING_KEYS, corpus_keys, list_corpus_files, needs_snapshot
 from retort.corpus.sources import list_files, list_validation_files
 from retort.io.digests import digest, digest_file, digest_file_states
@@ -36,7 +36,6 @@ from retort.io.files import is_path, require_no_file_at, suggest_path
 from retort.io.fingerprints import (
     TeacherRecord,
     describe_model_file,
-    fingerprint_checkpoint,
     fingerprint_tokenizer,
     fingerprint_weights,
 )
@@ -52,6 +51,7 @@ REVISIONS = {
     "tokens": 4,
     "logits": 5,
     "validation": 3,
+    "pruned": 1,
     "run": 3,
     "evaluation": 4,
     "benchmark": 2,
@@ -108,6 +108,7 @@ def _build_project(configs: Mapping[str, Config]) -> Project:
         tokens={r.tokens.id: r.tokens for r in everything},
         logits={r.logits.id: r.logits for r in everything if r.logits},
         validations={r.validation.id: r.validation for r in everything if r.validation},
+        pruned={r.pruned.id: r.pruned for r in everything if r.pruned},
         teacher_tasks=teacher_tasks,
     )
 
@@ -185,10 +186,12 @@ def _build_run(name: str, config: Config) -> Run:
     )
     validation = _build_validation(config, tokens, teacher) if teacher else None
     supervision = logits.id if logits else teacher.id if teacher and needs_teacher else None
-    student = starting_point(config)
-    run_id = digest(
-        ["run", REVISIONS["run"], tokens.id, supervision, training_keys(training), student]
+    student, pruned = (
+        starting_point(config),
+        build_pruned(config, teacher, root=_cache_root(config), revision=REVISIONS["pruned"]),
     )
+    keys = ["run", REVISIONS["run"], tokens.id, supervision, training_keys(training), student]
+    run_id = digest([*keys, pruned.id] if pruned else keys)
     evaluation_id = digest(
         [
             "evaluation",
@@ -209,6 +212,7 @@ def _build_run(name: str, config: Config) -> Run:
         teacher=teacher,
         logits=logits,
         validation=validation,
+        pruned=pruned,
         tasks=build_tasks(config, folder, revision=REVISIONS["benchmark"]),
     )
 
@@ -337,47 +341,6 @@ def training_keys(training: Training) -> dict[str, Any]:
     if training.distillation_type == "output":
         unused += ["temperature", "divergence", "use_cached_logits"]
     return {k: v for k, v in keys.items() if k not in unused}
-
-
-def starting_point(config: Config) -> Any:
-    """Return `student_content`, with the fingerprint of training.resume_from_checkpoint where there is one.
-
-    Raises ValueError as `student_content` does; of a checkpoint that is missing, this is its path.
-    """
-    content = student_content(config.student)
-    if config.training.resume_from_checkpoint is None:
-        return content
-    folder = Path(config.training.resume_from_checkpoint)
-    return [content, fingerprint_checkpoint(folder) if folder.is_dir() else str(folder)]
-
-
-def student_content(student: Student) -> Any:
-    """Return what a student is initialized from: the parsed JSON config, or the fingerprint of a checkpoint's weights.
-
-    Raises ValueError when it cannot be read or is not a transformers config.
-    """
-    if student.model_path is not None:
-        folder = Path(student.model_path)
-        on_hub = [student.model_path, student.revision] if student.revision else student.model_path
-        return fingerprint_weights(folder) if folder.is_dir() else on_hub
-    path = Path(str(student.config))
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise ValueError(
-            f"student.config {str(path)!r} does not exist (looked in {Path.cwd()}).{suggest_path(path)} Give the path "
-            "of a transformers config as JSON; config/students/ holds some to start from."
-        ) from None
-    except ValueError as error:
-        raise ValueError(
-            f"student.config {str(path)!r} is not JSON: {error}. Fix the file."
-        ) from None
-    if not isinstance(content, dict) or "model_type" not in content:
-        raise ValueError(
-            f"student.config {str(path)!r} has no 'model_type': expected a transformers config such as "
-            '{"model_type": "llama", "hidden_size": 512, ...}; config/students/ holds some to start from.'
-        )
-    return content
 
 
 def _cache_root(config: Config) -> Path:

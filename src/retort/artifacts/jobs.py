@@ -9,7 +9,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from retort.artifacts.project import Corpus, Logits, Project, Run, TeacherModel, Tokens, Validation
+from retort.artifacts.project import (
+    Corpus,
+    Logits,
+    Project,
+    Pruned,
+    Run,
+    TeacherModel,
+    Tokens,
+    Validation,
+)
 from retort.artifacts.responses import Responses
 from retort.artifacts.tasks import EvaluationTask
 from retort.config.handoff import SECTIONS, Job
@@ -17,8 +26,9 @@ from retort.config.sections import Config, Teacher
 from retort.io.digests import digest
 from retort.io.files import write_atomically
 
-Artifact = Responses | Corpus | TeacherModel | Tokens | Logits | Validation | Run | EvaluationTask
-
+Artifact = (
+    Responses | Corpus | TeacherModel | Tokens | Logits | Validation | Pruned | Run | EvaluationTask
+)
 
 _MAX_ARGUMENT_BYTES = 60_000  # Linux takes 131,072 in one argument
 
@@ -70,6 +80,7 @@ _IDS = (
     "tokens",
     "logits",
     "validation",
+    "pruned",
     "run",
     "task",
     "benchmark",
@@ -103,6 +114,8 @@ def _find_sections(kind: str, artifact: Artifact) -> tuple[Config, dict[str, str
         case Validation():
             config = _resolve(artifact.config, artifact.teacher)
             return _with(config, evaluation=config.evaluation.of_teacher()), {}
+        case Pruned():
+            return _describe_pruned(artifact)
         case EvaluationTask():
             return _with(artifact.config, evaluation=artifact.settings), {}
         case Run():
@@ -134,6 +147,16 @@ def _describe_synthesis(responses: Responses) -> Config:
     config = responses.config
     teacher = {} if responses.is_online else {"teacher": config.teacher}
     return _fill(synthesis=config.synthesis, evaluation=config.evaluation.of_problems(), **teacher)
+
+
+def _describe_pruned(pruned: Pruned) -> tuple[Config, dict[str, str | None]]:
+    """The teacher is reduced to where it is: runs with other settings of it share what is pruned."""
+    teacher = Teacher()
+    if pruned.teacher:
+        teacher = Teacher(
+            model_path=pruned.teacher.model_path, revision=pruned.teacher.section.revision
+        )
+    return _fill(student=pruned.student, teacher=teacher), {"student": pruned.content}
 
 
 def _describe_tokens(tokens: Tokens) -> tuple[Config, dict[str, str | None]]:

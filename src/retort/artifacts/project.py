@@ -8,7 +8,7 @@ from typing import Any
 
 from retort.artifacts.responses import Responses
 from retort.artifacts.tasks import EvaluationTask, task_path
-from retort.config.sections import Config, Dataset, Teacher
+from retort.config.sections import Config, Dataset, Student, Teacher
 from retort.corpus.reading import count_readers, snapshot_record_path
 from retort.corpus.sources import is_hub
 
@@ -96,6 +96,22 @@ class Validation:
 
 
 @dataclass(frozen=True)
+class Pruned:
+    """The part of a model that students start from; `teacher`: that it is a part of, None for student.model_path."""
+
+    id: str
+    folder: Path
+    student: Student
+    teacher: TeacherModel | None
+    content: str  # digest of `student_content` when the id was computed
+
+    @property
+    def record(self) -> Path:
+        """The output of `prune_teacher`."""
+        return self.folder / "pruned.json"
+
+
+@dataclass(frozen=True)
 class Run:
     """One trained student, its evaluation and its evaluation tasks."""
 
@@ -109,6 +125,7 @@ class Run:
     teacher: TeacherModel | None
     logits: Logits | None
     validation: Validation | None
+    pruned: Pruned | None
     tasks: tuple[EvaluationTask, ...]
 
     @property
@@ -137,6 +154,7 @@ class Project:
     tokens: dict[str, Tokens] = field(default_factory=dict)
     logits: dict[str, Logits] = field(default_factory=dict)
     validations: dict[str, Validation] = field(default_factory=dict)
+    pruned: dict[str, Pruned] = field(default_factory=dict)
     teacher_tasks: dict[Path, EvaluationTask] = field(default_factory=dict)  # by their path
 
     @cached_property
@@ -187,6 +205,7 @@ _FIELDS = {
     "run": "runs",
     "validation": "validations",
     "logits": "logits",
+    "pruned": "pruned",
     "teacher": "teachers",
     "corpus": "corpora",
     "synthesis": "syntheses",

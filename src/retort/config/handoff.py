@@ -37,6 +37,7 @@ SECTIONS = {
     "tokens": ("dataset", "teacher"),
     "logits": ("teacher", "cache", "merge"),
     "validation": ("teacher", "evaluation"),
+    "pruned": ("student", "teacher"),
     "run": ("dataset", "teacher", "student", "training", "tracking"),
     "evaluation": ("evaluation", "teacher", "training"),
     "task": ("evaluation", "teacher", "training"),

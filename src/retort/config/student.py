@@ -1,16 +1,35 @@
 """The section `student`: the model to train."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
 
 from retort.config.schema import Found, show
-from retort.config.section import Section, Text, setting
+from retort.config.section import Count, NonEmptyUnique, NonNegative, Section, Text, setting
 
 if TYPE_CHECKING:
     from retort.config.sections import Config
 
 
+class FromTeacher(Section):
+    """The student starts as a part of the teacher, or of the model of student.model_path where that is set: pruned
+    once, before training. A size that is null stays as it is there."""
+
+    layers: Count | None = None
+    """Number of layers to keep, spread evenly from the first to the last. To choose them yourself set layer_indices."""
+    layer_indices: NonEmptyUnique[NonNegative] | None = None
+    """The layers to keep, in ascending order from 0, instead of their number."""
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """What is asked for, by key; empty if the student does not start as a part of another model."""
+        known = {key: getattr(self, key) for key in type(self).model_fields}
+        return {key: value for key, value in known.items() if value is not None}
+
+
 class Student(Section):
-    """The model to train. Set exactly one of config and model_path."""
+    """The model to train. Set one of config, model_path and from_teacher; with model_path, from_teacher prunes that
+    model."""
 
     config: Text | None = setting(None, is_path=True)
     """Path of a transformers config as JSON; the student starts from random weights. If it has no vocab_size, the
@@ -23,15 +42,30 @@ class Student(Section):
     grow_embedding: bool = setting(False, changes_id=False)
     """Where the model of model_path has fewer ids than the tokenizer, add rows to its embedding and output layer, drawn
     around the mean of the others; without it such a student is refused."""
+    from_teacher: FromTeacher = Field(default_factory=FromTeacher)
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether the student starts as a part of another model."""
+        return bool(self.from_teacher.sizes)
+
+    @property
+    def start(self) -> str:
+        """What the student starts from, in words: a path, or what is kept of a model."""
+        if not self.is_pruned:
+            return str(self.config or self.model_path)
+        sizes = (f"{key} {show(value)}" for key, value in self.from_teacher.sizes.items())
+        return f"{', '.join(sizes)} of {self.model_path or 'the teacher'}"
 
 
 def check_student(c: "Config") -> Found:
     config, weights = c.student.config, c.student.model_path
-    if config is None and weights is None:
+    if config is None and weights is None and not c.student.is_pruned:
         yield (
             "student.config and student.model_path are both null, so there is no student. Set "
-            "student.config to a transformers config as JSON (config/students/ holds some), or "
-            "student.model_path to a model to start from."
+            "student.config to a transformers config as JSON (config/students/ holds some), "
+            "student.model_path to a model to start from, or student.from_teacher.layers to start with some of the "
+            "teacher's layers."
         )
     if config is not None and weights is not None:
         yield (
@@ -42,4 +76,36 @@ def check_student(c: "Config") -> Found:
         yield (
             "student.grow_embedding is true, but applies to a model of student.model_path, which is null. Leave "
             "vocab_size out of the JSON of student.config: it is filled in."
+        )
+
+
+def check_from_teacher(c: "Config") -> Found:
+    student, part = c.student, c.student.from_teacher
+    if not student.is_pruned:
+        return
+    if student.config is not None:
+        yield (
+            f"student.from_teacher is set ({student.start}), and student.config is {show(student.config)}, but a "
+            "student has either weights of the teacher or random ones of a config. Set student.config: null, or leave "
+            "student.from_teacher out."
+        )
+    if part.layers is not None and part.layer_indices is not None:
+        yield (
+            f"student.from_teacher.layers is {part.layers} and student.from_teacher.layer_indices is "
+            f"{show(list(part.layer_indices))}. Set one of the two: a number of layers, or the layers."
+        )
+    if part.layer_indices is not None and list(part.layer_indices) != sorted(part.layer_indices):
+        yield (
+            f"student.from_teacher.layer_indices is {show(list(part.layer_indices))}, but layers keep their order. "
+            f"Write {show(sorted(part.layer_indices))}."
+        )
+    if student.model_path is None and c.teacher.model_path is None:
+        yield (
+            f"student.from_teacher is set ({student.start}), but teacher.model_path is null. Set teacher.model_path, "
+            "or student.model_path to the model to prune."
+        )
+    if student.model_path is None and c.teacher.trust_remote_code:
+        yield (
+            f"student.from_teacher is set ({student.start}), but teacher.trust_remote_code is true: code that comes "
+            "with a model is not pruned. Use a teacher that transformers has the code of, or student.config."
         )

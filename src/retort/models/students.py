@@ -20,14 +20,19 @@ logger = logging.getLogger(__name__)
 _WIDE = 1.05  # layers are rounded up to multiples of 64 to 1,024, seldom by more than a twentieth
 
 
-def student_config(section: Student, *, vocabulary: int, tokenizer: Any) -> PretrainedConfig:
+def student_config(
+    section: Student, *, vocabulary: int, tokenizer: Any, pruned: PretrainedConfig | None = None
+) -> PretrainedConfig:
     """Return the student's transformers config, in which `vocabulary` and special ids fill in what is absent.
 
-    Raises ValueError when transformers refuses the config, when it asks for what is not trained, or when it has fewer
+    `pruned`: the config of a part of another model, which is not pruned yet (`pruning.shapes`). Raises ValueError when
+    transformers refuses the config, when it asks for what is not trained, or when it has fewer
     ids than the tokenizer and does not grow. It may have fewer than the teacher: the teacher's ids beyond the
     tokenizer's are padding, of probability zero.
     """
-    if section.model_path is not None:
+    if pruned is not None:
+        config = pruned
+    elif section.model_path is not None:
         config = load_model_config(section.model_path, revision=section.revision)
     else:
         path = Path(str(section.config))
@@ -50,11 +55,11 @@ def student_config(section: Student, *, vocabulary: int, tokenizer: Any) -> Pret
             return config
         advice = (
             "Use a student of the same tokenizer, or set student.grow_embedding: true to add rows to its embedding."
-            if section.model_path is not None
+            if section.config is None
             else f"Set vocab_size: {needed} or more, or leave it out of the JSON to have it filled in."
         )
         raise ValueError(
-            f"the student's vocab_size is {size} ({section.config or section.model_path}), smaller than the {needed} "
+            f"the student's vocab_size is {size} ({section.start}), smaller than the {needed} "
             f"ids of the tokenizer, all of which it must predict. {advice}"
         )
     return config
@@ -66,7 +71,7 @@ def _refuse_untrained(config: PretrainedConfig, section: Student) -> None:
     if find_quantization(config):
         advice = (
             "remove the key from the JSON, which was copied from a quantized model"
-            if section.model_path is None
+            if section.config is not None
             else "use the model with unquantized weights"
         )
         raise ValueError(
@@ -102,7 +107,7 @@ def describe_ids(section: Student, config: PretrainedConfig, *, vocabulary: int)
 
 def name_student(section: Student) -> str:
     """Return the student's name in messages."""
-    return f"the student ({section.config or section.model_path})"
+    return f"the student ({section.start})"
 
 
 def build_student(

@@ -30,7 +30,7 @@ def find_costly_defaults(config: Config, *, vocabulary: int, num_parameters: int
             f"cache.temperatures: [{TEMPERATURE}] is enough"
         )
     rate = choose_learning_rate(num_parameters, is_pretrained=False)
-    if config.student.model_path is None and "learning_rate" not in training.model_fields_set:
+    if config.student.config is not None and "learning_rate" not in training.model_fields_set:
         notes.append(
             f"training.learning_rate is left at its default, {training.learning_rate:g}, which suits a pretrained "
             f"student; for random weights of this size try {rate:g} (56k parameters, 200 steps: 5.86 nats at 1e-4, "

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from retort.config.handoff import Job
 from retort.config.sections import Dataset, Student, Tracking, Training
@@ -186,6 +186,12 @@ def _model_config(size: DemoTeacher, dataset: Dataset) -> dict[str, Any]:
         "max_position_embeddings": dataset.max_length,
         "tie_word_embeddings": True,
     }
+
+
+def demo_config(dataset: Dataset) -> PretrainedConfig:
+    """Return the config that the demo's teacher will have."""
+    content = _model_config(DEMO_TEACHER, dataset) | {"vocab_size": DEMO_TEACHER.vocabulary}
+    return AutoConfig.for_model(content.pop("model_type"), **content)
 
 
 def _training(size: DemoTeacher) -> Training:

@@ -40,6 +40,7 @@ from retort.models.students import describe_ids, name_student, student_config
 from retort.pipeline.costly_defaults import find_costly_defaults
 from retort.pipeline.demo_teacher import DEMO_TEACHER, DemoTokenizer
 from retort.pipeline.packages import find_missing_for_training, find_missing_packages
+from retort.pipeline.pruned_student import shape_student
 from retort.synthesis.run import check_synthesis_inputs
 from retort.tokens.characters import find_lost_characters
 from retort.tokens.tokenize import TokenCounts, require_template, tokenize_documents
@@ -339,7 +340,11 @@ def _check_student(config: Config, tokenizer: Any, width: int, mistakes: _Mistak
     What is missing to train it is added to `mistakes`.
     """
     training, name = config.training, name_student(config.student)
-    model = student_config(config.student, vocabulary=width, tokenizer=tokenizer)
+    pruned = None
+    if config.student.is_pruned:
+        pruned, wrong = shape_student(config)
+        mistakes.found |= dict.fromkeys(wrong)
+    model = student_config(config.student, vocabulary=width, tokenizer=tokenizer, pruned=pruned)
     refuse_short_context(
         model,
         config.dataset.max_length,
@@ -364,11 +369,11 @@ def _check_students_tokenizer(config: Config, tokenizer: Any) -> list[str]:
 
     Raises ValueError when their ids differ.
     """
-    path = config.student.model_path
+    path, revision = config.student.model_path, config.student.revision
+    if config.student.is_pruned and path is None and config.dataset.tokenizer is not None:
+        path, revision = config.teacher.model_path, config.teacher.revision
     if path is None or isinstance(tokenizer, DemoTokenizer):  # which does not exist yet
         return []
     source = str(config.dataset.tokenizer or config.teacher.model_path)
-    note = require_student_ids(
-        tokenizer, source=source, student=path, revision=config.student.revision
-    )
+    note = require_student_ids(tokenizer, source=source, student=path, revision=revision)
     return [note] if note else []

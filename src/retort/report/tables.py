@@ -17,6 +17,7 @@ from retort.evaluation.formatting import format_number, format_signed, name_metr
 from retort.evaluation.scores import MAX_PERPLEXITY, METRICS
 from retort.report.comparisons import Comparisons, find_best, is_gain, read_config
 from retort.report.runs import ENDS, find_teachers, get_estimate
+from retort.report.starts import list_starts
 from retort.report.templates import write_kl
 
 NO_BASELINE = "no match"
@@ -253,7 +254,7 @@ def describe_settings(found: Comparisons) -> tuple[dict[str, str], Table]:
             row |= {k: getattr(made, k) for k in of_code} | made.versions | read_config(metrics)
         rows.append({k if "." in k else k.replace("_", " "): v for k, v in row.items()})
     facts = found.runs[counts].map("{:,}".format).rename(columns=lambda key: key.replace("_", " "))
-    facts = facts.join(pd.DataFrame(rows, index=facts.index, dtype=object))
+    facts = facts.join(pd.DataFrame(rows, index=facts.index, dtype=object)).join(list_starts(found))
     facts = found.learning.join(facts[facts.columns.difference(found.learning.columns, sort=False)])
     # A key that some runs do not use differs if it does between those that use it.
     used = facts.mask(facts.isna() | (facts == "-")).map(str, na_action="ignore")

@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from retort.artifacts.build import REVISIONS, starting_point, training_keys
+from retort.artifacts.build import REVISIONS, training_keys
+from retort.artifacts.starts import starting_point
 from retort.cache.local_copy import copy_cache
 from retort.cache.reader import CACHE_FILE, LogitCache
 from retort.cluster.ranks import rank
@@ -25,6 +26,7 @@ from retort.models.load import (
     refuse_short_context,
 )
 from retort.models.students import name_student, student_config
+from retort.pruning.record import choose_start
 from retort.teacher.records import CacheRun
 from retort.tokens.index import TokenIndex
 from retort.tokens.sequences import SequenceTable
@@ -40,11 +42,19 @@ logger = logging.getLogger(__name__)
 Signal = LogitCache | TeacherRecord
 
 
-def train_run(out: Path, job: Job, *, index_path: Path, signal_path: Path | None) -> None:
+def train_run(
+    out: Path,
+    job: Job,
+    *,
+    index_path: Path,
+    signal_path: Path | None,
+    start_path: Path | None = None,
+) -> None:
     """Train one student on the tokens, a cache or a live teacher, and write `out` (training.json) and its folder.
 
     `signal_path`: what it learns from: manifest.json or teacher_logits.h5 of a cache, or fingerprint.json of a teacher,
-    which is run live unless alpha is 1. `job`: of a run; it may expect the student's digest when `out` was named.
+    which is run live unless alpha is 1. `start_path`: pruned.json of what it starts from, if that is a part of a model.
+    `job`: of a run; it may expect the student's digest when `out` was named.
 
     Raises ValueError when a teacher is needed and none is given, when the cache is of other tokens, when the student's
     files changed, when teacher, student and text use different ids or sequences are too long for them, and where
@@ -54,14 +64,21 @@ def train_run(out: Path, job: Job, *, index_path: Path, signal_path: Path | None
     with ExitStack() as stack:
         if isinstance(signal, LogitCache) and training.cache_copy and training.alpha != 1.0:
             signal = stack.enter_context(copy_cache(signal, training.cache_copy))
-        _train(out, job, signal, index_path=index_path, signal_path=signal_path)
+        student = choose_start(job.config.student, start_path)
+        _train(out, job, signal, student, index_path=index_path, signal_path=signal_path)
 
 
 def _train(
-    out: Path, job: Job, signal: Signal | None, *, index_path: Path, signal_path: Path | None
+    out: Path,
+    job: Job,
+    signal: Signal | None,
+    student: Student,
+    *,
+    index_path: Path,
+    signal_path: Path | None,
 ) -> None:
-    """Do what `train_run` says, with `signal` opened."""
-    student, training = _pin_student(job.config.student, out.parent), job.config.training
+    """Do what `train_run` says, with `signal` opened and `student` as it is loaded."""
+    student, training = _pin_student(student, out.parent), job.config.training
     needs_teacher = training.alpha != 1.0
     if needs_teacher and signal is None:
         raise ValueError(
@@ -86,9 +103,13 @@ def _train(
     if needs_teacher and signal_path and isinstance(signal, TeacherRecord):
         teacher = _load_live_teacher(job, signal_path, tokenizer=tokenizer, longest=index.longest)
     content = starting_point(job.config.model_copy(update={"student": student}))
-    about = _describe_teacher(job, signal_path, teacher) if needs_teacher and signal_path else None
+    about: dict[str, Any] = {}
+    if needs_teacher and signal_path:
+        about["teacher"] = _describe_teacher(job, signal_path, teacher)
     facts = _describe_sources(index, signal if needs_teacher else None)
     names = {"teacher": str(job.config.teacher.model_path)} if needs_teacher else {}
+    if job.config.student.is_pruned:
+        names["start"] = job.config.student.start
     max_length = job.config.dataset.max_length
     rows = [max_length] if training.packing else []
     work = TrainingJob(
@@ -108,7 +129,9 @@ def _train(
     summary = train_student(out.parent, work)
     _require_same_start(job)
     if rank() == 0:
-        _write_records(out, work, summary, signal=signal, student=digest(content), teacher=about)
+        written = job.config.student if job.config.student.is_pruned else student
+        sections = {"student": written, "training": training, **about}
+        _write_records(out, work, summary, signal=signal, student=digest(content), made=sections)
         logger.info(f"train {work.name}  {summary.steps} steps in {summary.seconds:.0f} s")
 
 
@@ -177,22 +200,21 @@ def _write_records(
     *,
     signal: Signal | None,
     student: str,
-    teacher: dict[str, JsonValue] | None,
+    made: dict[str, Any],
 ) -> None:
     """Write run.json, then training.json, whose existence means that the run is finished.
 
-    `teacher`: its settings, None for a run without one; `student`: its digest.
+    `made`: the sections that it was made with, of the teacher only where there is one; `student`: its digest.
     """
     training = work.training
-    made = describe_run(
-        section={"student": work.student, "training": training}
-        | ({"teacher": teacher} if teacher else {}),
+    record = describe_run(
+        section=made,
         seed=training.seed,
         dtype=summary.dtype,
         device=summary.device,
         seconds=summary.seconds,
     )
-    made.write(out.with_name("run.json"))
+    record.write(out.with_name("run.json"))
     TrainingRecord(
         run=work.name,
         id=out.parent.name,
@@ -227,7 +249,7 @@ def _require_same_start(job: Job) -> None:
     """Raise ValueError when what the student starts from is not what the run's id was made from."""
     if job.expected.get("student") not in (None, digest(starting_point(job.config))):
         student, start = job.config.student, job.config.training.resume_from_checkpoint
-        files = f"{student.config or student.model_path}{f' or {start}' if start else ''}"
+        files = f"{student.start}{f' or {start}' if start else ''}"
         raise ValueError(
             f"{files} changed since the command began, and the run's id was made from the old content. Rerun the same "
             "command: it trains the new student, as another run."

@@ -592,3 +592,38 @@ def test_report_and_check_ids_cover_all_runs(build: Build) -> None:
     assert one.report_id != other.report_id
     assert one.check_id != other.check_id
     assert build(runs=RUNS).report_id == one.report_id
+
+
+def test_runs_that_start_from_the_same_part_share_it(build: Build, raw: dict[str, Any]) -> None:
+    """Whatever the teacher's dtype; the part is that of the teacher, or of student.model_path."""
+    raw["student"] = {"from_teacher": {"layers": 1}}
+    path = {"model_path": raw["teacher"]["model_path"]}
+    runs = {
+        "one": {},
+        "exact": {"teacher": {"dtype": "float32"}, "training": {"seed": 1}},
+        "other": {"student": {"from_teacher": {"layers": 2}}},
+        "path": {"student": path},
+    }
+    project = build(runs=runs)
+    found = [run.pruned.id for run in project.runs.values() if run.pruned]
+    assert len(project.pruned) == 3 and found[0] == found[1]
+    assert len({run.id for run in project.runs.values()}) == 4
+    again = build(runs={"one": {"teacher": {"generation": {"force_regenerate": 1}}}})
+    assert again.runs["one"].pruned and again.runs["one"].pruned.id not in found
+
+
+def test_another_model_to_prune_counts_by_its_weights(
+    build: Build, raw: dict[str, Any], tmp_path: Path
+) -> None:
+    shutil.copytree(raw["teacher"]["model_path"], tmp_path / "other")
+    raw["student"] = {
+        "model_path": str(tmp_path / "other"),
+        "from_teacher": {"layers": 1},
+    }
+    (before,) = build().pruned
+    shutil.move(tmp_path / "other", tmp_path / "moved")
+    raw["student"]["model_path"] = str(tmp_path / "moved")
+    assert [*build().pruned] == [before]
+    config = tmp_path / "moved" / "config.json"
+    config.write_text(config.read_text() + "\n")
+    assert [*build().pruned] != [before]

@@ -175,7 +175,26 @@ def test_a_rule_and_its_script_name_the_same_kind() -> None:
     texts = "".join(p.read_text() for p in (REPOSITORY / "workflow" / "rules").glob("*.smk"))
     kinds = {"compare": "comparison"}
     kinds |= re.findall(r'\*\*command\("(\w+)", "(\w+)"\)', texts)
-    assert len(kinds) == 14
+    assert len(kinds) == 15
     for script, kind in kinds.items():
         text = (REPOSITORY / "workflow" / "scripts" / f"{script}.py").read_text()
         assert re.search(rf'job_parser\(\s*__doc__,\s*"{kind}"', text), script
+
+
+def test_a_part_gets_its_model_and_what_to_keep(folder: Path) -> None:
+    student: dict[str, Any] = {"config": None, "from_teacher": {"layers": 1}}
+    teacher = {"dtype": "float32", "generation": {"num_workers": 3}}
+    project = build(student=student, teacher=teacher)
+    (pruned,) = project.pruned.values()
+    found = read(project, "pruned", pruned=pruned.id)
+    assert found["config"] == {
+        "teacher": {"model_path": "teacher"},
+        "student": {"from_teacher": {"layers": 1}},
+    }
+    assert found["expected"] == {"student": pruned.content}
+    student |= {"model_path": "teacher"}
+    (other,) = build(student=student).pruned.values()
+    found = read(build(student=student), "pruned", pruned=other.id)
+    assert found["config"] == {
+        "student": {"model_path": "teacher", "from_teacher": {"layers": 1}},
+    }

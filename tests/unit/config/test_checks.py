@@ -174,6 +174,42 @@ MIX: list[dict[str, Any]] = [
             "Set student.config to a transformers config",
         ),
         (
+            {"student": {"from_teacher": {"layers": 4}}},
+            "student.from_teacher is set (layers 4 of the teacher), and student.config is",
+            "Set student.config: null",
+        ),
+        (
+            {
+                "student": {
+                    "config": None,
+                    "from_teacher": {"layers": 2, "layer_indices": [0, 3]},
+                }
+            },
+            "student.from_teacher.layers is 2 and student.from_teacher.layer_indices is [0, 3]",
+            "Set one of the two",
+        ),
+        (
+            {"student": {"config": None, "from_teacher": {"layer_indices": [3, 0]}}},
+            "student.from_teacher.layer_indices is [3, 0]",
+            "Write [0, 3]",
+        ),
+        (
+            merge(
+                {"student": {"config": None, "from_teacher": {"layers": 2}}},
+                merge(OUTPUT, {"teacher": {"model_path": None}, "dataset": {"tokenizer": "gpt2"}}),
+            ),
+            "student.from_teacher is set (layers 2 of the teacher), but teacher.model_path is null",
+            "student.model_path to the model to prune",
+        ),
+        (
+            {
+                "student": {"config": None, "from_teacher": {"layers": 2}},
+                "teacher": {"trust_remote_code": True},
+            },
+            "student.from_teacher is set (layers 2 of the teacher), but teacher.trust_remote_code",
+            "Use a teacher that transformers has the code of",
+        ),
+        (
             {"student": {"model_path": "gpt2"}},
             "student.model_path is 'gpt2'",
             "Set one of the two to null",

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaModel, T5Config
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaModel,
+    T5Config,
+)
 
 from retort.io.files import read_json
 from retort.models.load import record_teacher
@@ -340,6 +347,28 @@ def test_without_a_teacher_the_tokenizer_determines_the_students_vocabulary(
         f"vocab_size is {NUM_TOKENS - 1} ",
         student={"config": _student(setting, NUM_TOKENS - 1)},
         **sections,
+    )
+
+
+def test_the_shape_of_a_part_is_known_before_it_is_pruned(
+    setting: Setting, tmp_path: Path, tiny_teacher: Path
+) -> None:
+    half = {"config": None, "from_teacher": {"layers": 1}}
+    small = AutoModelForCausalLM.from_pretrained(tiny_teacher, num_hidden_layers=1)
+    (note,) = (note for note in setting.check(student=half) if "parameters" in note)
+    assert f"student of {small.num_parameters():,} parameters" in note
+    notes = setting.check(student=half, teacher={"model_path": "demo"})
+    size = 512 * 128 + (4 * 128 * 128 + 3 * 128 * 384 + 2 * 128) + 128  # ids, a layer, a norm
+    assert any(f"student of {size:,} parameters" in note for note in notes)
+    deep = {"config": None, "from_teacher": {"layers": 5}}
+    setting.refuse("the demo's teacher has 4", student=deep, teacher={"model_path": "demo"})
+    path = copy_teacher(tmp_path / "quantized", tiny_teacher, quantization_config={"bits": 4})
+    setting.refuse("unquantized weights", student=half | {"model_path": str(path)})
+    other = swap_tokens(tmp_path / "swapped", tiny_teacher)
+    setting.refuse("give different ids", student=half | {"model_path": str(other)})
+    text = {"distillation_type": "output"}
+    setting.refuse(
+        "give different ids", student=half, dataset={"tokenizer": str(other)}, training=text
     )
 
 

@@ -21,6 +21,7 @@ from retort.report.tables import (
     Column,
     build_breakdowns,
     build_main_table,
+    describe_settings,
 )
 from support.reports import (
     compare,
@@ -183,3 +184,24 @@ def test_cells_are_sorted_by_their_numbers(tmp_path: Path) -> None:
     assert (shown["1.235M"], shown["1.23e+07"]) == ("1234567.0", "12300000.0")
     assert float(shown["-0.081"]) == pytest.approx(-0.081)
     assert (shown["-"], shown["hybrid"]) == ("", "hybrid")
+
+
+def test_where_students_started_is_said_where_one_is_part_of_a_model(tmp_path: Path) -> None:
+    sizes = {"layers": 4, "layer_indices": None}
+    sections: dict[str, Any] = {
+        "random": {"config": "a.json", "model_path": None, "from_teacher": dict.fromkeys(sizes)},
+        "part": {"config": None, "model_path": None, "from_teacher": sizes},
+        "weights": {"config": None, "model_path": "somebody/small"},
+    }
+    trained = {name: {"student": student} for name, student in sections.items()}
+    paths = {name: write_run(tmp_path, name, trained=trained[name]) for name in trained}
+    _shared, differing = describe_settings(compare([*paths.values()]))
+    assert differing.frame.start.to_dict() == {
+        "random": "random weights",
+        "part": "part of demo: layers 4",
+        "weights": "somebody/small",
+    }
+    shared, differing = describe_settings(compare([paths["part"]]))
+    assert shared["start"] == "part of demo: layers 4" and "start" not in differing.frame
+    shared, _differing = describe_settings(compare([paths["random"], paths["weights"]]))
+    assert "start" not in shared

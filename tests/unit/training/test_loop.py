@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from retort.artifacts.build import student_content
+from retort.artifacts.starts import student_content
 from retort.cache.entropy_codec import EntropyCodec
 from retort.cache.reader import LogitCache
 from retort.config.schema import flatten

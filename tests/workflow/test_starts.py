@@ -1,0 +1,69 @@
+"""Students that start as a part of a model: from a user's config to the report."""
+
+import shutil
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from retort.evaluation.records import Metrics
+from retort.pruning.record import PruningRecord
+from support.place import Place, sha256, tiny
+
+
+def part(**sizes: Any) -> dict[str, Any]:
+    return {"config": None, "from_teacher": sizes}
+
+
+def test_runs_share_the_part_of_the_teacher_that_they_start_from(fresh: Place) -> None:
+    whole = AutoModelForCausalLM.from_pretrained(fresh.path / "teacher").state_dict()
+    of_text = {"training": {"distillation_type": "output"}}
+    runs = {
+        "random": of_text,
+        "hard": of_text | {"student": part(layers=1)},
+        "soft": {"training": {"distillation_type": "logit"}, "student": part(layers=[1, 2])},
+        "given": of_text | {"student": part(layer_indices=[1]) | {"model_path": "teacher"}},
+    }
+    fresh.write_config(tiny(runs=runs, cache={"top_k": 8}, training={"max_steps": 2}))
+    fresh.snakemake()
+    records = {
+        path: PruningRecord.read(path) for path in fresh.results.glob("pruned/*/pruned.json")
+    }
+    kept = sorted((record.layers, record.part) for record in records.values())
+    assert kept == [((0,), {"layers": 1}), ((0, 1), {"layers": 2}), ((1,), {"layer_indices": [1]})]
+    for path, record in records.items():
+        small = AutoModelForCausalLM.from_pretrained(path.parent / "model")
+        assert len(AutoTokenizer.from_pretrained(path.parent / "model")) == 300
+        for name, weight in small.state_dict().items():
+            first = record.layers[0]
+            assert torch.equal(weight, whole[name.replace("layers.0", f"layers.{first}")]), name
+    # The report says where each began, and so does its card.
+    (page,) = fresh.results.glob("reports/*/report.html")
+    text = page.read_text()
+    for words in ("part of teacher: layers 1", "part of teacher: layers 2", "random weights"):
+        assert words in text
+    assert "part of teacher: layer_indices [1]" in text
+    (card,) = fresh.results.glob("runs/hard/*/final/README.md")
+    assert "| start | `layers 1 of the teacher` |" in card.read_text()
+    found = {
+        path.parts[-5]: Metrics.read(path).training
+        for path in fresh.results.glob("runs/*/*/evaluation/*/metrics.json")
+    }
+    assert found.keys() == {"random", "hard", "soft-layers_1", "soft-layers_2", "given"}
+    assert found["hard"].student == found["soft-layers_1"].student != found["given"].student
+    assert fresh.plan() == {}
+    # Made again, it is the same byte for byte.
+    before = {path: sha256(path.parent / "model" / "model.safetensors") for path in records}
+    shutil.rmtree(fresh.results / "pruned")
+    fresh.snakemake(*(str(path.relative_to(fresh.path)) for path in records))
+    assert before == {path: sha256(path.parent / "model" / "model.safetensors") for path in records}
+
+
+def test_mistakes_in_what_is_kept_are_told_before_the_first_job(fresh: Place) -> None:
+    runs = {"deep": {"student": part(layers=3)}, "beyond": {"student": part(layer_indices=[2])}}
+    fresh.write_config(tiny(runs=runs))
+    said = fresh.try_snakemake()
+    assert said.returncode != 0
+    assert "student.from_teacher.layers is 3, but the model 'teacher' has 2 layers" in said.output
+    assert "student.from_teacher.layer_indices has 2, but the layers" in said.output
+    assert not (fresh.results / "tokens").exists()
