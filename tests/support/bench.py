@@ -19,12 +19,14 @@ from retort.tokens.index import TokenIndex
 from retort.tokens.sequences import SequenceTable
 from retort.tokens.tokenizer import load_tokenizer
 from retort.training.curve import LOG_COLUMNS
+from retort.training.held_out import HeldOut, open_held_out
 from retort.training.job import TrainingJob
 from retort.training.loop import train_student
 from retort.training.record import TrainingSummary
 from support.sections import section
 from support.tiny import WIDTH, make_cache, record, tokenize
 
+SAMPLE = 9  # held-out sequences that are measured in a training
 GPT2_WITH_DROPOUT = {
     "model_type": "gpt2",
     "n_embd": 8,
@@ -73,9 +75,23 @@ class Bench:
             tracking=keys.pop("tracking", None),
             teacher=load_teacher(str(self.teacher_path), teacher_section) if live else None,
             facts=keys.pop("facts", None),
+            held_out=keys.pop("held_out", None),
             **keys,
         )
         return train_student(folder, job, progress_interval_s=interval_s)
+
+    def hold_out(self, features: Path | None, **training: Any) -> HeldOut:
+        """Return a sample of the held-out sequences, with the scores of `score_held_out` if there are any."""
+        keys: dict[str, Any] = {"eval_sequences": SAMPLE, "eval_steps": 3}
+        found = open_held_out(
+            self.index,
+            section("training", **(keys | training)),
+            section("evaluation"),
+            features_path=features,
+            weights=None,
+        )
+        assert found is not None
+        return found
 
     def job(
         self,
@@ -85,6 +101,7 @@ class Bench:
         teacher: CausalLM | None = None,
         tracking: dict[str, Any] | None = None,
         facts: dict[str, str] | None = None,
+        held_out: HeldOut | None = None,
         **keys: Any,
     ) -> TrainingJob:
         """Return a training of the tiny student; its identity is that of its keys."""
@@ -105,6 +122,7 @@ class Bench:
             teacher=teacher,
             facts=facts or {},
             max_length=96,  # twice the longest
+            held_out=held_out,
         )
 
 

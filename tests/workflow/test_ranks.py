@@ -25,7 +25,7 @@ INSTEAD = REPOSITORY / "tests" / "support" / "instead_of_train.py"
 STEPS = 26
 KEYS = (
     *("device=cpu", "batch_size=6", "gradient_accumulation_steps=2", f"max_steps={STEPS}"),
-    *("logging_steps=1", "save_steps=6"),
+    *("logging_steps=1", "save_steps=6", "eval_steps=12", "eval_sequences=7"),
 )
 
 
@@ -112,6 +112,9 @@ def test_two_ranks_train_the_student_of_one(student: Student) -> None:
     for mine, theirs in zip(student.curve("two"), student.curve("one"), strict=True):
         for name in ("step", "total_loss", "hard_loss", "soft_loss", "learning_rate"):
             assert float(mine[name]) == pytest.approx(float(theirs[name]), abs=1e-5)
+    losses = [[r["eval_loss"] for r in student.curve(n) if r["eval_loss"]] for n in ("one", "two")]
+    assert [len(found) for found in losses] == [3, 3]
+    assert list(map(float, losses[1])) == pytest.approx(list(map(float, losses[0])), abs=1e-6)
     moved = student.place.path / "one" / "checkpoint-18" / "model.safetensors"
     with pytest.raises(AssertionError):  # the steps between are no rounding
         assert_close(student.weights("one"), load_file(moved), atol=1e-4)
@@ -120,6 +123,10 @@ def test_two_ranks_train_the_student_of_one(student: Student) -> None:
 def test_fsdp_trains_it_too_and_goes_on_where_it_stopped(student: Student) -> None:
     student.train("fsdp", "strategy=fsdp", how="fsdp")
     assert_close(student.weights("fsdp"), student.weights("one"), atol=1e-6)
+    for mine, theirs in zip(student.curve("fsdp"), student.curve("one"), strict=True):
+        assert bool(mine["eval_loss"]) == bool(theirs["eval_loss"])
+        if mine["eval_loss"]:
+            assert float(mine["eval_loss"]) == pytest.approx(float(theirs["eval_loss"]), abs=1e-6)
     folder = student.place.path / "fsdp"
     whole = student.weights("fsdp")
     shutil.rmtree(folder / "final")

@@ -10,6 +10,7 @@ from retort.evaluation.records import Metrics, Scores
 from retort.models.samples import SamplesRecord
 from retort.tokens.index import IndexRecord
 from retort.training.record import TrainingRecord
+from support.bench import read_log
 from support.place import Once, Place, tiny
 
 
@@ -67,8 +68,10 @@ def train_more(place: Place) -> None:
         "lr_scheduler_type": "linear",
         "warmup_steps": 2,
     }
+    best = {"eval_steps": 5, "load_best_model_at_end": True, "metric_for_best_model": "eval_kl"}
     runs = {
         "both": {"training": {"distillation_type": "hybrid", "alpha": 0.5}},
+        "best": {"training": {"distillation_type": "logit", **best}},
         "cut": {"training": {"distillation_type": "hybrid", "alpha": 0.5, **several}},
         "ranks": {
             "training": {
@@ -134,14 +137,27 @@ def test_a_live_teacher_leaves_no_cache_behind(trained: Place) -> None:
 def test_a_student_that_starts_from_the_teacher_stays_near_it(trained: Place) -> None:
     _, training, metrics = find_run(trained, "continued")
     folder = find_run(trained, "continued")[0]
-    log = (folder / "training_log.csv").read_text().splitlines()
+    log = read_log(folder)
     indices = (IndexRecord.read(path) for path in trained.results.glob("tokens/*/index.json"))
     index = min(indices, key=lambda index: index.tokenizer.size)  # the foreign one's is larger
     assert training.summary.steps == -(-index.train.sequences // 8)  # half an epoch in fours
-    rates = [float(line.split(",")[5]) for line in log[1:]]
+    rates = [float(row["learning_rate"]) for row in log]
     assert rates[0] < max(rates) > rates[-1], "a warm-up and a decay"
     others = find_run(trained, "both")[2].student.metrics["kl_to_teacher"].value
     assert metrics.student.metrics["kl_to_teacher"].value < others / 2
+
+
+def test_the_best_of_the_measured_steps_is_the_student(trained: Place) -> None:
+    folder, training, metrics = find_run(trained, "best")
+    rows = [row for row in read_log(folder) if row["eval_kl"]]
+    assert [row["step"] for row in rows] == ["5", "10", "12"]
+    best = min(rows, key=lambda row: float(row["eval_kl"]))
+    assert training.summary.best_step == int(best["step"])
+    found = metrics.student.metrics["kl_to_teacher"].value
+    # Of a sample of 64 sequences, where there are no more it is the same number.
+    assert float(best["eval_kl"]) == pytest.approx(found, rel=0.1)
+    page = (trained.results / "report.html").read_text()
+    assert "held-out loss during training" in page
 
 
 def test_students_narrower_and_wider_than_their_teacher_are_trained_measured_and_reported(

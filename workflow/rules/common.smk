@@ -114,6 +114,16 @@ def get_features(wildcards):
     return [str(path) for path in PROJECT.find_features(find(wildcards))]
 
 
+def get_watched_features(wildcards):
+    """Return the teacher's held-out scores that a run is compared with while it is trained, if it is.
+
+    A student that exists is not trained again when other positions are to be evaluated.
+    """
+    run = find(wildcards)
+    is_trained = (run.folder / "training.json").exists()
+    return [str(run.watched_features)] if run.watched_features and not is_trained else []
+
+
 def get_signal(wildcards):
     """Return what a run learns from; [] without a teacher."""
     signal = find(wildcards).signal

@@ -24,6 +24,7 @@ rule train:
         index=ancient(get_index),
         signal=ancient(get_signal),
         start=ancient(get_start),
+        features=ancient(get_watched_features),
         check=check_unless(f"{RESULTS}/runs/{{run}}/{{id}}/training.json"),
     output:
         f"{RESULTS}/runs/{{run}}/{{id}}/training.json",
@@ -40,4 +41,5 @@ rule train:
         "Training the student {wildcards.run}"
     shell:
         "{params.srun} {params.script} --config {params.config:q} --index {input.index:q}"
-        " --signal {input.signal:q} --start {input.start:q} --output {output:q} >> {log:q} 2>&1"
+        " --signal {input.signal:q} --start {input.start:q} --features {input.features:q}"
+        " --output {output:q} >> {log:q} 2>&1"

@@ -32,6 +32,13 @@ def read_command_line() -> argparse.Namespace:
         nargs="?",
         help="what it starts from, where student.from_teacher is set: pruned.json",
     )
+    parser.add_argument(
+        "--features",
+        type=Path,
+        nargs="?",
+        help="teacher_validation.safetensors of its teacher, to log the KL from it on held-out text "
+        "(see training.eval_steps)",
+    )
     return parser.parse_args()
 
 
@@ -40,7 +47,12 @@ def train(args: argparse.Namespace, job: Job) -> None:
     from retort.training.run import train_run
 
     train_run(
-        args.output, job, index_path=args.index, signal_path=args.signal, start_path=args.start
+        args.output,
+        job,
+        index_path=args.index,
+        signal_path=args.signal,
+        start_path=args.start,
+        features_path=args.features,
     )
 
 

@@ -191,6 +191,7 @@ def _build_run(name: str, config: Config) -> Run:
         build_pruned(config, teacher, root=_cache_root(config), revision=REVISIONS["pruned"]),
     )
     keys = ["run", REVISIONS["run"], tokens.id, supervision, training_keys(training), student]
+    keys += list_selection(config)
     run_id = digest([*keys, pruned.id] if pruned else keys)
     evaluation_id = digest(
         [
@@ -340,7 +341,17 @@ def training_keys(training: Training) -> dict[str, Any]:
     unused = ["resume_from_checkpoint"]  # it counts by content, in `starting_point`
     if training.distillation_type == "output":
         unused += ["temperature", "divergence", "use_cached_logits"]
+    if training.load_best_model_at_end:  # then they decide which step's weights are kept
+        for key in ("eval_steps", "eval_sequences"):
+            keys[key] = getattr(training, key)
+    else:
+        unused.append("metric_for_best_model")
     return {k: v for k, v in keys.items() if k not in unused}
+
+
+def list_selection(config: Config) -> list[Any]:
+    """Return what else decides which step's weights a student has: the held-out positions, where the best are kept."""
+    return [config.evaluation.max_positions] if config.training.load_best_model_at_end else []
 
 
 def _cache_root(config: Config) -> Path:

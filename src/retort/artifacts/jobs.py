@@ -22,7 +22,7 @@ from retort.artifacts.project import (
 from retort.artifacts.responses import Responses
 from retort.artifacts.tasks import EvaluationTask
 from retort.config.handoff import SECTIONS, Job
-from retort.config.sections import Config, Teacher
+from retort.config.sections import Config, Evaluation, Teacher
 from retort.io.digests import digest
 from retort.io.files import write_atomically
 
@@ -122,7 +122,12 @@ def _find_sections(kind: str, artifact: Artifact) -> tuple[Config, dict[str, str
             config = _resolve(artifact.config, artifact.teacher)
             if kind == "evaluation":
                 return _with(config, evaluation=config.evaluation.of_student()), {}
-            config = _with(config, dataset=artifact.tokens.corpus.dataset)
+            is_watched = config.training.eval_steps is not None
+            config = _with(
+                config,
+                dataset=artifact.tokens.corpus.dataset,
+                evaluation=config.evaluation.of_training() if is_watched else Evaluation(),
+            )
             return config, {"student": artifact.student}
 
 

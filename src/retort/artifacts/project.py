@@ -134,6 +134,13 @@ class Run:
         return self.folder / "evaluation" / self.evaluation_id / "metrics.json"
 
     @property
+    def watched_features(self) -> Path | None:
+        """The teacher's held-out scores, if it learns from a teacher and is compared with it during the training."""
+        training = self.config.training
+        is_compared = training.eval_steps is not None and training.distillation_type != "output"
+        return self.validation.features if self.validation and is_compared else None
+
+    @property
     def signal(self) -> Path | None:
         """What it learns from: the manifest of the cache, or the record of its teacher; None without a teacher."""
         if self.logits:

@@ -100,6 +100,10 @@ class Evaluation(Section):
         """Return only what the evaluation of a student on held-out text depends on; all else at its default."""
         return self.of_teacher().model_copy(update={"batch_size": self.batch_size})
 
+    def of_training(self) -> "Evaluation":
+        """Return only what the measurements of a student in training depend on; all else at its default."""
+        return Evaluation(max_positions=self.max_positions, batch_size=self.batch_size)
+
     def of_problems(self) -> "Evaluation":
         """Return only what selects benchmarks and their problems; all else at its default."""
         benchmarks = BenchmarkSettings(

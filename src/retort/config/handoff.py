@@ -38,7 +38,7 @@ SECTIONS = {
     "logits": ("teacher", "cache", "merge"),
     "validation": ("teacher", "evaluation"),
     "pruned": ("student", "teacher"),
-    "run": ("dataset", "teacher", "student", "training", "tracking"),
+    "run": ("dataset", "teacher", "student", "training", "tracking", "evaluation"),
     "evaluation": ("evaluation", "teacher", "training"),
     "task": ("evaluation", "teacher", "training"),
     "comparison": ("dataset", "evaluation", "teacher"),

@@ -106,13 +106,25 @@ class Training(Section):
     """Data type of mixed precision."""
     logging_steps: Count = setting(10, changes_id=False)
     """Optimizer steps between two lines of the log."""
+    eval_steps: Count | Literal["auto"] | None = setting("auto", changes_id=False)
+    """Optimizer steps between two measurements of the held-out loss (and of the KL from the teacher, if it is learned
+    from) while the student is trained; the last step is measured too. auto measures ten times, or less often where that
+    would take more than 2 % of the time; null never."""
+    eval_sequences: Count = setting(64, changes_id=False)
+    """Held-out sequences of these measurements, evenly spaced; the same ones for all runs of a text."""
+    metric_for_best_model: Literal["eval_loss", "eval_kl"] | None = None
+    """The checkpoint of the evaluation that was lowest in this is kept beside the last ones. null means eval_loss with
+    load_best_model_at_end, and no such checkpoint without it."""
+    load_best_model_at_end: bool = False
+    """Make that checkpoint the finished student, instead of the last step's."""
     save_steps: Count = setting(1000, changes_id=False)
     """Optimizer steps between two checkpoints."""
     save_minutes: Positive | None = setting(10.0, changes_id=False)
     """A checkpoint is also saved when the last one is so many minutes old, or older where saving would take more than
     5 % of the time. null leaves it to save_steps."""
     save_total_limit: Annotated[int, Field(ge=2)] = setting(3, changes_id=False)
-    """Checkpoints kept, at least 2: a kill can leave the newest one incomplete, and then the one before is used."""
+    """Checkpoints kept beside the best one, at least 2: a kill can leave the newest one incomplete, and then the one
+    before is used."""
     resume_from_checkpoint: Text | None = setting(None, is_path=True)
     """Folder of a checkpoint of another run, whose weights, optimizer, schedule and step this one continues. What would
     contradict them is refused: another learning_rate, weight_decay, optim, beta or epsilon, lr_scheduler_type or its
@@ -134,6 +146,11 @@ class Training(Section):
     def global_batch(self) -> int:
         """Sequences, or packed rows, of an optimizer step."""
         return self.batch_size * self.gradient_accumulation_steps
+
+    @property
+    def best_metric(self) -> str | None:
+        """What the best checkpoint is chosen by; None if none is kept."""
+        return self.metric_for_best_model or ("eval_loss" if self.load_best_model_at_end else None)
 
 
 def check_alpha(c: "Config") -> Found:
@@ -158,6 +175,26 @@ def check_strategy(c: "Config") -> Found:
         yield (
             "training.strategy is 'fsdp' and training.device is 'cpu', but fsdp shards a student over GPUs. Use "
             "training.strategy: ddp, or another device."
+        )
+
+
+def check_best(c: "Config") -> Found:
+    """A best checkpoint needs evaluations at known steps, and what it is chosen by."""
+    training = c.training
+    if training.best_metric is None:
+        return
+    if not isinstance(training.eval_steps, int):
+        keys = "load_best_model_at_end", "metric_for_best_model"
+        key = next(key for key in keys if getattr(training, key))
+        yield (
+            f"training.{key} is {str(getattr(training, key)).lower()}, but training.eval_steps is "
+            f"{training.eval_steps or 'null'}: set it to the number of steps between two evaluations, of which "
+            "the best is kept."
+        )
+    if training.best_metric == "eval_kl" and training.distillation_type == "output":
+        yield (
+            "training.metric_for_best_model is eval_kl, but training.distillation_type is output, which learns from no "
+            "teacher to be compared with. Use training.metric_for_best_model: eval_loss."
         )
 
 

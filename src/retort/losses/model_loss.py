@@ -16,9 +16,11 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from retort.losses.fused_loss import compute_fused_loss, compute_loss_of_logits
+from retort.losses.held_out import HeldOutSums, HeldOutTargets
 from retort.losses.teacher_rows import TeacherRows
 from retort.losses.terms import LossSettings, LossTerms
 from retort.models.causal_lm import CausalLM, RowBounds, take_rows
+from retort.models.heads import Head
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class LossTargets:
 
 
 def attach_loss(split: CausalLM, settings: LossSettings, *, is_compiled: bool = False) -> None:
-    """Patch a student's `forward`: with the keyword `targets` (LossTargets), it returns LossTerms.
+    """Patch a student's `forward`: with the keyword `targets` it returns LossTerms, or HeldOutSums.
 
     With `bounds`, the row's sequences do not see each other. is_compiled: whether its backbone will be, with the
     embedding.
@@ -57,7 +59,7 @@ def attach_loss(split: CausalLM, settings: LossSettings, *, is_compiled: bool = 
 
     def forward(
         *args: Any,
-        targets: LossTargets | None = None,
+        targets: LossTargets | HeldOutTargets | None = None,
         bounds: RowBounds | None = None,
         **inputs: Any,
     ) -> Any:
@@ -78,6 +80,8 @@ def attach_loss(split: CausalLM, settings: LossSettings, *, is_compiled: bool = 
         logits_PV = take_rows(
             original(**inputs, **bound_inputs, use_cache=False).logits, targets.counted
         )
+        if isinstance(targets, HeldOutTargets):
+            return targets.measure(logits_PV, Head(weight=None))
         return compute_loss_of_logits(
             logits_PV,
             targets.find_labels(),
@@ -161,10 +165,15 @@ def _attach_to_head(split: CausalLM, settings: LossSettings, tied: _TiedWeightGr
     head = split.model.get_output_embeddings()
     original = head.forward
 
-    def forward(features: Tensor, targets: LossTargets | None = None) -> Tensor | LossTerms:
+    def forward(
+        features: Tensor, targets: LossTargets | HeldOutTargets | None = None
+    ) -> Tensor | LossTerms | HeldOutSums:
         if targets is None:
             logits: Tensor = original(features)
             return logits
+        if isinstance(targets, HeldOutTargets):
+            own = Head(head.weight, getattr(head, "bias", None), settings.scale, settings.softcap)
+            return targets.measure(features, own)
         terms: LossTerms = compute_fused_loss(
             features,
             head.weight,

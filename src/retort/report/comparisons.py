@@ -35,7 +35,10 @@ SEED, SIZE, HELD_OUT, TEXT = "training.seed", "student parameters", "held-out te
 UNKNOWN, STUDENT, WEIGHTS = "settings", "student content", "teacher weights"
 # The teacher of a run: `training.teacher`, and how its run.json says that it was loaded.
 _TEACHER = (WEIGHTS, "teacher.revision", "teacher.dtype", "teacher.attn_implementation")
-_LEARNING = ("distillation_type", "alpha", "temperature", "divergence", "use_cached_logits")
+_LEARNING = (
+    *("distillation_type", "alpha", "temperature", "divergence", "use_cached_logits"),
+    "metric_for_best_model",
+)
 # Settings that change a run's id but are no condition: the way of learning, what changes only the rounding, and what
 # sets the number of steps, which is compared itself.
 _NO_CONDITION = [

@@ -210,6 +210,27 @@ class Figures:
             panels["the second half of the steps"] = 0.5
         return [self._draw_curves(curves, f"learning curves, {n}", s) for n, s in panels.items()]
 
+    def draw_watched(self) -> list[str]:
+        """Return the held-out loss during the trainings over their steps, as SVG; empty where none was measured."""
+        return [self._draw_watched()] if self.found.results.watched else []
+
+    @svg.with_style
+    def _draw_watched(self) -> str:
+        axes = svg.make_axes(_WIDTH, 3.1)
+        curves = self.found.results.watched
+        lasts = {curve.step.iloc[-1] for curve in curves.values()}
+        for name, curve in curves.items():
+            last, style = curve.step.iloc[-1], self.styles[self.found.runs.setting[name]]
+            colour, marker, dashes = svg.find_style(style)
+            steps = curve.step * (1.0 if len(lasts) == 1 else 100 / last)
+            look: dict[str, Any] = {"linestyle": dashes, "linewidth": 1.4, "markersize": 4.5}
+            axes.plot(steps, curve.eval_loss, color=colour, marker=marker, **look)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.set_xlim(0, 1.02 * (max(lasts) if len(lasts) == 1 else 100))
+        x_label = "step" if len(lasts) == 1 else "share of the run's steps, %"
+        svg.finish_axes(axes, "held-out loss, nats/token", x_label)
+        return self._write(axes, "held-out loss during training")
+
     @svg.with_style
     def _draw_curves(self, curves: Mapping[str, pd.DataFrame], label: str, since: float) -> str:
         """Draw the logged and the smoothed curves from `since` (a share of a run's steps) on.

@@ -124,7 +124,8 @@ def render_page(found: Comparisons, shown: dict[str, Any]) -> str:
     of_page = {
         "groups": groups,
         "has_seeds": bool((found.settings.seeds > 1).any()),
-        "curves": figures.draw_curves(),
+        "curves": figures.draw_watched() + figures.draw_curves(),
+        "is_watched": bool(found.results.watched),
         "legend": figures.make_legend([s for s in styles if s in with_log]),
         "samples": build_samples(found.results.samples, dict(label_teachers(found.runs))),
         "without_samples": [n for n, known in found.results.samples.items() if not known],

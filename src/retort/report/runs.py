@@ -28,6 +28,7 @@ class Results:
     """All runs of a report: a row for each by name, their records, and what lies beside these, where it does.
 
     documents: sums over each held-out document. logs: `step` and `hard_loss`, the mean since the step before.
+    watched: `step` and `eval_loss`, measured in the training.
     """
 
     runs: pd.DataFrame
@@ -35,6 +36,7 @@ class Results:
     documents: dict[str, pd.DataFrame]
     logs: dict[str, pd.DataFrame]
     samples: dict[str, dict[str, Samples]]
+    watched: dict[str, pd.DataFrame]
 
 
 def load_results(paths: Sequence[Path]) -> Results:
@@ -61,13 +63,16 @@ def load_results(paths: Sequence[Path]) -> Results:
     runs = runs.astype(dict.fromkeys(_COUNTS, "Int64"))
     keys = ["positions", "documents", "content"]
     runs["group"] = runs.groupby(keys, sort=False, dropna=False).ngroup()
-    logs = {name: _read_log(Path(f) / "training_log.csv") for name, f in runs.folder.items()}
+    paths_of_logs = {name: Path(f) / "training_log.csv" for name, f in runs.folder.items()}
+    logs = {name: _read_log(path, "hard_loss") for name, path in paths_of_logs.items()}
+    watched = {name: _read_log(path, "eval_loss") for name, path in paths_of_logs.items()}
     samples = {name: path.with_name(SAMPLES_FILE) for name, path in files.items()}
     return Results(
         runs,
         metrics,
         documents=_read_documents(runs, files),
         logs={name: log for name, log in logs.items() if len(log)},
+        watched={name: log for name, log in watched.items() if len(log)},
         samples={
             name: read_samples(path, of=runs.id[name], whose="student") if path.exists() else {}
             for name, path in samples.items()
@@ -177,26 +182,28 @@ def read_documents(path: Path) -> pd.DataFrame:
     return table
 
 
-def _read_log(path: Path) -> pd.DataFrame:
-    """Read a run's learning curve; without rows where there is no file.
+def _read_log(path: Path, name: str) -> pd.DataFrame:
+    """Read `step` and a loss of a run's log; without rows where there is no file, or, in an older one, no such column.
 
     Raises ValueError when it is not as `train` writes it, or has a loss that is not finite.
     """
+    columns = ["step", name]
     if not path.exists():
-        return pd.DataFrame(columns=["step", "hard_loss"])
+        return pd.DataFrame(columns=columns)
     try:
-        # A step without a hard loss has an empty cell; "nan" stays a number, and is refused.
-        log = pd.read_csv(
-            path, usecols=["step", "hard_loss"], dtype={"step": int}, keep_default_na=False
-        )
-        log = log[log.hard_loss != ""].astype({"hard_loss": float})
-    except ValueError as error:
+        # A step without the loss has an empty cell; "nan" stays a number, and is refused.
+        log = pd.read_csv(path, dtype={"step": int}, keep_default_na=False)
+        if name not in log and "hard_loss" in log:
+            return pd.DataFrame(columns=columns)
+        log = log[columns]
+        log = log[log[name] != ""].astype({name: float})
+    except (KeyError, ValueError) as error:
         raise ValueError(
             f"{path} is not a training log of `train`: {error!r}. Train the run again."
         ) from None
-    for _, row in log[~np.isfinite(log.hard_loss)].iterrows():
+    for _, row in log[~np.isfinite(log[name])].iterrows():
         raise ValueError(
-            f"{path}: hard_loss is {row.hard_loss} at step {row.step:.0f}, expected a finite number. The run diverged: "
+            f"{path}: {name} is {row[name]} at step {row.step:.0f}, expected a finite number. The run diverged: "
             "lower training.learning_rate, and train it again."
         )
     return log

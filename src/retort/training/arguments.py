@@ -55,9 +55,7 @@ def training_arguments(folder: Path, job: TrainingJob) -> TrainingArguments:
         logging_first_step=True,  # a run shorter than logging_steps has a curve too
         logging_nan_inf_filter=False,  # it would log 0.0 for a NaN and train on
         save_steps=training.save_steps,
-        save_total_limit=max(
-            2, training.save_total_limit
-        ),  # a kill may leave the newest incomplete
+        save_total_limit=None,  # `remove_old_checkpoints` waits until the newest is complete
         dataloader_num_workers=training.dataloader_num_workers,
         remove_unused_columns=False,
         use_cpu=device.type == "cpu",

@@ -100,17 +100,43 @@ def write_marker(folder: Path, checkpoint_id: CheckpointId, progress: Progress) 
     ).write(folder / MARKER)
 
 
+def remove_old_checkpoints(folder: Path, *, limit: int, best: int | None) -> None:
+    """Remove all but the newest `limit` checkpoints, and the one of the step `best` beside these.
+
+    Called once the newest one is complete: until then, what it replaces is still there.
+    """
+    steps = _list_steps(folder)
+    for step in sorted(steps)[:-limit]:
+        if step != best:
+            shutil.rmtree(steps[step], ignore_errors=True)
+
+
+def require_best(folder: Path, step: int) -> Path:
+    """Return the checkpoint of a step. Raises ValueError when it is missing or damaged."""
+    path = folder / f"checkpoint-{step}"
+    if fault := _find_fault(path):
+        raise ValueError(
+            f"{path}, which is to be the student (training.load_best_model_at_end), {fault}. Restore it, or delete all "
+            f"checkpoints in {folder} and rerun the same command to train again."
+        )
+    return path
+
+
+def _list_steps(folder: Path) -> dict[int, Path]:
+    """Return the folders of checkpoints by step."""
+    return {
+        int(found[1]): path
+        for path in folder.glob("checkpoint-*")
+        if (found := _NAME.fullmatch(path.name)) and path.is_dir()
+    }
+
+
 def find_checkpoint(folder: Path, checkpoint_id: CheckpointId) -> Path | None:
     """Return the newest complete checkpoint of a run, None where there is none; remove newer, damaged ones and say so.
 
     Raises ValueError when the newest complete one is of another run, or was saved with the other strategy.
     """
-    steps = {
-        int(found[1]): path
-        for path in folder.glob("checkpoint-*")
-        if (found := _NAME.fullmatch(path.name)) and path.is_dir()
-    }
-    for _, path in sorted(steps.items(), reverse=True):
+    for _, path in sorted(_list_steps(folder).items(), reverse=True):
         fault = _find_fault(path)
         if fault is None:
             _require_same_run(path, checkpoint_id)

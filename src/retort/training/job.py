@@ -11,6 +11,7 @@ from retort.losses.terms import LossSettings
 from retort.models.causal_lm import CausalLM
 from retort.tokens.sequences import SequenceTable
 from retort.training.checkpoints import CheckpointId, shared_settings
+from retort.training.held_out import HeldOut
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class TrainingJob:
     identity: digest of all that the result depends on; training: with alpha filled in; vocabulary: the student's,
     where its config names none; teacher: a live one, None with a cache or with text alone; facts: what the student is
     trained on, for its model card; ends: the ids that end a text (none: the tokenizer's and its template's);
-    max_length: tokens of a packed row.
+    max_length: tokens of a packed row; held_out: what it is measured on meanwhile, None for nothing.
     """
 
     name: str
@@ -35,6 +36,7 @@ class TrainingJob:
     facts: Mapping[str, str] = field(default_factory=dict)
     ends: tuple[int, ...] = ()
     max_length: int = 0
+    held_out: HeldOut | None = None
 
     @property
     def checkpoint_id(self) -> CheckpointId:

@@ -12,8 +12,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
+from numpy.typing import NDArray
 from transformers import (
     AutoModelForCausalLM,
     PrinterCallback,
@@ -24,6 +26,7 @@ from transformers import (
 from retort.cache.reader import LogitCache
 from retort.cluster.ranks import clear_launcher_environment, rank, world_size
 from retort.config.optimizer import MUON
+from retort.config.sections import Training
 from retort.io.files import file_lock
 from retort.losses.model_loss import attach_loss
 from retort.models.attention import ON_CPU, set_attention
@@ -38,10 +41,12 @@ from retort.training.checkpoints import (
     find_checkpoint,
     is_finished,
     read_progress,
+    require_best,
     require_start,
 )
 from retort.training.curve import write_log
 from retort.training.final import save_final
+from retort.training.held_out import EvaluationCallback, choose_eval_steps
 from retort.training.job import TrainingJob
 from retort.training.optimizers import set_steps
 from retort.training.packing import choose_layout
@@ -99,11 +104,13 @@ def train_student(
             checkpoint_id=job.checkpoint_id,
             before=read_progress(checkpoint),
             write_curve=lambda: write_log(folder / "training_log.csv", trainer.state.log_history),
+            save_total_limit=max(2, job.training.save_total_limit),
             interval_s=progress_interval_s,
         )
         trainer.add_callback(progress)
         _train(trainer, checkpoint, job)
         totals = progress.totals
+        best = _load_best(trainer, folder, job.training)
         summary = TrainingSummary(
             steps=trainer.state.global_step,
             trained_positions=int(totals.positions),
@@ -113,6 +120,7 @@ def train_student(
             trained_parameters=trained,
             device=describe_device(trainer.args.device),
             dtype=describe_precision(trainer.args),
+            best_step=best,
         )
         save_final(folder / "final", trainer, job, summary)
         if rank() == 0:
@@ -170,6 +178,7 @@ def build_trainer(arguments: TrainingArguments, job: TrainingJob) -> Distillatio
         teacher=teacher,
         num_tokens=len(job.tokenizer),
         is_muon=training.optim == MUON,
+        held_out=job.held_out,
         model=model,
         args=arguments,
         train_dataset=TrainingData(source),
@@ -177,7 +186,29 @@ def build_trainer(arguments: TrainingArguments, job: TrainingJob) -> Distillatio
     )
     trainer.remove_callback(PrinterCallback)
     _keep_float32(trainer)
+    _add_evaluation(trainer, job, lengths=table.lengths)
     return trainer
+
+
+def _add_evaluation(
+    trainer: DistillationTrainer, job: TrainingJob, *, lengths: NDArray[np.int64]
+) -> None:
+    """Have the held-out loss measured during the training, if that is asked for; `lengths` [S]: of its sequences."""
+    if job.held_out is None:
+        return
+    rows = trainer.args.max_steps * job.training.global_batch
+    steps = choose_eval_steps(
+        job.training,
+        job.held_out,
+        max_steps=trainer.args.max_steps,
+        num_tokens=float(lengths.sum()) * rows / trainer.order.rows_per_epoch,
+        parameters=int(trainer.model.num_parameters()),
+    )
+    if steps is None:
+        logger.debug(f"train {job.name}: too short for evaluations in between")
+        return
+    best_metric = job.training.best_metric
+    trainer.add_callback(EvaluationCallback(job.name, steps=steps, best_metric=best_metric))
 
 
 def _keep_float32(trainer: DistillationTrainer) -> None:
@@ -216,3 +247,16 @@ def _train(trainer: DistillationTrainer, checkpoint: Path | None, job: TrainingJ
         require_start(job.training, max_steps=trainer.args.max_steps)
     start = str(checkpoint or named or "")
     train_until_signal(trainer, start=start or None, save_minutes=job.training.save_minutes)
+
+
+def _load_best(trainer: DistillationTrainer, folder: Path, training: Training) -> int | None:
+    """Give the trainer the weights of its best checkpoint, and return its step, if the student is to have these."""
+    step: int | None = trainer.state.best_global_step
+    if not training.load_best_model_at_end or step is None:
+        return None
+    logger.info(
+        f"the best {training.best_metric}, {trainer.state.best_metric:.4f}, is of step {step}"
+    )
+    best = require_best(folder, step)
+    trainer.model = AutoModelForCausalLM.from_pretrained(best, dtype=torch.float32)
+    return step

@@ -1,7 +1,8 @@
 """Sums of the loss terms between two lines of the log."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -58,6 +59,13 @@ class LossWindow:
         if sums and rank() == 0:
             values = [sums[name] for name in self.NAMES]
             self._sums.copy_(torch.tensor(values, dtype=torch.float64))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of what is done meanwhile out of the tokens per second."""
+        began = self._clock()
+        yield
+        self._since += self._clock() - began
 
     @property
     def total_positions(self) -> float:

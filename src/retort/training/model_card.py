@@ -38,6 +38,7 @@ _WAYS = {
     "hybrid": "text and a teacher's distributions",
 }
 _METRICS = ("total_loss", "hard_loss", "soft_loss", "perplexity")
+_HELD_OUT = {"eval_loss": "held-out loss", "eval_kl": "KL to the teacher on held-out text"}
 
 
 def write_card(
@@ -52,7 +53,7 @@ def write_card(
     """Return the card as Markdown.
 
     `facts`: what the student was trained on, by name; `config`: shown as YAML; `curve`: Trainer's
-    log history, whose last entry with a loss is shown.
+    log history, whose last entry with a loss is shown, and the held-out loss of the student's own step.
     """
     last = next((entry for entry in reversed(curve) if "total_loss" in entry), {})
     metrics = {
@@ -60,6 +61,15 @@ def write_card(
         "positions": f"{summary.trained_positions:,}",
     }
     metrics |= {key: f"{last[key]:.4f}" for key in _METRICS if key in last}
+    step = summary.steps
+    if summary.best_step is not None:
+        step = summary.best_step
+        metrics["the student is that of step"] = f"{step:,}, the best"
+    for entry in curve:
+        if entry.get("step") == step:
+            metrics |= {
+                name: f"{entry[key]:.4f}" for key, name in _HELD_OUT.items() if key in entry
+            }
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",

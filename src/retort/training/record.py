@@ -1,12 +1,15 @@
 """training.json: a finished student, how long it was trained, and the digests of its files."""
 
+from pydantic import Field
+
 from retort.io.records import Entry, JsonObject, Record
 
 
 class TrainingSummary(Entry):
     """Totals of a training, over all its attempts. `dtype`: of the weights, and of mixed precision if it is used.
 
-    trained_parameters: those that are not frozen; None in records of versions that trained all.
+    trained_parameters: those that are not frozen; None in records of versions that trained all. best_step: the step
+    whose weights the student has, None for the last one.
     """
 
     steps: int
@@ -17,6 +20,7 @@ class TrainingSummary(Entry):
     trained_parameters: int | None = None
     device: str
     dtype: str
+    best_step: int | None = Field(default=None, exclude_if=lambda step: step is None)
 
 
 class StartRecord(Record, format="retort-student"):

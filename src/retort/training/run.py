@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from retort.artifacts.build import REVISIONS, training_keys
+from retort.artifacts.build import REVISIONS, list_selection, training_keys
 from retort.artifacts.starts import starting_point
 from retort.cache.local_copy import copy_cache
 from retort.cache.reader import CACHE_FILE, LogitCache
@@ -32,6 +32,7 @@ from retort.tokens.index import TokenIndex
 from retort.tokens.sequences import SequenceTable
 from retort.tokens.tokenizer import identify_tokenizer, load_tokenizer
 from retort.tokens.vocabularies import require_student_ids, require_teacher_ids
+from retort.training.held_out import HeldOut, open_held_out
 from retort.training.job import TrainingJob
 from retort.training.loop import train_student
 from retort.training.record import StartRecord, TrainingRecord, TrainingSummary
@@ -49,11 +50,13 @@ def train_run(
     index_path: Path,
     signal_path: Path | None,
     start_path: Path | None = None,
+    features_path: Path | None = None,
 ) -> None:
     """Train one student on the tokens, a cache or a live teacher, and write `out` (training.json) and its folder.
 
     `signal_path`: what it learns from: manifest.json or teacher_logits.h5 of a cache, or fingerprint.json of a teacher,
     which is run live unless alpha is 1. `start_path`: pruned.json of what it starts from, if that is a part of a model.
+    `features_path`: the teacher's held-out scores, for its KL during the training.
     `job`: of a run; it may expect the student's digest when `out` was named.
 
     Raises ValueError when a teacher is needed and none is given, when the cache is of other tokens, when the student's
@@ -65,7 +68,15 @@ def train_run(
         if isinstance(signal, LogitCache) and training.cache_copy and training.alpha != 1.0:
             signal = stack.enter_context(copy_cache(signal, training.cache_copy))
         student = choose_start(job.config.student, start_path)
-        _train(out, job, signal, student, index_path=index_path, signal_path=signal_path)
+        index = TokenIndex.read(index_path)
+        held_out = open_held_out(
+            index,
+            training,
+            job.config.evaluation,
+            features_path=features_path,
+            weights=_weights(signal),
+        )
+        _train(out, job, signal, student, index=index, signal_path=signal_path, held_out=held_out)
 
 
 def _train(
@@ -74,8 +85,9 @@ def _train(
     signal: Signal | None,
     student: Student,
     *,
-    index_path: Path,
+    index: TokenIndex,
     signal_path: Path | None,
+    held_out: HeldOut | None,
 ) -> None:
     """Do what `train_run` says, with `signal` opened and `student` as it is loaded."""
     student, training = _pin_student(student, out.parent), job.config.training
@@ -86,7 +98,6 @@ def _train(
             "--signal (manifest.json of a cache, or fingerprint.json of the teacher), or --set "
             "training.distillation_type=output."
         )
-    index = TokenIndex.read(index_path)
     path, revision = job.tokenizer
     tokenizer = _load_tokenizer(job, index)
     source = _choose_source(index, signal if needs_teacher else None)
@@ -112,6 +123,7 @@ def _train(
         names["start"] = job.config.student.start
     max_length = job.config.dataset.max_length
     rows = [max_length] if training.packing else []
+    rows += list_selection(job.config)
     work = TrainingJob(
         name=job.run or "student",
         identity=digest([REVISIONS["run"], facts, content, training_keys(training), *rows]),
@@ -125,6 +137,7 @@ def _train(
         facts={"run": out.parent.name, **names, **facts},
         ends=tuple(list_ends_beside(path, tokenizer, revision=revision)),
         max_length=max_length,
+        held_out=held_out,
     )
     summary = train_student(out.parent, work)
     _require_same_start(job)

@@ -6,6 +6,7 @@ forward passes and over GPUs.
 Legend: B batch, T tokens of a sequence, P counted positions, D the teacher's hidden size, V vocabulary.
 """
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -38,13 +39,21 @@ from retort.losses.terms import (
 )
 from retort.models.causal_lm import CausalLM, take_rows
 from retort.training.batches import Row, RowOrder, RowStream
-from retort.training.checkpoints import CheckpointId, Progress, write_marker
+from retort.training.checkpoints import (
+    CheckpointId,
+    Progress,
+    remove_old_checkpoints,
+    write_marker,
+)
+from retort.training.held_out import HeldOut
 from retort.training.loss_window import LossWindow
 from retort.training.optimizers import build_muon
-from retort.training.stopping import heed_parent_alone, max_over_ranks
+from retort.training.stopping import heed_parent_alone
+from retort.training.weights import any_rank, are_finite, gradient_norm, require_equal_weights
 
 _READ = ("input_ids", "attention_mask", "position_ids", "bounds")  # by a model
-_SHOWN = ("total_loss", "learning_rate", "tokens_per_second")  # beside the bar
+# Beside the bar: the hard loss, which is of one meaning for every way of training.
+_SHOWN = ("hard_loss", "learning_rate", "tokens_per_second")
 _ADVICE = (
     "Rerunning will fail the same way: try a lower training.learning_rate, more training.warmup_steps, or "
     "training.use_mixed_precision: false (where you run train.py yourself, with another --output)."
@@ -55,7 +64,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     """transformers' Trainer for a student that `attach_loss` has patched.
 
     order: of the training data's rows; teacher: a live one, None where the batches bring its distributions or alpha is
-    1; num_tokens: ids of the tokenizer, beyond which a live teacher's probabilities are 0.
+    1; num_tokens: ids of the tokenizer, beyond which a live teacher's probabilities are 0; held_out: for `evaluate`.
     """
 
     optimizer: torch.optim.Optimizer | None
@@ -70,6 +79,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         teacher: CausalLM | None,
         num_tokens: int,
         is_muon: bool = False,
+        held_out: HeldOut | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -80,6 +90,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self.teacher = teacher
         self.num_tokens = num_tokens
         self.is_muon = is_muon
+        self.held_out = held_out
         self.window = LossWindow(self.args.device)
         self.waited_s = 0.0  # for batches
 
@@ -179,6 +190,24 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             temperature=temperature,
         )
 
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Log and return eval_loss and, with a teacher, eval_kl: means over the held-out sample, in nats.
+
+        Raises ValueError, on every rank, when one is not finite.
+        """
+        assert self.held_out is not None
+        needs_mask = self.data_collator.needs_mask
+        with self.window.paused():
+            found = self.held_out.measure(
+                self.model, device=self.args.device, needs_mask=needs_mask
+            )
+        metrics = {f"eval_{name}": v.item() for name, v in found._asdict().items() if v is not None}
+        if not all(map(math.isfinite, metrics.values())):
+            raise ValueError(f"{metrics} after step {self.state.global_step}. {_ADVICE}")
+        self.log(dict(metrics))
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log the means of our terms, under the names users know, instead of Trainer's `loss`."""
         if "loss" in logs:
@@ -198,7 +227,7 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
     """Shows progress, marks checkpoints as complete, and stops the training at numbers that are not finite.
 
     before: the `read_progress` of the checkpoint that is resumed from; write_curve: called at every line of progress;
-    interval_s: seconds between two such lines.
+    save_total_limit: checkpoints kept beside the best; interval_s: seconds between two such lines.
     """
 
     def __init__(
@@ -209,9 +238,11 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         checkpoint_id: CheckpointId,
         before: Progress,
         write_curve: Callable[[], None],
+        save_total_limit: int,
         interval_s: float = 10.0,
     ) -> None:
         self.trainer = trainer
+        self.save_total_limit = save_total_limit
         self.name = name
         self.checkpoint_id = checkpoint_id
         self.before = before
@@ -236,8 +267,9 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Note this attempt's first step, and check that the ranks share their gradients."""
         self._first_step = state.global_step
-        if not self.before.step:
-            state.log_history = []  # of another run, whose checkpoint the config names
+        if not self.before.step:  # they are of another run, whose checkpoint the config names
+            state.log_history, state.best_metric, state.best_global_step = [], None, None
+            state.best_model_checkpoint = None
         _require_wrapper(self.trainer, self.checkpoint_id.strategy)
         self._meter = Meter(
             state.max_steps,
@@ -258,9 +290,9 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         bad = self.trainer.window.end_step()
         # With fp16, GradScaler skips steps with infinite gradients itself.
         is_scaled = getattr(self.trainer.accelerator, "scaler", None) is not None
-        norm = 0.0 if is_scaled or bad else _gradient_norm(self.trainer.model)
+        norm = 0.0 if is_scaled or bad else gradient_norm(self.trainer.model)
         is_bad = bool(bad) or not norm < float("inf")
-        if not _any_rank(is_bad, self.trainer.args.device):
+        if not any_rank(is_bad, self.trainer.args.device):
             return
         losses = "; ".join(
             f"{loss} from sequences {sequences} of the token index" for loss, sequences in bad
@@ -299,7 +331,7 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         steps = max(1, state.global_step - self._first_step)
         left_s = (time.monotonic() - self.started) / steps * (state.max_steps - state.global_step)
         return (
-            f"train {self.name}  step {state.global_step}/{state.max_steps}  loss {self._logs['total_loss']:.4f}  "
+            f"train {self.name}  step {state.global_step}/{state.max_steps}  hard loss {self._logs['hard_loss']:.4f}  "
             f"{self._logs['tokens_per_second']:,.0f} tokens/s  {left_s:,.0f} s left"
         )
 
@@ -310,13 +342,13 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
 
         Raises ValueError when weights are not finite, RuntimeError when the ranks' weights differ under DDP.
         """
-        if _any_rank(not _are_finite(self.trainer.model), self.trainer.args.device):
+        if any_rank(not are_finite(self.trainer.model), self.trainer.args.device):
             raise ValueError(
                 f"weights are no longer finite numbers after step {state.global_step}; the student is useless. "
                 f"{_ADVICE}"
             )
         if self.checkpoint_id.strategy == "ddp":
-            _require_equal_weights(self.trainer.model)
+            require_equal_weights(self.trainer.model)
         window = (
             self.trainer.window.gather()
         )  # which also waits until all ranks have written their files
@@ -325,6 +357,8 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
             positions = self.totals.positions - window["positions"]  # a restored window has them
             progress = self.totals.model_copy(update={"positions": positions, "window": window})
             write_marker(folder, self.checkpoint_id, progress)
+            best = state.best_global_step
+            remove_old_checkpoints(folder.parent, limit=self.save_total_limit, best=best)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -340,35 +374,3 @@ def _require_wrapper(trainer: DistillationTrainer, strategy: str) -> None:
     wanted = {"ddp": DistributedDataParallel, "fsdp": FSDPModule}[strategy]
     if found > 1:
         assert isinstance(trainer.model_wrapped, wanted), (type(trainer.model_wrapped), strategy)
-
-
-@torch.no_grad()
-def _require_equal_weights(model: nn.Module) -> None:
-    """Raise RuntimeError when the ranks' weights differ. Called by every rank."""
-    if world_size() == 1:
-        return
-    sums = torch.stack([p.detach().double().sum() for p in model.parameters()])
-    least, most = sums.clone(), sums.clone()
-    torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
-    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-    if not torch.equal(least, most):
-        raise RuntimeError(
-            f"{world_size()} ranks hold different weights: their gradients were not shared"
-        )
-
-
-def _are_finite(model: nn.Module) -> bool:
-    """Return whether all weights, or this rank's shards of them, are finite."""
-    weights = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
-    return bool(torch.stack([w.detach().isfinite().all() for w in weights]).all())
-
-
-def _gradient_norm(model: nn.Module) -> float:
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-
-
-def _any_rank(is_true: bool, device: torch.device) -> bool:
-    """Return whether `is_true` on any rank: if one stopped alone, the others would wait for it forever."""
-    return bool(max_over_ranks([is_true], device=device)[0])

@@ -82,6 +82,7 @@ def changed(before: Project, after: Project) -> set[str]:
         ({"dataset": {"max_samples": 50}}, KINDS - {"teachers"}),
         ({"dataset": {"seed": 1}}, KINDS - {"teachers"}),
         ({"evaluation": {"max_positions": 99}}, {"validations", "evaluation"}),
+        ({"training": {"eval_steps": 7, "load_best_model_at_end": True}}, {"run"}),
     ],
     ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
 )
@@ -143,6 +144,7 @@ def test_each_key_of_evaluation_changes_what_its_section_is_about(
         {"dataset": {"num_proc": 1}},
         {"dataset": {"streaming_buffer_size": 7, "shuffle": False}},
         {"training": {"save_steps": 3, "save_total_limit": 9, "logging_steps": 2}},
+        {"training": {"eval_steps": 3, "eval_sequences": 9, "metric_for_best_model": "eval_kl"}},
         {"training": {"device": "cpu", "dataloader_num_workers": 2}},
         {"evaluation": {"batch_size": 3}},
         {"tracking": {"use_tensorboard": True}},
@@ -412,6 +414,28 @@ def test_checkpoints_count_the_keys_that_the_id_of_a_run_counts() -> None:
     assert training_keys(output) == training_keys(output.model_copy(update={"temperature": 2.0}))
     logit = Training(distillation_type="logit", alpha=0.0, temperature=1.5)
     assert training_keys(logit)["temperature"] == 1.5
+
+
+def test_where_the_best_step_is_the_student_the_sample_is_in_its_id(build: Build) -> None:
+    best = {"eval_steps": 7, "load_best_model_at_end": True}
+    before = build(training=best)
+    for key, other in (
+        ("eval_steps", 8),
+        ("eval_sequences", 8),
+        ("metric_for_best_model", "eval_kl"),
+    ):
+        assert changed(before, build(training=best | {key: other})) == {"run"}, key
+    positions = build(training=best, evaluation={"max_positions": 99})
+    assert changed(before, positions) == {"run", "validations", "evaluation"}
+
+
+def test_a_run_is_watched_beside_its_teacher_if_it_learns_from_one(build: Build) -> None:
+    def find(**training: Any) -> bool:
+        (run,) = build(training=training).runs.values()
+        return run.watched_features is not None
+
+    assert find() and find(eval_steps=4) and not find(eval_steps=None)
+    assert not find(distillation_type="output")
 
 
 def record(project: Project) -> None:

@@ -302,6 +302,21 @@ MIX: list[dict[str, Any]] = [
             "Use training.divergence: forward_kl, or cache.method: top_p",
         ),
         (
+            {"training": {"load_best_model_at_end": True}},
+            "training.load_best_model_at_end is true, but training.eval_steps is auto",
+            "set it to the number of steps between two evaluations",
+        ),
+        (
+            {"training": {"metric_for_best_model": "eval_loss", "eval_steps": None}},
+            "training.metric_for_best_model is eval_loss, but training.eval_steps is null",
+            "set it to the number of steps between two evaluations",
+        ),
+        (
+            merge(OUTPUT, {"training": {"metric_for_best_model": "eval_kl", "eval_steps": 4}}),
+            "training.metric_for_best_model is eval_kl, but training.distillation_type is output",
+            "Use training.metric_for_best_model: eval_loss",
+        ),
+        (
             {"training": {"temperature": 3}},
             "training.temperature is 3.0",
             "cache.temperatures: [1.0, 2.0, 3.0] (a new cache is made), or use one of [1.0, 2.0]",

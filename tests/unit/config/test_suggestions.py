@@ -89,7 +89,7 @@ def test_names_of_transformers_and_trl_are_those_of_the_installed_versions() -> 
 @pytest.mark.parametrize(
     "key, never",
     [
-        ("training.eval_steps", "max_steps"),
+        ("training.evals_per_epoch", "num_epochs"),
         ("training.min_steps", "max_steps"),
         ("training.top_p", "top_k"),
         ("cache.top_p", "cache.top_k"),

@@ -9,9 +9,10 @@ import pytest
 
 from retort.report.comparisons import Comparisons, find_sweeps
 from retort.report.figures import Figures
+from retort.report.runs import find_folder
 from retort.report.svg import INKS, SERIES
 from support.records import make_manifest
-from support.reports import compare, write_demo, write_run, write_trained
+from support.reports import compare, render_page, write_demo, write_run, write_trained
 
 
 def make_figures(found: Comparisons) -> Figures:
@@ -101,6 +102,28 @@ def test_a_series_has_the_colour_of_its_setting_and_not_of_its_seed(tmp_path: Pa
     assert len(found.settings) == 3
     curves, _ = make_figures(found).draw_curves()
     assert set(re.findall(r"--series(\d)", curves)) == {"0", "1", "2"}
+
+
+def test_the_held_out_loss_during_training_is_drawn_where_it_was_measured(tmp_path: Path) -> None:
+    paths = write_sweep(tmp_path)[:4]
+    assert make_figures(compare(paths)).draw_watched() == []
+    for path in paths[:3]:
+        log = find_folder(path) / "training_log.csv"
+        head, *rows = log.read_text().splitlines()
+        watched = [
+            f"{row},{5 - number / 40 if number % 8 == 7 else ''}" for number, row in enumerate(rows)
+        ]
+        log.write_text("\n".join([f"{head},eval_loss", *watched]) + "\n")
+    found = compare(paths)
+    assert {name: len(log) for name, log in found.results.watched.items()} == dict.fromkeys(
+        found.runs.index[:3], 5
+    )
+    assert list(found.results.watched[found.runs.index[0]].step) == [80, 160, 240, 320, 400]
+    (drawn,) = make_figures(found).draw_watched()
+    assert "held-out loss, nats/token" in drawn
+    assert set(re.findall(r"--series(\d)", drawn)) == {"0", "1", "2"}, "a setting each"
+    page = render_page(tmp_path, paths)
+    assert page.count("held-out loss during training") and "then hard loss on training text" in page
 
 
 def contrast(one: str, other: str) -> float:

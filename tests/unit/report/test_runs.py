@@ -44,6 +44,7 @@ OTHER_TRAINING = {
     "freeze": ["embed_tokens"],
     "attn_implementation": "eager",
     "torch_compile": True,
+    "load_best_model_at_end": True,
 }
 
 
@@ -107,6 +108,9 @@ def test_loss_settings_and_machine_settings_may_differ_from_the_baselines(tmp_pa
         "dataloader_num_workers": 4,
         "loss_chunk_size": 64,
         "logging_steps": 1,
+        "eval_steps": 4,
+        "eval_sequences": 9,
+        "metric_for_best_model": "eval_loss",
         "save_minutes": 1.0,
         "save_steps": 1,
         "save_total_limit": 9,

@@ -5,6 +5,7 @@ import logging
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -15,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 from retort.training import arguments
 from retort.training.checkpoints import read_progress
 from support.bench import Bench, read_log, read_weights
+from support.tiny import score_held_out
 
 pytestmark = pytest.mark.slow  # each trains, and some start a tracker
 
@@ -36,12 +38,19 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_tensorboard_shows_the_curve_that_is_on_disk(bench: Bench, tmp_path: Path) -> None:
-    bench.train(tmp_path, bench.cache, tracking={"use_tensorboard": True})
+    held_out = bench.hold_out(score_held_out(tmp_path, bench.index, bench.teacher_path))
+    keys: dict[str, Any] = {"held_out": held_out, "eval_steps": 2}
+    bench.train(tmp_path, bench.cache, tracking={"use_tensorboard": True}, **keys)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     for name in TRACKED:
         shown = {e.step: e.value for e in events.Scalars(f"train/{name}")}
         written = {int(row["step"]): float(row[name]) for row in read_log(tmp_path)}
         assert shown == pytest.approx(written, rel=1e-6)
+    for name in ("loss", "kl"):
+        shown = {e.step: e.value for e in events.Scalars(f"eval/{name}")}
+        rows = [row for row in read_log(tmp_path) if row[f"eval_{name}"]]
+        measured = {int(row["step"]): float(row[f"eval_{name}"]) for row in rows}
+        assert shown == pytest.approx(measured, rel=1e-6) and list(measured) == [2, 4]
 
 
 def _read_when_written(path: Path) -> bytes:
