@@ -104,6 +104,9 @@ class Training(Section):
     """Train in mixed_precision_dtype if the device supports it."""
     mixed_precision_dtype: Literal["bf16", "fp16"] = "bf16"
     """Data type of mixed precision."""
+    save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Data type of the weights in final/, which are what is evaluated; checkpoints keep float32. What the architecture
+    keeps in float32 stays so."""
     logging_steps: Count = setting(10, changes_id=False)
     """Optimizer steps between two lines of the log."""
     eval_steps: Count | Literal["auto"] | None = setting("auto", changes_id=False)

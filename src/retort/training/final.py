@@ -4,7 +4,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from retort.cluster.ranks import rank
 from retort.io.files import apply_umask
@@ -21,6 +24,7 @@ def save_final(
     """Write the finished student, its tokenizer and card atomically, as a folder that AutoModelForCausalLM loads.
 
     Called by every rank: under FSDP all of them gather the weights.
+    Raises ValueError when a weight is beyond the range of training.save_dtype.
     """
     model = trainer.model
     is_sharded = isinstance(model, FSDPModule)
@@ -33,7 +37,7 @@ def save_final(
     shutil.rmtree(temporary, ignore_errors=True)
     model.config.use_cache = True
     set_special_ids(model, job.tokenizer, _list_final_ends(model, job))
-    model.save_pretrained(temporary, state_dict=weights)
+    _save_weights(temporary, model, weights, job.training.save_dtype)
     apply_umask(temporary.glob("*.safetensors"))
     job.tokenizer.save_pretrained(temporary)
     card = write_card(
@@ -47,6 +51,30 @@ def save_final(
     (temporary / "README.md").write_text(card, encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
+
+
+def _save_weights(
+    folder: Path, model: PreTrainedModel, weights: dict[str, Tensor], dtype: str
+) -> None:
+    """Write float32 weights, and the model's configs, in another data type.
+
+    transformers converts them as it loads them: it knows which weights an architecture keeps in float32.
+    Raises ValueError when a weight becomes infinite.
+    """
+    if dtype == "float32":
+        model.save_pretrained(folder, state_dict=weights)
+        return
+    full = folder.with_name(".final.float32.tmp")
+    shutil.rmtree(full, ignore_errors=True)
+    model.save_pretrained(full, state_dict=weights)
+    converted = AutoModelForCausalLM.from_pretrained(full, dtype=getattr(torch, dtype))
+    if not all(weight.isfinite().all() for weight in converted.parameters()):
+        raise ValueError(
+            f"training.save_dtype is {dtype!r}, but weights of the student are larger than its largest number, "
+            f"{torch.finfo(getattr(torch, dtype)).max:g}. Use training.save_dtype: bfloat16."
+        )
+    converted.save_pretrained(folder)
+    shutil.rmtree(full)
 
 
 def _list_final_ends(model: Any, job: TrainingJob) -> list[int]:

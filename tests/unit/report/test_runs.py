@@ -45,6 +45,7 @@ OTHER_TRAINING = {
     "attn_implementation": "eager",
     "torch_compile": True,
     "load_best_model_at_end": True,
+    "save_dtype": "bfloat16",
 }
 
 
