@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from retort.training.stopping import STOPPING
 from support.cluster import Cluster
 from support.place import Place, merge
 from support.project import CONFIG, Project
@@ -95,6 +96,7 @@ def test_a_training_on_two_nodes_survives_scancel_and_the_crash_of_one(
     cluster.run("scancel", first.id)
     cluster.wait_until(lambda: cluster.state(first.id) == "CANCELLED", "the job is cancelled")
     cluster.wait_until(lambda: not cache_made.ranks(), "all ranks have ended")
+    assert STOPPING in read_log(cache_made)
     done = checkpoints(cache_made)
     cluster.wait_until(lambda: checkpoints(cache_made) - done, "a second job goes on")
     second = cache_made.jobs("train")[-1]
