@@ -234,20 +234,24 @@ def require_causal(model: PreTrainedModel, *, name: str) -> None:
         )
 
 
+class UnmaskedError(ValueError):
+    """What a model says where it cannot read without a mask."""
+
+
 def read_unmasked(
     split: CausalLM,
     ids_BT: Tensor,
     positions_BT: Tensor | None = None,
     bounds: RowBounds | None = None,
-) -> Tensor | None:
-    """Return the features without a mask, None of a model that needs one or takes no position ids."""
+) -> Tensor:
+    """Return the features without a mask. Raises UnmaskedError of a model that needs one or takes no position ids."""
     try:
         found = split.features(ids_BT, None, position_ids_BT=positions_BT, bounds=bounds)
         return found.float()
     except (TypeError, ValueError, RuntimeError, IndexError) as failure:
         if is_out_of_memory(failure):
             raise  # says nothing about the model
-        return None
+        raise UnmaskedError(str(failure).partition("\n")[0]) from failure
 
 
 def relative_error(found: Tensor, expected: Tensor, *, scale: Tensor | None = None) -> Tensor:
@@ -268,9 +272,10 @@ def needs_mask(split: CausalLM) -> bool:
     attention_BT[1, 9:] = 0
     with evaluating(split.model):
         with_mask = split.features(ids_BT, attention_BT).float()
-        without = read_unmasked(split, ids_BT)
-    if without is None:
-        return True
+        try:
+            without = read_unmasked(split, ids_BT)
+        except UnmaskedError:
+            return True
     real_BT = attention_BT.bool().to(without.device)
     error = relative_error(without[real_BT], with_mask[real_BT])
     return bool(error > choose_tolerance(split.model, SPLIT_TOLERANCE))

@@ -18,6 +18,7 @@ from retort.models.causal_lm import (
     SPLIT_TOLERANCE,
     CausalLM,
     RowBounds,
+    UnmaskedError,
     choose_tolerance,
     evaluating,
     read_unmasked,
@@ -45,11 +46,10 @@ def find_packing_fault(split: CausalLM, *, at_once: bool = False) -> str | None:
     at_once: whether it reads several such rows at once, told apart by position ids alone.
     """
 
-    def read(packed_BT: Tensor) -> Tensor | None:
+    def read(packed_BT: Tensor) -> Tensor:
         positions_BT = number_positions([_NUM_TOKENS] * 2).to(split.device).expand_as(packed_BT)
         pieces = [slice(None)] if at_once else [slice(b, b + 1) for b in range(_NUM_ROWS)]
-        found = [read_unmasked(split, packed_BT[piece], positions_BT[piece]) for piece in pieces]
-        return None if found[0] is None else torch.cat([f for f in found if f is not None])
+        return torch.cat([read_unmasked(split, packed_BT[p], positions_BT[p]) for p in pieces])
 
     return _find_fault(split, read)
 
@@ -61,26 +61,27 @@ def find_joining_fault(split: CausalLM) -> str | None:
         name, used = type(split.model).__name__, split.model.config._attn_implementation
         return f"{name} uses {used} attention, which computes all pairs of a row's tokens"
 
-    def read(packed_BT: Tensor) -> Tensor | None:
+    def read(packed_BT: Tensor) -> Tensor:
         bounds = RowBounds.of([_NUM_TOKENS] * (2 * _NUM_ROWS)).to(split.device)
         positions_1N = number_positions(bounds.lengths).to(split.device)[None]
         found = read_unmasked(split, packed_BT.reshape(1, -1), positions_1N, bounds)
-        return None if found is None else found.view(*packed_BT.shape, -1)
+        return found.view(*packed_BT.shape, -1)
 
     with narrow_windows(split.model, _NUM_TOKENS // 2):
         return _find_fault(split, read)
 
 
-def _find_fault(split: CausalLM, read: Callable[[Tensor], Tensor | None]) -> str | None:
-    """Return what is wrong with features [B, T, D] of rows [B, T] of two sequences each; `read`: None if it cannot."""
+def _find_fault(split: CausalLM, read: Callable[[Tensor], Tensor]) -> str | None:
+    """Return what is wrong with the features [B, T, D] that are read of rows [B, T] of two sequences each."""
     ids_BT = torch.arange(_NUM_ROWS * _NUM_TOKENS, device=split.device).view(_NUM_ROWS, -1) + 1
     second_BT = ids_BT[:1].flip(1).expand(_NUM_ROWS, -1)  # the same behind every first one
     packed_BT = torch.cat([ids_BT, second_BT], dim=1) % split.vocabulary
     name = type(split.model).__name__
     with evaluating(split.model):
-        found_BTD = read(packed_BT)
-        if found_BTD is None:
-            return f"{name} takes no position ids without an attention mask"
+        try:
+            found_BTD = read(packed_BT)
+        except UnmaskedError as refusal:
+            return f"{name} takes no packed sequences ({refusal})"
         alone_BT = packed_BT[0].view(2, _NUM_TOKENS)
         alone_BTD = split.features(alone_BT, torch.ones_like(alone_BT)).float()
     seconds_BTD = found_BTD[:, _NUM_TOKENS:]

@@ -95,7 +95,11 @@ class WithoutRestart(CausalLM):
 
 
 @pytest.mark.parametrize(
-    "kind, found", [(WithoutPositions, "no position ids"), (WithoutRestart, "otherwise than alone")]
+    "kind, found",
+    [
+        (WithoutPositions, "takes no packed sequences (unexpected"),
+        (WithoutRestart, "otherwise than alone"),
+    ],
 )
 def test_models_without_positions_of_their_own_are_found(kind: type[CausalLM], found: str) -> None:
     plain = split_model(make_model("gpt2", **PACKABLE["gpt2"]))
