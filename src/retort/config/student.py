@@ -43,6 +43,9 @@ class Student(Section):
     """Where the model of model_path has fewer ids than the tokenizer, add rows to its embedding and output layer, drawn
     around the mean of the others; without it such a student is refused."""
     from_teacher: FromTeacher = Field(default_factory=FromTeacher)
+    license: Text | None = setting(None, changes_id=False)
+    """The student's licence in its model card, by its name on the Hub, such as apache-2.0. null takes that of the model
+    it starts from, if its card is here, and leaves it to be filled in otherwise."""
 
     @property
     def is_pruned(self) -> bool:

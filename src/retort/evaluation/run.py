@@ -18,6 +18,7 @@ from retort.cluster.gpus import count_threads
 from retort.config.handoff import Job
 from retort.config.sections import Evaluation
 from retort.evaluation.breakdowns import find_classes
+from retort.evaluation.card import complete_card
 from retort.evaluation.intervals import DocumentSums
 from retort.evaluation.metrics import Columns, measure_positions
 from retort.evaluation.records import Metrics, Scores, TextCounts
@@ -50,6 +51,7 @@ from retort.tokens.index import TokenIndex
 from retort.tokens.sequences import SequenceTable
 from retort.tokens.tokenizer import load_tokenizer
 from retort.tokens.vocabularies import find_difference
+from retort.training.model_card import CARD
 from retort.training.record import TrainingRecord
 
 
@@ -127,10 +129,12 @@ def _shares_ids(fingerprint_path: Path | None, index: TokenIndex, tokenizer: Any
 def read_trained_student(source: Path) -> tuple[Path, TrainingRecord]:
     """Return final/ beside a training.json, `source`, and the record.
 
-    Raises ValueError when the files in final/ are not those that are recorded.
+    Raises ValueError when the files in final/ are not those that are recorded; the card, which gets the numbers of an
+    evaluation and may be edited, is not compared.
     """
     record, folder = TrainingRecord.read(source), source.parent / "final"
-    if faults := compare_digests(record.final, digest_folder(folder)):
+    recorded = {name: known for name, known in record.final.items() if name != CARD}
+    if faults := compare_digests(recorded, digest_folder(folder)):
         raise ValueError(
             f"{folder} is not what {source} records: {', '.join(faults)}. Delete {source} and rerun the same command: "
             "training resumes from its last checkpoint and writes the student again."
@@ -311,6 +315,7 @@ def evaluate_run(
     )
     write_samples(out.with_name(SAMPLES_FILE), samples, of=record.id)
     write_document_sums(out.with_name(DOCUMENTS_FILE), sums)
+    complete_card(folder, metrics)
     metrics.write(out)
     return f"evaluate {record.run}  {_describe(scores)}"
 

@@ -13,7 +13,7 @@ from retort.cluster.ranks import rank
 from retort.io.files import apply_umask
 from retort.models.ends import list_eos_ids, set_special_ids
 from retort.training.job import TrainingJob
-from retort.training.model_card import write_card
+from retort.training.model_card import CARD, write_card
 from retort.training.record import TrainingSummary
 from retort.training.trainer import DistillationTrainer
 
@@ -42,13 +42,15 @@ def save_final(
     job.tokenizer.save_pretrained(temporary)
     card = write_card(
         job.name,
-        distillation_type=job.training.distillation_type,
+        origin=job.origin,
         facts=job.facts,
         summary=summary,
-        config={"student": job.student.model_dump(), "training": job.training.model_dump()},
+        student=job.written or job.student,
+        training=job.training,
         curve=trainer.state.log_history,
+        is_chat=bool(getattr(job.tokenizer, "chat_template", None)),
     )
-    (temporary / "README.md").write_text(card, encoding="utf-8")
+    (temporary / CARD).write_text(card, encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 

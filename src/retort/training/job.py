@@ -12,6 +12,7 @@ from retort.models.causal_lm import CausalLM
 from retort.tokens.sequences import SequenceTable
 from retort.training.checkpoints import CheckpointId, shared_settings
 from retort.training.held_out import HeldOut
+from retort.training.origin import Origin
 
 
 @dataclass(frozen=True)
@@ -19,9 +20,10 @@ class TrainingJob:
     """What to train, on what, and how.
 
     identity: digest of all that the result depends on; training: with alpha filled in; vocabulary: the student's,
-    where its config names none; teacher: a live one, None with a cache or with text alone; facts: what the student is
-    trained on, for its model card; ends: the ids that end a text (none: the tokenizer's and its template's);
-    max_length: tokens of a packed row; held_out: what it is measured on meanwhile, None for nothing.
+    where its config names none; teacher: a live one, None with a cache or with text alone; ends: the ids that end a
+    text (none: the tokenizer's and its template's); max_length: tokens of a packed row; held_out: what it is measured
+    on meanwhile, None for nothing. For its model card: facts, digests of what it is trained on; origin, where it comes
+    from; written, the section `student` as the config has it.
     """
 
     name: str
@@ -37,6 +39,8 @@ class TrainingJob:
     ends: tuple[int, ...] = ()
     max_length: int = 0
     held_out: HeldOut | None = None
+    origin: Origin = field(default_factory=Origin)
+    written: Student | None = None
 
     @property
     def checkpoint_id(self) -> CheckpointId:

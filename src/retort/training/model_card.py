@@ -1,13 +1,21 @@
-"""The model card of a finished student: what it was trained on, how, and its last losses."""
+"""The model card of a finished student: what it came from, how it was trained, how to load it."""
 
+import json
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from retort.config.sections import Student, Training
+from retort.io.files import temporary_name
+from retort.training.origin import Origin, describe_section
 from retort.training.record import TrainingSummary
 
+CARD = "README.md"
+# Around the held-out numbers, which `evaluate` writes: all else in a card may be edited.
+SCORES = ("<!-- held-out numbers, by Retort -->", "<!-- end of the held-out numbers -->")
+MODEL = "path-or-hub-id"  # of the student, in the lines that load it
 _TEMPLATE = """---
 {{ card_data }}
 ---
@@ -15,7 +23,35 @@ _TEMPLATE = """---
 # {{ name }}
 
 A language model of {{ "{:,}".format(parameters) }} parameters that learned from {{ way }}, by Retort.
-How it does on held-out text is in `evaluation/` beside this folder, the whole curve in `training_log.csv`.
+
+| | |
+|---|---|
+| started from | {{ origin.start }} |
+| teacher | {{ origin.learned_from }} |
+| data | {{ origin.corpus }} |
+| weights | {{ dtype }} |
+| licence | {{ license }} |
+
+## Held-out numbers
+
+{{ scores[0] }}
+Not measured yet.
+{{ scores[1] }}
+
+## Use
+
+```python
+from transformers import pipeline
+
+write = pipeline("text-generation", model="{{ model }}")
+print(write({{ prompt }}, max_new_tokens=100)[0]["generated_text"])
+```
+
+```bash
+vllm serve {{ model }}
+```
+
+## Training
 
 | learned from | |
 |---|---|
@@ -44,15 +80,17 @@ _HELD_OUT = {"eval_loss": "held-out loss", "eval_kl": "KL to the teacher on held
 def write_card(
     name: str,
     *,
-    distillation_type: str,
+    origin: Origin,
     facts: Mapping[str, str],
     summary: TrainingSummary,
-    config: Mapping[str, Any],
+    student: Student,
+    training: Training,
     curve: list[dict[str, float]],
+    is_chat: bool,
 ) -> str:
     """Return the card as Markdown.
 
-    `facts`: what the student was trained on, by name; `config`: shown as YAML; `curve`: Trainer's
+    `facts`: digests of what the student was trained on, by name; `is_chat`: it has a chat template; `curve`: Trainer's
     log history, whose last entry with a loss is shown, and the held-out loss of the student's own step.
     """
     last = next((entry for entry in reversed(curve) if "total_loss" in entry), {})
@@ -70,19 +108,51 @@ def write_card(
             metrics |= {
                 name: f"{entry[key]:.4f}" for key, name in _HELD_OUT.items() if key in entry
             }
+    kind = training.distillation_type
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["retort", *(["distillation"] if distillation_type != "output" else [])],
+        license=origin.license,
+        base_model=origin.base_model,
+        datasets=list(origin.datasets) or None,
+        tags=["retort", *(["distillation"] if kind != "output" else [])],
     )
+    if origin.base_model:
+        data["base_model_relation"] = "finetune"
+    sections = {"student": describe_section(student), "training": describe_section(training)}
+    message = [{"role": "user", "content": "Hello!"}]
     card = ModelCard.from_template(
         data,
         template_str=_TEMPLATE,
         name=name,
         parameters=summary.student_parameters,
-        way=_WAYS[distillation_type],
+        way=_WAYS[kind],
+        origin=origin,
+        dtype=training.save_dtype,
+        license=_describe_license(origin),
+        scores=SCORES,
+        model=MODEL,
+        prompt=json.dumps(message if is_chat else "Once upon a time"),
         facts=facts,
         metrics=metrics,
-        config=yaml.safe_dump(dict(config), sort_keys=False),
+        config=yaml.safe_dump(sections, sort_keys=False),
     )
     return str(card)
+
+
+def replace_card(folder: Path, text: str) -> None:
+    """Write the card in final/, `folder`, atomically: while it is written, the folder holds no other file."""
+    temporary = temporary_name(folder.parent / CARD)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(folder / CARD)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _describe_license(origin: Origin) -> str:
+    bound = "those of base model, teacher and data, named above, bind it"
+    if origin.license is None:
+        return f"**fill in** (here, and `license:` at the top of this file): {bound}"
+    of = f", that of {origin.license_source}" if origin.license_source else ""
+    return f"{origin.license}{of}; {bound}"

@@ -35,6 +35,7 @@ from retort.tokens.vocabularies import require_student_ids, require_teacher_ids
 from retort.training.held_out import HeldOut, open_held_out
 from retort.training.job import TrainingJob
 from retort.training.loop import train_student
+from retort.training.origin import describe_origin
 from retort.training.record import StartRecord, TrainingRecord, TrainingSummary
 
 logger = logging.getLogger(__name__)
@@ -118,12 +119,10 @@ def _train(
     if needs_teacher and signal_path:
         about["teacher"] = _describe_teacher(job, signal_path, teacher)
     facts = _describe_sources(index, signal if needs_teacher else None)
-    names = {"teacher": str(job.config.teacher.model_path)} if needs_teacher else {}
-    if job.config.student.is_pruned:
-        names["start"] = job.config.student.start
     max_length = job.config.dataset.max_length
     rows = [max_length] if training.packing else []
     rows += list_selection(job.config)
+    written = job.config.student if job.config.student.is_pruned else student
     work = TrainingJob(
         name=job.run or "student",
         identity=digest([REVISIONS["run"], facts, content, training_keys(training), *rows]),
@@ -134,15 +133,16 @@ def _train(
         tokenizer=tokenizer,
         vocabulary=vocabulary,
         teacher=teacher,
-        facts={"run": out.parent.name, **names, **facts},
+        facts={"run": out.parent.name, **facts},
+        origin=describe_origin(job.config, has_teacher=needs_teacher),
         ends=tuple(list_ends_beside(path, tokenizer, revision=revision)),
         max_length=max_length,
         held_out=held_out,
+        written=written,
     )
     summary = train_student(out.parent, work)
     _require_same_start(job)
     if rank() == 0:
-        written = job.config.student if job.config.student.is_pruned else student
         sections = {"student": written, "training": training, **about}
         _write_records(out, work, summary, signal=signal, student=digest(content), made=sections)
         logger.info(f"train {work.name}  {summary.steps} steps in {summary.seconds:.0f} s")

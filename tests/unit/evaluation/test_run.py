@@ -232,6 +232,21 @@ def run_rule(
     )
 
 
+def test_the_card_gets_the_numbers_and_may_be_edited(
+    trained: Path, index: TokenIndex, features_path: Path
+) -> None:
+    card = trained.parent / "final" / "README.md"
+    card.write_text("---\nlicense: mit\n---\n\n# Mine\n")
+    change_record(trained, final=digest_folder(card.parent))
+    run_rule(trained, index, features_path)
+    first = card.read_text()
+    loss = read_metrics(trained).scores.student.metrics["loss"].value
+    assert f"| held-out loss, nats/token | {loss:.3f}" in first and "top-1 agreement" in first
+    card.write_text(first.replace("# Mine", "# My own words"))
+    run_rule(trained, index, features_path)
+    assert card.read_text() == first.replace("# Mine", "# My own words")
+
+
 def test_metrics_file_holds_what_the_report_reads(
     trained: Path,
     index: TokenIndex,
