@@ -16,7 +16,7 @@ READY := $(VENV)/.ready
 # Where this is set, each job and each session of tests would compile every module of Retort again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all test-unit test-workflow test-slow test-vllm test-gpu test-slurm test-slurm-runs test-slurm-faults campaign benchmark-cache benchmark-merge benchmark-teacher benchmark-training benchmark-packing benchmark-feeding benchmark-groups benchmark-graph benchmark-submissions benchmark-quality benchmark-defaults lint environment docs clean
+.PHONY: demo test test-all test-unit test-workflow test-slow test-vllm test-gpu test-slurm test-slurm-runs test-slurm-faults campaign benchmark-cache benchmark-merge benchmark-teacher benchmark-training benchmark-packing benchmark-lora benchmark-feeding benchmark-groups benchmark-graph benchmark-submissions benchmark-quality benchmark-defaults lint environment docs clean
 
 demo: $(READY)
 	$(BIN)/snakemake --cores $(CORES) --quiet rules
@@ -99,6 +99,10 @@ benchmark-training: $(READY)
 # Packed rows beside padded batches, five minutes: make benchmark-packing FLAGS="--max-length 2048 --batches 4"
 benchmark-packing: $(READY)
 	$(BIN)/python -m benchmarks.training.packing $(FLAGS)
+
+# LoRA beside training all weights, memory alone, a minute: make benchmark-lora FLAGS="--keep-activations"
+benchmark-lora: $(READY)
+	$(BIN)/python -m benchmarks.training.lora $(FLAGS)
 
 # How long a step waits for its batch, three minutes (and ten for the distributions, once).
 benchmark-feeding: $(READY)

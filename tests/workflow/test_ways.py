@@ -90,6 +90,19 @@ def train_more(place: Place) -> None:
             "student": {"config": None, "model_path": "teacher"},
             "training": {"distillation_type": "logit", **schedule},
         },
+        **{
+            name: {
+                "student": {"config": None, "model_path": "teacher"},
+                "training": {
+                    "distillation_type": "hybrid",
+                    "alpha": 0.5,
+                    "lora": {"rank": 4},
+                    "gpus": ranks,
+                    "device": "cpu",
+                },
+            }
+            for name, ranks in (("lora", 1), ("lora_ranks", 2))
+        },
         "narrow": {"student": {"config": "student_308.json"}},
         "narrow_live": {
             "student": {"config": "student_308.json"},
@@ -126,6 +139,28 @@ def test_two_ranks_of_a_rule_train_the_same_student(trained: Place) -> None:
     assert two.student.metrics["loss"].value == pytest.approx(
         one.student.metrics["loss"].value, abs=1e-5
     )
+
+
+def test_adapters_of_one_rank_and_of_two_are_the_same_and_merged(trained: Place) -> None:
+    (folder, training, one), (other, _, two) = (
+        find_run(trained, name) for name in ("lora", "lora_ranks")
+    )
+    assert folder.name == other.name, "one id"
+    assert (other / "checkpoint-12" / "rng_state_1.pth").exists(), "there were two"
+    assert two.student.metrics["loss"].value == pytest.approx(
+        one.student.metrics["loss"].value, abs=1e-5
+    )
+    teacher = AutoModelForCausalLM.from_pretrained(trained.path / "teacher")
+    for path in (folder, other):
+        student = AutoModelForCausalLM.from_pretrained(path / "final")
+        for name, weight in student.named_parameters():
+            assert weight.equal(teacher.get_parameter(name)) == ("_proj" not in name), name
+        assert (path / "final/adapter/adapter_model.safetensors").exists()
+    summary = training.summary
+    assert summary.trained_parameters == 2 * 4 * (4 * (16 + 16) + 3 * (16 + 32))
+    assert summary.student_parameters == teacher.num_parameters()
+    page = (trained.results / "report.html").read_text()
+    assert f"LoRA rank 4: {summary.trained_parameters:,}" in page
 
 
 def test_a_live_teacher_leaves_no_cache_behind(trained: Place) -> None:

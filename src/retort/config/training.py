@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from retort.config.lora import Lora
 from retort.config.optimizer import Beta, LrSchedulerKwargs, Optimizer, Schedule
 from retort.config.schema import ConfigError, Found, Problem, find_key
 from retort.config.section import (
@@ -80,6 +81,7 @@ class Training(Section):
     """Lay the sequences of a forward pass end to end, each seeing itself alone, instead of padding them to the longest:
     the losses are equal up to rounding. auto pads for a student or a live teacher that mixes sequences or computes
     attention between all of them (eager); true refuses it."""
+    lora: Lora = Field(default_factory=Lora)
     freeze: Unique[Text] = ()
     """Regular expressions: parameters in whose names one of them is found keep their values, such as embed_tokens (of a
     student with tied weights the output layer too) or layers\\.[0-3]\\. (with the last dot, else layers.10 too)."""
@@ -131,9 +133,9 @@ class Training(Section):
     resume_from_checkpoint: Text | None = setting(None, is_path=True)
     """Folder of a checkpoint of another run, whose weights, optimizer, schedule and step this one continues. What would
     contradict them is refused: another learning_rate, weight_decay, optim, beta or epsilon, lr_scheduler_type or its
-    kwargs, warmup_steps, freeze, number of sequences of a step, or, where the schedule depends on it, of all steps. For
-    its weights alone, name it in student.model_path. Ids depend on its files, not on its path. An interrupted run
-    resumes without it."""
+    kwargs, warmup_steps, lora, freeze, number of sequences of a step, or, where the schedule depends on it, of all
+    steps. For its weights alone, name it in student.model_path. Ids depend on its files, not on its path. An
+    interrupted run resumes without it."""
     gpus: Count = setting(1, changes_id=False)
     """GPUs per node that train one student together."""
     nodes: Count = setting(1, changes_id=False)

@@ -48,6 +48,11 @@ def find_missing_for_training(
     """Yield what is wrong with a student's attention and optimizer; `model`: its config, `name`: in messages."""
     for fault in _find_attention_faults(model, training.attn_implementation, "training"):
         yield f"{name} {fault}"
+    if training.lora.rank is not None and find_spec("peft") is None:
+        yield (
+            f"training.lora.rank is {training.lora.rank}, for which peft must be installed. Type: pip install peft "
+            "(Retort's extra lora), or use training.lora: null."
+        )
     needed = next((n for kinds, n in _OPTIMIZERS.items() if training.optim in kinds), None)
     if needed is not None and find_spec(needed[0]) is None:
         yield (

@@ -36,6 +36,7 @@ from retort.models.load import (
     output_width,
     refuse_short_context,
 )
+from retort.models.lora import count_adapters
 from retort.models.students import describe_ids, name_student, student_config
 from retort.pipeline.costly_defaults import find_costly_defaults
 from retort.pipeline.demo_teacher import DEMO_TEACHER, DemoTokenizer
@@ -351,14 +352,19 @@ def _check_student(config: Config, tokenizer: Any, width: int, mistakes: _Mistak
         name,
         what="dataset.max_length",
     )
-    mistakes.found |= dict.fromkeys(find_missing_for_training(model, training, name=name))
+    missing = list(find_missing_for_training(model, training, name=name))
+    mistakes.found |= dict.fromkeys(missing)
     check_freeze(model, training.freeze, name=name)
     parameters = count_parameters(model)
     if True in (training.packing, training.padding_free) and parameters <= _PROBED_PARAMETERS:
         find_layout_faults([split_model(AutoModelForCausalLM.from_config(model))], training)
+    adapters = ""
+    if training.lora.rank is not None and not missing:
+        trained = count_adapters(model, training.lora, name=name)
+        adapters = f", LoRA of rank {training.lora.rank} ({trained:,} parameters)"
     ids = describe_ids(config.student, model, vocabulary=width)
     return [
-        f"student of {parameters:,} parameters, {training.distillation_type}, alpha {training.alpha}",
+        f"student of {parameters:,} parameters{adapters}, {training.distillation_type}, alpha {training.alpha}",
         *([ids] if ids else []),
         *find_costly_defaults(config, vocabulary=width, num_parameters=parameters),
     ]

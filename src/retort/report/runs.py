@@ -20,7 +20,7 @@ from retort.evaluation.scores import DOCUMENTS_FILE, METRICS
 from retort.models.samples import SAMPLES_FILE, Samples, read_samples
 
 ENDS = ("", "_low", "_high")
-_COUNTS = ("teacher_parameters", "cache_positions")
+_COUNTS = ("teacher_parameters", "cache_positions", "trained_parameters", "lora_rank")
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,9 @@ def _describe(path: Path, found: Metrics) -> dict[str, Any]:
     return {
         "folder": str(find_folder(path)),
         **_pick(training, "id", "distillation_type", "alpha", "temperature", "seed"),
-        **_pick(training.summary, "student_parameters", "steps", "trained_positions", "device"),
+        **_pick(training.summary, "student_parameters", "trained_parameters"),
+        "lora_rank": _find_rank(found),
+        **_pick(training.summary, "steps", "trained_positions", "device"),
         "epochs": training.summary.trained_positions / text.train.positions if text else np.nan,
         **_pick(text and text.documents, "read", "used", prefix="rows_"),
         "training_seconds": training.summary.seconds,
@@ -104,6 +106,14 @@ def _describe(path: Path, found: Metrics) -> dict[str, Any]:
         **_pick(cache and cache.fidelity, "tail_mass", prefix="cache_"),
         **_pick(cache and cache.fidelity, "kl", "agreement", prefix="cache_fidelity_"),
     }
+
+
+def _find_rank(found: Metrics) -> float:
+    """Return the rank of a run's LoRA; missing where all weights were trained, or its run.json is."""
+    training = found.trained.config.get("training") if found.trained else None
+    lora = training.get("lora") if isinstance(training, dict) else None
+    rank = lora.get("rank") if isinstance(lora, dict) else None
+    return float(rank) if isinstance(rank, int) else np.nan
 
 
 def _pick(record: Any, *names: str, prefix: str = "") -> dict[str, Any]:

@@ -170,11 +170,21 @@ def build_main_table(found: Comparisons, group: pd.DataFrame) -> Table:
     frame = group.assign(
         temperature=group.temperature.where(is_distilled),
         margin=group.margin.astype(object).mask(is_lacking, NO_BASELINE),
+        trained=[_describe_trained(row) for _, row in group.iterrows()],
     )
     known = group.columns[group.notna().any()]
     columns = [c for c in TABLES["main"] if c.key != "distance_closed" or c.key in known]
     bold = _find_bold(found, group, ["loss"])
     return Table(_with_teachers(frame), columns, bold=bold, is_brief=True)
+
+
+def _describe_trained(row: pd.Series) -> str | None:
+    """Return which of a student's parameters are trained, None where all are."""
+    trained, rank = row.trained_parameters, row.lora_rank
+    size = None if pd.isna(trained) else _write_size(trained)
+    if pd.notna(rank):
+        return f"LoRA rank {rank}" + (f": {size}" if size else "")
+    return f"{size} trained" if size and trained != row.student_parameters else None
 
 
 def build_metric_table(found: Comparisons, group: pd.DataFrame, *, of: str = "setting") -> Table:

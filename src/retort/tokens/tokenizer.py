@@ -87,7 +87,11 @@ def refuse_other_tokenizer(found: TokenizerIdentity, *, expected: str | None, pa
 
 def explain_load_error(what: str, path: str, error: Exception) -> str:
     """Return a message for a model or tokenizer (`what`) that transformers cannot load."""
-    if Path(path).is_dir():
+    if (Path(path) / "adapter_config.json").exists():
+        advice = (
+            "it holds an adapter of LoRA alone; give the merged model, such as final/ of the run"
+        )
+    elif Path(path).is_dir():
         advice = "the folder must contain what save_pretrained() writes (config.json, weights, tokenizer.json)"
     elif Path(path).is_file():
         advice = f"it is {describe_model_file(Path(path))}"

@@ -48,6 +48,7 @@ def shared_settings(training: Training) -> dict[str, Setting]:
         **decay,
         "lr_scheduler_kwargs": ", ".join(f"{k}: {v}" for k, v in given.items()) or "none",
         "freeze": ", ".join(training.freeze) or "none",
+        "lora": training.lora.describe(),
         "batch_size x gradient_accumulation_steps": training.global_batch,
     }
 
@@ -239,7 +240,7 @@ def _read_start(checkpoint: Path, what: str) -> tuple[dict[str, Any], dict[str, 
     settings: dict[str, Setting] = {}
     if is_ours:
         earlier = {key: Training.model_fields[key].default for key in _NEWER}
-        settings = earlier | {"lr_scheduler_kwargs": "none", "freeze": "none"}
+        settings = earlier | dict.fromkeys(("lr_scheduler_kwargs", "freeze", "lora"), "none")
         settings |= CheckpointRecord.read(checkpoint / MARKER).settings
     return read_json(checkpoint / _STATE), settings | found | _find_betas(groups)
 

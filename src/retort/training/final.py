@@ -1,4 +1,4 @@
-"""The finished student: final/ with its weights, tokenizer and card."""
+"""The finished student: final/ with its weights, tokenizer and card, and of LoRA the adapters in final/adapter/."""
 
 import shutil
 from pathlib import Path
@@ -23,22 +23,28 @@ def save_final(
 ) -> None:
     """Write the finished student, its tokenizer and card atomically, as a folder that AutoModelForCausalLM loads.
 
-    Called by every rank: under FSDP all of them gather the weights.
+    Adapters are written in its folder adapter/, and then merged. Called by every rank: under FSDP all of them gather
+    the weights.
     Raises ValueError when a weight is beyond the range of training.save_dtype.
     """
     model = trainer.model
+    temporary = folder.with_name(".final.tmp")
+    if rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if job.training.lora.rank is not None:
+            model.save_pretrained(temporary / "adapter")
+            (temporary / "adapter" / CARD).unlink()  # a form of peft's, not filled in
+            model = model.merge_and_unload()
     is_sharded = isinstance(model, FSDPModule)
     weights = trainer.accelerator.get_state_dict(model) if is_sharded else model.state_dict()
-    # After gathering, a tied weight's two names no longer share memory, and both would be stored.
-    weights = {name: w for name, w in weights.items() if name not in model.all_tied_weights_keys}
     if rank() > 0:
         return
-    temporary = folder.with_name(".final.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    # After gathering, a tied weight's two names no longer share memory, and both would be stored.
+    weights = {name: w for name, w in weights.items() if name not in model.all_tied_weights_keys}
     model.config.use_cache = True
     set_special_ids(model, job.tokenizer, _list_final_ends(model, job))
     _save_weights(temporary, model, weights, job.training.save_dtype)
-    apply_umask(temporary.glob("*.safetensors"))
+    apply_umask(temporary.rglob("*.safetensors"))
     job.tokenizer.save_pretrained(temporary)
     card = write_card(
         job.name,

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,9 +31,10 @@ from retort.config.sections import Training
 from retort.io.files import file_lock
 from retort.losses.model_loss import attach_loss
 from retort.models.attention import ON_CPU, set_attention
-from retort.models.causal_lm import compile_layers, needs_mask, split_model
+from retort.models.causal_lm import CausalLM, compile_layers, needs_mask, split_model
 from retort.models.frozen import count_trained, freeze_weights
 from retort.models.load import describe_device
+from retort.models.lora import add_adapters, count_merged
 from retort.models.students import build_student, name_student
 from retort.training.arguments import CHECKPOINTING, describe_precision, training_arguments
 from retort.training.batches import Collator, TrainingData, count_steps, find_tail_column
@@ -95,7 +97,7 @@ def train_student(
     arguments = training_arguments(folder, job)
     with _lock_folder(folder):
         trainer = build_trainer(arguments, job)
-        parameters = int(trainer.model.num_parameters())  # now: FSDP shards them later
+        parameters = count_merged(trainer.model)  # now: FSDP shards them later
         trained = count_trained(trainer.model)
         checkpoint = _agree_on_checkpoint(folder, job.checkpoint_id)
         progress = ProgressCallback(
@@ -136,6 +138,22 @@ def _set_tracker_folders(folder: Path) -> None:
     os.environ.setdefault("WANDB_RESUME", "allow")
 
 
+def _prepare_student(job: TrainingJob) -> tuple[CausalLM, Any]:
+    """Return the student with its loss, and what is trained: the model, or peft's wrapper around it with LoRA."""
+    training, name = job.training, name_student(job.student)
+    model = build_student(
+        job.student, vocabulary=job.vocabulary, tokenizer=job.tokenizer, seed=training.seed
+    )
+    set_attention(model, training.attn_implementation, device="cpu")
+    freeze_weights(model, training.freeze, name=name)
+    whole: Any = model
+    if training.lora.rank is not None:
+        whole = add_adapters(model, training.lora, seed=training.seed, name=name)
+    split = split_model(model)
+    attach_loss(split, job.loss_settings, is_compiled=training.torch_compile)
+    return split, whole
+
+
 def build_trainer(arguments: TrainingArguments, job: TrainingJob) -> DistillationTrainer:
     """Build the student and return its trainer; the arguments get the number of steps.
 
@@ -143,13 +161,8 @@ def build_trainer(arguments: TrainingArguments, job: TrainingJob) -> Distillatio
     `choose_layout` does.
     """
     training = job.training
-    model = build_student(
-        job.student, vocabulary=job.vocabulary, tokenizer=job.tokenizer, seed=training.seed
-    )
-    set_attention(model, training.attn_implementation, device="cpu")
-    freeze_weights(model, training.freeze, name=name_student(job.student))
-    split = split_model(model)
-    attach_loss(split, job.loss_settings, is_compiled=training.torch_compile)
+    split, whole = _prepare_student(job)
+    model = split.model
     if training.use_gradient_checkpointing == "auto":
         recomputes = arguments.device.type == "cuda" and model.supports_gradient_checkpointing
         setattr(arguments, CHECKPOINTING, recomputes)
@@ -179,7 +192,7 @@ def build_trainer(arguments: TrainingArguments, job: TrainingJob) -> Distillatio
         num_tokens=len(job.tokenizer),
         is_muon=training.optim == MUON,
         held_out=job.held_out,
-        model=model,
+        model=whole,
         args=arguments,
         train_dataset=TrainingData(source),
         data_collator=collator,
@@ -239,7 +252,7 @@ def _train(trainer: DistillationTrainer, checkpoint: Path | None, job: TrainingJ
         logger.info(f"train {job.name}: resuming from {checkpoint.name}")
         trainer.window.restore(read_progress(checkpoint).window)
     if checkpoint and is_finished(checkpoint):
-        trainer.model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+        _load_weights(trainer, checkpoint, job.training)
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         return
     named = job.training.resume_from_checkpoint
@@ -257,6 +270,13 @@ def _load_best(trainer: DistillationTrainer, folder: Path, training: Training) -
     logger.info(
         f"the best {training.best_metric}, {trainer.state.best_metric:.4f}, is of step {step}"
     )
-    best = require_best(folder, step)
-    trainer.model = AutoModelForCausalLM.from_pretrained(best, dtype=torch.float32)
+    _load_weights(trainer, require_best(folder, step), training)
     return step
+
+
+def _load_weights(trainer: DistillationTrainer, checkpoint: Path, training: Training) -> None:
+    """Give the trainer the weights of a checkpoint, or with LoRA its adapters."""
+    if training.lora.rank is not None:
+        trainer.model.load_adapter(str(checkpoint), "default", is_trainable=True)
+    else:
+        trainer.model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)

@@ -98,6 +98,8 @@ def write_card(
         "optimizer steps": f"{summary.steps:,}",
         "positions": f"{summary.trained_positions:,}",
     }
+    if summary.trained_parameters not in (None, summary.student_parameters):
+        metrics["parameters trained"] = f"{summary.trained_parameters:,}"
     metrics |= {key: f"{last[key]:.4f}" for key in _METRICS if key in last}
     step = summary.steps
     if summary.best_step is not None:

@@ -3,6 +3,7 @@
 Weight decay is Trainer's: of all parameters but biases and those of norms.
 """
 
+import itertools
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -46,11 +47,12 @@ def set_steps(arguments: TrainingArguments, training: Training, *, max_steps: in
 class MuonWithAdamW(Optimizer):
     """Muon for some parameters and AdamW for others, whose groups and state are saved and restored as one optimizer's.
 
-    Each of the two works on its groups and its part of the state in place.
+    Each works on its groups and its part of the state in place. With LoRA, or where weights are frozen, one may have no
+    parameters, and is left out.
     """
 
-    def __init__(self, muon: Muon, adamw: AdamW) -> None:
-        self.parts: tuple[Any, ...] = (muon, adamw)
+    def __init__(self, *parts: Any) -> None:
+        self.parts = parts
         super().__init__([group for part in self.parts for group in part.param_groups], {})
         self._share()
 
@@ -85,22 +87,24 @@ def build_muon(
     outside = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     outside += [m for m in (model.get_output_embeddings(),) if m is not None]
     at_ends = {id(weight) for module in outside for weight in module.parameters()}
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, weight in model.named_parameters():
-        if weight.requires_grad:
-            is_hidden = weight.ndim == 2 and id(weight) not in at_ends
-            groups.setdefault((is_hidden, name in decayed), []).append(weight)
-    of_muon, of_adamw = (
-        [
-            {"params": groups[kind, decays], "weight_decay": arguments.weight_decay * decays}
-            for decays in (True, False)
-            if (kind, decays) in groups
+    groups: dict[bool, list[dict[str, Any]]] = {}
+    for is_hidden, decays in itertools.product((True, False), repeat=2):
+        weights = [
+            weight
+            for name, weight in model.named_parameters()
+            if weight.requires_grad
+            and is_hidden == (weight.ndim == 2 and id(weight) not in at_ends)
+            and decays == (name in decayed)
         ]
-        for kind in (True, False)
-    )
+        if weights:
+            decay = arguments.weight_decay if decays else 0.0
+            groups.setdefault(is_hidden, []).append({"params": weights, "weight_decay": decay})
     rate = float(arguments.learning_rate)
     betas = (arguments.adam_beta1, arguments.adam_beta2)
-    return MuonWithAdamW(
-        Muon(of_muon, lr=rate, adjust_lr_fn="match_rms_adamw"),
-        AdamW(of_adamw, lr=rate, betas=betas, eps=arguments.adam_epsilon, fused=True),
-    )
+    parts: list[Any] = []
+    if True in groups:
+        parts.append(Muon(groups[True], lr=rate, adjust_lr_fn="match_rms_adamw"))
+    if False in groups:
+        eps = arguments.adam_epsilon
+        parts.append(AdamW(groups[False], lr=rate, betas=betas, eps=eps, fused=True))
+    return MuonWithAdamW(*parts)

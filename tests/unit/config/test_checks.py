@@ -286,6 +286,48 @@ MIX: list[dict[str, Any]] = [
             "training.torch_compile: false",
         ),
         (
+            {"training": {"lora": {"rank": 8}}},
+            "training.lora.rank is 8, but student.config is 'config/students/llama_demo.json'",
+            "or training.lora: null",
+        ),
+        (
+            {"training": {"lora": {"alpha": 8}}},
+            "training.lora.alpha is 8, but training.lora.rank is null",
+            "Set training.lora.rank, such as 16",
+        ),
+        (
+            {
+                "student": {"config": None, "model_path": "gpt2"},
+                "training": {"lora": {"rank": 8}, "freeze": ["norm"]},
+            },
+            'training.lora.rank is 8 and training.freeze is ["norm"]',
+            "Leave training.freeze out",
+        ),
+        (
+            {
+                "student": {"config": None, "model_path": "gpt2"},
+                "training": {"lora": {"rank": 8}, "strategy": "fsdp"},
+            },
+            "training.lora.rank is 8 and training.strategy is 'fsdp'",
+            "Use training.strategy: ddp",
+        ),
+        (
+            {
+                "student": {"config": None, "model_path": "gpt2"},
+                "training": {"lora": {"rank": 8}, "torch_compile": True},
+            },
+            "training.lora.rank is 8 and training.torch_compile is true",
+            "Use training.torch_compile: false",
+        ),
+        (
+            {
+                "student": {"config": None, "model_path": "gpt2", "grow_embedding": True},
+                "training": {"lora": {"rank": 8}},
+            },
+            "training.lora.rank is 8 and student.grow_embedding is true",
+            "or a student of the same tokenizer",
+        ),
+        (
             {
                 "cache": {"method": "sampled", "temperatures": [1.0, 4.0]},
                 "training": {"temperature": 1.0},

@@ -108,6 +108,22 @@ def test_what_freezes_nothing_or_everything_is_refused_before_any_job(setting: S
     setting.check(training={"freeze": [r"layers\.0\.mlp", "lm_head"]})
 
 
+def test_what_lora_needs_is_said_before_any_job(
+    setting: Setting, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = {"config": None, "model_path": str(tiny_teacher)}
+    notes = setting.check(student=student, training={"lora": {"rank": 4}})
+    trained = 2 * 4 * (4 * (16 + 16) + 3 * (16 + 32))
+    assert any(f"LoRA of rank 4 ({trained:,} parameters)" in note for note in notes)
+    for targets, said in (("query", "is no module of"), ("lm_head", "the embedding or output")):
+        lora = {"rank": 4, "target_modules": ["q_proj", targets]}
+        setting.refuse(f"has '{targets}', .*{said}", student=student, training={"lora": lora})
+    monkeypatch.setattr(packages, "find_spec", lambda _: None)
+    said = r"lora.rank is 4, for which peft must be installed. Type: pip install peft"
+    setting.refuse(said, student=student, training={"lora": {"rank": 4}})
+    setting.check(student=student)
+
+
 def test_a_checkpoint_to_start_from_must_be_there_before_the_end_and_of_the_same_settings(
     setting: Setting,
 ) -> None:

@@ -41,6 +41,7 @@ OTHER_TRAINING = {
     "adam_beta2": 0.95,
     "adam_epsilon": 1e-6,
     "lr_scheduler_kwargs": {"num_cycles": 2.5},
+    "lora": {"rank": 8},
     "freeze": ["embed_tokens"],
     "attn_implementation": "eager",
     "torch_compile": True,

@@ -174,6 +174,26 @@ def test_every_declared_column_is_shown_and_every_table_has_its_columns(tmp_path
     assert all(f"<dt>{column.term}</dt>" in page for column in COLUMNS if column.term)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, ""),
+        ({"trained_parameters": 54_272}, ""),
+        ({"trained_parameters": 1_234}, "1,234 trained"),
+        (
+            {"trained_parameters": 1_234, "trained": {"training": {"lora": {"rank": 4}}}},
+            "LoRA rank 4: 1,234",
+        ),
+    ],
+)
+def test_what_is_trained_of_a_student_is_below_its_size(
+    changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    found = compare([write_run(tmp_path, "hybrid", **changes)])
+    _, (_, _, cells) = build_main_table(found, found.settings).rows
+    assert [cell.below for cell in cells if cell.text == "54,272"] == [said]
+
+
 def test_cells_are_sorted_by_their_numbers(tmp_path: Path) -> None:
     path = write_run(tmp_path, "hybrid", student_parameters=1_234_567)
     changes = {"student_parameters": 1_234_567, "validation__perplexity": 12_300_000.0}
