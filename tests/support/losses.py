@@ -21,7 +21,11 @@ from retort.tokens.sequences import build_table
 from retort.training.batches import Collator, Item
 
 TEMPERATURES = (0.5, 1.0, 2.0)
-DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon")
+DIVERGENCES = (
+    *("forward_kl", "reverse_kl", "jensen_shannon"),
+    *("skew_forward_kl", "skew_reverse_kl", "total_variation"),
+)
+POSITION_WEIGHTS = (None, "teacher_entropy", "teacher_confidence")
 
 
 def random_logits(rows: int, vocabulary: int, *, scale: float, seed: int) -> Tensor:
@@ -179,15 +183,34 @@ def reference_losses(
         if bool(outside.any()) and float(tail) > 1e-12:
             pairs.append((tail[None], q[outside].sum()[None]))
         for a, b in pairs:
-            mean = (a + b) / 2
+            mean, skew = (a + b) / 2, how.skew
             values = {
                 "forward_kl": (a * (a / b).log()).sum(),
                 "reverse_kl": (b * (b / a).log()).sum(),
                 "jensen_shannon": (a * (a / mean).log() + b * (b / mean).log()).sum() / 2,
+                "skew_forward_kl": (a * (a / (skew * a + (1 - skew) * b)).log()).sum(),
+                "skew_reverse_kl": (b * (b / (skew * b + (1 - skew) * a)).log()).sum(),
+                "total_variation": (a - b).abs().sum() / 2,
             }
-            soft = soft + values[how.divergence]
+            soft = (
+                soft
+                + reference_weight(how, pairs, ids, int(labels[p]), len(outside))
+                * (values[how.divergence])
+            )
     soft = how.temperature**2 * soft
     return how.alpha * hard + (1 - how.alpha) * soft, hard, soft
+
+
+def reference_weight(
+    how: LossSettings, pairs: list[tuple[Tensor, Tensor]], ids: Tensor, label: int, width: int
+) -> float:
+    """The weight of a position, from the teacher's probabilities of kept tokens and tail."""
+    if how.position_weights is None:
+        return 1.0
+    if how.position_weights == "teacher_entropy":
+        return -sum(float((a * a.log()).sum()) for a, _ in pairs) / float(np.log(width))
+    found = ids.tolist()
+    return float(pairs[0][0][found.index(label)]) if label in found else 0.0
 
 
 def leaves(weights: tuple[Tensor | None, ...], dtype: torch.dtype) -> list[Tensor]:

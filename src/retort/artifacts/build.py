@@ -340,7 +340,7 @@ def training_keys(training: Training) -> dict[str, Any]:
     keys = identity(training) | {"alpha": training.alpha}
     unused = ["resume_from_checkpoint"]  # it counts by content, in `starting_point`
     if training.distillation_type == "output":
-        unused += ["temperature", "divergence", "use_cached_logits"]
+        unused += ["temperature", "divergence", "skew", "position_weights", "use_cached_logits"]
     if training.load_best_model_at_end:  # then they decide which step's weights are kept
         for key in ("eval_steps", "eval_sequences"):
             keys[key] = getattr(training, key)

@@ -37,9 +37,28 @@ class Training(Section):
     temperature: Positive = 2.0
     """Softens both distributions: soft_loss = T^2 * KL(teacher_T || student_T), in nats. With cached logits it must be
     one of cache.temperatures."""
-    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = "forward_kl"
+    alpha_end: Fraction | None = None
+    """alpha at the last step, of hybrid only: it goes there on a straight line from `alpha` at the first step. null
+    means that alpha stays what it is."""
+    divergence: Literal[
+        "forward_kl",
+        "reverse_kl",
+        "jensen_shannon",
+        "skew_forward_kl",
+        "skew_reverse_kl",
+        "total_variation",
+    ] = "forward_kl"
     """The divergence in soft_loss, which is multiplied by T^2: forward_kl, KL(teacher || student), is mode-covering;
-    reverse_kl, KL(student || teacher), is mode-seeking; jensen_shannon is between them."""
+    reverse_kl, KL(student || teacher), is mode-seeking; jensen_shannon is between them. skew_forward_kl and
+    skew_reverse_kl (DistiLLM) are these two KL, from a mixture with the other model (see skew); total_variation is half
+    the sum of |p - q|."""
+    skew: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share a of the first model in the mixture of skew_forward_kl, KL(teacher || a * teacher + (1 - a) * student), and
+    of skew_reverse_kl, KL(student || a * student + (1 - a) * teacher)."""
+    position_weights: Literal["teacher_entropy", "teacher_confidence"] | None = None
+    """Weights of soft_loss at each position, from 0 to 1: teacher_entropy is the teacher's entropy / ln(vocabulary),
+    more where it is uncertain; teacher_confidence its probability of the text's token, less where it contradicts the
+    text. null weighs all alike."""
     use_cached_logits: bool = True
     """Learn from the logit cache; false runs the teacher beside the student instead."""
     cache_copy: Text | None = setting(None, changes_id=False)
@@ -153,6 +172,11 @@ class Training(Section):
         return self.batch_size * self.gradient_accumulation_steps
 
     @property
+    def needs_teacher(self) -> bool:
+        """Whether it learns from a teacher at any step; alpha must be filled in."""
+        return self.alpha != 1.0 or self.alpha_end is not None
+
+    @property
     def best_metric(self) -> str | None:
         """What the best checkpoint is chosen by; None if none is kept."""
         return self.metric_for_best_model or ("eval_loss" if self.load_best_model_at_end else None)
@@ -168,6 +192,25 @@ def check_alpha(c: "Config") -> Found:
         f"alpha is {DEFAULT_ALPHA[kind]}. Set training.alpha: null, or training.distillation_type: hybrid to learn "
         "from both (alpha is the weight of the hard loss)."
     )
+
+
+def check_alpha_end(c: "Config") -> Found:
+    kind, end = c.training.distillation_type, c.training.alpha_end
+    if end is not None and kind != "hybrid":
+        yield (
+            f"training.alpha_end is {end}, but training.distillation_type is {kind}, whose alpha is "
+            f"{DEFAULT_ALPHA[kind]} at every step. Leave training.alpha_end out, or set training.distillation_type: "
+            "hybrid."
+        )
+
+
+def check_skew(c: "Config") -> Found:
+    divergence, skew = c.training.divergence, c.training.skew
+    if skew != Training().skew and not divergence.startswith("skew_"):
+        yield (
+            f"training.skew is {skew}, but training.divergence is {divergence!r}, which has no skew. Use "
+            "training.divergence: skew_forward_kl or skew_reverse_kl, or leave training.skew out."
+        )
 
 
 def check_several_gpus(c: "Config") -> Found:
@@ -218,6 +261,17 @@ def check_sampled(c: "Config") -> Found:
             f"training.divergence is {c.training.divergence!r}, but cache.method is 'sampled': its samples are "
             "unbiased for forward_kl only, which is linear in the teacher's probabilities. Use training.divergence: "
             "forward_kl, or cache.method: top_p."
+        )
+
+
+def check_sampled_weights(c: "Config") -> Found:
+    """Refuse weights that samples give wrongly."""
+    weights = c.training.position_weights
+    if weights is not None and _uses_cache(c) and c.cache.method == "sampled":
+        yield (
+            f"training.position_weights is {weights}, but cache.method is 'sampled': the weight and the loss would be "
+            "of the same few samples, and their product is biased. Leave training.position_weights out, or use "
+            "cache.method: top_p."
         )
 
 

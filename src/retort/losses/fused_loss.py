@@ -45,7 +45,7 @@ def compute_fused_loss(
     """Return the losses, summed over positions and divided by `normalizer`; labels_P: int64 token ids.
 
     The total's gradients are computed here too, and handed out in the backward pass. Under autocast the head runs in
-    autocast's dtype, everything behind the logits in float32. `teacher` is None for alpha 1 only. With
+    autocast's dtype, everything behind the logits in float32. `teacher` may be None for alpha 1 only. With
     `weight_grad_buffer`, an empty list, the backward pass puts the weight's gradient there instead of returning it.
     """
     return LossTerms(
@@ -81,7 +81,7 @@ def compute_loss_of_logits(
 
 def _temper(teacher: TeacherRows | None, settings: LossSettings) -> TeacherRows | None:
     assert teacher is not None or settings.alpha == 1.0, settings.alpha
-    if teacher is None or settings.alpha == 1.0:
+    if teacher is None:
         return None
     return temper_rows(teacher, settings.temperature)
 

@@ -28,15 +28,22 @@ class LossTargets:
     """What the predictions of a forward pass are compared with.
 
     labels int64 [B, T]: labels[t] is the token at t where its prediction counts, else IGNORE_INDEX; counted int64 [P]:
-    indices in [B * T] of the positions before these; teacher: their rows in the batch's order, None for alpha 1;
-    normalizer: what the sums are divided by. One object instead of tensors: FSDP's mixed precision rounds every tensor
-    among the inputs to bfloat16.
+    indices in [B * T] of the positions before these; teacher: their rows in the batch's order, None without one;
+    normalizer: what the sums are divided by; alpha: of this step, None: that of the settings. One object instead of
+    tensors: FSDP's mixed precision rounds every tensor among the inputs to bfloat16.
     """
 
     labels: Tensor
     counted: Tensor
     teacher: TeacherRows | None
     normalizer: Tensor | float = 1.0
+    alpha: float | None = None
+
+    def choose(self, settings: LossSettings) -> LossSettings:
+        """Return the settings of this pass: with its own alpha, if it has one."""
+        if self.alpha is None or self.alpha == settings.alpha:
+            return settings
+        return replace(settings, alpha=self.alpha)
 
     def find_labels(self) -> Tensor:
         """Return the tokens int64 [P] that the counted positions predict."""
@@ -86,7 +93,7 @@ def attach_loss(split: CausalLM, settings: LossSettings, *, is_compiled: bool = 
             logits_PV,
             targets.find_labels(),
             targets.teacher,
-            settings,
+            targets.choose(settings),
             normalizer=targets.normalizer,
         )
 
@@ -179,7 +186,7 @@ def _attach_to_head(split: CausalLM, settings: LossSettings, tied: _TiedWeightGr
             head.weight,
             targets.find_labels(),
             targets.teacher,
-            settings,
+            targets.choose(settings),
             bias_V=getattr(head, "bias", None),
             normalizer=targets.normalizer,
             weight_grad_buffer=tied.take() if tied is not None else None,

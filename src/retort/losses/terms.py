@@ -5,7 +5,7 @@ Legend: P counted positions, V vocabulary.
     total_loss = alpha * hard_loss + (1 - alpha) * soft_loss         alpha weighs the *hard* loss
     hard_loss  = - log q(y)                                          y: the token of the text
     soft_loss  = T^2 * KL(p_T || q_T)                                p: teacher, q: student, at temperature T
-                 (or another divergence instead of KL)
+                 (or another divergence instead of KL, and with a weight at each position, see `position_weights`)
 
 The factor T^2 keeps the soft gradient's size independent of T (Hinton, Vinyals, Dean: Distilling the Knowledge in a
 Neural Network, 2015, section 2). From a cache, KL is taken over the kept tokens and one bucket for all others (module
@@ -29,8 +29,9 @@ MIN_LOG_MASS = -30.0
 class LossSettings:
     """total = alpha hard + (1 - alpha) T^2 divergence; logits are softcap(scale * (features @ weight + bias)).
 
-    divergence: forward_kl, reverse_kl or jensen_shannon; softcap(x) = c tanh(x / c); chunk_size: positions that go
-    through the head at once, None: `fused_loss.choose_chunk_size`.
+    divergence: see `compute_dense_divergence`; softcap(x) = c tanh(x / c); chunk_size: positions that go through the
+    head at once, None: `fused_loss.choose_chunk_size`; skew: of the skewed divergences; position_weights: a kind of
+    `position_weights`, None: all are 1; alpha_end: alpha at the last step, None: that of all steps.
     """
 
     alpha: float
@@ -39,6 +40,16 @@ class LossSettings:
     scale: float = 1.0
     softcap: float | None = None
     chunk_size: int | None = None
+    skew: float = 0.1
+    position_weights: str | None = None
+    alpha_end: float | None = None
+
+    def find_alpha(self, step: int, *, max_steps: int) -> float:
+        """Return alpha at a step, of 0 to max_steps - 1: on a straight line to alpha_end."""
+        if self.alpha_end is None:
+            return self.alpha
+        share = step / max(1, max_steps - 1)
+        return (1 - share) * self.alpha + share * self.alpha_end
 
 
 class LossTerms(NamedTuple):
@@ -63,12 +74,16 @@ def compute_dense_divergence(
     *,
     temperature: float,
     divergence: str = "forward_kl",
+    skew: float = 0.1,
+    weights_P: Tensor | None = None,
 ) -> Tensor:
     """Return the summed divergence [] at T over the whole vocabulary, in float32, without the factor T^2.
 
     forward_kl: KL(teacher || student); reverse_kl: KL(student || teacher), where a teacher's probability counts as
-    exp(-30) at least; jensen_shannon: half the KL of each from the mean of both. The teacher's vocabulary may be
-    narrower: its probability of further ids is 0.
+    exp(-30) at least; jensen_shannon: half the KL of each from the mean of both; skew_forward_kl: KL(teacher || a
+    teacher + (1 - a) student) and skew_reverse_kl: KL(student || (1 - a) teacher + a student), a = `skew` (Ko et al.:
+    DistiLLM, arXiv 2402.03898, 2024, section 3.1); total_variation: half the sum of |p - q|. The teacher's vocabulary
+    may be narrower: its probability of further ids is 0. weights_P: of each position, None: all are 1.
     """
     missing = logits_PV.shape[1] - teacher_logits_PV.shape[1]
     if missing > 0:
@@ -76,16 +91,33 @@ def compute_dense_divergence(
     student_PV = (logits_PV.float() / temperature).log_softmax(dim=-1)
     teacher_PV = (teacher_logits_PV.float() / temperature).log_softmax(dim=-1)
     if divergence == "forward_kl":
-        return _sum_kl(teacher_PV, student_PV)
+        return _sum_kl(teacher_PV, student_PV, weights_P)
     if divergence == "reverse_kl":
-        return _sum_kl(student_PV, teacher_PV.clamp(min=MIN_LOG_MASS))
+        return _sum_kl(student_PV, teacher_PV.clamp(min=MIN_LOG_MASS), weights_P)
+    if divergence == "total_variation":
+        return 0.5 * _add_up((student_PV.exp() - teacher_PV.exp()).abs(), weights_P)
+    if divergence == "skew_forward_kl":
+        return _sum_kl(teacher_PV, _mix(teacher_PV, student_PV, skew), weights_P)
+    if divergence == "skew_reverse_kl":
+        return _sum_kl(student_PV, _mix(student_PV, teacher_PV, skew), weights_P)
+    assert divergence == "jensen_shannon", divergence
     mean_PV = torch.logaddexp(teacher_PV, student_PV) - math.log(2)
-    return 0.5 * (_sum_kl(teacher_PV, mean_PV) + _sum_kl(student_PV, mean_PV))
+    sums = (_sum_kl(logp_PV, mean_PV, weights_P) for logp_PV in (teacher_PV, student_PV))
+    return 0.5 * sum(sums, torch.zeros((), device=logits_PV.device))
 
 
-def _sum_kl(logp_PV: Tensor, logq_PV: Tensor) -> Tensor:
+def _mix(one_PV: Tensor, other_PV: Tensor, share: float) -> Tensor:
+    """Return the logs of share * one + (1 - share) * other, from the logs of both."""
+    return torch.logaddexp(one_PV + math.log(share), other_PV + math.log1p(-share))
+
+
+def _sum_kl(logp_PV: Tensor, logq_PV: Tensor, weights_P: Tensor | None) -> Tensor:
     terms_PV = logp_PV.exp() * (logp_PV - logq_PV)
-    return terms_PV.masked_fill(logp_PV == -torch.inf, 0.0).sum()  # 0 log 0 = 0
+    return _add_up(terms_PV.masked_fill(logp_PV == -torch.inf, 0.0), weights_P)  # 0 log 0 = 0
+
+
+def _add_up(terms_PV: Tensor, weights_P: Tensor | None) -> Tensor:
+    return terms_PV.sum() if weights_P is None else (terms_PV.sum(dim=-1) * weights_P).sum()
 
 
 def combine(hard: Tensor, kl: Tensor | None, *, alpha: float, temperature: float) -> LossTerms:

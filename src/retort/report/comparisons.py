@@ -37,7 +37,7 @@ UNKNOWN, STUDENT, WEIGHTS = "settings", "student content", "teacher weights"
 _TEACHER = (WEIGHTS, "teacher.revision", "teacher.dtype", "teacher.attn_implementation")
 _LEARNING = (
     *("distillation_type", "alpha", "temperature", "divergence", "use_cached_logits"),
-    "metric_for_best_model",
+    *("alpha_end", "skew", "position_weights", "metric_for_best_model"),
 )
 # Settings that change a run's id but are no condition: the way of learning, what changes only the rounding, and what
 # sets the number of steps, which is compared itself.
@@ -184,7 +184,8 @@ def _is_full(runs: pd.DataFrame, learning: pd.DataFrame) -> pd.Series:
         (runs.cache_method == "top_k") & (runs.cache_tail_mass < 1e-9)
     )
     is_forward = learning["training.divergence"] == "forward_kl"
-    return (runs.distillation_type == "logit") & is_whole & is_forward
+    is_even = learning["training.position_weights"] == "-"
+    return (runs.distillation_type == "logit") & is_whole & is_forward & is_even
 
 
 def _name_settings(runs: pd.DataFrame, key: pd.Series) -> pd.Series:

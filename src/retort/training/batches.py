@@ -126,9 +126,14 @@ def find_tail_column(codec: Codec, training: Training, *, path: Path) -> int:
     """Return the column of the stored tails at the training's temperature; any, where the whole vocabulary is kept.
 
     Raises ValueError when the cache in `path` has no tail at this temperature, or holds samples, which are of use at
-    temperature 1 with forward_kl only.
+    temperature 1 with forward_kl and without position_weights only.
     """
     temperature, divergence = training.temperature, training.divergence
+    if codec.method == "sampled" and training.position_weights is not None:
+        raise ValueError(
+            f"training.position_weights is {training.position_weights}, but {path} holds samples (cache.method: "
+            "sampled), which give these weights wrongly. Leave it out, or use a cache of cache.method: top_p."
+        )
     if codec.method == "sampled" and (temperature != 1.0 or divergence != "forward_kl"):
         raise ValueError(
             f"training.temperature is {temperature} and training.divergence {divergence!r}, but {path} holds samples "

@@ -53,4 +53,12 @@ class TrainingJob:
         """Return the settings of its loss, but for the head's scale and softcap."""
         t = self.training
         assert t.alpha is not None
-        return LossSettings(t.alpha, t.temperature, t.divergence, chunk_size=t.loss_chunk_size)
+        return LossSettings(
+            t.alpha,
+            t.temperature,
+            t.divergence,
+            chunk_size=t.loss_chunk_size,
+            skew=t.skew,
+            position_weights=t.position_weights,
+            alpha_end=t.alpha_end,
+        )

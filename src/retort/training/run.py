@@ -66,7 +66,7 @@ def train_run(
     """
     signal, training = _open_signal(signal_path), job.config.training
     with ExitStack() as stack:
-        if isinstance(signal, LogitCache) and training.cache_copy and training.alpha != 1.0:
+        if isinstance(signal, LogitCache) and training.cache_copy and training.needs_teacher:
             signal = stack.enter_context(copy_cache(signal, training.cache_copy))
         student = choose_start(job.config.student, start_path)
         index = TokenIndex.read(index_path)
@@ -92,7 +92,7 @@ def _train(
 ) -> None:
     """Do what `train_run` says, with `signal` opened and `student` as it is loaded."""
     student, training = _pin_student(student, out.parent), job.config.training
-    needs_teacher = training.alpha != 1.0
+    needs_teacher = training.needs_teacher
     if needs_teacher and signal is None:
         raise ValueError(
             f"distillation type {training.distillation_type!r} (alpha {training.alpha}) learns from a teacher: give "

@@ -29,14 +29,9 @@ from transformers import (
 
 from retort.cluster.ranks import rank, world_size
 from retort.io.progress import Meter
+from retort.losses.live_loss import compute_live_loss
 from retort.losses.model_loss import LossTargets
-from retort.losses.terms import (
-    LossSettings,
-    LossTerms,
-    combine,
-    compute_dense_divergence,
-    compute_hard_loss,
-)
+from retort.losses.terms import LossSettings, LossTerms
 from retort.models.causal_lm import CausalLM, take_rows
 from retort.training.batches import Row, RowOrder, RowStream
 from retort.training.checkpoints import (
@@ -144,7 +139,11 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         """
         assert num_items_in_batch is not None and not return_outputs
         targets = LossTargets(
-            inputs["labels"], inputs["counted"], inputs.get("teacher"), num_items_in_batch
+            inputs["labels"],
+            inputs["counted"],
+            inputs.get("teacher"),
+            num_items_in_batch,
+            alpha=self.settings.find_alpha(self.state.global_step, max_steps=self.args.max_steps),
         )
         read = {name: inputs[name] for name in _READ if name in inputs}
         terms: LossTerms = (
@@ -166,7 +165,6 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         """Return the losses against the live teacher, over the whole vocabulary."""
         assert self.teacher is not None
         logits_PV = take_rows(model(**inputs, use_cache=False).logits, targets.counted)
-        hard = compute_hard_loss(logits_PV, targets.find_labels())
         with torch.no_grad():
             features_BTD = self.teacher.features(
                 inputs["input_ids"],
@@ -176,18 +174,12 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             )
             teacher_logits_PV = self.teacher.head.logits(take_rows(features_BTD, targets.counted))
             teacher_logits_PV = teacher_logits_PV[:, : self.num_tokens]
-        temperature = self.settings.temperature
-        kl = compute_dense_divergence(
+        return compute_live_loss(
             logits_PV,
-            teacher_logits_PV.to(logits_PV.device),
-            temperature=temperature,
-            divergence=self.settings.divergence,
-        )
-        return combine(
-            hard / targets.normalizer,
-            kl / targets.normalizer,
-            alpha=self.settings.alpha,
-            temperature=temperature,
+            targets.find_labels(),
+            teacher_logits_PV,
+            targets.choose(self.settings),
+            normalizer=targets.normalizer,
         )
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:

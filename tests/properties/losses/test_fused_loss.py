@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retort.losses.terms import LossSettings
-from support.losses import DIVERGENCES, TEMPERATURES, check_fused_loss
+from support.losses import DIVERGENCES, POSITION_WEIGHTS, TEMPERATURES, check_fused_loss
 
 torch.set_num_threads(1)  # on tensors of this size a second thread only costs
 
@@ -20,6 +20,8 @@ def test_losses_and_gradients_are_those_of_a_dense_float64_reference(data: st.Da
         scale=data.draw(st.sampled_from([1.0, 0.25])),
         softcap=data.draw(st.sampled_from([None, 2.0])),
         chunk_size=data.draw(st.integers(1, 10)),
+        skew=data.draw(st.sampled_from([0.1, 0.6])),
+        position_weights=data.draw(st.sampled_from(POSITION_WEIGHTS)),
     )
     check_fused_loss(
         data.draw(st.integers(1, 9)),

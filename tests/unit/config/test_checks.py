@@ -344,6 +344,24 @@ MIX: list[dict[str, Any]] = [
             "Use training.divergence: forward_kl, or cache.method: top_p",
         ),
         (
+            {
+                "cache": {"method": "sampled"},
+                "training": {"temperature": 1.0, "position_weights": "teacher_entropy"},
+            },
+            "training.position_weights is teacher_entropy, but cache.method is 'sampled'",
+            "Leave training.position_weights out, or use cache.method: top_p",
+        ),
+        (
+            merge(LOGIT, {"training": {"alpha_end": 0.5}}),
+            "training.alpha_end is 0.5, but training.distillation_type is logit",
+            "Leave training.alpha_end out, or set training.distillation_type: hybrid",
+        ),
+        (
+            {"training": {"skew": 0.3}},
+            "training.skew is 0.3, but training.divergence is 'forward_kl'",
+            "Use training.divergence: skew_forward_kl or skew_reverse_kl",
+        ),
+        (
             {"training": {"load_best_model_at_end": True}},
             "training.load_best_model_at_end is true, but training.eval_steps is auto",
             "set it to the number of steps between two evaluations",

@@ -10,17 +10,25 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from retort.losses.fused_loss import choose_chunk_size, compute_fused_loss
+from retort.losses.fused_loss import (
+    choose_chunk_size,
+    compute_fused_loss,
+    compute_loss_of_logits,
+)
+from retort.losses.live_loss import compute_live_loss
 from retort.losses.teacher_rows import TeacherRows
 from retort.losses.terms import LossSettings
 from support.losses import (
     DIVERGENCES,
+    POSITION_WEIGHTS,
     assert_same_losses,
     check_fused_loss,
     in_float32,
     leaves,
     make_teacher,
     make_weights,
+    random_logits,
+    to_teacher,
 )
 
 torch.set_num_threads(1)  # on tensors of this size a second thread only costs
@@ -41,6 +49,49 @@ def test_losses_and_gradients_are_those_of_a_dense_float64_reference(
 ) -> None:
     how = LossSettings(alpha, temperature, divergence, scale, softcap, chunk_size)
     check_fused_loss(9, 40, how, bias=softcap is not None, normalizer=7.0)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "skew_reverse_kl", "total_variation"])
+@pytest.mark.parametrize("kind", ["teacher_entropy", "teacher_confidence"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_weights_of_positions_are_those_of_a_dense_float64_reference(
+    divergence: str, kind: str, temperature: float
+) -> None:
+    how = LossSettings(0.3, temperature, divergence, chunk_size=4, skew=0.4, position_weights=kind)
+    check_fused_loss(30, 12, how, normalizer=7.0)  # of so few ids, many texts' tokens are kept
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("kind", POSITION_WEIGHTS)
+def test_a_live_teacher_has_the_losses_and_gradients_of_one_that_is_kept_whole(
+    divergence: str, kind: str | None
+) -> None:
+    rows, vocabulary = 6, 20
+    # Of ids that it does not have, each counts as exp(-30) in reverse_kl, and so does the tail of them all.
+    narrower = 20 if divergence == "reverse_kl" else 17
+    how = LossSettings(0.3, 2.0, divergence, skew=0.2, position_weights=kind)
+    logits_PV = random_logits(rows, vocabulary, scale=2.0, seed=1).float()
+    teacher_PV = random_logits(rows, narrower, scale=2.0, seed=2).float()
+    labels_P = torch.tensor([3, 16, 0, 1, 2, 3])
+    ids_PK = torch.arange(narrower).repeat(rows, 1)
+    tail_P = torch.full((rows,), -1e4)
+    kept = to_teacher(ids_PK, teacher_PV.log_softmax(dim=-1), tail_P)
+    ours, theirs = logits_PV.clone().requires_grad_(), logits_PV.clone().requires_grad_()
+    cached = compute_loss_of_logits(ours, labels_P, kept, how, normalizer=5.0)
+    live = compute_live_loss(theirs, labels_P, teacher_PV, how, normalizer=5.0)
+    for mine, other in zip(cached, live, strict=True):
+        assert mine is not None and other is not None
+        assert mine.item() == pytest.approx(other.item(), rel=1e-5)
+    gradients = [torch.autograd.grad(t.total, x)[0] for t, x in ((cached, ours), (live, theirs))]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_alpha_goes_to_its_end_on_a_straight_line() -> None:
+    how = LossSettings(1.0, alpha_end=0.2)
+    found = [how.find_alpha(step, max_steps=5) for step in range(5)]
+    assert found == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+    assert how.find_alpha(0, max_steps=1) == 1.0
+    assert {LossSettings(0.3).find_alpha(step, max_steps=5) for step in range(5)} == {0.3}
 
 
 def test_without_a_teacher_the_loss_is_cross_entropy() -> None:

@@ -212,6 +212,11 @@ def test_dense_divergences_are_their_definitions() -> None:
     floored = p.clamp(min=math.exp(-30))
     half = [torch.where(a > 0, a * (a.clamp(min=1e-300) / m).log(), 0.0).sum() / 2 for a in (p, q)]
     expected = {"reverse_kl": (q * (q / floored).log()).sum(), "jensen_shannon": sum(half)}
+    mixed = 0.1 * p + 0.9 * q
+    forward = torch.where(p > 0, p * (p.clamp(min=1e-300) / mixed).log(), 0.0)
+    expected["skew_forward_kl"] = forward.sum()
+    expected["skew_reverse_kl"] = (q * (q / (0.9 * p + 0.1 * q)).log()).sum()
+    expected["total_variation"] = (p - q).abs().sum() / 2
     for divergence, value in expected.items():
         found = compute_dense_divergence(
             student_PV.float(), teacher_PV.float(), temperature=2.0, divergence=divergence

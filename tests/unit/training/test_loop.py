@@ -138,6 +138,36 @@ def test_a_live_teacher_gives_the_losses_of_a_full_cache(
             assert float(mine[name]) == pytest.approx(float(theirs[name]), abs=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["teacher_entropy", "teacher_confidence"])
+def test_weights_of_positions_are_those_of_a_live_teacher_too(
+    kind: str, bench: Bench, tmp_path: Path
+) -> None:
+    keys: dict[str, Any] = {"max_steps": 3, "learning_rate": 1e-2, "position_weights": kind}
+    bench.train(tmp_path / "cached", bench.full, **keys)
+    bench.train(tmp_path / "live", bench.table, live=True, use_cached_logits=False, **keys)
+    for mine, theirs in zip(
+        read_log(tmp_path / "cached"), read_log(tmp_path / "live"), strict=True
+    ):
+        for name in ("total_loss", "hard_loss", "soft_loss"):
+            assert float(mine[name]) == pytest.approx(float(theirs[name]), abs=1e-3)
+
+
+def test_alpha_of_a_schedule_is_that_of_the_step_also_after_a_restart(
+    bench: Bench, tmp_path: Path
+) -> None:
+    keys: dict[str, Any] = {"alpha": 1.0, "alpha_end": 0.0, "max_steps": 5, "save_steps": 3}
+    bench.train(tmp_path / "whole", bench.cache, **keys)
+    for row in read_log(tmp_path / "whole"):
+        alpha = 1 - (int(row["step"]) - 1) / 4
+        hard, soft = float(row["hard_loss"]), float(row["soft_loss"])
+        assert float(row["total_loss"]) == pytest.approx(alpha * hard + (1 - alpha) * soft, 1e-5)
+    checkpoint = "checkpoint-3"
+    shutil.copytree(tmp_path / "whole" / checkpoint, tmp_path / "resumed" / checkpoint)
+    bench.train(tmp_path / "resumed", bench.cache, **keys)
+    whole, resumed = read_weights(tmp_path / "whole"), read_weights(tmp_path / "resumed")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
 @pytest.mark.parametrize(("written", "is_on"), [(None, False), (False, False), (True, True)])
 def test_activations_are_recomputed_where_the_config_says_and_change_no_id(
     bench: Bench, tmp_path: Path, written: bool | None, is_on: bool
