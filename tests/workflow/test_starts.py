@@ -44,7 +44,7 @@ def test_runs_share_the_part_of_the_teacher_that_they_start_from(fresh: Place) -
         assert words in text
     assert "part of teacher: layer_indices [1]" in text
     (card,) = fresh.results.glob("runs/hard/*/final/README.md")
-    assert "| start | `layers 1 of the teacher` |" in card.read_text()
+    assert "| started from | layers 1 of `" in card.read_text()
     found = {
         path.parts[-5]: Metrics.read(path).training
         for path in fresh.results.glob("runs/*/*/evaluation/*/metrics.json")

@@ -33,8 +33,9 @@ GROUPS = {
         "generate_logits",
         "merge_h5",
     ),
-    "Student": ("train",),
+    "Student": ("prune_teacher", "train"),
     "Evaluation and report": ("evaluate", "benchmark", "report", "compare"),
+    "After the run": ("export", "publish"),
 }
 _WORKFLOW = {
     "run": "Run the whole workflow for a config, with Snakemake.",
