@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,13 @@ from transformers import AutoModelForCausalLM
 
 from retort.evaluation.run import evaluate_student
 from retort.io.files import write_json
+from retort.losses.terms import LossTerms
 from retort.models.causal_lm import split_model
 from retort.teacher.features import digest_keys, read_features
 from retort.tokens.sequences import concatenate_tables
 from retort.training.checkpoints import remove_old_checkpoints
 from retort.training.held_out import HeldOut, choose_eval_steps, choose_sample, open_held_out
+from retort.training.loss_window import LossWindow
 from support.bench import (
     GPT2_WITH_DROPOUT,
     SAMPLE,
@@ -193,6 +197,38 @@ def test_the_checkpoint_of_another_run_brings_no_best_one(
     keys = WILD | {"resume_from_checkpoint": str(wild / "checkpoint-10")}
     summary = bench.train(tmp_path, bench.cache, held_out=bench.hold_out(features), **keys)
     assert summary.best_step == find_best(tmp_path) > 10
+
+
+def test_an_interrupt_during_an_evaluation_loses_nothing(
+    bench: Bench, features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held_out, measure = bench.hold_out(features), HeldOut.measure
+    keys = WILD | {"max_steps": 8, "save_steps": 8}
+    bench.train(tmp_path / "whole", bench.cache, held_out=held_out, **keys)
+
+    def interrupt(self: HeldOut, *args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return measure(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(HeldOut, "measure", interrupt)
+        bench.train(tmp_path / "stopped", bench.cache, held_out=held_out, **keys)
+    assert list_steps(tmp_path / "stopped") == [3, 4], "the evaluated one, and the step after it"
+    bench.train(tmp_path / "stopped", bench.cache, held_out=held_out, **keys)
+    assert_same_weights(tmp_path / "stopped", tmp_path / "whole")
+    assert_same_curve(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_the_time_of_an_evaluation_is_not_in_the_tokens_per_second() -> None:
+    now = 0.0
+    window = LossWindow(torch.device("cpu"), clock=lambda: now)
+    one = torch.ones(())
+    window.add(LossTerms(one, one, None), positions=100, normalizer=1, sequences=one)
+    now = 3.0
+    with window.paused():
+        now = 50.0
+    now = 52.0
+    assert window.take()["tokens_per_second"] == pytest.approx(100 / 5)
 
 
 def test_a_best_checkpoint_is_removed_only_once_a_newer_one_is_complete(tmp_path: Path) -> None:
