@@ -142,6 +142,12 @@ def get_pruned_fingerprint(wildcards):
     return [f"{teacher.folder}/fingerprint.json"] if teacher else []
 
 
+def get_pruning_index(wildcards):
+    """Return the index of the tokens that activations are measured on; [] if none are."""
+    tokens = find(wildcards).tokens
+    return [f"{tokens.folder}/index.json"] if tokens else []
+
+
 def get_all_metrics(wildcards):
     return [str(run.metrics_path) for run in PROJECT.runs.values()]
 

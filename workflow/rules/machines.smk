@@ -16,6 +16,10 @@ def get_teacher_gpus(wildcards):
     return teacher_gpus(find(wildcards).config.teacher)
 
 
+def get_pruning_gpus(wildcards):
+    return get_teacher_gpus(wildcards) if find(wildcards).tokens else 0
+
+
 def teacher_gpus(teacher):
     return 0 if teacher.device == "cpu" else teacher.generation.gpus_per_model
 

@@ -5,18 +5,22 @@ rule prune_teacher:
     # Shared by all runs that start from the same part of the same model.
     input:
         fingerprint=ancient(get_pruned_fingerprint),
+        index=ancient(get_pruning_index),
         check=check_unless(f"{CACHE}/pruned/{{pruned}}/pruned.json"),
     output:
         f"{CACHE}/pruned/{{pruned}}/pruned.json",
     log:
         "logs/prune_teacher/{pruned}.log",
+    threads: get_cpu_threads
+    resources:
+        gpu=get_pruning_gpus,
     params:
         **command("prune_teacher", "pruned"),
     message:
         "Pruning the model that students start from: {wildcards.pruned}"
     shell:
         "{params.script} --config {params.config:q} --fingerprint {input.fingerprint:q}"
-        " --output {output:q} >> {log:q} 2>&1"
+        " --index {input.index:q} --output {output:q} >> {log:q} 2>&1"
 
 
 rule train:

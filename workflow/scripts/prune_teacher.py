@@ -7,6 +7,7 @@
 from pathlib import Path
 
 from retort.cli import run_script
+from retort.cluster.leases import lease_teacher
 from retort.config.handoff import job_parser, read_job
 
 
@@ -19,11 +20,20 @@ def main() -> None:
         nargs="?",
         help="fingerprint.json of the teacher, whose weights must be the recorded ones",
     )
+    parser.add_argument(
+        "--index",
+        type=Path,
+        nargs="?",
+        help="index.json of the tokens, on which activations are measured for other sizes than layers",
+    )
     args = parser.parse_args()
     job = read_job(args)
-    from retort.pruning.run import prune_model
+    section = job.config.teacher
+    device = section.device if job.config.student.from_teacher.is_measured else "cpu"
+    with lease_teacher(section.generation, worker=0, device=device):
+        from retort.pruning.run import prune_model
 
-    prune_model(args.output, job, fingerprint_path=args.fingerprint)
+        prune_model(args.output, job, fingerprint_path=args.fingerprint, index_path=args.index)
     job.write(args.output.parent, args.kind)
 
 

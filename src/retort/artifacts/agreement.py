@@ -37,6 +37,8 @@ def _list_shared(run: Run) -> Iterator[tuple[str, str, tuple[str, ...]]]:
         )
     if run.validation:
         yield "a teacher's scores", run.validation.id, ("teacher",)
+    if run.pruned and run.pruned.tokens:
+        yield "what students start from", run.pruned.id, ("teacher",)
     if run.logits:
         yield "a logit cache", run.logits.id, ("teacher", "merge")
     if run.teacher and run.config.evaluation.benchmarks.teacher:

@@ -188,7 +188,9 @@ def _build_run(name: str, config: Config) -> Run:
     supervision = logits.id if logits else teacher.id if teacher and needs_teacher else None
     student, pruned = (
         starting_point(config),
-        build_pruned(config, teacher, root=_cache_root(config), revision=REVISIONS["pruned"]),
+        build_pruned(
+            config, teacher, tokens, root=_cache_root(config), revision=REVISIONS["pruned"]
+        ),
     )
     keys = ["run", REVISIONS["run"], tokens.id, supervision, training_keys(training), student]
     keys += list_selection(config)

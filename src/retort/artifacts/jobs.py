@@ -22,7 +22,7 @@ from retort.artifacts.project import (
 from retort.artifacts.responses import Responses
 from retort.artifacts.tasks import EvaluationTask
 from retort.config.handoff import SECTIONS, Job
-from retort.config.sections import Config, Evaluation, Teacher
+from retort.config.sections import Config, Evaluation, Generation, Teacher
 from retort.io.digests import digest
 from retort.io.files import write_atomically
 
@@ -156,12 +156,17 @@ def _describe_synthesis(responses: Responses) -> Config:
 
 def _describe_pruned(pruned: Pruned) -> tuple[Config, dict[str, str | None]]:
     """The teacher is reduced to where it is: runs with other settings of it share what is pruned."""
-    teacher = Teacher()
+    section = pruned.config.teacher
+    kept: dict[str, Any] = {}
     if pruned.teacher:
-        teacher = Teacher(
-            model_path=pruned.teacher.model_path, revision=pruned.teacher.section.revision
-        )
-    return _fill(student=pruned.student, teacher=teacher), {"student": pruned.content}
+        kept = {"model_path": pruned.teacher.model_path, "revision": section.revision}
+    if pruned.tokens:
+        names = ("cpu_threads", "gpus", "gpus_per_model")
+        generation = {name: getattr(section.generation, name) for name in names}
+        kept |= {"device": section.device, "generation": Generation(**generation)}
+    return _fill(student=pruned.student, teacher=Teacher().model_copy(update=kept)), {
+        "student": pruned.content
+    }
 
 
 def _describe_tokens(tokens: Tokens) -> tuple[Config, dict[str, str | None]]:

@@ -97,12 +97,18 @@ class Validation:
 
 @dataclass(frozen=True)
 class Pruned:
-    """The part of a model that students start from; `teacher`: that it is a part of, None for student.model_path."""
+    """The part of a model that students start from.
+
+    teacher: that it is a part of, None for student.model_path. tokens: on which activations are measured, None if none
+    are. config: of a run that starts from it.
+    """
 
     id: str
     folder: Path
     student: Student
     teacher: TeacherModel | None
+    tokens: Tokens | None
+    config: Config
     content: str  # digest of `student_content` when the id was computed
 
     @property

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from retort.artifacts.project import Pruned, TeacherModel
+from retort.artifacts.project import Pruned, TeacherModel, Tokens
 from retort.config.load import identity
 from retort.config.sections import Config, Student
 from retort.config.student import FromTeacher
@@ -14,7 +14,7 @@ from retort.io.fingerprints import fingerprint_checkpoint, fingerprint_weights
 
 
 def build_pruned(
-    config: Config, teacher: TeacherModel | None, *, root: Path, revision: int
+    config: Config, teacher: TeacherModel | None, tokens: Tokens, *, root: Path, revision: int
 ) -> Pruned | None:
     """Return the part of a model that a run's student starts from, None for another student.
 
@@ -30,10 +30,27 @@ def build_pruned(
         section = owner.section
         again = section.generation.force_regenerate
         source = owner.id if owner.corpus else [section.model_path, section.revision, again]
-    pruned_id = digest(["pruned", revision, content, source])
+    measured: list[Any] = []
+    if student.from_teacher.is_measured:
+        measured = [tokens.id, config.teacher.generation.cpu_threads]
+    pruned_id = digest(["pruned", revision, content, source, *measured])
     kept = {key: getattr(student, key) for key in ("model_path", "revision", "from_teacher")}
     folder = root / "pruned" / pruned_id
-    return Pruned(pruned_id, folder, Student(**kept), owner, digest(content))
+    return Pruned(
+        id=pruned_id,
+        folder=folder,
+        student=Student(**kept),
+        teacher=owner,
+        tokens=tokens if measured else None,
+        config=config,
+        content=digest(content),
+    )
+
+
+def part_keys(part: FromTeacher) -> dict[str, Any]:
+    """Return the keys that decide what of a model is kept, as JSON values."""
+    keys = identity(part)
+    return keys if part.is_measured else {k: v for k, v in keys.items() if k in part.sizes}
 
 
 def starting_point(config: Config) -> Any:
@@ -57,7 +74,7 @@ def student_content(student: Student) -> Any:
     if student.is_pruned:
         whole = student.model_copy(update={"from_teacher": FromTeacher()})
         source = student_content(whole) if student.model_path is not None else None
-        return {"from_teacher": identity(student.from_teacher), "model": source}
+        return {"from_teacher": part_keys(student.from_teacher), "model": source}
     if student.model_path is not None:
         folder = Path(student.model_path)
         on_hub = [student.model_path, student.revision] if student.revision else student.model_path

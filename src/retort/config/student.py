@@ -19,12 +19,29 @@ class FromTeacher(Section):
     """Number of layers to keep, spread evenly from the first to the last. To choose them yourself set layer_indices."""
     layer_indices: NonEmptyUnique[NonNegative] | None = None
     """The layers to keep, in ascending order from 0, instead of their number."""
+    hidden_size: Count | None = None
+    """Hidden channels to keep, the same in all layers. As the two below, for decoders like Llama only (Qwen, Mistral,
+    Gemma, SmolLM): what the model is most active in on a sample of the training text is kept."""
+    intermediate_size: Count | None = None
+    """Neurons of the MLP to keep in each layer."""
+    num_attention_heads: Count | None = None
+    """Attention heads to keep in each layer, of the same size; heads that share a key head stay together."""
+    vocab_size: Count | None = None
+    """Rows of embedding and output layer to keep, the first: cuts the padding beyond the tokenizer's ids, no token."""
+    calibration_samples: Count = 256
+    """Training sequences, evenly spaced, that activations are measured on."""
 
     @property
     def sizes(self) -> dict[str, Any]:
         """What is asked for, by key; empty if the student does not start as a part of another model."""
-        known = {key: getattr(self, key) for key in type(self).model_fields}
-        return {key: value for key, value in known.items() if value is not None}
+        names = [name for name in type(self).model_fields if name != "calibration_samples"]
+        known = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in known.items() if value is not None}
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether what to keep depends on activations, that is, on text."""
+        return bool({"hidden_size", "intermediate_size", "num_attention_heads"} & self.sizes.keys())
 
 
 class Student(Section):

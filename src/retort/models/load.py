@@ -107,7 +107,7 @@ def load_teacher(path: str, section: Teacher) -> CausalLM:
         # A rank of a training run uses its own GPU, a worker all that it sees.
         options["device_map"] = {"": local_rank()} if is_rank() else "auto"
     model = load_pretrained(path, **options).eval().requires_grad_(False)
-    _refuse_offloaded(getattr(model, "hf_device_map", {}), path=path)
+    refuse_offloaded(getattr(model, "hf_device_map", {}), path=path)
     copy_beside_work(model)
     require_causal(model, name=f"teacher {path!r}")
     teacher = split_model(model)
@@ -118,7 +118,7 @@ def load_teacher(path: str, section: Teacher) -> CausalLM:
     )
 
 
-def _refuse_offloaded(device_map: dict[str, Any], *, path: str) -> None:
+def refuse_offloaded(device_map: dict[str, Any], *, path: str) -> None:
     """Raise ValueError when accelerate could not place all of the teacher on the group's GPUs."""
     outside = [name for name, device in device_map.items() if str(device) in ("cpu", "disk")]
     if outside:

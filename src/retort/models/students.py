@@ -54,7 +54,10 @@ def student_config(
             config.get_text_config().vocab_size = needed
             return config
         advice = (
-            "Use a student of the same tokenizer, or set student.grow_embedding: true to add rows to its embedding."
+            f"Set student.from_teacher.vocab_size: {needed} or more, or leave it out."
+            if section.from_teacher.vocab_size is not None
+            else "Use a student of the same tokenizer, or set student.grow_embedding: true to add rows to its "
+            "embedding."
             if section.config is None
             else f"Set vocab_size: {needed} or more, or leave it out of the JSON to have it filled in."
         )

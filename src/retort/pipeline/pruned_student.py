@@ -6,7 +6,7 @@ from retort.config.sections import Config
 from retort.models.load import load_model_config
 from retort.pipeline.demo_teacher import demo_config
 from retort.pruning.cut import require_prunable
-from retort.pruning.shapes import find_mistakes, list_kept_layers, shape_config
+from retort.pruning.shapes import find_mistakes, plan_pruning
 
 
 def shape_student(config: Config) -> tuple[PretrainedConfig, list[str]]:
@@ -27,7 +27,6 @@ def shape_student(config: Config) -> tuple[PretrainedConfig, list[str]]:
         name, whole = f"the model {path!r}", load_model_config(path, revision=revision)
     if wrong := list(find_mistakes(student, whole, name=name)):
         return whole, wrong
-    pruned = shape_config(student, whole, name=name)
-    kept = list_kept_layers(student.from_teacher, whole)
-    require_prunable(whole, pruned, kept, name=name)
-    return pruned, []
+    plan = plan_pruning(student, whole, name=name)
+    require_prunable(whole, plan, name=name)
+    return plan.config, []

@@ -12,20 +12,23 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from retort.models.attention import keep_softcap
 from retort.models.causal_lm import SPLIT_TOLERANCE, choose_tolerance, evaluating, relative_error
 from retort.pruning.layers import find_layers, find_unlike, rename
+from retort.pruning.shapes import Plan, Widths
+from retort.pruning.width import Importance, choose_kept, keep_all, require_same_axes, take_part
 
 
-def require_prunable(
-    config: PretrainedConfig, pruned: PretrainedConfig, kept: Sequence[int], *, name: str
-) -> None:
-    """Raise ValueError when a model (`name` in messages) cannot be pruned to a config of the layers `kept`.
+def require_prunable(config: PretrainedConfig, plan: Plan, *, name: str) -> None:
+    """Raise ValueError when a model of a config (`name` in messages) cannot be pruned as planned.
 
-    Builds both without weights: seconds for large models, and no memory.
+    Builds the models without weights: seconds for large ones, and no memory.
     """
     with torch.device("meta"):
-        whole, small = (
-            AutoModelForCausalLM.from_config(copy.deepcopy(c)) for c in (config, pruned)
+        whole, of_layers, small = (
+            AutoModelForCausalLM.from_config(copy.deepcopy(c))
+            for c in (config, plan.of_layers, plan.config)
         )
-    _require_like(whole, small, kept, name=name)
+    _require_like(whole, of_layers, plan.layers, name=name)
+    if plan.is_narrower:
+        require_same_axes(of_layers, small, name=name)
 
 
 def _require_like(
@@ -48,31 +51,54 @@ def _require_like(
             )
 
 
-def keep_layers(
-    whole: PreTrainedModel, config: PretrainedConfig, kept: Sequence[int], *, name: str
-) -> PreTrainedModel:
-    """Return a model of `config` with the layers `kept` of the whole one and all else of it, on the CPU, in its dtype.
+def keep_layers(whole: PreTrainedModel, plan: Plan, *, name: str) -> PreTrainedModel:
+    """Return a model with the planned layers of the whole one and all else of it, on the CPU, in its dtype.
 
     It computes what the whole model does when the other layers return what they are given, and is tested on a few
     tokens. Raises ValueError when it does not, as a model whose layers use each other's results.
     """
-    small: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=whole.dtype)
-    keep_softcap(small)
+    kept = plan.layers
+    small = _build(plan.of_layers, whole)
     _require_like(whole, small, kept, name=name)
     prefix, layers = find_layers(whole)
     weights = whole.state_dict()
     small.load_state_dict(
         {own: weights[rename(own, prefix, kept)] for own in small.state_dict()}, strict=True
     )
-    small.generation_config = copy.deepcopy(whole.generation_config)
     removed = [layer for number, layer in enumerate(layers) if number not in kept]
-    if not _computes_the_rest(whole, small.eval(), removed):
+    if not _computes_the_rest(whole, small, removed):
         raise ValueError(
             f"{name} ({type(whole).__name__}) cannot be pruned: without its other layers it does not compute what "
             "is left of it, because its layers depend on their number or on each other. Start from student.config or "
             "student.model_path instead."
         )
     return small
+
+
+def narrow(model: PreTrainedModel, plan: Plan, importance: Importance | None) -> PreTrainedModel:
+    """Return a model of the planned sizes with the most important channels, neurons and heads of one with its layers.
+
+    importance: None where nothing is measured, as only ids are cut.
+    """
+    whole, pruned = Widths.read(model.config), Widths.read(plan.config)
+    assert whole is not None and pruned is not None
+    if importance is None:
+        kept = keep_all(whole, num_layers=len(plan.layers), num_ids=pruned.ids)
+    else:
+        kept = choose_kept(importance, pruned)
+    small = _build(plan.config, model)
+    small.load_state_dict(take_part(model, kept), strict=True)
+    return small
+
+
+def _build(config: PretrainedConfig, like: PreTrainedModel) -> PreTrainedModel:
+    """Return a model of a config, in the dtype and with the generation config of another; its weights are to be set."""
+    small: PreTrainedModel = AutoModelForCausalLM.from_config(
+        copy.deepcopy(config), dtype=like.dtype
+    )
+    keep_softcap(small)
+    small.generation_config = copy.deepcopy(like.generation_config)
+    return small.eval()
 
 
 @torch.inference_mode()

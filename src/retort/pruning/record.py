@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from retort.config.load import identity
+from retort.artifacts.starts import part_keys
 from retort.config.sections import Student
 from retort.config.student import FromTeacher
 from retort.io.fingerprints import fingerprint_weights
@@ -48,7 +48,7 @@ def choose_start(student: Student, record_path: Path | None) -> Student:
             "(pruned.json, which prune_teacher.py writes)."
         )
     record, folder = PruningRecord.read(record_path), model_folder(record_path)
-    asked = identity(student.from_teacher)
+    asked = part_keys(student.from_teacher)
     if record.part != asked:
         raise ValueError(
             f"{record_path} is of a model pruned to {record.part}, but student.from_teacher asks for {asked}. Give the "

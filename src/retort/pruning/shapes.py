@@ -2,12 +2,53 @@
 
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from retort.config.sections import Student
 from retort.config.student import FromTeacher
+
+
+@dataclass(frozen=True)
+class Widths:
+    """The sizes of a decoder: ids, hidden channels, neurons, and heads in groups that share a key head."""
+
+    ids: int
+    hidden: int
+    neurons: int
+    heads: int
+    groups: int
+    head_size: int
+
+    @classmethod
+    def read(cls, config: PretrainedConfig) -> "Widths | None":
+        """Return the sizes in a model's config, None where it does not have each as a number."""
+        text = config.get_text_config()
+        names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
+        sizes: list[Any] = [getattr(text, name, None) for name in names]
+        groups = getattr(text, "num_key_value_heads", None) or sizes[-1]
+        if not all(isinstance(size, int) for size in (*sizes, groups)):
+            return None
+        ids, hidden, neurons, heads = sizes
+        head_size = getattr(text, "head_dim", None) or hidden // heads
+        return cls(ids, hidden, neurons, heads, groups, head_size)
+
+    @property
+    def group_size(self) -> int:
+        """Heads that share a key head."""
+        return self.heads // self.groups
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model is pruned: the layers that are kept, the config with these alone, and the config in the end."""
+
+    layers: tuple[int, ...]
+    of_layers: PretrainedConfig
+    config: PretrainedConfig
+    is_narrower: bool  # whether the two differ
 
 
 def choose_layers(num_layers: int, num_kept: int) -> tuple[int, ...]:
@@ -46,6 +87,29 @@ def find_mistakes(section: Student, config: PretrainedConfig, *, name: str) -> I
             f"{key}.layer_indices has {', '.join(map(str, beyond))}, but the layers of {name} are 0 to "
             f"{num_layers - 1}. Leave out what is beyond."
         )
+    yield from _find_wrong_widths(part, config, name=name)
+
+
+def _find_wrong_widths(part: FromTeacher, config: PretrainedConfig, *, name: str) -> Iterator[str]:
+    key, whole = "student.from_teacher", Widths.read(config)
+    asked = {k: v for k, v in part.sizes.items() if k not in ("layers", "layer_indices")}
+    if whole is None:
+        for size, value in asked.items():
+            yield (
+                f"{key}.{size} is {value}, but the config of {name} ({config.model_type}) does not have its sizes as "
+                f"one number each, so only layers can be pruned. Leave {size} out."
+            )
+        return
+    text = config.get_text_config()
+    for size, value in asked.items():
+        if value > (most := getattr(text, size)):
+            yield f"{key}.{size} is {value}, but that of {name} is {most}. Set {most} or less."
+    heads = part.num_attention_heads
+    if heads is not None and heads % whole.group_size:
+        yield (
+            f"{key}.num_attention_heads is {heads}, but in {name} each key head is shared by {whole.group_size} heads, "
+            f"which stay together. Set a multiple of {whole.group_size}."
+        )
 
 
 def list_kept_layers(part: FromTeacher, config: PretrainedConfig) -> tuple[int, ...]:
@@ -57,14 +121,25 @@ def list_kept_layers(part: FromTeacher, config: PretrainedConfig) -> tuple[int, 
     return choose_layers(num_layers, part.layers or num_layers)
 
 
-def shape_config(section: Student, config: PretrainedConfig, *, name: str) -> PretrainedConfig:
-    """Return the config of the pruned model. Raises ValueError with what does not fit (`find_mistakes`)."""
+def plan_pruning(section: Student, config: PretrainedConfig, *, name: str) -> Plan:
+    """Return how a model is pruned. Raises ValueError with what does not fit (`find_mistakes`)."""
     if mistakes := list(find_mistakes(section, config, name=name)):
         raise ValueError(" ".join(mistakes))
-    kept = list_kept_layers(section.from_teacher, config)
-    pruned = copy.deepcopy(config)
-    _keep_layers(pruned.get_text_config(), kept)
-    return pruned
+    part, of_layers = section.from_teacher, copy.deepcopy(config)
+    kept = list_kept_layers(part, config)
+    _keep_layers(of_layers.get_text_config(), kept)
+    pruned = copy.deepcopy(of_layers)
+    _set_widths(pruned.get_text_config(), part, Widths.read(config))
+    try:
+        pruned = type(pruned).from_dict(pruned.to_dict())
+    except Exception as error:  # of transformers' and huggingface_hub's checks of a config
+        why = str(error.__cause__ or error).rstrip(".")
+        raise ValueError(
+            f"student.from_teacher asks for {section.start}, but transformers refuses a {config.model_type} of these "
+            f"sizes: {why}. Choose others."
+        ) from error
+    is_narrower = bool(part.sizes.keys() - {"layers", "layer_indices"})
+    return Plan(kept, of_layers, pruned, is_narrower)
 
 
 def _keep_layers(text: PretrainedConfig, kept: Sequence[int]) -> None:
@@ -79,3 +154,17 @@ def _keep_layers(text: PretrainedConfig, kept: Sequence[int]) -> None:
 def _is_by_layer(key: str, value: Any, num_layers: int) -> bool:
     is_list = isinstance(value, list | tuple) and len(value) == num_layers
     return is_list and not key.endswith("_token_id") and key != "architectures"
+
+
+def _set_widths(text: PretrainedConfig, part: FromTeacher, whole: Widths | None) -> None:
+    """Set the other sizes that are asked for; a head keeps its size, which otherwise may follow from these."""
+    for key in ("hidden_size", "intermediate_size", "vocab_size"):
+        if (value := getattr(part, key)) is not None:
+            setattr(text, key, value)
+    if part.hidden_size is not None or part.num_attention_heads is not None:
+        assert whole is not None
+        text.head_dim = whole.head_size
+    if part.num_attention_heads is not None:
+        assert whole is not None
+        text.num_attention_heads = part.num_attention_heads
+        text.num_key_value_heads = part.num_attention_heads // whole.group_size

@@ -20,6 +20,7 @@ def _describe(results: Results, name: str) -> str:
     settings = {key: value for key, value in read_config(metrics).items() if value is not None}
     path = settings.get("student.model_path")
     part = {k.removeprefix(_PART): v for k, v in settings.items() if k.startswith(_PART)}
+    part.pop("calibration_samples", None)  # has a value in every config
     if part:
         sizes = ", ".join(f"{key} {value}" for key, value in part.items())
         return f"part of {path or metrics.teacher or 'the teacher'}: {sizes}"

@@ -655,3 +655,20 @@ def test_another_model_to_prune_counts_by_its_weights(
     config = tmp_path / "moved" / "config.json"
     config.write_text(config.read_text() + "\n")
     assert [*build().pruned] != [before]
+
+
+def test_what_is_measured_on_text_counts_with_its_text(build: Build, raw: dict[str, Any]) -> None:
+    """And with the number of threads; the number of samples counts only then."""
+    raw["student"] = {"from_teacher": {"layers": 1}}
+    text = {"dataset": {"max_length": 32}, "teacher": {"generation": {"cpu_threads": 2}}}
+    more = {"from_teacher": {"calibration_samples": 9}}
+    runs = {"one": {}, "text": text, "samples": {"student": more}}
+    assert len(build(runs=runs).pruned) == 1
+    raw["student"]["from_teacher"]["intermediate_size"] = 8
+    runs |= {"threads": {"teacher": text["teacher"]}, "cpu": {"training": {"seed": 4}}}
+    project = build(runs=runs)
+    assert len(project.pruned) == 4
+    assert all(pruned.tokens for pruned in project.pruned.values())
+    runs["cpu"] = {"teacher": {"device": "cpu", "dtype": "float32"}}
+    with pytest.raises(ValueError, match=r"share what students start from, but teacher\.device"):
+        build(runs=runs)

@@ -10,7 +10,7 @@ from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.integrations.accelerate import _get_device_map
 
-from retort.models.load import _refuse_offloaded
+from retort.models.load import refuse_offloaded
 
 GIB = 2**30
 # hidden, intermediate, layers, heads, key-value heads, ids
@@ -50,9 +50,9 @@ def test_layers_are_spread_evenly_or_the_teacher_is_refused(
     # A GPU holds whole layers, and the first keeps room for the largest piece (accelerate).
     if size > 0.95 * gpus * memory:
         with pytest.raises(ValueError, match=r"does not fit its GPU group .*gpus_per_model"):
-            _refuse_offloaded(devices, path="teacher")
+            refuse_offloaded(devices, path="teacher")
         return
-    _refuse_offloaded(devices, path="teacher")
+    refuse_offloaded(devices, path="teacher")
     layers = Counter(place for name, place in devices.items() if ".layers." in name)
     assert sorted(layers) == list(range(gpus))
     assert max(layers.values()) <= 1.2 * sum(layers.values()) / gpus

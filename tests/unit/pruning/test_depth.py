@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from retort.config.sections import Student
 from retort.pruning.cut import keep_layers, require_prunable
 from retort.pruning.layers import find_layers
-from retort.pruning.shapes import choose_layers, list_kept_layers, shape_config
+from retort.pruning.shapes import choose_layers, plan_pruning
 from support.kinds import SIZES, VOCABULARY, make_model
 from support.sections import section
 
@@ -41,10 +41,9 @@ class _Skipped(nn.Module):
 
 def prune(whole: PreTrainedModel, **part: Any) -> PreTrainedModel:
     student = Student(from_teacher=section("student.from_teacher", **part))
-    shaped = shape_config(student, whole.config, name="the model")
-    kept = list_kept_layers(student.from_teacher, whole.config)
-    require_prunable(whole.config, shaped, kept, name="the model")
-    return keep_layers(whole, shaped, kept, name="the model")
+    plan = plan_pruning(student, whole.config, name="the model")
+    require_prunable(whole.config, plan, name="the model")
+    return keep_layers(whole, plan, name="the model")
 
 
 @pytest.mark.parametrize(

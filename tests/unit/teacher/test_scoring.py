@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from retort.cache.codec import SparseTargets
 from retort.models.causal_lm import CausalLM
 from retort.models.heads import Head
-from retort.models.load import _refuse_offloaded, load_teacher
+from retort.models.load import load_teacher, refuse_offloaded
 from retort.teacher import scoring
 from retort.teacher.batches import pad_batch
 from retort.teacher.scoring import Scorer, score_features, score_part
@@ -221,6 +221,6 @@ def test_a_teacher_that_mixes_packed_sequences_is_found_and_padded(
 
 
 def test_a_teacher_that_does_not_fit_its_group_is_refused() -> None:
-    _refuse_offloaded({"model.embed": 0, "model.layers.0": 1}, path="big")
+    refuse_offloaded({"model.embed": 0, "model.layers.0": 1}, path="big")
     with pytest.raises(ValueError, match=r"'big' does not fit.*2 of its 3 pieces.*gpus_per_model"):
-        _refuse_offloaded({"model.embed": 0, "model.layers.0": "cpu", "head": "disk"}, path="big")
+        refuse_offloaded({"model.embed": 0, "model.layers.0": "cpu", "head": "disk"}, path="big")
