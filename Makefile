@@ -16,7 +16,7 @@ READY := $(VENV)/.ready
 # Where this is set, each job and each session of tests would compile every module of Retort again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all test-unit test-workflow test-slow test-vllm test-gpu test-slurm test-slurm-runs test-slurm-faults campaign benchmark-cache benchmark-merge benchmark-teacher benchmark-training benchmark-packing benchmark-lora benchmark-feeding benchmark-groups benchmark-graph benchmark-submissions benchmark-quality benchmark-defaults lint environment docs clean
+.PHONY: demo test test-all test-unit test-workflow test-slow test-vllm test-gpu test-slurm test-slurm-runs test-slurm-faults campaign benchmark-cache benchmark-merge benchmark-teacher benchmark-training benchmark-packing benchmark-starts benchmark-lora benchmark-feeding benchmark-groups benchmark-graph benchmark-submissions benchmark-quality benchmark-defaults lint environment docs clean
 
 demo: $(READY)
 	$(BIN)/snakemake --cores $(CORES) --quiet rules
@@ -95,6 +95,11 @@ benchmark-teacher: $(READY)
 # A training step beside cross-entropy, three minutes: make benchmark-training FLAGS="--vocabulary 131072"
 benchmark-training: $(READY)
 	$(BIN)/python -m benchmarks.training $(FLAGS)
+
+# Students that start as a part of their teacher beside random weights, ten minutes (with the demo's teacher):
+# make benchmark-starts FLAGS="--teachers stories260K"
+benchmark-starts: $(READY)
+	$(BIN)/python -m benchmarks.training.starts $(FLAGS)
 
 # Packed rows beside padded batches, five minutes: make benchmark-packing FLAGS="--max-length 2048 --batches 4"
 benchmark-packing: $(READY)

@@ -209,7 +209,11 @@ def test_cells_are_sorted_by_their_numbers(tmp_path: Path) -> None:
 def test_where_students_started_is_said_where_one_is_part_of_a_model(tmp_path: Path) -> None:
     sizes = {"layers": 4, "layer_indices": None, "calibration_samples": 256}
     sections: dict[str, Any] = {
-        "random": {"config": "a.json", "model_path": None, "from_teacher": sizes | {"layers": None}},
+        "random": {
+            "config": "a.json",
+            "model_path": None,
+            "from_teacher": sizes | {"layers": None},
+        },
         "part": {"config": None, "model_path": None, "from_teacher": sizes},
         "weights": {"config": None, "model_path": "somebody/small"},
     }
