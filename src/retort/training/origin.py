@@ -95,8 +95,8 @@ def _describe_start(student: Student, base: str | None) -> str:
     if base is None:
         config = Path(str(student.config)).name
         return f"random weights, in the shape of `{config}`" if student.config else "random weights"
-    whole = describe_section(student.from_teacher)
-    part = ", ".join(f"{key} {value}" for key, value in whole.items())
+    sizes = student.from_teacher.sizes
+    part = ", ".join(f"{key} {value}" for key, value in sizes.items())
     return f"{part} of {_link(base)}" if part else _link(base)
 
 
