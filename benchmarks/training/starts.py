@@ -4,8 +4,9 @@
 
 Two teachers on held-out documents of their own text: stories260K (../shared/data, left out where that is missing), and
 the demo's, which is trained first (three minutes) or is the model of --demo-teacher. Of each, `student.from_teacher`
-keeps layers, and layers of less width. All students learn from a cache (top_p 0.001, temperature 1, alpha 0.1), 8
-sequences of 256 tokens a step; a seed decides the order of the text, and the random weights. Every student is a run of
+keeps layers, and layers of less width. All students learn from a cache (top_p 0.001, temperature 1, alpha 0.1), 4
+sequences of 256 tokens a step, at a learning rate of 1e-3, or, with random weights, the better of two larger ones; a
+seed decides the order of the text, and the random weights. Every student is a run of
 the pipeline in FOLDER/results, so a rerun of the command resumes.
 """
 
@@ -14,7 +15,7 @@ import itertools
 import multiprocessing
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
 }
-RATES = (1e-3, 3e-3)
+RATES = {"part": (1e-3,), "random": (3e-3, 5e-3)}
 
 
 @dataclass(frozen=True)
@@ -83,19 +84,22 @@ class Found:
     parameters: int
 
 
+@dataclass(frozen=True)
 class Comparison:
-    """All students of one teacher."""
+    """All students of one teacher, the model in `path`, after a number of steps; parts: one of PARTS."""
 
-    def __init__(self, folder: Path, teacher: str, *, path: Path, steps: int) -> None:
-        """`path`: of the teacher; `steps`: of every student."""
-        self.folder, self.teacher, self.path, self.steps = folder, teacher, path, steps
+    folder: Path
+    path: Path
+    steps: int
+    dataset: dict[str, Any]
+    parts: dict[str, dict[str, Any]]
 
     def describe(self, starts: list[Start]) -> dict[str, Any]:
         """Return a config with these students as runs."""
         training = {
             "alpha": 0.1,
             "temperature": 1.0,
-            "batch_size": 8,
+            "batch_size": 4,
             "max_steps": self.steps,
             "warmup_steps": self.steps // 10,
             "device": "cpu",
@@ -110,7 +114,7 @@ class Comparison:
         }
         return {
             "output": {"results_dir": str(self.folder / "results")},
-            "dataset": TEACHERS[self.teacher]["dataset"],
+            "dataset": self.dataset,
             "teacher": {"model_path": str(self.path), "device": "cpu"},
             "cache": CACHES["top_p 0.001"] | {"temperatures": [1.0]},
             "training": training,
@@ -119,12 +123,12 @@ class Comparison:
         }
 
     def _describe_student(self, start: Start) -> dict[str, Any]:
-        part = PARTS[self.teacher][start.part]
+        part = self.parts[start.part]
         if not start.is_random:
             return {"from_teacher": part}
         section = Student(from_teacher=FromTeacher(**part))
-        config = plan_pruning(section, load_model_config(str(self.path)), name=self.teacher).config
-        path = self.folder / f"{self.teacher}-{start.part.replace(', ', '-')}.json"
+        config = plan_pruning(section, load_model_config(str(self.path)), name="teacher").config
+        path = self.folder / f"{self.path.name}-{start.part.replace(', ', '-')}.json"
         content = config.to_dict()
         write_json(path, {k: v for k, v in content.items() if k != "dtype"})
         return {"config": str(path)}
@@ -156,24 +160,22 @@ class Comparison:
         return Found(loss, found.training.summary.student_parameters)
 
 
-def list_starts(teacher: str, num_seeds: int) -> list[Start]:
+def list_starts(parts: Iterable[str], num_seeds: int) -> list[Start]:
     """Return all students of a teacher."""
-    kinds = itertools.product(PARTS[teacher], (True, False), RATES, range(num_seeds))
-    return [Start(*kind) for kind in kinds]
+    ways = [(name == "random", rate) for name, rates in RATES.items() for rate in rates]
+    kinds = itertools.product(parts, ways, range(num_seeds))
+    return [Start(part, *way, seed) for part, way, seed in kinds]
 
 
-def compare(
-    experiment: Experiment, teacher: str, *, path: Path, num_seeds: int
-) -> dict[Start, Found]:
+def compare(experiment: Experiment, comparison: Comparison, num_seeds: int) -> dict[Start, Found]:
     """Make all students of a teacher, two at a time."""
-    comparison = Comparison(experiment.folder, teacher, path=path, steps=experiment.steps)
-    starts = list_starts(teacher, num_seeds)
+    starts = list_starts(comparison.parts, num_seeds)
     command = experiment.write_command(comparison.describe(starts), "merge_h5", "prune_teacher")
     subprocess.run(command, cwd=experiment.folder, check=True)
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         found = dict(zip(starts, pool.map(comparison.measure, starts, chunksize=1), strict=True))
     for start, result in found.items():
-        log(f"{teacher}, {start.name}: loss {result.loss:.4f}")
+        log(f"{start.name}: loss {result.loss:.4f}")
     return found
 
 
@@ -224,7 +226,14 @@ def main() -> None:
         if not path.is_dir():
             print(format_not_run(teacher, f"{path} does not exist", width=12))
             continue
-        results = compare(experiment, teacher, path=path.resolve(), num_seeds=flags.seeds)
+        comparison = Comparison(
+            experiment.folder,
+            path.resolve(),
+            flags.steps,
+            dataset=TEACHERS[teacher]["dataset"],
+            parts=PARTS[teacher],
+        )
+        results = compare(experiment, comparison, flags.seeds)
         print(f"\n{teacher}, {flags.steps} steps, {flags.seeds} seeds:")
         print("\n".join(format_table(results)))
 
