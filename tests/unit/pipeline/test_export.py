@@ -24,10 +24,10 @@ parser.add_argument("--outtype", choices=["f32", "f16", "bf16", "q8_0", "auto"])
 args = parser.parse_args()
 out = pathlib.Path(args.outfile)
 weights = (pathlib.Path(args.model) / "model.safetensors").read_bytes()
+out.write_bytes(b"GGUF" + args.outtype.encode())
 if weights == b"odd":
     print("Model FooForCausalLM is not supported")
     sys.exit(1)
-out.write_bytes(b"GGUF" + args.outtype.encode())
 if weights == b"slow":
     time.sleep(60)
 """
