@@ -28,7 +28,7 @@ _LESS_MEMORY = {
 
 @dataclass(frozen=True)
 class Failure:
-    """A failed job: the last lines of its last attempt, and the reason in one sentence."""
+    """A failed job: the last lines of its last attempt before the reason, a sentence, or a list of mistakes."""
 
     rule: str
     log: Path
@@ -50,7 +50,8 @@ def _describe(group: Sequence[Failure]) -> str:
     others = f" (and {len(group) - 1} more, for the same reason)" if len(group) > 1 else ""
     logs = [f"{first.rule} failed{others}: {first.log}"]
     logs += [f"    also {failure.log}" for failure in group[1:]]
-    return "\n".join([*logs, *(f"    | {line}" for line in first.lines), f"    {first.reason}"])
+    reason = first.reason.replace("\n", "\n    ")
+    return "\n".join([*logs, *(f"    | {line}" for line in first.lines), f"    {reason}"])
 
 
 def find_failure(rule: str, log: Path) -> Failure:
@@ -59,8 +60,8 @@ def find_failure(rule: str, log: Path) -> Failure:
     last = max((n for n, line in enumerate(lines) if line.startswith("error: ")), default=-1)
     # A library's "error: " before a traceback is not the reason.
     is_ours = last >= 0 and not any(line.startswith(_TRACEBACK) for line in lines[last:])
-    sentence = lines[last] if is_ours else None
-    reason = sentence.removeprefix("error: ") if sentence else _guess(rule, lines)
+    before, message = (lines[:last], lines[last:]) if is_ours else (lines, [])
+    reason = "\n".join(message).removeprefix("error: ") or _guess(rule, lines)
     if not log.exists():
         reason = f"It left no log: see Snakemake's message about it, above; {_RESUME}"
     elif log.stat().st_size == 0:  # a script writes a line first
@@ -69,8 +70,7 @@ def find_failure(rule: str, log: Path) -> Failure:
             "machine ran out of memory (see `dmesg`). With SLURM: SLURM refused it (the reason is above, after "
             f"`message:`), or ended it before its script started (see logs/slurm/). {_RESUME.capitalize()}"
         )
-    shown = [line for line in lines if line != sentence]  # the reason, which is shown below them
-    return Failure(rule, log, tuple(shown[-_SHOWN_LINES:]), reason)
+    return Failure(rule, log, tuple(before[-_SHOWN_LINES:]), reason)
 
 
 def read_last_attempt(log: Path) -> list[str]:

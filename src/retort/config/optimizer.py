@@ -123,9 +123,16 @@ def check_lr_scheduler_kwargs(c: "Config") -> Found:
             )
     if schedule in _COSINES and len({"min_lr", "min_lr_rate"} & given.keys()) != 1:
         yield (
-            f"training.lr_scheduler_type is {schedule!r}, which needs its last rate: set one of "
+            f"training.lr_scheduler_type is {schedule!r}, which needs its last rate: set one, not both, of "
             "training.lr_scheduler_kwargs.min_lr and min_lr_rate, such as min_lr_rate: 0.1."
         )
+    for key in ("min_lr", "lr_end"):
+        rate = getattr(c.training.lr_scheduler_kwargs, key)
+        if rate is not None and rate >= c.training.learning_rate:
+            yield (
+                f"training.lr_scheduler_kwargs.{key}, the last rate, is {show(rate)}, but "
+                f"training.learning_rate, the highest, is {show(c.training.learning_rate)}. Give a lower last rate."
+            )
     if schedule == "cosine_with_restarts" and given.get("num_cycles", 1) % 1:
         yield (
             f"training.lr_scheduler_kwargs.num_cycles is {given['num_cycles']}, but cosine_with_restarts falls a "
@@ -166,10 +173,10 @@ def check_freeze(c: "Config") -> Found:
 
 def check_attention(c: "Config") -> Found:
     attention = c.training.attn_implementation or ""
-    if c.training.packing and "flash" in attention:
+    if c.training.packing and not c.training.padding_free and "flash" in attention:
         yield (
             f"training.attn_implementation is {attention!r}, which keeps packed sequences apart in a single row only, "
-            "and training.packing makes several. Use sdpa or flex_attention, or training.packing: false."
+            "and training.padding_free: false makes several. Leave that key out, or use sdpa or flex_attention."
         )
     if c.training.device == "cpu" and attention not in ("", "eager", "sdpa"):
         yield (

@@ -9,9 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from retort.config.lora import Lora
 from retort.models.frozen import count_trained
+
+_LINEAR = (nn.Linear, Conv1D)  # of GPT-2
+_ADAPTED = (*_LINEAR, nn.Embedding)  # which are refused below
 
 
 def add_adapters(model: PreTrainedModel, lora: Lora, *, seed: int, name: str) -> Any:
@@ -48,15 +52,16 @@ def _check_targets(model: PreTrainedModel, targets: str | tuple[str, ...], *, na
     ends = {id(m) for m in (model.get_input_embeddings(), model.get_output_embeddings())}
     for target in targets:
         found = [key for key in known if key == target or key.endswith(f".{target}")]
-        if not found:
+        if not all(isinstance(model.get_submodule(key), _ADAPTED) for key in found or [""]):
             linear = {
                 key.rpartition(".")[2]
                 for key, module in model.named_modules()
-                if isinstance(module, nn.Linear) and id(module) not in ends
+                if isinstance(module, _LINEAR) and id(module) not in ends
             }
+            what = f"a {type(model.get_submodule(found[0])).__name__}" if found else "no module"
             raise ValueError(
-                f"training.lora.target_modules has {target!r}, which is no module of {name}. Use all-linear, or names "
-                f"such as {', '.join(sorted(linear)) or known[-1]}."
+                f"training.lora.target_modules has {target!r}, which is {what} of {name}, not a linear layer. Use "
+                f"all-linear, or names such as {', '.join(sorted(linear)) or known[-1]}."
             )
         if any(id(model.get_submodule(key)) in ends for key in found):
             raise ValueError(

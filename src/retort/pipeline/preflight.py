@@ -28,6 +28,7 @@ from retort.io.files import require_writable
 from retort.io.fingerprints import TeacherRecord, fingerprint_tokenizer, fingerprint_weights
 from retort.io.records import Record
 from retort.io.run_record import RunRecord, describe_run
+from retort.models.attention import set_attention
 from retort.models.causal_lm import split_model
 from retort.models.frozen import check_freeze
 from retort.models.load import (
@@ -357,7 +358,9 @@ def _check_student(config: Config, tokenizer: Any, width: int, mistakes: _Mistak
     check_freeze(model, training.freeze, name=name)
     parameters = count_parameters(model)
     if True in (training.packing, training.padding_free) and parameters <= _PROBED_PARAMETERS:
-        find_layout_faults([split_model(AutoModelForCausalLM.from_config(model))], training)
+        probed = AutoModelForCausalLM.from_config(model)
+        set_attention(probed, training.attn_implementation, device="cpu")
+        find_layout_faults([split_model(probed)], training)
     adapters = ""
     if training.lora.rank is not None and not missing:
         trained = count_adapters(model, training.lora, name=name)

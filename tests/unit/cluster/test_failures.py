@@ -63,6 +63,15 @@ def test_the_reason_is_one_sentence(body: str, reason: str, tmp_path: Path) -> N
     assert not any(line.startswith("error: ") for line in found.lines)
 
 
+def test_a_list_of_mistakes_is_shown_whole_after_its_heading(tmp_path: Path) -> None:
+    mistakes = [f"{n}. the key number {n} is wrong." for n in range(1, 16)]
+    text = "\\n".join(["the config has 15 mistakes:", *mistakes])
+    fail(tmp_path / "log", f"raise ValueError('{text}')")
+    said = describe_failures([("check_inputs", tmp_path / "log")]).splitlines()
+    assert said[-16:] == [f"    {line}" for line in ("the config has 15 mistakes:", *mistakes)]
+    assert not any("is wrong" in line for line in said[:-16])
+
+
 def test_an_earlier_attempt_is_not_shown(tmp_path: Path) -> None:
     log = tmp_path / "log"
     fail(log, "raise ValueError('the old mistake')")

@@ -271,9 +271,25 @@ MIX: list[dict[str, Any]] = [
             "found in the names of the parameters",
         ),
         (
-            {"training": {"attn_implementation": "flash_attention_2", "packing": "auto"}},
+            {
+                "training": {
+                    "attn_implementation": "flash_attention_2",
+                    "packing": "auto",
+                    "padding_free": False,
+                }
+            },
             "training.attn_implementation is 'flash_attention_2', which keeps packed sequences",
-            "or training.packing: false",
+            "Leave that key out, or use sdpa",
+        ),
+        (
+            {
+                "training": {
+                    "lr_scheduler_type": "polynomial",
+                    "lr_scheduler_kwargs": {"lr_end": 1.0},
+                }
+            },
+            "training.lr_scheduler_kwargs.lr_end, the last rate, is 1.0, but training.learning_rate, the highest",
+            "Give a lower last rate",
         ),
         (
             {"training": {"attn_implementation": "flex_attention", "device": "cpu"}},
