@@ -121,7 +121,9 @@ def get_watched_features(wildcards):
     """
     run = find(wildcards)
     is_trained = (run.folder / "training.json").exists()
-    return [str(run.watched_features)] if run.watched_features and not is_trained else []
+    return (
+        [str(run.watched_features)] if run.watched_features and not is_trained else []
+    )
 
 
 def get_signal(wildcards):
