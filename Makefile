@@ -16,7 +16,7 @@ READY := $(VENV)/.ready
 # Where this is set, each job and each session of tests would compile every module of Retort again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all test-unit test-workflow test-slow test-vllm test-gpu test-slurm test-slurm-runs test-slurm-faults campaign benchmark-cache benchmark-merge benchmark-teacher benchmark-training benchmark-packing benchmark-starts benchmark-lora benchmark-feeding benchmark-groups benchmark-graph benchmark-submissions benchmark-quality benchmark-defaults lint environment docs clean
+.PHONY: demo test test-all test-unit test-workflow test-slow test-vllm test-gpu test-slurm test-slurm-runs test-slurm-faults campaign benchmark-cache benchmark-merge benchmark-teacher benchmark-training benchmark-packing benchmark-starts benchmark-starts-by-lora benchmark-lora benchmark-feeding benchmark-groups benchmark-graph benchmark-submissions benchmark-quality benchmark-defaults lint environment docs clean
 
 demo: $(READY)
 	$(BIN)/snakemake --cores $(CORES) --quiet rules
@@ -100,6 +100,10 @@ benchmark-training: $(READY)
 # make benchmark-starts FLAGS="--teachers stories260K"
 benchmark-starts: $(READY)
 	$(BIN)/python -m benchmarks.training.starts $(FLAGS)
+
+# Random weights, a part of the teacher or a checkpoint, trained whole or by LoRA, five minutes.
+benchmark-starts-by-lora: $(READY)
+	$(BIN)/python -m benchmarks.training.starts_by_lora $(FLAGS)
 
 # Packed rows beside padded batches, five minutes: make benchmark-packing FLAGS="--max-length 2048 --batches 4"
 benchmark-packing: $(READY)

@@ -307,10 +307,12 @@ def test_a_program_ends_with_the_process_that_started_it() -> None:
 
 
 def _below(process: int) -> list[int]:
-    """Return all descendants of a process."""
-    children = [
-        int(p) for p in Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    ]
+    """Return all descendants of a process; none of one that has just ended."""
+    try:
+        text = Path(f"/proc/{process}/task/{process}/children").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    children = [int(p) for p in text.split()]
     return children + [grandchild for child in children for grandchild in _below(child)]
 
 
