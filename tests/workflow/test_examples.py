@@ -26,7 +26,7 @@ from support.published import DATASETS, MODELS, write_dataset, write_local_files
 TRANSCRIPTS = (REPOSITORY / "docs" / "transcripts.md").read_text().split("\n## ")[1:]
 EXAMPLES = sorted((REPOSITORY / "config" / "examples").glob("*.yaml"))
 # In `make test`; the others in `make test-slow`.
-QUICK = ("chats", "wikitext_one_gpu")
+QUICK = ("wikitext_one_gpu",)
 NVIDIA_SMI = """#!/bin/sh
 for i in $PRETENDED_GPUS; do
     if [ "$1" = -L ]; then echo "GPU $i: Pretend (UUID: GPU-$i$i$i$i)"; else echo $i; fi
@@ -104,7 +104,13 @@ def test_an_example_runs_to_its_report(path: Path, place: Place, once: Once) -> 
     assert "held-out positions" in (place.results / "summary.txt").read_text()
 
 
-@pytest.mark.parametrize("text", TRANSCRIPTS, ids=lambda text: text.splitlines()[0])
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(text, id=text.splitlines()[0], marks=[pytest.mark.slow] if number else [])
+        for number, text in enumerate(TRANSCRIPTS)
+    ],
+)
 def test_a_transcript_is_what_its_command_prints(text: str, place: Place, once: Once) -> None:
     publish(text, once)
     config, console = re.findall(r"^```(?:yaml|console)\n(.*?)^```$", text, re.M | re.S)
