@@ -65,7 +65,8 @@ def describe_scores(metrics: Metrics) -> str:
             )
             cells.append(f"{value} ({interval})" if interval else value)
         if any(cells):
-            lines.append(f"| {name_metric(name)} | {' | '.join(cells)} |")
+            label = name_metric(name).replace("|", r"\|")  # else it would begin another cell
+            lines.append(f"| {label} | {' | '.join(cells)} |")
     student = metrics.scores.student
     lines += [
         "",

@@ -1,5 +1,6 @@
 """The held-out numbers in a student's card."""
 
+import re
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -61,6 +62,8 @@ def test_numbers_and_intervals_are_those_of_metrics_json(tmp_path: Path) -> None
         f"{metrics.scores.student.positions:,} tokens",
     ):
         assert part in text
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {4}, "no cell is cut in two"
     assert "Not measured yet" not in text and "My own words." in text
 
 
