@@ -122,6 +122,8 @@ def write_card(
     if origin.base_model:
         data["base_model_relation"] = "finetune"
     sections = {"student": describe_section(student), "training": describe_section(training)}
+    if not student.is_pruned:
+        sections["student"].pop("from_teacher", None)
     message = [{"role": "user", "content": "Hello!"}]
     card = ModelCard.from_template(
         data,
