@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.common import REPOSITORY
 from retort.artifacts.build import build_project
 from retort.artifacts.jobs import build_job
+from retort.artifacts.project import Run
 from retort.config.load import load_runs
 from retort.evaluation.records import Metrics
 from retort.evaluation.run import evaluate_run
@@ -74,6 +75,30 @@ class Found:
     parameters: int
 
 
+def make_student(run: Run) -> Metrics:
+    """Train and evaluate a student as the workflow does, unless that is done; return what was measured."""
+    index, training = run.tokens.folder / "index.json", run.folder / "training.json"
+    if not training.exists():
+        train_run(
+            training,
+            build_job("run", run, run=run.name),
+            index_path=index,
+            signal_path=run.signal,
+            start_path=run.pruned.record if run.pruned else None,
+        )
+    if not run.metrics_path.exists():
+        assert run.validation is not None, run
+        evaluate_run(
+            run.metrics_path,
+            build_job("evaluation", run, run=run.name),
+            index_path=index,
+            training_path=training,
+            features_path=run.validation.features,
+            signal_path=run.signal,
+        )
+    return Metrics.read(run.metrics_path)
+
+
 class Experiment:
     """A results folder of the pipeline, in which every student is a run."""
 
@@ -116,23 +141,9 @@ class Experiment:
     def measure(self, way: Way, *, is_new: bool = True) -> Found | None:
         """Train and evaluate a student as the workflow does, unless that is done; None if not and not `is_new`."""
         run = build_project(load_runs(self.describe([way]))).runs[way.name]
-        index, training = run.tokens.folder / "index.json", run.folder / "training.json"
         if not (is_new or run.metrics_path.exists()):
             return None
-        if not training.exists():
-            job = build_job("run", run, run=way.name)
-            train_run(training, job, index_path=index, signal_path=run.signal)
-        if not run.metrics_path.exists():
-            assert run.validation is not None, way
-            evaluate_run(
-                run.metrics_path,
-                build_job("evaluation", run, run=way.name),
-                index_path=index,
-                training_path=training,
-                features_path=run.validation.features,
-                signal_path=run.signal,
-            )
-        found = Metrics.read(run.metrics_path)
+        found = make_student(run)
         assert found.training is not None and found.scores.student is not None, way
         means = found.scores.student.metrics
         return Found(

@@ -23,19 +23,15 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import format_not_run, log, make_parser
-from benchmarks.defaults.experiment import CACHES, DATA, TEACHERS, Experiment
+from benchmarks.defaults.experiment import CACHES, DATA, TEACHERS, Experiment, make_student
 from benchmarks.quality.table import Mean
 from retort.artifacts.build import build_project
-from retort.artifacts.jobs import build_job
 from retort.config.load import load_runs
 from retort.config.sections import Student
 from retort.config.student import FromTeacher
-from retort.evaluation.records import Metrics
-from retort.evaluation.run import evaluate_run
 from retort.io.files import write_json
 from retort.models.load import load_model_config
 from retort.pruning.shapes import plan_pruning
-from retort.training.run import train_run
 
 PARTS: dict[str, dict[str, dict[str, Any]]] = {
     "stories260K": {
@@ -136,26 +132,7 @@ class Comparison:
     def measure(self, start: Start) -> Found:
         """Train and evaluate a student as the workflow does, unless that is done."""
         run = build_project(load_runs(self.describe([start]))).runs[start.name]
-        index, training = run.tokens.folder / "index.json", run.folder / "training.json"
-        if not training.exists():
-            train_run(
-                training,
-                build_job("run", run, run=run.name),
-                index_path=index,
-                signal_path=run.signal,
-                start_path=run.pruned.record if run.pruned else None,
-            )
-        if not run.metrics_path.exists():
-            assert run.validation is not None, run
-            evaluate_run(
-                run.metrics_path,
-                build_job("evaluation", run, run=run.name),
-                index_path=index,
-                training_path=training,
-                features_path=run.validation.features,
-                signal_path=run.signal,
-            )
-        found = Metrics.read(run.metrics_path)
+        found = make_student(run)
         loss = found.scores.student.metrics["loss"].value
         return Found(loss, found.training.summary.student_parameters)
 

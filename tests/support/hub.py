@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from support.place import Place
@@ -86,13 +86,22 @@ def serve(
         yield hub
 
 
+AnyHub = TypeVar("AnyHub", bound=Hub)
+
+
 @contextmanager
 def serve_all(
     repositories: dict[str, Path], fault: Fault = lambda *_: None, **keys: Any
 ) -> Iterator[Hub]:
     """Serve folders as datasets and models within the block; see `Hub`."""
-    hub = Hub(repositories, fault, **keys)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Handler,), {"hub": hub}))
+    with answer(Hub(repositories, fault, **keys), _Handler) as hub:
+        yield hub
+
+
+@contextmanager
+def answer(hub: AnyHub, handler: type["_Handler"]) -> Iterator[AnyHub]:
+    """Let a handler answer for a Hub within the block, at its `endpoint`."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (handler,), {"hub": hub}))
     server.daemon_threads = True
     hub.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()

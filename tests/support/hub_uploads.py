@@ -3,15 +3,13 @@
 import base64
 import hashlib
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from support.hub import Hub, _Handler
+from support.hub import Hub, _Handler, answer
 
 TOKEN = "hf_" + "secret" * 5
 
@@ -38,15 +36,8 @@ def serve_uploads(folder: Path) -> Iterator[UploadHub]:
     """Serve an empty Hub within the block."""
     hub = UploadHub({}, folder=folder / "hub", home=folder / "home")
     (hub.folder / "lfs").mkdir(parents=True)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Uploads,), {"hub": hub}))
-    server.daemon_threads = True
-    hub.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    try:
+    with answer(hub, _Uploads):
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 class _Uploads(_Handler):
