@@ -8,6 +8,7 @@ ended, is void. Two workers that do the same part write the same bytes.
 import os
 import platform
 import re
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -55,18 +56,17 @@ class Claims:
     def is_claimed(self, part_name: str) -> bool:
         """Say whether a live worker has claimed the part."""
         claim = self._path(part_name)
-        clock = self.folder / f".clock.{platform.node()}.{os.getpid()}.tmp"
         try:
             # Read first: on a network file system, opening a file brings its times up to date.
             node, _, process = claim.read_text(errors="replace").strip().partition(" ")
             written = claim.stat().st_mtime
             if node == platform.node() and _PROCESS.fullmatch(process) and has_ended(int(process)):
                 return False  # killed on this node: no need to wait until its claim is stale
-            clock.touch()
-            now = clock.stat().st_mtime
+            # The file system's own clock. The file has no name, so that a stop at any moment leaves nothing behind.
+            with tempfile.TemporaryFile(dir=self.folder) as clock:
+                now = os.fstat(clock.fileno()).st_mtime
         except FileNotFoundError:  # released, or the whole folder merged and removed
             return False
-        clock.unlink(missing_ok=True)
         # Absolute, because a file may carry the time of the node that wrote it: a claim of a dead node whose clock was
         # fast must not block its part until that time.
         return abs(now - written) < self.stale_s
