@@ -71,6 +71,7 @@ def test_there_is_one_script_per_rule_and_one_rule_per_script() -> None:
     assert set(RULES) == {path.stem for path in SCRIPTS} - {
         "compare",
         "export",
+        "export_parquet",
         "publish",
     }  # by hand
 

@@ -1,14 +1,11 @@
-"""Finished results that a person names by a folder: a student, or a cache."""
+"""The finished student that a person names by a folder."""
 
 from pathlib import Path
 from typing import NamedTuple
 
-from retort.cache.reader import CACHE_FILE
 from retort.evaluation.records import Metrics
 from retort.evaluation.run import read_trained_student
 from retort.training.record import TrainingRecord
-
-MANIFEST = "manifest.json"
 
 
 class Student(NamedTuple):
@@ -39,20 +36,6 @@ def find_student(path: Path) -> Student:
     folder, record = read_trained_student(run / "training.json")
     found = sorted(run.glob("evaluation/*/metrics.json"), key=lambda file: file.stat().st_mtime)
     return Student(folder, record, Metrics.read(found[-1]) if found else None)
-
-
-def find_cache(path: Path) -> Path | None:
-    """Return the folder of a finished cache: this one, or that of its manifest.json or teacher_logits.h5.
-
-    Raises ValueError for a cache that is not finished.
-    """
-    folder = path.parent if path.name in (MANIFEST, CACHE_FILE) else path
-    files = [(folder / name).exists() for name in (MANIFEST, CACHE_FILE)]
-    if any(files) and not all(files):
-        raise ValueError(
-            f"{folder} is not a finished cache: it needs both {MANIFEST} and {CACHE_FILE}."
-        )
-    return folder if all(files) else None
 
 
 def _has_begun(run: Path) -> bool:

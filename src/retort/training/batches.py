@@ -22,6 +22,7 @@ from retort.cache.codec import Codec, SparseTargets
 from retort.cache.reader import LogitCache
 from retort.config.sections import Training
 from retort.losses.teacher_rows import TeacherRows
+from retort.losses.terms import LossSettings
 from retort.models.causal_lm import RowBounds
 from retort.models.packing import number_positions
 from retort.tokens.sequences import Sequence, SequenceTable
@@ -122,21 +123,23 @@ def find_counted(labels_BT: Tensor) -> Tensor:
     return (labels_BT.flatten()[1:] != IGNORE_INDEX).nonzero()[:, 0]
 
 
-def find_tail_column(codec: Codec, training: Training, *, path: Path) -> int:
+def find_tail_column(
+    codec: Codec, training: Training | LossSettings, *, path: Path, prefix: str = "training."
+) -> int:
     """Return the column of the stored tails at the training's temperature; any, where the whole vocabulary is kept.
 
-    Raises ValueError when the cache in `path` has no tail at this temperature, or holds samples, which are of use at
-    temperature 1 with forward_kl and without position_weights only.
+    prefix: of the settings' names in messages. Raises ValueError when the cache in `path` has no tail at this
+    temperature, or holds samples, which are of use at temperature 1 with forward_kl and without position_weights only.
     """
     temperature, divergence = training.temperature, training.divergence
     if codec.method == "sampled" and training.position_weights is not None:
         raise ValueError(
-            f"training.position_weights is {training.position_weights}, but {path} holds samples (cache.method: "
+            f"{prefix}position_weights is {training.position_weights}, but {path} holds samples (cache.method: "
             "sampled), which give these weights wrongly. Leave it out, or use a cache of cache.method: top_p."
         )
     if codec.method == "sampled" and (temperature != 1.0 or divergence != "forward_kl"):
         raise ValueError(
-            f"training.temperature is {temperature} and training.divergence {divergence!r}, but {path} holds samples "
+            f"{prefix}temperature is {temperature} and {prefix}divergence {divergence!r}, but {path} holds samples "
             "(cache.method: sampled), which are unbiased for forward_kl at temperature 1 alone. Use these two, or a "
             "cache of cache.method: top_p."
         )
@@ -145,19 +148,20 @@ def find_tail_column(codec: Codec, training: Training, *, path: Path) -> int:
     if codec.is_complete:
         return 0
     raise ValueError(
-        f"training.temperature is {temperature}, but {path} holds the tail's mass at {codec.temperatures} only. "
+        f"{prefix}temperature is {temperature}, but {path} holds the tail's mass at {codec.temperatures} only. "
         f"Use one of them, or add {temperature} to cache.temperatures, which makes a new cache."
     )
 
 
-def _label(sequence: Sequence) -> Tensor:
-    """Return the labels [T] of one sequence (see `Collator`)."""
+def label_tokens(sequence: Sequence) -> Tensor:
+    """Return the labels int64 [T] of one sequence (see `Collator`)."""
     labels = np.full(len(sequence.ids), IGNORE_INDEX, np.int64)
     labels[1:][sequence.loss_mask[:-1]] = sequence.next_ids
     return torch.from_numpy(labels)
 
 
-def _pad(rows: list[Tensor], value: int = 0) -> Tensor:
+def pad_rows(rows: list[Tensor], value: int = 0) -> Tensor:
+    """Return rows of any lengths as one tensor, padded on the right."""
     return pad_sequence(rows, batch_first=True, padding_value=value)
 
 
@@ -191,10 +195,10 @@ class Collator:
             rows, lengths = [items], [list(itertools.chain(*lengths))]
         width = max(map(sum, lengths))
         ids = [np.concatenate([item.sequence.ids for item in row]) for row in rows]
-        labels = [torch.cat([_label(item.sequence) for item in row]) for row in rows]
+        labels = [torch.cat([label_tokens(item.sequence) for item in row]) for row in rows]
         batch: dict[str, Any] = {
-            "input_ids": _pad([torch.from_numpy(row.astype(np.int64)) for row in ids]),
-            "labels": _pad(labels, IGNORE_INDEX),
+            "input_ids": pad_rows([torch.from_numpy(row.astype(np.int64)) for row in ids]),
+            "labels": pad_rows(labels, IGNORE_INDEX),
             "sequences": torch.tensor([item.index for item in items]),
         }
         batch["counted"] = find_counted(batch["labels"])
@@ -204,7 +208,7 @@ class Collator:
             if len(rows) == 1:
                 batch["bounds"] = RowBounds.of(lengths[0])
         elif self.needs_mask:
-            batch["attention_mask"] = _pad([torch.ones_like(row) for row in labels])
+            batch["attention_mask"] = pad_rows([torch.ones_like(row) for row in labels])
         targets = [item.targets for item in items if item.targets is not None]
         if targets:
             batch["teacher"] = self._join(targets)
