@@ -5,6 +5,7 @@ Legend: B batch, T positions of a sequence, P positions of a batch, K most token
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,9 @@ from benchmarks.common import import_opponent
 from benchmarks.training.student import Inputs, Shape
 from retort.losses.model_loss import LossTargets, attach_loss
 from retort.losses.terms import LossSettings, LossTerms, compute_dense_divergence
-from retort.models.causal_lm import split_model
+from retort.models.attention import split_attention
+from retort.models.causal_lm import RowBounds, split_model
+from retort.models.packing import number_positions
 from retort.training.batches import IGNORE_INDEX, find_counted
 
 VEOMNI = (
@@ -36,8 +39,10 @@ def run_cross_entropy(inputs: Inputs) -> Step:
     return step
 
 
-def run_fused(inputs: Inputs, alpha: float, temperature: float, chunk_size: int | None) -> Step:
-    """Retort's fused loss."""
+def run_fused(
+    inputs: Inputs, alpha: float, temperature: float, is_joined: bool, chunk_size: int | None
+) -> Step:
+    """Retort's fused loss: of padded rows, or of the same sequences end to end in one row."""
     settings = LossSettings(alpha, temperature, chunk_size=chunk_size)
     attach_loss(split_model(inputs.model), settings)
     ids_BT = inputs.inputs_BT
@@ -51,8 +56,20 @@ def run_fused(inputs: Inputs, alpha: float, temperature: float, chunk_size: int 
         inputs.shape.positions,
     )
 
+    model_inputs: dict[str, Any] = {"input_ids": padded_BT}
+    if is_joined:
+        split_attention(inputs.model)
+        lengths = [padded_BT.shape[1]] * len(padded_BT)
+        positions_1N = number_positions(lengths).to(padded_BT.device)[None]
+        bounds = RowBounds.of(lengths).to(padded_BT.device)
+        model_inputs = {
+            "input_ids": padded_BT.reshape(1, -1),
+            "position_ids": positions_1N,
+            "bounds": bounds,
+        }
+
     def step() -> Tensor:
-        terms: LossTerms = inputs.model(input_ids=padded_BT, targets=targets)
+        terms: LossTerms = inputs.model(**model_inputs, targets=targets)
         return terms.total
 
     return step
@@ -129,10 +146,12 @@ def run_veomni(inputs: Inputs, chunk_size: int = 1024) -> Step:
     return step
 
 
-FUSED = {  # alpha, temperature
-    "fused, cross-entropy": (1.0, 1.0),
-    "fused, T = 1": (0.5, 1.0),
-    "fused, T = 2": (0.5, 2.0),
+FUSED = {  # alpha, temperature, whether the sequences lie end to end
+    "fused, cross-entropy": (1.0, 1.0, False),
+    "fused, T = 1": (0.5, 1.0, False),
+    "fused, T = 2": (0.5, 2.0, False),
+    "fused, T = 1, end to end": (0.5, 1.0, True),
+    "fused, T = 2, end to end": (0.5, 2.0, True),
 }
 OTHERS: dict[str, Callable[[Inputs], Step]] = {
     "cross-entropy": run_cross_entropy,

@@ -22,7 +22,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, Repository
 from retort.cache.cost import format_bytes
 from retort.cache.finished import MANIFEST, find_cache
 from retort.cache.reader import CACHE_FILE, LogitCache
+from retort.cli import first_line
 from retort.config.schema import flatten
+from retort.corpus.hub import is_transient
 from retort.evaluation.card import add_scores
 from retort.io.digests import digest
 from retort.io.files import format_json, is_path, read_json
@@ -81,7 +83,8 @@ def publish(
 
     Files that an interrupted upload had finished are not sent again. On a terminal it asks before, unless `is_sure`.
     Raises ValueError when nothing there is finished, files are not those that were written, there is no token, the
-    repository is public and `is_public` is not set, or the other way round, and with what the Hub answered.
+    repository is public and `is_public` is not set, or the other way round, the connection breaks, and with what the
+    Hub answered.
     """
     api = api or HfApi()
     token = get_token()
@@ -114,6 +117,13 @@ def publish(
     except (HfHubHTTPError, HFValidationError, RuntimeError) as error:
         # A server may repeat a header.
         raise ValueError(f"the Hub refused {repo!r}: {error}".replace(token, "***")) from None
+    except Exception as error:
+        if not is_transient(error):
+            raise
+        raise ValueError(
+            f"the connection to the Hub broke ({first_line(error)}). Type the same command again: files that arrived "
+            "are not sent again.".replace(token, "***")
+        ) from None
     return str(done.commit_url)
 
 

@@ -80,11 +80,30 @@ def describe_next_best(found: Comparisons, group: pd.DataFrame) -> str | None:
         differences = [found.differ(name, best) for name in ties]
         tied = list_names([f"{n} ({_signed(*d)})" for n, d in zip(ties, differences, strict=True)])
         these = "this difference" if len(ties) == 1 else "these differences"
-        return f"{best} is tied with {tied}: {these} may be chance."
+        text = f"{best} is tied with {tied}: {these} may be chance."
+        return " ".join(
+            [text, *(describe_other_student(found, best, name) for name in ties)]
+        ).strip()
     if group.baseline[best] == second or group.baseline[second] == best:
         return None
     distance = _distance(*found.differ(best, second))
-    return f"{best} is {distance} the next best, {second} ({group.loss[second]:.3f})."
+    text = f"{best} is {distance} the next best, {second} ({group.loss[second]:.3f})."
+    return f"{text} {describe_other_student(found, best, second)}".strip()
+
+
+def describe_other_student(found: Comparisons, one: str, other: str) -> str:
+    """Return how the student of a setting is not the same before training as another's, "" if it is."""
+    mine, theirs = (
+        found.conditions.loc[found.runs.index[found.runs.setting == setting][0]]
+        for setting in (one, other)
+    )
+    if mine[comparisons.SIZE] != theirs[comparisons.SIZE]:
+        sizes = " and ".join(f"{int(x[comparisons.SIZE]):,}" for x in (mine, theirs))
+        return f"{one} and {other} are students of different sizes ({sizes} parameters)."
+    keys = [k for k in mine.index if k == comparisons.STUDENT or k.startswith("student.")]
+    if (mine[keys] != theirs[keys]).any():
+        return f"{one} and {other} did not start from the same weights or shape."
+    return ""
 
 
 def _signed(difference: Estimate, basis: str) -> str:

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import yaml
 
-from retort.config.load import find_problems
+from retort.config.load import complete, find_problems
+from retort.config.schema import ConfigError
 from retort.config.sections import leaves, section_paths
 from retort.config.suggestions import _other_names, closest, unknown_key
 
@@ -110,6 +111,19 @@ def test_no_hint_crosses_into_another_meaning(key: str, never: str) -> None:
     assert f"mean {never}" not in hint and f".{never}?" not in hint and f"as {never}" not in hint, (
         message
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [("tvd", "total_variation"), ("skew_kl", "skew_forward_kl"), ("rkl", "reverse_kl")],
+)
+def test_losses_by_their_names_elsewhere(name: str, ours: str) -> None:
+    with pytest.raises(ConfigError, match=f"Did you mean .?{ours}"):
+        complete({"training": {"divergence": name}})
+
+
+def test_the_rank_by_its_name_in_peft() -> None:
+    assert "as training.lora.rank: 8" in unknown_key(("training", "lora", "r"), "8")
 
 
 def test_a_key_with_one_slip_is_recognized_and_none_is_taken_for_another() -> None:

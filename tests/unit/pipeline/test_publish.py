@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -157,6 +158,16 @@ def test_without_a_token_or_with_a_wrong_one_nothing_is_made(
     with pytest.raises(ValueError, match=r"there is no token .* HF_TOKEN"):
         send(hub, run)
     assert not hub.repositories
+
+
+def test_a_broken_connection_is_one_sentence(hub: UploadHub, run: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with pytest.raises(
+        ValueError, match=r"connection to the Hub broke .* the same command"
+    ) as broken:
+        publish(run, REPO, api=HfApi(endpoint=f"http://127.0.0.1:{port}"))  # where nobody listens
+    assert TOKEN not in str(broken.value)
 
 
 def test_an_unfinished_or_changed_student_is_refused(hub: UploadHub, run: Path) -> None:

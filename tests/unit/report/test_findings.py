@@ -111,6 +111,27 @@ def test_the_best_run_is_compared_with_the_next_best(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ({"student_parameters": 99}, "different sizes (54,272 and 99 parameters)."),
+        ({"trained": {"student": {"model_path": "m"}}}, "did not start from the same weights"),
+        ({"trained": {"student": {}}}, None),
+    ],
+)
+def test_the_next_best_is_said_to_be_another_student(
+    tmp_path: Path, other: dict[str, Any], says: str | None
+) -> None:
+    paths = [
+        write_run(tmp_path, "best", trained={"student": {}}),
+        write_run(tmp_path, "next", validation__loss=4.0, **other),
+    ]
+    found = compare(paths)
+    message = describe_next_best(found, found.settings)
+    assert message is not None
+    assert (says in message) if says else ("best and next" not in message), message
+
+
+@pytest.mark.parametrize(
     ("key", "allowed", "warned", "message"),
     [
         ("cache__tail_mass", 0.2, 0.2001, "Tail mass 0.200 is high"),
