@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from retort.config.sections import Student
 from retort.models.attention import keep_softcap
@@ -113,10 +114,21 @@ def name_student(section: Student) -> str:
     return f"the student ({section.start})"
 
 
+def build_empty(config: PretrainedConfig) -> PreTrainedModel:
+    """Return a model without values in its weights, which take no memory until they are written."""
+    with no_init_weights():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.tie_weights()
+    keep_softcap(model)
+    return model
+
+
 def build_student(
-    section: Student, *, vocabulary: int, tokenizer: Any, seed: int
+    section: Student, *, vocabulary: int, tokenizer: Any, seed: int, is_empty: bool = False
 ) -> PreTrainedModel:
     """Return the student in float32: from a config with weights initialized by `seed`, or from a checkpoint.
+
+    is_empty: without values in its weights, which then take no memory until they are written.
 
     Raises ValueError as `student_config` does, and when the model cannot be built or is not causal.
     """
@@ -124,6 +136,8 @@ def build_student(
     torch.manual_seed(seed)
     name = name_student(section)
     try:
+        if is_empty:
+            return build_empty(config)
         model: PreTrainedModel = (
             AutoModelForCausalLM.from_config(config, dtype=torch.float32)
             if section.model_path is None

@@ -19,6 +19,7 @@ from accelerate.utils import broadcast_object_list
 from numpy.typing import NDArray
 from transformers import (
     AutoModelForCausalLM,
+    PreTrainedModel,
     PrinterCallback,
     TrainerState,
     TrainingArguments,
@@ -50,6 +51,7 @@ from retort.training.curve import write_log
 from retort.training.final import save_final
 from retort.training.held_out import EvaluationCallback, choose_eval_steps
 from retort.training.job import TrainingJob
+from retort.training.one_copy import build_in_one_copy
 from retort.training.optimizers import set_steps
 from retort.training.packing import choose_layout
 from retort.training.record import TrainingSummary
@@ -141,9 +143,18 @@ def _set_tracker_folders(folder: Path) -> None:
 def _prepare_student(job: TrainingJob) -> tuple[CausalLM, Any]:
     """Return the student with its loss, and what is trained: the model, or peft's wrapper around it with LoRA."""
     training, name = job.training, name_student(job.student)
-    model = build_student(
-        job.student, vocabulary=job.vocabulary, tokenizer=job.tokenizer, seed=training.seed
-    )
+
+    def build(is_empty: bool) -> PreTrainedModel:
+        return build_student(
+            job.student,
+            vocabulary=job.vocabulary,
+            tokenizer=job.tokenizer,
+            seed=training.seed,
+            is_empty=is_empty,
+        )
+
+    is_sharded = training.strategy == "fsdp" and world_size() > 1
+    model = build_in_one_copy(build) if is_sharded else build(False)
     set_attention(model, training.attn_implementation, device="cpu")
     freeze_weights(model, training.freeze, name=name)
     whole: Any = model

@@ -1,0 +1,64 @@
+"""Ranks of a node hold one copy of a sharded student's weights, equal to what one process builds."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Prints, for students with untied and tied layers, and where there is no room for a file: the memory of its own that
+# each rank has more of, as a share of the weights, whether layers are tied, and what the student reads.
+_RANK = """
+import gc, shutil
+from accelerate import PartialState
+from transformers import AutoModelForCausalLM, LlamaConfig
+import torch
+from retort.models.students import build_empty
+from retort.training.one_copy import build_in_one_copy
+
+shape = dict(vocab_size=20_000, hidden_size=256, intermediate_size=512, num_hidden_layers=2)
+
+def own_bytes():
+    gc.collect()
+    line = next(x for x in open("/proc/self/status") if x.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+PartialState(cpu=True)
+for ties, has_room in ((False, True), (True, True), (False, False)):
+    config = LlamaConfig(**shape, num_attention_heads=4, tie_word_embeddings=ties)
+    if not has_room:
+        shutil.disk_usage = lambda _: shutil._ntuple_diskusage(1, 1, 0)
+
+    def build(is_empty):
+        if is_empty:
+            return build_empty(config)
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config)
+
+    before = own_bytes()
+    model = build_in_one_copy(build)
+    share = (own_bytes() - before) / model.get_memory_footprint()
+    is_tied = model.lm_head.weight is model.model.embed_tokens.weight
+    print("SEEN", share, is_tied, model(torch.arange(8)[None]).logits.sum().item(), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_share_the_weights_where_there_is_room(tmp_path: Path) -> None:
+    (tmp_path / "rank.py").write_text(_RANK)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*torchrun, "--nproc-per-node=2", str(tmp_path / "rank.py")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("SEEN")]
+    assert len(lines) == 6
+    assert sorted(words[1] for words in lines) == ["False"] * 4 + ["True"] * 2
+    assert len({tuple(words[1:]) for words in lines}) == 2, "all ranks, with room or without"
+    shares = sorted(float(words[0]) for words in lines)
+    assert shares[3] < 0.3 < 0.9 < shares[4], shares
+    assert [path.name for path in tmp_path.iterdir()] == ["rank.py"]
