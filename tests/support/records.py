@@ -324,5 +324,14 @@ def make_comparison(**values: Any) -> Comparison:
 
 
 def make_plan() -> CacheCost:
-    sizes = {"positions": 9, "parts": 1, "record_bytes": 800, "total_bytes": 9000}
-    return CacheCost(**sizes, is_bound=True, disk_free_bytes=10**9)
+    return CacheCost(
+        positions=9,
+        parts=1,
+        basis="codec",
+        sampled_positions=0,
+        record_bytes=800,
+        relative_error=None,
+        file_bytes=4000,
+        total_bytes=9000,
+        disk_free_bytes=10**9,
+    )

@@ -15,6 +15,19 @@ rule check_inputs:
         "{params.script} --config {params.config:q} --output {output:q} >> {log:q} 2>&1"
 
 
+rule estimate:
+    # snakemake estimate --cores 1: what the config needs, and what is assumed for it. It makes nothing.
+    log:
+        f"logs/estimate/{PROJECT.check_id}.log",
+    localrule: True
+    params:
+        **command("estimate"),
+    message:
+        "Estimating tokens, bytes, memory and hours"
+    shell:
+        "{params.script} --config {params.config:q} >> {log:q} 2>&1"
+
+
 rule stage:
     # snakemake stage --cores 2, on a machine with a network: downloads what the other machines will need.
     input:

@@ -66,9 +66,11 @@ rule score_validation:
 
 
 rule plan:
+    # After the held-out scores: what this teacher's distributions take is measured on them, before hours of GPU work.
     input:
         index=ancient(get_index),
         fingerprint=ancient(get_fingerprint),
+        features=ancient(get_features),
     output:
         f"{CACHE}/logits/{{logits}}/plan.json",
     log:
@@ -80,7 +82,7 @@ rule plan:
         "Estimating the size of the cache"
     shell:
         "{params.script} --config {params.config:q} --index {input.index:q}"
-        " --fingerprint {input.fingerprint:q} --output {output:q} >> {log:q} 2>&1"
+        " --fingerprint {input.fingerprint:q} --features {input.features:q} --output {output:q} >> {log:q} 2>&1"
 
 
 rule generate_logits:

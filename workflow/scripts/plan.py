@@ -1,27 +1,35 @@
-"""Estimate the size of a cache before the teacher starts; fails if the disk cannot hold it.
+"""Estimate the size of a cache before the teacher's pass; fails if the disk cannot hold it.
 
     python workflow/scripts/plan.py --config mine.yaml --index results/tokens/<id>/index.json \\
         --fingerprint results/teachers/<id>/fingerprint.json --output mine/logits/plan.json
 """
 
-from retort.cache.cost import describe_cost, estimate_cost
+from pathlib import Path
+
 from retort.cli import logger, run_script
 from retort.config.handoff import job_parser, read_job
-from retort.io.fingerprints import TeacherRecord
-from retort.tokens.index import IndexRecord
 
 
 def main() -> None:
     """Write plan.json."""
     parser = job_parser(__doc__, "logits", "index", "fingerprint", output="plan.json")
+    parser.add_argument(
+        "--features",
+        type=Path,
+        nargs="?",
+        help="teacher_validation.safetensors, to measure the bytes of this teacher's distributions",
+    )
     args = parser.parse_args()
     job = read_job(args)
-    cost = estimate_cost(
-        IndexRecord.read(args.index),
-        job.config.cache,
-        job.config.merge,
-        vocabulary=TeacherRecord.read(args.fingerprint).vocabulary,
-        folder=args.output.parent.resolve(),
+    from retort.cache.cost import describe_cost
+    from retort.estimate.plan import plan_cache
+
+    cost = plan_cache(
+        args.output.parent,
+        job,
+        index_path=args.index,
+        fingerprint_path=args.fingerprint,
+        features_path=args.features,
     )
     logger.info(describe_cost(cost))
     cost.write(args.output)

@@ -186,7 +186,7 @@ class Codec(ABC):
     @property
     @abstractmethod
     def bytes_per_position(self) -> float:
-        """Bytes of one position: at most if `is_bound`, else three times those of a usual teacher."""
+        """Bytes of one position: at most if `is_bound`, else those of a usual teacher."""
 
     @property
     def bytes_per_part(self) -> int:

@@ -1,9 +1,12 @@
-"""The size of a cache, estimated before the first GPU job starts, and whether the disk can hold it."""
+"""The size of a cache, estimated before the teacher's pass starts, and whether the disk can hold it."""
 
 import math
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, NamedTuple
 
+from retort.cache.codec import Codec
 from retort.cache.methods import build_codec
 from retort.config.sections import Cache, Merge
 from retort.io.records import Record
@@ -13,60 +16,147 @@ from retort.tokens.index import IndexRecord
 _BYTES_PER_TOKEN = 5
 _BYTES_PER_SEQUENCE = 64 + 40
 _BYTES_PER_PART = 32 << 10
+# Disk space that is asked for, over what a usual teacher takes: one that is less certain keeps more tokens.
+_SAFETY_FACTOR = 3
+
+_BASES = {
+    "codec": "at most, by the codec",
+    "sample": "from this teacher's distributions at {} positions",
+    "table": "for a usual teacher, as this one was not sampled",
+}
 
 
-class CacheCost(Record, format="retort-plan", version=2):
+@dataclass(frozen=True)
+class SampledBytes:
+    """The bytes of a teacher's own distributions, encoded at `positions` counted positions.
+
+    per_position: of the records; per_part: of the tables that the records of a part share; relative_error: half the
+    width of the 95 % interval of `per_position`, over it.
+    """
+
+    positions: int
+    per_position: float
+    per_part: int
+    relative_error: float
+
+
+class CacheCost(Record, format="retort-plan", version=3):
     """plan.json: the estimated size of one cache.
 
-    record_bytes: an upper bound if `is_bound`, else three times the bytes of a usual teacher's records. total_bytes:
-    while its parts are merged, parts included.
+    basis: what `record_bytes` is from: the codec (an upper bound), a sample of the teacher's own distributions, or a
+    table for a usual teacher. relative_error: half its 95 % interval, None where it is not known. total_bytes: the most
+    that is needed while the parts are merged, parts included.
     """
 
     positions: int
     parts: int
+    basis: Literal["codec", "sample", "table"]
+    sampled_positions: int
     record_bytes: int
-    is_bound: bool
+    relative_error: float | None
+    file_bytes: int
     total_bytes: int
     disk_free_bytes: int
 
 
+class Sizes(NamedTuple):
+    """What is to be cached: counted positions, tokens, sequences and parts."""
+
+    positions: int
+    tokens: int
+    sequences: int
+    parts: int
+
+
 def estimate_cost(
-    index: IndexRecord, cache: Cache, merge: Merge, *, vocabulary: int, folder: Path
+    index: IndexRecord,
+    cache: Cache,
+    merge: Merge,
+    *,
+    vocabulary: int,
+    folder: Path,
+    sample: SampledBytes | None = None,
 ) -> CacheCost:
     """Return the size of the cache of an index for a teacher whose output layer has `vocabulary` ids.
 
-    While parts are merged, they and the merged file exist side by side; a virtual cache stores its records once.
     Raises ValueError when the disk of `folder`, which need not exist, has too little space.
     """
     train = index.train
+    sizes = Sizes(train.positions, train.tokens, train.sequences, len(index.parts))
     codec = build_codec(cache, vocabulary=vocabulary)
-    record_bytes = math.ceil(train.positions * codec.bytes_per_position)
+    cost = size_cache(sizes, codec, merge, folder=folder, sample=sample)
+    if fault := find_lack_of_space(cost, cache, merge, folder=folder):
+        raise ValueError(fault)
+    return cost
+
+
+def size_cache(
+    sizes: Sizes, codec: Codec, merge: Merge, *, folder: Path, sample: SampledBytes | None
+) -> CacheCost:
+    """Return the size of a cache in `folder`.
+
+    While parts are merged, they and the merged file exist side by side; a virtual cache stores its records once.
+    """
+    basis, per_position, most = choose_bytes(codec, sample)
+    tables = sample.per_part if sample else 0
+    record_bytes = math.ceil(sizes.positions * per_position) + tables * sizes.parts
     other_bytes = (
-        _BYTES_PER_TOKEN * train.tokens
-        + _BYTES_PER_SEQUENCE * train.sequences
-        + (_BYTES_PER_PART + codec.bytes_per_part) * len(index.parts)
+        _BYTES_PER_TOKEN * sizes.tokens
+        + _BYTES_PER_SEQUENCE * sizes.sequences
+        + (_BYTES_PER_PART + codec.bytes_per_part) * sizes.parts
     )
-    total = 2 * other_bytes + record_bytes * (1 if merge.mode == "virtual" else 2)
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if total > free:
-        raise ValueError(
-            f"the cache of {train.positions:,} positions needs up to {format_bytes(total)} while its parts are "
-            f"merged, but {existing} has {format_bytes(free)} free. Keep less of each distribution "
-            f"(cache.method is {cache.method}), lower dataset.max_samples, set merge.mode: virtual, or set "
-            "output.cache_dir to a larger disk."
-        )
+    copies = 1 if merge.mode == "virtual" else 2
     return CacheCost(
-        positions=train.positions,
-        parts=len(index.parts),
+        positions=sizes.positions,
+        parts=sizes.parts,
+        basis=basis,
+        sampled_positions=sample.positions if sample else 0,
         record_bytes=record_bytes,
-        is_bound=codec.is_bound,
-        total_bytes=total,
-        disk_free_bytes=free,
+        relative_error=round(sample.relative_error, 4) if sample else None,
+        file_bytes=record_bytes + other_bytes,
+        total_bytes=2 * other_bytes + math.ceil(record_bytes * most) * copies,
+        disk_free_bytes=shutil.disk_usage(find_existing(folder)).free,
     )
 
 
-def format_bytes(number: int) -> str:
+def choose_bytes(
+    codec: Codec, sample: SampledBytes | None
+) -> tuple[Literal["codec", "sample", "table"], float, float]:
+    """Return the basis of an estimate, bytes of a position, and the factor by which there may be more."""
+    if sample:
+        return "sample", sample.per_position, 1 + sample.relative_error
+    if codec.is_bound:
+        return "codec", codec.bytes_per_position, 1.0
+    return "table", codec.bytes_per_position, _SAFETY_FACTOR
+
+
+def find_existing(folder: Path) -> Path:
+    """Return a folder, or the nearest of those around it that exists."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
+def find_lack_of_space(cost: CacheCost, cache: Cache, merge: Merge, *, folder: Path) -> str | None:
+    """Return what is wrong, with what would do, when the disk has too little space for a cache; else None."""
+    total, free = cost.total_bytes, cost.disk_free_bytes
+    if total <= free:
+        return None
+    changes = []
+    records = total - 2 * (cost.file_bytes - cost.record_bytes)
+    if merge.mode == "copy" and total - records / 2 <= free:
+        changes.append("set merge.mode: virtual, which stores the records once")
+    changes += [
+        f"lower dataset.max_samples to {math.floor(1000 * free / total) / 10:.1f} % of the documents",
+        f"keep less of each distribution (cache.method is {cache.method})",
+        "set output.cache_dir to a larger disk",
+    ]
+    return (
+        f"the cache of {cost.positions:,} positions needs up to {format_bytes(total)} while its parts are merged "
+        f"({describe_basis(cost)}), but {find_existing(folder)} has {format_bytes(free)} free. To make it fit, "
+        f"{', or '.join(changes)}."
+    )
+
+
+def format_bytes(number: float) -> str:
     """Return a number of bytes in decimal units: 812 bytes, 3.4 MB, 1.2 TB."""
     value = float(number)
     for unit in ("bytes", "kB", "MB", "GB"):
@@ -76,12 +166,17 @@ def format_bytes(number: int) -> str:
     return f"{value:,.1f} TB"
 
 
+def describe_basis(cost: CacheCost) -> str:
+    """Return what the bytes are estimated from, in words."""
+    return _BASES[cost.basis].format(f"{cost.sampled_positions:,}")
+
+
 def describe_cost(cost: CacheCost) -> str:
     """Return the cost in one line."""
     per_position = cost.record_bytes / max(1, cost.positions)
-    bound = "at most" if cost.is_bound else "probably less than"
+    error = f" +- {cost.relative_error:.1%}" if cost.relative_error is not None else ""
     return (
-        f"cache: {cost.positions:,} positions in {cost.parts} parts, {bound} {per_position:.0f} bytes each "
-        f"({format_bytes(cost.record_bytes)}); disk space needed while merging {format_bytes(cost.total_bytes)}, "
-        f"free {format_bytes(cost.disk_free_bytes)}"
+        f"cache: {cost.positions:,} positions in {cost.parts} parts, {per_position:.1f} bytes each{error} "
+        f"({format_bytes(cost.record_bytes)}, {describe_basis(cost)}); disk space needed while merging "
+        f"{format_bytes(cost.total_bytes)}, free {format_bytes(cost.disk_free_bytes)}"
     )

@@ -3,6 +3,7 @@
 Layout of a record and of its integers: docs/cache-format.md. Shapes: P positions, N exact tokens, M sampled ones.
 """
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, fields
@@ -41,8 +42,8 @@ _STATE_WORDS = 2  # of each lane
 _INTEGERS_AT_ONCE = 1 << 17  # in a piece of work: some 2,000 positions
 # Tokens that a teacher of 2.1 nats of entropy keeps at a probability of 0.01, and their growth (make benchmark-cache).
 _KEPT_AT_ONE_PERCENT, _KEPT_EXPONENT = 9.0, -0.58
-_BYTES_PER_KEPT, _BYTES_PER_POSITION = 1.4, 4.0
-_SAFETY_FACTOR = 3  # a teacher that is less certain keeps more
+_BYTES_PER_KEPT, _BYTES_PER_POSITION = 1.4, 4.0  # at a vocabulary of 32,768
+_BYTES_PER_DOUBLING = 0.08  # of the vocabulary, for a kept token: its id
 
 
 @dataclass(frozen=True)
@@ -149,12 +150,13 @@ class EntropyCodec(Codec):
 
     @property
     def bytes_per_position(self) -> float:
-        """Bytes of one position: three times those of a usual teacher."""
+        """Bytes of one position of a usual teacher, which has 2.1 nats of entropy: others differ severalfold."""
         kept = _KEPT_AT_ONE_PERCENT * (self.min_probability / 0.01) ** _KEPT_EXPONENT
-        sampled = 0.3 / self.min_probability if self.sample_step else 0.0
-        kept = min(_SAFETY_FACTOR * kept, 1 / self.min_probability) + sampled
+        sampled = 0.1 / self.min_probability if self.sample_step else 0.0
+        kept = min(kept, 1 / self.min_probability) + sampled
+        each = _BYTES_PER_KEPT + _BYTES_PER_DOUBLING * (math.log2(self.vocabulary) - 15)
         tails = 2 * len(self.temperatures)
-        return _BYTES_PER_KEPT * min(kept, self.vocabulary) + _BYTES_PER_POSITION + tails
+        return each * min(kept, self.vocabulary) + _BYTES_PER_POSITION + tails
 
     @property
     def bytes_per_part(self) -> int:

@@ -33,6 +33,9 @@ class Generation(Section):
     loaded, and pads."""
     gpus_per_model: Count = setting(1, changes_id=False)
     """GPUs that together hold one copy of the teacher."""
+    gpu_type: Text | None = setting(None, changes_id=False)
+    """The kind of GPU that jobs will get, by its name in retort estimate, such as h100-80: teacher and students are
+    checked against its memory before anything runs. null takes that of the machine of the check, if it has one."""
     gpus: Text | Texts | None = setting(None, changes_id=False)
     """GPU ids to use, such as "0,1,2,3", divided into groups of gpus_per_model; or a list of groups, such as ["0", "1",
     "2,3"]; null means all GPUs of the machine."""

@@ -17,6 +17,7 @@ from retort.pipeline.workflow_files import find_script, find_workflow, list_scri
 
 # The scripts in the order of the data flow; one that stands in no group is listed at the end.
 GROUPS = {
+    "Before the run": ("estimate",),
     "Corpus and tokens": (
         "check_inputs",
         "stage",

@@ -140,7 +140,7 @@ def _choose_values(
     )
     gpus = 1 << int(1.3 * weights / per_gpu).bit_length()
     codec = build_codec(CACHE, vocabulary=width)
-    cache_size = corpus.num_tokens * codec.bytes_per_position / (1 if codec.is_bound else 3)
+    cache_size = corpus.num_tokens * codec.bytes_per_position
     template = "a" if getattr(tokenizer, "chat_template", None) else "no"
     return {
         "about": f"{corpus.num_documents:,} documents ({corpus.kind}), about {describe_number(corpus.num_tokens)} "

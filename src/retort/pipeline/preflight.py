@@ -41,6 +41,7 @@ from retort.models.lora import count_adapters
 from retort.models.students import describe_ids, name_student, student_config
 from retort.pipeline.costly_defaults import find_costly_defaults
 from retort.pipeline.demo_teacher import DEMO_TEACHER, DemoTokenizer
+from retort.pipeline.estimating import estimate_in_short
 from retort.pipeline.packages import find_missing_for_training, find_missing_packages
 from retort.pipeline.pruned_student import shape_student
 from retort.synthesis.run import check_synthesis_inputs
@@ -91,6 +92,11 @@ def check_project(configs: Mapping[str, Config]) -> CheckRecord:
             _check_trackers(config.tracking)
         with mistakes:
             notes += check_tasks(config.evaluation)
+    mistakes.require_none()
+    with mistakes:
+        lines, faults = estimate_in_short(configs)
+        notes += lines
+        mistakes.found |= dict.fromkeys(faults)
     mistakes.require_none()
     made = describe_run(section={"runs": configs}, seconds=time.monotonic() - started)
     return CheckRecord(runs=tuple(configs), notes=tuple(dict.fromkeys(notes)), made=made)

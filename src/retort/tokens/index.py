@@ -213,6 +213,13 @@ class TokenIndex:
         total = train.sequences
         count = min(total, max(1, round(num_positions * total / max(1, train.positions))))
         numbers = np.unique(np.linspace(0, total - 1, count).astype(np.int64))
+        return numbers, self.read_sequences(numbers)
+
+    def read_sequences(self, numbers: NDArray[np.int64]) -> SequenceTable:
+        """Return training sequences by their numbers int64 [S] (see `read_sample`); reads no others.
+
+        Raises ValueError when a shard no longer has them.
+        """
         sizes = [0] * len(self.record.shards)
         for part in self.parts:
             sizes[part.shard] += part.sequences
@@ -224,7 +231,7 @@ class TokenIndex:
             tables.append(self._read_train(shard, first, first + 1))
             if len(tables[-1]) == 0:
                 raise self._not_listed(shard, f"sequence {first}")
-        return numbers, concatenate_tables(tables)
+        return concatenate_tables(tables)
 
     def _read_train(self, shard: int, first: int, stop: int) -> SequenceTable:
         path = self.path.parent / self.record.shards[shard]

@@ -54,7 +54,7 @@ def test_a_disk_that_is_too_small_is_refused_with_both_sizes(tmp_path: Path) -> 
     sentence = str(refusal.value)
     assert "1,000,000,000,000,000 positions" in sentence and f"{tmp_path} has" in sentence
     assert (
-        "Keep less of each distribution (cache.method is top_k)" in sentence
+        "keep less of each distribution (cache.method is top_k)" in sentence
         and "output.cache_dir" in sentence
     )
     assert not folder.exists()  # planning makes nothing
@@ -83,7 +83,7 @@ def test_what_is_no_bound_is_not_called_one(tmp_path: Path) -> None:
     line = describe_cost(
         estimate_cost(make_index(9), cache, COPY, vocabulary=WIDTH, folder=tmp_path)
     )
-    assert "probably less than" in line and "at most" not in line
+    assert "for a usual teacher" in line and "at most" not in line
 
 
 def test_cost_is_said_in_one_line_and_kept_as_json(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_cost_is_said_in_one_line_and_kept_as_json(tmp_path: Path) -> None:
     )
     line = describe_cost(cost)
     assert line.startswith(
-        "cache: 1,000,000 positions in 3 parts, at most 264 bytes each (264.0 MB)"
+        "cache: 1,000,000 positions in 3 parts, 264.0 bytes each (264.0 MB, at most, by the codec)"
     )
     assert "\n" not in line
     assert cost.record_bytes == 264_000_000

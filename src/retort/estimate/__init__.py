@@ -1,0 +1,1 @@
+"""What a run will need: tokens, bytes, memory, hours and money, before it starts."""
