@@ -145,7 +145,7 @@ def find_lack_of_space(cost: CacheCost, cache: Cache, merge: Merge, *, folder: P
     if merge.mode == "copy" and total - records / 2 <= free:
         changes.append("set merge.mode: virtual, which stores the records once")
     changes += [
-        f"lower dataset.max_samples to {math.floor(1000 * free / total) / 10:.1f} % of the documents",
+        f"lower dataset.max_samples to {99 * free / total:.3g} % of the documents",
         f"keep less of each distribution (cache.method is {cache.method})",
         "set output.cache_dir to a larger disk",
     ]

@@ -39,7 +39,9 @@ def find_faults(
         # Without a sample only the usual size is known, which need not be this teacher's.
         cost = work.cost
         if cost.basis == "table":
-            cost = cost.model_copy(update={"total_bytes": 2 * cost.file_bytes})
+            copies = 1 if logits.config.merge.mode == "virtual" else 2
+            usual = 2 * (cost.file_bytes - cost.record_bytes) + copies * cost.record_bytes
+            cost = cost.model_copy(update={"total_bytes": usual})
         cache, merge = logits.config.cache, logits.config.merge
         lack = find_lack_of_space(cost, cache, merge, folder=logits.folder)
         said |= dict.fromkeys([lack] if lack else [])
@@ -65,7 +67,7 @@ def _find_teacher_faults(
                 f"{format_bytes(have)}. Use a GPU, a smaller teacher.dtype, or a smaller teacher."
             )
         return
-    usable, group = options.gpu.usable, found.gpus_per_model
+    usable, group = options.usable, found.gpus_per_model
     if teacher_bytes(memory, size, group) <= usable:
         return
     alone = Load(1, work.load.length, max(1, work.load.positions // work.load.batch))
@@ -99,7 +101,7 @@ def _find_student_faults(
     run: Run, found: RunEstimate, beside: float, options: Options
 ) -> Iterator[str]:
     peak = found.memory.peak + beside
-    have = options.gpu.usable if options.gpu else total_memory()
+    have = options.usable if options.gpu else total_memory()
     if peak <= have:
         return
     training = run.config.training

@@ -8,6 +8,8 @@ from transformers import PretrainedConfig
 
 from retort.estimate.gpus import FORWARD_UTILIZATION, TRAINING_UTILIZATION, Gpu
 
+_ERROR = 1.15  # of memory, as measured (docs/benchmarks.md)
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -37,6 +39,11 @@ class Options:
     rates: Rates = field(default_factory=Rates)
     slots: Mapping[str, int] = field(default_factory=dict)
     attempts: int = 1
+
+    @property
+    def usable(self) -> float:
+        """Bytes that tensors can have on a GPU; the check of a run refuses only what is beyond the estimate's error."""
+        return self.gpu.usable * (_ERROR if self.is_quick else 1.0) if self.gpu else 0.0
 
     @property
     def device(self) -> str:

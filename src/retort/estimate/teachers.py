@@ -66,7 +66,7 @@ def estimate_teacher(
     context = float((text.lengths.astype(float) ** 2).sum() / text.lengths.sum())
     operations = found.tokens * size.forward_operations(context)
     operations += found.positions * size.head_operations
-    smallest = find_smallest_group(memory, size, options.gpu.usable) if options.gpu else None
+    smallest = find_smallest_group(memory, size, options.usable) if options.gpu else None
     group = max(smallest or 1, config.teacher.generation.gpus_per_model if options.gpu else 1)
     copies = config.teacher.generation.num_workers or max(1, options.num_devices // group)
     if options.gpu and options.is_counted:

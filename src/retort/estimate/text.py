@@ -100,7 +100,7 @@ def _assume(given: int, dataset: Dataset) -> Text:
         tokens=given,
         positions=given - sequences,
         longest=dataset.max_length,
-        basis="given by --tokens, in sequences of dataset.max_length, all of which is predicted",
+        basis="given, as full sequences without prompts",
         relative_error=None,
     )
     return Text(found, np.array([dataset.max_length]), build_table([]))
