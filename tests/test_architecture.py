@@ -73,6 +73,8 @@ def test_there_is_one_script_per_rule_and_one_rule_per_script() -> None:
         "export",
         "export_parquet",
         "publish",
+        "ls",
+        "gc",
     }  # by hand
 
 

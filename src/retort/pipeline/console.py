@@ -37,6 +37,7 @@ GROUPS = {
     "Student": ("prune_teacher", "train"),
     "Evaluation and report": ("evaluate", "benchmark", "report", "compare"),
     "After the run": ("export", "export_parquet", "publish"),
+    "Results": ("ls", "gc"),
 }
 _WORKFLOW = {
     "run": "Run the whole workflow for a config, with Snakemake.",

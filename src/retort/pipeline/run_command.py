@@ -99,7 +99,7 @@ def check_config_of(args: Any) -> Project:
 
     files = [path.absolute() for path in args.configfile]
     given = parse_config(args.config)
-    source = read_files(files, given) or _fill_in(files, given)
+    source = read_files(files, given) or fill_in(files, given)
     with contextlib.chdir(args.directory or Path()):
         configs = load_source(source)
         try:
@@ -108,7 +108,7 @@ def check_config_of(args: Any) -> Project:
             raise ValueError(locate(error, source)) from None
 
 
-def _fill_in(files: Sequence[Path], given: Mapping[str, Any]) -> Source:
+def fill_in(files: Sequence[Path], given: Mapping[str, Any]) -> Source:
     """Return the values of files that are templates, as Snakemake fills them in. Lines are not known."""
     from snakemake.common.configfile import load_configfile
     from snakemake.exceptions import WorkflowError

@@ -18,7 +18,26 @@ from pathlib import Path
 from retort.io.files import has_ended
 from retort.tokens.index import Part
 
+STALE_S = 60.0
 _PROCESS = re.compile("[0-9]{1,9}")
+
+
+def is_live(claim: Path, *, stale_s: float = STALE_S) -> bool:
+    """Say whether a claim is a live worker's: touched in the last `stale_s`, by no process known to have ended."""
+    try:
+        # Read first: on a network file system, opening a file brings its times up to date.
+        node, _, process = claim.read_text(errors="replace").strip().partition(" ")
+        written = claim.stat().st_mtime
+        if node == platform.node() and _PROCESS.fullmatch(process) and has_ended(int(process)):
+            return False  # killed on this node: no need to wait until its claim is stale
+        # The file system's own clock. The file has no name, so that a stop at any moment leaves nothing behind.
+        with tempfile.TemporaryFile(dir=claim.parent) as clock:
+            now = os.fstat(clock.fileno()).st_mtime
+    except FileNotFoundError:  # released, or the whole folder merged and removed
+        return False
+    # Absolute, because a file may carry the time of the node that wrote it: a claim of a dead node whose clock was
+    # fast must not block its part until that time.
+    return abs(now - written) < stale_s
 
 
 class Claims:
@@ -27,7 +46,7 @@ class Claims:
     One thread for all of them: Python waits forever for a new thread that dies for lack of memory while it starts.
     """
 
-    def __init__(self, folder: Path, *, refresh_s: float = 5.0, stale_s: float = 60.0) -> None:
+    def __init__(self, folder: Path, *, refresh_s: float = 5.0, stale_s: float = STALE_S) -> None:
         self.folder, self.refresh_s, self.stale_s = folder, refresh_s, stale_s
         self._claimed: set[Path] = set()
         self._lock = threading.Lock()
@@ -55,21 +74,7 @@ class Claims:
 
     def is_claimed(self, part_name: str) -> bool:
         """Say whether a live worker has claimed the part."""
-        claim = self._path(part_name)
-        try:
-            # Read first: on a network file system, opening a file brings its times up to date.
-            node, _, process = claim.read_text(errors="replace").strip().partition(" ")
-            written = claim.stat().st_mtime
-            if node == platform.node() and _PROCESS.fullmatch(process) and has_ended(int(process)):
-                return False  # killed on this node: no need to wait until its claim is stale
-            # The file system's own clock. The file has no name, so that a stop at any moment leaves nothing behind.
-            with tempfile.TemporaryFile(dir=self.folder) as clock:
-                now = os.fstat(clock.fileno()).st_mtime
-        except FileNotFoundError:  # released, or the whole folder merged and removed
-            return False
-        # Absolute, because a file may carry the time of the node that wrote it: a claim of a dead node whose clock was
-        # fast must not block its part until that time.
-        return abs(now - written) < self.stale_s
+        return is_live(self._path(part_name), stale_s=self.stale_s)
 
     @contextmanager
     def claim(self, part_name: str) -> Iterator[bool]:
