@@ -75,6 +75,7 @@ def test_there_is_one_script_per_rule_and_one_rule_per_script() -> None:
         "publish",
         "ls",
         "gc",
+        "show",
     }  # by hand
 
 

@@ -173,9 +173,14 @@ def _read_process(process: int) -> tuple[str, set[str]]:
     with suppress(OSError):
         maps = Path(f"/proc/{process}/maps").read_text(errors="surrogateescape").splitlines()
         paths |= {line.split(maxsplit=5)[5] for line in maps if line.count(" ") > 4 and "/" in line}
-    names = [Path(word).name for word in words[:4] if not word.startswith("-")]
-    name = next((n for n in names if not n.startswith(("python", "bash", "sh"))), "a program")
-    return name, paths
+    return _name_program(words), paths
+
+
+def _name_program(words: Sequence[str]) -> str:
+    """Return the program of a command line; of an interpreter, the script that it runs."""
+    names = [Path(word).name for word in words if not word.startswith("-")] or ["a kernel thread"]
+    is_interpreter = re.match(r"(python|bash|sh|perl)[\d.]*$", names[0])
+    return names[1] if is_interpreter and len(names) > 1 and "-c" not in words[:3] else names[0]
 
 
 def _read_words(process: int) -> list[str]:

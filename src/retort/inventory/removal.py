@@ -34,6 +34,8 @@ from retort.io.files import file_lock, temporary_name
 from retort.training.record import TrainingRecord
 
 _LOCK = ".gc.lock"
+# What a config has made, if it was ever run; a teacher's record is the same for many.
+_TELLING = ("corpus", "synthesis", "tokens", "logits", "validation", "run")
 _TOP_LINKS = ("report.html", "summary.txt")
 
 
@@ -77,12 +79,13 @@ def plan_removal(
     holders = Holders(plan.roots)
     for root in plan.roots:
         _plan_folder(plan, root, needs, journals, holders)
-    if not plan.kept and plan.free:
-        names = " and ".join(one.name for one in needs)
+    made = {one.place for one in plan.kept if one.kind.name in _TELLING}
+    strange = [one.name for one in needs if not made & one.places.keys()]
+    if len(strange) == len(needs) and plan.free:
         raise ValueError(
-            f"Nothing that {names} makes is in {', '.join(map(str, plan.roots))}, so everything there would go. Was it "
-            "edited since, or is this another folder or another version of Retort? `retort ls` shows what is there. "
-            "Run the config first, or delete the folder by hand."
+            f"Nothing that {' and '.join(strange)} makes is in {', '.join(map(str, plan.roots))}, so all results there "
+            "would go. Was it edited since, or is this another folder or another version of Retort? `retort ls` shows "
+            "what is there. Run the config first, or delete by hand."
         )
     unknown = set(journals) - {one.id for one in [*plan.free, *(one for one, _ in plan.spared)]}
     if unknown:

@@ -38,6 +38,7 @@ GROUPS = {
     "Evaluation and report": ("evaluate", "benchmark", "report", "compare"),
     "After the run": ("export", "export_parquet", "publish"),
     "Results": ("ls", "gc"),
+    "Results": ("ls", "show", "gc"),
 }
 _WORKFLOW = {
     "run": "Run the whole workflow for a config, with Snakemake.",
