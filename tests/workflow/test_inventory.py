@@ -197,6 +197,7 @@ def test_gc_touches_nothing_that_is_held(two: Place, tmp_path: Path) -> None:
         (locks / "0.output.lock").unlink()
         assert f"a worker claims parts/{'0' * 32}.claim" in gc(two) and cache.exists()
     (cache / "manifest.json").unlink()
+    (cache / "teacher_logits.h5").touch()
     assert "it is unfinished, and was written to" in gc(two) and cache.exists()
     for path in cache.rglob("*"):
         os.utime(path, (0, 0))

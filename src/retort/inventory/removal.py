@@ -12,7 +12,8 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,13 +45,15 @@ class Plan:
     """What gc would do in folders of results.
 
     free: artifacts to remove; those in their folders go with them. kept: that a config needs. spared: others that are
-    left, with the reason. leftovers: what a killed gc had renamed. strangers: paths that are not Retort's.
+    left, with the reason. sources: config files that made what goes, by place. leftovers: what a killed gc had renamed.
+    strangers: paths that are not Retort's.
     """
 
     roots: tuple[Path, ...]
     free: list[Artifact] = field(default_factory=list)
     kept: list[Artifact] = field(default_factory=list)
     spared: list[tuple[Artifact, str]] = field(default_factory=list)
+    sources: dict[str, str] = field(default_factory=dict)
     leftovers: list[Path] = field(default_factory=list)
     strangers: list[Path] = field(default_factory=list)
 
@@ -122,6 +125,7 @@ def _plan_folder(
             plan.spared.append((artifact, why))
         else:
             plan.free.append(artifact)
+            plan.sources[artifact.place] = read_origin(artifact).source or ""
     plan.leftovers.extend(find_leftovers(root))
     plan.strangers.extend(
         root / name for name in find_strangers(root, found) if root / name not in plan.roots
@@ -286,21 +290,8 @@ def render_plan(plan: Plan, *, is_done: bool, stayed: Sequence[tuple[Artifact, s
     """Return what a plan removes, or has removed, and what stays and why, as text."""
     gone = [one for one in plan.free if one.path not in {artifact.path for artifact, _ in stayed}]
     width = choose_width()
-    now = time.time()
-    rows = [
-        [
-            one.kind.name,
-            one.title,
-            format_size(one.num_bytes),
-            format_age(now - one.changed),
-            one.state,
-            source,
-        ]
-        for one in gone
-        for source in [read_origin(one).source or ""]
-    ]
-    size = format_size(sum(one.num_bytes for one in gone))
-    blocks = [render_table(rows, width=width)] if rows else []
+    blocks = [_render_gone(gone, plan.sources, width)] if gone else []
+    size = format_size(total_bytes(gone))
     rest = [f"left by a gc that was killed: {path}" for path in plan.leftovers]
     spared = [*plan.spared, *stayed]
     blocks.append(
@@ -316,3 +307,25 @@ def render_plan(plan: Plan, *, is_done: bool, stayed: Sequence[tuple[Artifact, s
     if not is_done and (gone or plan.leftovers):
         blocks.append(["Nothing was removed: add --yes to remove this."])
     return "\n\n".join("\n".join(block) for block in blocks)
+
+
+def _render_gone(gone: Sequence[Artifact], sources: Mapping[str, str], width: int) -> list[str]:
+    """Return a line for each artifact, and one for all that are made again in seconds."""
+    now = time.time()
+    rows = [
+        [
+            one.kind.name,
+            one.title,
+            format_size(one.num_bytes),
+            format_age(now - one.changed),
+            one.state,
+            sources[one.place],
+        ]
+        for one in gone
+        if not one.kind.is_small
+    ]
+    small = [one for one in gone if one.kind.is_small]
+    kinds = Counter(one.kind.title for one in small)
+    others = ", ".join(f"{number} {title}" for title, number in kinds.items())
+    last = [f"  and {others} ({format_size(total_bytes(small))})"] if small else []
+    return [*render_table(rows, width=width), *last]

@@ -15,7 +15,8 @@ def render_table(rows: Sequence[Sequence[str]], *, width: int) -> list[str]:
     *columns, _ = zip(*rows, strict=True)
     widths = [max(map(len, column)) for column in columns]
     indent = 2 + sum(size + _GAP for size in widths)
-    is_below = width - indent < _LEAST
+    longest = max(len(row[-1]) for row in rows)
+    is_below = width - indent < min(_LEAST, longest)
     lines = []
     for *cells, last in rows:
         head = "  " + "".join(
