@@ -76,6 +76,7 @@ def test_there_is_one_script_per_rule_and_one_rule_per_script() -> None:
         "ls",
         "gc",
         "show",
+        "diff",
     }  # by hand
 
 

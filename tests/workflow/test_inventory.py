@@ -11,11 +11,17 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from retort.cache.reader import LogitCache
 from retort.inventory import removal
+from retort.inventory.differing import explain
 from retort.inventory.holders import Holders
 from retort.inventory.layout import Artifact
+from retort.inventory.showing import Choice, show_path
 from retort.teacher.claims import Claims
 from support.place import Finished, Once, Place, snapshot, tiny
 
@@ -356,3 +362,59 @@ def test_a_cache_folder_of_its_own_is_cleaned_too(two: Place) -> None:
     assert len(list(two.path.glob("scratch/logits/*"))) == 1
     assert len(list(two.results.glob("runs/both/*"))) == 1
     assert two.plan() == {}
+
+
+def test_a_cache_is_shown_as_its_teacher_computes_it(
+    two: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(two.path)
+    cache = find_cache(two, 8)
+    model = AutoModelForCausalLM.from_pretrained("teacher").eval()
+    row = LogitCache(cache / "teacher_logits.h5").table[3]
+    with torch.inference_mode():
+        logits = model(torch.tensor(row.ids[None].astype(int))).logits[0].double()
+    tokenizer = AutoTokenizer.from_pretrained("teacher")
+    probabilities = logits[:, : len(tokenizer)].softmax(-1).numpy()  # the layer is wider
+    said = show_path(cache, Choice(sequence=3, position=5, top=3))
+    ids = np.argsort(-probabilities[5])[:3]
+    shown = [float(p) for p in re.findall(r"^ +\d+  '.*?'  +(0\.\d{4})", said, re.MULTILINE)]
+    assert shown == pytest.approx(probabilities[5, ids].tolist(), abs=1e-3)
+    tail = 1 - np.sort(probabilities[5])[-8:].sum()
+    assert float(re.findall(r"tail +(\S+) in", said)[0]) == pytest.approx(tail, rel=1e-2)
+    ((following, bound, p),) = re.findall(r"the text +(.+), probability (at most )?(\S+)", said)
+    assert following
+    real = probabilities[5, row.ids[6]]
+    assert real <= float(p) * 1.01 if bound else float(p) == pytest.approx(real, rel=1e-2)
+    page = two.path / "page.html"
+    text = show_path(cache / "manifest.json", Choice(sequence=3, page=page))
+    plain = re.sub(r"[\[\]]", "", text.partition("\n\n")[2])
+    assert plain.split() == tokenizer.decode(row.ids).split()
+    assert page.read_text().count("<span title=") == len(row.ids)
+    for choice, message in {
+        Choice(sequence=10**6): r"--sequence is 1000000, but .* has sequences 0 to \d+",
+        Choice(sequence=3, position=-1): r"--position is -1, but sequence 3 has positions 0 to \d+",
+        Choice(position=1): "give --sequence too",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            show_path(cache, choice)
+
+
+def test_every_result_is_shown_and_two_are_told_apart(
+    two: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(two.path)
+    first, second = (find_run(two, alpha).relative_to(two.path) for alpha in (0.5, 0.7))
+    assert "KL(live teacher || cache)" in show_path(find_cache(two, 4), Choice())
+    for path in sorted(p for p in Path("results").glob("*/*") if p.parent.name != "runs"):
+        for one in [path, *path.glob("*.json"), *path.glob("*/*.json")]:
+            assert len(show_path(one, Choice()).splitlines()) > 1, one
+    shown = show_path(second / "training.json", Choice())
+    assert "run both of other.yaml" in shown and re.search(r"training\.alpha +0\.7\n", shown)
+    assert f"logits/{find_cache(two, 4).name}" in shown
+    said = explain(str(first), str(second))
+    assert re.search(r"^ +training\.alpha +0\.5 +0\.7$", said, re.MULTILINE)
+    assert re.search(r"^ +cache\.top_k +8 +4$", said, re.MULTILINE)
+    assert len(said.splitlines()) == 5, said
+    planned = explain("tiny.yaml", "other.yaml")
+    assert said.split()[2:] == planned.split()[4:], "the same of configs"
+    assert "have one id" in explain(str(second), "other.yaml")

@@ -1,6 +1,6 @@
 """What an id is made of, as a tree: own keys, files, and the ids of inputs; of a folder of results, or of a config."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from retort.config.handoff import SECTIONS
 from retort.corpus.reading import list_corpus_files
 from retort.inventory.kinds import KIND_OF
 from retort.inventory.layout import Artifact
-from retort.inventory.origins import Keys, kind_of, own_keys, read_origin
+from retort.inventory.origins import Keys, default_of, kind_of, own_keys, read_origin
 from retort.io.digests import hash_file
 from retort.io.files import read_json
 
@@ -93,6 +93,9 @@ def plan_node(artifact: Any, root: Path) -> Node:
         else {}
     )
     keys = own_keys(kind, sections)
+    if isinstance(artifact, Tokens | Pruned) and artifact.teacher:  # jobs need not know it
+        again = artifact.teacher.section.generation.force_regenerate
+        keys |= {_AGAIN: again} if again != default_of(_AGAIN) else {}
     inputs = {
         below: plan_node(one, root)
         for below, one in _list_inputs(artifact)
@@ -150,16 +153,16 @@ def _choose(kind: str, keys: Keys, *, is_alone: bool) -> Keys:
     left_out += _list_unused(kind, keys)
     found = {}
     for key, value in keys.items():
-        inside = is_alone or any(key == name or key.startswith(f"{name}.") for name in names)
-        if kind in ("tokens", "teacher", "pruned") and key == _AGAIN:
-            inside = True
-        elif key == _AGAIN and not is_alone:
-            inside = False
-        if inside and not any(
-            key == name or key.startswith(f"{name}.") for name in left_out if key != _AGAIN
-        ):
+        is_named = is_alone or _is_in(key, names)
+        if key == _AGAIN:  # the id of what a teacher makes has it by the teacher's
+            is_named = is_alone or kind in ("tokens", "teacher", "pruned")
+        if is_named and (key == _AGAIN or not _is_in(key, left_out)):
             found[key] = value
     return found
+
+
+def _is_in(key: str, names: Iterable[str]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def _read_files(artifact: Artifact) -> Iterator[tuple[str, str]]:

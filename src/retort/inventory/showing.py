@@ -204,7 +204,8 @@ def _describe_position(cache: LogitCache, choice: Choice, tokenizer: Any) -> Ite
     if targets.num_exact is not None:
         exact = int(targets.num_exact[position])
         yield f"  {exact} are exact; {stop - first - exact} are a sample of the others, weighted"
-    vocabulary, temperatures = cache.header.codec.vocabulary, cache.header.codec.temperatures
+    temperatures = cache.header.codec.temperatures
+    vocabulary = min(cache.header.codec.vocabulary, len(tokenizer) if tokenizer else 1 << 60)
     for temperature, tail in zip(temperatures, targets.tail_logprobs[position], strict=True):
         others = vocabulary - (stop - first)
         yield f"  tail       {np.exp(float(tail)):.4g} in {others:,} other tokens, at temperature {temperature:g}"

@@ -39,6 +39,7 @@ GROUPS = {
     "After the run": ("export", "export_parquet", "publish"),
     "Results": ("ls", "gc"),
     "Results": ("ls", "show", "gc"),
+    "Results": ("ls", "show", "diff", "gc"),
 }
 _WORKFLOW = {
     "run": "Run the whole workflow for a config, with Snakemake.",
