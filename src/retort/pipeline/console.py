@@ -37,8 +37,6 @@ GROUPS = {
     "Student": ("prune_teacher", "train"),
     "Evaluation and report": ("evaluate", "benchmark", "report", "compare"),
     "After the run": ("export", "export_parquet", "publish"),
-    "Results": ("ls", "gc"),
-    "Results": ("ls", "show", "gc"),
     "Results": ("ls", "show", "diff", "gc"),
 }
 _WORKFLOW = {
