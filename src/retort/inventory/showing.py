@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from retort.cache.finished import MANIFEST
 from retort.cache.reader import CACHE_FILE, LogitCache
 from retort.inventory.facts import describe_artifact, describe_record, find_artifact
 from retort.inventory.positions import (
@@ -22,7 +23,6 @@ from retort.inventory.positions import (
 )
 from retort.inventory.tables import format_size
 from retort.io.files import read_json, write_atomically
-from retort.pipeline.finished import MANIFEST
 from retort.teacher.records import Manifest
 from retort.tokens.tokenizer import identify_tokenizer, load_tokenizer, without_torch
 

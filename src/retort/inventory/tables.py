@@ -16,7 +16,7 @@ def render_table(rows: Sequence[Sequence[str]], *, width: int) -> list[str]:
     widths = [max(map(len, column)) for column in columns]
     indent = 2 + sum(size + _GAP for size in widths)
     longest = max(len(row[-1]) for row in rows)
-    is_below = width - indent < min(_LEAST, longest)
+    is_below = width - indent < max(1, min(_LEAST, longest))
     lines = []
     for *cells, last in rows:
         head = "  " + "".join(

@@ -109,7 +109,10 @@ def check_config_of(args: Any) -> Project:
 
 
 def fill_in(files: Sequence[Path], given: Mapping[str, Any]) -> Source:
-    """Return the values of files that are templates, as Snakemake fills them in. Lines are not known."""
+    """Return the values of files that are templates, as Snakemake fills them in. Lines are not known.
+
+    Raises ValueError when a file cannot be read.
+    """
     from snakemake.common.configfile import load_configfile
     from snakemake.exceptions import WorkflowError
     from snakemake.utils import update_config
