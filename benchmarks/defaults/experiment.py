@@ -83,18 +83,18 @@ def make_student(run: Run) -> Metrics:
             training,
             build_job("run", run, run=run.name),
             index_path=index,
-            signal_path=run.signal,
+            signal_paths=run.signals,
             start_path=run.pruned.record if run.pruned else None,
         )
     if not run.metrics_path.exists():
-        assert run.validation is not None, run
+        assert run.features, run
         evaluate_run(
             run.metrics_path,
             build_job("evaluation", run, run=run.name),
             index_path=index,
             training_path=training,
-            features_path=run.validation.features,
-            signal_path=run.signal,
+            features_paths=run.features,
+            signal_paths=run.signals,
         )
     return Metrics.read(run.metrics_path)
 

@@ -87,8 +87,7 @@ class Bench:
             self.index,
             section("training", **(keys | training)),
             section("evaluation"),
-            features_path=features,
-            weights=None,
+            features={features: None} if features else {},
         )
         assert found is not None
         return found

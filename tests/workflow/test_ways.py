@@ -1,6 +1,7 @@
 """Every way to train a student, as a user would ask for it: from a config, through Snakemake, to evaluated metrics."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,14 @@ def train_more(place: Place) -> None:
         "alone": {
             "training": {"distillation_type": "hybrid", "alpha": 0.5, "seed": 1, "device": "cpu"}
         },
+        **{
+            name: {
+                "teacher": {"mix": [{"weight": 3}, {"model_path": "other"}]},
+                "student": {"config": "student_308.json"},
+                "training": {"distillation_type": "logit", "gpus": ranks, "device": "cpu"},
+            }
+            for name, ranks in (("mixed", 1), ("mixed_ranks", 2))
+        },
         "live": {"training": {"distillation_type": "logit", "use_cached_logits": False}},
         "continued": {
             "student": {"config": None, "model_path": "teacher"},
@@ -131,8 +140,20 @@ def train_more(place: Place) -> None:
     for width in (308, 352):  # the teacher's layer has 320 ids, the tokenizer 300
         text = json.dumps(student | {"vocab_size": width})
         (place.path / f"student_{width}.json").write_text(text)
+    shift_weights(place.path / "teacher", place.path / "other")
     place.write_config(tiny(runs=runs))
     place.snakemake()
+
+
+def shift_weights(teacher: Path, folder: Path) -> None:
+    """Write another teacher with the same tokenizer."""
+    shutil.copytree(teacher, folder)
+    model = AutoModelForCausalLM.from_pretrained(teacher)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn(weight.shape, generator=generator) * 0.05)
+    model.save_pretrained(folder)
 
 
 def test_accumulation_and_recomputed_activations_train_the_same_student(trained: Place) -> None:
@@ -173,10 +194,33 @@ def test_adapters_of_one_rank_and_of_two_are_the_same_and_merged(trained: Place)
     assert f"LoRA rank 4: {summary.trained_parameters:,}" in page
 
 
+def test_several_teachers_of_one_rank_and_of_two_make_the_same_student(trained: Place) -> None:
+    (folder, training, one), (other, _, two) = (
+        find_run(trained, name) for name in ("mixed", "mixed_ranks")
+    )
+    assert folder.name == other.name, "one id"
+    assert (other / "checkpoint-12" / "rng_state_1.pth").exists(), "there were two"
+    found, expected = (s.student.metrics["kl_to_teacher"].value for s in (two, one))
+    assert found == pytest.approx(expected, abs=1e-5)
+    # The cache of the first is that of all other runs; the second has one more, and no run alone.
+    caches = {path.name for path in (trained.results / "logits").iterdir()}
+    assert len(caches) == 2
+    whole = find_run(trained, "narrow")[2].teacher
+    assert one.teacher is not None and whole is not None
+    assert one.teacher.metrics["loss"].value != whole.metrics["loss"].value
+    metrics = Metrics.read(next(folder.glob("evaluation/*/metrics.json")))
+    assert metrics.teacher == "0.75 teacher + 0.25 other" and len(metrics.other_caches) == 1
+    assert str(training.teacher).startswith("0.75 ")
+    card = (folder / "final" / "README.md").read_text()
+    assert "| teacher | a mixture of 0.75 `teacher` (local) and 0.25 `other` (local) |" in card
+    page = (trained.results / "report.html").read_text()
+    assert "0.75 teacher + 0.25 other" in page and "mixture has written no text" in page
+
+
 def test_a_live_teacher_leaves_no_cache_behind(trained: Place) -> None:
     _, training, metrics = find_run(trained, "live")
     assert training.alpha == 0.0 and metrics.student.metrics["kl_to_teacher"].value < 1.0
-    assert len(list((trained.results / "logits").iterdir())) == 1
+    assert len(list((trained.results / "logits").iterdir())) == 2  # of the two other teachers
 
 
 def test_a_student_that_starts_from_the_teacher_stays_near_it(trained: Place) -> None:

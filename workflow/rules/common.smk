@@ -115,21 +115,18 @@ def get_features(wildcards):
 
 
 def get_watched_features(wildcards):
-    """Return the teacher's held-out scores that a run is compared with while it is trained, if it is.
+    """Return the teachers' held-out scores that a run is compared with while it is trained, if it is.
 
     A student that exists is not trained again when other positions are to be evaluated.
     """
     run = find(wildcards)
     is_trained = (run.folder / "training.json").exists()
-    return (
-        [str(run.watched_features)] if run.watched_features and not is_trained else []
-    )
+    return [] if is_trained else [str(path) for path in run.watched_features]
 
 
 def get_signal(wildcards):
-    """Return what a run learns from; [] without a teacher."""
-    signal = find(wildcards).signal
-    return [str(signal)] if signal else []
+    """Return what a run learns from, of each of its teachers; [] without one."""
+    return [str(path) for path in find(wildcards).signals]
 
 
 def get_start(wildcards):

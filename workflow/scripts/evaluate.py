@@ -20,12 +20,19 @@ def main() -> None:
     parser.add_argument(
         "--training", required=True, type=Path, help="training.json, with final/ beside it"
     )
-    parser.add_argument("--features", type=Path, nargs="?", help="teacher_validation.safetensors")
+    parser.add_argument(
+        "--features",
+        type=Path,
+        nargs="*",
+        default=[],
+        help="teacher_validation.safetensors, of several teachers in the order of teacher.mix",
+    )
     parser.add_argument(
         "--signal",
         type=Path,
-        nargs="?",
-        help="manifest.json of the run's cache, or fingerprint.json of its teacher",
+        nargs="*",
+        default=[],
+        help="manifest.json of the run's cache, or fingerprint.json of its teacher; several in the same order",
     )
     args = parser.parse_args()
     job = read_job(args)
@@ -38,8 +45,8 @@ def main() -> None:
             job,
             index_path=args.index,
             training_path=args.training,
-            features_path=args.features,
-            signal_path=args.signal,
+            features_paths=args.features,
+            signal_paths=args.signal,
         )
     logger.info(line)
     job.write(args.output.parent, args.kind)

@@ -22,9 +22,10 @@ def read_command_line() -> argparse.Namespace:
     parser.add_argument(
         "--signal",
         type=Path,
-        nargs="?",
+        nargs="*",
+        default=[],
         help="what it learns from: manifest.json or teacher_logits.h5 of a cache, fingerprint.json of a live teacher "
-        "(an output run takes only the width of its output layer from it)",
+        "(an output run takes only the width of its output layer from it); several in the order of teacher.mix",
     )
     parser.add_argument(
         "--start",
@@ -35,9 +36,10 @@ def read_command_line() -> argparse.Namespace:
     parser.add_argument(
         "--features",
         type=Path,
-        nargs="?",
-        help="teacher_validation.safetensors of its teacher, to log the KL from it on held-out text "
-        "(see training.eval_steps)",
+        nargs="*",
+        default=[],
+        help="teacher_validation.safetensors of its teacher (several in the order of teacher.mix), to log the KL from "
+        "it on held-out text (see training.eval_steps)",
     )
     return parser.parse_args()
 
@@ -50,9 +52,9 @@ def train(args: argparse.Namespace, job: Job) -> None:
         args.output,
         job,
         index_path=args.index,
-        signal_path=args.signal,
+        signal_paths=args.signal,
         start_path=args.start,
-        features_path=args.features,
+        features_paths=args.features,
     )
 
 

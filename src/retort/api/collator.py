@@ -55,8 +55,8 @@ class Targets:
         Raises ValueError for a temperature, divergence or weights that the cache has not what it takes for.
         """
         column = find_tail_column(self.codec, settings, path=self.path, prefix="")
-        tails = self.rows.tail_logprobs[:, column].contiguous()
-        return replace(self.rows, tail_logprobs=tails)
+        assert column is not None, settings  # they have one temperature
+        return self.rows.at(column)
 
     def _tensors(self) -> tuple[Tensor, Tensor]:
         return self.counted, self.labels

@@ -88,7 +88,7 @@ def _build_project(configs: Mapping[str, Config]) -> Project:
     runs = {name: _build_run(name, config) for name, config in configs.items()}
     everything = list(runs.values())
     require_agreement(everything)
-    teachers = [r.teacher for r in everything if r.teacher] + [
+    teachers = [teacher for r in everything for teacher in r.teachers] + [
         r.tokens.teacher for r in everything if r.tokens.teacher
     ]
     for teacher in {t.id: t for t in teachers}.values():
@@ -106,8 +106,8 @@ def _build_project(configs: Mapping[str, Config]) -> Project:
         corpora={c.id: c for c in corpora},
         teachers={t.id: t for t in teachers},
         tokens={r.tokens.id: r.tokens for r in everything},
-        logits={r.logits.id: r.logits for r in everything if r.logits},
-        validations={r.validation.id: r.validation for r in everything if r.validation},
+        logits={found.id: found for r in everything for found in r.logits},
+        validations={found.id: found for r in everything for found in r.validations},
         pruned={r.pruned.id: r.pruned for r in everything if r.pruned},
         teacher_tasks=teacher_tasks,
     )
@@ -134,8 +134,12 @@ def _find_mistakes(configs: Mapping[str, Config]) -> Iterator[str]:
 
 
 def _named_folders(config: Config) -> dict[str, str | None]:
+    mix = {
+        f"teacher.mix[{n}].model_path": one.model_path for n, one in enumerate(config.teacher.mix)
+    }
     return {
-        "teacher.model_path": config.teacher.model_path,
+        "teacher.model_path": None if mix else config.teacher.model_path,
+        **mix,
         "dataset.tokenizer": config.dataset.tokenizer,
         "student.model_path": config.student.model_path,
     }
@@ -176,16 +180,18 @@ def refuse_other_teacher(teacher: TeacherModel) -> None:
 def _build_run(name: str, config: Config) -> Run:
     results = Path(config.output.results_dir)
     training = config.training
-    teacher = _build_teacher(config) if config.teacher.model_path else None
+    members = _split_teachers(config)
+    teachers = [_build_teacher(member) for member in members]
+    teacher = teachers[0] if teachers else None
     tokens = _build_tokens(config, teacher)
-    needs_teacher = teacher is not None and training.distillation_type != "output"
-    logits = (
-        _build_logits(config, tokens, teacher)
-        if teacher and needs_teacher and training.use_cached_logits
-        else None
-    )
-    validation = _build_validation(config, tokens, teacher) if teacher else None
-    supervision = logits.id if logits else teacher.id if teacher and needs_teacher else None
+    pairs = list(zip(members, teachers, strict=True))
+    needs_teacher = training.distillation_type != "output"
+    is_cached = needs_teacher and training.use_cached_logits
+    logits = [_build_logits(member, tokens, t) for member, t in pairs] if is_cached else []
+    validations = [_build_validation(member, tokens, t) for member, t in pairs]
+    weights = config.teacher.weights
+    sources = logits or teachers
+    supervision = _mix_ids([s.id for s in sources], weights) if needs_teacher else None
     student, pruned = (
         starting_point(config),
         build_pruned(
@@ -199,7 +205,7 @@ def _build_run(name: str, config: Config) -> Run:
         [
             "evaluation",
             REVISIONS["evaluation"],
-            validation.id if validation else None,
+            _mix_ids([validation.id for validation in validations], weights),
             identity(config.evaluation.of_student()),
         ]
     )
@@ -212,21 +218,38 @@ def _build_run(name: str, config: Config) -> Run:
         config=config,
         student=digest(student),
         tokens=tokens,
-        teacher=teacher,
-        logits=logits,
-        validation=validation,
+        teachers=tuple(teachers),
+        logits=tuple(logits),
+        validations=tuple(validations),
         pruned=pruned,
         tasks=build_tasks(config, folder, revision=REVISIONS["benchmark"]),
     )
 
 
+def _split_teachers(config: Config) -> list[Config]:
+    """Return the config with each of its teachers alone; none without a teacher."""
+    if config.teacher.model_path is None:
+        return []
+    return [config.model_copy(update={"teacher": one}) for one in config.teacher.members]
+
+
+def _mix_ids(ids: list[str], weights: tuple[float, ...]) -> Any:
+    """Return what an id is made of that depends on one artifact, or on several with weights."""
+    if len(ids) > 1:
+        return [list(pair) for pair in zip(ids, weights, strict=True)]
+    return ids[0] if ids else None
+
+
 def _build_teacher_tasks(run: Run) -> tuple[EvaluationTask, ...]:
-    """Return the tasks of a run's teacher if evaluation.benchmarks.teacher is set; runs of one teacher share them."""
-    if run.teacher is None or not run.config.evaluation.benchmarks.teacher:
+    """Return the tasks of a run's teachers if evaluation.benchmarks.teacher is set; runs of one teacher share them."""
+    if not run.config.evaluation.benchmarks.teacher:
         return ()
-    teacher = run.config.teacher.model_copy(update={"model_path": run.teacher.model_path})
-    config = run.config.model_copy(update={"teacher": teacher})
-    return build_tasks(config, run.teacher.folder, revision=REVISIONS["benchmark"])
+    found: tuple[EvaluationTask, ...] = ()
+    for teacher in run.teachers:
+        section = teacher.section.model_copy(update={"model_path": teacher.model_path})
+        config = run.config.model_copy(update={"teacher": section})
+        found += build_tasks(config, teacher.folder, revision=REVISIONS["benchmark"])
+    return found
 
 
 def _build_corpus(config: Config) -> Corpus:

@@ -119,7 +119,10 @@ class Pruned:
 
 @dataclass(frozen=True)
 class Run:
-    """One trained student, its evaluation and its evaluation tasks."""
+    """One trained student, its evaluation and its evaluation tasks.
+
+    teachers, logits, validations: of its teacher, or of each that is mixed, the main one first; empty without one.
+    """
 
     name: str
     id: str
@@ -128,11 +131,21 @@ class Run:
     config: Config
     student: str  # digest of `starting_point` when the id was computed
     tokens: Tokens
-    teacher: TeacherModel | None
-    logits: Logits | None
-    validation: Validation | None
+    teachers: tuple[TeacherModel, ...]
+    logits: tuple[Logits, ...]
+    validations: tuple[Validation, ...]
     pruned: Pruned | None
     tasks: tuple[EvaluationTask, ...]
+
+    @property
+    def teacher(self) -> TeacherModel | None:
+        """Its teacher, of several the main one."""
+        return self.teachers[0] if self.teachers else None
+
+    @property
+    def features(self) -> list[Path]:
+        """The held-out scores of its teachers."""
+        return [validation.features for validation in self.validations]
 
     @property
     def metrics_path(self) -> Path:
@@ -140,18 +153,18 @@ class Run:
         return self.folder / "evaluation" / self.evaluation_id / "metrics.json"
 
     @property
-    def watched_features(self) -> Path | None:
-        """The teacher's held-out scores, if it learns from a teacher and is compared with it during the training."""
+    def watched_features(self) -> list[Path]:
+        """The teachers' held-out scores, if it learns from them and is compared with them during the training."""
         training = self.config.training
         is_compared = training.eval_steps is not None and training.distillation_type != "output"
-        return self.validation.features if self.validation and is_compared else None
+        return self.features if is_compared else []
 
     @property
-    def signal(self) -> Path | None:
-        """What it learns from: the manifest of the cache, or the record of its teacher; None without a teacher."""
+    def signals(self) -> list[Path]:
+        """What it learns from: the manifests of the caches, or the records of its teachers; none without a teacher."""
         if self.logits:
-            return self.logits.folder / "manifest.json"
-        return self.teacher.folder / "fingerprint.json" if self.teacher else None
+            return [logits.folder / "manifest.json" for logits in self.logits]
+        return [teacher.folder / "fingerprint.json" for teacher in self.teachers]
 
 
 @dataclass(frozen=True)
@@ -195,7 +208,7 @@ class Project:
         A cache that exists is not merged again when other positions are to be evaluated.
         """
         if isinstance(found, Run):
-            return [found.validation.features] if found.validation else []
+            return found.features
         pair = (found.tokens.id, found.teacher.id)
         scores = [
             v.features for v in self.validations.values() if (v.tokens.id, v.teacher.id) == pair

@@ -32,6 +32,7 @@ from retort.config.suggestions import (
 )
 from retort.config.sweeps import Run, expand_runs, parse_sections
 from retort.config.training import DEFAULT_ALPHA
+from retort.config.values import parse_text
 
 _Path = tuple[str | int, ...]  # of a key, or of an item of its list
 
@@ -61,7 +62,7 @@ def find_problems(raw: Mapping[str, Any]) -> tuple[dict[str, Config], list[Probl
     configs: dict[str, Config] = {}
     across: dict[Problem, list[str]] = {}  # problems across keys, with the names of their runs
     for run in runs:
-        configs[run.name], wrong_keys = _read(merge(base, run.overrides))
+        configs[run.name], wrong_keys = _read_run(merge(base, run.overrides))
         for problem in (_describe(run, *wrong) for wrong in wrong_keys):
             if problem not in problems:
                 problems.append(problem)
@@ -70,7 +71,24 @@ def find_problems(raw: Mapping[str, Any]) -> tuple[dict[str, Config], list[Probl
             across.setdefault(Problem(place, message), []).append(run.name if run.entry else "")
     for problem, names in across.items():
         problems.append(problem._replace(message=_name_runs(names) + problem.message))
-    return configs if problems else {n: _with_alpha(c) for n, c in configs.items()}, problems
+    if problems:
+        return configs, problems
+    ordered = {
+        name: c.model_copy(update={"teacher": c.teacher.order_mix()}) for name, c in configs.items()
+    }
+    return {name: _with_alpha(c) for name, c in ordered.items()}, problems
+
+
+def _read_run(values: dict[str, Any]) -> tuple[Config, list[tuple[_Path, str, Any]]]:
+    """Return what `_read` does; an item of teacher.mix has the section's other keys where it leaves them out."""
+    config, wrong = _read(values)
+    if wrong or not config.teacher.mix:
+        return config, wrong
+    shared = {key: value for key, value in values["teacher"].items() if key != "mix"}
+    written = values["teacher"]["mix"]
+    items = parse_text(written) if isinstance(written, str) else written
+    mix = [merge(shared, parse_text(item) if isinstance(item, str) else item) for item in items]
+    return _read(merge(values, {"teacher": {"mix": mix}}))
 
 
 def _read(values: Mapping[str, Any]) -> tuple[Config, list[tuple[_Path, str, Any]]]:
@@ -116,6 +134,8 @@ def _readable_around(key: _Path) -> _Path:
 
 
 def _without(values: Any, keys: Collection[_Path], path: _Path = ()) -> Any:
+    if isinstance(values, str) and any(key[: len(path)] == path != key for key in keys):
+        values = parse_text(values)  # a list that the command line gave
     if isinstance(values, list | tuple):
         return [_without(value, keys, (*path, number)) for number, value in enumerate(values)]
     if not isinstance(values, Mapping):

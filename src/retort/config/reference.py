@@ -59,7 +59,7 @@ def json_schema() -> dict[str, Any]:
     in_runs = {
         f"{name}InRun": _in_run(name, s)
         for name, s in sections.items()
-        if name not in ("Output", "MixedSource")
+        if name not in ("Output", "MixedSource", "MixedTeacher")
     }
     overrides = {k: _swept(k, s) for k, s in schema["properties"].items() if k != "output"}
     run = {"type": "object", "additionalProperties": False, "properties": overrides}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from retort.config.schema import Found, show
-from retort.config.section import Count, Section, Text, Texts, setting
+from retort.config.section import Count, Positive, Section, Text, Texts, setting
 
 if TYPE_CHECKING:
     from retort.config.sections import Config
@@ -46,8 +46,8 @@ class Generation(Section):
     """CPU threads of a teacher on the CPU. Another number rounds differently, so it changes ids."""
 
 
-class Teacher(Section):
-    """The model to learn from."""
+class OneTeacher(Section):
+    """A model to learn from."""
 
     model_path: Text | None = setting("demo", is_model=True)
     """Hub id or folder of a causal language model; demo trains a small one on the corpus; null means none (for
@@ -70,12 +70,74 @@ class Teacher(Section):
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
 
+class MixedTeacher(OneTeacher):
+    """One of several teachers, with the keys of the section teacher, generation too; those left out are as there."""
+
+    weight: Positive = 1.0
+    """Its share of the mixture is its weight, divided by the sum of all weights."""
+
+
+class Teacher(OneTeacher):
+    """The model to learn from."""
+
+    mix: tuple[MixedTeacher, ...] = ()
+    """A list of teachers of one tokenizer that a student learns from together: from the mixture of their
+    distributions, position by position. Each has a weight, and overrides the section's other keys as a run does. The
+    first, or that of model_path if it is set, is the main one, whose tokenizer is the text's. Each has its own cache,
+    the same that a run with it alone makes."""
+
+    @property
+    def members(self) -> tuple["Teacher", ...]:
+        """Each teacher by itself: those of `mix`, or this one alone."""
+        found = [{k: getattr(one, k) for k in OneTeacher.model_fields} for one in self.mix]
+        return tuple(self.model_copy(update={**keys, "mix": ()}) for keys in found) or (self,)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The shares of `members`, which sum to 1."""
+        total = sum(one.weight for one in self.mix)
+        return tuple(one.weight / total for one in self.mix) or (1.0,)
+
+    def order_mix(self) -> "Teacher":
+        """Return the section with the keys of the main teacher, first in `mix`, which is empty without others."""
+        if not self.mix:
+            return self
+        mix = sorted(self.mix, key=lambda one: one.model_path != self.model_path)
+        main = self.model_copy(update={"mix": tuple(mix)}).members[0]
+        return main.model_copy(update={"mix": tuple(mix) if len(mix) > 1 else ()})
+
+
 def check_teacher(c: "Config") -> Found:
     teacher, kind = c.teacher.model_path, c.training.distillation_type
     if teacher is None and kind != "output":
         yield (
             f"training.distillation_type is {kind}, which needs a teacher, but teacher.model_path is null. Set "
             "teacher.model_path to a model, or use training.distillation_type: output."
+        )
+
+
+def check_mix(c: "Config") -> Found:
+    teacher = c.teacher
+    paths = [one.model_path for one in teacher.mix]
+    for number, one in enumerate(teacher.mix):
+        here = f"teacher.mix[{number}]"
+        if one.model_path in (None, "demo"):
+            yield (
+                f"{here}.model_path is {show(one.model_path)}, but only models that exist can be mixed. Give "
+                f"{here}.model_path: a Hub id or a folder."
+            )
+        elif one.model_copy(update={"weight": 1.0}) in [
+            other.model_copy(update={"weight": 1.0}) for other in teacher.mix[:number]
+        ]:
+            yield (
+                f"{here} is {show(one.model_path)}, which teacher.mix lists already. List each teacher once, and give "
+                "it the sum of the weights."
+            )
+    if paths and teacher.model_path not in (None, "demo", *paths):
+        yield (
+            f"teacher.model_path is {show(teacher.model_path)}, but teacher.mix lists {', '.join(map(show, paths))} "
+            "only. List it too, with its weight, or set teacher.model_path to one of these: the main one, whose "
+            "tokenizer is the text's."
         )
 
 

@@ -37,6 +37,11 @@ class Training(Section):
     temperature: Positive = 2.0
     """Softens both distributions: soft_loss = T^2 * KL(teacher_T || student_T), in nats. With cached logits it must be
     one of cache.temperatures."""
+    temperature_end: Positive | None = None
+    """temperature at the last step: it goes there on a straight line from `temperature` at the first step, with a live
+    teacher and with cache.top_k full. From any other cache it goes in steps: at each, it is the one of
+    cache.temperatures that is nearest to the line, which begins and ends with one of them. null means that temperature
+    stays what it is."""
     alpha_end: Fraction | None = None
     """alpha at the last step, of hybrid only: it goes there on a straight line from `alpha` at the first step. null
     means that alpha stays what it is."""
@@ -204,6 +209,16 @@ def check_alpha_end(c: "Config") -> Found:
         )
 
 
+def check_temperature_end(c: "Config") -> Found:
+    kind, end = c.training.distillation_type, c.training.temperature_end
+    if end is not None and kind == "output":
+        yield (
+            f"training.temperature_end is {end}, but training.distillation_type is output, which learns from the "
+            "corpus only, at no temperature. Leave training.temperature_end out, or set training.distillation_type: "
+            "hybrid or logit."
+        )
+
+
 def check_skew(c: "Config") -> Found:
     divergence, skew = c.training.divergence, c.training.skew
     if skew != Training().skew and not divergence.startswith("skew_"):
@@ -256,6 +271,11 @@ def check_sampled(c: "Config") -> Found:
             "cache.method is 'sampled': its samples are unbiased at temperature 1 only. Use training.temperature: 1.0, "
             "or cache.method: top_p."
         )
+    if c.training.temperature_end not in (None, 1.0):
+        yield (
+            f"training.temperature_end is {c.training.temperature_end}, but cache.method is 'sampled': its samples are "
+            "unbiased at temperature 1 only. Leave training.temperature_end out, or use cache.method: top_p."
+        )
     if c.training.divergence != "forward_kl":
         yield (
             f"training.divergence is {c.training.divergence!r}, but cache.method is 'sampled': its samples are "
@@ -275,16 +295,41 @@ def check_sampled_weights(c: "Config") -> Found:
         )
 
 
+def check_mix(c: "Config") -> Found:
+    """Refuse what needs the mixture of several teachers itself, where there is only a sum of their losses."""
+    training = c.training
+    if len(c.teacher.mix) < 2 or training.distillation_type == "output":
+        return
+    if not training.use_cached_logits:
+        yield (
+            "training.use_cached_logits is false, but teacher.mix lists several teachers, which would all have to be "
+            "in memory beside the student. Use training.use_cached_logits: true, or one teacher."
+        )
+        return
+    if c.cache.top_k == "full" or c.cache.method == "sampled":
+        return
+    needed = {"divergence": "forward_kl", "position_weights": None}
+    for key, value in ((key, getattr(training, key)) for key in needed):
+        if value != needed[key]:
+            yield (
+                f"training.{key} is {value!r}, but teacher.mix lists several teachers, whose mixture is not known from "
+                "kept tokens (forward_kl alone is linear in their probabilities). Use training."
+                f"{key}: {needed[key] or 'null'}, or cache.top_k: full."
+            )
+
+
 def check_temperature(c: "Config") -> Found:
     if not _uses_cache(c) or c.cache.method == "sampled" or c.cache.top_k == "full":
         return
-    temperature, stored = c.training.temperature, list(c.cache.temperatures)
-    if 1.0 in stored and temperature not in stored:
-        yield (
-            f"training.temperature is {temperature}, but the cache stores the mass outside its "
-            f"kept tokens at cache.temperatures {stored} only. Add it, cache.temperatures: "
-            f"{sorted([*stored, temperature])} (a new cache is made), or use one of {stored}."
-        )
+    stored = list(c.cache.temperatures)
+    for key in ("temperature", "temperature_end"):
+        temperature = getattr(c.training, key)
+        if 1.0 in stored and temperature is not None and temperature not in stored:
+            yield (
+                f"training.{key} is {temperature}, but the cache stores the mass outside its "
+                f"kept tokens at cache.temperatures {stored} only. Add it, cache.temperatures: "
+                f"{sorted([*stored, temperature])} (a new cache is made), or use one of {stored}."
+            )
 
 
 def require_even_share(batch_size: int, accumulation: int, gpus: int) -> None:

@@ -20,7 +20,7 @@ from retort.estimate.teachers import TeacherWork
 
 def is_live(run: Run) -> bool:
     """Say whether a teacher runs beside the student."""
-    return run.logits is None and run.teacher is not None and run.config.training.needs_teacher
+    return not run.logits and run.teacher is not None and run.config.training.needs_teacher
 
 
 def find_faults(

@@ -167,7 +167,9 @@ def _compare_live(
     if not users:
         return None
     live = sum(
-        epochs[run.name] * works[run.logits.id].teacher.device_hours for run in users if run.logits
+        epochs[run.name] * works[logits.id].teacher.device_hours
+        for run in users
+        for logits in run.logits
     )
     return BreakEven(
         passes=round(sum(epochs[run.name] for run in users), 3),

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from retort.models.causal_lm import CausalLM
-from retort.teacher.features import TeacherFeatures, iterate_rows
+from retort.teacher.features import MixedFeatures, TeacherFeatures, iterate_rows
 from retort.teacher.scoring import Scorer, score_features
 from retort.tokens.sequences import SequenceTable
 
@@ -31,7 +31,11 @@ Columns = dict[str, NDArray[np.float64]]
 
 @torch.inference_mode()
 def measure_positions(
-    student: CausalLM, table: SequenceTable, *, teacher: TeacherFeatures | None, batch_size: int
+    student: CausalLM,
+    table: SequenceTable,
+    *,
+    teacher: TeacherFeatures | MixedFeatures | None,
+    batch_size: int,
 ) -> Columns:
     """Return the metrics of the student (`measure_model`) by name, float64 [P] each.
 

@@ -1,5 +1,7 @@
 """metrics.json and benchmark.json: what a model scored on held-out text, and on an evaluation task."""
 
+from pydantic import Field
+
 from retort.corpus.documents import Counts
 from retort.evaluation.intervals import Estimate
 from retort.io.records import Entry, JsonObject, Record
@@ -64,7 +66,8 @@ class Metrics(Record, format="retort-metrics", version=6, remedy="evaluate the r
     """metrics.json of a run, on held-out sequences.
 
     content, tokens: digests of the held-out and of the training sequences; leaked_sequences: how many of the former are
-    also training sequences; teacher: its name; trained: the run.json of the training; text: None in files of version 4.
+    also training sequences; teacher: its name, of several their names and weights; trained: the run.json of the
+    training; text: None in files of version 4; cache: None without one; other_caches: of further teachers.
     """
 
     training: TrainingRecord
@@ -78,6 +81,7 @@ class Metrics(Record, format="retort-metrics", version=6, remedy="evaluate the r
     units: dict[str, str]
     scores: Scores
     cache: Manifest | None
+    other_caches: tuple[Manifest, ...] = Field(default=(), exclude_if=lambda caches: not caches)
     trained: RunRecord | None
     made: RunRecord
 

@@ -5,6 +5,7 @@ distributions come from the features that `score_validation` stored: no teacher 
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from retort.evaluation.scores import (
     write_document_sums,
 )
 from retort.evaluation.text_bytes import count_next_bytes
-from retort.io.digests import compare_digests, digest, digest_folder
+from retort.io.digests import compare_digests, digest_folder
 from retort.io.fingerprints import TeacherRecord
 from retort.io.run_record import RUN_FILE, RunRecord, describe_run
 from retort.models.causal_lm import CausalLM, split_model
@@ -44,7 +45,14 @@ from retort.models.samples import (
     require_prompts,
     write_samples,
 )
-from retort.teacher.features import OTHER_TOKENIZER, TeacherFeatures, digest_keys, read_features
+from retort.teacher.features import (
+    OTHER_TOKENIZER,
+    MixedFeatures,
+    TeacherFeatures,
+    digest_keys,
+    name_mixture,
+    read_features,
+)
 from retort.teacher.records import Manifest
 from retort.teacher.validation import has_tokenizer
 from retort.tokens.index import TokenIndex
@@ -52,14 +60,16 @@ from retort.tokens.sequences import SequenceTable
 from retort.tokens.tokenizer import load_tokenizer
 from retort.tokens.vocabularies import find_difference
 from retort.training.model_card import CARD
-from retort.training.record import TrainingRecord
+from retort.training.record import TrainingRecord, digest_caches
+
+_NO_TEXT = "several teachers are mixed position by position; their mixture has written no text"
 
 
 def evaluate_student(
     student: CausalLM,
     table: SequenceTable,
     *,
-    teacher: TeacherFeatures | None,
+    teacher: TeacherFeatures | MixedFeatures | None,
     batch_size: int,
     next_bytes: NDArray[np.int64] | str | None = None,
     token_counts: NDArray[np.int64] | None = None,
@@ -109,13 +119,21 @@ def _load_own_tokenizer(path: str) -> tuple[Any, str | None]:
         return None, str(error)
 
 
-def _shares_ids(fingerprint_path: Path | None, index: TokenIndex, tokenizer: Any) -> bool:
-    """Whether the ids of a recorded teacher, if there is one, mean the same tokens as in the student's tokenizer.
+def _require_one_of_each(job: Job, features_paths: Sequence[Path]) -> None:
+    """Raise ValueError unless there are features of each teacher, or of none."""
+    count = len(job.config.teacher.members)
+    if features_paths and len(features_paths) != count:
+        raise ValueError(
+            f"--features names {len(features_paths)} files, but there are {count} teachers (teacher.mix): give the "
+            "teacher_validation.safetensors of each, in their order."
+        )
+
+
+def _shares_ids(fingerprint_path: Path, index: TokenIndex, tokenizer: Any) -> bool:
+    """Whether the ids of a recorded teacher mean the same tokens as in the student's tokenizer.
 
     Tokenizers from equal files are not loaded; a teacher's that cannot be loaded counts as different.
     """
-    if fingerprint_path is None:
-        return True
     record = TeacherRecord.read(fingerprint_path)
     if tokenizer is None or has_tokenizer(record, index):
         return has_tokenizer(record, index)
@@ -147,25 +165,28 @@ def _require_sources(
     *,
     training_path: Path,
     index: TokenIndex,
-    manifest_path: Path | None,
-) -> tuple[Manifest | None, RunRecord | None]:
-    """Return the manifest of the cache, and the run.json beside training.json; None for a file that there is not.
+    manifest_paths: Sequence[Path],
+    weights: tuple[float, ...],
+) -> tuple[list[Manifest], RunRecord | None]:
+    """Return the manifests of the caches, and the run.json beside training.json, None if there is none.
 
-    Raises ValueError when the index, the cache or run.json are not those of the training.
+    weights: of several teachers. Raises ValueError when the index, the caches or run.json are not those of the
+    training.
     """
     if record.tokens != index.record.content:
         raise ValueError(
             f"{index.path} is of other tokens (content {index.record.content}) than those that the student of "
             f"{training_path} was trained on ({record.tokens}). Give --index, the index.json of its training."
         )
-    manifest = Manifest.read(manifest_path) if manifest_path else None
-    if manifest:
+    manifests = [Manifest.read(path) for path in manifest_paths]
+    found = digest_caches([m.header for m in manifests], weights) if manifests else record.cache
+    for path, manifest in zip(manifest_paths, manifests, strict=True):
         codec = manifest.header.get("codec")
         copied = {name: getattr(manifest, name) for name in ("method", "top_k", "min_probability")}
         is_whole = isinstance(codec, dict) and copied.items() <= codec.items()
-        if not is_whole or digest(manifest.header) != record.cache:
+        if not is_whole or found != record.cache:
             raise ValueError(
-                f"{manifest_path} does not describe the cache that {training_path} records: it was changed, or is of "
+                f"{path} does not describe the cache that {training_path} records: it was changed, or is of "
                 "another cache. Give --signal, the manifest.json of its training, as it was written."
             )
     trained_path = training_path.with_name(RUN_FILE)
@@ -182,31 +203,52 @@ def _require_sources(
                 f"{trained_path} is of another run than {training_path} ({', '.join(differing)} differ): restore the "
                 "run.json of this training, or delete it."
             )
-    return manifest, trained
+    return manifests, trained
 
 
-def _open_teacher(
-    path: Path, table: SequenceTable, weights: str | None, *, made_from: Path
-) -> TeacherFeatures:
-    """Read the teacher's features of `table`. Raises ValueError for other sequences or other teacher weights."""
-    teacher = read_features(path)
-    teacher.require("val", table, source=path)
-    if weights is not None:
-        teacher.require_teacher(weights, source=path, made_from=made_from)
-    return teacher
+def _open_teachers(
+    paths: Sequence[Path],
+    table: SequenceTable,
+    known: str | None,
+    *,
+    weights: tuple[float, ...],
+    made_from: Path,
+) -> TeacherFeatures | MixedFeatures:
+    """Read the features of `table` of a teacher, or of several with `weights`.
+
+    known: the digest of the teacher's weights, or of all teachers'. Raises ValueError for other sequences or teachers.
+    """
+    members = [read_features(path) for path in paths]
+    for path, member in zip(paths, members, strict=True):
+        member.require("val", table, source=path)
+    if len(members) == 1:
+        if known is not None:
+            members[0].require_teacher(known, source=paths[0], made_from=made_from)
+        return members[0]
+    found = name_mixture([member.teacher for member in members], weights)
+    if known is not None and found != known:
+        raise ValueError(
+            f"{', '.join(map(str, paths))} were scored by teachers {found}, but {made_from} records {known}. Give "
+            "--features in the order of teacher.mix, with the weights of the training; if a teacher's files have "
+            "changed, delete them and rerun the same command."
+        )
+    return MixedFeatures(tuple(members), weights)
 
 
-def _read_weights(fingerprint_path: Path | None, features_path: Path) -> str:
-    """Return the weights' digest of the teacher that a student which had none is compared with.
+def _read_weights(
+    fingerprint_paths: Sequence[Path], features_paths: Sequence[Path], weights: tuple[float, ...]
+) -> str:
+    """Return the weights' digest of the teacher that a student which had none is compared with, or of several.
 
     Raises ValueError without its fingerprint.json: features do not say which tokenizer their teacher has.
     """
-    if fingerprint_path is None:
+    if len(fingerprint_paths) != len(features_paths):
         raise ValueError(
-            f"--features {features_path}: the student was trained without a teacher, so its record does not say whose "
-            "features these are. Give --signal, the fingerprint.json of that teacher, which resolve_teacher.py wrote."
+            f"--features {', '.join(map(str, features_paths))}: the student was trained without a teacher, so its "
+            "record does not say whose features these are. Give --signal, the fingerprint.json of that teacher, which "
+            "resolve_teacher.py wrote."
         )
-    return TeacherRecord.read(fingerprint_path).weights
+    return name_mixture([TeacherRecord.read(path).weights for path in fingerprint_paths], weights)
 
 
 def _sample_student(
@@ -215,15 +257,20 @@ def _sample_student(
     table: SequenceTable,
     evaluation: Evaluation,
     *,
-    features_path: Path | None,
+    features_paths: Sequence[Path],
     weights: str | None,
     date: str,
 ) -> dict[str, Samples]:
-    """Let the student continue the prompts that its teacher was given; return the samples of both."""
+    """Let the student continue the prompts that its teacher was given; return the samples of both.
+
+    Several teachers have none: their mixture has written nothing.
+    """
     prompts = choose_prompts(table, tokenizer, evaluation.samples, date=date)
     found = {"student": sample_model(model, tokenizer, prompts, evaluation.samples)}
-    if features_path is not None:
-        teacher_path = features_path.with_name(SAMPLES_FILE)
+    if len(features_paths) > 1:
+        found["teacher"] = Samples(tuple(prompts), missing=_NO_TEXT)
+    elif features_paths:
+        teacher_path = features_paths[0].with_name(SAMPLES_FILE)
         teacher = read_samples(teacher_path, of=weights, whose="teacher")["teacher"]
         if teacher.missing is None:
             require_prompts(teacher, prompts, source=teacher_path)
@@ -237,14 +284,15 @@ def evaluate_run(
     *,
     index_path: Path,
     training_path: Path,
-    features_path: Path | None,
-    signal_path: Path | None,
+    features_paths: Sequence[Path],
+    signal_paths: Sequence[Path],
 ) -> str:
     """Evaluate the student in final/ beside training.json, write metrics.json, return a one-line summary.
 
     Samples of the student and its teacher go into samples.json beside it; the teacher's come from beside
-    `features_path`. `signal_path`: manifest.json of the cache that it learned from, else fingerprint.json of its
-    teacher; a teacher with another tokenizer is not compared with.
+    `features_paths`. `signal_paths`: manifest.json of the cache that it learned from, else fingerprint.json of its
+    teacher; a teacher with another tokenizer is not compared with. Of several teachers one of each, in the order of
+    teacher.mix: the student is compared with their mixture.
     Raises ValueError when final/ is not what training wrote, index, cache or run.json are not those of the training,
     or the features are of another teacher or other text.
     """
@@ -253,21 +301,27 @@ def evaluate_run(
     index = TokenIndex.read(index_path)
     started = time.monotonic()
     folder, record = read_trained_student(training_path)
-    is_cache = signal_path is not None and signal_path.name == "manifest.json"
-    manifest_path, fingerprint_path = (signal_path, None) if is_cache else (None, signal_path)
-    manifest, trained = _require_sources(
-        record, training_path=training_path, index=index, manifest_path=manifest_path
+    shares = job.config.teacher.weights
+    _require_one_of_each(job, features_paths)
+    manifest_paths = [path for path in signal_paths if path.name == "manifest.json"]
+    fingerprint_paths = [path for path in signal_paths if path not in manifest_paths]
+    manifests, trained = _require_sources(
+        record,
+        training_path=training_path,
+        index=index,
+        manifest_paths=manifest_paths,
+        weights=shares,
     )
     table = index.read_split("val", max_positions=evaluation.max_positions)
     tokenizer, no_tokenizer = _load_own_tokenizer(str(folder))
-    is_foreign = not _shares_ids(fingerprint_path, index, tokenizer)
+    is_foreign = not all(_shares_ids(path, index, tokenizer) for path in fingerprint_paths)
     weights = record.teacher
-    if features_path is not None and weights is None:
-        weights = _read_weights(fingerprint_path, features_path)
+    if features_paths and weights is None:
+        weights = _read_weights(fingerprint_paths, features_paths, shares)
     teacher = None
-    if features_path is not None and not is_foreign:
-        source = fingerprint_path or training_path
-        teacher = _open_teacher(features_path, table, weights, made_from=source)
+    if features_paths and not is_foreign:
+        source = fingerprint_paths[0] if fingerprint_paths else training_path
+        teacher = _open_teachers(features_paths, table, weights, weights=shares, made_from=source)
     chosen = choose_device(training.device)
     model = load_pretrained(str(folder), dtype=torch.float32).to(chosen).eval()
     scores, sums = evaluate_student(
@@ -287,7 +341,7 @@ def evaluate_run(
             tokenizer,
             table,
             evaluation,
-            features_path=features_path,
+            features_paths=features_paths,
             weights=weights,
             date=index.chat_date,
         )
@@ -303,7 +357,8 @@ def evaluate_run(
         text=TextCounts(documents=index.record.counts.documents, train=index.record.train),
         units=UNITS,
         scores=scores.model_copy(update={"not_defined": scores.not_defined | reasons}),
-        cache=manifest,
+        cache=manifests[0] if manifests else None,
+        other_caches=tuple(manifests[1:]),
         trained=trained,
         made=describe_run(
             section={"evaluation": evaluation},

@@ -3,6 +3,8 @@
 Legend: C positions of the chunk, V vocabulary, N kept tokens of all its positions.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -68,22 +70,66 @@ def _compute_soft(
     sum_C = tail_C + teacher.sum_rows((logits_N - max_C[teacher.rows_N]).exp())
     lse_C = max_C + sum_C.log()
     logq_N, tail_q_C = logits_N - lse_C[teacher.rows_N], tail_C / sum_C
-    has_tail_C = tail_q_C.log() > MIN_LOG_MASS
-    logq_tail_C = tail_q_C.log().clamp(min=MIN_LOG_MASS)
-    found = compute_divergences(teacher.logprobs_N, logq_N, teacher.tail_C, logq_tail_C, settings)
+    weights_C = None
     if settings.position_weights is not None:
         width = logits_CV.shape[1]
         weights_C = weigh_rows(settings.position_weights, teacher, labels_C, vocabulary=width)
+    compare = _compare if teacher.mix is None else _compare_members
+    found = compare(teacher, logq_N, tail_q_C, weights_C, settings)
+    weight = (1 - settings.alpha) * settings.temperature  # T^2 of the loss, 1 / T of its logits
+    exp_CV *= ((alpha + weight * (found.tail_grads - found.mean_grads)) / sum_C)[:, None]
+    q_N, mean_grad_N = logq_N.exp(), found.mean_grads[teacher.rows_N]
+    flat[teacher.flat_N] = alpha * q_N + weight * (found.q_grads - q_N * mean_grad_N)
+    return found.divergence, exp_CV, lse_C
+
+
+class _Compared(NamedTuple):
+    """A divergence, summed over the chunk [], and its gradients, as in `sparse_divergences`: q_k g_k, g_t and G."""
+
+    divergence: Tensor
+    q_grads: Tensor
+    tail_grads: Tensor
+    mean_grads: Tensor
+
+
+def _compare(
+    teacher: ChunkRows,
+    logq_N: Tensor,
+    tail_q_C: Tensor,
+    weights_C: Tensor | None,
+    settings: LossSettings,
+) -> _Compared:
+    """Compare the student's kept tokens and tails with the teacher's; weights_C: of the positions."""
+    has_tail_C = tail_q_C.log() > MIN_LOG_MASS
+    logq_tail_C = tail_q_C.log().clamp(min=MIN_LOG_MASS)
+    found = compute_divergences(teacher.logprobs_N, logq_N, teacher.tail_C, logq_tail_C, settings)
+    if weights_C is not None:
         found = _weigh(found, weights_C, teacher.rows_N)
     divergence = found.kept.sum() + found.tails.sum()
     q_grad_N, tail_grad_C = found.q_grads, found.tail_grads
     tail_grad_C = torch.where(has_tail_C, tail_grad_C, 0.0)
     mean_grad_C = teacher.sum_rows(q_grad_N) + tail_q_C * tail_grad_C
-    weight = (1 - settings.alpha) * settings.temperature  # T^2 of the loss, 1 / T of its logits
-    exp_CV *= ((alpha + weight * (tail_grad_C - mean_grad_C)) / sum_C)[:, None]
-    q_N = logq_N.exp()
-    flat[teacher.flat_N] = alpha * q_N + weight * (q_grad_N - q_N * mean_grad_C[teacher.rows_N])
-    return divergence, exp_CV, lse_C
+    return _Compared(divergence, q_grad_N, tail_grad_C, mean_grad_C)
+
+
+def _compare_members(
+    teacher: ChunkRows,
+    logq_N: Tensor,
+    tail_q_C: Tensor,
+    weights_C: Tensor | None,
+    settings: LossSettings,
+) -> _Compared:
+    """Return the weighted mean of the comparisons with each teacher, in whose tail is what only others keep."""
+    assert settings.divergence == "forward_kl" and weights_C is None, settings
+    q_N, sums = logq_N.exp(), [torch.zeros((), device=logq_N.device)] * len(_Compared._fields)
+    for weight, member in teacher.split_members():
+        is_absent_N = member.logprobs_N == -torch.inf
+        own_tail_C = tail_q_C + teacher.sum_rows(torch.where(is_absent_N, q_N, 0.0))
+        found = _compare(member, logq_N, own_tail_C, None, settings)
+        tail_grad_N = q_N * found.tail_grads[teacher.rows_N]
+        found = found._replace(q_grads=torch.where(is_absent_N, tail_grad_N, found.q_grads))
+        sums = [total + weight * value for total, value in zip(sums, found, strict=True)]
+    return _Compared(*sums)
 
 
 def _weigh(found: Divergences, weights_C: Tensor, rows_N: Tensor) -> Divergences:

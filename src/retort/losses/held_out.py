@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from retort.losses.fused_loss import choose_chunk_size
 from retort.losses.terms import compute_dense_divergence
 from retort.models.heads import Head
+from retort.teacher.features import mix_logprobs
 
 _DENSE_COPIES = 4  # of the logits of both models, that their divergence holds at once
 
@@ -40,6 +41,18 @@ class TeacherOutputs:
 
 
 @dataclass(frozen=True)
+class MixedOutputs:
+    """Several teachers at P positions, whose distributions are mixed by weights that sum to 1."""
+
+    members: tuple[TeacherOutputs, ...]
+    weights: tuple[float, ...]
+
+    def logits(self, rows: slice) -> Tensor:
+        """Return the float32 logprobs of their mixture at some positions."""
+        return mix_logprobs([m.logits(rows).log_softmax(-1) for m in self.members], self.weights)
+
+
+@dataclass(frozen=True)
 class HeldOutTargets:
     """What the predictions of a forward pass are compared with, without a gradient.
 
@@ -48,7 +61,7 @@ class HeldOutTargets:
 
     counted: Tensor
     labels: Tensor
-    teacher: TeacherOutputs | None
+    teacher: TeacherOutputs | MixedOutputs | None
 
     def measure(self, features_PD: Tensor, head: Head) -> HeldOutSums:
         """Return the sums from the student's features, in autocast's dtype if it is on, and at temperature 1."""

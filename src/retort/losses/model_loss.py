@@ -29,8 +29,8 @@ class LossTargets:
 
     labels int64 [B, T]: labels[t] is the token at t where its prediction counts, else IGNORE_INDEX; counted int64 [P]:
     indices in [B * T] of the positions before these; teacher: their rows in the batch's order, None without one;
-    normalizer: what the sums are divided by; alpha: of this step, None: that of the settings. One object instead of
-    tensors: FSDP's mixed precision rounds every tensor among the inputs to bfloat16.
+    normalizer: what the sums are divided by; alpha, temperature: of this step, None: those of the settings. One object
+    instead of tensors: FSDP's mixed precision rounds every tensor among the inputs to bfloat16.
     """
 
     labels: Tensor
@@ -38,12 +38,13 @@ class LossTargets:
     teacher: TeacherRows | None
     normalizer: Tensor | float = 1.0
     alpha: float | None = None
+    temperature: float | None = None
 
     def choose(self, settings: LossSettings) -> LossSettings:
-        """Return the settings of this pass: with its own alpha, if it has one."""
-        if self.alpha is None or self.alpha == settings.alpha:
-            return settings
-        return replace(settings, alpha=self.alpha)
+        """Return the settings of this pass: with its own alpha and temperature, if it has them."""
+        alpha = settings.alpha if self.alpha is None else self.alpha
+        temperature = settings.temperature if self.temperature is None else self.temperature
+        return replace(settings, alpha=alpha, temperature=temperature)
 
     def find_labels(self) -> Tensor:
         """Return the tokens int64 [P] that the counted positions predict."""

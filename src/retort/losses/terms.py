@@ -31,7 +31,8 @@ class LossSettings:
 
     divergence: see `compute_dense_divergence`; softcap(x) = c tanh(x / c); chunk_size: positions that go through the
     head at once, None: `fused_loss.choose_chunk_size`; skew: of the skewed divergences; position_weights: a kind of
-    `position_weights`, None: all are 1; alpha_end: alpha at the last step, None: that of all steps.
+    `position_weights`, None: all are 1; alpha_end, temperature_end: at the last step, None: those of all steps; stored:
+    the temperatures that there are, empty: any.
     """
 
     alpha: float
@@ -43,13 +44,21 @@ class LossSettings:
     skew: float = 0.1
     position_weights: str | None = None
     alpha_end: float | None = None
+    temperature_end: float | None = None
+    stored: tuple[float, ...] = ()
 
     def find_alpha(self, step: int, *, max_steps: int) -> float:
         """Return alpha at a step, of 0 to max_steps - 1: on a straight line to alpha_end."""
-        if self.alpha_end is None:
-            return self.alpha
-        share = step / max(1, max_steps - 1)
-        return (1 - share) * self.alpha + share * self.alpha_end
+        return _interpolate(self.alpha, self.alpha_end, step / max(1, max_steps - 1))
+
+    def find_temperature(self, step: int, *, max_steps: int) -> float:
+        """Return the temperature at a step: on a straight line to temperature_end, or the stored one nearest to it."""
+        line = _interpolate(self.temperature, self.temperature_end, step / max(1, max_steps - 1))
+        return min(self.stored, key=lambda stored: abs(stored - line), default=line)
+
+
+def _interpolate(first: float, last: float | None, share: float) -> float:
+    return first if last is None else (1 - share) * first + share * last
 
 
 class LossTerms(NamedTuple):

@@ -29,7 +29,8 @@ from retort.pipeline.first_look import (
     shape_student,
 )
 from retort.pipeline.init_flags import ask
-from retort.pipeline.preflight import check_causal, check_project
+from retort.pipeline.preflight import check_project
+from retort.pipeline.teacher_checks import check_causal
 from retort.pipeline.workflow_files import find_workflow
 from retort.tokens.tokenizer import load_tokenizer
 

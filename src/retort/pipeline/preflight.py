@@ -6,7 +6,7 @@ Each check raises ValueError with the value found, what was expected and what to
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import accumulate
@@ -15,17 +15,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from transformers import AutoModelForCausalLM, PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import AutoModelForCausalLM
 
 from retort.config.dataset import SYNTHESIS, name_source
-from retort.config.sections import Config, Dataset, Output, Teacher, Tracking, Training
+from retort.config.sections import Config, Dataset, Output, Tracking, Training
 from retort.corpus.checking import check_corpus
 from retort.corpus.documents import Document
 from retort.corpus.sources import find_named_for_evaluation, is_hub, list_files
 from retort.evaluation.tasks import check_tasks
 from retort.io.files import require_writable
-from retort.io.fingerprints import TeacherRecord, fingerprint_tokenizer, fingerprint_weights
 from retort.io.records import Record
 from retort.io.run_record import RunRecord, describe_run
 from retort.models.attention import set_attention
@@ -33,22 +31,25 @@ from retort.models.causal_lm import split_model
 from retort.models.frozen import check_freeze
 from retort.models.load import (
     count_parameters,
-    load_model_config,
-    output_width,
     refuse_short_context,
 )
 from retort.models.lora import count_adapters
 from retort.models.students import describe_ids, name_student, student_config
 from retort.pipeline.costly_defaults import find_costly_defaults
-from retort.pipeline.demo_teacher import DEMO_TEACHER, DemoTokenizer
+from retort.pipeline.demo_teacher import DemoTokenizer
 from retort.pipeline.estimating import estimate_in_short
-from retort.pipeline.packages import find_missing_for_training, find_missing_packages
+from retort.pipeline.mistakes import Mistakes
+from retort.pipeline.packages import find_missing_for_training
 from retort.pipeline.pruned_student import shape_student
+from retort.pipeline.teacher_checks import (
+    check_other_teachers,
+    check_teacher,
+    find_same_teachers,
+)
 from retort.synthesis.run import check_synthesis_inputs
 from retort.tokens.characters import find_lost_characters
 from retort.tokens.tokenize import TokenCounts, require_template, tokenize_documents
-from retort.tokens.tokenizer import identify_tokenizer, load_tokenizer
-from retort.tokens.vocabularies import require_student_ids, require_teacher_ids
+from retort.tokens.vocabularies import require_student_ids
 from retort.training.checkpoints import require_start
 from retort.training.packing import find_layout_faults
 
@@ -68,7 +69,7 @@ def check_project(configs: Mapping[str, Config]) -> CheckRecord:
     """Check the inputs of every run. Raises ValueError with all mistakes."""
     started = time.monotonic()
     notes: list[str] = []
-    mistakes = _Mistakes()
+    mistakes = Mistakes()
     for name, config in configs.items():
         for folder in (config.output.results_dir, config.output.cache_dir):
             with mistakes:
@@ -77,7 +78,7 @@ def check_project(configs: Mapping[str, Config]) -> CheckRecord:
         with mistakes:
             notes += _check_corpus(config, sample)
         with mistakes:
-            tokenizer, width, note = _check_teacher(config, mistakes)
+            tokenizer, width, note = check_teacher(config, mistakes)
             notes.append(note)
             with mistakes:
                 notes += _check_tokens(config, tokenizer, sample)
@@ -85,7 +86,9 @@ def check_project(configs: Mapping[str, Config]) -> CheckRecord:
                 found, *others = _check_student(config, tokenizer, width, mistakes)
                 notes += [f"run {name}: {found}", *_check_students_tokenizer(config, tokenizer)]
                 notes += others
-            notes += _find_same_teachers(config)
+            notes += check_other_teachers(config, tokenizer, mistakes)
+            for one in config.teacher.members:
+                notes += find_same_teachers(config.model_copy(update={"teacher": one}))
         with mistakes:
             _check_start(config.training)
         with mistakes:
@@ -100,27 +103,6 @@ def check_project(configs: Mapping[str, Config]) -> CheckRecord:
     mistakes.require_none()
     made = describe_run(section={"runs": configs}, seconds=time.monotonic() - started)
     return CheckRecord(runs=tuple(configs), notes=tuple(dict.fromkeys(notes)), made=made)
-
-
-class _Mistakes(AbstractContextManager["_Mistakes"]):
-    """Collects the messages of the ValueErrors that are raised in its blocks, each message once."""
-
-    def __init__(self) -> None:
-        self.found: dict[str, None] = {}
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> bool:
-        if not isinstance(error, ValueError):
-            return False
-        self.found[str(error)] = None
-        return True
-
-    def require_none(self) -> None:
-        """Raise one ValueError with all messages, if there are any."""
-        if len(self.found) == 1:
-            raise ValueError(next(iter(self.found)))
-        if self.found:
-            lines = [f"{number}. {text}" for number, text in enumerate(self.found, start=1)]
-            raise ValueError("\n".join([f"the config has {len(lines)} mistakes:", *lines]))
 
 
 def _check_start(training: Training) -> None:
@@ -163,7 +145,7 @@ def _check_corpus(config: Config, sample: list[Document]) -> list[str]:
     if config.dataset.name == SYNTHESIS:
         return check_synthesis_inputs(config)
     notes: list[str] = []
-    mistakes = _Mistakes()
+    mistakes = Mistakes()
     for number, dataset in enumerate(config.dataset.sources):
         with mistakes, _named_source(number if config.dataset.mix else None):
             _refuse_results_in_dataset(dataset, config.output)
@@ -240,109 +222,7 @@ def _check_tokens(config: Config, tokenizer: Any, sample: list[Document]) -> lis
     ]
 
 
-def _check_teacher(config: Config, mistakes: _Mistakes) -> tuple[Any, int, str]:
-    """Return the text's tokenizer, the width of the teacher's output layer (or number of tokens), and a note.
-
-    What is missing to load it is added to `mistakes`.
-    """
-    section, dataset = config.teacher, config.dataset
-    if section.model_path == "demo":
-        return DemoTokenizer(), DEMO_TEACHER.vocabulary, "teacher: the demo's own, trained first"
-    if section.model_path is None:
-        tokenizer = load_tokenizer(str(dataset.tokenizer))
-        return tokenizer, len(tokenizer), f"no teacher; tokenizer of {len(tokenizer):,} tokens"
-    model = load_model_config(
-        section.model_path, revision=section.revision, trust_remote_code=section.trust_remote_code
-    )
-    if Path(section.model_path).is_dir():
-        fingerprint_weights(Path(section.model_path))
-    check_causal(model, section)
-    mistakes.found |= dict.fromkeys(find_missing_packages(model, section))
-    tokenizer = load_tokenizer(
-        dataset.tokenizer or section.model_path,
-        revision=section.revision if dataset.tokenizer is None else None,
-        trust_remote_code=section.trust_remote_code,
-    )
-    width = output_width(model)
-    if config.training.distillation_type != "output":
-        _check_teachers_tokenizer(config, tokenizer, width)
-    refuse_short_context(
-        model, dataset.max_length, f"teacher {section.model_path!r}", what="dataset.max_length"
-    )
-    beyond = (
-        f" ({width - len(tokenizer)} ids beyond its tokenizer get probability zero)"
-        if width > len(tokenizer)
-        else ""
-    )
-    return (
-        tokenizer,
-        max(width, len(tokenizer)),
-        f"teacher: {section.model_path}, {model.model_type}, {width:,} ids{beyond}",
-    )
-
-
-def _find_same_teachers(config: Config) -> list[str]:
-    """Return a note for each teacher with results whose files are those of a local teacher at another path."""
-    path = Path(config.teacher.model_path or "")
-    if config.teacher.model_path in (None, "demo") or not path.is_dir():
-        return []
-    mine = (fingerprint_weights(path), fingerprint_tokenizer(path))
-    root = Path(config.output.cache_dir or config.output.results_dir)
-    records = []
-    for found in sorted(root.glob("teachers/*/fingerprint.json")):
-        with suppress(ValueError):  # another teacher's, of an older version
-            records.append(TeacherRecord.read(found))
-    names = [r.name for r in records if (r.weights, r.tokenizer.fingerprint) == mine]
-    return [
-        f"teacher: {path} has the weights and the tokenizer of {name}, which has results in {root}. The path is part "
-        f"of an id, so tokens and cache are made again for {path}. Set teacher.model_path: {name} to use its own."
-        for name in dict.fromkeys(names)
-        if name != str(path)
-    ]
-
-
-def _check_teachers_tokenizer(config: Config, tokenizer: Any, width: int) -> None:
-    """Raise ValueError when the teacher's ids, or with a cache its tokenizer files, are not those of `tokenizer`."""
-    section, path = config.teacher, str(config.teacher.model_path)
-    source = config.dataset.tokenizer or path
-    teachers = tokenizer
-    if config.dataset.tokenizer is not None:
-        teachers = load_tokenizer(
-            path, revision=section.revision, trust_remote_code=section.trust_remote_code
-        )
-    require_teacher_ids(tokenizer, teachers, width=width, source=source, teacher=path)
-    # A cache records the fingerprint of all tokenizer files, templates included, and only that one is accepted.
-    mine, theirs = (
-        identify_tokenizer(source, tokenizer),
-        identify_tokenizer(path, teachers),
-    )
-    if config.training.use_cached_logits and mine != theirs:
-        raise ValueError(
-            f"dataset.tokenizer {source!r} gives the ids of the teacher {path!r}, but its files differ (fingerprint "
-            f"{mine.fingerprint}, not {theirs.fingerprint}), and a cache is made with the teacher's own. Leave "
-            "dataset.tokenizer out, or set training.use_cached_logits: false."
-        )
-
-
-def check_causal(model: PretrainedConfig, section: Teacher) -> None:
-    """Raise ValueError for a model that is not a causal LM, or was saved with another head (as a masked LM, say)."""
-    architectures = model.architectures or []
-    has_class = type(model) in AutoModelForCausalLM._model_mapping
-    has_head = not architectures or any(name in _causal_classes() for name in architectures)
-    if not (has_class and has_head) and not section.trust_remote_code:
-        raise ValueError(
-            f"teacher.model_path {section.model_path!r} is a {model.model_type!r} model "
-            f"({', '.join(architectures) or 'no architectures given'}), which is not a causal language model: it has "
-            "no distribution of the next token. Choose one that AutoModelForCausalLM loads."
-        )
-
-
-def _causal_classes() -> set[str]:
-    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    return {name for value in names for name in ([value] if isinstance(value, str) else value)}
-
-
-def _check_student(config: Config, tokenizer: Any, width: int, mistakes: _Mistakes) -> list[str]:
+def _check_student(config: Config, tokenizer: Any, width: int, mistakes: Mistakes) -> list[str]:
     """Return notes about the student, the first of its size and loss; the last about defaults that cost much.
 
     What is missing to train it is added to `mistakes`.

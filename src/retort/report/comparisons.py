@@ -35,9 +35,10 @@ SEED, SIZE, HELD_OUT, TEXT = "training.seed", "student parameters", "held-out te
 UNKNOWN, STUDENT, WEIGHTS = "settings", "student content", "teacher weights"
 # The teacher of a run: `training.teacher`, and how its run.json says that it was loaded.
 _TEACHER = (WEIGHTS, "teacher.revision", "teacher.dtype", "teacher.attn_implementation")
+_TEMPERATURES = ("training.temperature", "training.temperature_end")
 _LEARNING = (
     *("distillation_type", "alpha", "temperature", "divergence", "use_cached_logits"),
-    *("alpha_end", "skew", "position_weights", "metric_for_best_model"),
+    *("alpha_end", "temperature_end", "skew", "position_weights", "metric_for_best_model"),
 )
 # Settings that change a run's id but are no condition: the way of learning, what changes only the rounding, and what
 # sets the number of steps, which is compared itself.
@@ -98,7 +99,7 @@ def compare_runs(results: Results) -> Comparisons:
         for rows in zip(*described, strict=True)
     )
     key, is_distilled = _join(conditions), runs.distillation_type != "output"
-    alike = _join(conditions, learning[["teacher", *_TEACHER, "training.temperature"]])
+    alike = _join(conditions, learning[["teacher", *_TEACHER, *_TEMPERATURES]])
     runs["baseline"] = _match(runs, key, ~is_distilled).where(is_distilled)
     runs["full"] = _match(runs, alike, _is_full(runs, learning))
     runs.loc[~is_distilled | (runs.full == runs.index), "full"] = np.nan

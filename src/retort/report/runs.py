@@ -105,7 +105,24 @@ def _describe(path: Path, found: Metrics) -> dict[str, Any]:
         "cache_dial": keeps,
         **_pick(cache and cache.fidelity, "tail_mass", prefix="cache_"),
         **_pick(cache and cache.fidelity, "kl", "agreement", prefix="cache_fidelity_"),
+        **_join_caches(found),
     }
+
+
+def _join_caches(found: Metrics) -> dict[str, Any]:
+    """Return the columns of several caches as of one: the bytes of all, and the worst of each other number."""
+    if not found.other_caches or found.cache is None:
+        return {}
+    caches = [found.cache, *found.other_caches]
+    columns: dict[str, Any] = {
+        "cache_bytes_per_position": sum(c.bytes_per_position for c in caches)
+    }
+    measured = [c.fidelity for c in caches if c.fidelity]
+    if len(measured) == len(caches):
+        columns["cache_tail_mass"] = max(f.tail_mass for f in measured)
+        columns["cache_fidelity_kl"] = max(f.kl for f in measured)
+        columns["cache_fidelity_agreement"] = min(f.agreement for f in measured)
+    return columns
 
 
 def _find_rank(found: Metrics) -> float:

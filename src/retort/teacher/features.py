@@ -7,7 +7,8 @@ than those of the cache: against them `merge_h5` measures the cache's fidelity.
 """
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from retort.io.files import apply_umask, replacing
 from retort.models.heads import Head
@@ -79,6 +81,47 @@ class TeacherFeatures:
                 f"{source} was scored on other {split} sequences (content {self.keys[split]}) than these "
                 f"({found}). Delete it and rerun the same command."
             )
+
+
+@dataclass(frozen=True)
+class MixedFeatures:
+    """Features of several teachers of the same sequences, whose distributions are mixed by weights that sum to 1."""
+
+    members: tuple[TeacherFeatures, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def name(self) -> str:
+        """The names of all, with their weights."""
+        return name_mixture([member.name for member in self.members], self.weights)
+
+    @property
+    def num_parameters(self) -> int:
+        """Of all together."""
+        return sum(member.num_parameters for member in self.members)
+
+    def logprobs(self, split: str, rows: slice) -> Tensor:
+        """Return the mixture's float32 logprobs [P, V] at some of the counted positions of a split."""
+        return mix_logprobs([m.logprobs(split, rows) for m in self.members], self.weights)
+
+    def to(self, device: torch.device) -> "MixedFeatures":
+        """Return the same with the heads on a device, where `logprobs` then computes."""
+        return replace(self, members=tuple(member.to(device) for member in self.members))
+
+
+def mix_logprobs(logprobs: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Return the logs of the weighted mean of distributions [P, V]; ids that one does not have get 0 from it."""
+    width = max(found.shape[-1] for found in logprobs)
+    padded = [F.pad(x, (0, width - x.shape[-1]), value=-torch.inf) for x in logprobs]
+    shares = [math.log(weight) for weight in weights]
+    return torch.stack([x + s for x, s in zip(padded, shares, strict=True)]).logsumexp(dim=0)
+
+
+def name_mixture(names: Sequence[str], weights: Sequence[float]) -> str:
+    """Return what several teachers are called: their names, or digests, with their weights; one's own name alone."""
+    if len(names) == 1:
+        return names[0]
+    return " + ".join(f"{w:.3g} {name}" for name, w in zip(names, weights, strict=True))
 
 
 def digest_keys(table: SequenceTable) -> str:

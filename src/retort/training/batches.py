@@ -8,7 +8,7 @@ Legend: B rows of a batch, T tokens of the longest row, P counted positions, N k
 import itertools
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,9 +19,10 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 
 from retort.cache.codec import Codec, SparseTargets
+from retort.cache.mixed import CacheMix, join_targets
 from retort.cache.reader import LogitCache
 from retort.config.sections import Training
-from retort.losses.teacher_rows import TeacherRows
+from retort.losses.teacher_rows import Mix, TeacherRows
 from retort.losses.terms import LossSettings
 from retort.models.causal_lm import RowBounds
 from retort.models.packing import number_positions
@@ -32,20 +33,27 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class Item:
-    """One sequence, its number in the token index, and the teacher's distributions at its counted positions."""
+    """One sequence, its number in the token index, and the teacher's distributions at its counted positions.
+
+    others: those of further teachers, of a mixture.
+    """
 
     index: int
     sequence: Sequence
     targets: SparseTargets | None
+    others: tuple[SparseTargets, ...] = ()
+
+
+TrainingSource = SequenceTable | LogitCache | CacheMix
 
 
 Row = tuple[int, ...]  # the numbers of a row's sequences in the token index
 
 
 class TrainingData(Dataset[list[Item]]):
-    """The sequences of a row: from a table, or from a cache, which contains them."""
+    """The sequences of a row: from a table, or from caches, which contain them."""
 
-    def __init__(self, source: SequenceTable | LogitCache) -> None:
+    def __init__(self, source: TrainingSource) -> None:
         self.source = source
 
     def __len__(self) -> int:
@@ -56,6 +64,9 @@ class TrainingData(Dataset[list[Item]]):
 
     def read(self, index: int) -> Item:
         """Return one sequence by its number in the token index."""
+        if isinstance(self.source, CacheMix):
+            targets, *others = self.source.read_targets(index)
+            return Item(index, self.source.table[index], targets, tuple(others))
         if isinstance(self.source, LogitCache):
             return Item(index, self.source.table[index], self.source.read_targets(index))
         return Item(index, self.source[index], None)
@@ -125,32 +136,38 @@ def find_counted(labels_BT: Tensor) -> Tensor:
 
 def find_tail_column(
     codec: Codec, training: Training | LossSettings, *, path: Path, prefix: str = "training."
-) -> int:
+) -> int | None:
     """Return the column of the stored tails at the training's temperature; any, where the whole vocabulary is kept.
+
+    None where the temperature goes from one stored one to another.
 
     prefix: of the settings' names in messages. Raises ValueError when the cache in `path` has no tail at this
     temperature, or holds samples, which are of use at temperature 1 with forward_kl and without position_weights only.
     """
     temperature, divergence = training.temperature, training.divergence
+    wanted = [t for t in (temperature, training.temperature_end) if t is not None]
     if codec.method == "sampled" and training.position_weights is not None:
         raise ValueError(
             f"{prefix}position_weights is {training.position_weights}, but {path} holds samples (cache.method: "
             "sampled), which give these weights wrongly. Leave it out, or use a cache of cache.method: top_p."
         )
-    if codec.method == "sampled" and (temperature != 1.0 or divergence != "forward_kl"):
+    if codec.method == "sampled" and (set(wanted) != {1.0} or divergence != "forward_kl"):
         raise ValueError(
-            f"{prefix}temperature is {temperature} and {prefix}divergence {divergence!r}, but {path} holds samples "
+            f"{prefix}temperature is {wanted[-1]} and {prefix}divergence {divergence!r}, but {path} holds samples "
             "(cache.method: sampled), which are unbiased for forward_kl at temperature 1 alone. Use these two, or a "
             "cache of cache.method: top_p."
         )
-    if temperature in codec.temperatures:
+    is_constant = len(set(wanted)) == 1
+    if is_constant and temperature in codec.temperatures:
         return codec.temperatures.index(temperature)
     if codec.is_complete:
         return 0
-    raise ValueError(
-        f"{prefix}temperature is {temperature}, but {path} holds the tail's mass at {codec.temperatures} only. "
-        f"Use one of them, or add {temperature} to cache.temperatures, which makes a new cache."
-    )
+    for missing in (t for t in wanted if t not in codec.temperatures):
+        raise ValueError(
+            f"{prefix}temperature is {missing}, but {path} holds the tail's mass at {codec.temperatures} only. "
+            f"Use one of them, or add {missing} to cache.temperatures, which makes a new cache."
+        )
+    return None
 
 
 def label_tokens(sequence: Sequence) -> Tensor:
@@ -169,15 +186,17 @@ def pad_rows(rows: list[Tensor], value: int = 0) -> Tensor:
 class Collator:
     """Joins the sequences of each row, and pads rows to a batch.
 
-    tail_column: that of the stored tails whose temperature is the training's; vocabulary: of a student whose output
-    layer is narrower than the teacher's, ids beyond it are dropped; needs_mask: whether the student must be told of the
-    padding behind its tokens; is_joined: whether rows of several sequences, or of unlike lengths, are laid end to end.
+    tail_column: that of the stored tails whose temperature is the training's, None: all of them; vocabulary: of a
+    student whose output layer is narrower than the teacher's, ids beyond it are dropped; needs_mask: whether the
+    student must be told of the padding behind its tokens; is_joined: whether rows of several sequences, or of unlike
+    lengths, are laid end to end; mix: of several teachers.
     """
 
-    tail_column: int = 0
+    tail_column: int | None = 0
     vocabulary: int | None = None
     needs_mask: bool = True
     is_joined: bool = False
+    mix: Mix | None = None
 
     def __call__(self, rows: list[list[Item]]) -> dict[str, Any]:
         """Return the batch: int64 input_ids, attention_mask (if needed) and labels [B, T], counted [P], sequences, and
@@ -209,15 +228,20 @@ class Collator:
                 batch["bounds"] = RowBounds.of(lengths[0])
         elif self.needs_mask:
             batch["attention_mask"] = pad_rows([torch.ones_like(row) for row in labels])
-        targets = [item.targets for item in items if item.targets is not None]
+        targets = [(item.targets, *item.others) for item in items if item.targets is not None]
         if targets:
-            batch["teacher"] = self._join(targets)
+            members = [self._concatenate(member) for member in zip(*targets, strict=True)]
+            batch["teacher"] = self._build_rows(members)
         return batch
 
-    def _join(self, targets: list[SparseTargets]) -> TeacherRows:
+    def _concatenate(self, targets: tuple[SparseTargets, ...]) -> SparseTargets:
         joined = SparseTargets.concatenate(targets)
-        if self.vocabulary is not None:
-            joined = joined.below(self.vocabulary)
-        tails = np.ascontiguousarray(joined.tail_logprobs[:, self.tail_column])
+        return joined if self.vocabulary is None else joined.below(self.vocabulary)
+
+    def _build_rows(self, members: list[SparseTargets]) -> TeacherRows:
+        joined = members[0] if self.mix is None else join_targets(members)
+        tails = joined.tail_logprobs
+        if self.tail_column is not None:
+            tails = np.ascontiguousarray(tails[..., self.tail_column])
         columns = joined.offsets, joined.ids.astype(np.int64), joined.logprobs, tails
-        return TeacherRows(*map(torch.from_numpy, columns))
+        return replace(TeacherRows(*map(torch.from_numpy, columns)), mix=self.mix)

@@ -8,7 +8,7 @@ Legend: S sequences of the sample, P their counted positions, D the teacher's hi
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from retort.cluster.ranks import rank, world_size
 from retort.config.sections import Evaluation, Training
-from retort.losses.held_out import HeldOutSums, HeldOutTargets, TeacherOutputs
+from retort.losses.held_out import HeldOutSums, HeldOutTargets, MixedOutputs, TeacherOutputs
 from retort.models.causal_lm import evaluating
 from retort.models.heads import Head
 from retort.teacher.batches import Batch, batch_by_length, copy_to, pad_batch
@@ -52,11 +52,15 @@ class HeldOutTeacher:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The sample: its sequences, what the teacher says to them (None: not compared), and sequences read at once."""
+    """The sample: its sequences, what teachers say to them (none: not compared), sequences read at once, and weights.
+
+    weights: of several teachers, whose mixture the student is compared with.
+    """
 
     table: SequenceTable
-    teacher: HeldOutTeacher | None
+    teachers: tuple[HeldOutTeacher, ...]
     batch_size: int
+    weights: tuple[float, ...] = (1.0,)
 
     @torch.no_grad()  # not inference_mode, whose tensors FSDP would keep for the next step
     def measure(self, model: nn.Module, *, device: torch.device, needs_mask: bool) -> HeldOutSums:
@@ -65,7 +69,7 @@ class HeldOut:
         Called by every rank. `model`: one that `attach_loss` has patched. needs_mask: see `models.causal_lm`.
         """
         batches = list(batch_by_length(self.table, self.batch_size))
-        head = _move(self.teacher.head, device) if self.teacher else None
+        heads = [_move(teacher.head, device) for teacher in self.teachers]
         sums = torch.zeros(2, dtype=torch.float64, device=device)
         # A compiled student would be compiled once more for this.
         with evaluating(model), torch.compiler.set_stance("force_eager"):
@@ -73,7 +77,7 @@ class HeldOut:
                 mine = first + rank()
                 # FSDP needs every rank at every pass: one without a batch of its own reads the last one again.
                 batch = batches[min(mine, len(batches) - 1)]
-                found = self._measure_batch(model, batch, head, device, needs_mask)
+                found = self._measure_batch(model, batch, heads, device, needs_mask)
                 if mine < len(batches):
                     sums[0] += found.loss
                     if found.kl is not None:
@@ -81,20 +85,22 @@ class HeldOut:
         if world_size() > 1:
             torch.distributed.all_reduce(sums)
         loss, kl = sums / self.table.num_positions
-        return HeldOutSums(loss, kl if self.teacher else None)
+        return HeldOutSums(loss, kl if self.teachers else None)
 
     def _measure_batch(
         self,
         model: nn.Module,
         batch: Batch,
-        head: Head | None,
+        heads: Sequence[Head],
         device: torch.device,
         needs_mask: bool,
     ) -> HeldOutSums:
         inputs = pad_batch(batch.rows, device=device, needs_mask=needs_mask)
         labels = torch.from_numpy(np.concatenate([row.next_ids for row in batch.rows])).long()
-        teacher = self.teacher.take(batch, head) if self.teacher and head else None
-        targets = HeldOutTargets(copy_to(inputs.counted, device), copy_to(labels, device), teacher)
+        pairs = zip(self.teachers, heads, strict=True)
+        members = tuple(teacher.take(batch, head) for teacher, head in pairs)
+        outputs = MixedOutputs(members, self.weights) if len(members) > 1 else (*members, None)[0]
+        targets = HeldOutTargets(copy_to(inputs.counted, device), copy_to(labels, device), outputs)
         mask = {} if inputs.attention is None else {"attention_mask": inputs.attention}
         found: HeldOutSums = model(input_ids=inputs.ids, **mask, targets=targets)
         return found
@@ -111,14 +117,15 @@ def open_held_out(
     training: Training,
     evaluation: Evaluation,
     *,
-    features_path: Path | None,
-    weights: str | None,
+    features: Mapping[Path, str | None],
+    weights: tuple[float, ...] = (1.0,),
 ) -> HeldOut | None:
     """Return the sample of training.eval_sequences held-out sequences, evenly spaced among those of the evaluation.
 
-    None without training.eval_steps, and, if it is auto, where nothing is held out. features_path: of
-    `score_validation`, None to leave out the teacher, whose weights have the fingerprint `weights`. Raises ValueError
-    where nothing is held out, and when features are needed and missing, or of another teacher or of other sequences.
+    None without training.eval_steps, and, if it is auto, where nothing is held out. features: files of
+    `score_validation`, with the fingerprint of their teacher's weights where it is known; empty to leave out teachers.
+    weights: of several teachers. Raises ValueError where nothing is held out, and when features are needed and missing,
+    or of another teacher or of other sequences.
     """
     if training.eval_steps is None:
         return None
@@ -130,17 +137,18 @@ def open_held_out(
             f"training.eval_steps is {training.eval_steps}, but no document is held out: raise "
             "dataset.validation_fraction, add documents, or set training.eval_steps: null."
         )
-    if training.best_metric == "eval_kl" and features_path is None:
+    if training.best_metric == "eval_kl" and not features:
         raise ValueError(
             "training.metric_for_best_model is eval_kl, but the teacher's held-out scores are not given: give "
             "--features, the teacher_validation.safetensors of score_validation, or use eval_loss."
         )
     chosen = choose_sample(len(whole), training.eval_sequences)
-    teacher = None
-    if features_path is not None:
-        teacher = _read_teacher(features_path, whole, chosen, weights=weights, index=index)
+    teachers = tuple(
+        _read_teacher(path, whole, chosen, weights=known, index=index)
+        for path, known in features.items()
+    )
     table = concatenate_tables(whole.slice(i, i + 1) for i in chosen)
-    return HeldOut(table, teacher, evaluation.batch_size)
+    return HeldOut(table, teachers, evaluation.batch_size, weights)
 
 
 def choose_sample(number: int, size: int) -> list[int]:
@@ -178,9 +186,8 @@ def choose_eval_steps(
     """
     if training.eval_steps != "auto":
         return training.eval_steps
-    teacher, added = held_out.teacher, 0
-    if teacher is not None and teacher.head.weight is not None:
-        added = teacher.head.weight.numel()
+    heads = [teacher.head.weight for teacher in held_out.teachers]
+    added = sum(weight.numel() for weight in heads if weight is not None)
     cost = len(held_out.table.ids) * (parameters + added) / (3 * parameters)
     number = min(_MAX_EVALUATIONS, int(_SHARE_OF_TIME * num_tokens / cost))
     return math.ceil(max_steps / number) if number else None

@@ -4,12 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from retort.cache.reader import LogitCache
 from retort.cluster.ranks import world_size
 from retort.config.sections import Student, Tracking, Training
 from retort.losses.terms import LossSettings
 from retort.models.causal_lm import CausalLM
-from retort.tokens.sequences import SequenceTable
+from retort.training.batches import TrainingSource
 from retort.training.checkpoints import CheckpointId, shared_settings
 from retort.training.held_out import HeldOut
 from retort.training.origin import Origin
@@ -28,7 +27,7 @@ class TrainingJob:
 
     name: str
     identity: str
-    source: SequenceTable | LogitCache
+    source: TrainingSource
     student: Student
     training: Training
     tracking: Tracking
@@ -61,4 +60,5 @@ class TrainingJob:
             skew=t.skew,
             position_weights=t.position_weights,
             alpha_end=t.alpha_end,
+            temperature_end=t.temperature_end,
         )

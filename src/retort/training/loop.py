@@ -25,18 +25,21 @@ from transformers import (
     TrainingArguments,
 )
 
-from retort.cache.reader import LogitCache
+from retort.cache.mixed import CacheMix
 from retort.cluster.ranks import clear_launcher_environment, rank, world_size
 from retort.config.optimizer import MUON
 from retort.config.sections import Training
 from retort.io.files import file_lock
 from retort.losses.model_loss import attach_loss
+from retort.losses.teacher_rows import Mix
+from retort.losses.terms import LossSettings
 from retort.models.attention import ON_CPU, set_attention
 from retort.models.causal_lm import CausalLM, compile_layers, needs_mask, split_model
 from retort.models.frozen import count_trained, freeze_weights
 from retort.models.load import describe_device
 from retort.models.lora import add_adapters, count_merged
 from retort.models.students import build_student, name_student
+from retort.tokens.sequences import SequenceTable
 from retort.training.arguments import CHECKPOINTING, describe_precision, training_arguments
 from retort.training.batches import Collator, TrainingData, count_steps, find_tail_column
 from retort.training.checkpoints import (
@@ -178,7 +181,7 @@ def build_trainer(arguments: TrainingArguments, job: TrainingJob) -> Distillatio
         recomputes = arguments.device.type == "cuda" and model.supports_gradient_checkpointing
         setattr(arguments, CHECKPOINTING, recomputes)
     source = job.source
-    table = source.table if isinstance(source, LogitCache) else source
+    table = source if isinstance(source, SequenceTable) else source.table
     teacher = job.teacher
     order, is_joined = choose_layout(
         table.lengths, training, capacity=job.max_length, student=split, teacher=teacher
@@ -186,18 +189,15 @@ def build_trainer(arguments: TrainingArguments, job: TrainingJob) -> Distillatio
     set_steps(arguments, training, max_steps=count_steps(order.rows_per_epoch, training))
     teacher_needs_mask = teacher is not None and teacher.needs_mask
     collator = Collator(needs_mask=teacher_needs_mask or needs_mask(split), is_joined=is_joined)
-    if isinstance(source, LogitCache):
-        codec = source.header.codec
-        tail_column = find_tail_column(codec, training, path=source.path)
-        is_narrower = split.vocabulary < codec.vocabulary
-        vocabulary = split.vocabulary if is_narrower else None
-        collator = replace(collator, tail_column=tail_column, vocabulary=vocabulary)
+    settings = job.loss_settings
+    if not isinstance(source, SequenceTable):
+        collator, settings = _fit_to_cache(collator, settings, job, vocabulary=split.vocabulary)
     if training.attn_implementation not in ON_CPU:  # the probes ran on a CPU
         set_attention(model, training.attn_implementation, device=arguments.device.type)
     if training.torch_compile:
         compile_layers(split)
     trainer = DistillationTrainer(
-        settings=job.loss_settings,
+        settings=settings,
         order=order,
         teacher=teacher,
         num_tokens=len(job.tokenizer),
@@ -212,6 +212,33 @@ def build_trainer(arguments: TrainingArguments, job: TrainingJob) -> Distillatio
     _keep_float32(trainer)
     _add_evaluation(trainer, job, lengths=table.lengths)
     return trainer
+
+
+def _fit_to_cache(
+    collator: Collator, settings: LossSettings, job: TrainingJob, *, vocabulary: int
+) -> tuple[Collator, LossSettings]:
+    """Return the collator and the settings of the loss for a job's cache, or caches; `vocabulary`: the student's.
+
+    Raises ValueError as `find_tail_column` does, and where several teachers have no mixture that the loss needs.
+    """
+    source, training = job.source, job.training
+    assert not isinstance(source, SequenceTable)
+    caches = source.caches if isinstance(source, CacheMix) else (source,)
+    columns = [find_tail_column(c.header.codec, training, path=c.path) for c in caches]
+    column = None if None in columns else columns[0]
+    is_narrower = any(vocabulary < cache.header.codec.vocabulary for cache in caches)
+    mix = Mix(source.weights, source.is_whole) if isinstance(source, CacheMix) else None
+    is_linear = training.divergence == "forward_kl" and training.position_weights is None
+    if mix is not None and not (mix.is_whole or is_linear):
+        raise ValueError(
+            f"training.divergence is {training.divergence} and training.position_weights {training.position_weights}, "
+            "but the mixture of several teachers is not known from kept tokens: use forward_kl and no weights, or "
+            "caches of cache.top_k: full."
+        )
+    if column is None:
+        settings = replace(settings, stored=caches[0].header.codec.temperatures)
+    kept = vocabulary if is_narrower else None
+    return replace(collator, tail_column=column, vocabulary=kept, mix=mix), settings
 
 
 def _add_evaluation(

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, try_to_load_from_cache
 
 from retort.config.dataset import LOADERS, SYNTHESIS
 from retort.config.section import Section, changes_id, marks, subsection
-from retort.config.sections import Config, Dataset, Student
+from retort.config.sections import Config, Dataset, Student, Teacher
 from retort.io.files import is_path
 
 
@@ -18,12 +18,11 @@ from retort.io.files import is_path
 class Origin:
     """What a student came from.
 
-    base_model, teacher, datasets: ids on the Hub; start, learned_from, corpus: the same and what is local, as Markdown.
+    base_model, datasets: ids on the Hub; start, learned_from, corpus: the same and what is local, as Markdown.
     license_source: whose licence `license` is, "" if the config names it.
     """
 
     base_model: str | None = None
-    teacher: str | None = None
     datasets: tuple[str, ...] = ()
     start: str = "random weights"
     learned_from: str = "text alone"
@@ -42,10 +41,9 @@ def describe_origin(config: Config, *, has_teacher: bool) -> Origin:
         license, source = _read_license(base, student.revision), _link(base)
     return Origin(
         base_model=base if base and not _is_local(base) else None,
-        teacher=teacher if has_teacher and teacher and not _is_local(teacher) else None,
         datasets=tuple(dict.fromkeys(s.name for s in sources if _is_published(s))),
         start=_describe_start(student, base),
-        learned_from=_link(teacher) if has_teacher and teacher else "text alone",
+        learned_from=_describe_teachers(config.teacher) if has_teacher else "text alone",
         corpus=", ".join(dict.fromkeys(map(_describe_corpus, sources))),
         license=license,
         license_source=source if license else "",
@@ -89,6 +87,18 @@ def _link(model: str) -> str:
     if _is_local(model):
         return f"`{Path(model).name}` (local)"
     return f"[{model}](https://huggingface.co/{model})"
+
+
+def _describe_teachers(teacher: Teacher) -> str:
+    """Return the teacher; of several each with its weight, and its licence where that is known."""
+    if not teacher.mix:
+        return _link(str(teacher.model_path))
+    found = []
+    for one, weight in zip(teacher.members, teacher.weights, strict=True):
+        license = _read_license(str(one.model_path), one.revision)
+        of = f" ({license})" if license else ""
+        found.append(f"{weight:.3g} {_link(str(one.model_path))}{of}")
+    return "a mixture of " + " and ".join(found)
 
 
 def _describe_start(student: Student, base: str | None) -> str:

@@ -1,8 +1,17 @@
 """training.json: a finished student, how long it was trained, and the digests of its files."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from pydantic import Field
 
+from retort.io.digests import digest
 from retort.io.records import Entry, JsonObject, Record
+
+
+def digest_caches(headers: Sequence[Any], weights: Sequence[float]) -> str:
+    """Return the digest of the header of a student's cache; of several, of all with their weights."""
+    return digest(headers[0] if len(headers) == 1 else [list(headers), list(weights)])
 
 
 class TrainingSummary(Entry):
@@ -34,7 +43,9 @@ class StartRecord(Record, format="retort-student"):
 class TrainingRecord(Record, format="retort-training", version=4, remedy="train the run again"):
     """training.json: `id` is the run's, `teacher` the fingerprint of its weights, `final` has the digests of final/.
 
-    tokens, cache: content digest of the token index, and digest of the header of the cache that it was given.
+    tokens, cache: content digest of the token index, and digest of the header of the cache that it was given. Of
+    several teachers, `teacher` has all fingerprints with their weights (`name_mixture`), and `cache` is of all
+    (`digest_caches`).
     student: digest of what it began from, `starting_point`, with its commit if it is on the Hub.
     """
 

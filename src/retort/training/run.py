@@ -1,35 +1,29 @@
 """One run: checks that tokens, tokenizer, teacher and student belong together, trains, and writes training.json."""
 
 import logging
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from pydantic import JsonValue
-
 from retort.artifacts.build import REVISIONS, list_selection, training_keys
 from retort.artifacts.starts import starting_point
-from retort.cache.local_copy import copy_cache
-from retort.cache.reader import CACHE_FILE, LogitCache
 from retort.cluster.ranks import rank
 from retort.config.handoff import Job
 from retort.config.sections import Student
 from retort.io.digests import digest, digest_folder
 from retort.io.fingerprints import TeacherRecord
-from retort.io.run_record import RUN_FILE, describe_run
+from retort.io.run_record import describe_run
 from retort.models.causal_lm import CausalLM
 from retort.models.ends import list_ends_beside
 from retort.models.load import (
     fingerprint_model,
     load_recorded_teacher,
-    name_dtype,
     refuse_short_context,
 )
 from retort.models.students import name_student, student_config
 from retort.pruning.record import choose_start
-from retort.teacher.records import CacheRun
 from retort.tokens.index import TokenIndex
-from retort.tokens.sequences import SequenceTable
 from retort.tokens.tokenizer import identify_tokenizer, load_tokenizer
 from retort.tokens.vocabularies import require_student_ids, require_teacher_ids
 from retort.training.held_out import HeldOut, open_held_out
@@ -37,11 +31,22 @@ from retort.training.job import TrainingJob
 from retort.training.loop import train_student
 from retort.training.origin import describe_origin
 from retort.training.record import StartRecord, TrainingRecord, TrainingSummary
+from retort.training.signals import (
+    Signal,
+    choose_source,
+    copy_signal,
+    describe_sources,
+    describe_teachers,
+    digest_signals,
+    find_width,
+    name_weights,
+    open_signal,
+    pair_features,
+    read_weights,
+    require_mixable,
+)
 
 logger = logging.getLogger(__name__)
-
-# What a student learns from: a cache, or a teacher's fingerprint.json.
-Signal = LogitCache | TeacherRecord
 
 
 def train_run(
@@ -49,51 +54,57 @@ def train_run(
     job: Job,
     *,
     index_path: Path,
-    signal_path: Path | None,
+    signal_paths: Sequence[Path],
     start_path: Path | None = None,
-    features_path: Path | None = None,
+    features_paths: Sequence[Path] = (),
 ) -> None:
     """Train one student on the tokens, a cache or a live teacher, and write `out` (training.json) and its folder.
 
-    `signal_path`: what it learns from: manifest.json or teacher_logits.h5 of a cache, or fingerprint.json of a teacher,
-    which is run live unless alpha is 1. `start_path`: pruned.json of what it starts from, if that is a part of a model.
-    `features_path`: the teacher's held-out scores, for its KL during the training.
+    `signal_paths`: what it learns from: manifest.json or teacher_logits.h5 of a cache, or fingerprint.json of a
+    teacher, which is run live unless alpha is 1; of several teachers one each, in the order of teacher.mix.
+    `start_path`: pruned.json of what it starts from, if that is a part of a model. `features_paths`: the teachers'
+    held-out scores, for the KL from them during the training.
     `job`: of a run; it may expect the student's digest when `out` was named.
 
-    Raises ValueError when a teacher is needed and none is given, when the cache is of other tokens, when the student's
+    Raises ValueError when a teacher is needed and none is given, when a cache is of other tokens, when the student's
     files changed, when teacher, student and text use different ids or sequences are too long for them, and where
     `train_student` does.
     """
-    signal, training = _open_signal(signal_path), job.config.training
+    signals, training = [open_signal(path) for path in signal_paths], job.config.training
+    if training.needs_teacher:
+        require_mixable(job, signals, signal_paths)
     with ExitStack() as stack:
-        if isinstance(signal, LogitCache) and training.cache_copy and training.needs_teacher:
-            signal = stack.enter_context(copy_cache(signal, training.cache_copy))
+        if training.cache_copy and training.needs_teacher:
+            signals = [copy_signal(stack, signal, training.cache_copy) for signal in signals]
         student = choose_start(job.config.student, start_path)
         index = TokenIndex.read(index_path)
+        known: list[str | None] = [read_weights(signal) for signal in signals]
         held_out = open_held_out(
             index,
             training,
             job.config.evaluation,
-            features_path=features_path,
-            weights=_weights(signal),
+            features=pair_features(job, features_paths, known),
+            weights=job.config.teacher.weights,
         )
-        _train(out, job, signal, student, index=index, signal_path=signal_path, held_out=held_out)
+        _train(
+            out, job, signals, student, index=index, signal_paths=signal_paths, held_out=held_out
+        )
 
 
 def _train(
     out: Path,
     job: Job,
-    signal: Signal | None,
+    signals: list[Signal],
     student: Student,
     *,
     index: TokenIndex,
-    signal_path: Path | None,
+    signal_paths: Sequence[Path],
     held_out: HeldOut | None,
 ) -> None:
-    """Do what `train_run` says, with `signal` opened and `student` as it is loaded."""
+    """Do what `train_run` says, with `signals` opened and `student` as it is loaded."""
     student, training = _pin_student(student, out.parent), job.config.training
     needs_teacher = training.needs_teacher
-    if needs_teacher and signal is None:
+    if needs_teacher and not signals:
         raise ValueError(
             f"distillation type {training.distillation_type!r} (alpha {training.alpha}) learns from a teacher: give "
             "--signal (manifest.json of a cache, or fingerprint.json of the teacher), or --set "
@@ -101,24 +112,26 @@ def _train(
         )
     path, revision = job.tokenizer
     tokenizer = _load_tokenizer(job, index)
-    source = _choose_source(index, signal if needs_teacher else None)
+    source = choose_source(index, signals if needs_teacher else [], job.config.teacher.weights)
     _require_same_start(job)
     if student.model_path:
         require_student_ids(
             tokenizer, source=path, student=student.model_path, revision=student.revision
         )
     # The width of the teacher's output layer, with text alone too: so all students of one config have the same size.
-    vocabulary = max(_width(signal), len(tokenizer))
+    vocabulary = max(find_width(signals), len(tokenizer))
     config = student_config(student, vocabulary=vocabulary, tokenizer=tokenizer)
     refuse_short_context(config, index.longest, name_student(student))
     teacher = None
-    if needs_teacher and signal_path and isinstance(signal, TeacherRecord):
-        teacher = _load_live_teacher(job, signal_path, tokenizer=tokenizer, longest=index.longest)
+    if needs_teacher and isinstance(signals[0], TeacherRecord):
+        record_path = signal_paths[0]
+        teacher = _load_live_teacher(job, record_path, tokenizer=tokenizer, longest=index.longest)
     content = starting_point(job.config.model_copy(update={"student": student}))
     about: dict[str, Any] = {}
-    if needs_teacher and signal_path:
-        about["teacher"] = _describe_teacher(job, signal_path, teacher)
-    facts = _describe_sources(index, signal if needs_teacher else None)
+    if needs_teacher:
+        about["teacher"] = describe_teachers(job, signal_paths, teacher)
+    weights = job.config.teacher.weights
+    facts = describe_sources(index, signals if needs_teacher else [], weights)
     max_length = job.config.dataset.max_length
     rows = [max_length] if training.packing else []
     rows += list_selection(job.config)
@@ -144,80 +157,24 @@ def _train(
     _require_same_start(job)
     if rank() == 0:
         sections = {"student": written, "training": training, **about}
-        _write_records(out, work, summary, signal=signal, student=digest(content), made=sections)
+        made_from = name_weights(signals, weights), digest_signals(signals, weights)
+        _write_records(out, work, summary, made_from, student=digest(content), made=sections)
         logger.info(f"train {work.name}  {summary.steps} steps in {summary.seconds:.0f} s")
-
-
-def _open_signal(path: Path | None) -> Signal | None:
-    """Return the cache at or beside a path, or the record of a teacher.
-
-    Raises ValueError when the cache is missing.
-    """
-    if path is None:
-        return None
-    if path.name == "fingerprint.json":
-        return TeacherRecord.read(path)
-    cache_path = path.with_name(CACHE_FILE) if path.suffix == ".json" else path
-    if not cache_path.exists():
-        raise ValueError(
-            f"{cache_path} does not exist. In a workflow its manifest.json, which remains, counts as the finished "
-            "cache: delete the manifest too and rerun the same command to make the cache again."
-        )
-    return LogitCache(cache_path)
-
-
-def _width(signal: Signal | None) -> int:
-    """Return the width of the teacher's output layer, 0 without a teacher."""
-    if isinstance(signal, LogitCache):
-        return signal.header.codec.vocabulary
-    return signal.vocabulary if signal else 0
-
-
-def _weights(signal: Signal | None) -> str | None:
-    """Return the fingerprint of the teacher's weights."""
-    if isinstance(signal, LogitCache):
-        return signal.header.teacher
-    return signal.weights if signal else None
-
-
-def _describe_sources(index: TokenIndex, signal: Signal | None) -> dict[str, str]:
-    """Return what a student is trained on, by name. The identity of its checkpoints is a digest of this too."""
-    facts = {"tokens": index.record.content}
-    if weights := _weights(signal):
-        facts |= {"teacher's weights": weights}
-    if isinstance(signal, LogitCache):
-        header = signal.header
-        facts |= {"logit cache": digest(header.to_json()), "cache's method": header.codec.method}
-    return facts
-
-
-def _describe_teacher(
-    job: Job, signal_path: Path, teacher: CausalLM | None
-) -> dict[str, JsonValue]:
-    """Return the settings of the live teacher, or of the one that made a cache, with the dtype that it had."""
-    settings: dict[str, JsonValue] = job.config.teacher.model_dump(mode="json")
-    dtype = name_dtype(teacher.model.dtype) if teacher else None
-    made_path = signal_path.with_name(RUN_FILE)
-    if signal_path.name == "manifest.json" and made_path.exists():
-        for made in (worker.made for worker in CacheRun.read(made_path).workers):
-            if made.dtype and isinstance(own := made.config.get("teacher"), dict):
-                settings, dtype = own, made.dtype
-    settings = {key: value for key, value in settings.items() if key != "generation"}
-    return settings | {"dtype": dtype or settings["dtype"]}
 
 
 def _write_records(
     out: Path,
     work: TrainingJob,
     summary: TrainingSummary,
+    made_from: tuple[str | None, str | None],
     *,
-    signal: Signal | None,
     student: str,
     made: dict[str, Any],
 ) -> None:
     """Write run.json, then training.json, whose existence means that the run is finished.
 
-    `made`: the sections that it was made with, of the teacher only where there is one; `student`: its digest.
+    `made_from`: the record's `teacher` and `cache`; `made`: the sections that it was made with, of the teacher only
+    where there is one; `student`: its digest.
     """
     training = work.training
     record = describe_run(
@@ -236,8 +193,8 @@ def _write_records(
         temperature=training.temperature,
         seed=training.seed,
         tokens=work.facts["tokens"],
-        teacher=_weights(signal),
-        cache=digest(signal.header.to_json()) if isinstance(signal, LogitCache) else None,
+        teacher=made_from[0],
+        cache=made_from[1],
         student=student,
         summary=summary,
         final=digest_folder(out.parent / "final"),
@@ -300,19 +257,3 @@ def _load_live_teacher(job: Job, record_path: Path, *, tokenizer: Any, longest: 
     width = record.vocabulary
     require_teacher_ids(tokenizer, teachers, width=width, source=job.tokenizer[0], teacher=path)
     return load_recorded_teacher(path, section, record_path=record_path, longest=longest)
-
-
-def _choose_source(index: TokenIndex, signal: Signal | None) -> SequenceTable | LogitCache:
-    """Return the cache if that is the signal, else the training split.
-
-    Raises ValueError for a cache of other tokens.
-    """
-    if not isinstance(signal, LogitCache):
-        return index.read_split("train")
-    cache = signal
-    if cache.header.tokens != index.record.content:
-        raise ValueError(
-            f"{cache.path} holds distributions for other tokens (content {cache.header.tokens}) than {index.path} "
-            f"lists ({index.record.content}). Give the cache that was made from this index."
-        )
-    return cache

@@ -138,12 +138,18 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         Times the number of ranks, because DDP and FSDP take the mean of the ranks' gradients.
         """
         assert num_items_in_batch is not None and not return_outputs
+        settings, step = self.settings, self.state.global_step
+        temperature = settings.find_temperature(step, max_steps=self.args.max_steps)
+        teacher = inputs.get("teacher")
+        if teacher is not None and settings.stored:
+            teacher = teacher.at(settings.stored.index(temperature))
         targets = LossTargets(
             inputs["labels"],
             inputs["counted"],
-            inputs.get("teacher"),
+            teacher,
             num_items_in_batch,
-            alpha=self.settings.find_alpha(self.state.global_step, max_steps=self.args.max_steps),
+            alpha=settings.find_alpha(step, max_steps=self.args.max_steps),
+            temperature=temperature,
         )
         read = {name: inputs[name] for name in _READ if name in inputs}
         terms: LossTerms = (

@@ -86,6 +86,7 @@ def changed(before: Project, after: Project) -> set[str]:
         ({"training": {"divergence": "skew_forward_kl", "skew": 0.2}}, {"run"}),
         ({"training": {"position_weights": "teacher_entropy"}}, {"run"}),
         ({"training": {"alpha_end": 0.1}}, {"run"}),
+        ({"training": {"temperature_end": 1.0}}, {"run"}),
         ({"training": {"eval_steps": 7, "load_best_model_at_end": True}}, {"run"}),
     ],
     ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
@@ -94,6 +95,41 @@ def test_a_setting_changes_the_ids_of_what_is_made_from_it_and_no_others(
     build: Build, overrides: dict[str, Any], expected: set[str]
 ) -> None:
     assert changed(build(), build(**overrides)) == expected
+
+
+def test_a_mixture_of_teachers_has_the_caches_of_each_alone(
+    build: Build, raw: dict[str, Any], tmp_path: Path
+) -> None:
+    one, other = str(tmp_path / "teacher"), str(tmp_path / "other")
+    shutil.copytree(one, other)
+    generation = {"batch_size": 2}
+    runs: dict[str, Any] = {
+        "one": {},
+        "other": {"teacher": {"model_path": other, "dtype": "float32"}},
+        "both": {"teacher": {"mix": [{}, {"model_path": other, "dtype": "float32", "weight": 2}]}},
+        "alone": {"teacher": {"mix": [{"weight": 3}]}},
+        "text": {
+            "teacher": {"mix": [{"model_path": other, "dtype": "float32", "weight": 2}, {}]},
+            "training": {"distillation_type": "output"},
+        },
+    }
+    found = build(dataset={"tokenizer": one}, teacher={"generation": generation}, runs=runs).runs
+    parts = {name: [logits.id for logits in run.logits] for name, run in found.items()}
+    assert parts["both"] == parts["one"] + parts["other"] and len({*parts["both"]}) == 2
+    assert parts["alone"] == parts["one"] and found["alone"].id == found["one"].id
+    both, text = found["both"], found["text"]
+    assert both.features == found["one"].features + found["other"].features
+    assert text.features == both.features and text.evaluation_id == both.evaluation_id
+    assert len({run.id for run in found.values()}) == 4
+    assert [path.name for path in both.signals] == ["manifest.json"] * 2
+    halves = merge(
+        runs["both"], {"teacher": {"mix": [{}, {"model_path": other, "dtype": "float32"}]}}
+    )
+    again = build(
+        dataset={"tokenizer": one}, teacher={"generation": generation}, runs={"both": halves}
+    ).runs["both"]
+    assert again.id != both.id and again.evaluation_id != both.evaluation_id
+    assert [logits.id for logits in again.logits] == parts["both"]
 
 
 def expected_of_evaluation(*key: str) -> set[str]:
@@ -362,7 +398,7 @@ def test_runs_that_differ_in_their_loss_share_everything_before_it(build: Build)
     kinds = ("corpora", "teachers", "tokens", "logits", "validations")
     assert {kind: len(getattr(project, kind)) for kind in kinds} == dict.fromkeys(kinds, 1)
     assert len({run.id for run in project.runs.values()}) == 3
-    assert project.runs["hard"].logits is None
+    assert not project.runs["hard"].logits
 
 
 def test_two_caches_share_tokens_and_validation(build: Build) -> None:
@@ -436,7 +472,7 @@ def test_where_the_best_step_is_the_student_the_sample_is_in_its_id(build: Build
 def test_a_run_is_watched_beside_its_teacher_if_it_learns_from_one(build: Build) -> None:
     def find(**training: Any) -> bool:
         (run,) = build(training=training).runs.values()
-        return run.watched_features is not None
+        return bool(run.watched_features)
 
     assert find() and find(eval_steps=4) and not find(eval_steps=None)
     assert not find(distillation_type="output")

@@ -14,6 +14,7 @@ MIX: list[dict[str, Any]] = [
     {"name": "json", "data_files": "a.jsonl", "weight": 2},
     {"name": "owner/texts"},
 ]
+TEACHERS = {"teacher": {"mix": [{"model_path": "a/b"}, {"model_path": "c/d", "weight": 2}]}}
 
 
 @pytest.mark.parametrize(
@@ -373,6 +374,59 @@ MIX: list[dict[str, Any]] = [
             "Leave training.alpha_end out, or set training.distillation_type: hybrid",
         ),
         (
+            {
+                "teacher": {
+                    "model_path": "a/b",
+                    "mix": [{"model_path": "c/d"}, {"model_path": "e/f"}],
+                }
+            },
+            "teacher.model_path is 'a/b', but teacher.mix lists 'c/d', 'e/f' only",
+            "or set teacher.model_path to one of these",
+        ),
+        (
+            {"teacher": {"model_path": "a/b", "mix": [{}, {"weight": 2}]}},
+            "teacher.mix[1] is 'a/b', which teacher.mix lists already",
+            "give it the sum of the weights",
+        ),
+        (
+            {"teacher": {"mix": [{"model_path": "a/b"}, {}]}},
+            "teacher.mix[1].model_path is 'demo', but only models that exist can be mixed",
+            "Give teacher.mix[1].model_path: a Hub id or a folder",
+        ),
+        (
+            merge(TEACHERS, {"training": {"use_cached_logits": False}}),
+            "training.use_cached_logits is false, but teacher.mix lists several teachers",
+            "Use training.use_cached_logits: true, or one teacher",
+        ),
+        (
+            merge(TEACHERS, {"training": {"divergence": "reverse_kl"}}),
+            "training.divergence is 'reverse_kl', but teacher.mix lists several teachers",
+            "Use training.divergence: forward_kl, or cache.top_k: full",
+        ),
+        (
+            merge(TEACHERS, {"training": {"position_weights": "teacher_entropy"}}),
+            "training.position_weights is 'teacher_entropy', but teacher.mix lists several teachers",
+            "Use training.position_weights: null, or cache.top_k: full",
+        ),
+        (
+            {"training": {"temperature_end": 1.5}},
+            "training.temperature_end is 1.5, but the cache stores the mass outside its kept tokens at",
+            "cache.temperatures: [1.0, 1.5, 2.0]",
+        ),
+        (
+            {"training": {"distillation_type": "output", "temperature_end": 1.0}},
+            "training.temperature_end is 1.0, but training.distillation_type is output",
+            "Leave training.temperature_end out",
+        ),
+        (
+            {
+                "cache": {"method": "sampled"},
+                "training": {"temperature": 1.0, "temperature_end": 2.0},
+            },
+            "training.temperature_end is 2.0, but cache.method is 'sampled'",
+            "Leave training.temperature_end out, or use cache.method: top_p",
+        ),
+        (
             {"training": {"skew": 0.3}},
             "training.skew is 0.3, but training.divergence is 'forward_kl'",
             "Use training.divergence: skew_forward_kl or skew_reverse_kl",
@@ -405,8 +459,12 @@ def test_keys_that_contradict_each_other_are_refused(
     message = refusal(merge(STUDENT, raw))
     assert found in message and advice in message, message
     (problem,) = find_problems(merge(STUDENT, raw))[1]
-    section = section_at(problem.path[:-1])
-    assert section is not None and problem.path[-1] in section.model_fields
+    path = [int(step) if step.isdigit() else step for step in problem.path]
+    if isinstance(path[-1], int):  # an item of a list
+        assert section_at(path) is not None
+        return
+    section = section_at(path[:-1])
+    assert section is not None and path[-1] in section.model_fields
 
 
 @pytest.mark.parametrize(

@@ -227,8 +227,8 @@ def run_rule(
         make_job(evaluation=section("evaluation", **values), training=training),
         index_path=index.path,
         training_path=trained,
-        features_path=features_path,
-        signal_path=fingerprint or manifest,
+        features_paths=[features_path] if features_path else [],
+        signal_paths=[path for path in (fingerprint or manifest,) if path],
     )
 
 
@@ -381,9 +381,10 @@ def test_a_student_without_a_teacher_is_compared_only_with_a_recorded_one(
     trained: Path, index: TokenIndex, features_path: Path, tmp_path: Path
 ) -> None:
     change_record(trained, teacher=None)
-    paths = {"index_path": index.path, "training_path": trained, "features_path": features_path}
+    paths: dict[str, Any] = {"index_path": index.path, "training_path": trained}
+    paths["features_paths"] = [features_path]
     with pytest.raises(ValueError, match=r"does not say whose features these are. Give --signal"):
-        evaluate_run(tmp_path / "metrics.json", make_job(), signal_path=None, **paths)
+        evaluate_run(tmp_path / "metrics.json", make_job(), signal_paths=[], **paths)
     fingerprint = features_path.with_name("fingerprint.json")
     TeacherRecord.read(fingerprint).model_copy(update={"weights": "0123456789ab"}).write(
         tmp_path / "other.json"

@@ -94,6 +94,16 @@ def test_alpha_goes_to_its_end_on_a_straight_line() -> None:
     assert {LossSettings(0.3).find_alpha(step, max_steps=5) for step in range(5)} == {0.3}
 
 
+def test_the_temperature_goes_to_its_end_through_what_is_stored() -> None:
+    how = LossSettings(0.5, 4.0, temperature_end=2.0)
+    found = [how.find_temperature(step, max_steps=5) for step in range(5)]
+    assert found == pytest.approx([4.0, 3.5, 3.0, 2.5, 2.0])
+    stepwise = replace(how, stored=(1.0, 2.0, 2.9, 4.0))
+    found = [stepwise.find_temperature(step, max_steps=5) for step in range(5)]
+    assert found == [4.0, 4.0, 2.9, 2.9, 2.0]
+    assert LossSettings(0.5, 3.0).find_temperature(4, max_steps=5) == 3.0
+
+
 def test_without_a_teacher_the_loss_is_cross_entropy() -> None:
     check_fused_loss(9, 40, LossSettings(1.0, softcap=2.0, chunk_size=4), bias=True)
 

@@ -66,7 +66,7 @@ def train(folder: Path, index_path: Path, teacher: Path, student: Path, **given:
         training=section("training", **({"max_steps": 1, "device": "cpu", "alpha": 0.5} | given)),
     )
     signal = record(folder, teacher)
-    train_run(folder / "abc" / "training.json", job, index_path=index_path, signal_path=signal)
+    train_run(folder / "abc" / "training.json", job, index_path=index_path, signal_paths=[signal])
 
 
 def train_from_it(folder: Path, index_path: Path, teacher: Path) -> None:

@@ -100,6 +100,7 @@ def test_loss_settings_and_machine_settings_may_differ_from_the_baselines(tmp_pa
         "skew": 0.2,
         "position_weights": "teacher_entropy",
         "alpha_end": 0.5,
+        "temperature_end": 1.5,
         "use_cached_logits": False,
         "max_steps": 400,
         "num_epochs": 3.0,

@@ -255,15 +255,17 @@ def test_the_sample_is_evenly_spaced_and_the_same_for_all(bench: Bench, features
     assert choose_sample(5, 1) == [0]
     one, other = bench.hold_out(features), bench.hold_out(None, seed=3, alpha=0.1)
     assert (one.table.keys == other.table.keys).all() and len(one.table) == SAMPLE
-    assert one.teacher is not None and other.teacher is None
-    sizes = [len(rows) for rows in one.teacher.features]
+    (teacher,) = one.teachers
+    assert not other.teachers
+    sizes = [len(rows) for rows in teacher.features]
     assert sizes == np.diff(one.table.position_offsets).tolist()
 
 
 def test_auto_takes_two_hundredths_of_the_time_at_most(bench: Bench, features: Path) -> None:
     plain, compared = bench.hold_out(None), bench.hold_out(features)
-    assert compared.teacher is not None and compared.teacher.head.weight is not None
-    tokens, head = len(plain.table.ids), compared.teacher.head.weight.numel()
+    (teacher,) = compared.teachers
+    assert teacher.head.weight is not None
+    tokens, head = len(plain.table.ids), teacher.head.weight.numel()
 
     def choose(held_out: HeldOut, times: float, **keys: Any) -> int | None:
         training = section("training", **keys)
@@ -287,19 +289,15 @@ def test_what_cannot_be_measured_is_refused(bench: Bench, features: Path) -> Non
             bench.index,
             section("training", eval_steps=3),
             section("evaluation"),
-            features_path=features,
-            weights="another",
+            features={features: "another"},
         )
     with pytest.raises(ValueError, match=r"was scored on other val sequences"):
         open_held_out(
             bench.index,
             section("training", eval_steps=3),
             section("evaluation", max_positions=100),
-            features_path=features,
-            weights=None,
+            features={features: None},
         )
     training = section("training", eval_steps=None)
-    off = open_held_out(
-        bench.index, training, section("evaluation"), features_path=features, weights=None
-    )
+    off = open_held_out(bench.index, training, section("evaluation"), features={features: None})
     assert off is None and replace(training, eval_steps=4).eval_steps == 4

@@ -31,7 +31,7 @@ from retort.training.loop import build_trainer
 from retort.training.record import TrainingRecord
 from retort.training.run import train_run
 from support.batches import take_order
-from support.bench import Bench, read_log, read_weights
+from support.bench import Bench, assert_same_curve, assert_same_weights, read_log, read_weights
 from support.jobs import make_job
 from support.records import make_run_record, make_worker_record
 from support.sections import replace, section
@@ -168,6 +168,30 @@ def test_alpha_of_a_schedule_is_that_of_the_step_also_after_a_restart(
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+@pytest.mark.parametrize("kept", ["cache", "full", "live"])
+def test_a_temperature_on_its_way_is_that_of_the_step_also_after_a_restart(
+    kept: str, bench: Bench, tmp_path: Path
+) -> None:
+    source = bench.table if kept == "live" else getattr(bench, kept)
+    # So small a rate leaves the weights as they are: a step's loss is that of a training at its temperature.
+    keys: dict[str, Any] = {"max_steps": 5, "save_steps": 3, "learning_rate": 1e-30}
+    ends: dict[str, Any] = {"temperature": 2.0, "temperature_end": 1.0}
+    keys |= {"live": True, "use_cached_logits": False} if kept == "live" else {}
+    bench.train(tmp_path / "whole", source, **keys, **ends)
+    found = [row["soft_loss"] for row in read_log(tmp_path / "whole")]
+    line = [2.0, 2.0, 1.0, 1.0, 1.0] if kept == "cache" else [2.0, 1.75, 1.5, 1.25, 1.0]
+    for temperature in set(line):
+        folder = tmp_path / f"at {temperature}"
+        bench.train(folder, source, **keys, temperature=temperature)
+        for row, mine, at in zip(read_log(folder), found, line, strict=True):
+            assert row["soft_loss"] == mine or at != temperature
+    checkpoint = "checkpoint-3"
+    shutil.copytree(tmp_path / "whole" / checkpoint, tmp_path / "resumed" / checkpoint)
+    bench.train(tmp_path / "resumed", source, **keys, **ends)
+    assert_same_curve(tmp_path / "whole", tmp_path / "resumed")
+    assert_same_weights(tmp_path / "whole", tmp_path / "resumed")
+
+
 @pytest.mark.parametrize(("written", "is_on"), [(None, False), (False, False), (True, True)])
 def test_activations_are_recomputed_where_the_config_says_and_change_no_id(
     bench: Bench, tmp_path: Path, written: bool | None, is_on: bool
@@ -299,8 +323,8 @@ def run_rule(bench: Bench, out: Path, **given: Any) -> TrainingRecord:
         student=given.pop("student", section("student", config=str(bench.student_path))),
         training=training,
     )
-    paths = {"index_path": bench.index_path, "signal_path": bench.cache.path} | given
-    train_run(out, job, **paths)
+    paths: dict[str, Any] = {"index_path": bench.index_path, "signal_paths": [bench.cache.path]}
+    train_run(out, job, **(paths | given))
     return TrainingRecord.read(out)
 
 
@@ -372,7 +396,7 @@ def test_final_folder_ends_where_template_and_generation_config_do(
         tmp_path / "run" / "training.json",
         index_path=tokenize(tmp_path / "tokens", corpus, chat, **keys),
         tokenizer_path=str(chat),
-        signal_path=None,
+        signal_paths=[],
         student=section("student", config=str(tmp_path / "student.json")),
         training={"distillation_type": "output", "max_steps": 150, "learning_rate": 0.01},
     )
@@ -416,7 +440,7 @@ def test_a_student_of_text_alone_is_as_wide_as_those_with_a_teacher(
     run_rule(
         bench,
         tmp_path / "b" / "training.json",
-        signal_path=None,
+        signal_paths=[],
         training=output,
     )
     assert read_json(tmp_path / "b" / "final" / "config.json")["vocab_size"] == NUM_TOKENS
@@ -426,7 +450,7 @@ def test_a_live_teacher_is_loaded_where_no_cache_is_given(bench: Bench, tmp_path
     found = run_rule(
         bench,
         tmp_path / "run" / "training.json",
-        signal_path=bench.fingerprint,
+        signal_paths=[bench.fingerprint],
     )
     assert found.alpha == 0.5 and found.summary.steps == 2
 
@@ -438,7 +462,7 @@ def test_a_live_teacher_of_another_tokenizer_of_the_same_size_is_refused(
     given: dict[str, Any] = {
         "index_path": tokenize(tmp_path / "tokens", tiny_corpus, other),
         "tokenizer_path": str(other),
-        "signal_path": bench.fingerprint,
+        "signal_paths": [bench.fingerprint],
     }
     message = rf"tokenizer '{other}' and that of the teacher '{bench.teacher_path}' give different ids: '[ab]', id"
     with pytest.raises(ValueError, match=message):
@@ -457,7 +481,7 @@ def test_a_live_teacher_with_another_chat_template_is_learned_from(
         tmp_path / "run" / "training.json",
         index_path=tokenize(tmp_path / "tokens", tiny_corpus, tmp_path / "chat"),
         tokenizer_path=str(tmp_path / "chat"),
-        signal_path=bench.fingerprint,
+        signal_paths=[bench.fingerprint],
     )
     assert found.summary.steps == 2
 
@@ -476,7 +500,7 @@ def test_distilling_without_a_teacher_is_refused(bench: Bench, tmp_path: Path) -
     with pytest.raises(
         ValueError, match=r"'hybrid' \(alpha 0\.5\) learns from a teacher: give --signal"
     ):
-        run_rule(bench, tmp_path / "training.json", signal_path=None)
+        run_rule(bench, tmp_path / "training.json", signal_paths=[])
 
 
 def test_a_cache_of_other_tokens_is_refused(
@@ -485,13 +509,13 @@ def test_a_cache_of_other_tokens_is_refused(
     other = tokenize(tmp_path / "tokens", tiny_corpus, tiny_teacher, max_length=32)
     foreign = make_cache(tmp_path / "logits", other, tiny_teacher, top_k=4)
     with pytest.raises(ValueError, match=r"distributions for other tokens.*made from this index"):
-        run_rule(bench, tmp_path / "training.json", signal_path=foreign.path)
+        run_rule(bench, tmp_path / "training.json", signal_paths=[foreign.path])
 
 
 def test_a_cache_that_is_gone_is_reported(bench: Bench, tmp_path: Path) -> None:
     for signal in ("teacher_logits.h5", "manifest.json"):
         with pytest.raises(ValueError, match=r"teacher_logits\.h5 does not exist.*manifest"):
-            run_rule(bench, tmp_path / "training.json", signal_path=tmp_path / signal)
+            run_rule(bench, tmp_path / "training.json", signal_paths=[tmp_path / signal])
 
 
 def test_log_survives_numbers_that_json_cannot_hold(tmp_path: Path) -> None:
