@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from retort.cache.reader import LogitCache
 from retort.config.load import identity
 from retort.config.training import DEFAULT_ALPHA
 from retort.io.digests import digest
 from retort.models.causal_lm import CausalLM
 from retort.models.load import load_teacher
 from retort.tokens.index import TokenIndex
-from retort.tokens.sequences import SequenceTable
 from retort.tokens.tokenizer import load_tokenizer
+from retort.training.batches import TrainingSource
 from retort.training.curve import LOG_COLUMNS
 from retort.training.held_out import HeldOut, open_held_out
 from retort.training.job import TrainingJob
@@ -52,7 +51,7 @@ class Bench:
     def train(
         self,
         folder: Path,
-        source: SequenceTable | LogitCache,
+        source: TrainingSource,
         *,
         live: bool = False,
         **training: Any,
@@ -94,7 +93,7 @@ class Bench:
 
     def job(
         self,
-        source: SequenceTable | LogitCache,
+        source: TrainingSource,
         *,
         student: Path | None = None,
         teacher: CausalLM | None = None,

@@ -127,7 +127,8 @@ def test_what_cannot_be_mixed_is_refused(
     mix = CacheMix((bench.cache, top8), WEIGHTS)
     for key, value in (("divergence", "reverse_kl"), ("position_weights", "teacher_entropy")):
         with pytest.raises(ValueError, match=rf"{value}.*mixture of several teachers is not known"):
-            bench.train(tmp_path / key, mix, **{key: value})
+            changed: dict[str, Any] = {key: value}
+            bench.train(tmp_path / key, mix, **changed)
     index_path = tokenize(tmp_path / "tokens", tiny_corpus, other, max_length=32)
     foreign = make_cache(tmp_path / "foreign", index_path, other, top_k=8)
     with pytest.raises(ValueError, match=r"holds other sequences than .*cannot be mixed"):
