@@ -361,7 +361,7 @@ def test_record_of_a_run_holds_what_evaluate_needs(bench: Bench, tmp_path: Path)
 def test_record_of_a_run_holds_how_its_teacher_was_loaded(bench: Bench, tmp_path: Path) -> None:
     def find_teacher(signal_path: Path | None, **training: Any) -> Any:
         out = tmp_path / str(training or "cached") / "training.json"
-        run_rule(bench, out, signal_path=signal_path, training=training)
+        run_rule(bench, out, signal_paths=[signal_path] if signal_path else [], training=training)
         return RunRecord.read(out.with_name("run.json")).config.get("teacher")
 
     live = find_teacher(record(tmp_path, bench.teacher_path), use_cached_logits=False)
@@ -434,7 +434,7 @@ def test_a_student_of_text_alone_is_as_wide_as_those_with_a_teacher(
 ) -> None:
     output = {"distillation_type": "output"}
     run_rule(
-        bench, tmp_path / "a" / "training.json", signal_path=bench.fingerprint, training=output
+        bench, tmp_path / "a" / "training.json", signal_paths=[bench.fingerprint], training=output
     )
     assert read_json(tmp_path / "a" / "final" / "config.json")["vocab_size"] == WIDTH
     run_rule(
