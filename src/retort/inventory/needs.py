@@ -3,12 +3,12 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from retort.artifacts.build import build_project
 from retort.artifacts.project import Logits, Project, Pruned, Run, TeacherModel, Tokens, Validation
 from retort.artifacts.responses import Responses
 from retort.config.config_files import load_source, locate, read_files
-from retort.config.schema import flatten
 from retort.config.sections import Config
 from retort.corpus.reading import list_corpus_files
 from retort.inventory.origins import Keys, config_keys
@@ -84,9 +84,10 @@ def _list_folders(project: Project, results: Path) -> Iterator[tuple[Path, str |
 
 def _list_run_folders(run: Run) -> Iterator[Path]:
     found: list[Tokens | TeacherModel | Logits | Validation | Pruned | None]
-    found = [run.tokens, run.tokens.teacher, run.teacher, run.logits, run.validation, run.pruned]
+    found = [run.tokens, run.tokens.teacher, run.pruned]
+    found += [*run.teachers, *run.logits, *run.validations]
     yield from (one.folder for one in found if one)
-    teachers = [one for one in (run.teacher, run.tokens.teacher) if one]
+    teachers = [one for one in (*run.teachers, run.tokens.teacher) if one]
     for corpus in [run.tokens.corpus, *(one.corpus for one in teachers if one.corpus)]:
         if corpus.needs_snapshot or corpus.synthesis:
             yield corpus.folder
@@ -100,10 +101,18 @@ def _list_paths(configs: dict[str, Config]) -> Iterator[Path]:
     """Yield the files and folders that configs name: one may lie in the results of another config."""
     for config in configs.values():
         kept = config.model_copy(update={"output": type(config.output)()})
-        for _, value in flatten(kept.model_dump(mode="json")):
-            values = value if isinstance(value, list) else [value]
-            yield from (Path(text) for text in values if isinstance(text, str) and _exists(text))
+        texts = _list_texts(kept.model_dump(mode="json"))
+        yield from (Path(text) for text in texts if _exists(text))
         yield from list_corpus_files(config.dataset) if config.dataset.name != "synthesis" else ()
+
+
+def _list_texts(value: Any) -> Iterator[str]:
+    """Yield all texts in nested sections and lists of them."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for below in value.values() if isinstance(value, dict) else value:
+            yield from _list_texts(below)
 
 
 def _exists(text: str) -> bool:

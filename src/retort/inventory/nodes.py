@@ -11,7 +11,14 @@ from retort.config.handoff import SECTIONS
 from retort.corpus.reading import list_corpus_files
 from retort.inventory.kinds import KIND_OF
 from retort.inventory.layout import Artifact
-from retort.inventory.origins import Keys, default_of, kind_of, own_keys, read_origin
+from retort.inventory.origins import (
+    Keys,
+    default_of,
+    kind_of,
+    name_inputs,
+    own_keys,
+    read_origin,
+)
 from retort.io.digests import hash_file
 from retort.io.files import read_json
 
@@ -24,7 +31,7 @@ _ID_KEYS = {
     "logits": ("cache", "teacher.generation"),
     "validation": ("evaluation",),
     "pruned": ("student", "teacher.model_path", "teacher.revision"),
-    "run": ("student", "training"),
+    "run": ("student", "training", "teacher.mix"),
     "evaluation": ("evaluation",),
     "benchmark": ("evaluation",),
 }
@@ -63,7 +70,8 @@ def read_node(artifact: Artifact) -> Node:
     origin, kind = read_origin(artifact), artifact.kind.name
     inputs = {}
     for below, place in origin.inputs.items():
-        if below in _ID_INPUTS.get(kind, ()) and not _is_width_alone(kind, below, origin.keys):
+        is_part = below.partition(" ")[0] in _ID_INPUTS.get(kind, ())
+        if is_part and not _is_width_alone(kind, below, origin.keys):
             inputs[below] = _read_input(artifact.root, place)
     return Node(
         kind,
@@ -99,7 +107,8 @@ def plan_node(artifact: Any, root: Path) -> Node:
     inputs = {
         below: plan_node(one, root)
         for below, one in _list_inputs(artifact)
-        if below in _ID_INPUTS.get(kind, ()) and not _is_width_alone(kind, below, keys)
+        if below.partition(" ")[0] in _ID_INPUTS.get(kind, ())
+        and not _is_width_alone(kind, below, keys)
     }
     return Node(
         kind,
@@ -123,22 +132,27 @@ _TYPES: dict[str, Any] = {
 
 
 def _list_inputs(artifact: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(artifact, Run):
+        several = artifact.logits or artifact.teachers
+        kind = "logits" if artifact.logits else "teacher"
+        ordered = sorted(several, key=lambda one: one.id)
+        yield from name_inputs((kind, one) for one in ordered)
     for kind in ("tokens", "logits", "teacher", "pruned", "corpus"):
+        if isinstance(artifact, Run) and kind in ("logits", "teacher"):
+            continue
         found = getattr(artifact, kind, None)
         is_read = kind != "corpus" or (found and found.needs_snapshot)
-        # A run's teacher counts by its cache where there is one.
-        is_direct = not (isinstance(artifact, Run) and kind == "teacher" and artifact.logits)
         is_own = not (
             isinstance(artifact, Tokens) and kind == "teacher" and found and not found.corpus
         )
-        if found is not None and is_read and is_direct and is_own:
+        if found is not None and is_read and is_own:
             yield kind, found
 
 
 def _is_width_alone(kind: str, below: str, keys: Keys) -> bool:
     """Return whether a run takes only the width of the output layer from a teacher: that is not in its id."""
     is_text = keys.get("training.distillation_type") == "output"
-    return kind == "run" and is_text and below in ("teacher", "logits")
+    return kind == "run" and is_text and below.partition(" ")[0] in ("teacher", "logits")
 
 
 def _list_unused(kind: str, keys: Keys) -> frozenset[str]:

@@ -2,11 +2,12 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from retort.config.handoff import CONFIG_FILE
 from retort.config.load import differences
@@ -55,6 +56,7 @@ _FOLDERS = {
     "teachers": "teacher",
     "syntheses": "synthesis",
 }
+_T = TypeVar("_T")
 Keys = dict[str, Any]  # dotted key -> value, of those that change ids
 
 
@@ -197,11 +199,20 @@ def _find_made(artifact: Artifact) -> dict[str, Any]:
 
 
 def _find_inputs(words: Iterable[str], *, output: str) -> dict[str, str]:
-    """Return the places in a command line, by kind, without that of its output."""
+    """Return the places in a command line, by kind, without that of its output; see `name_inputs`."""
     places = {
         match[1] for word in words if not word.startswith("{") for match in _PLACE.finditer(word)
     }
-    return {kind_of(place): place for place in sorted(places) if not output.startswith(place)}
+    found = [place for place in sorted(places) if not output.startswith(place)]
+    return dict(name_inputs((kind_of(place), place) for place in found))
+
+
+def name_inputs(found: Iterable[tuple[str, _T]]) -> Iterator[tuple[str, _T]]:
+    """Yield inputs by kind, in the order of their ids: of several teachers the further ones as "logits 2" and so on."""
+    seen: Counter[str] = Counter()
+    for kind, one in found:
+        seen[kind] += 1
+        yield kind if seen[kind] == 1 else f"{kind} {seen[kind]}", one
 
 
 def _read(path: Path) -> dict[str, Any]:
