@@ -118,6 +118,16 @@ def run_script(main: Callable[[], None]) -> None:
         raise SystemExit(1) from None
 
 
+def print_text(text: str) -> None:
+    """Print what a command is asked for. A reader that has enough (`| head`) is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # Python flushes it when it ends
+
+
 def is_rank() -> bool:
     """Return whether torchrun started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ and "LOCAL_RANK" in os.environ

@@ -34,7 +34,7 @@ OTHER = tiny(
 
 @pytest.fixture(scope="session")
 def two_finished(finished: Place, once: Once) -> Place:
-    """The finished workflow, and in the same folder another config's: another cache, another run; and its trial."""
+    """The finished workflow, and in the same folder another config's: another cache, another run."""
 
     def make(path: Path) -> None:
         place = finished.copy_to(path)
@@ -96,6 +96,11 @@ def test_a_list_says_whose_everything_is_and_in_what_it_differs(two: Place) -> N
     assert other["state"] == "finished" and not other["unknown"] and other["is_needed"] is None
     files = [path for path in (two.path / str(other["path"])).rglob("*") if path.is_file()]
     assert other["bytes"] == sum(path.stat().st_size for path in files)
+    whole = json.loads(retort(two, "ls", "--json").output)
+    unknown = {a["path"]: a["unknown"] for a in whole["artifacts"] if a["unknown"]}
+    assert unknown == {} and whole["strangers"] == whole["leftovers"] == [], (
+        "a file that Retort writes has its pattern in retort.inventory.kinds"
+    )
     text = retort(two, "ls").output
     assert max(map(len, text.splitlines())) <= 100
     (tokens,) = (path.name for path in two.results.glob("tokens/*"))

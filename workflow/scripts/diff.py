@@ -8,7 +8,7 @@
 Of two configs, the runs of one name are compared; they need not have been run.
 """
 
-from retort.cli import run_script, script_parser
+from retort.cli import print_text, run_script, script_parser
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     args = parser.parse_args()
     from retort.inventory.differing import explain
 
-    print(explain(args.first, args.second, run=args.run))
+    print_text(explain(args.first, args.second, run=args.run))
 
 
 if __name__ == "__main__":

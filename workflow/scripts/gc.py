@@ -9,7 +9,7 @@ files that Retort did not write; what is behind a symbolic link. The answers of 
 
 from pathlib import Path
 
-from retort.cli import run_script, script_parser
+from retort.cli import print_text, run_script, script_parser
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
 
     plan = plan_removal(args.keep, args.results, journals=args.journal)
     stayed = remove(plan) if args.yes else []
-    print(render_plan(plan, is_done=args.yes, stayed=stayed))
+    print_text(render_plan(plan, is_done=args.yes, stayed=stayed))
 
 
 if __name__ == "__main__":

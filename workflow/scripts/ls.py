@@ -10,7 +10,7 @@ which of them need it; one that none needs shows in what it differs from what th
 import json
 from pathlib import Path
 
-from retort.cli import run_script, script_parser
+from retort.cli import print_text, run_script, script_parser
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     from retort.inventory.listing import render_inventory, take_inventory, to_json
 
     found = take_inventory(args.configs, args.results)
-    print(
+    print_text(
         json.dumps(to_json(found), indent=1)
         if args.json
         else render_inventory(found, is_long=args.all)

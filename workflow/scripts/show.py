@@ -11,7 +11,7 @@ begin at 0; a position is one whose next token is predicted.
 
 from pathlib import Path
 
-from retort.cli import run_script, script_parser
+from retort.cli import print_text, run_script, script_parser
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
     from retort.inventory.showing import Choice, show_path
 
     choice = Choice(args.sequence, args.position, args.top, args.html, args.tokenizer)
-    print(show_path(args.path, choice))
+    print_text(show_path(args.path, choice))
 
 
 if __name__ == "__main__":

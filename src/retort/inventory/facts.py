@@ -7,7 +7,7 @@ from typing import Any
 from retort.config.schema import show
 from retort.inventory.kinds import KINDS
 from retort.inventory.layout import Artifact, find_artifacts
-from retort.inventory.origins import Origin, read_origin
+from retort.inventory.origins import Origin, find_made, read_origin
 from retort.inventory.tables import format_size
 from retort.io.files import read_json
 
@@ -93,7 +93,7 @@ def describe_record(path: Path) -> str:
 
 def _describe_origin(origin: Origin, artifact: Artifact) -> list[str]:
     lines = [""]
-    made = read_made(artifact)
+    made = find_made(artifact)
     lines += _align(
         [*_describe_made(made), *((f"from {kind}", place) for kind, place in origin.inputs.items())]
     )
@@ -101,19 +101,6 @@ def _describe_origin(origin: Origin, artifact: Artifact) -> list[str]:
         lines += ["", "keys that differ from their defaults:"]
         lines += _align((key, show(value)) for key, value in origin.keys.items())
     return lines
-
-
-def read_made(artifact: Artifact) -> Mapping[str, Any]:
-    """Return the record of the command that made an artifact, {} where there is none."""
-    for name in ("run.json", *artifact.kind.finished):
-        path = artifact.path / name
-        if path.suffix != ".json" or not path.exists():
-            continue
-        content = read_json(path)
-        found = content if "command" in content else content.get("made")
-        if isinstance(found, dict):
-            return found
-    return {}
 
 
 def _describe_made(made: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -20,7 +20,8 @@ from retort.inventory.layout import Artifact
 from retort.teacher.claims import is_live
 
 _RECENT_S = 300.0
-_WORDS = re.compile(r"[\s\"',=:;\[\]{}()]+")
+# Paths in a word of a command line: in the JSON of a job, behind a flag's equals sign, or several in one word.
+_ENDS = (re.compile(r"[\"']"), re.compile(r"[\s\"',=:;\[\]{}()]+"), re.compile("="))
 OWN_MARK = "# retort gc"  # first line of the lock that gc itself writes
 
 
@@ -153,7 +154,7 @@ def _find_snakemakes() -> Iterator[tuple[int, str]]:
             continue
         with suppress(OSError):
             place = Path(f"/proc/{process}/cwd").readlink()
-            for flag, value in pairwise(words):
+            for flag, value in pairwise([part for word in words for part in word.split("=", 1)]):
                 place = place / value if flag in ("--directory", "-d") else place
             yield process, os.path.realpath(place)
 
@@ -164,7 +165,8 @@ def _read_process(process: int) -> tuple[str, set[str]]:
     paths: set[str] = set()
     with suppress(OSError):
         place = Path(f"/proc/{process}/cwd").readlink()
-        parts = {part for word in words for part in _WORDS.split(word) if "/" in part}
+        pieces = (part for word in words for ends in _ENDS for part in ends.split(word))
+        parts = {part for part in pieces if "/" in part}
         paths |= {os.path.realpath(place / part) for part in parts if len(part) < 4096}
     with suppress(OSError):  # another user's
         for entry in Path(f"/proc/{process}/fd").iterdir():

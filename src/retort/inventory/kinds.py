@@ -32,7 +32,7 @@ KINDS = (
         "corpora",
         "corpora/*",
         ("corpus*.json",),
-        ("corpus*.json", "run*.json", "shard_*", ".draw_*"),
+        ("corpus*.json", "run*.json", "documents_*.jsonl.gz", ".draw_*"),
     ),
     Kind("journal", "journals of answers", "syntheses/*", (), ("journal.jsonl", ".journal.lock")),
     Kind(

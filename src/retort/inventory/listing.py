@@ -1,7 +1,6 @@
 """`retort ls`: the artifacts of a folder of results, whose they are, and in what they differ."""
 
 import textwrap
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from retort.inventory.layout import (
 )
 from retort.inventory.needs import Needs, read_needs
 from retort.inventory.origins import Keys, Origin, read_origin, trace_inputs, whole_keys
-from retort.inventory.tables import choose_width, format_age, format_size, render_table
+from retort.inventory.tables import choose_width, describe_age, format_size, render_table
 
 _SHOWN_SOURCES = 2
 
@@ -227,7 +226,7 @@ def _cells(row: Row) -> list[str]:
         about.append(f"keys of {row.twin.rpartition('/')[2]}, other files")
     if artifact.unknown:
         about.append(f"not Retort's: {', '.join(artifact.unknown[:3])}")
-    age = format_age(time.time() - artifact.changed) if artifact.changed else "empty"
+    age = describe_age(artifact.changed)
     return [
         artifact.title,
         format_size(artifact.num_bytes),

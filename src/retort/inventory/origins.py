@@ -67,7 +67,7 @@ class Origin:
     kind: of the artifact. source: name of the config file. keys: its own, those at their default left out.
     inputs: the place of each artifact that it was made from, by kind; empty before it is finished.
     expected: digests that files behind it had, by what they are of. commit: of the Retort that made it.
-    finished: when, in UTC.
+    finished: when, in UTC. is_read: whether its config.json could be read.
     """
 
     kind: str = ""
@@ -77,12 +77,13 @@ class Origin:
     expected: Mapping[str, str] = field(default_factory=dict)
     commit: str | None = None
     finished: str | None = None
+    is_read: bool = False
 
 
 def read_origin(artifact: Artifact) -> Origin:
     """Return where an artifact comes from. What cannot be read is left out: a list must show damaged results too."""
     job = _read(artifact.path / CONFIG_FILE)
-    made = _find_made(artifact)
+    made = find_made(artifact)
     config = job.get("config")
     words = [word for word in made.get("command") or [] if isinstance(word, str)]
     asked = next((_parse(word) for word in words if word.startswith("{")), {})
@@ -94,6 +95,7 @@ def read_origin(artifact: Artifact) -> Origin:
         expected=asked.get("expected") or {},
         commit=made.get("commit"),
         finished=made.get("finished"),
+        is_read=isinstance(config, dict),
     )
 
 
@@ -136,6 +138,8 @@ def whole_keys(place: str, origins: Mapping[str, Origin]) -> Keys:
 def knows(place: str, key: str, origins: Mapping[str, Origin]) -> bool:
     """Return whether an artifact has a value of a key: what it was made from is not known before it is finished."""
     origin, section = origins.get(place, Origin()), key.partition(".")[0]
+    if not origin.is_read:
+        return False
     own = {name.partition(".")[0] for name in _OWN_KEYS.get(origin.kind, ())}
     return section in own or any(knows(below, key, origins) for below in origin.inputs.values())
 
@@ -184,7 +188,7 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 
-def _find_made(artifact: Artifact) -> dict[str, Any]:
+def find_made(artifact: Artifact) -> dict[str, Any]:
     """Return the record of the command that made an artifact, {} where there is none yet."""
     names: Iterable[str] = (
         RUN_FILE,

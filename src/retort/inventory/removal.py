@@ -30,7 +30,7 @@ from retort.inventory.layout import (
 from retort.inventory.listing import find_roots
 from retort.inventory.needs import Needs, read_needs
 from retort.inventory.origins import read_origin
-from retort.inventory.tables import choose_width, format_age, format_size, render_table
+from retort.inventory.tables import choose_width, describe_age, format_size, render_table
 from retort.io.files import file_lock, temporary_name
 from retort.training.record import TrainingRecord
 
@@ -311,13 +311,12 @@ def render_plan(plan: Plan, *, is_done: bool, stayed: Sequence[tuple[Artifact, s
 
 def _render_gone(gone: Sequence[Artifact], sources: Mapping[str, str], width: int) -> list[str]:
     """Return a line for each artifact, and one for all that are made again in seconds."""
-    now = time.time()
     rows = [
         [
             one.kind.name,
             one.title,
             format_size(one.num_bytes),
-            format_age(now - one.changed),
+            describe_age(one.changed),
             one.state,
             sources[one.place],
         ]

@@ -2,6 +2,7 @@
 
 import shutil
 import textwrap
+import time
 from collections.abc import Sequence
 
 _GAP = 2
@@ -44,6 +45,11 @@ def format_size(number: int) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1000
     return f"{value:,.1f} TB"
+
+
+def describe_age(changed: float) -> str:
+    """Return how long ago a file was written, by this machine's clock; 0 is that of no file."""
+    return format_age(time.time() - changed) if changed else "empty"
 
 
 def format_age(seconds: float) -> str:
