@@ -125,8 +125,9 @@ def highlight(found: Surprise, *, is_coloured: bool) -> str:
             )
         else:
             begin, end = _MARKS[level]
-            space = piece[: len(piece) - len(piece.lstrip())]
-            parts.append(f"{space}{begin}{piece[len(space) :]}{end}")
+            inside = piece.strip() or piece.strip("\n") or " "
+            before, after = piece.split(inside, 1) if inside in piece else ("", piece)
+            parts.append(f"{before}{begin}{inside}{end}{after}")
     return "".join(parts)
 
 

@@ -300,8 +300,7 @@ def render_plan(plan: Plan, *, is_done: bool, stayed: Sequence[tuple[Artifact, s
     kept = format_size(total_bytes(plan.kept))
     blocks.append([f"kept for the configs: {len(plan.kept)} artifacts, {kept}"])
     if spared:
-        rows = [[f"{one.root}/{one.place}", format_size(one.num_bytes), why] for one, why in spared]
-        blocks.append(["not touched:", *render_table(rows, width=width)])
+        blocks.append(["not touched:", *_render_spared(spared, width)])
     if plan.strangers:
         blocks.append(["not Retort's, not touched:", *(f"  {path}" for path in plan.strangers)])
     if not is_done and (gone or plan.leftovers):
@@ -328,3 +327,15 @@ def _render_gone(gone: Sequence[Artifact], sources: Mapping[str, str], width: in
     others = ", ".join(f"{number} {title}" for title, number in kinds.items())
     last = [f"  and {others} ({format_size(total_bytes(small))})"] if small else []
     return [*render_table(rows, width=width), *last]
+
+
+def _render_spared(spared: Sequence[tuple[Artifact, str]], width: int) -> Iterator[str]:
+    """Yield a line for each reason, and below it the artifacts that stay for it."""
+    for why in dict.fromkeys(reason for _, reason in spared):
+        yield f"  {why}:"
+        rows = [
+            [f"  {one.root}/{one.place}", format_size(one.num_bytes), ""]
+            for one, reason in spared
+            if reason == why
+        ]
+        yield from render_table(rows, width=width)

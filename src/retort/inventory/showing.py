@@ -147,8 +147,8 @@ def _describe_cache(cache: LogitCache) -> Iterator[str]:
         "sequences": f"{len(cache):,}, of {len(np.unique(cache.table.documents)):,} documents",
         "length": f"{cache.table.lengths.min()} to {cache.table.lengths.max()} tokens",
         "positions": f"{positions:,}",
-        "bytes a position": f"{(cache.record_bytes + cache.table_bytes) / max(1, positions):.1f} of distributions, "
-        f"{size / max(1, positions):.1f} of the file",
+        "bytes a position": f"{(cache.record_bytes + cache.table_bytes) / max(1, positions):.1f} of distributions"
+        + ("" if cache.is_virtual else f", {size / max(1, positions):.1f} of the file"),
         "file": format_size(size)
         + (", virtual: the records are in parts/" if cache.is_virtual else ""),
         "parts": f"{len(cache.columns['part_checksums']):,}"
@@ -203,7 +203,8 @@ def _describe_position(cache: LogitCache, choice: Choice, tokenizer: Any) -> Ite
         yield f"  and {len(rest)} more with {rest.sum():.4f} together (--top {len(ids)} shows all)"
     if targets.num_exact is not None:
         exact = int(targets.num_exact[position])
-        yield f"  {exact} are exact; {stop - first - exact} are a sample of the others, weighted"
+        yield f"  {exact} are exact; {stop - first - exact} are a sample, weighted to stand for all others"
+        return
     temperatures = cache.header.codec.temperatures
     vocabulary = min(cache.header.codec.vocabulary, len(tokenizer) if tokenizer else 1 << 60)
     for temperature, tail in zip(temperatures, targets.tail_logprobs[position], strict=True):

@@ -56,6 +56,8 @@ def test_marks_are_colours_brackets_or_a_page() -> None:
         ["a", " b", " <c>", "\nd"], np.array([np.nan, 0.2, 4.0, 6.0]), np.zeros(4, np.bool_)
     )
     assert highlight(found, is_coloured=False) == "a b [[<c>]]\n[[[d]]]"
+    spaces = Surprise([" ", "\n", "\n x\n"], np.full(3, 2.0), np.zeros(3, np.bool_))
+    assert highlight(spaces, is_coloured=False) == "[ ][ ]\n\n [x]\n"
     coloured = highlight(found, is_coloured=True)
     assert coloured.count("\x1b[0m") == 2 and "\x1b[0m\n" not in coloured.split("<c>")[0]
     page = render_html(found, title="<cache>")
