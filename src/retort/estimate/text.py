@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retort.artifacts.project import Tokens
-from retort.config.dataset import SYNTHESIS
 from retort.config.sections import Dataset
 from retort.corpus.checking import check_corpus
 from retort.corpus.documents import Counts, Document
@@ -65,8 +64,10 @@ def count_text(
         return _read_index(TokenIndex.read(index_path), dataset)
     if given is not None:
         return _assume(given, dataset)
-    if dataset.name == SYNTHESIS or tokenizer is None:
-        what = "has not been written yet" if dataset.name == SYNTHESIS else "has no tokenizer here"
+    responses = tokens.corpus.synthesis
+    is_unwritten = responses is not None and not responses.record.exists()
+    if is_unwritten or tokenizer is None:
+        what = "has not been written yet" if is_unwritten else "has no tokenizer here"
         raise UncountedError(
             f"the text {dataset.title!r} {what}, so its tokens cannot be counted: give their number, such as "
             "--tokens 1e9."
