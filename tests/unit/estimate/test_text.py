@@ -1,11 +1,13 @@
 """Tokens that are counted before tokenization are those that tokenization counts."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from retort.artifacts.project import Corpus, Tokens
+from retort.artifacts.responses import Responses
+from retort.config.sections import Config
 from retort.estimate import text as counting
 from retort.estimate.table import format_hours
 from retort.estimate.text import UncountedError, count_text
@@ -14,9 +16,10 @@ from retort.tokens.tokenizer import load_tokenizer
 from support.tiny import tiny_dataset
 
 
-def make_tokens(dataset: Any, folder: Path) -> Any:
-    """What `count_text` reads of an artifact."""
-    return SimpleNamespace(corpus=SimpleNamespace(dataset=dataset), folder=folder)
+def make_tokens(dataset: Any, folder: Path, *, synthesis: Responses | None = None) -> Tokens:
+    """The tokens of a section of documents."""
+    corpus = Corpus("0" * 12, folder, dataset, False, "", synthesis)
+    return Tokens("1" * 12, folder, corpus, None, None)
 
 
 def test_a_small_corpus_is_counted_exactly(
@@ -61,6 +64,14 @@ def test_a_number_that_is_given_needs_no_corpus(tmp_path: Path) -> None:
     assert (found.tokens, found.sequences) == (1_000_000, 20_834)
     with pytest.raises(UncountedError, match="--tokens 1e9"):
         count_text(tokens, None, given=None)
+
+
+def test_responses_that_are_not_written_yet_are_not_looked_for(tmp_path: Path) -> None:
+    responses = Responses("2" * 12, "3" * 12, tmp_path / "synthesis", Config(), "")
+    dataset = responses.as_dataset(Config().dataset)
+    tokens = make_tokens(dataset, tmp_path, synthesis=responses)
+    with pytest.raises(UncountedError, match="has not been written yet"):
+        count_text(tokens, object(), given=None)
 
 
 @pytest.mark.parametrize(
