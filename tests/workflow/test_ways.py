@@ -212,6 +212,7 @@ def test_several_teachers_of_one_rank_and_of_two_make_the_same_student(trained: 
     assert metrics.teacher == "0.75 teacher + 0.25 other" and len(metrics.other_caches) == 1
     assert str(training.teacher).startswith("0.75 ")
     card = (folder / "final" / "README.md").read_text()
+    assert "learned from several teachers' distributions" in card
     assert "| teacher | a mixture of 0.75 `teacher` (local) and 0.25 `other` (local) |" in card
     page = (trained.results / "report.html").read_text()
     assert "0.75 teacher + 0.25 other" in page and "mixture has written no text" in page

@@ -130,7 +130,9 @@ def write_card(
         template_str=_TEMPLATE,
         name=name,
         parameters=summary.student_parameters,
-        way=_WAYS[kind],
+        way=_WAYS[kind].replace(
+            "a teacher's", "several teachers'" if origin.is_mixed else "a teacher's"
+        ),
         origin=origin,
         dtype=training.save_dtype,
         license=_describe_license(origin),

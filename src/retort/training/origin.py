@@ -19,7 +19,7 @@ class Origin:
     """What a student came from.
 
     base_model, datasets: ids on the Hub; start, learned_from, corpus: the same and what is local, as Markdown.
-    license_source: whose licence `license` is, "" if the config names it.
+    license_source: whose licence `license` is, "" if the config names it. is_mixed: it learns from several teachers.
     """
 
     base_model: str | None = None
@@ -29,6 +29,7 @@ class Origin:
     corpus: str = "local text"
     license: str | None = None
     license_source: str = ""
+    is_mixed: bool = False
 
 
 def describe_origin(config: Config, *, has_teacher: bool) -> Origin:
@@ -47,6 +48,7 @@ def describe_origin(config: Config, *, has_teacher: bool) -> Origin:
         corpus=", ".join(dict.fromkeys(map(_describe_corpus, sources))),
         license=license,
         license_source=source if license else "",
+        is_mixed=has_teacher and bool(config.teacher.mix),
     )
 
 

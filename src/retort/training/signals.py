@@ -79,8 +79,8 @@ def require_mixable(job: Job, signals: list[Signal], paths: Sequence[Path]) -> N
 
 def _read_maker(signal_path: Path) -> str | None:
     """Return the path or Hub id of the teacher that made a cache, None where its run.json does not say it."""
-    settings = _read_makers_settings(signal_path)
-    return str(settings["model_path"]) if settings else None
+    name = (_read_makers_settings(signal_path) or {}).get("model_path")
+    return None if name is None else str(name)
 
 
 def pair_features(

@@ -10,10 +10,15 @@ from transformers import AutoModelForCausalLM
 
 from retort.cache.mixed import CacheMix
 from retort.cache.reader import LogitCache
+from retort.config.teacher import MixedTeacher
 from retort.models.load import load_pretrained
 from retort.teacher.features import MixedFeatures, read_features
+from retort.teacher.records import CacheRun
 from retort.training.held_out import HeldOut, open_held_out
+from retort.training.signals import open_signal, require_mixable
 from support.bench import Bench, assert_same_curve, assert_same_weights, read_log
+from support.jobs import make_job
+from support.records import make_run_record, make_worker_record
 from support.sections import section
 from support.tiny import make_cache, score_held_out, tokenize
 
@@ -119,6 +124,34 @@ def test_the_held_out_kl_is_from_the_mixture(bench: Bench, other: Path, tmp_path
         torch.testing.assert_close(mixed.logprobs("val", rows).double().exp(), p_PV)
         total += float((p_PV * (p_PV.log() - logq_PV)).nan_to_num(0.0).sum())
     assert found == pytest.approx(total / table.num_positions, rel=2e-3)
+
+
+def test_weights_are_never_given_to_another_teachers_cache(
+    bench: Bench, top8: LogitCache, other: Path, tmp_path: Path
+) -> None:
+    names = {"one": str(bench.teacher_path), "other": str(other)}
+    for name, cache in (("one", bench.cache), ("other", top8)):
+        shutil.copytree(cache.path.parent, tmp_path / name)
+        made = make_run_record({"teacher": {"model_path": names[name]}}, dtype="float32")
+        record = CacheRun(**dict(made), workers=(make_worker_record(made=made),), kinds=())
+        record.write(tmp_path / name / "run.json")
+    first, second = (tmp_path / name / "manifest.json" for name in names)
+    mix = tuple(
+        MixedTeacher(model_path=path, weight=weight)
+        for path, weight in zip(names.values(), WEIGHTS, strict=True)
+    )
+    job = make_job(teacher=section("teacher", model_path=names["one"], mix=mix))
+
+    def check(*paths: Path) -> None:
+        require_mixable(job, [open_signal(path) for path in paths], paths)
+
+    check(first, second)
+    with pytest.raises(ValueError, match=r"is the cache of teacher .*whose weight it would get"):
+        check(second, first)
+    with pytest.raises(ValueError, match=r"learns from 2 teachers .* but --signal names 1 files"):
+        check(first)
+    with pytest.raises(ValueError, match=r"fingerprint.json is of a live teacher, but several"):
+        check(first, bench.fingerprint)
 
 
 def test_what_cannot_be_mixed_is_refused(
