@@ -117,12 +117,12 @@ def test_the_held_out_kl_is_from_the_mixture(bench: Bench, other: Path, tmp_path
         if not (table.keys == val.keys[i]).all(axis=1).any():
             continue
         rows = slice(*val.position_offsets[i : i + 2].tolist())
-        logits_PV = student(torch.from_numpy(row.ids)[None].long()).logits[0].double()
-        logq_PV = logits_PV[:-1][torch.from_numpy(row.loss_mask[:-1])].log_softmax(-1)
+        logits_PV = student(torch.from_numpy(row.ids.copy())[None].long()).logits[0].double()
+        logq_PV = logits_PV[:-1][torch.from_numpy(row.loss_mask[:-1].copy())].log_softmax(-1)
         each = [w * m.logprobs("val", rows).double().exp() for m, w in pairs]
         p_PV = each[0] + each[1]
         torch.testing.assert_close(mixed.logprobs("val", rows).double().exp(), p_PV)
-        total += float((p_PV * (p_PV.log() - logq_PV)).nan_to_num(0.0).sum())
+        total += float((p_PV * (p_PV.log() - logq_PV)).nan_to_num(0.0).sum().detach())
     assert found == pytest.approx(total / table.num_positions, rel=2e-3)
 
 
