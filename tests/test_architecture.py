@@ -72,6 +72,7 @@ def test_there_is_one_script_per_rule_and_one_rule_per_script() -> None:
         "compare",
         "export",
         "export_parquet",
+        "import",
         "publish",
         "ls",
         "gc",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from retort.artifacts.agreement import require_agreement
+from retort.artifacts.imported import build_imported_tokens, find_import
 from retort.artifacts.project import (
     Corpus,
     Logits,
@@ -120,8 +121,14 @@ def _find_mistakes(configs: Mapping[str, Config]) -> Iterator[str]:
             partial(_refuse_missing_folder, *named) for named in _named_folders(config).items()
         ]
         steps += [
-            partial(_build_corpus, config),
-            partial(list_validation_files, config.dataset),
+            *(
+                [partial(find_import, config)]
+                if config.teacher.imported
+                else [
+                    partial(_build_corpus, config),
+                    partial(list_validation_files, config.dataset),
+                ]
+            ),
             partial(student_content, config.student),
             partial(build_tasks, config, Path(), revision=REVISIONS["benchmark"]),
         ]
@@ -183,15 +190,21 @@ def _build_run(name: str, config: Config) -> Run:
     members = _split_teachers(config)
     teachers = [_build_teacher(member) for member in members]
     teacher = teachers[0] if teachers else None
-    tokens = _build_tokens(config, teacher)
+    imported = find_import(config) if config.teacher.imported else None
+    if imported:
+        tokens, imported_id = build_imported_tokens(config, imported)
+    else:
+        tokens, imported_id = _build_tokens(config, teacher), None
     pairs = list(zip(members, teachers, strict=True))
     needs_teacher = training.distillation_type != "output"
-    is_cached = needs_teacher and training.use_cached_logits
+    is_cached = needs_teacher and imported is None and training.use_cached_logits
     logits = [_build_logits(member, tokens, t) for member, t in pairs] if is_cached else []
     validations = [_build_validation(member, tokens, t) for member, t in pairs]
     weights = config.teacher.weights
     sources = logits or teachers
-    supervision = _mix_ids([s.id for s in sources], weights) if needs_teacher else None
+    supervision = imported_id or _mix_ids([s.id for s in sources], weights)
+    if not needs_teacher:
+        supervision = None
     student, pruned = (
         starting_point(config),
         build_pruned(
@@ -223,6 +236,7 @@ def _build_run(name: str, config: Config) -> Run:
         validations=tuple(validations),
         pruned=pruned,
         tasks=build_tasks(config, folder, revision=REVISIONS["benchmark"]),
+        imported=imported,
     )
 
 

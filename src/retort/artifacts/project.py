@@ -136,6 +136,7 @@ class Run:
     validations: tuple[Validation, ...]
     pruned: Pruned | None
     tasks: tuple[EvaluationTask, ...]
+    imported: Path | None = None  # the folder of what it learns from, in place of `logits`
 
     @property
     def teacher(self) -> TeacherModel | None:
@@ -162,6 +163,8 @@ class Run:
     @property
     def signals(self) -> list[Path]:
         """What it learns from: the manifests of the caches, or the records of its teachers; none without a teacher."""
+        if self.imported:
+            return [self.imported / "manifest.json"]
         if self.logits:
             return [logits.folder / "manifest.json" for logits in self.logits]
         return [teacher.folder / "fingerprint.json" for teacher in self.teachers]

@@ -98,6 +98,8 @@ class Job(BaseModel):
         """
         if self.config.dataset.tokenizer is not None:
             return self.config.dataset.tokenizer, None
+        if self.config.teacher.imported is not None:
+            return str(Path(self.config.teacher.imported) / "tokenizer"), None
         return self.teacher_path, self.config.teacher.revision
 
     @property

@@ -1,9 +1,10 @@
 """The section `teacher`: the model to learn from, and how it is run."""
 
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from retort.config.schema import Found, show
 from retort.config.section import Count, Positive, Section, Text, Texts, setting
@@ -80,11 +81,22 @@ class MixedTeacher(OneTeacher):
 class Teacher(OneTeacher):
     """The model to learn from."""
 
+    imported: Text | None = setting(None, is_path=True)
+    """Folder of logits that `retort import` made of a published dataset, to learn from in place of a model. Their text
+    is the corpus, and model_path is null."""
     mix: tuple[MixedTeacher, ...] = ()
     """A list of teachers of one tokenizer that a student learns from together: from the mixture of their
     distributions, position by position. Each has a weight, and overrides the section's other keys as a run does. The
     first, or that of model_path if it is set, is the main one, whose tokenizer is the text's. Each has its own cache,
     the same that a run with it alone makes."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_demo(cls, values: Any) -> Any:
+        """An import has no model, so the default one is not meant."""
+        if isinstance(values, Mapping) and values.get("imported") and "model_path" not in values:
+            return {**values, "model_path": None}
+        return values
 
     @property
     def members(self) -> tuple["Teacher", ...]:
@@ -109,7 +121,7 @@ class Teacher(OneTeacher):
 
 def check_teacher(c: "Config") -> Found:
     teacher, kind = c.teacher.model_path, c.training.distillation_type
-    if teacher is None and kind != "output":
+    if teacher is None and c.teacher.imported is None and kind != "output":
         yield (
             f"training.distillation_type is {kind}, which needs a teacher, but teacher.model_path is null. Set "
             "teacher.model_path to a model, or use training.distillation_type: output."
@@ -141,8 +153,40 @@ def check_mix(c: "Config") -> Found:
         )
 
 
+def check_imported(c: "Config") -> Found:
+    """An import has its own text, tokenizer and cache, at temperature 1, and no model."""
+    imported, training = c.teacher.imported, c.training
+    if imported is None:
+        return
+    if c.teacher.model_path is not None:
+        yield (
+            f"teacher.model_path is {show(c.teacher.model_path)} and teacher.imported {show(imported)}: a student "
+            "learns from one of them. Leave one out."
+        )
+    if c.teacher.mix:
+        yield "teacher.mix and teacher.imported are both set: a student learns from one of them. Leave one out."
+    if c.dataset.tokenizer not in (None, f"{imported}/tokenizer"):
+        yield (
+            f"dataset.tokenizer is {show(c.dataset.tokenizer)}, but teacher.imported has its own. Leave "
+            "dataset.tokenizer out."
+        )
+    if training.distillation_type == "output":
+        return
+    if not training.use_cached_logits:
+        yield (
+            "training.use_cached_logits is false, but teacher.imported has no model to learn from live. Leave it out."
+        )
+    if training.temperature != 1.0:
+        yield (
+            f"training.temperature is {training.temperature} (the default is {type(training)().temperature}), but "
+            "teacher.imported has the tail's mass at temperature 1 only. Use training.temperature: 1.0."
+        )
+
+
 def check_tokenizer(c: "Config") -> Found:
     teacher, tokenizer = c.teacher.model_path, c.dataset.tokenizer
+    if c.teacher.imported is not None:
+        return
     if teacher is None and tokenizer is None and c.training.distillation_type == "output":
         yield (
             "teacher.model_path and dataset.tokenizer are both null, so there is no tokenizer. Set dataset.tokenizer "

@@ -349,4 +349,6 @@ def _find_uneven_share(batch_size: int, accumulation: int, gpus: int) -> Found:
 
 
 def _uses_cache(c: "Config") -> bool:
-    return c.training.use_cached_logits and c.training.distillation_type != "output"
+    """Return whether a run has a cache made as `cache` says, and learns from it."""
+    is_own = c.training.use_cached_logits and c.teacher.imported is None
+    return is_own and c.training.distillation_type != "output"

@@ -33,6 +33,7 @@ GROUPS = {
         "plan",
         "generate_logits",
         "merge_h5",
+        "import",
     ),
     "Student": ("prune_teacher", "train"),
     "Evaluation and report": ("evaluate", "benchmark", "report", "compare"),

@@ -14,7 +14,8 @@ def find_costly_defaults(config: Config, *, vocabulary: int, num_parameters: int
     """
     cache, training = config.cache, config.training
     notes = []
-    learns_from_teacher = training.distillation_type != "output"
+    is_imported = config.teacher.imported is not None  # with a cache of its own, at temperature 1
+    learns_from_teacher = training.distillation_type != "output" and not is_imported
     uses_cache = learns_from_teacher and training.use_cached_logits
     if uses_cache and not {"method", "top_k"} & cache.model_fields_set:
         bytes_each = build_codec(cache, vocabulary=vocabulary).bytes_per_position

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from transformers import AutoModelForCausalLM
 
+from retort.artifacts.imported import complete_import
 from retort.config.dataset import SYNTHESIS, name_source
 from retort.config.sections import Config, Dataset, Output, Tracking, Training
 from retort.corpus.checking import check_corpus
@@ -75,8 +76,10 @@ def check_project(configs: Mapping[str, Config]) -> CheckRecord:
             with mistakes:
                 require_writable(Path(folder or config.output.results_dir))
         sample: list[Document] = []
+        if config.teacher.imported:
+            config = complete_import(config)
         with mistakes:
-            notes += _check_corpus(config, sample)
+            notes += [] if config.teacher.imported else _check_corpus(config, sample)
         with mistakes:
             tokenizer, width, note = check_teacher(config, mistakes)
             notes.append(note)
@@ -233,12 +236,7 @@ def _check_student(config: Config, tokenizer: Any, width: int, mistakes: Mistake
         pruned, wrong = shape_student(config)
         mistakes.found |= dict.fromkeys(wrong)
     model = student_config(config.student, vocabulary=width, tokenizer=tokenizer, pruned=pruned)
-    refuse_short_context(
-        model,
-        config.dataset.max_length,
-        name,
-        what="dataset.max_length",
-    )
+    refuse_short_context(model, config.dataset.max_length, name, what="dataset.max_length")
     missing = list(find_missing_for_training(model, training, name=name))
     mistakes.found |= dict.fromkeys(missing)
     check_freeze(model, training.freeze, name=name)

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from retort.cache.reader import CACHE_FILE, LogitCache
 from retort.config.sections import Config, Teacher
 from retort.io.fingerprints import TeacherRecord, fingerprint_tokenizer, fingerprint_weights
 from retort.models.load import load_model_config, output_width, refuse_short_context
@@ -25,6 +26,10 @@ def check_teacher(config: Config, mistakes: Mistakes) -> tuple[Any, int, str]:
     section, dataset = config.teacher, config.dataset
     if section.model_path == "demo":
         return DemoTokenizer(), DEMO_TEACHER.vocabulary, "teacher: the demo's own, trained first"
+    if section.imported:
+        width = LogitCache(Path(section.imported) / CACHE_FILE).header.codec.vocabulary
+        note = f"teacher: imported from {section.imported}, {width:,} ids"
+        return load_tokenizer(str(dataset.tokenizer)), width, note
     if section.model_path is None:
         tokenizer = load_tokenizer(str(dataset.tokenizer))
         return tokenizer, len(tokenizer), f"no teacher; tokenizer of {len(tokenizer):,} tokens"

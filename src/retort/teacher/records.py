@@ -1,7 +1,9 @@
 """What workers did, and manifest.json: size and content of a merged cache, and how far it is from the live teacher."""
 
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
+
+from pydantic import Field
 
 from retort.cache.kinds import PartKind
 from retort.config.sections import Generation
@@ -23,6 +25,21 @@ class Fidelity(Entry):
     kl: float
     agreement: float
     tail_mass: float
+
+
+class Imported(Entry):
+    """Where the distributions of an imported cache come from.
+
+    kind: the format; files: number of them; compression: how they were compressed there; tail: whether the mass of what
+    the dataset has not is estimated, as what its tokens leave of 1, or unknown, and taken as 0. The cache's fidelity is
+    then measured against the dataset.
+    """
+
+    kind: str
+    source: str
+    files: int
+    compression: JsonObject
+    tail: Literal["estimated", "unknown"]
 
 
 class Manifest(Record, format="retort-manifest", version=2):
@@ -47,6 +64,7 @@ class Manifest(Record, format="retort-manifest", version=2):
     halved_parts: int
     header: JsonObject
     fidelity: Fidelity | None
+    imported: Imported | None = Field(default=None, exclude_if=lambda found: found is None)
 
 
 class WorkerRecord(Record, format="retort-worker"):

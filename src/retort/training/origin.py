@@ -45,7 +45,9 @@ def describe_origin(config: Config, *, has_teacher: bool) -> Origin:
         datasets=tuple(dict.fromkeys(s.name for s in sources if _is_published(s))),
         start=_describe_start(student, base),
         learned_from=_describe_teachers(config.teacher) if has_teacher else "text alone",
-        corpus=", ".join(dict.fromkeys(map(_describe_corpus, sources))),
+        corpus=", ".join(dict.fromkeys(map(_describe_corpus, sources)))
+        if config.teacher.imported is None
+        else "the text of those logits",
         license=license,
         license_source=source if license else "",
         is_mixed=has_teacher and bool(config.teacher.mix),
@@ -93,6 +95,8 @@ def _link(model: str) -> str:
 
 def _describe_teachers(teacher: Teacher) -> str:
     """Return the teacher; of several each with its weight, and its licence where that is known."""
+    if teacher.imported:
+        return f"published logits, imported as `{Path(teacher.imported).name}`"
     if not teacher.mix:
         return _link(str(teacher.model_path))
     found = []
