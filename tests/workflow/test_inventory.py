@@ -307,7 +307,8 @@ def test_links_and_unknown_files_are_left_and_said(two: Place, tmp_path: Path) -
 
 def test_results_that_a_kept_config_names_stay(two: Place) -> None:
     run = find_run(two, 0.7).relative_to(two.path)
-    student = {"config": None, "model_path": str(run / "final")}
+    (two.path / "mine").symlink_to(run / "final")
+    student = {"config": None, "model_path": "mine"}
     two.write_config(tiny(student=student, runs={"hard": HARD}), "mine.yaml")
     gc(two, keep=["mine.yaml", "tiny.yaml"])
     assert (two.path / run / "final").exists()

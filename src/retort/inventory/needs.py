@@ -117,6 +117,6 @@ def _list_texts(value: Any) -> Iterator[str]:
 
 def _exists(text: str) -> bool:
     try:
-        return "/" in text and Path(text).exists()
+        return bool(text) and Path(text).exists()
     except (OSError, ValueError):  # too long for a path
         return False
