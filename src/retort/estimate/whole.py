@@ -194,19 +194,19 @@ def _list_assumptions(
     options: Options, works: dict[str, TeacherWork], seconds: dict[str, float]
 ) -> list[str]:
     """Return what the estimate takes for granted, in sentences."""
-    measured = options.rates.source or "measured here on a sample"
+    here = "measured here on a sample"
     lines = []
     if options.gpu:
         lines.append(
             f"GPUs of {options.gpu.memory / 1e9:.0f} GB, of which tensors can have {options.gpu.usable / 1e9:.1f} GB"
         )
-    teachers_measured = options.rates.teacher or any(w.is_timed for w in works.values())
-    for what, is_measured, share in (
-        ("teacher", teachers_measured, options.forward_share),
-        ("students", seconds, options.training_share),
+    is_timed = any(work.is_timed for work in works.values())
+    for what, measured, share in (
+        ("teacher", here if is_timed else "", options.forward_share),
+        ("students", (options.rates.source or here) if seconds else "", options.training_share),
     ):
         rate = f"{share:.0%} of the peak ({'given' if options.utilization else 'assumed'})"
-        lines.append(f"speed of the {what}: {measured if is_measured else rate}")
+        lines.append(f"speed of the {what}: {measured or rate}")
     if not options.gpu:
         lines.append("cores that nothing else uses: beside other work it takes longer")
     lines += [

@@ -42,6 +42,7 @@ GROUPS = {
 }
 _WORKFLOW = {
     "run": "Run the whole workflow for a config, with Snakemake.",
+    "trial": "Try a config: a few documents and steps through every rule, then the estimate of the whole.",
     "init": "Write a config for your corpus and teacher; --examples copies config/ and profiles/slurm/.",
 }
 
@@ -59,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         from retort.pipeline.run_command import run_workflow
 
         run_workflow(rest)
+    elif command == "trial":
+        _run_trial(rest)
     elif command == "init":
         _run_init(rest)
     else:
@@ -105,6 +108,17 @@ def copy_configs(folder: Path) -> list[Path]:
 
 def _row(name: str, text: str) -> str:
     return f"  {name.replace('_', '-'):<18}{text}"
+
+
+def _run_trial(words: Sequence[str]) -> None:
+    from retort.cli import run_script
+
+    def run() -> None:
+        from retort.pipeline.trial_command import run_trial
+
+        run_trial(words)
+
+    run_script(run)
 
 
 def _run_init(words: Sequence[str]) -> None:

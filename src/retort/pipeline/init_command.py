@@ -43,7 +43,7 @@ _TEMPLATE = """\
 # {about}.
 # Written by retort init. All keys: config/README.md; why these values: the module retort.config.recommended.
 #
-#   {trial}  # ten documents and steps
+#   {trial}  # a few documents and steps, then the estimate of the whole
 #   retort run {output}
 dataset:
 {dataset}
@@ -102,7 +102,7 @@ def write_first_config(args: argparse.Namespace) -> None:
             shape = shape_student(num, vocabulary=output_width(teacher))
             shaped.write_text(json.dumps(shape, indent=2) + "\n", encoding="utf-8")
             student = str(shaped)
-        trial = f'retort run {output} --config dataset="{{max_samples: 10}}" training="{{max_steps: 10}}"'
+        trial = f"retort trial {output}"
         values = _choose_values(corpus, keys["teacher"], teacher, tokenizer, student)
         about = {"output": output, "trial": trial, "schema": _find_schema(output)}
         output.write_text(_TEMPLATE.format(**values, **about), encoding="utf-8")
