@@ -62,11 +62,14 @@ def _read_needs(path: Path) -> Needs:
         paths=tuple(_list_paths(configs)),
     )
     for folder, run in _list_folders(project, roots[0]):
-        root = next(
+        inside = [
             root
             for root in sorted(roots, key=lambda r: -len(r.parts))
             if folder.is_relative_to(root)
-        )
+        ]
+        if not inside:  # a folder of the user's, such as imported logits
+            continue
+        root = inside[0]
         runs = needs.places.setdefault(folder.relative_to(root).as_posix(), [])
         if run and run not in runs:
             runs.append(run)
