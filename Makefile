@@ -16,7 +16,7 @@ READY := $(VENV)/.ready
 # Where this is set, each job and each session of tests would compile every module of Retort again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all test-unit test-workflow test-slow test-vllm test-gpu test-slurm test-slurm-runs test-slurm-faults campaign benchmark-cache benchmark-merge benchmark-teacher benchmark-training benchmark-packing benchmark-starts benchmark-starts-by-lora benchmark-lora benchmark-feeding benchmark-groups benchmark-graph benchmark-submissions benchmark-quality benchmark-defaults lint environment docs clean
+.PHONY: demo test test-all test-unit test-workflow test-slow test-vllm test-gpu test-slurm test-slurm-runs test-slurm-faults campaign benchmark-cache benchmark-merge benchmark-teacher benchmark-training benchmark-packing benchmark-starts benchmark-starts-by-lora benchmark-lora benchmark-estimates benchmark-feeding benchmark-groups benchmark-graph benchmark-submissions benchmark-quality benchmark-defaults lint environment docs clean
 
 demo: $(READY)
 	$(BIN)/snakemake --cores $(CORES) --quiet rules
@@ -112,6 +112,11 @@ benchmark-packing: $(READY)
 # LoRA beside training all weights, memory alone, a minute: make benchmark-lora FLAGS="--keep-activations"
 benchmark-lora: $(READY)
 	$(BIN)/python -m benchmarks.training.lora $(FLAGS)
+
+# The memory that is estimated for students and teachers beside what they take, some minutes. With
+# MALLOC_MMAP_THRESHOLD_=262144 before it the heap gives back what is freed, as on a GPU.
+benchmark-estimates: $(READY)
+	$(BIN)/python -m benchmarks.estimates.memory $(FLAGS)
 
 # How long a step waits for its batch, three minutes (and ten for the distributions, once).
 benchmark-feeding: $(READY)

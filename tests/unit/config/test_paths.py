@@ -33,6 +33,8 @@ def load_with(key: str, value: Any) -> str:
         base["dataset"] = {}
     if key == "student.model_path":
         base["student"] = {"config": None}
+    if key == "teacher.imported":
+        base |= {"teacher": {}, "training": {"temperature": 1.0}}
     return str(find(load(base, nested(key, value)), key))
 
 
@@ -45,6 +47,7 @@ def test_the_keys_that_are_paths_are_known() -> None:
         "dataset.validation_files",
         "dataset.tokenizer",
         "teacher.model_path",
+        "teacher.imported",
         "student.config",
         "student.model_path",
         "training.resume_from_checkpoint",

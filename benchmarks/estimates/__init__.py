@@ -1,0 +1,1 @@
+"""What `retort estimate` says beside what was taken."""
