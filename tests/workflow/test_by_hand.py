@@ -20,8 +20,8 @@ def test_a_script_has_help(script: Path, tmp_path: Path) -> None:
     done = Place(tmp_path).execute([sys.executable, str(script), "--help"])
     assert done.returncode == 0, done.output
     assert f"workflow/scripts/{script.name}" in done.output, "the exact command"
-    # stage downloads into the cache of the Hub's library; the others are about a finished result.
-    after = ("export", "export_parquet", "publish", "ls", "gc", "show", "diff")
+    # stage downloads into the cache of the Hub's library; the others are about a config or a result.
+    after = ("estimate", "export", "export_parquet", "publish", "ls", "gc", "show", "diff")
     assert "--output" in done.output or script.stem in ("stage", *after)
     takes_one_run = script.stem not in ("check_inputs", "stage", "report", "import", *after)
     assert ("--set KEY=VALUE" in done.output) == takes_one_run
