@@ -112,6 +112,7 @@ def test_a_list_says_whose_everything_is_and_in_what_it_differs(two: Place) -> N
     assert needed["tiny.yaml", "both"]["differs"] == {"training.alpha": 0.5, "cache.top_k": 8}
 
 
+@pytest.mark.slow
 def test_a_list_shows_trials_unfinished_results_and_what_is_not_retorts(two: Place) -> None:
     two.snakemake(*("--config", "training={max_steps: 1}", "--until", "train"), config="other.yaml")
     (two.results / "notes.txt").write_text("mine")
@@ -189,6 +190,7 @@ def running(place: Place, code: str, *words: str, told: str = "") -> Iterator[in
         process.communicate()
 
 
+@pytest.mark.slow
 def test_gc_touches_nothing_that_is_held(two: Place, tmp_path: Path) -> None:
     """By a job that has a GPU, by one that has locked its folder, by a worker, by a Snakemake on some node."""
     cache, run = find_cache(two, 4), find_run(two, 0.7)
@@ -216,6 +218,7 @@ def test_gc_touches_nothing_that_is_held(two: Place, tmp_path: Path) -> None:
     assert not cache.exists()
 
 
+@pytest.mark.slow
 def test_a_job_that_begins_while_gc_renames_keeps_its_folder(
     two: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,6 +248,7 @@ def test_a_job_that_begins_while_gc_renames_keeps_its_folder(
     assert not cache.exists()
 
 
+@pytest.mark.slow
 def test_a_killed_gc_leaves_whole_artifacts_or_none(two: Place) -> None:
     with contextlib.chdir(two.path):
         plan = removal.plan_removal([Path("tiny.yaml")], None)
@@ -274,6 +278,7 @@ def test_a_killed_gc_leaves_whole_artifacts_or_none(two: Place) -> None:
     assert not list(two.path.glob(".snakemake/locks/*"))
 
 
+@pytest.mark.slow
 def test_snakemake_does_not_start_with_what_gc_removes(two: Place) -> None:
     with contextlib.chdir(two.path):
         plan = removal.plan_removal([Path("tiny.yaml")], None)
@@ -283,6 +288,7 @@ def test_snakemake_does_not_start_with_what_gc_removes(two: Place) -> None:
     assert not list(two.path.glob(".snakemake/locks/*"))
 
 
+@pytest.mark.slow
 def test_links_and_unknown_files_are_left_and_said(two: Place, tmp_path: Path) -> None:
     cache, run = find_cache(two, 4), find_run(two, 0.7)
     outside, moved = tmp_path / "elsewhere", tmp_path / "cache"
@@ -305,6 +311,7 @@ def test_links_and_unknown_files_are_left_and_said(two: Place, tmp_path: Path) -
     assert not run.exists() and (two.results / "notes" / "all.md").exists()
 
 
+@pytest.mark.slow
 def test_results_that_a_kept_config_names_stay(two: Place) -> None:
     run = find_run(two, 0.7).relative_to(two.path)
     (two.path / "mine").symlink_to(run / "final")
@@ -342,6 +349,7 @@ def test_answers_that_were_paid_for_go_only_when_they_are_named(two: Place) -> N
     assert not (two.results / "syntheses").exists()
 
 
+@pytest.mark.slow
 def test_a_config_whose_results_are_not_there_removes_nothing(two: Place) -> None:
     two.write_config(tiny(dataset={"max_length": 32}), "mine.yaml")
     before = {path for path in two.results.rglob("*") if path.name != ".digests.json"}
@@ -357,6 +365,7 @@ def test_a_config_whose_results_are_not_there_removes_nothing(two: Place) -> Non
     assert {path for path in two.results.rglob("*") if path.name != ".digests.json"} == before
 
 
+@pytest.mark.slow
 def test_a_cache_folder_of_its_own_is_cleaned_too(two: Place) -> None:
     (two.path / "scratch").mkdir()
     for kind in ("tokens", "teachers", "validation", "logits"):
@@ -370,6 +379,7 @@ def test_a_cache_folder_of_its_own_is_cleaned_too(two: Place) -> None:
     assert two.plan() == {}
 
 
+@pytest.mark.slow
 def test_a_cache_is_shown_as_its_teacher_computes_it(
     two: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -405,6 +415,7 @@ def test_a_cache_is_shown_as_its_teacher_computes_it(
             show_path(cache, choice)
 
 
+@pytest.mark.slow
 def test_every_result_is_shown_and_two_are_told_apart(
     two: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:

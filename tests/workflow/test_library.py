@@ -48,7 +48,10 @@ TITLES = [
 ]
 
 
-@pytest.mark.parametrize("title", TITLES)
+@pytest.mark.parametrize(
+    "title",
+    [pytest.param(t, marks=[pytest.mark.slow] if "Trainer" in t else []) for t in TITLES],
+)
 def test_the_programs_of_the_page_train_a_student(title: str, place: Place) -> None:
     if title.startswith("TRL"):
         pytest.importorskip("trl")

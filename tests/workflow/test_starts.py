@@ -3,6 +3,7 @@
 import shutil
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -15,6 +16,7 @@ def part(**sizes: Any) -> dict[str, Any]:
     return {"config": None, "from_teacher": sizes}
 
 
+@pytest.mark.slow
 def test_runs_share_the_part_of_the_teacher_that_they_start_from(fresh: Place) -> None:
     whole = AutoModelForCausalLM.from_pretrained(fresh.path / "teacher").state_dict()
     of_text = {"training": {"distillation_type": "output"}}

@@ -231,6 +231,7 @@ def test_values_that_are_no_logprobs_have_an_unknown_tail(
     assert found.fidelity.tail_mass < known.fidelity.tail_mass
 
 
+@pytest.mark.slow
 def test_a_dataset_of_the_hub_is_the_same(
     dataset: Path, imported: Path, tiny_teacher: Path, tmp_path: Path
 ) -> None:

@@ -62,6 +62,7 @@ def send(hub: UploadHub, path: Path, repo: str = REPO, **given: Any) -> str:
     return publish(path, repo, api=HfApi(endpoint=hub.endpoint), **given)
 
 
+@pytest.mark.slow
 def test_a_published_student_is_private_and_loads_from_the_hub(hub: UploadHub, run: Path) -> None:
     (run / "final" / ".hidden").touch()
     environment = os.environ | hub.environment
