@@ -9,7 +9,6 @@ import torch
 from retort.artifacts.project import Project, Run
 from retort.config.load import identity
 from retort.config.sections import Config
-from retort.estimate.calibrate import time_student
 from retort.estimate.faults import find_faults, is_live
 from retort.estimate.options import Models, Options
 from retort.estimate.records import BreakEven, Device, Estimate, RunEstimate
@@ -135,6 +134,9 @@ def _time_students(
             continue
         key = digest([identity(config.student), _speed_keys(config), run.tokens.id])
         if key not in known:
+            # Here, since transformers' Trainer takes seconds to load, and check_inputs times no student.
+            from retort.estimate.student_speed import time_student
+
             known[key] = time_student(
                 config.student,
                 config.training,
