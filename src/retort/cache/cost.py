@@ -10,6 +10,7 @@ from retort.cache.codec import Codec
 from retort.cache.methods import build_codec
 from retort.config.sections import Cache, Merge
 from retort.io.records import Record
+from retort.io.units import format_bytes
 from retort.tokens.index import IndexRecord
 
 # Bytes beside the records' values: ids and mask; key, offsets, checksum and zstd's frame; HDF5's own.
@@ -154,16 +155,6 @@ def find_lack_of_space(cost: CacheCost, cache: Cache, merge: Merge, *, folder: P
         f"({describe_basis(cost)}), but {find_existing(folder)} has {format_bytes(free)} free. To make it fit, "
         f"{', or '.join(changes)}."
     )
-
-
-def format_bytes(number: float) -> str:
-    """Return a number of bytes in decimal units: 812 bytes, 3.4 MB, 1.2 TB."""
-    value = float(number)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if value < 999.95:
-            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:,.1f} TB"
 
 
 def describe_basis(cost: CacheCost) -> str:

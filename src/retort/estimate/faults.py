@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 
 from retort.artifacts.project import Logits, Project, Run
-from retort.cache.cost import find_lack_of_space, format_bytes
+from retort.cache.cost import find_lack_of_space
 from retort.config.sections import Training
 from retort.estimate.memory import (
     Load,
@@ -16,6 +16,7 @@ from retort.estimate.options import Options
 from retort.estimate.records import RunEstimate
 from retort.estimate.sizes import ModelSize
 from retort.estimate.teachers import TeacherWork
+from retort.io.units import format_bytes
 
 
 def is_live(run: Run) -> bool:

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from retort.cache.cost import format_bytes
 from retort.estimate.records import CacheEstimate, Estimate, RunEstimate, TeacherEstimate
+from retort.io.units import format_bytes
 
 _UNITS = (("years", 24 * 365.25), ("days", 24.0), ("hours", 1.0), ("minutes", 1 / 60))
 _BASES = {

@@ -5,6 +5,8 @@ import textwrap
 import time
 from collections.abc import Sequence
 
+from retort.io.units import format_bytes
+
 _GAP = 2
 _LEAST = 36  # columns that the last cell needs beside the others; with fewer it goes below them
 
@@ -39,12 +41,7 @@ def choose_width() -> int:
 
 def format_size(number: int) -> str:
     """Return a number of bytes in decimal units: 812 B, 3.4 MB, 1.2 TB."""
-    value = float(number)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 999.95:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:,.1f} TB"
+    return format_bytes(number, unit="B")
 
 
 def describe_age(changed: float) -> str:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 import yaml
 
-from retort.cache.cost import format_bytes
 from retort.cache.methods import build_codec
 from retort.config.config_files import load_source
 from retort.config.handoff import read_changes
 from retort.config.load import complete
 from retort.config.recommended import ALPHA, CACHE, TEMPERATURE, choose_learning_rate, choose_warmup
 from retort.config.yaml_source import read_yaml
+from retort.io.units import format_bytes
 from retort.models.generate import find_context_length
 from retort.models.load import count_parameters, load_model_config, output_width
 from retort.models.quantized import find_quantization

@@ -19,7 +19,6 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
-from retort.cache.cost import format_bytes
 from retort.cache.finished import MANIFEST, find_cache
 from retort.cache.reader import CACHE_FILE, LogitCache
 from retort.cli import first_line
@@ -29,6 +28,7 @@ from retort.evaluation.card import add_scores
 from retort.io.digests import digest
 from retort.io.files import format_json, is_path, read_json
 from retort.io.run_record import RUN_FILE
+from retort.io.units import format_bytes
 from retort.pipeline.finished import Student, find_student
 from retort.teacher.records import Manifest
 from retort.training.model_card import CARD, MODEL

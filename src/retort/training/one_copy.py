@@ -15,8 +15,8 @@ import torch
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
-from retort.cache.cost import format_bytes
 from retort.cluster.ranks import local_rank, rank
+from retort.io.units import format_bytes
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,11 @@
+"""Numbers with their units, for people."""
+
+
+def format_bytes(number: float, *, unit: str = "bytes") -> str:
+    """Return a number of bytes in decimal units: 812 bytes, 3.4 MB, 1.2 TB; `unit`: that of less than a kB."""
+    value = float(number)
+    for name in (unit, "kB", "MB", "GB"):
+        if value < 999.95:
+            return f"{value:.0f} {name}" if name == unit else f"{value:.1f} {name}"
+        value /= 1000
+    return f"{value:,.1f} TB"
