@@ -9,17 +9,22 @@ from hypothesis import strategies as st
 from snakemake.utils import QuotedFormatter
 
 from retort.artifacts.jobs import write_argument
+from retort.config.dataset import Dataset
 from retort.config.handoff import SECTIONS, Job, job_parser, read_job
 from retort.config.load import complete, read_key
 from retort.config.schema import ConfigError, Schema, merge
 from retort.config.section import key_schemas, key_types
 from retort.config.sections import section_at, section_paths
 from retort.config.sweeps import nest
+from retort.config.teacher import Teacher
 
 ODD = [
     *("--", "-x", "--flag", "a b", "%s", "[a]", "'", '"', "a\nb", "{x}", "$HOME `x` \\"),
     *("\0", "é 東京", "\ud800"),
 ]
+PARTS: dict[str, Schema] = {}  # of the lists in these sections
+for section in (Dataset, Teacher):
+    PARTS |= section.model_json_schema()["$defs"]
 TEXTS = st.text(min_size=1, max_size=9) | st.sampled_from(ODD)
 
 
@@ -29,8 +34,9 @@ def values_of(schema: Schema) -> st.SearchStrategy[Any]:
         return st.one_of([values_of(option) for option in schema["anyOf"]])
     if "enum" in schema or "const" in schema:
         return st.sampled_from(schema.get("enum") or [schema["const"]])
-    if schema.get("$ref") == "#/$defs/MixedSource":
-        keys = {"name": TEXTS, "data_files": TEXTS, "weight": st.floats(0.1, 9.0)}
+    if "$ref" in schema:
+        part = PARTS[schema["$ref"].rpartition("/")[2]]
+        keys = {key: values_of(kind) for key, kind in part["properties"].items()}
         return st.fixed_dictionaries({}, optional=keys)
     if "pattern" in schema:
         return st.sampled_from(["interleaved", "contiguous", "my.module:assign", "A_KEY"])
