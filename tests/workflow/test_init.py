@@ -102,7 +102,7 @@ def test_a_costly_default_is_named_on_the_terminal_once(fresh: Place) -> None:
         (["--corpus", "empty"], "--corpus 'empty' has no file that ends in .jsonl, .json"),
         (["--corpus", "odd.jsonl"], "column 'text' is not in odd.jsonl, line 1, which has 'body'"),
         (["--teacher", "nobody/teacher"], "cannot load the model 'nobody/teacher'"),
-        (["--student", "5k"], "5.0k parameters are too few for the teacher's 320 ids"),
+        (["--student", "5k"], "5k parameters are too few for the teacher's 320 ids"),
         (["--student", "none.json"], "--student 'none.json' does not exist"),
         (["--set", "training.seed=1"], "--set training: give keys of dataset and teacher only"),
     ],

@@ -10,7 +10,7 @@ from retort.artifacts.project import Run
 from retort.config.sections import Training
 from retort.estimate.memory import Load, Mode, estimate_student_memory
 from retort.estimate.options import Options
-from retort.estimate.records import RunEstimate
+from retort.estimate.records import RunEstimate, StudentMemory
 from retort.estimate.sizes import ModelSize
 from retort.estimate.text import Text
 from retort.models.lora import count_adapters
@@ -63,51 +63,28 @@ def estimate_run(
 ) -> RunEstimate:
     """Return what the training of a run takes.
 
-    teacher: that runs beside it, if one does. seconds: of a step, as measured. Operations of a trained weight: 2
-    forward, 4 backward (Kaplan et al., arXiv 2001.08361, 2020, section 2.1), of a frozen one 2 and 2; with
-    recomputation 2 more for those of the layers.
+    teacher: that runs beside it, if one does. peak: operations a second of a device. seconds: of a step, as measured.
     """
-    config, training = run.config, run.config.training
-    layout = choose_layout(text, training, max_length=config.dataset.max_length)
+    training = run.config.training
+    layout = choose_layout(text, training, max_length=run.config.dataset.max_length)
     steps = count_steps(layout.rows, training)
     tokens = steps * training.global_batch * layout.tokens
-    is_lora = training.lora.rank is not None
     trained = size.parameters
-    if is_lora:
+    if training.lora.rank is not None:
         trained = count_adapters(size.config, training.lora, name=f"the student of run {run.name}")
-    share = text.estimate.positions / max(1, text.estimate.tokens)
-    length = round(layout.tokens) if training.packing else text.estimate.longest
-    per_pass = training.batch_size * (
-        layout.tokens if training.packing or layout.padding == 0 else length
-    )
-    load = Load(
-        training.batch_size, max(2, round(per_pass / training.batch_size)), round(per_pass * share)
-    )
-    memory = {
-        is_on: estimate_student_memory(
-            size,
-            training,
-            load,
-            trained=trained,
-            mode=Mode(
-                device=options.device,
-                is_checkpointed=is_on,
-                in_half=bool(options.gpu) and training.use_mixed_precision,
-                has_activations=bool(options.gpu) or not options.is_quick,
-            ),
-        )
-        for is_on in (False, True)
-    }
     wanted = training.use_gradient_checkpointing
     is_checkpointed = bool(options.gpu) if wanted == "auto" else wanted
-    context = float((text.lengths.astype(float) ** 2).sum() / text.lengths.sum())
-    layers = size.forward_operations(context) * ((2 if is_lora else 3) + is_checkpointed)
-    operations = tokens * layers / (1 - layout.padding)
-    operations += tokens * share * size.head_operations * (2 if is_lora else 3)
-    if teacher:
-        operations += tokens * (
-            teacher.forward_operations(context) + share * teacher.head_operations
-        )
+    memory = _estimate_memory(
+        size, training, find_load(text, training, layout), options, trained=trained
+    )
+    operations = tokens * _count_operations(
+        size,
+        teacher,
+        text,
+        layout,
+        is_lora=training.lora.rank is not None,
+        recomputes=is_checkpointed,
+    )
     devices = training.gpus * training.nodes if options.gpu else 1
     hours = operations / (peak * options.training_share * devices) / 3600
     if seconds:
@@ -130,3 +107,58 @@ def estimate_run(
         device_hours=hours * devices,
         slots=math.ceil(hours * 60 / minutes) if minutes else 1,
     )
+
+
+def find_load(text: Text, training: Training, layout: Layout) -> Load:
+    """Return what a forward pass of a student reads: a batch of the longest sequences where they are padded."""
+    share = text.estimate.positions / max(1, text.estimate.tokens)
+    is_padded = not training.packing and layout.padding > 0
+    per_pass = training.batch_size * (text.estimate.longest if is_padded else layout.tokens)
+    return Load(
+        training.batch_size, max(2, round(per_pass / training.batch_size)), round(per_pass * share)
+    )
+
+
+def _estimate_memory(
+    size: ModelSize, training: Training, load: Load, options: Options, *, trained: int
+) -> dict[bool, StudentMemory]:
+    """Return the memory of a student without recomputation (False) and with it (True)."""
+    return {
+        is_on: estimate_student_memory(
+            size,
+            training,
+            load,
+            trained=trained,
+            mode=Mode(
+                device=options.device,
+                is_checkpointed=is_on,
+                in_half=bool(options.gpu) and training.use_mixed_precision,
+                has_activations=bool(options.gpu) or not options.is_quick,
+            ),
+        )
+        for is_on in (False, True)
+    }
+
+
+def _count_operations(
+    size: ModelSize,
+    teacher: ModelSize | None,
+    text: Text,
+    layout: Layout,
+    *,
+    is_lora: bool,
+    recomputes: bool,
+) -> float:
+    """Return the floating-point operations of a training for a token that it reads.
+
+    Those of a trained weight: 2 forward, 4 backward (Kaplan et al., arXiv 2001.08361, 2020, section 2.1), of a frozen
+    one 2 and 2; with recomputation 2 more for those of the layers. A live teacher adds its forward pass.
+    """
+    share = text.estimate.positions / max(1, text.estimate.tokens)
+    context = float((text.lengths.astype(float) ** 2).sum() / text.lengths.sum())
+    passes = 2 if is_lora else 3
+    found = size.forward_operations(context) * (passes + recomputes) / (1 - layout.padding)
+    found += share * size.head_operations * passes
+    if teacher:
+        found += teacher.forward_operations(context) + share * teacher.head_operations
+    return found

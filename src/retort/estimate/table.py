@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 
 from retort.estimate.records import CacheEstimate, Estimate, RunEstimate, TeacherEstimate
-from retort.io.units import format_bytes
+from retort.io.units import format_bytes, format_count
 
 _UNITS = (("years", 24 * 365.25), ("days", 24.0), ("hours", 1.0), ("minutes", 1 / 60))
 _BASES = {
@@ -20,14 +20,6 @@ def format_hours(hours: float) -> str:
         if value >= 1.95:
             return f"{value:,.0f} {unit}" if value >= 99.5 else f"{value:.3g} {unit}"
     return f"{max(1.0, hours * 3600):.0f} seconds"
-
-
-def format_count(number: float) -> str:
-    """Return a number with three digits and its unit: 1.23B."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= 0.9995 * size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.0f}"
 
 
 def align(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -25,8 +25,8 @@ from retort.evaluation.humaneval import (
     read_problems,
     score_attempts,
 )
+from retort.evaluation.inputs import read_trained_student
 from retort.evaluation.records import BenchmarkRecord, TaskResult
-from retort.evaluation.run import read_trained_student
 from retort.evaluation.sandbox import require_sandbox
 from retort.io.files import read_json, write_atomically
 from retort.io.run_record import describe_run

@@ -9,3 +9,11 @@ def format_bytes(number: float, *, unit: str = "bytes") -> str:
             return f"{value:.0f} {name}" if name == unit else f"{value:.1f} {name}"
         value /= 1000
     return f"{value:,.1f} TB"
+
+
+def format_count(number: float) -> str:
+    """Return a number with at most three digits, and its unit: 260k, 1.23B."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= 0.9995 * size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.0f}"

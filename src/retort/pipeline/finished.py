@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from retort.evaluation.inputs import read_trained_student
 from retort.evaluation.records import Metrics
-from retort.evaluation.run import read_trained_student
 from retort.training.record import TrainingRecord
 
 

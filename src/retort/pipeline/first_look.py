@@ -20,6 +20,7 @@ from retort.corpus.reading import count_rows
 from retort.corpus.sources import expand_pattern, find_named_for_evaluation, is_hub
 from retort.io.files import is_path
 from retort.io.text_files import LOADER_OF, find_ending
+from retort.io.units import format_count
 from retort.tokens.tokenize import TokenCounts, tokenize_documents
 
 # Columns that are tried in this order; chats, and prompt with completion, are found without a name.
@@ -166,9 +167,9 @@ def shape_student(num_parameters: int, *, vocabulary: int) -> dict[str, Any]:
             shapes.append((abs(width / layers - 48), width, inner, layers, width // head))
     if not shapes:
         raise ValueError(
-            f"--student: {describe_number(num_parameters)} parameters are too few for the teacher's "
-            f"{vocabulary:,} ids, whose embedding has {describe_number(16 * vocabulary)} even at a width of 16. Give "
-            f"{describe_number(64 * vocabulary)} or more."
+            f"--student: {format_count(num_parameters)} parameters are too few for the teacher's "
+            f"{vocabulary:,} ids, whose embedding has {format_count(16 * vocabulary)} even at a width of 16. Give "
+            f"{format_count(64 * vocabulary)} or more."
         )
     _, width, inner, layers, heads = min(shapes)
     return {
@@ -181,15 +182,6 @@ def shape_student(num_parameters: int, *, vocabulary: int) -> dict[str, Any]:
         "max_position_embeddings": 4096,
         "tie_word_embeddings": True,
     }
-
-
-def describe_number(number: float) -> str:
-    """Return a number with two digits and its unit: 260k, 1.1B."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= 0.995 * size:
-            value = number / size
-            return f"{value:.0f}{unit}" if value >= 9.95 else f"{value:.1f}{unit}"
-    return f"{number:.0f}"
 
 
 def read_size(text: str) -> int | None:

@@ -16,14 +16,13 @@ from retort.config.handoff import read_changes
 from retort.config.load import complete
 from retort.config.recommended import ALPHA, CACHE, TEMPERATURE, choose_learning_rate, choose_warmup
 from retort.config.yaml_source import read_yaml
-from retort.io.units import format_bytes
+from retort.io.units import format_bytes, format_count
 from retort.models.generate import find_context_length
 from retort.models.load import count_parameters, load_model_config, output_width
 from retort.models.quantized import find_quantization
 from retort.models.students import student_config
 from retort.pipeline.first_look import (
     Corpus,
-    describe_number,
     look_at_corpus,
     read_size,
     shape_student,
@@ -88,7 +87,7 @@ def write_first_config(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(args.teacher, **section.source)
     corpus = look_at_corpus(args.corpus, keys.get("dataset", {}), tokenizer)
     size = count_parameters(teacher)
-    tenth = describe_number(max(size / 10, min(1e5, size)))
+    tenth = format_count(max(size / 10, min(1e5, size)))
     student = (
         args.student or ask(f"Student: a size, a config (.json) or a model [{tenth}]: ") or tenth
     )
@@ -144,8 +143,8 @@ def _choose_values(
     cache_size = corpus.num_tokens * codec.bytes_per_position
     template = "a" if getattr(tokenizer, "chat_template", None) else "no"
     return {
-        "about": f"{corpus.num_documents:,} documents ({corpus.kind}), about {describe_number(corpus.num_tokens)} "
-        f"tokens; a teacher of {describe_number(teacher_size)} parameters, {width:,} ids, {template} chat template",
+        "about": f"{corpus.num_documents:,} documents ({corpus.kind}), about {format_count(corpus.num_tokens)} "
+        f"tokens; a teacher of {format_count(teacher_size)} parameters, {width:,} ids, {template} chat template",
         "dataset": _render(dataset),
         "teacher": _render({name: (value, "") for name, value in keys.items()}),
         "gpus": gpus,
@@ -155,7 +154,7 @@ def _choose_values(
         "cache_size": format_bytes(round(cache_size)),
         "student_key": key,
         "student": student,
-        "size": describe_number(size),
+        "size": format_count(size),
         "start": "pretrained" if key == "model_path" else "random",
         "epochs": epochs,
         "steps": epochs * per_epoch,
