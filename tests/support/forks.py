@@ -37,7 +37,7 @@ from support.place import REPOSITORY, Place
 
 HERE = Path(__file__).parent
 # Those that leave PyTorch out, but where a user's own code runs in them.
-LIGHT_SCRIPTS = ("tokenize_shard", "draw_corpus", "index_tokens", "plan", "report")
+LIGHT_SCRIPTS = ("tokenize_shard", "draw_corpus", "index_tokens", "report")
 # Variables that libraries read when they are loaded, by their beginnings.
 THREADS = (
     *("OMP_NUM_", "GOTO_NUM_", "OPENBLAS_NUM_"),

@@ -7,7 +7,7 @@ from typing import Any
 from retort.artifacts.project import Run
 from retort.config.schema import KeyPath, dotted, show
 from retort.config.section import Section, changes_id
-from retort.config.sections import Config, leaves, section_at
+from retort.config.sections import Config, key_paths, section_at
 
 
 def require_agreement(runs: Iterable[Run]) -> None:
@@ -56,6 +56,6 @@ def _list_free_keys(config: Config, sections: tuple[str, ...]) -> Iterator[tuple
 
 @cache
 def _free_keys() -> tuple[KeyPath, ...]:
-    paths = [path for path, _ in leaves()]
+    paths = list(key_paths())
     owners = [section_at(path[:-1]) or Section for path in paths]
     return tuple(p for p, owner in zip(paths, owners, strict=True) if not changes_id(owner, p[-1]))

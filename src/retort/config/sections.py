@@ -20,8 +20,8 @@ from retort.config.cache import Cache, Merge
 from retort.config.dataset import Dataset
 from retort.config.evaluation import HUMANEVAL, Evaluation
 from retort.config.output import Output, Tracking
-from retort.config.schema import Found, KeyPath, Schema
-from retort.config.section import Section, item_section, key_schemas, subsection
+from retort.config.schema import Found, KeyPath
+from retort.config.section import Section, item_section, subsection
 from retort.config.student import Student
 from retort.config.synthesis import Synthesis
 from retort.config.teacher import Generation, Teacher
@@ -93,13 +93,13 @@ def section_at(path: Sequence[str | int]) -> type[Section] | None:
     return section
 
 
-def leaves(section: type[Section] = Config, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Schema]]:
-    """Yield the path and JSON schema of every key, in order."""
-    for name, schema in key_schemas(section).items():
+def key_paths(section: type[Section] = Config, path: KeyPath = ()) -> Iterator[KeyPath]:
+    """Yield the path of every key that is not a section, in order."""
+    for name in section.model_fields:
         if below := subsection(section, name):
-            yield from leaves(below, (*path, name))
+            yield from key_paths(below, (*path, name))
         else:
-            yield (*path, name), schema
+            yield (*path, name)
 
 
 def section_paths(section: type[Section] = Config, path: KeyPath = ()) -> Iterator[KeyPath]:

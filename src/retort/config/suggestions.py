@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from retort.config.schema import KEY_PREFIXES, KeyPath, dotted, show
-from retort.config.sections import leaves, section_at, section_paths
+from retort.config.sections import key_paths, section_at, section_paths
 from retort.config.values import parse_text
 
 NAMES_FILE = "other_names.yaml"  # in the package
@@ -201,7 +201,7 @@ def _other_names() -> dict[str, str]:
 
 @cache
 def _paths() -> tuple[KeyPath, ...]:
-    return tuple(chain((path for path, _ in leaves()), section_paths(), [("runs",)]))
+    return tuple(chain(key_paths(), section_paths(), [("runs",)]))
 
 
 def _with_prefix(key: str, prefix: str) -> str:

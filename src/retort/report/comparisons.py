@@ -24,7 +24,7 @@ import pandas as pd
 
 from retort.config.schema import flatten
 from retort.config.section import changes_id
-from retort.config.sections import leaves, section_at
+from retort.config.sections import key_paths, section_at
 from retort.evaluation.intervals import DocumentSums, Estimate, percentile_interval
 from retort.evaluation.records import Metrics
 from retort.evaluation.scores import MAX_LOSS, METRICS
@@ -119,10 +119,11 @@ def compare_runs(results: Results) -> Comparisons:
 def _defaults() -> dict[str, Any]:
     """Return the settings of student and training that change a result: dotted key -> default."""
     found = {}
-    for path, schema in leaves():
+    for path in key_paths():
         section = section_at(path[:-1])
         if path[0] in ("student", "training") and section and changes_id(section, path[-1]):
-            found[".".join(path)] = schema["default"]
+            default = section.model_fields[path[-1]].default
+            found[".".join(path)] = list(default) if isinstance(default, tuple) else default
     return found
 
 

@@ -18,7 +18,7 @@ from retort.artifacts.project import Project
 from retort.config.config_files import locate, read_files
 from retort.config.load import load_runs
 from retort.config.schema import merge
-from retort.config.sections import Evaluation, Training, leaves
+from retort.config.sections import Evaluation, Training, key_paths
 from retort.config.sweeps import nest
 from retort.io.fingerprints import TokenizerIdentity, fingerprint_tokenizer, fingerprint_weights
 from support.records import make_teacher_record
@@ -144,7 +144,7 @@ def expected_of_evaluation(*key: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "key", [k for k, _ in leaves(Evaluation) if k != ("benchmarks", "tasks")], ids=".".join
+    "key", [k for k in key_paths(Evaluation) if k != ("benchmarks", "tasks")], ids=".".join
 )
 def test_each_key_of_evaluation_changes_what_its_section_is_about(
     build: Build, key: tuple[str, ...], tmp_path: Path

@@ -7,10 +7,10 @@ import yaml
 
 from retort.config.load import complete, find_problems
 from retort.config.schema import ConfigError
-from retort.config.sections import leaves, section_paths
+from retort.config.sections import key_paths, section_paths
 from retort.config.suggestions import _other_names, closest, unknown_key
 
-OUR_KEYS = [path for path, _ in leaves()]
+OUR_KEYS = list(key_paths())
 PLACES = {".".join(path) for path in [*OUR_KEYS, *section_paths()]}
 # Names of earlier versions of transformers and TRL, of transformers' example run_clm.py, and of from_pretrained.
 EARLIER = {
