@@ -301,7 +301,9 @@ def find_sweeps(found: Comparisons, group: pd.DataFrame) -> list[tuple[str, pd.D
     )
     texts = texts.drop(columns=[SEED, HELD_OUT, TEXT, UNKNOWN]).loc[group.index]
     sweeps = []
-    for key in texts.columns.drop(["teacher", STUDENT, WEIGHTS]):  # a digest may look like a number
+    differing = texts.columns[texts.nunique() > 1]
+    # A digest may look like a number.
+    for key in differing.drop(["teacher", STUDENT, WEIGHTS], errors="ignore"):
         # The size of a student is a number, the config that it follows from is none.
         follows = [c for c in texts if c == key or (key == SIZE and c.startswith("student"))]
         rest = texts.drop(columns=follows)
