@@ -1,7 +1,7 @@
 # Retort's two commands on a fresh machine (Linux, Python >= 3.11, make):
 #
 #   make demo    the whole pipeline on built-in text: one teacher, students trained in three ways, a table, a report
-#   make test    units and whole workflows, about ten minutes (make test-all: everything, on a real SLURM too)
+#   make test    units and whole workflows, about eight minutes (make test-all: everything, on a real SLURM too)
 #
 # Both make their own environment in .venv first (minutes, once).
 
@@ -27,21 +27,22 @@ test: test-unit test-workflow
 # Everything: `make test`, what takes longer, and the tests on a SLURM cluster.
 test-all: test test-slow test-slurm
 
+# Three at a time even on two cores, since tests also wait: for a process to end, a lock, a server.
 test-unit: $(READY)
-	$(BIN)/pytest tests/unit tests/test_architecture.py -n 2 --dist worksteal --durations 25 --durations-min 1
+	$(BIN)/pytest tests/unit tests/test_architecture.py -n 3 --dist worksteal --durations 25 --durations-min 1
 
 # Whole workflows with interruptions, resume, bad input and many ways to train. Jobs are forked from servers that have
 # the libraries loaded (tests/support/forks.py); RETORT_REAL_STARTS=1 starts each in a Python of its own.
 test-workflow: $(READY)
-	$(BIN)/pytest tests/workflow -n 2 --durations 25 --durations-min 5
+	$(BIN)/pytest tests/workflow -n 3 --dist worksteal --durations 25 --durations-min 5
 
 # Property tests, stops and kills at every stage, the examples' commands, simulated GPU groups, kills of workers (fifty of them in `make campaign`), resumed trainings, a Hub and
 # servers with faults, the wheel, the container's steps, and the real models and stories of ../shared/data (skipped with a
 # reason if they are absent).
 SLOW := trial inventory library starts benchmark_defaults benchmark_starts kills real_input gpu_groups synthesis_example wheel container module examples gpu_tests ranks interrupts
 test-slow: $(READY)
-	$(BIN)/pytest -m "not campaign" -n 2 --dist worksteal --durations 10 --durations-min 5 tests/properties
-	$(BIN)/pytest -m "slow and not campaign" -n 2 --durations 25 --durations-min 20 \
+	$(BIN)/pytest -m "not campaign" -n 3 --dist worksteal --durations 10 --durations-min 5 tests/properties
+	$(BIN)/pytest -m "slow and not campaign" -n 3 --dist worksteal --durations 25 --durations-min 20 \
 		$(addprefix tests/workflow/test_,$(addsuffix .py,$(SLOW))) tests/unit
 
 # What only a GPU shows, and the table that docs/benchmarks.md waits for (in gpu.md). Tests of groups need several GPUs;
