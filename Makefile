@@ -16,7 +16,7 @@ READY := $(VENV)/.ready
 # Where this is set, each job and each session of tests would compile every module of Retort again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all test-unit test-workflow test-slow test-vllm test-gpu test-slurm test-slurm-runs test-slurm-faults campaign benchmark-cache benchmark-merge benchmark-teacher benchmark-training benchmark-packing benchmark-starts benchmark-starts-by-lora benchmark-lora benchmark-estimates benchmark-feeding benchmark-groups benchmark-graph benchmark-submissions benchmark-quality benchmark-defaults lint environment docs clean
+.PHONY: demo test test-all test-unit test-workflow test-slow test-vllm test-gpu test-slurm test-slurm-runs test-slurm-faults campaign benchmark-cache benchmark-merge benchmark-import benchmark-teacher benchmark-training benchmark-packing benchmark-starts benchmark-starts-by-lora benchmark-lora benchmark-estimates benchmark-feeding benchmark-groups benchmark-graph benchmark-submissions benchmark-quality benchmark-defaults lint environment docs clean
 
 demo: $(READY)
 	$(BIN)/snakemake --cores $(CORES) --quiet rules
@@ -87,6 +87,11 @@ benchmark-cache: $(READY)
 # Merging parts beside `cp`, a minute: make benchmark-merge FLAGS="--gigabytes 0.25 --folder /the/disk"
 benchmark-merge: $(READY)
 	$(BIN)/python -m benchmarks.cache.merge $(FLAGS)
+
+# Importing published logits beside reading and decoding them, two minutes; DistillKit's own decoder beside it:
+# make benchmark-import FLAGS="--distillkit PATH"
+benchmark-import: $(READY)
+	$(BIN)/python -m benchmarks.cache.importing $(FLAGS)
 
 # The teacher's pass beside its bare forward, ten minutes; on a GPU:
 # make benchmark-teacher FLAGS="--device cuda --dtype bfloat16 --shape 7b --vocabulary 131072"
