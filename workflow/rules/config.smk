@@ -34,7 +34,8 @@ def place_outputs(config):
         return config  # load_source will refuse it
     output = dict(output)
     for key, default in {"results_dir": "results", "cache_dir": None}.items():
-        if folder := output.get(key, default):
+        folder = output.get(key, default)
+        if folder and "://" not in folder:
             output[key] = modifier.replace_prefix(f"{folder}/").removesuffix("/")
     modifier.modify = keep
     return {**config, "output": output}
@@ -71,7 +72,7 @@ WHOLE_CONFIG = config = SOURCE.values  # as written: a run may be named no, or 0
 
 OUTPUT = next(iter(PROJECT.runs.values())).config.output
 RESULTS = OUTPUT.results_dir
-CACHE = OUTPUT.cache_dir or RESULTS
+CACHE = OUTPUT.cache_folder
 # With the names of the config files, which each result records.
 SOURCES = ", ".join(Path(file).name for file in workflow.configfiles)
 LONG_CONFIGS = Path(RESULTS) / ".configs"

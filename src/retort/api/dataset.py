@@ -1,5 +1,6 @@
 """A logit cache as a PyTorch dataset: `retort.open_cache`."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,12 @@ class CacheDataset(Dataset[dict[str, Any]]):
             "language": names[1],
             "source": names[2],
         }
+
+    def __getitems__(self, indices: Iterable[int]) -> list[dict[str, Any]]:
+        """Return several sequences; those of a cache in an object store are asked for at the same time."""
+        numbers = [index + len(self) if index < 0 else index for index in indices]
+        self.cache.prefetch(number for number in numbers if 0 <= number < len(self))
+        return [self[number] for number in numbers]
 
     @property
     def path(self) -> Path:

@@ -82,7 +82,7 @@ def build_project(configs: Mapping[str, Config]) -> Project:
 def _build_project(configs: Mapping[str, Config]) -> Project:
     for output in {config.output for config in configs.values()}:
         require_no_file_at(Path(output.results_dir))
-        require_no_file_at(Path(output.cache_dir or output.results_dir))
+        require_no_file_at(Path(output.cache_folder))
     for config in configs.values():
         for key, value in _named_folders(config).items():
             _refuse_missing_folder(key, value)
@@ -394,4 +394,4 @@ def list_selection(config: Config) -> list[Any]:
 
 
 def _cache_root(config: Config) -> Path:
-    return Path(config.output.cache_dir or config.output.results_dir)
+    return Path(config.output.cache_folder)

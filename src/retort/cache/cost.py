@@ -77,27 +77,35 @@ def estimate_cost(
     vocabulary: int,
     folder: Path,
     sample: SampledBytes | None = None,
+    is_stored: bool = False,
 ) -> CacheCost:
     """Return the size of the cache of an index for a teacher whose output layer has `vocabulary` ids.
 
-    Raises ValueError when the disk of `folder`, which need not exist, has too little space.
+    is_stored: its parts are in an object store. Raises ValueError when the disk of `folder`, which need not exist, has
+    too little space.
     """
     train = index.train
     sizes = Sizes(train.positions, train.tokens, train.sequences, len(index.parts))
     codec = build_codec(cache, vocabulary=vocabulary)
-    cost = size_cache(sizes, codec, merge, folder=folder, sample=sample)
-    if fault := find_lack_of_space(cost, cache, merge, folder=folder):
+    copies = count_copies(merge, is_stored=is_stored)
+    cost = size_cache(sizes, codec, copies, folder=folder, sample=sample)
+    if fault := find_lack_of_space(cost, cache, copies, folder=folder):
         raise ValueError(fault)
     return cost
 
 
-def size_cache(
-    sizes: Sizes, codec: Codec, merge: Merge, *, folder: Path, sample: SampledBytes | None
-) -> CacheCost:
-    """Return the size of a cache in `folder`.
+def count_copies(merge: Merge, *, is_stored: bool) -> int:
+    """Return how often records are on the disk while parts are merged.
 
-    While parts are merged, they and the merged file exist side by side; a virtual cache stores its records once.
+    The parts and the merged file exist side by side; a virtual cache stores its records once, a store holds them all.
     """
+    return 0 if is_stored else 1 if merge.mode == "virtual" else 2
+
+
+def size_cache(
+    sizes: Sizes, codec: Codec, copies: int, *, folder: Path, sample: SampledBytes | None
+) -> CacheCost:
+    """Return the size of a cache in `folder`; copies: see `count_copies`."""
     basis, per_position, most = choose_bytes(codec, sample)
     tables = sample.per_part if sample else 0
     record_bytes = math.ceil(sizes.positions * per_position) + tables * sizes.parts
@@ -106,7 +114,8 @@ def size_cache(
         + _BYTES_PER_SEQUENCE * sizes.sequences
         + (_BYTES_PER_PART + codec.bytes_per_part) * sizes.parts
     )
-    copies = 1 if merge.mode == "virtual" else 2
+    # A part is written here before it is stored.
+    on_disk = copies or 1 / max(1, sizes.parts)
     return CacheCost(
         positions=sizes.positions,
         parts=sizes.parts,
@@ -115,7 +124,7 @@ def size_cache(
         record_bytes=record_bytes,
         relative_error=round(sample.relative_error, 4) if sample else None,
         file_bytes=record_bytes + other_bytes,
-        total_bytes=2 * other_bytes + math.ceil(record_bytes * most) * copies,
+        total_bytes=2 * other_bytes + math.ceil(math.ceil(record_bytes * most) * on_disk),
         disk_free_bytes=shutil.disk_usage(find_existing(folder)).free,
     )
 
@@ -136,19 +145,19 @@ def find_existing(folder: Path) -> Path:
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
-def find_lack_of_space(cost: CacheCost, cache: Cache, merge: Merge, *, folder: Path) -> str | None:
+def find_lack_of_space(cost: CacheCost, cache: Cache, copies: int, *, folder: Path) -> str | None:
     """Return what is wrong, with what would do, when the disk has too little space for a cache; else None."""
     total, free = cost.total_bytes, cost.disk_free_bytes
     if total <= free:
         return None
     changes = []
     records = total - 2 * (cost.file_bytes - cost.record_bytes)
-    if merge.mode == "copy" and total - records / 2 <= free:
+    if copies == 2 and total - records / 2 <= free:
         changes.append("set merge.mode: virtual, which stores the records once")
     changes += [
         f"lower dataset.max_samples to {99 * free / total:.3g} % of the documents",
         f"keep less of each distribution (cache.method is {cache.method})",
-        "set output.cache_dir to a larger disk",
+        f"set output.{'cache_dir' if copies else 'results_dir'} to a larger disk",
     ]
     return (
         f"the cache of {cost.positions:,} positions needs up to {format_bytes(total)} while its parts are merged "

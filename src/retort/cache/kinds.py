@@ -85,15 +85,21 @@ def refuse_unlike(paths: Sequence[Path], kinds: Sequence[PartKind | None]) -> No
     )
 
 
-def refuse_unlike_work(mine: PartKind, others: Mapping[Path, PartKind | None]) -> None:
-    """Raise UnlikePartsError when a worker would add parts of its kind to others that exist, of another kind."""
+def refuse_unlike_work(
+    mine: PartKind, others: Mapping[Path, PartKind | None], *, store: str | None = None
+) -> None:
+    """Raise UnlikePartsError when a worker would add parts of its kind to others that exist, of another kind.
+
+    store: URL of the folder that parts are stored in, if they are.
+    """
+    stored = f" and {store}" if store else ""
     for path, kind in others.items():
         if kind != mine:
             raise UnlikePartsError(
                 f"this worker would make parts of another kind than those in {path.parent}, and they round differently."
                 f"\n  here: {mine}\n  {path.name}: {describe_kind(kind)}\nRun it on a machine and with packages of "
-                f"that kind. Or delete {path.parent}: its parts are made again. Or set merge.accept_unlike_parts: true "
-                "to mix them."
+                f"that kind. Or delete {path.parent}{stored}: its parts are made again. Or set "
+                "merge.accept_unlike_parts: true to mix them."
             )
 
 

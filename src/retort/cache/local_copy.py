@@ -3,17 +3,19 @@
 The copy is believed only once it is complete: it is written under a temporary name, checked by the cache's checksums
 and renamed, and a job that finds it checks it again. Each job that reads it holds a lock (flock), which the kernel
 releases when the job dies; the last one removes the copy. What a kill leaves is used, or removed, by the next job.
+Of a cache in a store, blocks of its records are kept, as they are read (`stored`).
 """
 
 import fcntl
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from retort.cache.reader import LogitCache, cache_digest
+from retort.cache.stored import KeptBlocks
 from retort.io.files import file_lock, remove_stale_temporaries, replacing, write_pieces
 
 logger = logging.getLogger(__name__)
@@ -35,17 +37,40 @@ def copy_cache(cache: LogitCache, folder: str) -> Iterator[LogitCache]:
             f"files. Leave {_KEY} out, or merge with merge.mode: copy."
         )
     place = _make_place(folder, cache)
-    lock, copy = place / ".lock", place / cache.path.name
+    copy = place / cache.path.name
+    with _used(place, lambda: _provide(copy, cache)):
+        yield LogitCache(copy)
+
+
+@contextmanager
+def keep_blocks(cache: LogitCache, folder: str, *, most_bytes: int) -> Iterator[LogitCache]:
+    """Yield a cache whose records are in a store, and keep up to `most_bytes` of what is read of it in `folder`.
+
+    All jobs of the node read them; they are removed after the block if nobody else does. Raises ValueError when the
+    folder cannot be used.
+    """
+    place = _make_place(folder, cache)
+    with _used(place, lambda: None):
+        yield LogitCache(cache.path, KeptBlocks(place, most_bytes))
+
+
+@contextmanager
+def _used(place: Path, provide: Callable[[], None]) -> Iterator[None]:
+    """Hold the lock of the readers of a place, and remove its files after the block if there are no others.
+
+    `provide` is called while no other job looks at the files.
+    """
+    lock = place / ".lock"
     users = os.open(place / ".users", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         with file_lock(lock, busy=_BUSY):
             fcntl.flock(users, fcntl.LOCK_SH)
-            _provide(copy, cache)
-        yield LogitCache(copy)
+            provide()
+        yield
     finally:
         os.close(users)
         with file_lock(lock, busy=_BUSY):
-            _remove_if_unused(place, copy)
+            _remove_if_unused(place)
 
 
 def _make_place(folder: str, cache: LogitCache) -> Path:
@@ -103,14 +128,16 @@ def _require_same(copy: LogitCache, cache: LogitCache) -> None:
         raise ValueError(f"{copy.path} is a copy of another cache than {cache.path}.")
 
 
-def _remove_if_unused(place: Path, copy: Path) -> None:
-    """Remove the copy unless another job reads it; the small lock files stay, since a job may be about to lock them."""
+def _remove_if_unused(place: Path) -> None:
+    """Remove what is kept unless another job reads it; the small lock files stay: a job may be about to lock them."""
     users = os.open(place / ".users", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return
     else:
-        copy.unlink(missing_ok=True)
+        for path in sorted(place.iterdir()):
+            if path.name not in (".lock", ".users"):
+                path.unlink(missing_ok=True)
     finally:
         os.close(users)

@@ -20,8 +20,10 @@ from retort.cache.reader import (
     CacheHeader,
     LogitCache,
 )
+from retort.cache.stored import StoredRecords
 from retort.io.files import replacing, write_pieces
 from retort.io.hdf5 import reserve
+from retort.io.objects import list_sizes
 from retort.tokens.index import TokenIndex, name_part
 from retort.tokens.sequences import Labels, join_columns, merge_names
 
@@ -41,6 +43,7 @@ class _Part:
     byte_ranges: dict[str, tuple[int, int]]
     halved_parts: int
     kind: PartKind | None
+    stored: tuple[StoredRecords, ...]
 
 
 def merge_parts(
@@ -55,13 +58,20 @@ def merge_parts(
     """Merge all parts, in the index's order, into `out`, and verify it by the parts' checksums; the parts are kept.
 
     mode `copy`: one self-contained file. `virtual`: a file that refers to the records in the parts by relative paths.
-    Returns the number of parts of each kind. Raises UnlikePartsError, unless `accept_unlike`, when there are several.
-    Raises ValueError naming every part that is missing, damaged or foreign, or when the disk has too little space.
+    Where the parts are in a store (`header.store`), they are receipts, and the file refers to the objects; records are
+    not read. Returns the number of parts of each kind. Raises UnlikePartsError, unless `accept_unlike`, when there are
+    several. Raises ValueError naming every part that is missing, damaged or foreign, or when the disk has too little
+    space.
     """
     parts = _read_parts(index, [part_path(folder, p.name, header) for p in index.parts], header)
+    if header.store:
+        _refuse_missing_objects(parts)
     if not accept_unlike:
         refuse_unlike([part.path for part in parts], [part.kind for part in parts])
-    copied = tuple(LARGE_COLUMNS) if mode == "copy" else tuple(LARGE_COLUMNS)[:-1]
+    is_copied = (
+        mode == "copy" or header.store
+    )  # of receipts, which have no records, the empty column
+    copied = tuple(LARGE_COLUMNS) if is_copied else tuple(LARGE_COLUMNS)[:-1]
     label_names = [part.label_names for part in parts]
     names = merge_names(label_names)
     columns = {
@@ -83,8 +93,10 @@ def merge_parts(
                     offsets[name] = reserve(file, name, shape=(num_rows,), dtype=kind)
                 else:
                     _refer_to_records(file, name, parts, beside=out.parent)
-            halved = sum(part.halved_parts for part in parts)
-            write_header(file, header, names, columns, {"halved_parts": halved})
+            own: dict[str, Any] = {"halved_parts": sum(part.halved_parts for part in parts)}
+            if header.store:
+                own["objects"] = [part.stored[0] for part in parts]
+            write_header(file, header, names, columns, own)
         with temporary.open("r+b") as target:
             for part in parts:
                 _copy_part(part, target, offsets)
@@ -121,7 +133,22 @@ def _read_part(name: str, path: Path, header: CacheHeader) -> _Part:
         if column not in LARGE_COLUMNS
     }
     names = cache.table.label_names
-    return _Part(path, small, names, cache.byte_ranges, cache.halved_parts, cache.kind)
+    return _Part(
+        path, small, names, cache.byte_ranges, cache.halved_parts, cache.kind, cache.stored
+    )
+
+
+def _refuse_missing_objects(parts: list[_Part]) -> None:
+    """Raise ValueError that names every part whose object is not in the store, or is shorter than its records end."""
+    places = {part.path: part.stored[0] for part in parts}
+    folders = {place.url.rpartition("/")[0] for place in places.values()}
+    sizes = {f"{folder}/{name}": n for folder in folders for name, n in list_sizes(folder).items()}
+    faults = {
+        path: f"{place.url} is missing, or was cut short ({path} is its receipt)"
+        for path, place in places.items()
+        if sizes.get(place.url, -1) < place.offset + place.size
+    }
+    _refuse(faults, num_parts=len(parts))
 
 
 def _find_fault(path: Path) -> str | None:

@@ -57,6 +57,11 @@ class CacheMix:
         """Whether no mass is outside the kept tokens: then the mixture itself is known."""
         return all(codec.is_complete or codec.method == "sampled" for codec in self.codecs)
 
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Ask the store, if records are in one, for those of several sequences at the same time."""
+        for cache in self.caches:
+            cache.prefetch(indices)
+
     def read_targets(self, index: int) -> tuple[SparseTargets, ...]:
         """Return each teacher's distributions at the counted positions of a sequence; raises as LogitCache does.
 

@@ -5,7 +5,7 @@ Every file is written in one canonical order, so equal content gives equal bytes
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from functools import cache
@@ -32,14 +32,18 @@ from retort.cache.reader import (
     checksum_record,
     read_kind,
 )
+from retort.cache.stored import name_object
 from retort.config.sections import Cache
 from retort.io.digests import digest
+from retort.io.files import temporary_name
 from retort.io.fingerprints import TeacherRecord
 from retort.io.hdf5 import write_h5, write_text
+from retort.io.objects import download, upload
 from retort.tokens.index import Part, TokenIndex
 from retort.tokens.sequences import TABLE_COLUMNS, SequenceTable
 
 DAMAGED_SUFFIX = ".damaged"
+RECEIPT_SUFFIX = ".stored.h5"  # of a part in a store; the same part, whole, has another name and is not taken for it
 
 
 def build_header(
@@ -68,11 +72,15 @@ def build_header(
 
 
 def part_path(folder: Path, part_name: str, header: CacheHeader) -> Path:
-    """Return the path of a part, whose file name is a digest of its content's name and of what it was made from."""
+    """Return the path of a part, whose file name is a digest of its content's name and of what it was made from.
+
+    Of a part in a store it is the path of its receipt.
+    """
     content: list[Any] = [part_name, header.to_json(), CACHE_VERSION]
     if header.batch_tokens is not None:  # other batches round differently
         content.append({"batch_tokens": header.batch_tokens})
-    return folder / f"{digest(content)}.h5"
+    suffix = RECEIPT_SUFFIX if header.store else ".h5"
+    return folder / f"{digest(content)}{suffix}"
 
 
 def write_part(
@@ -116,6 +124,55 @@ def write_part(
 
     # Verified here, since merging relies on its checksums.
     write_h5(path, fill, verify=lambda written: LogitCache(written).verify(pool))
+
+
+def store_part(written: Path, receipt: Path, store: str) -> None:
+    """Store a part that was written here in the folder `store`, then write its receipt.
+
+    Raises ValueError when the part is damaged, or the store does not take it.
+    """
+    url = f"{store}/{name_object(receipt, written)}"
+    upload(written, url)
+    write_receipt(receipt, written, url)
+
+
+def write_receipt(receipt: Path, written: Path, url: str) -> None:
+    """Write the receipt of a part, a copy of which is here, atomically. Raises ValueError when the part is damaged."""
+    part = LogitCache(written)
+    part.verify_parts()
+    columns = part.columns | {"records": np.empty(0, np.uint8)}
+    own: dict[str, Any] = {"halved_parts": part.halved_parts}
+    own |= {"made_by": part.kind.to_json()} if part.kind else {}
+    own |= {"objects": [[url, *part.byte_ranges["records"]]]}
+
+    def fill(file: h5py.File) -> None:
+        for name in COLUMN_TYPES:
+            file.create_dataset(name, data=columns[name])
+        write_header(file, part.header, part.table.label_names, columns, own)
+
+    write_h5(receipt, fill)
+
+
+def adopt_part(
+    receipt: Path, store: str, names: Iterable[str], *, like: Sequence[PartKind | None]
+) -> bool:
+    """Write the receipt of a part that is in the store already, among objects of these names; say whether it is.
+
+    It was stored before a kill, or from another folder of results. An object is read once, and compared with the
+    checksum in its name. like: kinds of parts, of one of which it must be; any will do where there are none.
+    """
+    stem = receipt.name.removesuffix(RECEIPT_SUFFIX)
+    copy = temporary_name(receipt.with_suffix(".copy"))
+    for name in sorted(name for name in names if name.startswith(f"{stem}-")):
+        try:
+            download(f"{store}/{name}", copy)
+            is_same = name_object(receipt, copy) == name
+            if is_same and (not like or read_kind(copy) in like):
+                write_receipt(receipt, copy, f"{store}/{name}")
+                return True
+        finally:
+            copy.unlink(missing_ok=True)
+    return False
 
 
 def write_header(
@@ -194,7 +251,7 @@ def is_merged(path: Path, header: CacheHeader) -> bool:
 
 def discard_if_merged(path: Path, merged: Path, header: CacheHeader) -> None:
     """Remove a part that was written after all parts were merged and removed; a virtual cache needs its parts."""
-    if is_merged(merged, header) and not LogitCache(merged).is_virtual:
+    if is_merged(merged, header) and not LogitCache(merged).needs_parts:
         path.unlink(missing_ok=True)
         with suppress(OSError):  # not empty: other workers write here too
             path.parent.rmdir()

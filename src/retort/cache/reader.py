@@ -2,15 +2,15 @@
 
 A part and a merged cache are the same kind of HDF5 file (docs/cache-format.md): the sequences with their content
 keys, one encoded record per sequence, checksums, and a header that names the teacher, tokenizer, tokens and codec. A
-virtual cache is such a file too, whose records are stored in its parts. The reader maps the columns into memory:
-nothing is loaded before it is used, and DataLoader workers may fork.
+virtual cache is such a file too, whose records are stored in its parts; these may be objects in a store (`stored`). The
+reader maps the columns into memory: nothing is loaded before it is used, and DataLoader workers may fork.
 """
 
 import hashlib
 import json
 import math
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
@@ -26,6 +26,7 @@ from retort.cache.codec import Codec, SparseTargets, TokenOrder
 from retort.cache.kinds import PartKind
 from retort.cache.methods import read_codec
 from retort.cache.pieces import cut_pieces, do_pieces
+from retort.cache.stored import KeptBlocks, RecordStore, Span, StoredRecords
 from retort.io.hdf5 import open_h5, read_text
 from retort.tokens.sequences import TABLE_COLUMNS, SequenceTable, content_key
 
@@ -76,6 +77,7 @@ class CacheHeader:
     batch_tokens: int | None = (
         None  # found for batch_tokens: auto; not stored, but in the parts' names
     )
+    store: str | None = None  # URL of the folder that parts are stored in; likewise
 
     def to_json(self) -> dict[str, Any]:
         """Return the header as it is stored; part files are named by a digest of it, and of `batch_tokens`."""
@@ -211,11 +213,12 @@ class LogitCache:
 
     header, table (all sequences), columns (by name, [see COLUMN_TYPES]), byte_ranges (of each column in the file: first
     byte, number of bytes), halved_parts (number of parts scored in halved batches, because memory ran out), kind (of a
-    part; None of a merged cache and of an older part).
+    part; None of a merged cache and of an older part), stored (objects that hold the records, one a part; none where
+    they are not in a store), kept (what this machine keeps of them).
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, kept: KeptBlocks | None = None) -> None:
+        self.path, self.kept = path, kept
         with open_h5(path, expected_format=CACHE_FORMAT, version=CACHE_VERSION) as file:
             entry = _read_header(path, file)
             self.columns, self.byte_ranges = _map_columns(path, file)
@@ -230,6 +233,8 @@ class LogitCache:
         self.header = CacheHeader.from_json(entry)
         self.halved_parts = int(entry.get("halved_parts", 0))
         self.kind = _find_kind(entry)
+        self.stored = tuple(StoredRecords(*place) for place in entry.get("objects", ()))
+        self._store = RecordStore(self.stored, kept) if self.stored else None
         order = checksum_column(self.columns["token_order"]).hex()
         if self.header.codec.order not in (None, order):
             raise ValueError(
@@ -249,15 +254,20 @@ class LogitCache:
         columns["loss_mask"] = columns["loss_mask"].view(np.bool_)
         self.table = SequenceTable(**columns, label_names=names)
 
-    def __reduce__(self) -> tuple[type["LogitCache"], tuple[Path]]:
-        return LogitCache, (self.path,)
+    def __reduce__(self) -> tuple[type["LogitCache"], tuple[Path, KeptBlocks | None]]:
+        return LogitCache, (self.path, self.kept)
 
     def __len__(self) -> int:
         return len(self.table)
 
     @property
     def is_virtual(self) -> bool:
-        """Whether the records are stored in other files."""
+        """Whether the records are stored in other files, or in objects."""
+        return bool(self._externals or self.stored)
+
+    @property
+    def needs_parts(self) -> bool:
+        """Whether the records are stored in the files of the parts."""
         return bool(self._externals)
 
     @property
@@ -277,16 +287,36 @@ class LogitCache:
 
     def read_record(self, index: int) -> bytes:
         """Return one sequence's record as stored. Raises ValueError when it does not match its checksum."""
-        start, stop = self.columns["record_offsets"][index : index + 2].tolist()
-        first, records = self._map_records(self._find_part(index))
-        record: bytes = records[start - first : stop - first].tobytes()
-        found = checksum_record(self.table[index].key, record)
-        if found != int(self.columns["record_checksums"][index]):
+        key, expected = self.table[index].key, int(self.columns["record_checksums"][index])
+        if self._store:
+            span = self._find_span(index)
+            record = self._store.read(span)
+            if checksum_record(key, record) != expected:
+                record = self._store.read_again(span)
+        else:
+            start, stop = self.columns["record_offsets"][index : index + 2].tolist()
+            first, records = self._map_records(self._find_part(index))
+            record = records[start - first : stop - first].tobytes()
+        if checksum_record(key, record) != expected:
             raise ValueError(
                 f"{self.path}: the record of sequence {index} does not match its checksum: the file is damaged, or "
                 "the record is another sequence's. Delete it and rerun the same command."
             )
         return record
+
+    def _find_span(self, index: int) -> Span:
+        part = self._find_part(index)
+        start, stop = self.columns["record_offsets"][index : index + 2].tolist()
+        first = int(self.columns["record_offsets"][self._part_offsets[part]])
+        return Span(part, start - first, stop - first)
+
+    def prefetch(self, indices: Iterable[int]) -> None:
+        """Ask the store, if the records are in one, for those of several sequences at the same time.
+
+        They are held until the next call. Raises ValueError when the store does not give them.
+        """
+        if self._store:
+            self._store.prefetch([self._find_span(index) for index in indices])
 
     def read_targets(self, index: int) -> SparseTargets:
         """Return the teacher's distributions at the P counted positions of one sequence, in order.
@@ -325,8 +355,12 @@ class LogitCache:
             self.verify_part(part)
 
     def verify_part(self, part: int) -> None:
-        """Check one part's rows of the large columns. Raises ValueError when they do not match their checksum."""
-        expected, found = self.columns["part_checksums"][part].tobytes(), self._checksum_part(part)
+        """Check one part's rows of the large columns, without records in a store.
+
+        Raises ValueError when they do not match their checksum.
+        """
+        found = self._checksum_part(part)
+        expected = self.columns["part_checksums"][part].tobytes()[: len(found)]
         if found != expected:
             raise ValueError(
                 f"{self.path}: part {part} has checksum {found.hex()}, expected {expected.hex()}: the file is damaged. "
@@ -338,6 +372,8 @@ class LogitCache:
         first, stop = self.columns["part_offsets"][part : part + 2].tolist()
         pieces = []
         for name, offsets in LARGE_COLUMNS.items():
+            if name == "records" and self.stored:
+                continue  # the last one; each record is checked when it is read
             if name == "records":
                 rows = self._map_records(part)[1]
             else:

@@ -35,7 +35,7 @@ SECTIONS = {
     "teacher": ("teacher",),
     "demo_teacher": ("dataset",),
     "tokens": ("dataset", "teacher"),
-    "logits": ("teacher", "cache", "merge"),
+    "logits": ("teacher", "cache", "merge", "output"),
     "validation": ("teacher", "evaluation"),
     "pruned": ("student", "teacher"),
     "run": ("dataset", "teacher", "student", "training", "tracking", "evaluation"),
@@ -80,7 +80,8 @@ class Job(BaseModel):
 
     def to_json(self, sections: Iterable[str]) -> dict[str, Any]:
         """Return the JSON of some sections; keys at their default are left out."""
-        found = {name: differences(getattr(self.config, name)) for name in sections}
+        parts = self.config.model_copy(update={"output": self.config.output.of_cache()})
+        found = {name: differences(getattr(parts, name)) for name in sections}
         config = {name: values for name, values in found.items() if values}
         about = {"run": self.run, "source": self.source, "expected": self.expected}
         return {name: value for name, value in about.items() if value} | {"config": config}

@@ -68,7 +68,11 @@ class Training(Section):
     """Learn from the logit cache; false runs the teacher beside the student instead."""
     cache_copy: Text | None = setting(None, changes_id=False)
     """Folder on the node's own disk or in its memory, such as $TMPDIR or /dev/shm, to which the cache is copied for the
-    training; variables are those of the job. null reads the cache where it is."""
+    training; variables are those of the job. null reads the cache where it is. Of a cache in an object store, what is
+    read is kept there, up to cache_copy_gb; with null, in the system's folder for temporary files."""
+    cache_copy_gb: Annotated[float, Field(ge=0)] = setting(20.0, changes_id=False)
+    """How many GB of a cache in an object store (output.cache_dir) are kept on each machine that trains; what is beyond
+    is read from the store each time."""
     learning_rate: Positive = 0.0001
     """Peak learning rate."""
     optim: Optimizer = "adamw_torch_fused"

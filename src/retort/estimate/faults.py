@@ -38,13 +38,11 @@ def find_faults(
         size = sizes[logits.teacher.id]
         said |= dict.fromkeys(_find_teacher_faults(logits, work, size, options))
         # Without a sample only the usual size is known, which need not be this teacher's.
-        cost = work.cost
+        cost, copies = work.cost, work.copies
         if cost.basis == "table":
-            copies = 1 if logits.config.merge.mode == "virtual" else 2
             usual = 2 * (cost.file_bytes - cost.record_bytes) + copies * cost.record_bytes
             cost = cost.model_copy(update={"total_bytes": usual})
-        cache, merge = logits.config.cache, logits.config.merge
-        lack = find_lack_of_space(cost, cache, merge, folder=logits.folder)
+        lack = find_lack_of_space(cost, logits.config.cache, copies, folder=logits.folder)
         said |= dict.fromkeys([lack] if lack else [])
     for found in runs:
         run = project.runs[found.name]

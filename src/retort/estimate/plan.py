@@ -35,4 +35,5 @@ def plan_cache(
         vocabulary=teacher.vocabulary,
         folder=folder.resolve(),
         sample=sample,
+        is_stored=job.config.output.store is not None,
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from retort.artifacts.project import Logits
-from retort.cache.cost import CacheCost, SampledBytes, Sizes, size_cache
+from retort.cache.cost import CacheCost, SampledBytes, Sizes, count_copies, size_cache
 from retort.cache.methods import build_codec
 from retort.estimate.calibrate import sample_teacher
 from retort.estimate.memory import Load, estimate_teacher_memory, find_smallest_group
@@ -29,6 +29,7 @@ class TeacherWork:
     cost: CacheCost
     load: Load
     is_timed: bool
+    copies: int  # of the records on the disk while parts are merged
 
 
 def choose_dtype(dtype: str, options: Options) -> str:
@@ -78,7 +79,8 @@ def estimate_teacher(
     documents = found.documents or found.sequences
     parts = math.ceil(documents / config.dataset.streaming_chunk_size) + config.dataset.num_shards
     sizes = Sizes(found.positions, found.tokens, found.sequences, parts)
-    cost = size_cache(sizes, codec, config.merge, folder=logits.folder, sample=sample)
+    copies_on_disk = count_copies(config.merge, is_stored=config.output.store is not None)
+    cost = size_cache(sizes, codec, copies_on_disk, folder=logits.folder, sample=sample)
     minutes = options.slots.get("generate_logits")
     teacher = TeacherEstimate(
         name=str(config.teacher.model_path),
@@ -94,7 +96,9 @@ def estimate_teacher(
         device_hours=hours * copies * group,
         slots=math.ceil(hours * 60 / minutes) if minutes else 1,
     )
-    return TeacherWork(teacher, describe_cache(logits, cost), cost, load, bool(rate))
+    return TeacherWork(
+        teacher, describe_cache(logits, cost), cost, load, bool(rate), copies_on_disk
+    )
 
 
 def describe_cache(logits: Logits, cost: CacheCost) -> CacheEstimate:

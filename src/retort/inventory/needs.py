@@ -53,7 +53,7 @@ def read_project(path: Path) -> tuple[dict[str, Config], Project]:
 def _read_needs(path: Path) -> Needs:
     configs, project = read_project(path)
     outputs = [config.output for config in configs.values()]
-    folders = [o.results_dir for o in outputs] + [o.cache_dir for o in outputs if o.cache_dir]
+    folders = [o.results_dir for o in outputs] + [o.cache_folder for o in outputs]
     roots = tuple(dict.fromkeys(Path(folder) for folder in folders))
     needs = Needs(
         path.name,

@@ -150,7 +150,10 @@ def _describe_cache(cache: LogitCache) -> Iterator[str]:
         "bytes a position": f"{(cache.record_bytes + cache.table_bytes) / max(1, positions):.1f} of distributions"
         + ("" if cache.is_virtual else f", {size / max(1, positions):.1f} of the file"),
         "file": format_size(size)
-        + (", virtual: the records are in parts/" if cache.is_virtual else ""),
+        + (", virtual: the records are in parts/" if cache.needs_parts else "")
+        + (
+            f", the records are in {cache.stored[0].url.rpartition('/')[0]}" if cache.stored else ""
+        ),
         "parts": f"{len(cache.columns['part_checksums']):,}"
         + (f", {cache.halved_parts} in halved batches" if cache.halved_parts else ""),
     }

@@ -24,6 +24,7 @@ from retort.tokens.sequences import Labels, SequenceTable
 logger = logging.getLogger(__name__)
 
 _FILE_POSITIONS = 250_000
+_READ_AHEAD = 256  # sequences of a cache in a store that are asked for at the same time
 _GROUP_TOKENS = (
     4_000_000  # kept tokens of a row group, or one sequence's: what is in memory at once
 )
@@ -93,6 +94,8 @@ def _read_groups(cache: LogitCache, sequences: range) -> Iterator[tuple[range, S
     """Yield the sequences of each row group, and the distributions at all their positions."""
     first, pieces = sequences.start, []
     for index in sequences:
+        if (index - sequences.start) % _READ_AHEAD == 0:
+            cache.prefetch(range(index, min(index + _READ_AHEAD, sequences.stop)))
         pieces.append(cache.read_targets(index))
         is_last = index + 1 == sequences.stop
         if is_last or sum(len(piece.ids) for piece in pieces) >= _GROUP_TOKENS:

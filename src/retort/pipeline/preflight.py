@@ -25,6 +25,7 @@ from retort.corpus.documents import Document
 from retort.corpus.sources import find_named_for_evaluation, is_hub, list_files
 from retort.evaluation.tasks import check_tasks
 from retort.io.files import require_writable
+from retort.io.objects import require_usable
 from retort.io.records import Record
 from retort.io.run_record import RunRecord, describe_run
 from retort.models.attention import set_attention
@@ -72,9 +73,12 @@ def check_project(configs: Mapping[str, Config]) -> CheckRecord:
     notes: list[str] = []
     mistakes = Mistakes()
     for name, config in configs.items():
-        for folder in (config.output.results_dir, config.output.cache_dir):
+        for folder in (config.output.results_dir, config.output.cache_folder):
             with mistakes:
-                require_writable(Path(folder or config.output.results_dir))
+                require_writable(Path(folder))
+        with mistakes:
+            if config.output.store:
+                require_usable(config.output.store)
         sample: list[Document] = []
         if config.teacher.imported:
             config = complete_import(config)
@@ -185,8 +189,8 @@ def _name_evaluation_files(dataset: Dataset) -> list[str]:
 def _refuse_results_in_dataset(dataset: Dataset, output: Output) -> None:
     """Raise ValueError when results go into a folder that `datasets` reads whole: they would become text."""
     folder = Path(dataset.name).resolve()
-    for place in (output.results_dir, output.cache_dir):
-        if is_hub(dataset) and place and Path(place).resolve().is_relative_to(folder):
+    for place in (output.results_dir, output.cache_folder):
+        if is_hub(dataset) and Path(place).resolve().is_relative_to(folder):
             raise ValueError(
                 f"results go to {place!r}, inside the folder {dataset.name!r} that dataset.name has read as "
                 "text. Set output.results_dir (and output.cache_dir) to a folder outside of it."

@@ -216,6 +216,11 @@ def _collect_cache(folder: Path, repo: str) -> Upload:
             f"{path}, and rerun the workflow: only the merge is done again."
         )
     cache = LogitCache(path)
+    if cache.stored:
+        raise ValueError(
+            f"{path} has its records in a store ({cache.stored[0].url}, ...), and the Hub takes whole files: "
+            "publish the folder that retort export-parquet writes."
+        )
     size = path.stat().st_size
     if size != manifest.file_bytes or digest(cache.header.to_json()) != digest(manifest.header):
         raise ValueError(

@@ -39,7 +39,7 @@ def stage_project(configs: Mapping[str, Config]) -> list[str]:
                 models[model, revision] = None
         else:
             for dataset in config.dataset.sources:
-                place = config.output.cache_dir or config.output.results_dir
+                place = config.output.cache_folder
                 notes |= dict.fromkeys(_stage_corpus(dataset, place))
     for name, revision in models:
         notes[f"model {name}: {stage_model(name, revision=revision)}"] = None

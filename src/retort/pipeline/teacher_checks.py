@@ -86,7 +86,7 @@ def find_same_teachers(config: Config) -> list[str]:
     if config.teacher.model_path in (None, "demo") or not path.is_dir():
         return []
     mine = (fingerprint_weights(path), fingerprint_tokenizer(path))
-    root = Path(config.output.cache_dir or config.output.results_dir)
+    root = Path(config.output.cache_folder)
     records = []
     for found in sorted(root.glob("teachers/*/fingerprint.json")):
         with suppress(ValueError):  # another teacher's, of an older version

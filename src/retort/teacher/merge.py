@@ -62,10 +62,10 @@ def merge_h5(
 ) -> str:
     """Merge parts/ beside the manifest into teacher_logits.h5, measure it, write manifest.json; return a summary line.
 
-    The parts are removed last, unless the merged cache is virtual. After an interruption at any point the same call
-    completes the work: the merged file is written atomically, and parts are removed only once it exists. Raises
-    ValueError when parts are missing, damaged or of unlike kinds, when inputs belong to another teacher or other
-    tokens, or when the cache is far from the live teacher.
+    The parts are removed last, unless the merged cache is virtual; of parts in a store, their receipts. After an
+    interruption at any point the same call completes the work: the merged file is written atomically, and parts are
+    removed only once it exists. Raises ValueError when parts are missing, damaged or of unlike kinds, when inputs
+    belong to another teacher or other tokens, or when the cache is far from the live teacher.
     """
     started = time.monotonic()
     cache, merge = job.config.cache, job.config.merge
@@ -74,7 +74,11 @@ def merge_h5(
         index, TeacherRecord.read(fingerprint_path), cache, source=fingerprint_path
     )
     folder = manifest_path.parent
-    header = replace(header, batch_tokens=read_batch_tokens(folder, job.config.teacher.generation))
+    header = replace(
+        header,
+        batch_tokens=read_batch_tokens(folder, job.config.teacher.generation),
+        store=job.config.output.find_store(folder),
+    )
     out = folder / CACHE_FILE
     if _is_done(out, header, parts=folder / "parts"):
         paths = part_files(index, folder / "parts", header)
@@ -95,7 +99,7 @@ def merge_h5(
     counts = tuple(KindCount(kind=kind, parts=count) for kind, count in kinds.items())
     CacheRun(**dict(made), workers=tuple(workers), kinds=counts).write(folder / RUN_FILE)
     manifest.write(manifest_path)
-    if not merged.is_virtual:
+    if not merged.needs_parts:
         remove_parts(folder / "parts")
     line = f"cache: {manifest.positions:,} positions, {manifest.bytes_per_position:.1f} bytes each"
     found = manifest.fidelity
@@ -179,7 +183,7 @@ def build_manifest(
     codec = header["codec"]
     return Manifest(
         file=cache.path.name,
-        mode="virtual" if cache.is_virtual else "copy",
+        mode="stored" if cache.stored else "virtual" if cache.is_virtual else "copy",
         file_bytes=cache.path.stat().st_size,
         sha256=cache_digest(cache),
         sequences=len(cache),
@@ -214,6 +218,7 @@ def read_fidelity(cache: LogitCache, features_path: Path | None) -> Fidelity | N
 def measure_fidelity(cache: LogitCache, teacher: TeacherFeatures) -> Fidelity:
     """Return the cache's fidelity at the training positions that the teacher scored again, at least one."""
     num_positions, kl, agree, tail = 0, 0.0, 0, 0.0
+    cache.prefetch(teacher.train_sequences.tolist())
     for index in teacher.train_sequences.tolist():
         targets = cache.read_targets(index)
         live_PV = teacher.logprobs("train", slice(num_positions, num_positions + len(targets)))

@@ -13,14 +13,20 @@ from typing import Any
 from retort.cache.codec import TokenOrder
 from retort.cache.kinds import PartKind
 from retort.cache.parts import (
+    adopt_part,
     discard_if_merged,
     find_missing_parts,
     is_merged,
+    part_files,
     part_path,
+    read_kinds,
+    store_part,
     write_part,
 )
 from retort.cache.reader import CACHE_FILE, CacheHeader
 from retort.cluster.deadlines import Deadline
+from retort.io.files import temporary_name
+from retort.io.objects import list_sizes
 from retort.teacher.claims import Claims
 from retort.teacher.scoring import PartTargets
 from retort.tokens.index import Part, TokenIndex
@@ -106,21 +112,31 @@ class PartWriter:
     def _write(self, work: ClaimedPart) -> None:
         with work.claim:
             path = part_path(self.folder, work.part.name, self.header)
-            table, sequences = work.scored.table, work.scored.sequences
-            write_part(
-                path,
-                table,
-                sequences,
-                self.header,
-                self.order,
-                halved=work.scored.is_halved,
-                kind=self.kind,
-                pool=self.pool,
-            )
+            if self.header.store:
+                written = temporary_name(path.with_suffix(".whole"))
+                try:
+                    self._write_file(written, work)
+                    store_part(written, path, self.header.store)
+                finally:
+                    written.unlink(missing_ok=True)
+            else:
+                self._write_file(path, work)
             self.done.append(work.part.name)
             self.on_written(work.part, path)
             discard_if_merged(path, self.folder.parent / CACHE_FILE, self.header)
         self.longest = max(self.longest, time.monotonic() - work.started)
+
+    def _write_file(self, path: Path, work: ClaimedPart) -> None:
+        write_part(
+            path,
+            work.scored.table,
+            work.scored.sequences,
+            self.header,
+            self.order,
+            halved=work.scored.is_halved,
+            kind=self.kind,
+            pool=self.pool,
+        )
 
 
 class PartQueue:
@@ -137,6 +153,9 @@ class PartQueue:
         self.is_late = False  # there was no time for another part
         self._has_started = False
         self._waiting: ExitStack | None = None  # the claim that this worker waits by
+        self._stored: tuple[str, ...] | None = (
+            None  # objects that are in the store before this worker begins
+        )
 
     def __enter__(self) -> "PartQueue":
         return self
@@ -210,8 +229,25 @@ class PartQueue:
             is_own = claim.enter_context(self.claims.claim(part.name))
             if not is_own or part_path(writer.folder, part.name, writer.header).exists():
                 return None
+            if self._is_stored(part):
+                return None
             table = self.index.read_part(part)
             assert len(table) > 0
             self._has_started = True
             scored = PartTargets(table, writer.header.codec, writer.order, writer.pool)
             return ClaimedPart(part, scored, claim.pop_all(), time.monotonic())
+
+    def _is_stored(self, part: Part) -> bool:
+        """Say whether a part without a receipt is in the store, and write its receipt."""
+        header = self.writer.header
+        if header.store is None:
+            return False
+        if self._stored is None:
+            self._stored = tuple(list_sizes(header.store))
+        receipt = part_path(self.writer.folder, part.name, header)
+        kinds = read_kinds(part_files(self.index, self.writer.folder, header), most=1)
+        like = list(kinds.values())
+        is_stored = adopt_part(receipt, header.store, self._stored, like=like)
+        if is_stored:
+            logger.info(f"a part of {part.sequences:,} samples is in the store already")
+        return is_stored

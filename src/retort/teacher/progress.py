@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from retort.cache.parts import RECEIPT_SUFFIX
 from retort.io.progress import Meter
 from retort.tokens.index import Part
 
@@ -41,6 +42,7 @@ class Progress:
         self._parts = {path.name: part for path, part in zip(files, parts, strict=True)}
         self._numbers = {part.name: number for number, part in enumerate(parts, start=1)}
         self._folder = files[0].parent if files else Path()
+        self._are_receipts = bool(files) and files[0].name.endswith(RECEIPT_SUFFIX)
         self._seen: set[str] = set()
         # Totals of the parts that have a file, by any worker, and of all parts.
         self._done = dict.fromkeys(("parts", "sequences", "tokens", "positions", "bytes"), 0)
@@ -124,6 +126,11 @@ class Progress:
 
     def _describe(self) -> str:
         done = self._done
+        if self._are_receipts:  # the bytes are in a store
+            return (
+                f"parts {done['parts']:,}/{len(self._parts):,}, samples "
+                f"{done['sequences']:,}/{self._all['sequences']:,}"
+            )
         per_position = (
             f", {done['bytes'] / done['positions']:.1f} B/position" if done["positions"] else ""
         )

@@ -185,6 +185,7 @@ def generate_logits(
     teacher = TeacherRecord.read(fingerprint_path)
     header = build_header(index, teacher, job.config.cache, source=fingerprint_path)
     folder = receipt.parent
+    header = replace(header, store=job.config.output.find_store(folder))
     if is_merged(folder / CACHE_FILE, header):
         logger.info("the merged cache already exists: nothing to do")
         report = WorkerReport([], 0, 0.0)
@@ -235,7 +236,7 @@ def _make_parts(
         scorer = replace(open_scorer(), batch_tokens=batch_tokens)
         if not job.config.merge.accept_unlike_parts:
             others = read_kinds(part_files(index, parts, header), most=_MAX_COMPARED)
-            refuse_unlike_work(find_kind(scorer.teacher), others)
+            refuse_unlike_work(find_kind(scorer.teacher), others, store=header.store)
         return scorer
 
     return run_worker(

@@ -62,6 +62,12 @@ class TrainingData(Dataset[list[Item]]):
     def __getitem__(self, row: Row) -> list[Item]:
         return [self.read(index) for index in row]
 
+    def __getitems__(self, rows: list[Row]) -> list[list[Item]]:
+        """Return the sequences of several rows; those of a cache in a store are asked for at the same time."""
+        if not isinstance(self.source, SequenceTable):
+            self.source.prefetch([index for row in rows for index in row])
+        return [self[row] for row in rows]
+
     def read(self, index: int) -> Item:
         """Return one sequence by its number in the token index."""
         if isinstance(self.source, CacheMix):

@@ -74,8 +74,8 @@ def train_run(
     if training.needs_teacher:
         require_mixable(job, signals, signal_paths)
     with ExitStack() as stack:
-        if training.cache_copy and training.needs_teacher:
-            signals = [copy_signal(stack, signal, training.cache_copy) for signal in signals]
+        if training.needs_teacher:
+            signals = [copy_signal(stack, signal, training) for signal in signals]
         student = choose_start(job.config.student, start_path)
         index = TokenIndex.read(index_path)
         known: list[str | None] = [read_weights(signal) for signal in signals]

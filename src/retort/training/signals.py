@@ -6,14 +6,15 @@ Of several teachers (`teacher.mix`) there is one of each, in the order of the co
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import gettempdir
 
 from pydantic import JsonValue
 
-from retort.cache.local_copy import copy_cache
+from retort.cache.local_copy import copy_cache, keep_blocks
 from retort.cache.mixed import CacheMix
 from retort.cache.reader import CACHE_FILE, LogitCache
 from retort.config.handoff import Job
-from retort.config.sections import Teacher
+from retort.config.sections import Teacher, Training
 from retort.io.fingerprints import TeacherRecord
 from retort.io.run_record import RUN_FILE
 from retort.models.causal_lm import CausalLM
@@ -44,12 +45,14 @@ def open_signal(path: Path) -> Signal:
     return LogitCache(cache_path)
 
 
-def copy_signal(stack: ExitStack, signal: Signal, folder: str) -> Signal:
-    return (
-        stack.enter_context(copy_cache(signal, folder))
-        if isinstance(signal, LogitCache)
-        else signal
-    )
+def copy_signal(stack: ExitStack, signal: Signal, training: Training) -> Signal:
+    """Return a cache as this machine's copy, if the config asks for one; of one in a store, what is kept of it here."""
+    if isinstance(signal, LogitCache) and signal.stored:
+        folder, most_bytes = training.cache_copy or gettempdir(), int(training.cache_copy_gb * 1e9)
+        return stack.enter_context(keep_blocks(signal, folder, most_bytes=most_bytes))
+    if isinstance(signal, LogitCache) and training.cache_copy:
+        return stack.enter_context(copy_cache(signal, training.cache_copy))
+    return signal
 
 
 def require_mixable(job: Job, signals: list[Signal], paths: Sequence[Path]) -> None:

@@ -1,0 +1,162 @@
+"""Objects in a store such as S3, by fsspec: written whole or not at all, and read by ranges of bytes.
+
+A place is a URL, such as s3://bucket/prefix/name. Who asks, where, and by which endpoint are settings of the machine
+(AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_ENDPOINT_URL, ...), never of a config, which is published with results. Requests
+that fail for a moment are repeated by s3fs, five times. Every other error is one ValueError.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# What pip installs for the URLs of a store.
+PACKAGES = {"s3": "s3fs"}
+_PIECE_BYTES = 64 << 20  # of an object that is read back; S3 gives some 80 MB/s to a request
+_MOST_AT_ONCE = 64  # requests
+
+
+class ByteRange(NamedTuple):
+    """Bytes `start` to before `stop` of an object."""
+
+    url: str
+    start: int
+    stop: int
+
+
+def upload(path: Path, url: str) -> None:
+    """Write a file as an object, read it back, and compare the two.
+
+    The object appears whole, at the end of the upload, or not at all. Raises ValueError when that fails, or when the
+    object is not the file; then it is removed.
+    """
+    with path.open("rb") as file:
+        sent, size = hashlib.file_digest(file, "sha256").digest(), file.tell()
+    with _explained(url) as files:
+        files.put_file(str(path), url)
+        stored = hashlib.sha256()
+        for start in range(0, size, _PIECE_BYTES):
+            stored.update(files.cat_file(url, start=start, end=min(start + _PIECE_BYTES, size)))
+        if stored.digest() != sent or files.info(url)["size"] != size:
+            files.rm_file(url)
+            raise ValueError(
+                f"{url} was not stored as it was sent: the network or the store failed. Rerun the same command."
+            )
+
+
+def download(url: str, path: Path) -> None:
+    """Write an object to a file, which may be a part of it when this is interrupted."""
+    with _explained(url) as files:
+        files.get_file(url, str(path))
+
+
+def read_ranges(ranges: Sequence[ByteRange]) -> list[bytes]:
+    """Return the bytes of each range; all are asked for at the same time. Raises ValueError when one is missing."""
+    if not all(wanted.stop > wanted.start for wanted in ranges):  # a request cannot be for no bytes
+        some = iter(read_ranges([wanted for wanted in ranges if wanted.stop > wanted.start]))
+        return [next(some) if wanted.stop > wanted.start else b"" for wanted in ranges]
+    if not ranges:
+        return []
+    urls, starts, stops = map(list, zip(*ranges, strict=True))
+    with _explained(ranges[0].url) as files:
+        found: list[bytes] = files.cat_ranges(
+            urls, starts, stops, batch_size=_MOST_AT_ONCE, on_error="raise"
+        )
+    for wanted, content in zip(ranges, found, strict=True):
+        if len(content) != wanted.stop - wanted.start:
+            raise ValueError(
+                f"{wanted.url} ends before byte {wanted.stop}: another file was written in its place."
+            )
+    return found
+
+
+def list_sizes(folder: str) -> dict[str, int]:
+    """Return the size in bytes of each object in a folder, by its name; none if there is no such folder."""
+    with _explained(folder) as files:
+        files.invalidate_cache()
+        try:
+            entries = files.ls(folder, detail=True)
+        except FileNotFoundError as error:
+            if _is_bucket_missing(error):
+                raise
+            return {}
+    sizes = {entry["name"].rpartition("/")[2]: entry["size"] for entry in entries}
+    return {name: size for name, size in sizes.items() if name}
+
+
+def remove(urls: Iterable[str]) -> None:
+    """Remove objects; those that do not exist are not missed."""
+    for url in urls:
+        with _explained(url) as files, suppress(FileNotFoundError):
+            files.rm_file(url)
+
+
+def require_usable(folder: str) -> None:
+    """Write, read and remove a small object in a folder. Raises ValueError when that fails."""
+    url = f"{folder}/.retort-{os.urandom(8).hex()}"
+    content = b"written by Retort to see whether it may write here"
+    with _explained(folder) as files:
+        files.pipe_file(url, content)
+        found = files.cat_file(url)
+        files.rm_file(url)
+    if found != content:
+        raise ValueError(f"{url} was not stored as it was sent: see what {folder} is.")
+
+
+@contextmanager
+def _explained(url: str) -> Iterator[Any]:
+    """Yield the file system of a URL; any of its errors becomes a ValueError that says what is wrong."""
+    protocol = url.partition("://")[0]
+    try:
+        import fsspec
+
+        # The same one for all calls of a thread; a forked process gets its own.
+        files = fsspec.filesystem(protocol)
+    except ImportError:
+        raise ValueError(
+            f"{url} is in a store that is reached by {PACKAGES[protocol]}, which is not installed here. Type: pip "
+            f"install {PACKAGES[protocol]}"
+        ) from None
+    try:
+        yield files
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(_explain(url, error)) from error
+
+
+def _is_bucket_missing(error: BaseException) -> bool:
+    return isinstance(error, FileNotFoundError) and "bucket" in str(error).lower()
+
+
+def _explain(url: str, error: Exception) -> str:
+    """Return what a failed request means, in a sentence. The errors' classes are those of fsspec and of botocore."""
+    kinds = {kind.__name__ for one in (error, error.__cause__) for kind in type(one).__mro__}
+    bucket = url.partition("://")[2].partition("/")[0]
+    if kinds & {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}:
+        return (
+            f"{url} cannot be used without credentials, of which there are none here: set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, in the environment of every job."
+        )
+    if _is_bucket_missing(error):
+        return f"{url}: there is no bucket {bucket!r}. Make it first, or correct its name."
+    if "PermissionError" in kinds:
+        return (
+            f"{url}: the store refuses these credentials ({error}). They must be allowed to list the bucket "
+            f"{bucket!r}, and to write, read and remove objects below that prefix."
+        )
+    if kinds & {
+        "EndpointConnectionError",
+        "ConnectionError",
+        "ConnectTimeoutError",
+        "TimeoutError",
+    }:
+        return (
+            f"{url}: the store cannot be reached ({error}). See to the network, and to AWS_ENDPOINT_URL if it is not "
+            "Amazon's."
+        )
+    if "FileNotFoundError" in kinds:
+        return f"{url} does not exist any more, or is not the object that it was."
+    return f"{url} cannot be used: {error}."
