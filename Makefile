@@ -39,7 +39,7 @@ test-workflow: $(READY)
 # Property tests, stops and kills at every stage, the examples' commands, simulated GPU groups, kills of workers (fifty of them in `make campaign`), resumed trainings, a Hub and
 # servers with faults, the wheel, the container's steps, and the real models and stories of ../shared/data (skipped with a
 # reason if they are absent).
-SLOW := trial inventory library starts benchmark_defaults benchmark_starts kills real_input gpu_groups synthesis_example wheel container module examples gpu_tests ranks interrupts
+SLOW := object_store trial inventory library starts benchmark_defaults benchmark_starts kills real_input gpu_groups synthesis_example wheel container module examples gpu_tests ranks interrupts
 test-slow: $(READY)
 	$(BIN)/pytest -m "not campaign" -n 3 --dist worksteal --durations 10 --durations-min 5 tests/properties
 	$(BIN)/pytest -m "slow and not campaign" -n 3 --dist worksteal --durations 25 --durations-min 20 \

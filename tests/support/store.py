@@ -2,11 +2,13 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,3 +94,56 @@ def _find_endpoint(log: Path, server: "subprocess.Popen[bytes]") -> str:
         assert server.poll() is None, log.read_text()
         time.sleep(0.02)
     raise AssertionError(log.read_text())
+
+
+class Wire:
+    """A wire between clients and a store, which can hold back uploads of parts in the middle of their bytes."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.holds_after: int | None = None  # uploads of parts that pass; None: all
+        self.is_held = threading.Event()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._passed = 0
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    @property
+    def env(self) -> dict[str, str]:
+        """What a user sets to use the store through this wire."""
+        port = self._listener.getsockname()[1]
+        return self.store.env | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
+
+    def hold(self, *, after: int) -> None:
+        """From now on let some uploads of parts pass, and only half the bytes of those that follow."""
+        self._passed, self.holds_after = 0, after
+        self.is_held.clear()
+
+    def release(self) -> None:
+        """Let the uploads that follow pass."""
+        self.holds_after = None
+
+    def _accept(self) -> None:
+        port = int(self.store.endpoint.rpartition(":")[2])
+        while True:
+            client, _ = self._listener.accept()
+            server = socket.create_connection(("127.0.0.1", port))
+            for source, target in ((client, server), (server, client)):
+                threading.Thread(target=self._pump, args=(source, target), daemon=True).start()
+
+    def _pump(self, source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                length = re.search(rb"(?is)^PUT \S+/parts/.*content-length: (\d+)", data)
+                if length and self._is_due():
+                    target.sendall(data[: data.index(b"\r\n\r\n") + 4 + int(length[1]) // 2])
+                    self.is_held.set()
+                    while source.recv(1 << 16):
+                        pass  # until the client is gone
+                    break
+                target.sendall(data)
+        for end in (source, target):
+            end.close()
+
+    def _is_due(self) -> bool:
+        self._passed += 1
+        return self.holds_after is not None and self._passed > self.holds_after

@@ -163,6 +163,7 @@ def adopt_part(
     """
     stem = receipt.name.removesuffix(RECEIPT_SUFFIX)
     copy = temporary_name(receipt.with_suffix(".copy"))
+    copy.parent.mkdir(parents=True, exist_ok=True)
     for name in sorted(name for name in names if name.startswith(f"{stem}-")):
         try:
             download(f"{store}/{name}", copy)

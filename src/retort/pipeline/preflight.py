@@ -78,7 +78,7 @@ def check_project(configs: Mapping[str, Config]) -> CheckRecord:
                 require_writable(Path(folder))
         with mistakes:
             if config.output.store:
-                require_usable(config.output.store)
+                _check_store(config.output.store)
         sample: list[Document] = []
         if config.teacher.imported:
             config = complete_import(config)
@@ -110,6 +110,14 @@ def check_project(configs: Mapping[str, Config]) -> CheckRecord:
     mistakes.require_none()
     made = describe_run(section={"runs": configs}, seconds=time.monotonic() - started)
     return CheckRecord(runs=tuple(configs), notes=tuple(dict.fromkeys(notes)), made=made)
+
+
+def _check_store(url: str) -> None:
+    """Raise ValueError when nothing can be written to the store of the caches' parts, or read from it."""
+    try:
+        require_usable(url)
+    except ValueError as error:
+        raise ValueError(f"output.cache_dir: {error}") from None
 
 
 def _check_start(training: Training) -> None:

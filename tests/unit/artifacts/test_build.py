@@ -190,6 +190,7 @@ def test_each_key_of_evaluation_changes_what_its_section_is_about(
         {"tracking": {"use_tensorboard": True}},
         {"output": {"results_dir": "elsewhere"}},
         {"output": {"cache_dir": "scratch"}},
+        {"output": {"cache_dir": "s3://bucket/scratch"}},
     ],
     ids=json.dumps,
 )

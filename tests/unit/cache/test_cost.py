@@ -86,6 +86,15 @@ def test_what_is_no_bound_is_not_called_one(tmp_path: Path) -> None:
     assert "for a usual teacher" in line and "at most" not in line
 
 
+def test_a_store_takes_the_records_but_for_the_part_at_work(tmp_path: Path) -> None:
+    arguments = make_index(1_000_000), section("cache"), COPY
+    local = estimate_cost(*arguments, vocabulary=WIDTH, folder=tmp_path)
+    stored = estimate_cost(*arguments, vocabulary=WIDTH, folder=tmp_path, is_stored=True)
+    assert stored.record_bytes == local.record_bytes
+    saved = local.total_bytes - stored.total_bytes
+    assert saved == 2 * local.record_bytes - local.record_bytes // local.parts
+
+
 def test_cost_is_said_in_one_line_and_kept_as_json(tmp_path: Path) -> None:
     cost = estimate_cost(
         make_index(1_000_000), section("cache"), COPY, vocabulary=WIDTH, folder=tmp_path

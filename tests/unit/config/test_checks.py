@@ -451,6 +451,19 @@ TEACHERS = {"teacher": {"mix": [{"model_path": "a/b"}, {"model_path": "c/d", "we
             "training.temperature is 3.0",
             "cache.temperatures: [1.0, 2.0, 3.0] (a new cache is made), or use one of [1.0, 2.0]",
         ),
+        *(
+            (
+                {"output": {"cache_dir": url}},
+                f"output.cache_dir is '{url}', which is neither a folder nor an object store",
+                "give s3://bucket/prefix",
+            )
+            for url in ("gs://bucket/a", "s3://", "s3://My_Bucket/a", "s3://bucket//a")
+        ),
+        (
+            {"output": {"results_dir": "s3://bucket/a"}},
+            "output.results_dir is 's3://bucket/a', but results are files",
+            "An object store can hold the caches' parts: output.cache_dir",
+        ),
     ],
 )
 def test_keys_that_contradict_each_other_are_refused(

@@ -23,6 +23,7 @@ from retort.tokens.tokenizer import load_tokenizer
 from support.checked import Setting, copy_teacher
 from support.corpora import write_jsonl
 from support.sections import section
+from support.store import BUCKET, Store
 from support.tiny import NUM_TOKENS, WIDTH, name_token, swap_tokens
 
 SMALL: dict[str, Any] = {
@@ -157,6 +158,15 @@ def test_a_folder_that_cannot_be_written_is_refused(key: str, setting: Setting) 
         setting.refuse(
             rf"cannot write to '{folder}' .*output\.results_dir", output={key: str(folder)}
         )
+
+
+def test_a_store_that_cannot_be_used_is_refused(setting: Setting, store: Store) -> None:
+    setting.refuse(
+        r"output\.cache_dir: s3://nowhere/a: there is no bucket 'nowhere'",
+        output={"cache_dir": "s3://nowhere/a"},
+    )
+    setting.check(output={"cache_dir": f"s3://{BUCKET}/checked"})
+    assert not store.objects("checked")
 
 
 def test_checking_leaves_nothing_in_the_results_folder(setting: Setting) -> None:
