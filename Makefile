@@ -16,7 +16,7 @@ READY := $(VENV)/.ready
 # Where this is set, each job and each session of tests would compile every module of Retort again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all test-unit test-workflow test-slow test-vllm test-gpu test-slurm test-slurm-runs test-slurm-faults campaign benchmark-cache benchmark-merge benchmark-import benchmark-teacher benchmark-training benchmark-packing benchmark-starts benchmark-starts-by-lora benchmark-lora benchmark-estimates benchmark-feeding benchmark-groups benchmark-graph benchmark-submissions benchmark-quality benchmark-defaults lint environment docs clean
+.PHONY: demo test test-all test-unit test-workflow test-slow test-vllm test-gpu test-slurm test-slurm-runs test-slurm-faults campaign benchmark-cache benchmark-merge benchmark-import benchmark-teacher benchmark-training benchmark-packing benchmark-starts benchmark-starts-by-lora benchmark-lora benchmark-estimates benchmark-feeding benchmark-stored benchmark-groups benchmark-graph benchmark-submissions benchmark-quality benchmark-defaults lint environment docs clean
 
 demo: $(READY)
 	$(BIN)/snakemake --cores $(CORES) --quiet rules
@@ -127,6 +127,11 @@ benchmark-estimates: $(READY)
 # How long a step waits for its batch, three minutes (and ten for the distributions, once).
 benchmark-feeding: $(READY)
 	$(BIN)/python -m benchmarks.training.feeding $(FLAGS)
+
+# The same from an object store, on this machine unless one is named, five minutes:
+# make benchmark-stored FLAGS="--store s3://bucket/prefix"
+benchmark-stored: $(READY)
+	$(BIN)/python -m benchmarks.training.stored $(FLAGS)
 
 # One to eight GPU groups with simulated work, about five minutes: make benchmark-groups FLAGS="--parts 160 --seconds 96"
 benchmark-groups: $(READY)

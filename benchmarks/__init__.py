@@ -5,6 +5,7 @@
     teacher         the teacher's pass beside its bare forward
     training        a training step beside cross-entropy
     training.feeding    how long a step waits for its batch
+    training.stored     the same with a cache in an object store
     quality         what a student keeps of the teacher, by bytes a position
     defaults        cache method, temperature, alpha and learning rate by size of the student
     workflow.groups     one to eight GPU groups

@@ -108,6 +108,7 @@ def test_loss_settings_and_machine_settings_may_differ_from_the_baselines(tmp_pa
         "cpu_threads": 8,
         "device": "cuda",
         "cache_copy": "/dev/shm",
+        "cache_copy_gb": 5.0,
         "gpus": 2,
         "nodes": 2,
         "strategy": "fsdp",
