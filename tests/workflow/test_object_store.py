@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -136,6 +137,16 @@ def test_another_folder_of_results_finds_the_parts_in_the_store(
     )
     logs = "".join(path.read_text() for path in place.path.glob("logs/generate_logits/*"))
     assert "is in the store already" in logs
+
+
+def test_gc_names_the_objects_that_stay(place: Place, store: Store) -> None:
+    place.snakemake()
+    cache, kept = place.cache.name, store.objects(PREFIX)
+    place.write_config(tiny(runs={"hard": {"training": {"distillation_type": "output"}}}))
+    command = [sys.executable, "-m", "retort", "gc", "--keep", "tiny.yaml", "--yes"]
+    said = place.execute(command).output
+    assert f"aws s3 rm --recursive {URL}/logits/{cache}/parts" in said
+    assert not list(place.results.glob("logits/*")) and store.objects(PREFIX) == kept
 
 
 def test_a_store_that_cannot_be_used_stops_the_check(place: Place) -> None:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from retort.config.handoff import CONFIG_FILE
 from retort.config.load import differences
+from retort.config.output import Output
 from retort.config.schema import flatten
 from retort.config.section import Section, changes_id
 from retort.config.sections import Config, section_at
@@ -67,7 +68,8 @@ class Origin:
     kind: of the artifact. source: name of the config file. keys: its own, those at their default left out.
     inputs: the place of each artifact that it was made from, by kind; empty before it is finished.
     expected: digests that files behind it had, by what they are of. commit: of the Retort that made it.
-    finished: when, in UTC. is_read: whether its config.json could be read.
+    finished: when, in UTC. is_read: whether its config.json could be read. store: URL of a cache's parts, if they are
+    in a store.
     """
 
     kind: str = ""
@@ -78,6 +80,7 @@ class Origin:
     commit: str | None = None
     finished: str | None = None
     is_read: bool = False
+    store: str | None = None
 
 
 def read_origin(artifact: Artifact) -> Origin:
@@ -96,7 +99,17 @@ def read_origin(artifact: Artifact) -> Origin:
         commit=made.get("commit"),
         finished=made.get("finished"),
         is_read=isinstance(config, dict),
+        store=_find_store(artifact, config),
     )
+
+
+def _find_store(artifact: Artifact, config: object) -> str | None:
+    """Return the URL of the objects of a cache whose parts are in a store."""
+    output = config.get("output") if isinstance(config, dict) else None
+    url = output.get("cache_dir") if isinstance(output, dict) else None
+    if artifact.kind.name != "logits" or not isinstance(url, str):
+        return None
+    return Output(cache_dir=url).find_store(artifact.path)
 
 
 def own_keys(kind: str, sections: Mapping[str, Any]) -> Keys:

@@ -45,8 +45,8 @@ class Plan:
     """What gc would do in folders of results.
 
     free: artifacts to remove; those in their folders go with them. kept: that a config needs. spared: others that are
-    left, with the reason. sources: config files that made what goes, by place. leftovers: what a killed gc had renamed.
-    strangers: paths that are not Retort's.
+    left, with the reason. sources: config files that made what goes, by place. stores: URLs of objects that belong to
+    what goes, by place; they stay. leftovers: what a killed gc had renamed. strangers: paths that are not Retort's.
     """
 
     roots: tuple[Path, ...]
@@ -54,6 +54,7 @@ class Plan:
     kept: list[Artifact] = field(default_factory=list)
     spared: list[tuple[Artifact, str]] = field(default_factory=list)
     sources: dict[str, str] = field(default_factory=dict)
+    stores: dict[str, str] = field(default_factory=dict)
     leftovers: list[Path] = field(default_factory=list)
     strangers: list[Path] = field(default_factory=list)
 
@@ -125,7 +126,10 @@ def _plan_folder(
             plan.spared.append((artifact, why))
         else:
             plan.free.append(artifact)
-            plan.sources[artifact.place] = read_origin(artifact).source or ""
+            origin = read_origin(artifact)
+            plan.sources[artifact.place] = origin.source or ""
+            if origin.store:
+                plan.stores[artifact.place] = origin.store
     plan.leftovers.extend(find_leftovers(root))
     plan.strangers.extend(
         root / name for name in find_strangers(root, found) if root / name not in plan.roots
@@ -297,6 +301,11 @@ def render_plan(plan: Plan, *, is_done: bool, stayed: Sequence[tuple[Artifact, s
     blocks.append(
         [f"{'removed' if is_done else 'to remove'}: {len(gone)} artifacts, {size}", *rest]
     )
+    if stores := [plan.stores[one.place] for one in gone if one.place in plan.stores]:
+        lines = (f"  aws s3 rm --recursive {url}" for url in stores)
+        blocks.append(
+            ["parts in a store stay, for others may use them. To remove them too:", *lines]
+        )
     kept = format_size(total_bytes(plan.kept))
     blocks.append([f"kept for the configs: {len(plan.kept)} artifacts, {kept}"])
     if spared:
