@@ -107,7 +107,7 @@ def measure_student(folder: Path, name: str, case: str) -> tuple[float, float]:
     is_lora = training.lora.rank is not None
     trained = count_adapters(config, training.lora, name="it") if is_lora else size.parameters
     load = Load(_BATCH, _LENGTH, _BATCH * (_LENGTH - 1))
-    mode = Mode("cpu", training.use_gradient_checkpointing is True, False, True)
+    mode = Mode("cpu", training.use_gradient_checkpointing is True, False)
     attention = "eager" if "eager" in name else None
     estimated = estimate_student_memory(
         size,

@@ -124,9 +124,9 @@ def write_measured(folder: Path, gains: dict[str, float], **options: Any) -> lis
     return paths
 
 
-def render_page(folder: Path, paths: list[Path]) -> str:
+def render_page(folder: Path, paths: list[Path], **options: Any) -> str:
     """Return the page of the runs."""
-    make_report(paths, folder / "report.html")
+    make_report(paths, folder / "report.html", **options)
     return (folder / "report.html").read_text(encoding="utf-8")
 
 

@@ -36,6 +36,10 @@ def test_what_is_said_beforehand_is_what_the_run_takes(done: Place) -> None:
     assert plan.basis == "sample" and manifest.file_bytes <= plan.total_bytes
     assert [run.steps for run in before.runs] == [12, 12]
     assert all(run.hours > 0 for run in before.runs) and before.faults == ()
+    (page,) = done.results.glob("reports/*/report.html")
+    assert "Estimated and taken" in page.read_text(), "of the estimate that the check kept"
+    late = estimate(done, "--no-run", "--keep")
+    assert late.returncode == 1 and "the run of this config has begun" in late.output
     table = estimate(done, "--no-run").output
     assert "counted, as tokenized" in table and "assumed:" in table
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from retort.cache.cost import CacheCost
+from retort.estimate.records import Estimate
 from retort.evaluation.records import Metrics
 from retort.io.fingerprints import TeacherRecord
 from retort.io.records import Record
@@ -19,7 +20,8 @@ from support.place import CONFIG_FILE, Place
 
 # By their place below results/.
 CLASSES: dict[str, type[Record]] = {
-    "checks/*/*.json": CheckRecord,
+    "checks/*/inputs.json": CheckRecord,
+    "checks/*/estimate.json": Estimate,
     "teachers/*/fingerprint.json": TeacherRecord,
     "teachers/*/run.json": RunRecord,
     "tokens/*/index.json": IndexRecord,

@@ -85,6 +85,7 @@ def write_config(content):
 
 JOBS = Jobs(PROJECT, source=SOURCES, write=write_config)
 CHECK = f"{RESULTS}/checks/{PROJECT.check_id}/inputs.json"
+ESTIMATE = CHECK.replace("inputs.json", "estimate.json")
 REPORT = f"{RESULTS}/reports/{PROJECT.report_id}/report.html"
 PYTHON = shlex.quote(sys.executable)
 # Relative to this file; workflow.basedir would be that of a Snakefile that uses this one as a module.

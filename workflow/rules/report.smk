@@ -14,8 +14,12 @@ rule report:
     localrule: True
     params:
         **command("report"),
+        estimate=ESTIMATE,
+        tokens=[f"{tokens.folder}/index.json" for tokens in PROJECT.tokens.values()],
+        caches=[f"{cache.folder}/manifest.json" for cache in PROJECT.logits.values()],
     message:
         "Writing the report"
     shell:
         "{params.script} --config {params.config:q} --metrics {input.metrics:q}"
-        " --benchmarks {input.benchmarks:q} --output {output.html:q} >> {log:q} 2>&1"
+        " --benchmarks {input.benchmarks:q} --estimate {params.estimate:q} --tokens {params.tokens:q}"
+        " --caches {params.caches:q} --output {output.html:q} >> {log:q} 2>&1"

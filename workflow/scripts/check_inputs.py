@@ -16,10 +16,11 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=Path, help="JSON file for what was found")
     args = parser.parse_args()
     runs = read_runs(args.config)
+    from retort.estimate.records import KEPT_FILE
     from retort.pipeline.costly_defaults import COSTLY
     from retort.pipeline.preflight import check_project
 
-    found = check_project(runs)
+    found = check_project(runs, kept_path=args.output.with_name(KEPT_FILE))
     for line in found.notes:
         logger.log(logging.WARNING if line.startswith(COSTLY) else logging.INFO, line)
     write_config(args.output.parent, args.config)

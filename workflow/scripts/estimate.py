@@ -2,7 +2,8 @@
 
     python workflow/scripts/estimate.py mine.yaml --gpu h100-80 --num-gpus 8 --tokens 1e9 --price-per-gpu-hour 2.5
 
-Nothing is made. Small models that are here are run for some seconds, to measure; with --no-run none is.
+Nothing is made, but with --keep: then the report of the run shows this estimate beside what was taken. Small models
+that are here are run for some seconds, to measure; with --no-run none is.
 """
 
 import json
@@ -21,13 +22,14 @@ def main() -> None:
     parser.add_argument("--price-per-gpu-hour", type=float, metavar="X", help="to say the money")
     parser.add_argument("--utilization", type=float, metavar="SHARE", help="of the peak, 0 to 1")
     parser.add_argument("--no-run", action="store_true", help="load and run no model")
+    parser.add_argument("--keep", action="store_true", help="for the report of the run")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
     if not (text := args.file or args.config):
         parser.error("give a config: a YAML file")
     runs = read_runs(text)
     from retort.estimate.table import describe
-    from retort.pipeline.estimating import choose_options, estimate_config
+    from retort.pipeline.estimating import choose_options, estimate_config, keep_estimate
 
     options = choose_options(
         gpu=args.gpu,
@@ -44,6 +46,8 @@ def main() -> None:
         logger.info("\n".join(describe(found)))
     else:
         print(*describe(found), sep="\n")
+    if args.keep:
+        logger.info(keep_estimate(found, runs))
     if found.faults:
         raise ValueError("it does not fit:\n" + "\n".join(f"- {fault}" for fault in found.faults))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from retort.cli import logger, run_script
 from retort.config.handoff import config_parser, write_config
+from retort.report.estimated import Records
 from retort.report.page import make_report
 
 
@@ -20,6 +21,15 @@ def main() -> None:
         "--benchmarks", type=Path, nargs="*", default=[], help="benchmark.json of runs and teachers"
     )
     parser.add_argument(
+        "--estimate", type=Path, help="estimate.json beside the check, if there is one"
+    )
+    parser.add_argument(
+        "--tokens", type=Path, nargs="*", default=[], help="index.json of each text, to compare"
+    )
+    parser.add_argument(
+        "--caches", type=Path, nargs="*", default=[], help="manifest.json of each cache, to compare"
+    )
+    parser.add_argument(
         "--output",
         required=True,
         type=Path,
@@ -28,7 +38,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.config:
         write_config(args.output.parent, args.config)
-    logger.info(make_report(args.metrics, args.output, benchmark_paths=args.benchmarks))
+    estimated = Records(args.estimate, args.tokens, args.caches) if args.estimate else None
+    summary = make_report(
+        args.metrics, args.output, benchmark_paths=args.benchmarks, estimated=estimated
+    )
+    logger.info(summary)
 
 
 if __name__ == "__main__":

@@ -39,12 +39,11 @@ class Load:
 
 @dataclass(frozen=True)
 class Mode:
-    """How a student is trained. has_activations: whether those that are kept are counted, which takes a second."""
+    """How a student is trained: on which device, with recomputation, with activations in half precision."""
 
     device: str
     is_checkpointed: bool
     in_half: bool
-    has_activations: bool
 
 
 def estimate_teacher_memory(
@@ -106,11 +105,9 @@ def estimate_student_memory(
     """
     batch = max(1, load.batch // max(1, training.gpus * training.nodes))
     attention = training.attn_implementation if training.attn_implementation == "eager" else None
-    saved = 0.0
-    if mode.has_activations:
-        saved = size.saved_bytes(
-            batch=batch, length=load.length, in_half=mode.in_half, attention=attention
-        )
+    saved = size.saved_bytes(
+        batch=batch, length=load.length, in_half=mode.in_half, attention=attention
+    )
     tokens = batch * load.length
     if mode.is_checkpointed:
         # Inputs of all layers, and what one keeps (Chen et al., arXiv 1604.06174, 2016).

@@ -25,7 +25,7 @@ class Options:
     """gpu: None for a CPU. num_devices: GPUs, or CPU cores. slots: minutes of a job of a rule, by rule.
 
     utilization: None for the usual shares. may_run: whether models may be loaded and run here to measure. is_quick:
-    read little of the text, and leave a student's activations on a CPU out. is_counted: whether num_devices is known.
+    read little of the text. is_counted: whether num_devices is known.
     """
 
     gpu: Gpu | None

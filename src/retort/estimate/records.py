@@ -2,6 +2,8 @@
 
 from retort.io.records import Entry, Record
 
+KEPT_FILE = "estimate.json"  # beside the record of a config's check
+
 
 class Device(Entry):
     """What the work is planned for. memory: bytes of each, None for a CPU; peak: operations a second of each."""
@@ -13,8 +15,9 @@ class Device(Entry):
 
 
 class TextEstimate(Entry):
-    """The training text. relative_error: half of the 95 % interval of `tokens`, None where it is not known."""
+    """The training text. id: of its tokens; relative_error: half of the 95 % interval of `tokens`, None: not known."""
 
+    id: str
     name: str
     documents: int | None
     sequences: int
@@ -26,8 +29,9 @@ class TextEstimate(Entry):
 
 
 class CacheEstimate(Entry):
-    """A cache. disk_bytes: while it is merged; free_bytes: of its disk. relative_error: as in plan.json."""
+    """A cache, by its id. disk_bytes: while it is merged; free_bytes: of its disk. relative_error: as in plan.json."""
 
+    id: str
     method: str
     bytes_per_position: float
     relative_error: float | None
@@ -44,14 +48,20 @@ class TeacherMemory(Entry):
     activations: int
     selection: int
 
+    @property
+    def peak(self) -> int:
+        """The bytes of all together."""
+        return self.weights + self.activations + self.selection
+
 
 class TeacherEstimate(Entry):
-    """One pass of a teacher over a text.
+    """One pass of a teacher over a text. id: of its cache; is_timed: whether its speed was measured.
 
     smallest_group: GPUs that hold a copy; None: not known, or a CPU. operations: floating-point, of the whole pass.
     hours: of each of `copies` copies; device_hours: of all GPUs (or CPU jobs) together. slots: jobs of each copy.
     """
 
+    id: str
     name: str
     parameters: int
     active_parameters: int
@@ -63,6 +73,7 @@ class TeacherEstimate(Entry):
     operations: float
     hours: float
     device_hours: float
+    is_timed: bool
     slots: int
 
 
@@ -79,7 +90,8 @@ class StudentMemory(Entry):
 
 class RunEstimate(Entry):
     """The training of a student. tokens: that it reads in all steps; memory: as configured, without and with
-    recomputation (`use_gradient_checkpointing`). epochs: passes over the text."""
+    recomputation (`use_gradient_checkpointing`). epochs: passes over the text; is_timed: whether a step was measured.
+    """
 
     name: str
     parameters: int
@@ -95,6 +107,7 @@ class RunEstimate(Entry):
     operations: float
     hours: float
     device_hours: float
+    is_timed: bool
     slots: int
 
 
@@ -109,9 +122,13 @@ class BreakEven(Entry):
     live_hours: float
 
 
-class Estimate(Record, format="retort-estimate", version=1):
-    """What a config needs. faults: why it cannot run as it is, with what to change; wall_hours: on `device.number`."""
+class Estimate(Record, format="retort-estimate", version=2):
+    """What a config needs. made: when, in UTC; wall_hours: on `device.number`.
 
+    faults: why it cannot run as it is, with what to change.
+    """
+
+    made: str
     device: Device
     texts: tuple[TextEstimate, ...]
     caches: tuple[CacheEstimate, ...]

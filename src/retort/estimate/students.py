@@ -105,6 +105,7 @@ def estimate_run(
         operations=operations,
         hours=hours,
         device_hours=hours * devices,
+        is_timed=bool(seconds),
         slots=math.ceil(hours * 60 / minutes) if minutes else 1,
     )
 
@@ -133,7 +134,6 @@ def _estimate_memory(
                 device=options.device,
                 is_checkpointed=is_on,
                 in_half=bool(options.gpu) and training.use_mixed_precision,
-                has_activations=bool(options.gpu) or not options.is_quick,
             ),
         )
         for is_on in (False, True)

@@ -28,7 +28,6 @@ class TeacherWork:
     cache: CacheEstimate
     cost: CacheCost
     load: Load
-    is_timed: bool
     copies: int  # of the records on the disk while parts are merged
 
 
@@ -83,6 +82,7 @@ def estimate_teacher(
     cost = size_cache(sizes, codec, copies_on_disk, folder=logits.folder, sample=sample)
     minutes = options.slots.get("generate_logits")
     teacher = TeacherEstimate(
+        id=logits.id,
         name=str(config.teacher.model_path),
         parameters=size.parameters,
         active_parameters=size.active + size.head,
@@ -94,11 +94,10 @@ def estimate_teacher(
         operations=operations,
         hours=hours,
         device_hours=hours * copies * group,
+        is_timed=bool(rate),
         slots=math.ceil(hours * 60 / minutes) if minutes else 1,
     )
-    return TeacherWork(
-        teacher, describe_cache(logits, cost), cost, load, bool(rate), copies_on_disk
-    )
+    return TeacherWork(teacher, describe_cache(logits, cost), cost, load, copies_on_disk)
 
 
 def describe_cache(logits: Logits, cost: CacheCost) -> CacheEstimate:
@@ -110,6 +109,7 @@ def describe_cache(logits: Logits, cost: CacheCost) -> CacheEstimate:
         "sampled": cache.head_probability or 0.05,
     }[cache.method]
     return CacheEstimate(
+        id=logits.id,
         method=f"{cache.method} {parameter}",
         bytes_per_position=round(cost.record_bytes / max(1, cost.positions), 2),
         relative_error=cost.relative_error,

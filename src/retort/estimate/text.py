@@ -61,9 +61,9 @@ def count_text(
     dataset = tokens.corpus.dataset
     index_path = tokens.folder / "index.json"
     if given is None and index_path.exists():
-        return _read_index(TokenIndex.read(index_path), dataset)
+        return _read_index(TokenIndex.read(index_path), tokens)
     if given is not None:
-        return _assume(given, dataset)
+        return _assume(given, tokens)
     responses = tokens.corpus.synthesis
     is_unwritten = responses is not None and not responses.record.exists()
     if is_unwritten or tokenizer is None:
@@ -72,14 +72,15 @@ def count_text(
             f"the text {dataset.title!r} {what}, so its tokens cannot be counted: give their number, such as "
             "--tokens 1e9."
         )
-    return _read_text(dataset, tokenizer, _QUICK_BYTES if is_quick else _TOKENIZED_BYTES)
+    return _read_text(tokens, tokenizer, _QUICK_BYTES if is_quick else _TOKENIZED_BYTES)
 
 
-def _read_index(index: TokenIndex, dataset: Dataset) -> Text:
+def _read_index(index: TokenIndex, tokens: Tokens) -> Text:
     train = index.record.train
     _, table = index.read_sample(num_positions=_SAMPLED_POSITIONS)
     found = TextEstimate(
-        name=dataset.title,
+        id=tokens.id,
+        name=tokens.corpus.dataset.title,
         documents=train.documents,
         sequences=train.sequences,
         tokens=train.tokens,
@@ -91,10 +92,12 @@ def _read_index(index: TokenIndex, dataset: Dataset) -> Text:
     return Text(found, table.lengths, table)
 
 
-def _assume(given: int, dataset: Dataset) -> Text:
+def _assume(given: int, tokens: Tokens) -> Text:
     """Every token but the first of a sequence is predicted; all sequences are of dataset.max_length."""
+    dataset = tokens.corpus.dataset
     sequences = math.ceil(given / dataset.max_length)
     found = TextEstimate(
+        id=tokens.id,
         name=dataset.title,
         documents=None,
         sequences=sequences,
@@ -107,8 +110,9 @@ def _assume(given: int, dataset: Dataset) -> Text:
     return Text(found, np.array([dataset.max_length]), build_table([]))
 
 
-def _read_text(dataset: Dataset, tokenizer: Any, most_bytes: int) -> Text:
+def _read_text(tokens: Tokens, tokenizer: Any, most_bytes: int) -> Text:
     """Read all documents of small local files, every n-th of larger ones, and the first ones of the Hub."""
+    dataset = tokens.corpus.dataset
     num_bytes = sum(path.stat().st_size for path in list_corpus_files(dataset))
     is_local = not any(map(is_hub, dataset.sources))
     total: int | None = None
@@ -143,6 +147,7 @@ def _read_text(dataset: Dataset, tokenizer: Any, most_bytes: int) -> Text:
     if is_demo(dataset) and not hasattr(tokenizer, "encode"):
         basis, error = f"from characters: {_DEMO_CHARACTERS} a token", 0.1
     found = TextEstimate(
+        id=tokens.id,
         name=dataset.title,
         documents=round(len(documents) * factor),
         sequences=round(len(table) * factor),

@@ -64,6 +64,7 @@ def estimate_project(project: Project, models: Models, options: Options) -> Esti
     teachers = [work.teacher for work in works.values()]
     device_hours = sum(t.device_hours for t in teachers) + sum(r.device_hours for r in runs)
     return Estimate(
+        made=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         device=Device(
             name=options.gpu.name if options.gpu else f"{name_cpu()}, cores",
             number=options.num_devices,
@@ -202,7 +203,7 @@ def _list_assumptions(
         lines.append(
             f"GPUs of {options.gpu.memory / 1e9:.0f} GB, of which tensors can have {options.gpu.usable / 1e9:.1f} GB"
         )
-    is_timed = any(work.is_timed for work in works.values())
+    is_timed = any(work.teacher.is_timed for work in works.values())
     for what, measured, share in (
         ("teacher", here if is_timed else "", options.forward_share),
         ("students", (options.rates.source or here) if seconds else "", options.training_share),

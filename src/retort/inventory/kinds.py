@@ -128,7 +128,7 @@ KINDS = (
         ("benchmark.json",),
         ("benchmark.json", "attempts.jsonl"),
     ),
-    Kind("check", "checks", "checks/*", ("inputs.json",), ("inputs.json",)),
+    Kind("check", "checks", "checks/*", ("inputs.json",), ("inputs.json", "estimate.json")),
     Kind(
         "report",
         "reports",

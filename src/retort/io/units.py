@@ -11,6 +11,13 @@ def format_bytes(number: float, *, unit: str = "bytes") -> str:
     return f"{value:,.1f} TB"
 
 
+def format_duration(seconds: float) -> str:
+    """Return a time in seconds, minutes or hours: 12.3 s, 4.5 min, 3.2 h."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 def format_count(number: float) -> str:
     """Return a number with at most three digits, and its unit: 260k, 1.23B."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):

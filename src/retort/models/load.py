@@ -1,6 +1,7 @@
 """Load models and record teachers."""
 
 import os
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -166,6 +167,18 @@ def describe_device(device: torch.device) -> str:
         return f"{torch.cuda.get_device_name(device)} x {torch.cuda.device_count()}"
     threads = torch.get_num_threads()
     return f"cpu ({name_cpu()}), {threads} thread{'s' if threads > 1 else ''} of {os.cpu_count()} cores"
+
+
+def read_peak_memory(device: torch.device) -> int:
+    """Return the most bytes that this process has had: allocated on its fullest GPU, or resident.
+
+    Of the system's two numbers not that of getrusage: it counts the program that started this one too.
+    """
+    if device.type == "cuda":
+        return max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
+    assert found
+    return 1024 * int(found[1])
 
 
 def record_teacher(path: Path, section: Teacher) -> None:

@@ -16,7 +16,7 @@ from retort.cluster.gpus import detect_gpus
 from retort.config.sections import Config
 from retort.estimate.gpus import Gpu, detect_gpu, find_gpu
 from retort.estimate.options import Models, Options
-from retort.estimate.records import Estimate
+from retort.estimate.records import KEPT_FILE, Estimate
 from retort.estimate.table import summarize
 from retort.estimate.text import UncountedError
 from retort.estimate.whole import estimate_project
@@ -40,11 +40,34 @@ def estimate_config(configs: Mapping[str, Config], options: Options) -> Estimate
     return estimate_project(project, find_models(project, options), options)
 
 
-def estimate_in_short(configs: Mapping[str, Config]) -> tuple[list[str], list[str]]:
+def find_kept_path(configs: Mapping[str, Config]) -> Path:
+    """Return where the estimate of a config is kept, beside the record of its check."""
+    folder = next(iter(configs.values())).output.results_dir
+    return Path(folder) / "checks" / build_project(configs).check_id / KEPT_FILE
+
+
+def keep_estimate(found: Estimate, configs: Mapping[str, Config]) -> str:
+    """Keep an estimate for the report of the run; return a sentence on it.
+
+    Raises ValueError where the run has begun: its report shows what was estimated before.
+    """
+    path = find_kept_path(configs)
+    if path.with_name("inputs.json").exists():
+        raise ValueError(
+            f"the run of this config has begun ({path.parent} has its check), so an estimate of now is not kept. Leave "
+            "--keep out, or remove that folder."
+        )
+    found.write(path)
+    return f"kept for the report of the run: {path}"
+
+
+def estimate_in_short(
+    configs: Mapping[str, Config], *, kept_path: Path | None = None
+) -> tuple[list[str], list[str]]:
     """Return lines on what a config needs, for its check, and what does not fit the GPUs that are known, or the disk.
 
-    Little is read and nothing is run. Where the text cannot be counted here, memory alone is looked at. Raises
-    ValueError as `estimate_config` does.
+    Little is read and nothing is run. Where the text cannot be counted here, memory alone is looked at. kept_path:
+    where the estimate is written, unless one is kept there already. Raises ValueError as `estimate_config` does.
     """
     generations = [config.teacher.generation for config in configs.values()]
     named = dict.fromkeys(g.gpu_type for g in generations if g.gpu_type)
@@ -56,6 +79,8 @@ def estimate_in_short(configs: Mapping[str, Config]) -> tuple[list[str], list[st
         options = replace(options, num_devices=number, is_counted=False)
     try:
         found = estimate_config(configs, options)
+        if kept_path is not None and not kept_path.exists():
+            found.write(kept_path)
         return summarize(found), list(found.faults)
     except UncountedError as error:
         found = estimate_config(configs, replace(options, tokens=_SOME_TOKENS))

@@ -67,8 +67,11 @@ class CheckRecord(Record, format="retort-check", version=2):
     made: RunRecord
 
 
-def check_project(configs: Mapping[str, Config]) -> CheckRecord:
-    """Check the inputs of every run. Raises ValueError with all mistakes."""
+def check_project(configs: Mapping[str, Config], *, kept_path: Path | None = None) -> CheckRecord:
+    """Check the inputs of every run. Raises ValueError with all mistakes.
+
+    kept_path: where the estimate is written, for the report, unless one is kept there already.
+    """
     started = time.monotonic()
     notes: list[str] = []
     mistakes = Mistakes()
@@ -104,7 +107,7 @@ def check_project(configs: Mapping[str, Config]) -> CheckRecord:
             notes += check_tasks(config.evaluation)
     mistakes.require_none()
     with mistakes:
-        lines, faults = estimate_in_short(configs)
+        lines, faults = estimate_in_short(configs, kept_path=kept_path)
         notes += lines
         mistakes.found |= dict.fromkeys(faults)
     mistakes.require_none()

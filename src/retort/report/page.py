@@ -19,6 +19,7 @@ from retort.evaluation.scores import METRICS
 from retort.io.files import write_atomically
 from retort.report import findings, tables
 from retort.report.comparisons import Comparisons, compare_runs
+from retort.report.estimated import Records, compare_with_estimate
 from retort.report.figures import Figures
 from retort.report.runs import find_teachers, label_teachers, load_results
 from retort.report.samples import build_samples
@@ -30,14 +31,19 @@ WIDTH = 80  # characters of a line, where the terminal's width is not known
 
 
 def make_report(
-    metrics_paths: Sequence[Path], out_html: Path, *, benchmark_paths: Sequence[Path] = ()
+    metrics_paths: Sequence[Path],
+    out_html: Path,
+    *,
+    benchmark_paths: Sequence[Path] = (),
+    estimated: Records | None = None,
 ) -> str:
     """Write the page, with summary.csv and summary.txt beside it; return the summary, as wide as the terminal.
 
+    estimated: what the estimate of the config is compared with, None without one.
     Raises ValueError when a file is missing, is not as `evaluate`, `benchmark` or `train` writes it, or has NaN.
     """
     found, board = compare_runs(load_results(metrics_paths)), read_scoreboard(benchmark_paths)
-    shown = describe_results(found, board)
+    shown = describe_results(found, board, estimated)
     out_html.parent.mkdir(parents=True, exist_ok=True)
     summary = render_summary(shown, report_path=out_html)
     write_atomically(out_html.with_name("summary.txt"), (summary + "\n").encode())
@@ -55,7 +61,9 @@ def render_csv(found: Comparisons, board: pd.DataFrame) -> str:
     return str(table.to_csv(lineterminator="\n"))
 
 
-def describe_results(found: Comparisons, board: pd.DataFrame) -> dict[str, Any]:
+def describe_results(
+    found: Comparisons, board: pd.DataFrame, estimated: Records | None = None
+) -> dict[str, Any]:
     """Return what both the summary and the page show, by its name in their templates."""
     return {
         "runs": found.runs,
@@ -65,6 +73,7 @@ def describe_results(found: Comparisons, board: pd.DataFrame) -> dict[str, Any]:
         "caches": findings.find_caches(found.runs),
         "warnings": findings.find_warnings(found),
         "board": board,
+        "estimated": compare_with_estimate(estimated, found.results.metrics),
         "trials": sorted(set(board.trial) - {""}),
     }
 
@@ -133,6 +142,9 @@ def render_page(found: Comparisons, shown: dict[str, Any]) -> str:
         "digest": digest,
         "caches": tables.Table(shown["caches"], tables.TABLES["caches"], "runs"),
         "benchmarks": tables.build_task_table(shown["board"]),
+        "estimated": tables.Table(
+            shown["estimated"].set_index("subject"), tables.TABLES["estimated"], "what"
+        ),
         "provenance": tables.Table(found.runs, tables.TABLES["provenance"], "run"),
         "shared": shared,
         "differing": differing,

@@ -15,6 +15,7 @@ import yaml
 
 from retort.evaluation.formatting import format_number, format_signed, name_metric
 from retort.evaluation.scores import MAX_PERPLEXITY, METRICS
+from retort.io.units import format_duration
 from retort.report.comparisons import Comparisons, find_best, is_gain, read_config
 from retort.report.runs import ENDS, find_teachers, get_estimate
 from retort.report.starts import list_starts
@@ -38,15 +39,9 @@ def _write_perplexity(value: float) -> str:
     return format(value, ",.2f" if value < 99_999 else ".2e")
 
 
-def _write_duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
 _WRITERS: dict[str, Callable[[float], str]]
 _WRITERS = {"signed": format_signed, "kl": write_kl, "size": _write_size}
-_WRITERS |= {"perplexity": _write_perplexity, "duration": _write_duration}
+_WRITERS |= {"perplexity": _write_perplexity, "duration": format_duration}
 
 
 class Cell(NamedTuple):

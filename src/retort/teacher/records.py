@@ -68,13 +68,17 @@ class Manifest(Record, format="retort-manifest", version=2):
 
 
 class WorkerRecord(Record, format="retort-worker"):
-    """metadata_worker<w>.json, the receipt of a worker: the names of the parts that it did."""
+    """metadata_worker<w>.json, the receipt of a worker: the names of the parts that it did.
+
+    peak_memory: bytes of its process (see `read_peak_memory`), None in older records.
+    """
 
     worker: int
     num_workers: int
     parts_done: tuple[str, ...]
     tokens: int
     made: RunRecord
+    peak_memory: int | None = Field(default=None, exclude_if=lambda size: size is None)
 
 
 class KindCount(Entry):

@@ -33,7 +33,12 @@ from retort.config.handoff import Job
 from retort.io.fingerprints import TeacherRecord
 from retort.io.run_record import describe_run
 from retort.models.causal_lm import CausalLM
-from retort.models.load import describe_device, load_recorded_teacher, name_dtype
+from retort.models.load import (
+    describe_device,
+    load_recorded_teacher,
+    name_dtype,
+    read_peak_memory,
+)
 from retort.teacher.batch_tokens import agree_on_batch_tokens, find_batch_tokens
 from retort.teacher.batches import Batch
 from retort.teacher.claims import Claims
@@ -255,10 +260,11 @@ def _write_receipt(
 ) -> None:
     section = job.config.teacher
     has_gpu = torch.cuda.is_available() and section.device != "cpu"
+    device = torch.device("cuda" if has_gpu else "cpu")
     made = describe_run(
         section={"teacher": section, "cache": job.config.cache},
         dtype=report.dtype,
-        device=describe_device(torch.device("cuda" if has_gpu else "cpu")),
+        device=describe_device(device),
         seconds=report.seconds,
     )
     WorkerRecord(
@@ -267,6 +273,7 @@ def _write_receipt(
         parts_done=tuple(report.parts),
         tokens=report.tokens,
         made=made,
+        peak_memory=read_peak_memory(device),
     ).write(path)
     logger.info(
         f"worker {worker}: {len(report.parts)} parts, {report.tokens:,} tokens in {report.seconds:.1f} s"

@@ -36,7 +36,7 @@ from retort.losses.terms import LossSettings
 from retort.models.attention import ON_CPU, set_attention
 from retort.models.causal_lm import CausalLM, compile_layers, needs_mask, split_model
 from retort.models.frozen import count_trained, freeze_weights
-from retort.models.load import describe_device
+from retort.models.load import describe_device, read_peak_memory
 from retort.models.lora import add_adapters, count_merged
 from retort.models.students import build_student, name_student
 from retort.tokens.sequences import SequenceTable
@@ -128,6 +128,8 @@ def train_student(
             device=describe_device(trainer.args.device),
             dtype=describe_precision(trainer.args),
             best_step=best,
+            peak_memory=read_peak_memory(trainer.args.device),
+            resumed_step=progress.first_step or None,
         )
         save_final(folder / "final", trainer, job, summary)
         if rank() == 0:

@@ -18,7 +18,8 @@ class TrainingSummary(Entry):
     """Totals of a training, over all its attempts. `dtype`: of the weights, and of mixed precision if it is used.
 
     trained_parameters: those that are not frozen; None in records of versions that trained all. best_step: the step
-    whose weights the student has, None for the last one.
+    whose weights the student has, None for the last one. peak_memory: bytes of the last attempt (see
+    `read_peak_memory`), None in older records; resumed_step: from which that attempt went on, None if it was the first.
     """
 
     steps: int
@@ -30,6 +31,8 @@ class TrainingSummary(Entry):
     device: str
     dtype: str
     best_step: int | None = Field(default=None, exclude_if=lambda step: step is None)
+    peak_memory: int | None = Field(default=None, exclude_if=lambda size: size is None)
+    resumed_step: int | None = Field(default=None, exclude_if=lambda step: step is None)
 
 
 class StartRecord(Record, format="retort-student"):

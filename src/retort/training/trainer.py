@@ -247,7 +247,7 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         self.write_curve = write_curve
         self.interval_s = interval_s
         self.started = time.monotonic()
-        self._first_step = 0
+        self.first_step = before.step  # of this attempt
         self._logs: dict[str, float] = {}
 
     @property
@@ -264,7 +264,7 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Note this attempt's first step, and check that the ranks share their gradients."""
-        self._first_step = state.global_step
+        self.first_step = state.global_step
         if not self.before.step:  # they are of another run, whose checkpoint the config names
             state.log_history, state.best_metric, state.best_global_step = [], None, None
             state.best_model_checkpoint = None
@@ -326,7 +326,7 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         self._meter.show(is_due=is_due)
 
     def _describe_line(self, state: TrainerState) -> str:
-        steps = max(1, state.global_step - self._first_step)
+        steps = max(1, state.global_step - self.first_step)
         left_s = (time.monotonic() - self.started) / steps * (state.max_steps - state.global_step)
         return (
             f"train {self.name}  step {state.global_step}/{state.max_steps}  hard loss {self._logs['hard_loss']:.4f}  "
