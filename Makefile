@@ -119,10 +119,11 @@ benchmark-packing: $(READY)
 benchmark-lora: $(READY)
 	$(BIN)/python -m benchmarks.training.lora $(FLAGS)
 
-# The memory that is estimated for students and teachers beside what they take, some minutes. With
-# MALLOC_MMAP_THRESHOLD_=262144 before it the heap gives back what is freed, as on a GPU.
+# What is estimated beside what is taken: whole runs (a quarter of an hour), then the memory of several architectures by the
+# formula (some minutes). With MALLOC_MMAP_THRESHOLD_=262144 before it the heap gives back what is freed, as on a GPU.
 benchmark-estimates: $(READY)
-	$(BIN)/python -m benchmarks.estimates.memory $(FLAGS)
+	$(BIN)/python -m benchmarks.estimates.runs $(FLAGS)
+	$(BIN)/python -m benchmarks.estimates.memory
 
 # How long a step waits for its batch, three minutes (and ten for the distributions, once).
 benchmark-feeding: $(READY)

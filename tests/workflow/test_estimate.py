@@ -60,6 +60,11 @@ def test_the_check_says_it_in_short_and_refuses_what_no_gpu_holds(fresh: Place) 
     assert "Set teacher.generation.gpus_per_model: 2" in said.output, said.output
     assert estimate(fresh, "--gpu", "h1000").output.count("h100-80") == 1
 
+    tried = fresh.execute([sys.executable, "-m", "retort", "trial", "tiny.yaml"])
+    assert tried.returncode == 1
+    assert "needs 1" in tried.output and "but this machine has" in tried.output, tried.output
+    assert not (fresh.path / "results-trial").exists()
+
     (fresh.path / "large" / "model.safetensors").write_bytes(b"not read here")
     fresh.write_config(tiny(teacher=large | {"generation": {"gpu_type": "h100-80"}}))
     refused = fresh.try_snakemake("check_inputs")

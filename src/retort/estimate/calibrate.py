@@ -1,4 +1,4 @@
-"""What a teacher reads in a second on the device at hand, and what its distributions take, from some seconds of work.
+"""What a teacher reads in a second on the device at hand, and what it and its distributions take, from some seconds.
 
 On a CPU the time is that of its cores, as if nothing else used them.
 """
@@ -15,7 +15,7 @@ from retort.cache.cost import SampledBytes
 from retort.config.sections import Config
 from retort.estimate.cache_bytes import bytes_of_records, choose_sequences
 from retort.models.causal_lm import CausalLM
-from retort.models.load import load_teacher
+from retort.models.load import load_teacher, read_peak_memory
 from retort.teacher.scoring import Scorer, score_part
 from retort.tokens.sequences import SequenceTable, concatenate_tables
 
@@ -37,10 +37,15 @@ def choose_clock(threads: int) -> Callable[[], float]:
 
 @dataclass(frozen=True)
 class TeacherSample:
-    """What a teacher did with some sequences: their tokens and the seconds, and the bytes of its distributions."""
+    """What a teacher did with some sequences: their tokens and the seconds, and the bytes of its distributions.
+
+    start_seconds: that it takes once, to load and to warm up. peak_memory: bytes of this process (`read_peak_memory`).
+    """
 
     tokens: int
     seconds: float
+    start_seconds: float
+    peak_memory: int
     bytes: SampledBytes
 
 
@@ -49,25 +54,32 @@ def sample_teacher(
 ) -> TeacherSample:
     """Let the teacher read some sequences of a table as a worker does, and encode what it says.
 
-    The longest sequences are read first, and timed alone.
+    The longest sequences are read first, and timed alone: they take the most memory.
     """
     torch.set_num_threads(config.teacher.generation.cpu_threads)
+    clock = choose_clock(torch.get_num_threads())
+    started = clock()
     teacher = load_teacher(path, config.teacher)
     counts = np.bincount(table.ids, minlength=codec.vocabulary)[: codec.vocabulary]
     order = TokenOrder.from_counts(counts, vocabulary=codec.vocabulary)
     size = config.teacher.generation.batch_size
-    first = table.slice(0, min(len(table), size))
-    _score(
-        teacher, first, codec, order, num_tokens, size
-    )  # compiles, and loads what is loaded once
-    rate = _score(teacher, first, codec, order, num_tokens, size)[0] / max(1, first.num_positions)
+    longest = np.sort(np.argsort(-table.lengths, kind="stable")[:size])
+    first = concatenate_tables(table.slice(i, i + 1) for i in longest.tolist())
+    _score(teacher, first, codec, order, num_tokens, size)  # compiles what is compiled once
+    ready = clock()
+    again = _score(teacher, first, codec, order, num_tokens, size)[0]
+    rate = again / max(1, first.num_positions)
     most = min(_SAMPLED_POSITIONS, max(512, int(SECONDS / max(rate, 1e-9))))
     chosen = choose_sequences(table, num_positions=most)
     sample = concatenate_tables(table.slice(i, i + 1) for i in chosen.tolist())
     seconds, records, tables = _score(teacher, sample, codec, order, num_tokens, size)
     positions = np.diff(sample.position_offsets)
     return TeacherSample(
-        len(sample.ids), seconds, bytes_of_records(records, tables, positions.tolist())
+        tokens=len(sample.ids),
+        seconds=seconds,
+        start_seconds=max(0.0, ready - started - again),
+        peak_memory=read_peak_memory(teacher.device),
+        bytes=bytes_of_records(records, tables, positions.tolist()),
     )
 
 

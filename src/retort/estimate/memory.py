@@ -14,6 +14,8 @@ from retort.losses.fused_loss import choose_chunk_size
 _HEAD_ROWS = {"cpu": 256, "cuda": 2048}  # as in teacher.scoring
 # [R, V] of float32 at once: logits, and what selection makes of them; on a CPU it works on few rows at a time.
 _LOGIT_BUFFERS = {"cpu": 1.0, "cuda": 3.0}
+# Resident bytes of a job on a CPU with all that it imports, before its model: as measured with PyTorch 2.13.
+_TEACHER_PROGRAM, _TRAINING_PROGRAM = 0.47e9, 0.57e9
 # Bytes of an optimizer's state for a trained weight (a moment of float32 has 4, one of 8 bits 1).
 _STATE_BYTES = {
     "adafactor": 0.1,
@@ -55,8 +57,7 @@ def estimate_teacher_memory(
     and values or the MLP's three activations.
     """
     each, tokens = DTYPE_BYTES[dtype], load.batch * load.length
-    inner = max(3 * size.intermediate, 2 * size.attention_width + 2 * size.kv_width + size.hidden)
-    activations = tokens * (each * (2 * size.hidden + inner) + 8 * size.hidden)
+    activations = tokens * (each * _count_of_layer(size) + 8 * size.hidden)
     if config.teacher.attn_implementation == "eager":
         heads = size.attention_width / 64
         activations += round(load.batch * heads * load.length**2 * (each + 4))
@@ -66,10 +67,17 @@ def estimate_teacher_memory(
     if device == "cpu" and dtype != "float32":
         selection += 8192 * size.hidden * 4  # columns of the head that are converted at once
     return TeacherMemory(
+        program=round(_TEACHER_PROGRAM) if device == "cpu" else 0,
         weights=round(size.weight_bytes(dtype)),
         activations=round(activations),
         selection=round(selection),
     )
+
+
+def _count_of_layer(size: ModelSize) -> int:
+    """Return the numbers that a layer has for a token at a time."""
+    inner = max(3 * size.intermediate, 2 * size.attention_width + 2 * size.kv_width + size.hidden)
+    return 2 * size.hidden + inner
 
 
 def find_smallest_group(memory: TeacherMemory, size: ModelSize, usable: float) -> int:
@@ -100,7 +108,7 @@ def estimate_student_memory(
     """Return the bytes of a student in training on each of its GPUs, at the fullest moment of a step.
 
     Weights, their gradients and the optimizer's moments are float32. The fullest moment is that of the loss, where all
-    activations are kept and of the gradients the head's alone, or that after the backward pass with all gradients;
+    activations are kept and of the gradients the head's alone, or the end of the backward pass with all gradients;
     where gradients accumulate, both.
     """
     batch = max(1, load.batch // max(1, training.gpus * training.nodes))
@@ -109,9 +117,10 @@ def estimate_student_memory(
         batch=batch, length=load.length, in_half=mode.in_half, attention=attention
     )
     tokens = batch * load.length
+    of_layer = saved / max(1, size.layers)
     if mode.is_checkpointed:
         # Inputs of all layers, and what one keeps (Chen et al., arXiv 1604.06174, 2016).
-        saved = 4 * tokens * size.hidden * (size.layers + 2) + saved / max(1, size.layers)
+        saved = 4 * tokens * size.hidden * (size.layers + 2) + of_layer
     half = 2 if mode.in_half else 4
     chunk = training.loss_chunk_size or choose_chunk_size(size.vocabulary, mode.device)
     positions = max(1, round(load.positions * batch / max(1, load.batch)))
@@ -127,9 +136,14 @@ def estimate_student_memory(
     if ranks > 1 and training.strategy == "ddp":
         gradients *= 2  # the buckets that are exchanged
     optimizer = _STATE_BYTES.get(training.optim, _ADAM_STATE) * trained / shards
+    # Of the gradients of activations there are those of one layer.
+    working = (half * _count_of_layer(size)) * tokens
     at_loss = saved + loss + (gradients if training.gradient_accumulation_steps > 1 else head_grad)
-    peak = weights + optimizer + max(at_loss, gradients)
+    at_end = gradients + (of_layer if mode.is_checkpointed else 0)
+    program = _TRAINING_PROGRAM if mode.device == "cpu" else 0
+    peak = program + weights + optimizer + working + max(at_loss, at_end)
     return StudentMemory(
+        program=round(program),
         weights=round(weights),
         gradients=round(gradients),
         optimizer=round(optimizer),

@@ -12,11 +12,18 @@ _ERROR = 1.15  # of memory, as measured (docs/benchmarks.md)
 
 
 @dataclass(frozen=True)
-class Rates:
-    """Measured speeds: tokens a second of one copy of a teacher, by id of the cache; seconds of a step, by run."""
+class Measured:
+    """The seconds of a step of a training, and the most bytes of its process; None: not known."""
 
-    teacher: Mapping[str, float] = field(default_factory=dict)
-    student: Mapping[str, float] = field(default_factory=dict)
+    seconds: float
+    memory: int | None
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What was measured elsewhere of the steps of runs, by their names."""
+
+    student: Mapping[str, Measured] = field(default_factory=dict)
     source: str = ""
 
 

@@ -42,8 +42,12 @@ class CacheEstimate(Entry):
 
 
 class TeacherMemory(Entry):
-    """Bytes of a teacher: all weights, activations of a batch, logits and what is selected of them."""
+    """Bytes of a teacher: all weights, activations of a batch, logits and what is selected of them.
 
+    program: of Python and its libraries, where the memory is that of a CPU.
+    """
+
+    program: int
     weights: int
     activations: int
     selection: int
@@ -51,11 +55,12 @@ class TeacherMemory(Entry):
     @property
     def peak(self) -> int:
         """The bytes of all together."""
-        return self.weights + self.activations + self.selection
+        return self.program + self.weights + self.activations + self.selection
 
 
 class TeacherEstimate(Entry):
-    """One pass of a teacher over a text. id: of its cache; is_timed: whether its speed was measured.
+    """One pass of a teacher over a text. id: of its cache; is_timed: whether its speed was
+    measured; measured_memory: the most bytes of its process then.
 
     smallest_group: GPUs that hold a copy; None: not known, or a CPU. operations: floating-point, of the whole pass.
     hours: of each of `copies` copies; device_hours: of all GPUs (or CPU jobs) together. slots: jobs of each copy.
@@ -67,6 +72,7 @@ class TeacherEstimate(Entry):
     active_parameters: int
     dtype: str
     memory: TeacherMemory
+    measured_memory: int | None
     gpus_per_model: int
     smallest_group: int | None
     copies: int
@@ -78,8 +84,9 @@ class TeacherEstimate(Entry):
 
 
 class StudentMemory(Entry):
-    """Bytes of a student in training, on each of its GPUs; `peak`: at the fullest moment."""
+    """Bytes of a student in training, on each of its GPUs; `peak`: at the fullest moment. program: as of a teacher."""
 
+    program: int
     weights: int
     gradients: int
     optimizer: int
@@ -90,7 +97,8 @@ class StudentMemory(Entry):
 
 class RunEstimate(Entry):
     """The training of a student. tokens: that it reads in all steps; memory: as configured, without and with
-    recomputation (`use_gradient_checkpointing`). epochs: passes over the text; is_timed: whether a step was measured.
+    recomputation (`use_gradient_checkpointing`). epochs: passes over the text; is_timed: whether steps were measured,
+    and measured_memory: the most bytes of their process.
     """
 
     name: str
@@ -99,6 +107,7 @@ class RunEstimate(Entry):
     is_checkpointed: bool
     layout: str
     memory: StudentMemory
+    measured_memory: int | None
     memory_plain: StudentMemory
     memory_checkpointed: StudentMemory
     steps: int

@@ -1,4 +1,4 @@
-"""How long a student's step takes on the device at hand, from some seconds of its real training."""
+"""How long a student's step takes on the device at hand, and its memory, from some seconds of its real training."""
 
 import tempfile
 from collections.abc import Callable
@@ -11,6 +11,8 @@ from transformers import TrainerCallback
 
 from retort.config.sections import Student, Tracking, Training
 from retort.estimate.calibrate import SECONDS, choose_clock
+from retort.estimate.options import Measured
+from retort.models.load import read_peak_memory
 from retort.tokens.sequences import SequenceTable
 from retort.training.arguments import training_arguments
 from retort.training.job import TrainingJob
@@ -44,8 +46,10 @@ def time_student(
     tokenizer: Any,
     vocabulary: int,
     max_length: int,
-) -> float | None:
-    """Return the seconds of an optimizer step of a student that learns from a text; None where there is too little.
+) -> Measured | None:
+    """Return the seconds of a step of a student that learns from a text, and the most memory of this process.
+
+    None where there is too little text.
 
     It is the real training, from the text alone: learning from a cache takes as long to within a tenth.
     """
@@ -81,4 +85,5 @@ def time_student(
         trainer.add_callback(watch)
         trainer.train()
     timed = watch.times[1:]
-    return float(np.mean(timed)) if timed else None
+    memory = read_peak_memory(arguments.device)
+    return Measured(float(np.mean(timed)), memory) if timed else None

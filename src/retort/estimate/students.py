@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from retort.artifacts.project import Run
 from retort.config.sections import Training
 from retort.estimate.memory import Load, Mode, estimate_student_memory
-from retort.estimate.options import Options
+from retort.estimate.options import Measured, Options
 from retort.estimate.records import RunEstimate, StudentMemory
 from retort.estimate.sizes import ModelSize
 from retort.estimate.text import Text
@@ -59,11 +59,11 @@ def estimate_run(
     options: Options,
     *,
     peak: float,
-    seconds: float | None,
+    measured: Measured | None,
 ) -> RunEstimate:
     """Return what the training of a run takes.
 
-    teacher: that runs beside it, if one does. peak: operations a second of a device. seconds: of a step, as measured.
+    teacher: that runs beside it, if one does. peak: operations a second of a device. measured: some of its steps.
     """
     training = run.config.training
     layout = choose_layout(text, training, max_length=run.config.dataset.max_length)
@@ -87,8 +87,8 @@ def estimate_run(
     )
     devices = training.gpus * training.nodes if options.gpu else 1
     hours = operations / (peak * options.training_share * devices) / 3600
-    if seconds:
-        hours = steps * seconds / 3600
+    if measured:
+        hours = steps * measured.seconds / 3600
     minutes = options.slots.get("train")
     return RunEstimate(
         name=run.name,
@@ -97,6 +97,7 @@ def estimate_run(
         is_checkpointed=is_checkpointed,
         layout=layout.name,
         memory=memory[is_checkpointed],
+        measured_memory=measured.memory if measured else None,
         memory_plain=memory[False],
         memory_checkpointed=memory[True],
         steps=steps,
@@ -105,7 +106,7 @@ def estimate_run(
         operations=operations,
         hours=hours,
         device_hours=hours * devices,
-        is_timed=bool(seconds),
+        is_timed=measured is not None,
         slots=math.ceil(hours * 60 / minutes) if minutes else 1,
     )
 

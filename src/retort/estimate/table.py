@@ -150,9 +150,9 @@ def _describe_runs(runs: Sequence[RunEstimate], *, unit: str) -> list[str]:
 
 
 def _describe_memory(runs: Sequence[RunEstimate]) -> list[str]:
-    heads = "memory of", "weights", "gradients", "optimizer", "activations", "loss", "at most"
+    heads = "memory of", "weights", "gradients", "optimizer", "activations", "loss", "in all"
     return align(
-        (*heads, "without / with recomputation"),
+        (*heads, "measured", "without / with recomputation"),
         (
             (
                 run.name,
@@ -160,6 +160,7 @@ def _describe_memory(runs: Sequence[RunEstimate]) -> list[str]:
                     format_bytes(getattr(run.memory, name))
                     for name in ("weights", "gradients", "optimizer", "activations", "loss", "peak")
                 ),
+                format_bytes(run.measured_memory) if run.measured_memory else "-",
                 f"{format_bytes(run.memory_plain.peak)} / {format_bytes(run.memory_checkpointed.peak)}",
             )
             for run in runs

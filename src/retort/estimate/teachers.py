@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from retort.artifacts.project import Logits
-from retort.cache.cost import CacheCost, SampledBytes, Sizes, count_copies, size_cache
+from retort.cache.cost import CacheCost, Sizes, count_copies, size_cache
 from retort.cache.methods import build_codec
-from retort.estimate.calibrate import sample_teacher
+from retort.estimate.apart import call_apart
+from retort.estimate.calibrate import TeacherSample, sample_teacher
 from retort.estimate.memory import Load, estimate_teacher_memory, find_smallest_group
 from retort.estimate.options import Options
 from retort.estimate.records import CacheEstimate, TeacherEstimate
@@ -61,8 +62,7 @@ def estimate_teacher(
         text, config.teacher.generation.batch_size, config.teacher.generation.batch_tokens
     )
     memory = estimate_teacher_memory(size, config, load, dtype=dtype, device=options.device)
-    sample, rate = _sample(logits, size, text, options, num_tokens=num_tokens)
-    rate = options.rates.teacher.get(logits.id, rate)
+    sample = _sample(logits, size, text, options, num_tokens=num_tokens)
     context = float((text.lengths.astype(float) ** 2).sum() / text.lengths.sum())
     operations = found.tokens * size.forward_operations(context)
     operations += found.positions * size.head_operations
@@ -72,14 +72,21 @@ def estimate_teacher(
     if options.gpu and options.is_counted:
         copies = max(1, min(copies, options.num_devices // group))
     hours = operations / (peak * options.forward_share * group) / 3600 / copies
-    if rate:
-        hours = found.tokens / rate / 3600 / copies
+    if sample:
+        seconds = found.tokens * sample.seconds / sample.tokens
+        hours = (seconds / copies + sample.start_seconds) / 3600
     codec = build_codec(config.cache, vocabulary=size.vocabulary)
     documents = found.documents or found.sequences
     parts = math.ceil(documents / config.dataset.streaming_chunk_size) + config.dataset.num_shards
     sizes = Sizes(found.positions, found.tokens, found.sequences, parts)
     copies_on_disk = count_copies(config.merge, is_stored=config.output.store is not None)
-    cost = size_cache(sizes, codec, copies_on_disk, folder=logits.folder, sample=sample)
+    cost = size_cache(
+        sizes,
+        codec,
+        copies_on_disk,
+        folder=logits.folder,
+        sample=sample.bytes if sample else None,
+    )
     minutes = options.slots.get("generate_logits")
     teacher = TeacherEstimate(
         id=logits.id,
@@ -88,13 +95,14 @@ def estimate_teacher(
         active_parameters=size.active + size.head,
         dtype=dtype,
         memory=memory,
+        measured_memory=sample.peak_memory if sample else None,
         gpus_per_model=config.teacher.generation.gpus_per_model,
         smallest_group=smallest,
         copies=copies,
         operations=operations,
         hours=hours,
         device_hours=hours * copies * group,
-        is_timed=bool(rate),
+        is_timed=sample is not None,
         slots=math.ceil(hours * 60 / minutes) if minutes else 1,
     )
     return TeacherWork(teacher, describe_cache(logits, cost), cost, load, copies_on_disk)
@@ -122,19 +130,20 @@ def describe_cache(logits: Logits, cost: CacheCost) -> CacheEstimate:
 
 def _sample(
     logits: Logits, size: ModelSize, text: Text, options: Options, *, num_tokens: int
-) -> tuple[SampledBytes | None, float | None]:
-    """Return the bytes of a teacher's own distributions, and its tokens a second here; None where it is not run."""
+) -> TeacherSample | None:
+    """Return what a teacher did with some of the text here; None where it is not run."""
     path = Path(logits.teacher.model_path)
     is_small = size.weight_bytes("float32") <= _SAMPLED_BYTES
     if not (options.may_run and is_small and len(text.table) and _has_weights(path)):
-        return None, None
+        return None
     codec = build_codec(
         logits.config.cache,
         vocabulary=size.vocabulary,
         token_counts=np.bincount(text.table.ids, minlength=size.vocabulary)[: size.vocabulary],
     )
-    found = sample_teacher(str(path), logits.config, text.table, codec, num_tokens=num_tokens)
-    return found.bytes, found.tokens / found.seconds
+    return call_apart(
+        sample_teacher, str(path), logits.config, text.table, codec, num_tokens=num_tokens
+    )
 
 
 def _has_weights(path: Path) -> bool:

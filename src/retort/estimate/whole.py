@@ -9,8 +9,9 @@ import torch
 from retort.artifacts.project import Project, Run
 from retort.config.load import identity
 from retort.config.sections import Config
+from retort.estimate.apart import call_apart
 from retort.estimate.faults import find_faults, is_live
-from retort.estimate.options import Models, Options
+from retort.estimate.options import Measured, Models, Options
 from retort.estimate.records import BreakEven, Device, Estimate, RunEstimate
 from retort.estimate.sizes import ModelSize, measure_model
 from retort.estimate.students import estimate_run
@@ -48,7 +49,7 @@ def estimate_project(project: Project, models: Models, options: Options) -> Esti
         for id, logits in project.logits.items()
     }
     students = {name: measure_model(config) for name, config in models.students.items()}
-    seconds = _time_students(project, models, students, texts, options)
+    measured = _time_students(project, models, students, texts, options)
     runs = [
         estimate_run(
             run,
@@ -57,7 +58,7 @@ def estimate_project(project: Project, models: Models, options: Options) -> Esti
             texts[run.tokens.id],
             options,
             peak=peak,
-            seconds=seconds.get(name),
+            measured=measured.get(name),
         )
         for name, run in project.runs.items()
     ]
@@ -79,7 +80,7 @@ def estimate_project(project: Project, models: Models, options: Options) -> Esti
         device_hours=device_hours,
         wall_hours=sum(t.hours for t in teachers) + _schedule(project, runs, options),
         price=None if options.price is None else round(options.price * device_hours, 2),
-        assumptions=tuple(_list_assumptions(options, works, seconds)),
+        assumptions=tuple(_list_assumptions(options, works, measured)),
         faults=tuple(find_faults(project, works, sizes, runs, options)),
     )
 
@@ -122,10 +123,10 @@ def _time_students(
     sizes: dict[str, ModelSize],
     texts: dict[str, Text],
     options: Options,
-) -> dict[str, float]:
-    """Return the seconds of a step of the runs that are measured, by name; those that differ in their loss share it."""
+) -> dict[str, Measured]:
+    """Return what was measured of the steps of runs, by name; those that differ in their loss share it."""
     found = dict(options.rates.student)
-    known: dict[str, float | None] = {}
+    known: dict[str, Measured | None] = {}
     for name, run in project.runs.items():
         text, tokenizer = texts[run.tokens.id], models.tokenizers[run.tokens.id]
         config = run.config
@@ -138,7 +139,8 @@ def _time_students(
             # Here, since transformers' Trainer takes seconds to load, and check_inputs times no student.
             from retort.estimate.student_speed import time_student
 
-            known[key] = time_student(
+            known[key] = call_apart(
+                time_student,
                 config.student,
                 config.training,
                 text.table,
@@ -146,8 +148,8 @@ def _time_students(
                 vocabulary=_count_tokens(models, run.tokens.id, sizes[name]),
                 max_length=config.dataset.max_length,
             )
-        if seconds := known[key]:
-            found[name] = seconds
+        if (steps := known[key]) is not None:
+            found[name] = steps
     return found
 
 
@@ -194,7 +196,7 @@ def _schedule(project: Project, runs: Sequence[RunEstimate], options: Options) -
 
 
 def _list_assumptions(
-    options: Options, works: dict[str, TeacherWork], seconds: dict[str, float]
+    options: Options, works: dict[str, TeacherWork], measured: dict[str, Measured]
 ) -> list[str]:
     """Return what the estimate takes for granted, in sentences."""
     here = "measured here on a sample"
@@ -204,14 +206,17 @@ def _list_assumptions(
             f"GPUs of {options.gpu.memory / 1e9:.0f} GB, of which tensors can have {options.gpu.usable / 1e9:.1f} GB"
         )
     is_timed = any(work.teacher.is_timed for work in works.values())
-    for what, measured, share in (
+    for what, source, share in (
         ("teacher", here if is_timed else "", options.forward_share),
-        ("students", (options.rates.source or here) if seconds else "", options.training_share),
+        ("students", (options.rates.source or here) if measured else "", options.training_share),
     ):
         rate = f"{share:.0%} of the peak ({'given' if options.utilization else 'assumed'})"
-        lines.append(f"speed of the {what}: {measured or rate}")
+        lines.append(f"speed of the {what}: {source or rate}")
     if not options.gpu:
         lines.append("cores that nothing else uses: beside other work it takes longer")
+        lines.append(
+            "memory that is not measured: what is in use; the C library keeps up to a half more of what was freed"
+        )
     lines += [
         "operations: 2 a weight and token forward, 4 backward, 2 for recomputation, and 4 L T H for attention of all "
         "pairs of tokens",

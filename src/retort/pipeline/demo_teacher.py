@@ -154,6 +154,11 @@ def _read_training_documents(dataset: Dataset, snapshot: Path | None) -> Iterato
         yield from (document for document in documents if document.split == "train")
 
 
+def foresee_tokenizer(dataset: Dataset) -> Any:
+    """Return the tokenizer that the demo's teacher will have, which takes a second or two."""
+    return train_tokenizer(_read_training_documents(dataset, None))
+
+
 def train_tokenizer(documents: Iterator[Document], size: DemoTeacher = DEMO_TEACHER) -> Any:
     """Train a byte-level BPE tokenizer of `size.vocabulary` tokens on `size.tokenizer_documents` documents."""
     texts = (d.text for d in islice(documents, size.tokenizer_documents))

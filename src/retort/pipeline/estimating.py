@@ -22,7 +22,7 @@ from retort.estimate.text import UncountedError
 from retort.estimate.whole import estimate_project
 from retort.models.load import load_model_config, output_width
 from retort.models.students import student_config
-from retort.pipeline.demo_teacher import DEMO_TEACHER, DemoTokenizer, demo_config
+from retort.pipeline.demo_teacher import DEMO_TEACHER, DemoTokenizer, demo_config, foresee_tokenizer
 from retort.pipeline.pruned_student import shape_student
 from retort.pipeline.workflow_files import find_workflow
 from retort.tokens.tokenizer import load_tokenizer
@@ -143,10 +143,7 @@ def read_slots() -> tuple[dict[str, int], int]:
 def find_models(project: Project, options: Options) -> Models:
     """Return the configs of a project's models. Raises ValueError for one that cannot be used."""
     teachers = {id: _load_teacher(teacher) for id, teacher in project.teachers.items()}
-    tokenizers = {
-        id: _load_tokenizer(tokens, is_needed=options.tokens is None)
-        for id, tokens in project.tokens.items()
-    }
+    tokenizers = {id: _load_tokenizer(tokens, options) for id, tokens in project.tokens.items()}
     students = {}
     for name, run in project.runs.items():
         width = 0
@@ -163,16 +160,21 @@ def _load_teacher(teacher: TeacherModel) -> PretrainedConfig:
     return load_model_config(str(section.model_path), **section.source)
 
 
-def _load_tokenizer(tokens: Tokens, *, is_needed: bool) -> Any:
-    """Return the tokenizer of a text, None where it cannot be loaded and is not needed."""
+def _load_tokenizer(tokens: Tokens, options: Options) -> Any:
+    """Return the tokenizer of a text, None where it cannot be loaded and the number of tokens is given.
+
+    The demo's is trained here where it does not exist yet and models may be run.
+    """
     if tokens.teacher is not None and tokens.teacher.corpus is not None:
-        path = Path(tokens.tokenizer)
-        return load_tokenizer(str(path)) if path.is_dir() else DemoTokenizer()
+        if Path(tokens.tokenizer).is_dir():
+            return load_tokenizer(tokens.tokenizer)
+        can_train = options.may_run and options.tokens is None
+        return foresee_tokenizer(tokens.corpus.dataset) if can_train else DemoTokenizer()
     section = tokens.teacher.section if tokens.teacher else None
     try:
         return load_tokenizer(tokens.tokenizer, **(section.source if section else {}))
     except ValueError:
-        if is_needed:
+        if options.tokens is None:
             raise
         return None
 

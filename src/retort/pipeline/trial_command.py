@@ -19,12 +19,13 @@ from retort.config.config_files import load_source, read_files
 from retort.config.load import differences
 from retort.config.sections import Config
 from retort.config.yaml_source import read_yaml
-from retort.estimate.options import Rates
+from retort.estimate.options import Measured, Rates
 from retort.estimate.records import Estimate
 from retort.estimate.table import describe
 from retort.io.files import write_atomically
-from retort.pipeline.estimating import choose_options, estimate_config
+from retort.pipeline.estimating import choose_options, estimate_config, keep_estimate
 from retort.pipeline.run_command import run_workflow
+from retort.training.record import TrainingRecord
 
 _SECONDS = (
     5.0  # of the work of all passes of teachers, and of each training, as far as they can be cut
@@ -56,6 +57,7 @@ def run_trial(words: Sequence[str]) -> None:
     parser = argparse.ArgumentParser("retort trial", description=_ABOUT)
     parser.add_argument("config", metavar="CONFIG", type=Path, help="the config of the run (YAML)")
     parser.add_argument("--documents", type=int, metavar="N", help="documents (default: a few)")
+    parser.add_argument("--keep", action="store_true", help="the estimate, for the run's report")
     parser.add_argument("--steps", type=int, metavar="N", help="steps of a run (default: a few)")
     flags, options = parser.parse_known_args(words)
     for name in ("documents", "steps"):
@@ -66,10 +68,7 @@ def run_trial(words: Sequence[str]) -> None:
             f"The config {str(flags.config)!r} does not exist (looked in {Path.cwd()})."
         )
     configs = load_source(read_files([flags.config.absolute()], {}) or read_yaml(flags.config))
-    quick = replace(choose_options(gpu=None, num_gpus=None, may_run=False), is_quick=True)
-    found = estimate_config(configs, quick)
-    if faults := [fault for fault in found.faults if "disk" not in fault]:
-        raise ValueError("it does not fit:\n" + "\n".join(f"- {fault}" for fault in faults))
+    found = estimate_first(configs)
     size = choose_size(configs, found)
     size = replace(
         size, documents=flags.documents or size.documents, steps=flags.steps or size.steps
@@ -83,13 +82,25 @@ def run_trial(words: Sequence[str]) -> None:
     )
     run_jobs(written, options)
     print("\nThe whole run, by this trial's speed:\n", flush=True)
-    options_here = replace(
-        choose_options(gpu=None, num_gpus=None), rates=read_rates(written, configs, found)
-    )
-    whole = estimate_config(configs, options_here)
+    rates = read_rates(written, configs, found)
+    whole = estimate_config(configs, replace(choose_options(gpu=None, num_gpus=None), rates=rates))
     print(*describe(whole), sep="\n")
-    if whole.faults:
-        raise ValueError("it does not fit:\n" + "\n".join(f"- {fault}" for fault in whole.faults))
+    if flags.keep:
+        print(keep_estimate(whole, configs))
+    _require_fit(whole.faults)
+
+
+def estimate_first(configs: Mapping[str, Config]) -> Estimate:
+    """Return a quick estimate of the whole. Raises ValueError for a model that this machine's memory cannot hold."""
+    quick = replace(choose_options(gpu=None, num_gpus=None, may_run=False), is_quick=True)
+    found = estimate_config(configs, quick)
+    _require_fit([fault for fault in found.faults if "disk" not in fault])
+    return found
+
+
+def _require_fit(faults: Sequence[str]) -> None:
+    if faults:
+        raise ValueError("it does not fit:\n" + "\n".join(f"- {fault}" for fault in faults))
 
 
 def choose_size(configs: Mapping[str, Config], found: Estimate) -> Size:
@@ -190,16 +201,18 @@ def run_jobs(config: Path, options: Sequence[str]) -> None:
 
 
 def read_rates(trial: Path, configs: Mapping[str, Config], found: Estimate) -> Rates:
-    """Return the seconds of a step of each run, from the log of a trial's run like it."""
+    """Return the seconds of a step of each run, and its memory, from the records of a trial's run like it."""
     project = build_project(load_source(read_yaml(trial)))
     speeds = {name: speed for name, run in project.runs.items() if (speed := _read_speed(run))}
+    memory = {name: _read_memory(project.runs[name]) for name in speeds}
     share = sum(t.positions for t in found.texts) / sum(t.tokens for t in found.texts)
-    rates = {}
+    rates: dict[str, Measured] = {}
     for run in found.runs:
         alike = [n for n in speeds if _is_alike(configs[n], configs[run.name])]
         if alike:
-            speed = speeds[run.name if run.name in alike else alike[0]]
-            rates[run.name] = run.tokens * share / max(1, run.steps) / speed
+            one = run.name if run.name in alike else alike[0]
+            seconds = run.tokens * share / max(1, run.steps) / speeds[one]
+            rates[run.name] = Measured(seconds, memory[one])
     return Rates(student=rates, source="measured by this trial" if rates else "")
 
 
@@ -215,6 +228,11 @@ def _is_alike(a: Config, b: Config) -> bool:
     )
     keys = all(getattr(a.training, n) == getattr(b.training, n) for n in names)
     return keys and a.student == b.student and a.dataset == b.dataset
+
+
+def _read_memory(run: Run) -> int | None:
+    """Return the most memory of a run's training; None where it is not recorded."""
+    return TrainingRecord.read(run.folder / "training.json").summary.peak_memory
 
 
 def _read_speed(run: Run) -> float | None:

@@ -133,7 +133,9 @@ def _compare_pass(
     estimated = 3600 * teacher.hours * teacher.copies
     yield Row(subject, "time", estimated, seconds, basis, why or _NO_RECORD)
     if teacher.gpus_per_model == 1 or found.device.memory is None:
-        yield Row(subject, "peak memory", teacher.memory.peak, memory, "formula", why or _NO_RECORD)
+        estimated = teacher.measured_memory or teacher.memory.peak
+        basis = _describe_memory(teacher.measured_memory)
+        yield Row(subject, "peak memory", estimated, memory, basis, why or _NO_RECORD)
 
 
 def _compare_run(run: RunEstimate, metrics: Metrics, found: Estimate) -> Iterator[Row]:
@@ -147,7 +149,9 @@ def _compare_run(run: RunEstimate, metrics: Metrics, found: Estimate) -> Iterato
     seconds, memory = (None, None) if why else (summary.seconds, summary.peak_memory)
     subject, speed = f"training of {run.name}", _describe_speed(run.is_timed)
     yield Row(subject, "time", 3600 * run.hours, seconds, speed, why or _NO_RECORD)
-    yield Row(subject, "peak memory", run.memory.peak, memory, "formula", why or _NO_RECORD)
+    estimated = run.measured_memory or run.memory.peak
+    basis = _describe_memory(run.measured_memory)
+    yield Row(subject, "peak memory", estimated, memory, basis, why or _NO_RECORD)
 
 
 def _find_obstacle(finished: str | None, devices: set[str], found: Estimate) -> str:
@@ -186,6 +190,10 @@ def _describe_basis(basis: str) -> str:
         "codec": "the codec: at most",
         "table": "a usual teacher",
     }[basis]
+
+
+def _describe_memory(measured: int | None) -> str:
+    return "the formula" if measured is None else "measured on a sample"
 
 
 def _describe_speed(is_timed: bool) -> str:

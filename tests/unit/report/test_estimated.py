@@ -31,7 +31,7 @@ from support.reports import render_page, write_run
 CPU = "cpu (Some Processor), 1 thread of 2 cores"
 BEFORE, MADE, AFTER = (f"2026-11-29T0{hour}:00:00Z" for hour in (3, 4, 5))
 MEMORY = StudentMemory(
-    weights=100, gradients=100, optimizer=200, activations=500, loss=100, peak=1000
+    program=0, weights=100, gradients=100, optimizer=200, activations=500, loss=100, peak=1000
 )
 
 
@@ -44,6 +44,7 @@ def make_estimate(**values: Any) -> Estimate:
         is_checkpointed=False,
         layout="packed",
         memory=MEMORY,
+        measured_memory=None,
         memory_plain=MEMORY,
         memory_checkpointed=MEMORY,
         steps=400,
@@ -61,7 +62,8 @@ def make_estimate(**values: Any) -> Estimate:
         parameters=9,
         active_parameters=9,
         dtype="float32",
-        memory=TeacherMemory(weights=500, activations=300, selection=200),
+        memory=TeacherMemory(program=0, weights=500, activations=300, selection=200),
+        measured_memory=None,
         gpus_per_model=1,
         smallest_group=None,
         copies=2,

@@ -10,6 +10,7 @@ from retort.evaluation.formatting import format_metric
 from retort.evaluation.intervals import Estimate
 from retort.evaluation.scores import MAX_PERPLEXITY
 from retort.models.samples import Sample, SamplePrompt, Samples
+from retort.report.estimated import compare_with_estimate
 from retort.report.figures import Figures
 from retort.report.findings import find_caches
 from retort.report.runs import find_teachers, label_teachers
@@ -166,6 +167,7 @@ def test_a_perplexity_beyond_all_numbers_says_so(tmp_path: Path) -> None:
 def test_every_declared_column_is_shown_and_every_table_has_its_columns(tmp_path: Path) -> None:
     found = compare(write_demo(tmp_path))
     frames = {"main": found.settings, "metrics": found.settings, "caches": find_caches(found.runs)}
+    frames["estimated"] = compare_with_estimate(None, {})
     for name, columns in TABLES.items():
         assert {column.key for column in columns} <= set(frames.get(name, found.runs))
     shown = {column.key for columns in TABLES.values() for column in columns}
