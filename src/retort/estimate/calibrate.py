@@ -3,9 +3,11 @@
 On a CPU the time is that of its cores, as if nothing else used them.
 """
 
+import pickle
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,13 +41,15 @@ def choose_clock(threads: int) -> Callable[[], float]:
 class TeacherSample:
     """What a teacher did with some sequences: their tokens and the seconds, and the bytes of its distributions.
 
-    start_seconds: that it takes once, to load and to warm up. peak_memory: bytes of this process (`read_peak_memory`).
+    start_seconds: that it takes once, to load and to warm up. peak_memory: bytes of this process (`read_peak_memory`);
+    held: bytes of what is kept of a position until its part is written.
     """
 
     tokens: int
     seconds: float
     start_seconds: float
     peak_memory: int
+    held: float
     bytes: SampledBytes
 
 
@@ -72,13 +76,14 @@ def sample_teacher(
     most = min(_SAMPLED_POSITIONS, max(512, int(SECONDS / max(rate, 1e-9))))
     chosen = choose_sequences(table, num_positions=most)
     sample = concatenate_tables(table.slice(i, i + 1) for i in chosen.tolist())
-    seconds, records, tables = _score(teacher, sample, codec, order, num_tokens, size)
+    seconds, scored, records, tables = _score(teacher, sample, codec, order, num_tokens, size)
     positions = np.diff(sample.position_offsets)
     return TeacherSample(
         tokens=len(sample.ids),
         seconds=seconds,
         start_seconds=max(0.0, ready - started - again),
         peak_memory=read_peak_memory(teacher.device),
+        held=len(pickle.dumps(scored)) / max(1, sample.num_positions),
         bytes=bytes_of_records(records, tables, positions.tolist()),
     )
 
@@ -90,11 +95,11 @@ def _score(
     order: TokenOrder,
     num_tokens: int,
     batch_size: int,
-) -> tuple[float, list[bytes], bytes]:
+) -> tuple[float, list[Any], list[bytes], bytes]:
     clock = choose_clock(torch.get_num_threads())
     started = clock()
     scored = score_part(
         Scorer(teacher, batch_size), table, codec, num_tokens=num_tokens, order=order
     )
     records, tables = codec.encode(scored.sequences)
-    return clock() - started, records, tables
+    return clock() - started, scored.sequences, records, tables

@@ -13,7 +13,7 @@ from retort.estimate.apart import call_apart
 from retort.estimate.calibrate import TeacherSample, sample_teacher
 from retort.estimate.memory import Load, estimate_teacher_memory, find_smallest_group
 from retort.estimate.options import Options
-from retort.estimate.records import CacheEstimate, TeacherEstimate
+from retort.estimate.records import CacheEstimate, TeacherEstimate, TextEstimate
 from retort.estimate.sizes import ModelSize
 from retort.estimate.text import Text
 from retort.io.fingerprints import list_weights
@@ -95,7 +95,7 @@ def estimate_teacher(
         active_parameters=size.active + size.head,
         dtype=dtype,
         memory=memory,
-        measured_memory=sample.peak_memory if sample else None,
+        measured_memory=_measure_memory(sample, found, parts, options) if sample else None,
         gpus_per_model=config.teacher.generation.gpus_per_model,
         smallest_group=smallest,
         copies=copies,
@@ -106,6 +106,16 @@ def estimate_teacher(
         slots=math.ceil(hours * 60 / minutes) if minutes else 1,
     )
     return TeacherWork(teacher, describe_cache(logits, cost), cost, load, copies_on_disk)
+
+
+def _measure_memory(sample: TeacherSample, text: TextEstimate, parts: int, options: Options) -> int:
+    """Return the most bytes of a worker: those of the sample, and what it holds of whole parts (not on a GPU).
+
+    Of two parts: one is written while the next is scored.
+    """
+    if options.gpu:
+        return sample.peak_memory
+    return round(sample.peak_memory + 2 * sample.held * text.positions / max(1, parts))
 
 
 def describe_cache(logits: Logits, cost: CacheCost) -> CacheEstimate:
