@@ -1,6 +1,6 @@
 """The losses of one chunk of positions and their gradient with respect to its logits, computed in place of the logits.
 
-Legend: C positions of the chunk, V vocabulary, N kept tokens of all its positions.
+Legend: C positions of the chunk, R of a piece of it, V vocabulary, N kept tokens of all positions.
 """
 
 from typing import NamedTuple
@@ -10,8 +10,10 @@ from torch import Tensor
 
 from retort.losses.position_weights import weigh_rows
 from retort.losses.sparse_divergences import Divergences, compute_divergences
-from retort.losses.teacher_rows import ChunkRows
+from retort.losses.teacher_rows import ChunkRows, RowsPiece
 from retort.losses.terms import MIN_LOG_MASS, LossSettings
+
+_PIECES = 8  # of a chunk at T other than 1
 
 
 def compute_chunk(
@@ -19,27 +21,23 @@ def compute_chunk(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return a chunk's summed hard loss [], its divergence [] without the factor T^2, and the gradient [C, V].
 
-    logits_CV (float32 at least) are after the model's scale and softcap; the gradient is that of the total with
-    respect to the logits before them. It overwrites logits_CV: memory holds one [C, V] at T = 1, two at another T.
-    `teacher`: at T; None for alpha 1.
+    logits_CV (contiguous, float32 at least) are after the model's scale and softcap; the gradient is that of the total
+    with respect to the logits before them. It overwrites logits_CV: memory holds one [C, V], at a temperature other
+    than 1 an eighth more, and with a softcap its derivative too. `teacher`: at T; None for alpha 1.
     """
-    alpha, temperature = settings.alpha, settings.temperature
-    # The derivative of c tanh(x / c) is 1 - tanh(x / c)^2.
-    softcap_grad_CV = 1 - (logits_CV / settings.softcap).square_() if settings.softcap else None
+    alpha = settings.alpha
+    softcap_grad_CV = None
+    if settings.softcap:  # the derivative of c tanh(x / c) is 1 - tanh(x / c)^2
+        softcap_grad_CV = (logits_CV / settings.softcap).square_().neg_().add_(1)
     label_logits_C = logits_CV.gather(1, labels_C[:, None])[:, 0]
-    tempered_CV = logits_CV / temperature if teacher and temperature != 1.0 else None
-    if teacher and tempered_CV is None:
-        divergence, grad_CV, lse_C = _compute_soft(logits_CV, labels_C, teacher, settings, alpha)
-    else:
-        grad_CV, max_C = _exponentiate(logits_CV)
-        sum_C = grad_CV.sum(dim=-1)
-        lse_C = max_C + sum_C.log()
+    if teacher is None:
+        lse_C = _replace_by_softmax(logits_CV, logits_CV.amax(dim=-1), alpha)
         divergence = lse_C.new_zeros(())
-        grad_CV *= (alpha / sum_C)[:, None]
-    hard = (lse_C - label_logits_C).sum()
-    if teacher and tempered_CV is not None:
-        divergence, soft_grad_CV, _ = _compute_soft(tempered_CV, labels_C, teacher, settings, 0.0)
-        grad_CV += soft_grad_CV
+    elif settings.temperature == 1.0:
+        divergence, lse_C = _compute_at_one(logits_CV, labels_C, teacher, settings)
+    else:
+        divergence, lse_C = _compute_tempered(logits_CV, labels_C, teacher, settings)
+    hard, grad_CV = (lse_C - label_logits_C).sum(), logits_CV
     if alpha > 0:
         grad_CV.scatter_add_(1, labels_C[:, None], grad_CV.new_full((len(grad_CV), 1), -alpha))
     if softcap_grad_CV is not None:
@@ -49,38 +47,109 @@ def compute_chunk(
     return hard, divergence, grad_CV
 
 
+def _replace_by_softmax(logits_CV: Tensor, max_C: Tensor, alpha: float) -> Tensor:
+    """Return logsumexp of the logits [C], which alpha * softmax overwrites: cross-entropy's gradient but for the
+    labels' own entries."""
+    exp_CV = logits_CV.sub_(max_C[:, None]).exp_()
+    sum_C = exp_CV.sum(dim=-1)
+    exp_CV *= (alpha / sum_C)[:, None]
+    return max_C + sum_C.log()
+
+
+def _compute_at_one(
+    logits_CV: Tensor, labels_C: Tensor, teacher: ChunkRows, settings: LossSettings
+) -> tuple[Tensor, Tensor]:
+    """Return the summed divergence [] and logsumexp of the logits [C] at T = 1, where one softmax serves both losses.
+
+    The gradient overwrites the logits: all but what cross-entropy has at the labels.
+    """
+    flat, max_C = logits_CV.view(-1), logits_CV.amax(dim=-1)
+    logits_N = flat[teacher.flat_N]
+    exp_CV = logits_CV.sub_(max_C[:, None]).exp_()
+    # The tail is added up: 1 minus the kept mass would lose a small tail to rounding.
+    flat[teacher.flat_N] = 0.0
+    tail_C = exp_CV.sum(dim=-1)
+    soft = _compute_soft(logits_N, max_C, tail_C, labels_C, teacher, settings, settings.alpha)
+    exp_CV *= soft.factors[:, None]
+    flat[teacher.flat_N] = soft.kept_grads
+    return soft.divergence, soft.logsumexp
+
+
+def _compute_tempered(
+    logits_CV: Tensor, labels_C: Tensor, teacher: ChunkRows, settings: LossSettings
+) -> tuple[Tensor, Tensor]:
+    """Return and overwrite the same at another T; the logsumexp is that of the logits at T = 1.
+
+    A whole copy of the logits at T would be the greatest memory of a step. So it is made of a piece of the rows at a
+    time, and twice: for the tails' sums, which the comparison takes of all rows, and for the gradient.
+    """
+    temperature = settings.temperature
+    flat, max_C = logits_CV.view(-1), logits_CV.amax(dim=-1)
+    logits_N, tempered_max_C = flat[teacher.flat_N] / temperature, max_C / temperature
+    pieces = teacher.cut(_PIECES)
+    buffer_RV = torch.empty_like(logits_CV[: max(len(max_C[piece.rows]) for piece in pieces)])
+
+    def exponentiate(piece: RowsPiece) -> Tensor:
+        exp_RV = buffer_RV[: piece.rows.stop - piece.rows.start]
+        torch.div(logits_CV[piece.rows], temperature, out=exp_RV)
+        return exp_RV.sub_(tempered_max_C[piece.rows, None]).exp_()
+
+    tail_C, lse_C = torch.empty_like(max_C), torch.empty_like(max_C)
+    for piece in pieces:
+        exp_RV = exponentiate(piece)
+        exp_RV.view(-1)[piece.indices] = 0.0
+        torch.sum(exp_RV, dim=-1, out=tail_C[piece.rows])
+    soft = _compute_soft(logits_N, tempered_max_C, tail_C, labels_C, teacher, settings, alpha=0.0)
+    for piece in pieces:
+        grad_RV = exponentiate(piece).mul_(soft.factors[piece.rows, None])
+        grad_RV.view(-1)[piece.indices] = soft.kept_grads[piece.tokens]
+        rows_RV = logits_CV[piece.rows]
+        lse_C[piece.rows] = _replace_by_softmax(rows_RV, max_C[piece.rows], settings.alpha)
+        rows_RV += grad_RV
+    return soft.divergence, lse_C
+
+
+class _Soft(NamedTuple):
+    """The summed divergence [], logsumexp of the logits at T [C], and the soft loss's gradient with respect to the
+    logits at T = 1: factors [C] of exp(logits at T - their max), and the kept tokens' own values [N]."""
+
+    divergence: Tensor
+    logsumexp: Tensor
+    factors: Tensor
+    kept_grads: Tensor
+
+
 def _compute_soft(
-    logits_CV: Tensor,
+    logits_N: Tensor,
+    max_C: Tensor,
+    tail_C: Tensor,
     labels_C: Tensor,
     teacher: ChunkRows,
     settings: LossSettings,
     alpha: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the summed divergence [], the soft loss's gradient [C, V], and logsumexp of the logits [C].
+) -> _Soft:
+    """Return the soft loss from the kept tokens' logits at T, each row's max, and the tails' sums of exp(logits - max).
 
-    logits_CV are at temperature T; the gradient, with respect to the logits at temperature 1, overwrites them. With
-    `alpha` above 0 it includes alpha * softmax: cross-entropy's gradient but for the labels' own entries.
+    With `alpha` above 0 the gradient includes alpha * softmax.
     """
-    flat = logits_CV.view(-1)
-    logits_N = flat[teacher.flat_N]
-    exp_CV, max_C = _exponentiate(logits_CV)
-    # The tail is added up: 1 minus the kept mass would lose a small tail to rounding.
-    flat[teacher.flat_N] = 0.0
-    tail_C = exp_CV.sum(dim=-1)
     sum_C = tail_C + teacher.sum_rows((logits_N - max_C[teacher.rows_N]).exp())
     lse_C = max_C + sum_C.log()
     logq_N, tail_q_C = logits_N - lse_C[teacher.rows_N], tail_C / sum_C
     weights_C = None
     if settings.position_weights is not None:
-        width = logits_CV.shape[1]
-        weights_C = weigh_rows(settings.position_weights, teacher, labels_C, vocabulary=width)
+        weights_C = weigh_rows(
+            settings.position_weights, teacher, labels_C, vocabulary=teacher.vocabulary
+        )
     compare = _compare if teacher.mix is None else _compare_members
     found = compare(teacher, logq_N, tail_q_C, weights_C, settings)
     weight = (1 - settings.alpha) * settings.temperature  # T^2 of the loss, 1 / T of its logits
-    exp_CV *= ((alpha + weight * (found.tail_grads - found.mean_grads)) / sum_C)[:, None]
     q_N, mean_grad_N = logq_N.exp(), found.mean_grads[teacher.rows_N]
-    flat[teacher.flat_N] = alpha * q_N + weight * (found.q_grads - q_N * mean_grad_N)
-    return found.divergence, exp_CV, lse_C
+    return _Soft(
+        found.divergence,
+        lse_C,
+        (alpha + weight * (found.tail_grads - found.mean_grads)) / sum_C,
+        alpha * q_N + weight * (found.q_grads - q_N * mean_grad_N),
+    )
 
 
 class _Compared(NamedTuple):
@@ -141,9 +210,3 @@ def _weigh(found: Divergences, weights_C: Tensor, rows_N: Tensor) -> Divergences
         found.q_grads * weights_N,
         found.tail_grads * weights_C,
     )
-
-
-def _exponentiate(logits_CV: Tensor) -> tuple[Tensor, Tensor]:
-    """Return exp(logits - row's max) [C, V] in place of the logits, and the max [C]."""
-    max_C = logits_CV.amax(dim=-1)
-    return logits_CV.sub_(max_C[:, None]).exp_(), max_C

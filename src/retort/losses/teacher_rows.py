@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,6 +76,14 @@ class TeacherRows:
         return self.offsets, self.ids, self.logprobs, self.tail_logprobs
 
 
+class RowsPiece(NamedTuple):
+    """Some rows of a chunk: which they are, their kept tokens, and these tokens' indices in the piece's flat logits."""
+
+    rows: slice
+    tokens: slice
+    indices: Tensor
+
+
 class ChunkRows:
     """The teacher's rows of one chunk, beside its logits [C, V].
 
@@ -83,7 +92,8 @@ class ChunkRows:
     """
 
     def __init__(self, teacher: TeacherRows, vocabulary: int) -> None:
-        self.offsets = teacher.offsets
+        self.offsets, self.vocabulary = teacher.offsets, vocabulary
+        self.host_offsets = teacher._find_host_offsets()
         rows_C = torch.arange(len(teacher.offsets) - 1, device=teacher.ids.device)
         self.rows_N = teacher.spread(rows_C)
         self.flat_N = self.rows_N * vocabulary + teacher.ids
@@ -98,6 +108,19 @@ class ChunkRows:
             member.logprobs_N, member.tail_C, member.mix = self.logprobs_N[i], self.tail_C[i], None
             yield weight, member
 
+    def cut(self, num_pieces: int) -> list[RowsPiece]:
+        """Return pieces of about equal size, fewer where they would be of one row: torch adds a single row up in
+        another order, and a student's last bits would change with the number of pieces."""
+        num_rows = len(self.offsets) - 1
+        num_pieces = max(1, min(num_pieces, num_rows // 2))
+        bounds = [num_rows * i // num_pieces for i in range(num_pieces + 1)]
+        firsts: list[int] = self.host_offsets[torch.tensor(bounds)].tolist()
+        pieces = []
+        for rows, tokens in zip(pairwise(bounds), pairwise(firsts), strict=True):
+            flat_N = self.flat_N[slice(*tokens)] - rows[0] * self.vocabulary
+            pieces.append(RowsPiece(slice(*rows), slice(*tokens), flat_N))
+        return pieces
+
     def sum_rows(self, values_N: Tensor) -> Tensor:
         """Return the sum [C] of each row's values."""
         return _reduce(values_N, self.offsets, "sum")
@@ -110,7 +133,7 @@ def split_rows(
     if teacher is None:
         yield from [None] * (len(bounds) - 1)
         return
-    firsts = teacher.find_firsts(bounds)
+    firsts, host_offsets = teacher.find_firsts(bounds), teacher._find_host_offsets()
     for i, (first, stop) in enumerate(pairwise(bounds)):
         tokens = slice(firsts[i], firsts[i + 1])
         rows = TeacherRows(
@@ -118,6 +141,7 @@ def split_rows(
             teacher.ids[tokens],
             teacher.logprobs[..., tokens],
             teacher.tail_logprobs[..., first:stop],
+            host_offsets[first : stop + 1] - firsts[i],
             mix=teacher.mix,
         )
         yield ChunkRows(rows, vocabulary)
