@@ -125,7 +125,7 @@ def estimate_student_memory(
     half = 2 if mode.in_half else 4
     chunk = training.loss_chunk_size or choose_chunk_size(size.vocabulary, mode.device)
     positions = max(1, round(load.positions * batch / max(1, load.batch)))
-    tempered = 2 if training.temperature != 1.0 else 1
+    tempered = 1.125 if training.temperature != 1.0 else 1.0  # `compute_chunk` copies an eighth
     loss = min(chunk, positions) * size.vocabulary * (4 * tempered + (half if mode.in_half else 0))
     loss += size.head * (half if mode.in_half else 0) + positions * size.hidden * 4
     is_lora = training.lora.rank is not None

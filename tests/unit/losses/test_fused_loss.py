@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from retort.losses.chunk_loss import compute_chunk
 from retort.losses.fused_loss import (
     choose_chunk_size,
     compute_fused_loss,
     compute_loss_of_logits,
 )
 from retort.losses.live_loss import compute_live_loss
-from retort.losses.teacher_rows import TeacherRows
+from retort.losses.teacher_rows import ChunkRows, TeacherRows, split_rows, temper_rows
 from retort.losses.terms import LossSettings
 from support.losses import (
     DIVERGENCES,
@@ -202,19 +203,23 @@ def test_extreme_students_have_finite_losses_and_gradients() -> None:
             assert all(bool(torch.isfinite(g).all()) for g in gradients), divergence
 
 
-class Largest(TorchDispatchMode):
-    """Records the greatest number of elements that any operation returned."""
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.untyped_storage().data_ptr()
 
-    def __init__(self) -> None:
+
+class Largest(TorchDispatchMode):
+    """Records the greatest number of elements that any operation returned, in other memory than that of `beside`."""
+
+    def __init__(self, beside: Tensor | None = None) -> None:
         super().__init__()
-        self.elements = 0
+        self.elements, self.beside = 0, _address(beside)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         found = func(*args, **(kwargs or {}))
         for tensor in found if isinstance(found, tuple | list) else [found]:
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and _address(tensor) != self.beside:
                 self.elements = max(self.elements, tensor.numel())
         return found
 
@@ -230,6 +235,37 @@ def test_no_more_than_one_chunk_of_logits_is_ever_in_memory() -> None:
         )
         loss.total.backward()
     assert largest.elements == chunk * vocabulary
+
+
+def _make_chunk(rows: int, vocabulary: int) -> tuple[Tensor, ChunkRows]:
+    """Return a chunk's logits [rows, vocabulary], and its rows of a teacher."""
+    teacher = temper_rows(in_float32(make_teacher(rows, vocabulary, seed=12)), 2.0)
+    (chunk,) = split_rows(teacher, [0, rows], vocabulary)
+    assert chunk is not None
+    return random_logits(rows, vocabulary, scale=3.0, seed=11).float(), chunk
+
+
+def test_another_temperature_needs_an_eighth_of_a_chunk_beside_its_logits() -> None:
+    logits, chunk = _make_chunk(64, 300)
+    with Largest(beside=logits) as largest:
+        compute_chunk(logits, torch.zeros(64, dtype=torch.long), chunk, LossSettings(0.5, 2.0))
+    assert largest.elements == 64 * 300 // 8
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("rows", [1, 2, 3, 17, 61])
+def test_the_number_of_pieces_changes_no_bit(
+    divergence: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits, chunk = _make_chunk(rows, 301)
+    labels, settings = torch.zeros(rows, dtype=torch.long), LossSettings(0.3, 2.0, divergence)
+    found = []
+    for pieces in (1, 3, 8):
+        monkeypatch.setattr("retort.losses.chunk_loss._PIECES", pieces)
+        found.append(compute_chunk(logits.clone(), labels, chunk, settings))
+    for tensors in zip(*found, strict=True):
+        assert torch.equal(tensors[0], tensors[1])
+        assert torch.equal(tensors[0], tensors[2])
 
 
 def test_chunks_are_chosen_by_the_vocabulary() -> None:
