@@ -239,8 +239,9 @@ def test_no_more_than_one_chunk_of_logits_is_ever_in_memory() -> None:
 
 def _make_chunk(rows: int, vocabulary: int) -> tuple[Tensor, ChunkRows]:
     """Return a chunk's logits [rows, vocabulary], and its rows of a teacher."""
-    teacher = temper_rows(in_float32(make_teacher(rows, vocabulary, seed=12)), 2.0)
-    (chunk,) = split_rows(teacher, [0, rows], vocabulary)
+    teacher = in_float32(make_teacher(rows, vocabulary, seed=12))
+    assert teacher is not None
+    (chunk,) = split_rows(temper_rows(teacher, 2.0), [0, rows], vocabulary)
     assert chunk is not None
     return random_logits(rows, vocabulary, scale=3.0, seed=11).float(), chunk
 
