@@ -105,6 +105,7 @@ class Wire:
         self.is_held = threading.Event()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._passed = 0
+        self._is_cut = False
         threading.Thread(target=self._accept, daemon=True).start()
 
     @property
@@ -122,10 +123,21 @@ class Wire:
         """Let the uploads that follow pass."""
         self.holds_after = None
 
+    def cut(self) -> None:
+        """Let no client reach the store."""
+        self._is_cut = True
+
+    def mend(self) -> None:
+        """Let clients reach it again."""
+        self._is_cut = False
+
     def _accept(self) -> None:
         port = int(self.store.endpoint.rpartition(":")[2])
         while True:
             client, _ = self._listener.accept()
+            if self._is_cut:
+                client.close()
+                continue
             server = socket.create_connection(("127.0.0.1", port))
             for source, target in ((client, server), (server, client)):
                 threading.Thread(target=self._pump, args=(source, target), daemon=True).start()

@@ -2,20 +2,32 @@
 
 A place is a URL, such as s3://bucket/prefix/name. Who asks, where, and by which endpoint are settings of the machine
 (AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_ENDPOINT_URL, ...), never of a config, which is published with results. Requests
-that fail for a moment are repeated by s3fs, five times. Every other error is one ValueError.
+that fail are repeated by s3fs for some seconds, and here for two minutes if the store cannot be reached or is busy: a
+training of days must not end by that. Every error in the end is one ValueError.
 """
 
+import errno
 import hashlib
+import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+logger = logging.getLogger(__name__)
 
 # What pip installs for the URLs of a store.
 PACKAGES = {"s3": "s3fs"}
 _PIECE_BYTES = 64 << 20  # of an object that is read back; S3 gives some 80 MB/s to a request
 _MOST_AT_ONCE = 64  # requests
+_PAUSES_S = (1, 2, 5, 10, 30, 60)
+_UNREACHABLE = {
+    *("EndpointConnectionError", "ConnectionError", "ConnectTimeoutError", "TimeoutError"),
+    *("ConnectionClosedError", "ReadTimeoutError", "HTTPClientError"),
+}
+_T = TypeVar("_T")
 
 
 class ByteRange(NamedTuple):
@@ -34,22 +46,26 @@ def upload(path: Path, url: str) -> None:
     """
     with path.open("rb") as file:
         sent, size = hashlib.file_digest(file, "sha256").digest(), file.tell()
-    with _explained(url) as files:
+
+    def send(files: Any) -> bool:
         files.put_file(str(path), url)
         stored = hashlib.sha256()
         for start in range(0, size, _PIECE_BYTES):
             stored.update(files.cat_file(url, start=start, end=min(start + _PIECE_BYTES, size)))
-        if stored.digest() != sent or files.info(url)["size"] != size:
+        is_same = stored.digest() == sent and files.info(url)["size"] == size
+        if not is_same:
             files.rm_file(url)
-            raise ValueError(
-                f"{url} was not stored as it was sent: the network or the store failed. Rerun the same command."
-            )
+        return bool(is_same)
+
+    if not _ask(url, send):
+        raise ValueError(
+            f"{url} was not stored as it was sent: the network or the store failed. Rerun the same command."
+        )
 
 
 def download(url: str, path: Path) -> None:
     """Write an object to a file, which may be a part of it when this is interrupted."""
-    with _explained(url) as files:
-        files.get_file(url, str(path))
+    _ask(url, lambda files: files.get_file(url, str(path)))
 
 
 def read_ranges(ranges: Sequence[ByteRange]) -> list[bytes]:
@@ -60,10 +76,10 @@ def read_ranges(ranges: Sequence[ByteRange]) -> list[bytes]:
     if not ranges:
         return []
     urls, starts, stops = map(list, zip(*ranges, strict=True))
-    with _explained(ranges[0].url) as files:
-        found: list[bytes] = files.cat_ranges(
-            urls, starts, stops, batch_size=_MOST_AT_ONCE, on_error="raise"
-        )
+    options = {"batch_size": _MOST_AT_ONCE, "on_error": "raise"}
+    found: list[bytes] = _ask(
+        urls[0], lambda files: files.cat_ranges(urls, starts, stops, **options)
+    )
     for wanted, content in zip(ranges, found, strict=True):
         if len(content) != wanted.stop - wanted.start:
             raise ValueError(
@@ -74,23 +90,18 @@ def read_ranges(ranges: Sequence[ByteRange]) -> list[bytes]:
 
 def list_sizes(folder: str) -> dict[str, int]:
     """Return the size in bytes of each object in a folder, by its name; none if there is no such folder."""
-    with _explained(folder) as files:
+
+    def look(files: Any) -> list[dict[str, Any]]:
         files.invalidate_cache()
         try:
-            entries = files.ls(folder, detail=True)
+            return list(files.ls(folder, detail=True))
         except FileNotFoundError as error:
             if _is_bucket_missing(error):
                 raise
-            return {}
-    sizes = {entry["name"].rpartition("/")[2]: entry["size"] for entry in entries}
+            return []
+
+    sizes = {entry["name"].rpartition("/")[2]: entry["size"] for entry in _ask(folder, look)}
     return {name: size for name, size in sizes.items() if name}
-
-
-def remove(urls: Iterable[str]) -> None:
-    """Remove objects; those that do not exist are not missed."""
-    for url in urls:
-        with _explained(url) as files, suppress(FileNotFoundError):
-            files.rm_file(url)
 
 
 def require_usable(folder: str) -> None:
@@ -103,6 +114,23 @@ def require_usable(folder: str) -> None:
         files.rm_file(url)
     if found != content:
         raise ValueError(f"{url} was not stored as it was sent: see what {folder} is.")
+
+
+def _ask(url: str, work: Callable[[Any], _T]) -> _T:
+    """Return what `work` makes of the file system of a URL; repeat it where the store does not answer."""
+    for pause_s in _PAUSES_S:
+        try:
+            with _explained(url) as files:
+                return work(files)
+        except _SilentStoreError as error:
+            logger.warning(f"{error} Trying again in {pause_s} s.")
+            time.sleep(pause_s)
+    with _explained(url) as files:
+        return work(files)
+
+
+class _SilentStoreError(ValueError):
+    """The store cannot be reached, or says that it is busy."""
 
 
 @contextmanager
@@ -124,16 +152,27 @@ def _explained(url: str) -> Iterator[Any]:
     except ValueError:
         raise
     except Exception as error:
-        raise ValueError(_explain(url, error)) from error
+        kind = _SilentStoreError if _is_silent(error) else ValueError
+        raise kind(_explain(url, error)) from error
 
 
 def _is_bucket_missing(error: BaseException) -> bool:
     return isinstance(error, FileNotFoundError) and "bucket" in str(error).lower()
 
 
+def _name_kinds(error: Exception) -> set[str]:
+    """Return the names of an error's classes, which are those of fsspec and of botocore."""
+    return {kind.__name__ for one in (error, error.__cause__) for kind in type(one).__mro__}
+
+
+def _is_silent(error: Exception) -> bool:
+    is_busy = isinstance(error, OSError) and error.errno in (errno.EBUSY, errno.EIO)
+    return is_busy or bool(_name_kinds(error) & _UNREACHABLE)
+
+
 def _explain(url: str, error: Exception) -> str:
-    """Return what a failed request means, in a sentence. The errors' classes are those of fsspec and of botocore."""
-    kinds = {kind.__name__ for one in (error, error.__cause__) for kind in type(one).__mro__}
+    """Return what a failed request means, in a sentence."""
+    kinds = _name_kinds(error)
     bucket = url.partition("://")[2].partition("/")[0]
     if kinds & {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}:
         return (
@@ -147,12 +186,7 @@ def _explain(url: str, error: Exception) -> str:
             f"{url}: the store refuses these credentials ({error}). They must be allowed to list the bucket "
             f"{bucket!r}, and to write, read and remove objects below that prefix."
         )
-    if kinds & {
-        "EndpointConnectionError",
-        "ConnectionError",
-        "ConnectTimeoutError",
-        "TimeoutError",
-    }:
+    if kinds & _UNREACHABLE:
         return (
             f"{url}: the store cannot be reached ({error}). See to the network, and to AWS_ENDPOINT_URL if it is not "
             "Amazon's."

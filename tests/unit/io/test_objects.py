@@ -11,11 +11,10 @@ from retort.io.objects import (
     download,
     list_sizes,
     read_ranges,
-    remove,
     require_usable,
     upload,
 )
-from support.store import BUCKET, Store
+from support.store import BUCKET, Store, Wire
 
 FOLDER = f"s3://{BUCKET}/objects"
 
@@ -33,7 +32,7 @@ def make_file(path: Path, size: int = 1000) -> Path:
     return path
 
 
-def test_a_file_is_stored_read_by_ranges_listed_and_removed(store: Store, tmp_path: Path) -> None:
+def test_a_file_is_stored_read_by_ranges_and_listed(store: Store, tmp_path: Path) -> None:
     file = make_file(tmp_path / "file")
     url = f"{FOLDER}/first/file.h5"
     upload(file, url)
@@ -43,8 +42,7 @@ def test_a_file_is_stored_read_by_ranges_listed_and_removed(store: Store, tmp_pa
     assert list_sizes(f"{FOLDER}/first") == {"file.h5": 1000}
     download(url, tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == content
-    remove([url, url])
-    assert list_sizes(f"{FOLDER}/first") == {} == list_sizes(f"{FOLDER}/nowhere")
+    assert list_sizes(f"{FOLDER}/nowhere") == {}
 
 
 def test_ranges_are_asked_for_once_each(store: Store, tmp_path: Path) -> None:
@@ -112,3 +110,22 @@ def test_a_store_that_cannot_be_reached_is_refused(
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(ValueError, match=r"cannot be reached .*AWS_ENDPOINT_URL"):
         require_usable(FOLDER)
+
+
+@pytest.mark.slow  # so does it before each pause
+def test_a_store_that_is_away_for_some_seconds_is_waited_for(
+    store: Store,
+    fresh_clients: None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    url = f"{FOLDER}/late.h5"
+    upload(make_file(tmp_path / "file"), url)
+    wire = Wire(store)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", wire.env["AWS_ENDPOINT_URL"])
+    S3FileSystem.clear_instance_cache()
+    wire.cut()
+    monkeypatch.setattr("retort.io.objects.time.sleep", lambda _: wire.mend())
+    assert read_ranges([ByteRange(url, 0, 2)]) == [bytes([0, 1])]
+    assert "cannot be reached" in caplog.text and "Trying again in 1 s" in caplog.text
