@@ -24,7 +24,7 @@ def test_every_command_that_is_named_exists() -> None:
     ]
     text = "\n".join(path.read_text(encoding="utf-8") for path in files)
     named = set(re.findall(r"python -m (benchmarks(?:\.\w+)+)", text))
-    assert len(named) == 18
+    assert len(named) == 19
     for name in named:
         path = REPOSITORY / name.replace(".", "/")
         assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), name
