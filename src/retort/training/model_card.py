@@ -93,6 +93,34 @@ def write_card(
     `facts`: digests of what the student was trained on, by name; `is_chat`: it has a chat template; `curve`: Trainer's
     log history, whose last entry with a loss is shown, and the held-out loss of the student's own step.
     """
+    sections = {"student": describe_section(student), "training": describe_section(training)}
+    if not student.is_pruned:
+        sections["student"].pop("from_teacher", None)
+    message = [{"role": "user", "content": "Hello!"}]
+    kind = training.distillation_type
+    card = ModelCard.from_template(
+        _describe_for_hub(origin, kind),
+        template_str=_TEMPLATE,
+        name=name,
+        parameters=summary.student_parameters,
+        way=_WAYS[kind].replace(
+            "a teacher's", "several teachers'" if origin.is_mixed else "a teacher's"
+        ),
+        origin=origin,
+        dtype=training.save_dtype,
+        license=_describe_license(origin),
+        scores=SCORES,
+        model=MODEL,
+        prompt=json.dumps(message if is_chat else "Once upon a time"),
+        facts=facts,
+        metrics=_list_metrics(summary, curve),
+        config=yaml.safe_dump(sections, sort_keys=False),
+    )
+    return str(card)
+
+
+def _list_metrics(summary: TrainingSummary, curve: list[dict[str, float]]) -> dict[str, str]:
+    """Return what training ended with, by name: sizes, the last entry's losses, the student's own held-out losses."""
     last = next((entry for entry in reversed(curve) if "total_loss" in entry), {})
     metrics = {
         "optimizer steps": f"{summary.steps:,}",
@@ -110,7 +138,11 @@ def write_card(
             metrics |= {
                 name: f"{entry[key]:.4f}" for key, name in _HELD_OUT.items() if key in entry
             }
-    kind = training.distillation_type
+    return metrics
+
+
+def _describe_for_hub(origin: Origin, kind: str) -> ModelCardData:
+    """Return what the Hub reads at the top of a card; `kind`: training.distillation_type."""
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -121,29 +153,7 @@ def write_card(
     )
     if origin.base_model:
         data["base_model_relation"] = "finetune"
-    sections = {"student": describe_section(student), "training": describe_section(training)}
-    if not student.is_pruned:
-        sections["student"].pop("from_teacher", None)
-    message = [{"role": "user", "content": "Hello!"}]
-    card = ModelCard.from_template(
-        data,
-        template_str=_TEMPLATE,
-        name=name,
-        parameters=summary.student_parameters,
-        way=_WAYS[kind].replace(
-            "a teacher's", "several teachers'" if origin.is_mixed else "a teacher's"
-        ),
-        origin=origin,
-        dtype=training.save_dtype,
-        license=_describe_license(origin),
-        scores=SCORES,
-        model=MODEL,
-        prompt=json.dumps(message if is_chat else "Once upon a time"),
-        facts=facts,
-        metrics=metrics,
-        config=yaml.safe_dump(sections, sort_keys=False),
-    )
-    return str(card)
+    return data
 
 
 def replace_card(folder: Path, text: str) -> None:

@@ -1,7 +1,7 @@
 """One run: checks that tokens, tokenizer, teacher and student belong together, trains, and writes training.json."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from retort.artifacts.build import REVISIONS, list_selection, training_keys
 from retort.artifacts.starts import starting_point
 from retort.cluster.ranks import rank
 from retort.config.handoff import Job
-from retort.config.sections import Student
+from retort.config.sections import Student, Training
 from retort.io.digests import digest, digest_folder
 from retort.io.fingerprints import TeacherRecord
 from retort.io.run_record import describe_run
@@ -103,42 +103,29 @@ def _train(
 ) -> None:
     """Do what `train_run` says, with `signals` opened and `student` as it is loaded."""
     student, training = _pin_student(student, out.parent), job.config.training
-    needs_teacher = training.needs_teacher
-    if needs_teacher and not signals:
-        raise ValueError(
-            f"distillation type {training.distillation_type!r} (alpha {training.alpha}) learns from a teacher: give "
-            "--signal (manifest.json of a cache, or fingerprint.json of the teacher), or --set "
-            "training.distillation_type=output."
-        )
-    path, revision = job.tokenizer
+    _require_signals(training, signals)
+    used, weights = signals if training.needs_teacher else [], job.config.teacher.weights
     tokenizer = _load_tokenizer(job, index)
-    source = choose_source(index, signals if needs_teacher else [], job.config.teacher.weights)
+    source = choose_source(index, used, weights)
     _require_same_start(job)
-    if student.model_path:
-        require_student_ids(
-            tokenizer, source=path, student=student.model_path, revision=student.revision
-        )
-    # The width of the teacher's output layer, with text alone too: so all students of one config have the same size.
-    vocabulary = max(find_width(signals), len(tokenizer))
-    config = student_config(student, vocabulary=vocabulary, tokenizer=tokenizer)
-    refuse_short_context(config, index.longest, name_student(student))
+    vocabulary = _check_student(
+        job, student, tokenizer=tokenizer, signals=signals, longest=index.longest
+    )
     teacher = None
-    if needs_teacher and isinstance(signals[0], TeacherRecord):
-        record_path = signal_paths[0]
-        teacher = _load_live_teacher(job, record_path, tokenizer=tokenizer, longest=index.longest)
-    content = starting_point(job.config.model_copy(update={"student": student}))
+    if used and isinstance(used[0], TeacherRecord):
+        teacher = _load_live_teacher(
+            job, signal_paths[0], tokenizer=tokenizer, longest=index.longest
+        )
     about: dict[str, Any] = {}
-    if needs_teacher:
+    if used:
         about["teacher"] = describe_teachers(job, signal_paths, teacher)
-    weights = job.config.teacher.weights
-    facts = describe_sources(index, signals if needs_teacher else [], weights)
-    max_length = job.config.dataset.max_length
-    rows = [max_length] if training.packing else []
-    rows += list_selection(job.config)
+    content = starting_point(job.config.model_copy(update={"student": student}))
+    facts = describe_sources(index, used, weights)
     written = job.config.student if job.config.student.is_pruned else student
+    path, revision = job.tokenizer
     work = TrainingJob(
         name=job.run or "student",
-        identity=digest([REVISIONS["run"], facts, content, training_keys(training), *rows]),
+        identity=_identify(job, facts, content),
         source=source,
         student=student,
         training=training,
@@ -147,9 +134,9 @@ def _train(
         vocabulary=vocabulary,
         teacher=teacher,
         facts={"run": out.parent.name, **facts},
-        origin=describe_origin(job.config, has_teacher=needs_teacher),
+        origin=describe_origin(job.config, has_teacher=training.needs_teacher),
         ends=tuple(list_ends_beside(path, tokenizer, revision=revision)),
-        max_length=max_length,
+        max_length=job.config.dataset.max_length,
         held_out=held_out,
         written=written,
     )
@@ -160,6 +147,48 @@ def _train(
         made_from = name_weights(signals, weights), digest_signals(signals, weights)
         _write_records(out, work, summary, made_from, student=digest(content), made=sections)
         logger.info(f"train {work.name}  {summary.steps} steps in {summary.seconds:.0f} s")
+
+
+def _require_signals(training: Training, signals: Sequence[Signal]) -> None:
+    """Raise ValueError if a student of a teacher has nothing of it to learn from."""
+    if training.needs_teacher and not signals:
+        raise ValueError(
+            f"distillation type {training.distillation_type!r} (alpha {training.alpha}) learns from a teacher: give "
+            "--signal (manifest.json of a cache, or fingerprint.json of the teacher), or --set "
+            "training.distillation_type=output."
+        )
+
+
+def _check_student(
+    job: Job,
+    student: Student,
+    *,
+    tokenizer: Any,
+    signals: Sequence[Signal],
+    longest: int,
+) -> int:
+    """Return the width of a student's output layer; raise ValueError for other ids than the tokenizer's, and for a
+    context shorter than the `longest` sequence.
+
+    It is at least the teacher's, with text alone too: so all students of one config have the same size.
+    """
+    if student.model_path:
+        path, _ = job.tokenizer
+        require_student_ids(
+            tokenizer, source=path, student=student.model_path, revision=student.revision
+        )
+    vocabulary = max(find_width(signals), len(tokenizer))
+    config = student_config(student, vocabulary=vocabulary, tokenizer=tokenizer)
+    refuse_short_context(config, longest, name_student(student))
+    return vocabulary
+
+
+def _identify(job: Job, facts: Mapping[str, str], content: Any) -> str:
+    """Return the digest of all that decides a student's weights: data (`facts`), start (`content`), settings."""
+    training = job.config.training
+    rows: list[Any] = [job.config.dataset.max_length] if training.packing else []
+    rows += list_selection(job.config)
+    return digest([REVISIONS["run"], facts, content, training_keys(training), *rows])
 
 
 def _write_records(
