@@ -40,7 +40,9 @@ class NoTokenizer:
         """Write nothing."""
 
 
-def run(folder: Path, cache: LogitCache, *, steps: int, workers: int) -> tuple[float, float]:
+def run(
+    folder: Path, cache: LogitCache, *, steps: int, workers: int, threads: int = 2
+) -> tuple[float, float]:
     """Train for some steps; return (seconds, seconds of waiting)."""
     student = folder / "student.json"
     config = build_model(cache.header.codec.vocabulary, seed=0).config
@@ -56,7 +58,7 @@ def run(folder: Path, cache: LogitCache, *, steps: int, workers: int) -> tuple[f
             max_steps=steps,
             batch_size=SHAPES["small"].batch,
             dataloader_num_workers=workers,
-            cpu_threads=2,
+            cpu_threads=threads,
             device="cpu",
         ),
         tracking=Tracking(),

@@ -11,6 +11,7 @@ delays what the server sends by --latency-ms; a request to Amazon's S3 takes som
 cost drops out of it.
 """
 
+import argparse
 import os
 import socket
 import subprocess
@@ -125,12 +126,15 @@ def write_random_part(path: Path) -> None:
     write_part(path, table, sequences, header)
 
 
-def measure(name: str, folder: Path, cache: LogitCache, wire: Wire | None, steps: int) -> None:
+def measure(
+    name: str, folder: Path, cache: LogitCache, wire: Wire | None, flags: argparse.Namespace
+) -> None:
     """Train, and print a line."""
+    steps, options = flags.steps, {"workers": 1, "threads": flags.threads}
     asked = wire.requests if wire else 0
-    few = run(folder / name, cache, steps=_FEW_STEPS, workers=1)
+    few = run(folder / name, cache, steps=_FEW_STEPS, **options)
     begun = wire.requests if wire else 0
-    more = run(folder / name, cache, steps=_FEW_STEPS + steps, workers=1)
+    more = run(folder / name, cache, steps=_FEW_STEPS + steps, **options)
     seconds, waited = ((m - f) / steps for f, m in zip(few, more, strict=True))
     line = f"{name:9} a step takes {seconds:.3f} s, of which {1000 * waited:6.2f} ms ({waited / seconds:.2%}) waiting"
     if wire:
@@ -144,6 +148,7 @@ def main() -> None:
     parser.add_argument("--store", help="a folder in a store, in place of a server on this machine")
     parser.add_argument("--latency-ms", type=float, default=30.0, help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=40, help="measured steps; default: 40")
+    parser.add_argument("--threads", type=int, default=2, help="of the student; default: 2")
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -151,22 +156,24 @@ def main() -> None:
             (folder / way).mkdir()
         part, receipt = folder / "part.h5", folder / "receipt.h5"
         write_random_part(part)
-        measure("disk", folder, LogitCache(part), None, flags.steps)
+        measure("disk", folder, LogitCache(part), None, flags)
         if flags.store:
             store_part(part, receipt, flags.store)
-            measure_stored(folder, receipt, None, flags.steps)
+            measure_stored(folder, receipt, None, flags)
         else:
             with serve(folder, flags.latency_ms / 1000) as wire:
                 store_part(part, receipt, "s3://benchmark/parts")
-                measure_stored(folder, receipt, wire, flags.steps)
+                measure_stored(folder, receipt, wire, flags)
 
 
-def measure_stored(folder: Path, receipt: Path, wire: Wire | None, steps: int) -> None:
+def measure_stored(
+    folder: Path, receipt: Path, wire: Wire | None, flags: argparse.Namespace
+) -> None:
     """Train from the store, with and without blocks that are kept here."""
     cache = LogitCache(receipt)
     with keep_blocks(cache, str(folder / "blocks"), most_bytes=1 << 40) as kept:
-        measure("kept", folder, kept, wire, steps)
-    measure("not kept", folder, cache, wire, steps)
+        measure("kept", folder, kept, wire, flags)
+    measure("not kept", folder, cache, wire, flags)
 
 
 if __name__ == "__main__":
