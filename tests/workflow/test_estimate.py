@@ -6,6 +6,7 @@ import sys
 from retort.cache.cost import CacheCost
 from retort.estimate.records import Estimate
 from retort.teacher.records import Manifest
+from retort.training.record import TrainingRecord
 from support.place import Finished, Place, tiny
 
 
@@ -36,6 +37,11 @@ def test_what_is_said_beforehand_is_what_the_run_takes(done: Place) -> None:
     assert plan.basis == "sample" and manifest.file_bytes <= plan.total_bytes
     assert [run.steps for run in before.runs] == [12, 12]
     assert all(run.hours > 0 for run in before.runs) and before.faults == ()
+    (record,) = done.results.glob("runs/hard/*/training.json")
+    taken = TrainingRecord.read(record)
+    measured = before.runs[0].measured_memory
+    assert measured and taken.summary.peak_memory
+    assert before.runs[0].is_timed and measured > before.runs[0].memory.weights
     (page,) = done.results.glob("reports/*/report.html")
     assert "Estimated and taken" in page.read_text(), "of the estimate that the check kept"
     late = estimate(done, "--no-run", "--keep")
