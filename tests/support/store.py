@@ -1,4 +1,4 @@
-"""A store that speaks S3: moto's server, in a process of its own, which notes every request."""
+"""Stores in processes of their own: moto's, which speaks S3 and notes every request, and one that speaks Google's."""
 
 import os
 import re
@@ -81,6 +81,30 @@ def serve_store(folder: Path) -> Iterator[Store]:
         store = Store(_find_endpoint(log, server), log)
         store.open().mkdir(BUCKET)
         yield store
+    finally:
+        server.kill()
+        server.wait()
+
+
+@contextmanager
+def serve_google_store(folder: Path) -> Iterator[dict[str, str]]:
+    """Yield what a user sets to use a store with one bucket that speaks Google's protocol; end it afterwards."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "gcp_storage_emulator", "start", "--in-memory"]
+    command += ["--host=127.0.0.1", f"--port={port}", f"--default-bucket={BUCKET}"]
+    with (folder / "google.log").open("wb") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + _PATIENCE_S
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                assert server.poll() is None and time.monotonic() < deadline, log.name
+                time.sleep(0.05)
+        yield {"STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{port}"}
     finally:
         server.kill()
         server.wait()

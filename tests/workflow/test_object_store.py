@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +17,7 @@ from retort.cache.stored import BLOCK_BYTES
 from retort.teacher.features import read_features
 from support.forks import Forks
 from support.place import REPOSITORY, Place, sha256, tiny, wait_until
-from support.store import BUCKET, Store, Wire, serve_store
+from support.store import BUCKET, Store, Wire, serve_google_store, serve_store
 
 pytestmark = pytest.mark.slow
 
@@ -92,6 +93,23 @@ def test_is_the_cache_of_a_disk_and_makes_its_students(
     assert of_parts.count("GET") <= len(stored) + scored_again + blocks
     assert sum("list-type" in request.path for request in requests) <= 2 * 2 + 1
     assert place.plan() == {}
+
+
+def test_a_store_of_google_is_used_the_same_way(
+    fresh: Place, finished: Place, forks: Forks, tmp_path: Path
+) -> None:
+    fresh.write_config(tiny(output={"cache_dir": f"gs://{BUCKET}/tiny/"}))
+    with serve_google_store(tmp_path) as env:
+        place = replace(fresh, env=fresh.env | env)
+        forks.serve(place.environment())
+        place.snakemake()
+        os.environ.update(env)
+        cache = LogitCache(place.cache / CACHE_FILE)
+        local = LogitCache(finished.cache / CACHE_FILE)
+        assert {one.url.partition("/logits/")[0] for one in cache.stored} == {f"gs://{BUCKET}/tiny"}
+        for index in range(len(local)):
+            assert cache.read_record(index) == local.read_record(index)
+    assert find_students(place) == find_students(finished)
 
 
 def test_a_kill_during_an_upload_leaves_whole_objects_and_the_same_command_goes_on(

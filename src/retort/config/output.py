@@ -20,8 +20,8 @@ class Output(Section):
     """Folder of all results, relative to the folder in which snakemake runs."""
     cache_dir: Text | None = setting(None, is_path=True)
     """Folder of large intermediate results (tokens, logit caches), for instance on a scratch disk; null means
-    results_dir. s3://bucket/prefix: the parts of logit caches are stored there, as objects, and all else is in
-    results_dir."""
+    results_dir. s3://bucket/prefix or gs://bucket/prefix: the parts of logit caches are stored there, as objects, and
+    all else is in results_dir."""
 
     @property
     def store(self) -> str | None:
@@ -58,8 +58,10 @@ class Tracking(Section):
     """Write metrics for TensorBoard into the run's folder."""
 
 
-# A bucket is named by small letters, digits, dots and hyphens, and a prefix follows.
-_STORE = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^/]+)*/?")
+# A bucket is named by small letters, digits, dots and hyphens (Google's by _ too), and a prefix follows.
+_STORE = re.compile(
+    r"(s3://[a-z0-9][a-z0-9.-]{1,61}|gs://[a-z0-9][a-z0-9._-]{1,220})[a-z0-9](/[^/]+)*/?"
+)
 
 
 def check_folders(c: "Config") -> Found:
@@ -71,7 +73,7 @@ def check_folders(c: "Config") -> Found:
     if c.output.store and not _STORE.fullmatch(c.output.store):
         yield (
             f"output.cache_dir is {show(c.output.cache_dir)}, which is neither a folder nor an object store that "
-            "Retort can use: give s3://bucket/prefix, with the bucket's name in small letters."
+            "Retort can use: give s3://bucket/prefix or gs://bucket/prefix, with the bucket's name in small letters."
         )
     for key in ("results_dir", "cache_dir"):
         folder = getattr(c.output, key)

@@ -302,7 +302,12 @@ def render_plan(plan: Plan, *, is_done: bool, stayed: Sequence[tuple[Artifact, s
         [f"{'removed' if is_done else 'to remove'}: {len(gone)} artifacts, {size}", *rest]
     )
     if stores := [plan.stores[one.place] for one in gone if one.place in plan.stores]:
-        lines = (f"  aws s3 rm --recursive {url}" for url in stores)
+        lines = (
+            f"  gcloud storage rm --recursive {url}"
+            if url.startswith("gs:")
+            else f"  aws s3 rm --recursive {url}"
+            for url in stores
+        )
         blocks.append(
             ["parts in a store stay, for others may use them. To remove them too:", *lines]
         )

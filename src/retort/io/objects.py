@@ -1,9 +1,10 @@
 """Objects in a store such as S3, by fsspec: written whole or not at all, and read by ranges of bytes.
 
-A place is a URL, such as s3://bucket/prefix/name. Who asks, where, and by which endpoint are settings of the machine
-(AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_ENDPOINT_URL, ...), never of a config, which is published with results. Requests
-that fail are repeated by s3fs for some seconds, and here for two minutes if the store cannot be reached or is busy: a
-training of days must not end by that. Every error in the end is one ValueError.
+A place is a URL, such as s3://bucket/prefix/name or gs://bucket/prefix/name. Who asks, where, and by which endpoint are
+settings of the machine (AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, AWS_ENDPOINT_URL, ...), never of a config,
+which is published with results. Requests that fail are repeated by the store's client for some seconds, and here for
+two minutes if the store cannot be reached or is busy: a training of days must not end by that. Every error in the end
+is one ValueError.
 """
 
 import errno
@@ -18,14 +19,38 @@ from typing import Any, NamedTuple, TypeVar
 
 logger = logging.getLogger(__name__)
 
-# What pip installs for the URLs of a store.
-PACKAGES = {"s3": "s3fs"}
+
+class _Service(NamedTuple):
+    """How the stores of a kind of URL are used: what pip installs, and how a job gets credentials and the address."""
+
+    package: str
+    credentials: str
+    address: str
+
+
+_SERVICES = {
+    "s3": _Service(
+        "s3fs",
+        "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, in the environment of every job",
+        "AWS_ENDPOINT_URL if it is not Amazon's",
+    ),
+    "gs": _Service(
+        "gcsfs",
+        "type gcloud auth application-default login, or set GOOGLE_APPLICATION_CREDENTIALS, the file of a service "
+        "account's key, in the environment of every job",
+        "STORAGE_EMULATOR_HOST if it is not Google's",
+    ),
+}
 _PIECE_BYTES = 64 << 20  # of an object that is read back; S3 gives some 80 MB/s to a request
 _MOST_AT_ONCE = 64  # requests
 _PAUSES_S = (1, 2, 5, 10, 30, 60)
 _UNREACHABLE = {
     *("EndpointConnectionError", "ConnectionError", "ConnectTimeoutError", "TimeoutError"),
-    *("ConnectionClosedError", "ReadTimeoutError", "HTTPClientError"),
+    *("ConnectionClosedError", "ReadTimeoutError", "HTTPClientError", "ClientConnectionError"),
+}
+_NO_CREDENTIALS = {
+    *("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"),
+    *("DefaultCredentialsError", "RefreshError"),
 }
 _T = TypeVar("_T")
 
@@ -96,7 +121,7 @@ def list_sizes(folder: str) -> dict[str, int]:
         try:
             return list(files.ls(folder, detail=True))
         except FileNotFoundError as error:
-            if _is_bucket_missing(error):
+            if _is_bucket_missing(folder, error):
                 raise
             return []
 
@@ -137,15 +162,18 @@ class _SilentStoreError(ValueError):
 def _explained(url: str) -> Iterator[Any]:
     """Yield the file system of a URL; any of its errors becomes a ValueError that says what is wrong."""
     protocol = url.partition("://")[0]
+    # Objects are all that is asked for; what gcsfs tries of other kinds of buckets is a request more for each client.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     try:
         import fsspec
 
         # The same one for all calls of a thread; a forked process gets its own.
         files = fsspec.filesystem(protocol)
     except ImportError:
+        package = _SERVICES[protocol].package
         raise ValueError(
-            f"{url} is in a store that is reached by {PACKAGES[protocol]}, which is not installed here. Type: pip "
-            f"install {PACKAGES[protocol]}"
+            f"{url} is in a store that is reached by {package}, which is not installed here. Type: pip install "
+            f"{package}"
         ) from None
     try:
         yield files
@@ -156,12 +184,15 @@ def _explained(url: str) -> Iterator[Any]:
         raise kind(_explain(url, error)) from error
 
 
-def _is_bucket_missing(error: BaseException) -> bool:
-    return isinstance(error, FileNotFoundError) and "bucket" in str(error).lower()
+def _is_bucket_missing(url: str, error: BaseException) -> bool:
+    """Say whether an error is about a bucket. gcsfs names what it asked for, which ends in /o for a whole bucket."""
+    said = str(error).lower()
+    is_about = said.endswith("/o") if url.startswith("gs:") else "bucket" in said
+    return isinstance(error, FileNotFoundError) and is_about
 
 
 def _name_kinds(error: Exception) -> set[str]:
-    """Return the names of an error's classes, which are those of fsspec and of botocore."""
+    """Return the names of an error's classes, which are those of fsspec and of a store's client."""
     return {kind.__name__ for one in (error, error.__cause__) for kind in type(one).__mro__}
 
 
@@ -173,24 +204,20 @@ def _is_silent(error: Exception) -> bool:
 def _explain(url: str, error: Exception) -> str:
     """Return what a failed request means, in a sentence."""
     kinds = _name_kinds(error)
-    bucket = url.partition("://")[2].partition("/")[0]
-    if kinds & {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}:
-        return (
-            f"{url} cannot be used without credentials, of which there are none here: set AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, in the environment of every job."
-        )
-    if _is_bucket_missing(error):
+    protocol, _, place = url.partition("://")
+    bucket, service = place.partition("/")[0], _SERVICES[protocol]
+    is_anonymous = getattr(error, "code", None) == 401
+    if is_anonymous or kinds & _NO_CREDENTIALS:
+        return f"{url} cannot be used without credentials, of which there are none here: {service.credentials}."
+    if _is_bucket_missing(url, error):
         return f"{url}: there is no bucket {bucket!r}. Make it first, or correct its name."
-    if "PermissionError" in kinds:
+    if "PermissionError" in kinds or str(error).startswith("Forbidden"):
         return (
             f"{url}: the store refuses these credentials ({error}). They must be allowed to list the bucket "
             f"{bucket!r}, and to write, read and remove objects below that prefix."
         )
     if kinds & _UNREACHABLE:
-        return (
-            f"{url}: the store cannot be reached ({error}). See to the network, and to AWS_ENDPOINT_URL if it is not "
-            "Amazon's."
-        )
+        return f"{url}: the store cannot be reached ({error}). See to the network, and to {service.address}."
     if "FileNotFoundError" in kinds:
         return f"{url} does not exist any more, or is not the object that it was."
     return f"{url} cannot be used: {error}."

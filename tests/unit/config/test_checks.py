@@ -457,7 +457,7 @@ TEACHERS = {"teacher": {"mix": [{"model_path": "a/b"}, {"model_path": "c/d", "we
                 f"output.cache_dir is '{url}', which is neither a folder nor an object store",
                 "give s3://bucket/prefix",
             )
-            for url in ("gs://bucket/a", "s3://", "s3://My_Bucket/a", "s3://bucket//a")
+            for url in ("az://bucket/a", "gs://My/a", "s3://", "s3://My_Bucket/a", "s3://bucket//a")
         ),
         (
             {"output": {"results_dir": "s3://bucket/a"}},
