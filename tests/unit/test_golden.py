@@ -53,6 +53,7 @@ GOLDEN_REVISIONS = {
     "validation": 3,
     "pruned": 1,
     "run": 3,
+    "run_at_two": 1,
     "evaluation": 4,
     "benchmark": 2,
     "report": 4,
@@ -75,10 +76,10 @@ GOLDEN_IDS = {
     "logits": "93b9f14a662a",
     "validation": "4098c99ce42e",
     "hard": ["db456810a366", "8eb3388eae0f"],
-    "both": ["6cdd1cf36f1d", "8eb3388eae0f"],
-    "live": ["fa3c0409807c", "8eb3388eae0f"],
-    "check": "0bc4529bd11f",
-    "report": "6e185cafad91",
+    "both": ["f6546a6c9785", "8eb3388eae0f"],
+    "live": ["3b7209e30cc5", "8eb3388eae0f"],
+    "check": "3ad38ed3b42d",
+    "report": "77663de881fc",
 }
 
 REPOSITORY = Path(__file__).resolve().parents[2]

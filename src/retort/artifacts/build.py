@@ -54,6 +54,7 @@ REVISIONS = {
     "validation": 3,
     "pruned": 1,
     "run": 3,
+    "run_at_two": 1,  # besides, of those whose temperature is 2, or may be on its way to temperature_end
     "evaluation": 4,
     "benchmark": 2,
     "report": 4,
@@ -385,6 +386,9 @@ def training_keys(training: Training) -> dict[str, Any]:
             keys[key] = getattr(training, key)
     else:
         unused.append("metric_for_best_model")
+    may_be_two = training.temperature == 2.0 or training.temperature_end is not None
+    if training.distillation_type != "output" and may_be_two:
+        keys["revision"] = REVISIONS["run_at_two"]
     return {k: v for k, v in keys.items() if k not in unused}
 
 

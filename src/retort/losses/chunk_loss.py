@@ -35,6 +35,8 @@ def compute_chunk(
         divergence = lse_C.new_zeros(())
     elif settings.temperature == 1.0:
         divergence, lse_C = _compute_at_one(logits_CV, labels_C, teacher, settings)
+    elif settings.temperature == 2.0:
+        divergence, lse_C = _compute_at_two(logits_CV, labels_C, teacher, settings)
     else:
         divergence, lse_C = _compute_tempered(logits_CV, labels_C, teacher, settings)
     hard, grad_CV = (lse_C - label_logits_C).sum(), logits_CV
@@ -73,6 +75,32 @@ def _compute_at_one(
     exp_CV *= soft.factors[:, None]
     flat[teacher.flat_N] = soft.kept_grads
     return soft.divergence, soft.logsumexp
+
+
+def _compute_at_two(
+    logits_CV: Tensor, labels_C: Tensor, teacher: ChunkRows, settings: LossSettings
+) -> tuple[Tensor, Tensor]:
+    """Return and overwrite the same at T = 2; the logsumexp is that of the logits at T = 1.
+
+    exp(x) is the square of exp(x / 2), so that one exponential serves both losses.
+    """
+    flat, max_C = logits_CV.view(-1), logits_CV.amax(dim=-1)
+    logits_N = flat[teacher.flat_N]
+    exp_CV = logits_CV.sub_(max_C[:, None]).div_(2.0).exp_()
+    flat[teacher.flat_N] = 0.0
+    tail_C = exp_CV.sum(dim=-1)
+    soft = _compute_soft(
+        logits_N / 2.0, max_C / 2.0, tail_C, labels_C, teacher, settings, alpha=0.0
+    )
+    hard_N = (logits_N - max_C[teacher.rows_N]).exp()
+    hard_sum_C = torch.linalg.vector_norm(exp_CV, dim=-1).square() + teacher.sum_rows(hard_N)
+    hard_C = settings.alpha / hard_sum_C
+    # A whole copy would be the greatest memory of a step.
+    pieces = zip(*(rows.chunk(_PIECES) for rows in (exp_CV, hard_C, soft.factors)), strict=True)
+    for exp_RV, hard_R, soft_R in pieces:
+        exp_RV *= (exp_RV * hard_R[:, None]).add_(soft_R[:, None])
+    flat[teacher.flat_N] = soft.kept_grads + hard_C[teacher.rows_N] * hard_N
+    return soft.divergence, max_C + hard_sum_C.log()
 
 
 def _compute_tempered(
