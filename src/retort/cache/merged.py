@@ -28,6 +28,7 @@ from retort.tokens.index import TokenIndex, name_part
 from retort.tokens.sequences import Labels, join_columns, merge_names
 
 _OVERHEAD_BYTES = 1 << 20  # of HDF5's own structures
+MOST_VIRTUAL_PARTS = 2700  # HDF5 lists other files in one message of 64 KiB, 24 bytes each
 
 
 @dataclass(frozen=True)
@@ -194,6 +195,15 @@ def _require_free_space(path: Path, num_bytes: int) -> None:
         raise ValueError(
             f"{path} takes {num_bytes / 1e6:,.1f} MB, but its disk has only {free / 1e6:,.1f} MB free: free space and "
             "rerun the same command; nothing is lost."
+        )
+
+
+def require_few_parts(num_parts: int) -> None:
+    """Raise ValueError when a virtual cache cannot name so many parts."""
+    if num_parts > MOST_VIRTUAL_PARTS:
+        raise ValueError(
+            f"merge.mode is virtual, but the cache will have {num_parts:,} parts, and HDF5 has room for the names of "
+            f"{MOST_VIRTUAL_PARTS:,}. Set merge.mode: copy, or a larger dataset.streaming_chunk_size."
         )
 
 

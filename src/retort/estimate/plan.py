@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from retort.cache.cost import CacheCost, estimate_cost
+from retort.cache.merged import require_few_parts
 from retort.cache.parts import build_header
 from retort.config.handoff import Job
 from retort.estimate.cache_bytes import sample_features
@@ -21,10 +22,14 @@ def plan_cache(
     """Return the size of the cache that will be in `folder`.
 
     features_path: the teacher's held-out scores, from whose training positions the bytes are measured. Raises
-    ValueError when the disk has too little space, and when the inputs are of another teacher or other tokens.
+    ValueError when the disk has too little space, a virtual cache has too many parts, or the inputs are of another
+    teacher or other tokens.
     """
     index, teacher = TokenIndex.read(index_path), TeacherRecord.read(fingerprint_path)
     codec = build_header(index, teacher, job.config.cache, source=fingerprint_path).codec
+    is_stored = job.config.output.store is not None
+    if job.config.merge.mode == "virtual" and not is_stored:
+        require_few_parts(len(index.parts))
     sample = None
     if features_path:
         sample = sample_features(features_path, index, codec, weights=teacher.weights)
@@ -35,5 +40,5 @@ def plan_cache(
         vocabulary=teacher.vocabulary,
         folder=folder.resolve(),
         sample=sample,
-        is_stored=job.config.output.store is not None,
+        is_stored=is_stored,
     )

@@ -18,10 +18,11 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
+import h5py
 import pytest
 
 from retort.cache.codec import SparseTargets
-from retort.cache.merged import merge_parts
+from retort.cache.merged import MOST_VIRTUAL_PARTS, merge_parts, require_few_parts
 from retort.cache.parts import find_missing_parts, is_merged, part_path, remove_parts, write_part
 from retort.cache.reader import CacheHeader, LogitCache, cache_digest
 from retort.io.files import write_pieces
@@ -221,6 +222,16 @@ def test_a_virtual_cache_reads_as_a_copied_one(
     assert again.read_bytes() == virtual.read_bytes()
     records = LogitCache(merged).record_bytes
     assert merged.stat().st_size - virtual.stat().st_size >= records - (1 << 14)
+
+
+def test_a_virtual_cache_has_as_many_parts_as_hdf5_can_name(tmp_path: Path) -> None:
+    require_few_parts(MOST_VIRTUAL_PARTS)
+    with pytest.raises(ValueError, match=r"2,701 parts, .* Set merge\.mode: copy"):
+        require_few_parts(MOST_VIRTUAL_PARTS + 1)
+    names = [(f"{'x' * 200}/{part}.h5", 0, 1) for part in range(MOST_VIRTUAL_PARTS)]
+    with h5py.File(tmp_path / "virtual.h5", "w") as file:
+        file.create_dataset("records", shape=(len(names),), dtype="u1", external=names)
+        assert len(file["records"].external) == MOST_VIRTUAL_PARTS
 
 
 def test_a_virtual_cache_moves_with_its_parts_and_h5py_reads_it(
