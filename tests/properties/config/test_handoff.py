@@ -12,6 +12,7 @@ from retort.artifacts.jobs import write_argument
 from retort.config.dataset import Dataset
 from retort.config.handoff import SECTIONS, Job, job_parser, read_job
 from retort.config.load import complete, read_key
+from retort.config.output import Output
 from retort.config.schema import ConfigError, Schema, merge
 from retort.config.section import key_schemas, key_types
 from retort.config.sections import section_at, section_paths
@@ -74,10 +75,14 @@ def configs(draw: st.DrawFn, sections: tuple[str, ...]) -> Any:
 def test_a_script_reads_the_job_that_a_rule_gave(
     kind: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
+    config = data.draw(configs(tuple(name for name in SECTIONS[kind] if name != "output")))
+    if "output" in SECTIONS[kind]:  # of which a job gets a store alone
+        store = data.draw(st.sampled_from([None, "s3://bucket/a b/'"]))
+        config = config.model_copy(update={"output": Output(cache_dir=store)})
     job = Job(
         run=data.draw(st.none() | TEXTS),
         source=data.draw(st.none() | TEXTS),
-        config=data.draw(configs(SECTIONS[kind])),
+        config=config,
         expected=data.draw(st.dictionaries(st.sampled_from(["corpus", "student"]), TEXTS)),
     )
     folder = tmp_path_factory.getbasetemp()
