@@ -75,9 +75,10 @@ test-slurm-runs: $(READY)
 test-slurm-faults: $(READY)
 	tests/slurm/cluster.sh $(BIN)/pytest -m slurm tests/slurm/test_faults.py
 
-# Kills at many points, every number of workers: about half an hour, not part of `make test`.
+# Kills at many points, every number of workers, new examples of properties: about half an hour, not in `make test`.
 campaign: $(READY)
 	$(BIN)/pytest tests -m "slow or campaign" -n 2
+	$(BIN)/pytest tests/properties -n 2 --hypothesis-profile campaign
 
 # Bytes against error of the cache, beside other caches: about 25 minutes of processor time, half of it to make the
 # distributions, once. With checkouts of opponents: make benchmark-cache FLAGS="--distillkit PATH --megatron PATH"

@@ -42,9 +42,13 @@ def find_length_change(tokenizer: Any) -> Callable[[str], bool] | None:
         return None
 
     def changes_length(text: str) -> bool:
-        if (is_ambiguous and text.startswith(" ")) or (has_pieces and SPACE in text):
+        # Some characters become a space and another one by NFKC, such as an accent alone.
+        normalized = text if normalize is None else normalize(text)
+        if is_ambiguous and " " in (text[:1], normalized[:1]):
             return True
-        return normalize is not None and len(normalize(text).encode()) != len(text.encode())
+        if has_pieces and SPACE in text:
+            return True
+        return len(normalized.encode()) != len(text.encode())
 
     return changes_length
 

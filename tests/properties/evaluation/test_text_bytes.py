@@ -26,6 +26,7 @@ def make(kind: str) -> Any:
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=150)
 @example(text="00\U00018581", prompt="why?")  # ends with the bytes of the sign for a space
+@example(text="\xaf\xb9", prompt=None)  # by NFKC a space, an accent and a 1: as many bytes
 @given(text=TEXTS, prompt=st.none() | st.sampled_from(["why?", " ", "\u6771\n"]))
 def test_bytes_of_all_tokens_are_those_of_any_text_or_not_defined(
     kind: str, text: str, prompt: str | None
