@@ -10,7 +10,7 @@ import pytest
 from hypothesis import settings
 
 # No deadline: the first example may load a library, and the machine may be busy.
-# The same examples every time, so that nobody's change fails by another one's fault; `make campaign` looks for new ones.
+# The same examples every time, so that nobody's change fails by an older fault; `make campaign` looks for new ones.
 settings.register_profile("retort", deadline=None, max_examples=60, derandomize=True)
 settings.register_profile("campaign", deadline=None, max_examples=60)
 settings.load_profile("retort")
