@@ -82,6 +82,13 @@ def attend_by_sequence(
         return _attend_varlen(query, key, value, **options), None
     window = options.get("sliding_window")
     lengths = sequence_lengths or (query.shape[2],)
+    if len(set(lengths)) == 1:  # a batch: joined pieces would be a copy of every layer's output
+        q, k, v = (
+            torch.unflatten(t, 2, (len(lengths), -1)).transpose(1, 2).flatten(0, 1)
+            for t in (query, key, value)
+        )
+        found_BTHD, _ = _attend(module, q, k, v, _make_mask(q, window), **options)
+        return found_BTHD.reshape(len(query), -1, *found_BTHD.shape[2:]), None
     pieces = zip(*(torch.split(t, list(lengths), dim=2) for t in (query, key, value)), strict=True)
     found = [
         _attend(module, *piece, _make_mask(piece[0], window), **options)[0] for piece in pieces

@@ -55,6 +55,21 @@ def test_packed_sequences_one_by_one_give_the_logits_and_gradients_of_a_block_ma
     assert torch.equal(learn(model, IDS_1N, position_ids=POSITIONS_1N)[0], expected)
 
 
+@pytest.mark.parametrize("window", [None, 8])
+def test_equal_sequences_are_attended_to_at_once_with_the_same_bits(window: int | None) -> None:
+    keys: dict[str, Any] = {} if window is None else {"sliding_window": window}
+    model = make_model("llama" if window is None else "mistral", **SIZES, **keys)
+    split_attention(model)
+    ids_1N, equal = IDS_1N[:, :60], (20, 20, 20)
+    inputs = {"position_ids": number_positions(equal)[None], **RowBounds.of(equal).name_inputs()}
+    at_once, _ = learn(model, ids_1N, **inputs)
+    alone = [
+        learn(model, ids_1N[:, first : first + 20], position_ids=number_positions([20])[None])[0]
+        for first in range(0, 60, 20)
+    ]
+    assert torch.equal(at_once, torch.cat(alone))
+
+
 @pytest.mark.parametrize("padding", [0, 11])
 def test_rows_of_one_sequence_are_attended_to_as_before(padding: int) -> None:
     model = make_model("llama", initializer_range=0.3, **SIZES)
