@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-# Prints, for students with untied and tied layers, and where there is no room for a file: the memory of its own that
+# Writes, for students with untied and tied layers, and where there is no room for a file: the memory of its own that
 # each rank has more of, as a share of the weights, whether layers are tied, and what the student reads.
 _RANK = """
-import gc, shutil
+import gc, os, shutil
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, LlamaConfig
 import torch
@@ -40,7 +40,8 @@ for ties, has_room in ((False, True), (True, True), (False, False)):
     model = build_in_one_copy(build)
     share = (own_bytes() - before) / model.get_memory_footprint()
     is_tied = model.lm_head.weight is model.model.embed_tokens.weight
-    print("SEEN", share, is_tied, model(torch.arange(8)[None]).logits.sum().item(), flush=True)
+    with open(__file__ + os.environ["RANK"], "a") as seen:
+        print(share, is_tied, model(torch.arange(8)[None]).logits.sum().item(), file=seen)
 """
 
 
@@ -57,10 +58,11 @@ def test_two_ranks_share_the_weights_where_there_is_room(tmp_path: Path) -> None
         env=os.environ | {"TMPDIR": str(place)},
     )
     assert done.returncode == 0, done.stderr
-    lines = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("SEEN")]
+    seen = "".join((tmp_path / f"rank.py{rank}").read_text() for rank in range(2))
+    lines = [line.split() for line in seen.splitlines()]
     assert len(lines) == 6
     assert sorted(words[1] for words in lines) == ["False"] * 4 + ["True"] * 2
     assert len({tuple(words[1:]) for words in lines}) == 2, "all ranks, with room or without"
     shares = sorted(float(words[0]) for words in lines)
-    assert shares[3] < 0.3 < 0.9 < shares[4], shares
+    assert shares[3] < 0.6 < 0.9 < shares[4], shares  # a few MB of libraries are noise
     assert list(place.iterdir()) == []
