@@ -25,11 +25,6 @@ def compress(logprobs_PV: Logprobs, checkout: Path | None, config: str) -> Store
 
     Raises UnavailableError when there is no checkout, or what it imports is not installed.
     """
-    checkout = require_checkout(checkout, repository=REPOSITORY, flag="--distillkit")
-    install = f"pip install what {checkout}/pyproject.toml names"
-    with import_from(checkout):
-        configuration = import_opponent("distillkit.compression.config", install=install)
-        compressor = import_opponent("distillkit.compression.compressor", install=install)
     entries = {
         "exact_dtype": "bfloat16",
         "term_dtype": "float32",
@@ -37,7 +32,7 @@ def compress(logprobs_PV: Logprobs, checkout: Path | None, config: str) -> Store
         "delta_encoding": False,
     }
     entries |= {"d": logprobs_PV.shape[1], "error_diffusion": False, **CONFIGS[config]}
-    codec = compressor.LogprobCompressor(configuration.DistributionQuantizationConfig(**entries))
+    codec = load_codec(checkout, entries)
     ids, logprobs, num_bytes = [], [], 0
     for chunk in iterate_chunks(logprobs_PV):
         row = codec.compress(chunk[None])
@@ -47,6 +42,19 @@ def compress(logprobs_PV: Logprobs, checkout: Path | None, config: str) -> Store
         logprobs.append(decoded[0].float())
     size = num_bytes / len(logprobs_PV)
     return Stored(f"DistillKit {config}", size, torch.cat(ids).numpy(), torch.cat(logprobs).numpy())
+
+
+def load_codec(checkout: Path | None, entries: dict[str, Any]) -> Any:
+    """Return its LogprobCompressor for these entries of a compression's config.
+
+    Raises UnavailableError when there is no checkout, or what it imports is not installed.
+    """
+    checkout = require_checkout(checkout, repository=REPOSITORY, flag="--distillkit")
+    install = f"pip install what {checkout}/pyproject.toml names"
+    with import_from(checkout):
+        configuration = import_opponent("distillkit.compression.config", install=install)
+        compressor = import_opponent("distillkit.compression.compressor", install=install)
+    return compressor.LogprobCompressor(configuration.DistributionQuantizationConfig(**entries))
 
 
 @contextlib.contextmanager

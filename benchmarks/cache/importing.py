@@ -30,14 +30,12 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.cache.distillkit import REPOSITORY, import_from
+from benchmarks.cache.distillkit import REPOSITORY, load_codec
 from benchmarks.common import (
     UnavailableError,
     checkout_of,
     format_not_run,
-    import_opponent,
     make_parser,
-    require_checkout,
 )
 
 VOCABULARY, LENGTH, ROWS = 50_257, 1024, 64  # of a file
@@ -136,12 +134,7 @@ def time_distillkit(dataset: Path, checkout: Path | None) -> float:
 
     Raises UnavailableError when there is no checkout, or what it imports is not installed.
     """
-    checkout = require_checkout(checkout, repository=REPOSITORY, flag="--distillkit")
-    install = f"pip install what {checkout}/pyproject.toml names"
-    with import_from(checkout):
-        configuration = import_opponent("distillkit.compression.config", install=install)
-        compressor = import_opponent("distillkit.compression.compressor", install=install)
-    codec = compressor.LogprobCompressor(configuration.DistributionQuantizationConfig(**CONFIG))
+    codec = load_codec(checkout, CONFIG)
     torch.set_num_threads(1)
     started = time.process_time()
     for columns in read_columns(dataset):
