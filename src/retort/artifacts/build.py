@@ -381,14 +381,13 @@ def training_keys(training: Training) -> dict[str, Any]:
     unused = ["resume_from_checkpoint"]  # it counts by content, in `starting_point`
     if training.distillation_type == "output":
         unused += ["temperature", "divergence", "skew", "position_weights", "use_cached_logits"]
+    elif training.temperature == 2.0 or training.temperature_end is not None:
+        keys["revision"] = REVISIONS["run_at_two"]
     if training.load_best_model_at_end:  # then they decide which step's weights are kept
         for key in ("eval_steps", "eval_sequences"):
             keys[key] = getattr(training, key)
     else:
         unused.append("metric_for_best_model")
-    may_be_two = training.temperature == 2.0 or training.temperature_end is not None
-    if training.distillation_type != "output" and may_be_two:
-        keys["revision"] = REVISIONS["run_at_two"]
     return {k: v for k, v in keys.items() if k not in unused}
 
 
